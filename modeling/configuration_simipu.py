@@ -1,0 +1,292 @@
+"""Configuration of SimIPU: one image encoder, one point encoder, and how their features are compared.
+
+Every difference between the official implementation and the recommended setting is one field here, so that
+an ablation is a flag. `SimIPUConfig.from_preset("official")` reproduces the official configuration
+(`simipu_kitti.py` of github.com/zhyever/SimIPU); the defaults are the recommended preset.
+"""
+
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+Number = float | int
+
+
+@strict
+class SimIPUImageConfig(PreTrainedConfig):
+    """The image encoder: any timm model that has `forward_intermediates`.
+
+    Args:
+        architecture: timm model name, such as `"resnet50"` or `"convnext_tiny"`.
+        out_indices: feature stages sampled for the inter-modal loss, in timm's numbering (for a ResNet 0 is
+            the stem and 4 the last stage); negative values count from the end. Several are concatenated.
+        model_args: further keyword arguments of `timm.create_model`, such as `{"drop_path_rate": 0.1}`.
+        batch_norm_eps: epsilon of every batch norm; `None` keeps the architecture's own, which is the only
+            one that timm, torchvision and transformers can express (official: 1e-3).
+        batch_norm_momentum: momentum of every batch norm; `None` keeps the architecture's (official: 0.01).
+    """
+
+    model_type = "simipu_image_encoder"
+    base_config_key = "image_config"
+
+    architecture: str = "resnet50"
+    out_indices: list[int] | tuple[int, ...] = (-3, -2, -1)
+    model_args: dict[str, Any] | None = None
+    batch_norm_eps: Number | None = None
+    batch_norm_momentum: Number | None = None
+
+    def validate_architecture(self) -> None:
+        if not self.out_indices:
+            raise ValueError("image_config.out_indices is empty: name at least one stage, such as [-1]")
+        if len(set(self.out_indices)) != len(self.out_indices):
+            raise ValueError(f"image_config.out_indices names a stage twice: {list(self.out_indices)}")
+
+
+@strict
+class SimIPUPointNet2Config(PreTrainedConfig):
+    """PointNet++ with multi-scale grouping; every list has one entry per set-abstraction level.
+
+    Field names are those of mmdetection3d's `PointNet2SAMSG`; the defaults are the official network but for
+    `use_xyz`.
+
+    Args:
+        num_points: points drawn by each sampler of each level.
+        fps_mods: sampler of each draw: `"D-FPS"` (distance between coordinates), `"F-FPS"` (distance between
+            coordinates and features together), `"FS"` (F-FPS, then D-FPS, both over the same points).
+        fps_sample_ranges: how many of the level's points each sampler sees, in order; -1 means the rest.
+        radii: outer radius of each scale in metres; with `dilated_group` each scale is the ring beyond the
+            previous one.
+        num_samples: slots of a group of each scale.
+        mlp_channels: output widths of the pointwise MLP of each scale.
+        aggregation_channels: width after the scales are concatenated.
+        dilated_group: rings instead of balls.
+        use_xyz: append the offset from the group's centre to the neighbour's features (the official
+            configuration sees reflectance alone).
+        batch_norm_eps, batch_norm_momentum: of the MLPs; the aggregation keeps PyTorch's 1e-5 and 0.1.
+        sampling_backend: `"auto"`, `"torch"`, `"quickfps"`, `"numba"` or `"triton"`.
+        grouping_backend: `"auto"`, `"torch"`, `"numba"` or `"triton"`.
+    """
+
+    model_type = "simipu_pointnet2"
+    base_config_key = "point_config"
+
+    num_points: list | tuple = ((4096,), (1024,), (512, 512))
+    fps_mods: list | tuple = (("D-FPS",), ("FS",), ("F-FPS", "D-FPS"))
+    fps_sample_ranges: list | tuple = ((-1,), (-1,), (512, -1))
+    radii: list | tuple = ((0.2, 0.4, 0.8), (0.4, 0.8, 1.6), (1.6, 3.2, 4.8))
+    num_samples: list | tuple = ((32, 32, 64), (32, 32, 64), (16, 16, 16))
+    mlp_channels: list | tuple = (
+        ((32, 32, 64), (32, 32, 64), (64, 64, 128)),
+        ((64, 64, 128), (64, 64, 128), (128, 128, 256)),
+        ((128, 128, 256), (128, 128, 256), (256, 256, 512)),
+    )
+    aggregation_channels: list | tuple = (128, 256, 1024)
+    dilated_group: bool = True
+    use_xyz: bool = True
+    batch_norm_eps: Number = 1e-3
+    batch_norm_momentum: Number = 0.1
+    sampling_backend: Literal["auto", "torch", "quickfps", "numba", "triton"] = "auto"
+    grouping_backend: Literal["auto", "torch", "numba", "triton"] = "auto"
+
+    @property
+    def output_channels(self) -> int:
+        return self.aggregation_channels[-1]
+
+    def validate_architecture(self) -> None:
+        levels = len(self.num_points)
+        per_level = (
+            "fps_mods",
+            "fps_sample_ranges",
+            "radii",
+            "num_samples",
+            "mlp_channels",
+            "aggregation_channels",
+        )
+        for name in per_level:
+            if len(getattr(self, name)) != levels:
+                raise ValueError(
+                    f"point_config.{name} has {len(getattr(self, name))} levels, num_points has {levels}: "
+                    "give one entry per set-abstraction level"
+                )
+        for level in range(levels):
+            if not len(self.num_points[level]) == len(self.fps_mods[level]) == len(self.fps_sample_ranges[level]):
+                raise ValueError(
+                    f"point_config level {level}: num_points, fps_mods and fps_sample_ranges must have one entry "
+                    f"per sampler, found {self.num_points[level]}, {self.fps_mods[level]}, "
+                    f"{self.fps_sample_ranges[level]}"
+                )
+            if not len(self.radii[level]) == len(self.num_samples[level]) == len(self.mlp_channels[level]):
+                raise ValueError(
+                    f"point_config level {level}: radii, num_samples and mlp_channels must have one entry per scale"
+                )
+            unknown = set(self.fps_mods[level]) - {"D-FPS", "F-FPS", "FS"}
+            if unknown:
+                raise ValueError(f"point_config.fps_mods: unknown {sorted(unknown)}; choose from D-FPS, F-FPS, FS")
+            if list(self.radii[level]) != sorted(set(self.radii[level])) or self.radii[level][0] <= 0:
+                raise ValueError(
+                    f"point_config.radii of level {level} must grow from above 0, found {self.radii[level]}"
+                )
+
+
+@strict
+class SimIPUSparseConvConfig(PreTrainedConfig):
+    """SECOND-style sparse convolution encoder (needs spconv: `pip install "simipu-hf[spconv]"`).
+
+    Args:
+        voxel_size: edge lengths x, y, z in metres.
+        point_cloud_range: x, y, z minimum, then maximum, in metres; points outside are dropped. It covers the
+            augmented view as well, which is rotated by up to 90 degrees.
+        channels: width of each stage; every stage after the first halves the resolution.
+        blocks_per_stage: submanifold blocks in each stage.
+        residual: residual blocks (two convolutions and a shortcut) instead of plain ones.
+        num_output_points: output sites handed to the losses per cloud.
+        output_channels: width of the features handed to the losses.
+        batch_norm_eps, batch_norm_momentum: of every batch norm (SECOND: 1e-3, 0.01).
+    """
+
+    model_type = "simipu_sparse_conv"
+    base_config_key = "point_config"
+
+    voxel_size: list[Number] | tuple[Number, ...] = (0.1, 0.1, 0.2)
+    point_cloud_range: list[Number] | tuple[Number, ...] = (-72.0, -72.0, -5.0, 72.0, 72.0, 3.0)
+    channels: list[int] | tuple[int, ...] = (16, 32, 64, 128)
+    blocks_per_stage: list[int] | tuple[int, ...] = (1, 2, 2, 2)
+    residual: bool = True
+    num_output_points: int = 1024
+    output_channels: int = 256
+    batch_norm_eps: Number = 1e-3
+    batch_norm_momentum: Number = 0.01
+
+    def validate_architecture(self) -> None:
+        low, high = self.point_cloud_range[:3], self.point_cloud_range[3:]
+        if len(self.voxel_size) != 3 or len(self.point_cloud_range) != 6:
+            raise ValueError("point_config: voxel_size takes 3 numbers and point_cloud_range 6 (minimum, maximum)")
+        if any(v <= 0 for v in self.voxel_size) or any(a >= b for a, b in zip(low, high, strict=True)):
+            raise ValueError(
+                f"point_config: voxel_size {self.voxel_size} must be positive and point_cloud_range "
+                f"{self.point_cloud_range} must grow from its minimum to its maximum"
+            )
+        if len(self.channels) != len(self.blocks_per_stage):
+            raise ValueError("point_config: channels and blocks_per_stage must have one entry per stage")
+
+
+POINT_CONFIGS: dict[str, type[PreTrainedConfig]] = {
+    "pointnet2": SimIPUPointNet2Config,
+    "sparse_conv": SimIPUSparseConvConfig,
+}
+
+# Only what differs from the defaults; the defaults are the recommended preset.
+PRESETS: dict[str, dict[str, Any]] = {
+    "recommended": {},
+    "official": {
+        "image_config": {"out_indices": (-1,), "batch_norm_eps": 1e-3, "batch_norm_momentum": 0.01},
+        "point_config": {"use_xyz": False},
+        "max_match_distance": None,
+        "mask_out_of_image": False,
+        "projection_normalization": "sample",
+        "align_corners": True,
+        "inter_modal_point_gradient": "none",
+        "symmetric_inter_modal_loss": False,
+        "gather_negatives": False,
+    },
+}
+
+
+@strict
+class SimIPUConfig(PreTrainedConfig):
+    """Configuration of [`SimIPUModel`] and [`SimIPUForPreTraining`].
+
+    Args:
+        image_config: `SimIPUImageConfig` or a dictionary of its fields.
+        point_config: `SimIPUPointNet2Config`, `SimIPUSparseConvConfig`, or a dictionary of the fields of one,
+            chosen by its `model_type` (PointNet++ where it names none).
+        projection_dim: width of the space in which features are compared.
+        temperature: of both contrastive losses.
+        intra_modal_weight, inter_modal_weight: weights of the two losses in the total.
+        max_match_distance: matches between the two views farther apart than this, in metres, are dropped;
+            `None` keeps every match, however far.
+        mask_out_of_image: leave points that project outside the image out of the inter-modal pairs; if
+            false they stay, with a zero image feature, as positives and as negatives.
+        projection_normalization: what pixel coordinates are divided by before sampling: `"batch"`, the
+            padded size that the image encoder really saw; `"sample"`, each image's own size rounded up to a
+            multiple of 32, which stretches every image but the batch's largest.
+        align_corners: false samples feature cells at their centres, integer pixel coordinates being pixel
+            centres; true maps 0 and the image width to the outermost cell centres.
+        inter_modal_point_gradient: how far the inter-modal loss reaches into the point branch: `"none"` (the
+            point projection head stays at its initialisation), `"head"` (the head learns), `"encoder"`.
+        symmetric_inter_modal_loss: average the image-to-point and point-to-image directions.
+        gather_negatives: take negatives from every process instead of this one's batch alone.
+    """
+
+    model_type = "simipu"
+    sub_configs_defaults = {"image_config": SimIPUImageConfig, "point_config": SimIPUPointNet2Config}  # noqa: RUF012
+
+    image_config: dict | PreTrainedConfig | None = None
+    point_config: dict | PreTrainedConfig | None = None
+    projection_dim: int = 128
+    temperature: Number = 0.07
+    intra_modal_weight: Number = 1.0
+    inter_modal_weight: Number = 1.0
+    max_match_distance: Number | None = 2.0
+    mask_out_of_image: bool = True
+    projection_normalization: Literal["batch", "sample"] = "batch"
+    align_corners: bool = False
+    inter_modal_point_gradient: Literal["none", "head", "encoder"] = "head"
+    symmetric_inter_modal_loss: bool = True
+    gather_negatives: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.point_config, dict):
+            self.point_config = _point_config_from_dict(self.point_config)
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be above 0, found {self.temperature}")
+        if self.projection_dim < 1:
+            raise ValueError(f"projection_dim must be at least 1, found {self.projection_dim}")
+        if self.intra_modal_weight < 0 or self.inter_modal_weight < 0:
+            raise ValueError("intra_modal_weight and inter_modal_weight must not be negative")
+        if self.max_match_distance is not None and self.max_match_distance <= 0:
+            raise ValueError(
+                f"max_match_distance must be above 0 metres, found {self.max_match_distance}; "
+                "use None to keep every match"
+            )
+
+    @classmethod
+    def from_preset(cls, preset: str = "recommended", point_encoder: str = "pointnet2", **overrides: Any):
+        """The configuration of a preset, `"recommended"` or `"official"`.
+
+        Args:
+            preset: the preset's name.
+            point_encoder: `"pointnet2"` or `"sparse_conv"`.
+            overrides: fields to change; `image_config` and `point_config` take dictionaries that are merged
+                into the preset's.
+
+        Raises:
+            ValueError: an unknown preset or point encoder; the message lists the known ones.
+        """
+        if preset not in PRESETS:
+            raise ValueError(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
+        if point_encoder not in POINT_CONFIGS:
+            raise ValueError(f"unknown point encoder {point_encoder!r}: choose from {', '.join(POINT_CONFIGS)}")
+        fields = dict(PRESETS[preset])
+        # the presets' point fields are PointNet++'s
+        point_fields = fields.pop("point_config", {}) if point_encoder == "pointnet2" else {}
+        point_fields = {"model_type": POINT_CONFIGS[point_encoder].model_type, **point_fields}
+        fields.pop("point_config", None)
+        image_fields = fields.pop("image_config", {})
+        return cls(
+            image_config={**image_fields, **overrides.pop("image_config", {})},
+            point_config={**point_fields, **overrides.pop("point_config", {})},
+            **{**fields, **overrides},
+        )
+
+
+def _point_config_from_dict(fields: dict[str, Any]) -> PreTrainedConfig:
+    by_model_type = {config_class.model_type: config_class for config_class in POINT_CONFIGS.values()}
+    model_type = fields.get("model_type", SimIPUPointNet2Config.model_type)
+    if model_type not in by_model_type:
+        raise ValueError(f"point_config: unknown model_type {model_type!r}; choose from {', '.join(by_model_type)}")
+    return by_model_type[model_type](**{key: value for key, value in fields.items() if key != "model_type"})

@@ -1,0 +1,31 @@
+"""Shared fixtures. Real frames and the reference step come from folders named by environment variables."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+def _folder_from_env(variable: str) -> Path:
+    value = os.environ.get(variable)
+    if not value:
+        pytest.skip(f"{variable} is not set")
+    return Path(value)
+
+
+@pytest.fixture(scope="session")
+def kitti_mini() -> Path:
+    """Root of a few real KITTI object frames, in the benchmark's layout."""
+    return _folder_from_env("SIMIPU_KITTI_MINI")
+
+
+@pytest.fixture(scope="session")
+def kitti_raw_mini() -> Path:
+    """Root of a short real KITTI raw drive."""
+    return _folder_from_env("SIMIPU_KITTI_RAW_MINI")
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """Folder with one float64 training step of the official network."""
+    return _folder_from_env("SIMIPU_REFERENCE")
