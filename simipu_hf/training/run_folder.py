@@ -1,0 +1,133 @@
+"""The output folder of a run: when it may be used, and the record of what was run."""
+
+import hashlib
+import importlib.metadata
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from simipu_hf.errors import SimIPUError
+
+from .checkpoint import newest_checkpoint, remove_partial_checkpoints, write_text
+from .metrics import METRICS_FILE
+
+RUN_FILE = "run.yaml"
+_PACKAGES = ("simipu-hf", "torch", "torchvision", "transformers", "timm", "accelerate", "datasets", "numpy", "scipy")
+
+
+def prepare_run_folder(output_dir: Path, *, resume: str | None, overwrite: bool, message=print) -> Path | None:
+    """Create `output_dir`, or check that an existing one may be used. Main process only.
+
+    Args:
+        output_dir: of the run.
+        resume: `"latest"`, the path of a checkpoint, or `None`.
+        overwrite: delete what an earlier run left in the folder.
+        message: is told about damaged checkpoints that were passed over.
+
+    Returns:
+        the checkpoint to resume from; `None` to start at the beginning, also where `"latest"` finds no checkpoint
+        yet, so that one command serves the first start and every restart.
+
+    Raises:
+        SimIPUError: the folder holds something else or cannot be written to, or the checkpoint does not exist.
+    """
+    if resume not in (None, "latest") and not Path(resume).is_dir():
+        raise SimIPUError(f"--resume_from_checkpoint {resume}: no such folder")
+    if output_dir.exists() and not output_dir.is_dir():
+        raise SimIPUError(f"--output_dir {output_dir} is a file")
+    if output_dir.is_dir() and any(output_dir.iterdir()) and resume is None:
+        if not overwrite:
+            raise SimIPUError(
+                f"--output_dir {output_dir} is not empty: choose another folder, continue the run in it with "
+                "--resume_from_checkpoint latest, or replace it with --overwrite_output_dir"
+            )
+        _clear(output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_text(output_dir / ".writable", "")
+        (output_dir / ".writable").unlink()
+    except OSError as error:
+        raise SimIPUError(f"--output_dir {output_dir} cannot be written to ({error})") from error
+    remove_partial_checkpoints(output_dir)
+    if resume is None:
+        return None
+    if resume != "latest":
+        return Path(resume)
+    found = newest_checkpoint(output_dir, on_damaged=lambda text: message(f"passed over: {text}"))
+    if found is None:
+        message(f"no checkpoint in {output_dir} yet: starting at the beginning")
+    return found
+
+
+def _clear(output_dir: Path) -> None:
+    if not (output_dir / RUN_FILE).is_file():
+        raise SimIPUError(
+            f"--overwrite_output_dir: {output_dir} does not look like a run (it has no {RUN_FILE}), so nothing in it "
+            "was deleted; choose another folder"
+        )
+    for path in output_dir.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def write_run_file(
+    output_dir: Path, arguments: dict[str, Any], data: dict[str, Any], command: list[str] | None = None
+) -> None:
+    """Write `run.yaml`: the resolved arguments (it can be given to `--config`), versions, data, command, git state."""
+    record = {
+        "command": shlex.join(command if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "arguments": arguments,
+        "data": data,
+        "versions": versions(),
+        "git": git_state(),
+        "machine": {
+            "platform": platform.platform(),
+            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        },
+    }
+    write_text(output_dir / RUN_FILE, yaml.safe_dump(record, sort_keys=False, allow_unicode=True))
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that the result depends on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit of the working folder's repository and whether it has changes; `None` outside of one."""
+    try:
+        commit = _git("rev-parse", "HEAD")
+        return {"commit": commit, "changed": bool(_git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+
+def data_fingerprint(frame_ids: Iterable[str]) -> str:
+    """A short digest of which frames, in which order, a data set holds; the same wherever its files lie."""
+    digest = hashlib.sha256()
+    for frame_id in frame_ids:
+        digest.update(str(frame_id).encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def is_finished(output_dir: Path) -> bool:
+    """Whether the run in `output_dir` has written its final model."""
+    return (output_dir / "model.safetensors").is_file() and (output_dir / METRICS_FILE).is_file()

@@ -1,0 +1,85 @@
+"""Which rows make which batch: a pure function of (seed, step), the same for every number of processes."""
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+from simipu_hf.errors import SimIPUError
+
+
+class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of `(epoch, row)` keys for one process, from optimizer step `first_step` to `last_step`.
+
+    Every epoch is one permutation of the rows, drawn from (seed, epoch). It is cut into global micro-batches of
+    `batch_size * num_processes` rows, of which process r takes the r-th part; so two processes with B rows see,
+    together, what one process with 2B rows sees. Rows that do not fill an optimizer step wait for the next epoch.
+    Carrying the epoch in the key keeps augmentation a pure function of (seed, epoch, row) even in workers that
+    live for the whole run, and makes the position in the data nothing but the step.
+
+    Args:
+        num_rows: rows of the data set.
+        batch_size: rows per process and micro-batch.
+        accumulation_steps: micro-batches per optimizer step.
+        num_processes, process_index: as accelerate counts them.
+        seed: of the permutations.
+        first_step, last_step: optimizer steps to serve, the last one excluded.
+        shuffle: false serves the rows in order.
+
+    Raises:
+        SimIPUError: fewer rows than one optimizer step takes.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        batch_size: int,
+        *,
+        accumulation_steps: int = 1,
+        num_processes: int = 1,
+        process_index: int = 0,
+        seed: int = 0,
+        first_step: int = 0,
+        last_step: int = 1,
+        shuffle: bool = True,
+    ):
+        rows_per_step = batch_size * num_processes * accumulation_steps
+        if num_rows < rows_per_step:
+            raise SimIPUError(
+                f"the data set has {num_rows} rows, but one optimizer step takes {rows_per_step} "
+                f"({batch_size} per process x {num_processes} processes x {accumulation_steps} accumulation steps): "
+                "lower --per_device_train_batch_size or --gradient_accumulation_steps"
+            )
+        self.num_rows = num_rows
+        self.batch_size = batch_size
+        self.accumulation_steps = accumulation_steps
+        self.num_processes = num_processes
+        self.process_index = process_index
+        self.seed = seed
+        self.first_step = first_step
+        self.last_step = last_step
+        self.shuffle = shuffle
+        self.steps_per_epoch = num_rows // rows_per_step
+
+    def __len__(self) -> int:
+        return (self.last_step - self.first_step) * self.accumulation_steps
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        drawn_epoch, rows = -1, []
+        global_batch = self.batch_size * self.num_processes
+        for step in range(self.first_step, self.last_step):
+            epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+            if epoch != drawn_epoch:
+                drawn_epoch, rows = epoch, self.permutation(epoch)
+            for micro_batch in range(self.accumulation_steps):
+                start = (step_in_epoch * self.accumulation_steps + micro_batch) * global_batch
+                start += self.process_index * self.batch_size
+                yield [(epoch, row) for row in rows[start : start + self.batch_size]]
+
+    def permutation(self, epoch: int) -> list[int]:
+        """The order of the rows in `epoch`."""
+        if not self.shuffle:
+            return list(range(self.num_rows))
+        # The generator keeps 64 bits of seed: no two (seed, epoch) below 2**32 share an order.
+        generator = torch.Generator().manual_seed(((self.seed & 0xFFFFFFFF) << 31) ^ epoch)
+        return torch.randperm(self.num_rows, generator=generator).tolist()
