@@ -1,0 +1,155 @@
+"""The depth protocol: metrics against a scalar computation, crops pixel by pixel."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from simipu_hf.errors import SimIPUError
+from simipu_hf.evaluation.depth import (
+    METRICS,
+    crop_box,
+    depth_metrics,
+    evaluate_maps,
+    evaluation_mask,
+    image_metrics,
+    mean_metrics,
+    predict_depth,
+)
+
+
+def scalar_metrics(prediction: list[float], target: list[float]) -> dict[str, float]:
+    """The nine metrics, one pixel at a time, with exact sums."""
+    n = len(target)
+    pairs = list(zip(prediction, target, strict=True))
+    logs = [math.log(p) - math.log(t) for p, t in pairs]
+    mean_log = math.fsum(logs) / n
+    return {
+        **{f"a{power}": sum(max(p / t, t / p) < 1.25**power for p, t in pairs) / n for power in (1, 2, 3)},
+        "abs_rel": math.fsum(abs(p - t) / t for p, t in pairs) / n,
+        "sq_rel": math.fsum((p - t) ** 2 / t for p, t in pairs) / n,
+        "rmse": math.sqrt(math.fsum((p - t) ** 2 for p, t in pairs) / n),
+        "rmse_log": math.sqrt(math.fsum(g * g for g in logs) / n),
+        "log10": math.fsum(abs(math.log10(p) - math.log10(t)) for p, t in pairs) / n,
+        "silog": 100 * math.sqrt(math.fsum((g - mean_log) ** 2 for g in logs) / n),
+    }
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_metrics_equal_a_scalar_computation(seed):
+    rng = np.random.default_rng(seed)
+    target = rng.uniform(0.5, 80, size=400)
+    prediction = target * np.exp(rng.normal(0.05, 0.3, size=400))
+    actual, expected = depth_metrics(prediction, target), scalar_metrics(prediction.tolist(), target.tolist())
+    assert tuple(actual) == METRICS
+    for name in METRICS:
+        assert actual[name] == pytest.approx(expected[name], rel=1e-12, abs=1e-12), name
+
+
+def test_metrics_by_hand():
+    actual = depth_metrics(np.array([2.0, 3.0, 10.0, 4.0]), np.array([2.0, 2.0, 5.0, 4.0]))
+    log_errors = [0.0, math.log(1.5), math.log(2.0), 0.0]
+    assert actual["a1"] == 0.5
+    assert actual["a2"] == 0.75  # 1.5 < 1.5625
+    assert actual["a3"] == 0.75  # 2 > 1.953125
+    assert actual["abs_rel"] == pytest.approx((0.5 + 1.0) / 4, rel=1e-12)
+    assert actual["sq_rel"] == pytest.approx((0.5 + 5.0) / 4, rel=1e-12)
+    assert actual["rmse"] == pytest.approx(math.sqrt((1 + 25) / 4), rel=1e-12)
+    assert actual["rmse_log"] == pytest.approx(math.sqrt(sum(g * g for g in log_errors) / 4), rel=1e-12)
+    assert actual["log10"] == pytest.approx((math.log10(1.5) + math.log10(2)) / 4, rel=1e-12)
+
+
+def test_a_ratio_of_exactly_the_threshold_does_not_count():
+    assert depth_metrics(np.array([5.0]), np.array([4.0]))["a1"] == 0
+
+
+def test_common_scale_leaves_silog_at_zero():
+    target = np.random.default_rng(0).uniform(1, 80, 1000)
+    assert depth_metrics(target * 1.7, target)["silog"] == pytest.approx(0, abs=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("crop", "height", "width", "box"),
+    [
+        # 0.40810811*352 = 143.65, 0.99189189*352 = 349.15, 0.03594771*1216 = 43.71, 0.96405229*1216 = 1172.29
+        ("garg", 352, 1216, (143, 349, 43, 1172)),
+        # the numbers printed by Garg et al.'s evaluation for a full frame
+        ("garg", 375, 1242, (153, 371, 44, 1197)),
+        # 0.3324324*352 = 117.02, 0.91351351*352 = 321.56, 0.0359477*1216 = 43.71
+        ("eigen", 352, 1216, (117, 321, 43, 1172)),
+        ("none", 352, 1216, (0, 352, 0, 1216)),
+    ],
+)
+def test_crops_select_exactly_the_published_pixels(crop, height, width, box):
+    assert crop_box(crop, height, width) == box
+    mask = evaluation_mask(np.full((height, width), 10.0, np.float32), crop)
+    rows, columns = np.nonzero(mask)
+    top, bottom, left, right = box
+    assert (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1) == box
+    assert mask.sum() == (bottom - top) * (right - left)
+
+
+def test_depth_range_is_open_at_both_ends():
+    target = np.array([[0.0, 1e-3, 2e-3, 79.9, 80.0, 90.0]])
+    assert evaluation_mask(target, "none", 1e-3, 80.0).tolist() == [[False, False, True, True, False, False]]
+
+
+def test_predictions_are_clamped_and_nan_is_named():
+    target = np.full((4, 4), 8.0)
+    far = image_metrics(np.full((4, 4), np.inf), target, crop="none", max_depth=80.0)
+    assert far["abs_rel"] == pytest.approx(9.0)
+    prediction = np.full((4, 4), 8.0)
+    prediction[1, 2] = np.nan
+    with pytest.raises(SimIPUError, match=r"frame 7.*NaN at 1"):
+        image_metrics(prediction, target, crop="none", name="frame 7")
+    with pytest.raises(SimIPUError, match="shape"):
+        image_metrics(prediction[:3], target)
+    with pytest.raises(SimIPUError, match="garg, eigen, none"):
+        crop_box("center", 3, 3)
+
+
+def test_images_count_the_same_and_empty_ones_do_not_count():
+    one, many = np.zeros((4, 4)), np.full((4, 4), 10.0)
+    one[0, 0] = 10.0
+    empty = np.zeros((4, 4))
+    pairs = [("a", np.full((4, 4), 15.0), one), ("b", np.full((4, 4), 11.0), many), ("c", many, empty)]
+    result = evaluate_maps(pairs, crop="none", ranges=((0, 20), (20, 80)))
+    assert result["metrics"]["abs_rel"] == pytest.approx((0.5 + 0.1) / 2, rel=1e-12)
+    assert result["num_images"] == 3
+    assert result["num_images_without_target"] == 1
+    assert result["per_range"]["0-20 m"]["abs_rel"] == pytest.approx(0.3, rel=1e-12)
+    assert math.isnan(result["per_range"]["20-80 m"]["abs_rel"])
+    assert result["per_image"]["b"]["rmse"] == pytest.approx(1.0)
+    with pytest.raises(SimIPUError, match="none of 1 images"):
+        evaluate_maps([("c", many, empty)], crop="none")
+
+
+def test_ranges_partition_the_pixels():
+    rng = np.random.default_rng(3)
+    target = rng.uniform(1, 79, (20, 30))
+    prediction = target + rng.normal(0, 1, target.shape)
+    result = evaluate_maps([("a", prediction, target)], crop="none", ranges=((0, 40), (40, 80)))
+    clamped = np.clip(prediction, 1e-3, 80)
+    for name, part in (("0-40 m", target < 40), ("40-80 m", target >= 40)):
+        expected = scalar_metrics(clamped[part].tolist(), target[part].tolist())
+        assert result["per_range"][name]["rmse"] == pytest.approx(expected["rmse"], rel=1e-12)
+
+
+def test_mean_of_nothing_is_nan():
+    assert math.isnan(mean_metrics([dict.fromkeys(METRICS, math.nan)])["a1"])
+
+
+def test_flip_test_averages_with_the_mirrored_prediction():
+    def model(pixel_values):
+        # looks at the column, so that mirroring matters
+        return SimpleNamespace(predicted_depth=pixel_values[:, 0] + torch.arange(4.0))
+
+    pixel_values = torch.rand(2, 3, 3, 4, generator=torch.Generator().manual_seed(0))
+    expected = pixel_values[:, 0] + (torch.arange(4.0) + torch.arange(4.0).flip(0)) / 2
+    torch.testing.assert_close(predict_depth(model, pixel_values), expected)
+    torch.testing.assert_close(
+        predict_depth(model, pixel_values, flip_test=False), pixel_values[:, 0] + torch.arange(4.0)
+    )
+    assert predict_depth(model, pixel_values, size=(6, 8)).shape == (2, 6, 8)

@@ -1,0 +1,213 @@
+"""The depth model: loss against its formula, encoders of several families, saving, the transformers pipeline."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from simipu_hf.modeling.configuration_simipu_depth import SimIPUDepthConfig
+from simipu_hf.modeling.modeling_simipu_depth import SimIPUForDepthEstimation, pyramid_stages, silog_loss
+from torch import nn
+
+
+def tiny(**fields) -> SimIPUForDepthEstimation:
+    torch.manual_seed(0)
+    return SimIPUForDepthEstimation(SimIPUDepthConfig(image_config={"architecture": "test_resnet"}, **fields))
+
+
+def test_loss_equals_its_formula():
+    generator = torch.Generator().manual_seed(0)
+    prediction = torch.rand(2, 5, 7, generator=generator, dtype=torch.float64) * 80
+    target = torch.rand(2, 5, 7, generator=generator, dtype=torch.float64) * 120  # no upper limit in the loss
+    target[torch.rand(2, 5, 7, generator=generator) < 0.6] = 0
+    logs = [
+        math.log(p + 1e-3) - math.log(t + 1e-3)
+        for p, t in zip(prediction.flatten().tolist(), target.flatten().tolist(), strict=True)
+        if t > 0
+    ]
+    mean = math.fsum(logs) / len(logs)
+    variance = math.fsum((g - mean) ** 2 for g in logs) / (len(logs) - 1)
+    expected = math.sqrt(variance + 0.15 * mean**2)
+    assert silog_loss(prediction, target).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_loss_has_the_gradient_of_its_formula():
+    prediction = (torch.rand(2, 3, 4, dtype=torch.float64) * 50 + 1).requires_grad_()
+    target = torch.rand(2, 3, 4, dtype=torch.float64) * 50
+    target[:, 0] = 0
+    assert torch.autograd.gradcheck(lambda p: silog_loss(p, target), prediction)
+
+
+@pytest.mark.parametrize("known", [0, 1])
+def test_loss_without_enough_targets_is_zero_with_zero_gradient(known):
+    prediction = torch.full((1, 2, 2), 5.0, requires_grad=True)
+    target = torch.zeros(1, 2, 2)
+    target.view(-1)[:known] = 7.0
+    loss = silog_loss(prediction, target)
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(prediction.grad, torch.zeros_like(prediction))
+
+
+def test_perfect_prediction_has_no_loss_and_no_nan():
+    prediction = torch.full((1, 4, 4), 7.0, requires_grad=True)
+    silog_loss(prediction, torch.full((1, 4, 4), 7.0)).backward()
+    assert torch.isfinite(prediction.grad).all()
+
+
+def test_resnet50_decoder_has_the_published_widths():
+    with torch.device("meta"):
+        model = SimIPUForDepthEstimation(SimIPUDepthConfig(image_config={"architecture": "resnet50"}))
+    assert model.out_indices == [0, 1, 2, 3, 4]
+    assert tuple(model.decoder.project.weight.shape) == (2048, 2048, 1, 1)
+    shapes = [(tuple(b.conv1.weight.shape[:2]), tuple(b.conv2.weight.shape[:2])) for b in model.decoder.blocks]
+    assert shapes == [
+        ((1024, 2048 + 1024), (1024, 1024)),
+        ((512, 1024 + 512), (512, 512)),
+        ((256, 512 + 256), (256, 256)),
+        ((128, 256 + 64), (128, 128)),
+    ]
+    assert tuple(model.decoder.to_depth.weight.shape) == (1, 128, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_args"),
+    [
+        ("test_resnet", None),
+        ("test_convnext", None),
+        ("test_efficientnet", None),
+        ("test_vit", {"dynamic_img_size": True}),
+    ],
+)
+def test_any_timm_encoder(architecture, model_args):
+    config = SimIPUDepthConfig(image_config={"architecture": architecture, "model_args": model_args})
+    model = SimIPUForDepthEstimation(config)
+    output = model(torch.randn(2, 3, 64, 96), labels=torch.rand(2, 50, 70) * 60)
+    assert output.predicted_depth.shape == (2, 50, 70)
+    assert output.predicted_depth.min() > 0
+    assert output.predicted_depth.max() < 80
+    output.loss.backward()
+    assert model(torch.randn(1, 3, 64, 96)).predicted_depth.shape == (1, 64, 96)
+    without_gradient = [n for n, p in model.decoder.named_parameters() if p.grad is None]
+    assert without_gradient == []
+
+
+def test_stages_of_a_pyramid_and_of_a_single_resolution():
+    class Stages(nn.Module):
+        def __init__(self, *reductions):
+            super().__init__()
+            self.feature_info = [{"reduction": reduction} for reduction in reductions]
+
+    assert pyramid_stages(Stages(2, 4, 8, 16, 32)) == [0, 1, 2, 3, 4]
+    assert pyramid_stages(Stages(4, 8, 8, 16)) == [0, 2, 3]
+    assert pyramid_stages(Stages(*[16] * 12)) == [2, 5, 8, 11]
+    assert pyramid_stages(Stages(16, 16, 16)) == [0, 1, 2]
+
+
+def test_encoder_weights_are_taken_over_and_survive_saving(tmp_path):
+    torch.manual_seed(1)
+    encoder = timm.create_model("test_resnet", num_classes=10)
+    for module in encoder.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 1e-3
+            module.running_mean.uniform_(-1, 1)
+    model = SimIPUForDepthEstimation.from_image_encoder(encoder, max_depth=10.0).eval()
+    weights = encoder.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in model.image_encoder.state_dict().items())
+    model.save_pretrained(tmp_path)
+    reloaded = SimIPUForDepthEstimation.from_pretrained(tmp_path).eval()
+    pixel_values = torch.randn(1, 3, 64, 64)
+    assert torch.equal(model(pixel_values).predicted_depth, reloaded(pixel_values).predicted_depth)
+    assert reloaded.image_encoder.bn1.eps == 1e-3
+
+
+def test_weights_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"timm\.create_model"):
+        SimIPUForDepthEstimation.from_image_encoder(nn.Conv2d(3, 4, 1))
+    encoder = timm.create_model("test_resnet", num_classes=0)
+    encoder.surprise = nn.Linear(1, 1)
+    with pytest.raises(ValueError, match="do not fit test_resnet"):
+        SimIPUForDepthEstimation.from_image_encoder(encoder)
+
+
+def test_random_encoder_keeps_timms_own_initialisation():
+    torch.manual_seed(0)
+    expected = timm.create_model("resnet18", num_classes=0).state_dict()
+    torch.manual_seed(0)
+    model = SimIPUForDepthEstimation(SimIPUDepthConfig(image_config={"architecture": "resnet18"}))
+    actual = model.image_encoder.state_dict()
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
+    assert actual["layer1.0.bn2.weight"].abs().max() == 0  # timm starts residual branches at zero
+    assert model.decoder.blocks[0].conv1.weight.std().item() == pytest.approx(math.sqrt(2 / (256 * 9)), rel=0.05)
+
+
+def test_frozen_encoder_stays_as_it_is():
+    model = tiny()
+    model.freeze_image_encoder()
+    model.train()
+    before = {name: value.clone() for name, value in model.image_encoder.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(torch.randn(2, 3, 64, 64), labels=torch.rand(2, 64, 64) * 9).loss.backward()
+    optimizer.step()
+    assert all(torch.equal(before[name], value) for name, value in model.image_encoder.state_dict().items())
+    model.freeze_image_encoder(False)
+    assert model.image_encoder.training
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model, pixel_values, labels = tiny(), torch.randn(2, 3, 64, 64), torch.rand(2, 64, 64) * 9
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model.zero_grad()
+        model(pixel_values, labels=labels).loss.backward()
+        gradients.append(model.image_encoder.conv1[0].weight.grad.clone())
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_depth": 0.0}, "max_depth"),
+        ({"out_indices": []}, "out_indices"),
+        ({"decoder_channels": [8]}, "one fewer than stages"),
+    ],
+)
+def test_bad_configuration_says_what_to_change(fields, message):
+    with pytest.raises((ValueError, StrictDataclassError), match=message):
+        tiny(**fields)
+
+
+def test_pipeline_without_the_package(tmp_path):
+    from simipu_hf.modeling.processing_simipu import SimIPUImageProcessor
+
+    model_dir = tmp_path / "model"
+    tiny().save_pretrained(model_dir)
+    SimIPUImageProcessor.register_for_auto_class("AutoImageProcessor")
+    SimIPUImageProcessor(size={"height": 64, "width": 96}).save_pretrained(model_dir)
+    # the package's import hook is an editable install: the subprocess refuses to import it at all
+    script = f"""
+import sys
+sys.modules["simipu_hf"] = None
+from PIL import Image
+from transformers import pipeline
+depth = pipeline("depth-estimation", model={str(model_dir)!r}, trust_remote_code=True)
+output = depth(Image.new("RGB", (200, 120), (90, 120, 60)))
+print("shape", tuple(output["predicted_depth"].shape), output["depth"].size)
+"""
+    environment = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        cwd=tmp_path,
+        check=False,
+    )
+    assert "shape (120, 200) (200, 120)" in result.stdout, result.stderr[-2000:]
