@@ -1,0 +1,270 @@
+"""Image-encoder weights: read safely, checked, and carried over to another batch-norm epsilon."""
+
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from simipu_hf.errors import SimIPUError
+
+StateDict = dict[str, torch.Tensor]
+
+# Arguments that belong to whoever builds the network, not to the weights.
+CALLER_ARGS = ("num_classes", "pretrained", "in_chans", "global_pool", "features_only", "out_indices")
+
+OFFICIAL_BATCH_NORM_EPS = 1e-3
+
+
+@dataclass(frozen=True)
+class InputConvention:
+    """What the image encoder was fed with: `(value / 255 - mean) / std` per channel.
+
+    Args:
+        channel_order: of the tensor's channels.
+        mean, std: for pixel values from 0 to 1, in the order of the tensor's channels.
+        size: height, width in pixels of the training images, where they had one size.
+        keep_aspect_ratio: whether training images kept their aspect ratio when resized.
+    """
+
+    channel_order: Literal["rgb", "bgr"] = "rgb"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    size: tuple[int, int] | None = None
+    keep_aspect_ratio: bool = False
+
+    def __str__(self) -> str:
+        mean, std = ([round(255 * value, 4) for value in values] for values in (self.mean, self.std))
+        return f"{self.channel_order.upper()} channels, (value from 0 to 255 - {mean}) / {std}"
+
+    def data_config(self) -> dict[str, Any]:
+        """The part of it that timm's `pretrained_cfg` can say, which is all but the channel order."""
+        size = {} if self.size is None else {"input_size": (3, *self.size)}
+        crop_mode = "center" if self.keep_aspect_ratio else "squash"
+        return {**size, "mean": self.mean, "std": self.std, "crop_pct": 1.0, "crop_mode": crop_mode}
+
+
+OFFICIAL_INPUT = InputConvention("bgr", (0.406, 0.456, 0.485), (round(1 / 255, 12),) * 3, None, True)
+
+
+@dataclass
+class EncoderWeights:
+    """An image encoder as it was trained.
+
+    Args:
+        architecture: timm model name.
+        model_args: further arguments of `timm.create_model`.
+        state_dict: under timm's names, `running_var` as trained.
+        batch_norm_eps: epsilon of every batch norm, by module name.
+        input: what it was fed with.
+        description: one line that says what was found, and where.
+    """
+
+    architecture: str
+    state_dict: StateDict
+    batch_norm_eps: dict[str, float]
+    model_args: dict[str, Any] = field(default_factory=dict)
+    input: InputConvention = field(default_factory=InputConvention)
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        self.architecture = self.architecture.split(".")[0]  # timm's tag names weights, not the network
+        self.model_args = {
+            key: value
+            for key, value in self.model_args.items()
+            if key not in CALLER_ARGS and not key.endswith("drop_rate") and not key.startswith("drop_")
+        }
+
+    def template(self) -> nn.Module:
+        """The timm model of this architecture on the meta device: names, shapes and constants without memory."""
+        return timm_template(self.architecture, self.model_args)
+
+    def with_own_eps(self) -> "EncoderWeights":
+        """The same function in evaluation mode, for the architecture's own epsilon.
+
+        Batch norm divides by `sqrt(running_var + eps)`, so `running_var + eps_trained - eps_own` carries the
+        difference. Weights whose epsilon is the architecture's own are returned as they are.
+        """
+        own_eps = batch_norm_eps(self.template())
+        return replace(
+            self,
+            state_dict=fold_batch_norm_eps(self.state_dict, self.batch_norm_eps, own_eps),
+            batch_norm_eps=own_eps,
+        )
+
+    def with_channel_order(self, channel_order: str) -> "EncoderWeights":
+        """The same function of the same picture, for tensors whose channels are in `channel_order`."""
+        if channel_order not in ("rgb", "bgr"):
+            raise SimIPUError(f"channel_order must be 'rgb' or 'bgr', found {channel_order!r}")
+        if channel_order == self.input.channel_order:
+            return self
+        first = self.template().pretrained_cfg.get("first_conv")
+        if not isinstance(first, str):
+            raise SimIPUError(f"{self.architecture} has no single first convolution whose channels could be reordered")
+        state = dict(self.state_dict)
+        state[f"{first}.weight"] = state[f"{first}.weight"].flip(1).contiguous()
+        flipped = replace(
+            self.input, channel_order=channel_order, mean=self.input.mean[::-1], std=self.input.std[::-1]
+        )
+        return replace(self, state_dict=state, input=flipped)
+
+    def check(self, where: str) -> "EncoderWeights":
+        """These weights, or a SimIPUError if they are not exactly those of the architecture."""
+        check_state_dict(self.state_dict, self.template().state_dict(), f"{where}: as timm's {self.architecture}")
+        return self
+
+
+def timm_template(architecture: str, model_args: Mapping[str, Any] | None = None) -> nn.Module:
+    """A timm model without classifier on the meta device."""
+    if not timm.is_model(architecture):
+        raise SimIPUError(f"timm {timm.__version__} has no model named {architecture!r}")
+    try:
+        with torch.device("meta"):
+            return timm.create_model(architecture, pretrained=False, num_classes=0, **(model_args or {}))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SimIPUError(f"timm cannot build {architecture!r} with {model_args}: {error}") from error
+
+
+def batch_norm_eps(model: nn.Module) -> dict[str, float]:
+    """Epsilon of every batch norm of `model`, by module name."""
+    return {
+        name: module.eps for name, module in model.named_modules() if getattr(module, "running_var", None) is not None
+    }
+
+
+def fold_batch_norm_eps(state_dict: StateDict, trained: Mapping[str, float], target: Mapping[str, float]) -> StateDict:
+    """`state_dict` with `running_var + trained eps - target eps`, in float64, where the two differ."""
+    state = dict(state_dict)
+    for name, eps in trained.items():
+        if eps != target[name]:
+            variance = state[f"{name}.running_var"]
+            state[f"{name}.running_var"] = (variance.double() + eps - target[name]).to(variance.dtype)
+    return state
+
+
+def check_state_dict(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], where: str) -> None:
+    """Raise a SimIPUError unless both have the same names and shapes."""
+    shapes = [
+        f"{name} is {tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
+        for name in expected
+        if name in found and found[name].shape != expected[name].shape
+    ]
+    problems = {
+        "missing": [name for name in expected if name not in found],
+        "not expected": [name for name in found if name not in expected],
+        "of another shape": shapes,
+    }
+    said = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', …' * (len(names) > 3)})"
+        for what, names in problems.items()
+        if names
+    ]
+    if said:
+        raise SimIPUError(f"{where} the weights do not fit: {'; '.join(said)}")
+
+
+def read_weights(path: str | Path) -> tuple[StateDict, dict[str, Any]]:
+    """The tensors of a `.safetensors` file or of a PyTorch checkpoint, and what this package noted in the latter.
+
+    Nothing is unpickled but tensors and plain containers (`torch.load(weights_only=True)`). A checkpoint may
+    hold its tensors in `state_dict`, `model`, or at the top.
+
+    Raises:
+        SimIPUError: no such file, a damaged one, one without tensors, one that needs more than tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise SimIPUError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        return read_safetensors(path), {}
+    loaded = _load_tensors_only(path)
+    notes: dict[str, Any] = {}
+    if isinstance(loaded, Mapping):
+        meta = loaded.get("meta")
+        # a bare state dict keeps the note where PyTorch keeps version numbers
+        versions = getattr(loaded, "_metadata", None)
+        for holder in (meta, versions):
+            if isinstance(holder, Mapping) and isinstance(holder.get("simipu_hf"), Mapping):
+                notes = dict(holder["simipu_hf"])
+        for key in ("state_dict", "model"):
+            if isinstance(loaded.get(key), Mapping):
+                loaded = loaded[key]
+                break
+    tensors = (
+        {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
+        if isinstance(loaded, Mapping)
+        else {}
+    )
+    if not tensors:
+        raise SimIPUError(f"{path}: expected a dictionary of named tensors, found none")
+    return tensors, notes
+
+
+def read_safetensors(path: Path, prefix: str = "") -> StateDict:
+    """The tensors of a safetensors file whose names start with `prefix`, without it."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+            return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+    except Exception as error:
+        raise SimIPUError(
+            f"{path}: no readable safetensors file (damaged, or something else renamed): {error}"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SimIPUError(f"{path}: no readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise SimIPUError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _load_tensors_only(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        needs = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if needs is None:
+            raise SimIPUError(f"{path}: no PyTorch checkpoint, or a damaged one: {_first_line(error)}") from error
+        raise SimIPUError(
+            f"{path}: refused, because reading it would run code of {needs[1]}, which the file names beside its "
+            "tensors. If you trust whoever made it, save its tensors alone: "
+            "torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'weights.pth')"
+        ) from error
+    except Exception as error:
+        raise SimIPUError(f"{path}: no PyTorch checkpoint, or a truncated one: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+# blocks per stage, whether they are bottlenecks -> timm name
+_RESNETS = {
+    ((2, 2, 2, 2), False): "resnet18",
+    ((3, 4, 6, 3), False): "resnet34",
+    ((2, 2, 2, 2), True): "resnet26",
+    ((3, 4, 6, 3), True): "resnet50",
+    ((3, 4, 23, 3), True): "resnet101",
+    ((3, 8, 36, 3), True): "resnet152",
+}
+
+
+def resnet_architecture(state_dict: StateDict) -> str | None:
+    """timm name of the ResNet whose depth these names show; `None` if they show none."""
+    blocks: dict[int, set[int]] = {}
+    for name in state_dict:
+        if match := re.match(r"layer(\d)\.(\d+)\.", name):
+            blocks.setdefault(int(match[1]), set()).add(int(match[2]))
+    depths = tuple(len(blocks[stage]) for stage in sorted(blocks))
+    return _RESNETS.get((depths, "layer1.0.conv3.weight" in state_dict))
