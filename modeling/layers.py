@@ -1,0 +1,145 @@
+"""Pointwise building blocks of the point branch and of the projection heads, all on rows `(R, C)`."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .collectives import all_reduce_sum, world_size
+
+
+class WeightedBatchNorm(nn.Module):
+    """Batch norm over rows `(R, C)` in which row r counts `weight[r]` times.
+
+    With integer weights it equals batch norm over rows repeated that often, statistics, gradients and running
+    buffers included, without ever repeating them. Parameter and buffer names are `nn.BatchNorm1d`'s.
+
+    Args:
+        num_features: C.
+        eps, momentum: as in `nn.BatchNorm1d`.
+
+    Set `synchronize` to take the statistics over all processes.
+    """
+
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.eps = eps
+        self.momentum = momentum
+        self.synchronize = False
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
+        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
+
+    def forward(self, rows: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """Normalises `rows` `(R, C)`; `weight` is `(R,)`, all ones where omitted."""
+        if not self.training:
+            return self._scale_and_shift(rows, self.running_mean, self.running_var)
+        self.num_batches_tracked += 1
+        synchronize = self.synchronize and world_size() > 1
+        if weight is None and not synchronize:
+            return F.batch_norm(
+                rows, self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum, self.eps
+            )
+        if weight is None:
+            weight = rows.new_ones(rows.shape[0])
+        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        normalized, mean, variance, count = _WeightedNormalize.apply(wide, weight.to(wide), self.eps, synchronize)
+        self._update_running(mean, variance, count)
+        return torch.addcmul(self.bias, normalized, self.weight).to(rows.dtype)
+
+    def _scale_and_shift(self, rows: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return torch.addcmul(self.bias - mean * scale, rows, scale).to(rows.dtype)
+
+    @torch.no_grad()
+    def _update_running(self, mean: torch.Tensor, variance: torch.Tensor, count: torch.Tensor) -> None:
+        unbiased = variance * (count / (count - 1).clamp(min=1))
+        self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+        self.running_var.lerp_(unbiased.to(self.running_var), self.momentum)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"
+
+
+class _WeightedNormalize(torch.autograd.Function):
+    """(rows - mean) / sqrt(variance + eps) with weighted statistics, keeping only its output for the backward."""
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor, weight: torch.Tensor, eps: float, synchronize: bool):
+        reduce = all_reduce_sum if synchronize else _identity
+        count = reduce(weight.sum())
+        mean = reduce(weight @ rows) / count
+        centered = rows - mean
+        variance = reduce(weight @ centered.square()) / count
+        inverse_std = torch.rsqrt(variance + eps)
+        normalized = centered.mul_(inverse_std)
+        ctx.save_for_backward(normalized, inverse_std, weight / count)
+        ctx.reduce = reduce
+        ctx.mark_non_differentiable(mean, variance, count)
+        return normalized, mean, variance, count
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor, *_):
+        normalized, inverse_std, share = ctx.saved_tensors
+        sums = torch.stack([grad.sum(0), torch.linalg.vecdot(grad, normalized, dim=0)])
+        grad_sum, grad_dot = ctx.reduce(sums)
+        correction = torch.addcmul(grad_sum, normalized, grad_dot).mul_(share[:, None])
+        return (grad - correction) * inverse_std, None, None, None
+
+
+def _identity(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+class LinearBlock(nn.Module):
+    """Linear, batch norm, and ReLU where `activation` is set, on rows `(R, in)` -> `(R, out)`."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        activation: bool = True,
+    ) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_features, out_features)
+        self.norm = WeightedBatchNorm(out_features, eps=eps, momentum=momentum)
+        self.activation = activation
+
+    def forward(self, rows: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+        return self.normalize(self.linear(rows), weight)
+
+    def normalize(self, rows: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """The block without its linear part, for callers that compute that part more cheaply."""
+        rows = self.norm(rows, weight)
+        return F.relu(rows, inplace=True) if self.activation else rows
+
+
+def run_blocks(blocks: Sequence[LinearBlock], rows: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """Runs `blocks` one after another on rows `(R, C)` with row weights `(R,)`."""
+    for block in blocks:
+        rows = block(rows, weight)
+    return rows
+
+
+class ProjectionHead(nn.Module):
+    """Three linear layers with batch norm, ReLU after the first two: `(R, in)` -> `(R, out)`."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            [
+                LinearBlock(in_features, in_features),
+                LinearBlock(in_features, in_features),
+                LinearBlock(in_features, out_features, activation=False),
+            ]
+        )
+
+    def forward(self, rows: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """`weight` `(R,)` says how much each row counts in the batch statistics."""
+        return run_blocks(self.layers, rows, weight)

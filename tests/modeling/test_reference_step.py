@@ -1,0 +1,192 @@
+"""One training step of the official network, computed in float64 by the official code."""
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from simipu_hf.modeling.configuration_simipu import SimIPUConfig
+from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
+from simipu_hf.modeling.pointnet2 import gather_rows
+
+RELATIVE = 1e-9
+# The reference's own rounding: gradients of biases before a batch norm are 0 exactly, it has up to 6e-11 there
+# where its other gradients of that level are about 1, and sums of 524,288 grouped rows above them.
+GRADIENT = 2e-9
+GRADIENT_NOISE = 1e-10
+
+
+def official_tensor(name: str, shape: list[int]) -> torch.Tensor:
+    """The value that the reference gives to the official parameter or buffer `name`."""
+    if name.endswith("num_batches_tracked"):
+        return torch.tensor(0)
+    seed = zlib.crc32(name.encode()) % 9973
+    t = 12.9898 * (np.arange(int(np.prod(shape)), dtype=np.float64) + 1) + 78.233 * seed
+    h = 43758.5453 * np.sin(t)
+    v = torch.from_numpy((2 * (h - np.floor(h)) - 1).reshape(shape))
+    if name.endswith("running_var"):
+        return 1 + 0.1 * v
+    if name.endswith("running_mean"):
+        return 0.05 * v
+    if len(shape) == 1:
+        return 1 + 0.1 * v if name.endswith("weight") else 0.1 * v
+    return v * np.sqrt(3) * np.sqrt(2 / np.prod(shape[1:]))
+
+
+def official_to_ours(name: str) -> str | None:
+    """Independent of `simipu_hf.hub.convert`: the rule written down a second time."""
+    heads = {
+        "mlp_cross_points": "inter_point_head",
+        "mlp_cross_img": "inter_image_head",
+        "mlp_intro_points": "intra_point_head",
+    }
+    head, _, rest = name.partition(".")
+    if head == "img_backbone":
+        return f"simipu.image_encoder.{rest}"
+    if head in heads:
+        layer, part, leaf = rest.split(".")
+        return f"{heads[head]}.layers.{int(layer[5:]) - 1}.{['linear', 'norm'][int(part)]}.{leaf}"
+    if head == "pts_backbone":
+        rest = rest.replace(".conv.", ".linear.").replace(".bn.", ".norm.")
+        if rest.startswith("SA_modules"):
+            return "simipu.point_encoder." + rest.replace("SA_modules", "levels").replace(".layer", ".")
+        _, level, leaf = rest.split(".", 2)
+        return f"simipu.point_encoder.levels.{level}.aggregation.{leaf}"
+    return None
+
+
+@pytest.fixture(scope="module")
+def case(reference: Path) -> dict:
+    facts = json.loads((reference / "pretraining_step.json").read_text(encoding="utf-8"))
+    return {**facts, "tensors": load_file(reference / "pretraining_step.safetensors")}
+
+
+def reference_model(case: dict, **point_config) -> SimIPUForPreTraining:
+    config = SimIPUConfig.from_preset("official", point_config=point_config)
+    model = SimIPUForPreTraining(config).double()
+    ours = model.state_dict()
+    state = {}
+    for name, shape in case["state_dict"].items():
+        key = official_to_ours(name)
+        if key is not None:
+            state[key] = official_tensor(name, shape).reshape(ours[key].shape)
+    assert set(state) == set(ours)
+    model.load_state_dict(state)
+    return model.train()
+
+
+def batch(case: dict) -> dict[str, torch.Tensor]:
+    names = ("pixel_values", "points", "points_aug", "lidar_to_aug", "lidar_to_pixel")
+    return {name: case["tensors"][name] for name in names}
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = RELATIVE) -> None:
+    error = (actual - expected).abs().max() / expected.abs().max()
+    assert error < tolerance, f"relative error {error:.2e}"
+
+
+@pytest.fixture(scope="module")
+def step(case: dict):
+    model = reference_model(case)
+    output = model(**batch(case))
+    output.loss.backward()
+    return model, output
+
+
+def test_sampling_is_identical(case, step):
+    _, output = step
+    assert torch.equal(output.point_output.indices, case["tensors"]["out_index"])
+    assert torch.equal(output.point_aug_output.indices, case["tensors"]["out_aug_index"])
+
+
+def test_matching_is_identical_but_for_ties(case, step):
+    """The official sampler draws some points twice, so several assignments have the same cost: the same pairs of
+    coordinates must be matched, and the total cost must be the reference's."""
+    _, output = step
+    tensors = case["tensors"]
+    total = 0.0
+    for item in range(2):
+        view, augmented = tensors["out_xyz"][item], tensors["out_aug_xyz"][item]
+        ours = torch.cat([view, augmented[output.match[item]]], dim=1)
+        expected = torch.cat([view, augmented[tensors["match"][item]]], dim=1)
+        assert sorted(map(tuple, ours.tolist())) == sorted(map(tuple, expected.tolist()))
+        back = (augmented - tensors["lidar_to_aug"][item, :3, 3]) @ tensors["lidar_to_aug"][item, :3, :3].inverse().T
+        total += (view - back[tensors["match"][item]]).norm(dim=1).sum().item()
+    assert output.match_distance.item() * 2 * 1024 == pytest.approx(total, rel=RELATIVE)
+    # the reference computed its distances by a - 2ab + b, which is good to 1e-5 m for points that coincide
+    assert total == pytest.approx(tensors["match_cost"].sum().item(), rel=1e-7)
+
+
+def test_features_and_projections(case, step):
+    _, output = step
+    tensors = case["tensors"]
+    assert torch.equal(output.point_output.coordinates, tensors["out_xyz"])
+    assert torch.equal(output.point_aug_output.coordinates, tensors["out_aug_xyz"])
+    assert_close(output.point_output.features[..., ::16].transpose(1, 2), tensors["out_features"])
+    assert_close(output.point_aug_output.features[..., ::16].transpose(1, 2), tensors["out_aug_features"])
+    assert_close(output.image_features[-1][:, ::32], tensors["image_features"])
+    assert_close(output.image_embeds.flatten(0, 1), tensors["inter_image_projection"])
+    assert_close(output.point_embeds.flatten(0, 1), tensors["inter_point_projection"])
+
+
+def test_losses_and_accuracies(case, step):
+    _, output = step
+    losses = case["losses"]
+    assert output.inter_modal_loss.item() == pytest.approx(losses["cross_loss"], rel=RELATIVE)
+    assert output.intra_modal_loss.item() == pytest.approx(losses["intro_loss"], rel=RELATIVE)
+    assert output.loss.item() == pytest.approx(case["total"], rel=RELATIVE)
+
+
+def test_accuracies(case, step):
+    """Equal similarities are common (points drawn twice), and which of them the reference's top-k took first is
+    arbitrary: it must lie between counting every tie as a miss and as a hit, and so must ours."""
+    model, output = step
+    with torch.no_grad():
+        matched = gather_rows(output.point_aug_output.features, output.match)
+        embeds = {
+            "inter": (output.image_embeds, output.point_embeds),
+            "intra": [
+                model.intra_point_head(features.flatten(0, 1)).unflatten(0, output.match.shape)
+                for features in (output.point_output.features, matched)
+            ],
+        }
+    checks = [
+        ("inter", 204, "cross_acc_top1", output.inter_modal_top10_percent),
+        ("inter", 1024, "cross_acc_top5", output.inter_modal_top50_percent),
+        ("intra", 1, "intro_acc_top1", output.intra_modal_top1),
+        ("intra", 5, "intro_acc_top5", output.intra_modal_top5),
+    ]
+    for loss, k, official_name, ours in checks:
+        anchors, candidates = (F.normalize(e.flatten(0, 1), dim=1) for e in embeds[loss])
+        similarity = anchors @ candidates.T
+        positive = similarity.diagonal()[:, None]
+        never_worse = ((similarity > positive + 1e-9).sum(1) < k).double().mean().item()
+        never_better = ((similarity > positive - 1e-9).sum(1) - 1 < k).double().mean().item()
+        assert never_better <= case["losses"][official_name] / 100 <= never_worse
+        assert never_better <= ours.item() + 1e-6
+        assert ours.item() - 1e-6 <= never_worse
+
+
+def test_gradients_and_running_statistics(case, step):
+    model, _ = step
+    tensors = case["tensors"]
+    parameters = dict(model.named_parameters())
+    for name, norm in case["grad_norms"].items():
+        key = official_to_ours(name)
+        if key is None:
+            assert norm is None, name
+        elif norm is None:
+            assert parameters[key].grad is None, name
+        else:
+            gradient = parameters[key].grad.norm().item()
+            assert gradient == pytest.approx(norm, rel=GRADIENT, abs=GRADIENT_NOISE), name
+    assert_close(parameters["simipu.image_encoder.conv1.weight"].grad, tensors["grad_conv1"])
+    first = parameters["simipu.point_encoder.levels.0.mlps.0.0.linear.weight"].grad
+    assert_close(first.flatten(), tensors["grad_sa0"].flatten(), GRADIENT)
+    running = model.simipu.point_encoder.levels[0].mlps[2][1].norm.running_var
+    assert_close(running, tensors["bn_running_var_sa0"])
