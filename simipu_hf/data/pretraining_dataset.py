@@ -1,0 +1,103 @@
+"""The training set as a torch Dataset: row index in, both augmented views out."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+
+from simipu_hf.errors import SimIPUError
+from simipu_hf.modeling.processing_simipu import SimIPUProcessor
+
+from .augmentation import TwoViewAugmentation, two_view_sample
+
+REQUIRED_COLUMNS = ("image", "points", "camera_projection", "lidar_to_camera")
+
+
+class TwoViewDataset(torch.utils.data.Dataset):
+    """Two views of each row, the same for one (seed, epoch, index) in every process and with any number of workers.
+
+    Call `set_epoch` before iterating over an epoch. The epoch lives in shared memory, so workers see it, persistent
+    ones too. Call it on this object: `accelerate`'s loader passes its own `set_epoch` on to a sampler that has one
+    and then not to the data set.
+
+    Args:
+        rows: a `datasets.Dataset` of the data contract, or any sequence of such rows.
+        processor: of the model.
+        augmentation: how the views differ.
+        seed: of all augmentation.
+        on_bad_row: `"raise"` stops at a row that cannot be used. `"skip"` puts the next usable row in its place, so
+            that batches keep their size and processes stay in step, and notes it in `bad_rows`.
+
+    Raises:
+        SimIPUError: no rows, or a column is missing.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        processor: SimIPUProcessor,
+        augmentation: TwoViewAugmentation,
+        seed: int = 0,
+        on_bad_row: Literal["raise", "skip"] = "raise",
+    ) -> None:
+        if on_bad_row not in ("raise", "skip"):
+            raise SimIPUError(f"on_bad_row: expected 'raise' or 'skip', found {on_bad_row!r}")
+        if len(rows) == 0:
+            raise SimIPUError("the data set has no rows")
+        missing = [name for name in REQUIRED_COLUMNS if name not in getattr(rows, "column_names", REQUIRED_COLUMNS)]
+        if missing:
+            raise SimIPUError(f"the data set has no column {', '.join(missing)}; found {', '.join(rows.column_names)}")
+        self.rows = rows
+        self.processor = processor
+        self.augmentation = augmentation
+        self.seed = seed
+        self.on_bad_row = on_bad_row
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._is_bad = torch.zeros(len(rows), dtype=torch.bool).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
+
+    @property
+    def bad_rows(self) -> list[int]:
+        """Indices of the rows that this process and its workers found unusable and replaced so far."""
+        return self._is_bad.nonzero().flatten().tolist()
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """The sample of `two_view_sample`.
+
+        Raises:
+            SimIPUError: names the row and what is wrong with it.
+        """
+        if self.on_bad_row == "raise":
+            return self._sample(index, index)
+        for step in range(len(self)):
+            candidate = (index + step) % len(self)
+            try:
+                return self._sample(candidate, index)
+            except SimIPUError as error:
+                self._is_bad[candidate] = True
+                last_error = error
+        raise SimIPUError(f"none of the {len(self)} rows can be used; the last: {last_error}")
+
+    def _sample(self, row_index: int, index: int) -> dict[str, torch.Tensor]:
+        try:
+            row = self.rows[row_index]
+        # Reading a row decodes its image, and Pillow raises OSError, SyntaxError, ValueError and errors of its own.
+        except Exception as error:
+            raise SimIPUError(f"{self._row_name(row_index)}: cannot be read ({error})") from error
+        try:
+            return two_view_sample(
+                row, self.processor, self.augmentation, seed=self.seed, epoch=int(self._epoch), index=index
+            )
+        except ValueError as error:
+            raise SimIPUError(f"{self._row_name(row_index)}: {error}") from error
+
+    def _row_name(self, row_index: int) -> str:
+        if "frame_id" not in getattr(self.rows, "column_names", ()):
+            return f"row {row_index}"
+        frame_id = self.rows.select_columns("frame_id")[row_index]["frame_id"]  # this does not decode the image
+        return f"row {row_index} (frame_id {frame_id})"
