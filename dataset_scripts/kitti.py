@@ -83,9 +83,7 @@ def list_frames(name, data_dir, splits=None, cameras=None, drives=None) -> Listi
     Raises:
         ValueError: `data_dir` is no such KITTI folder, or a split, camera or drive asked for isn't there.
     """
-    if data_dir is None or not os.path.isdir(data_dir):
-        raise ValueError(f"data_dir must be the folder of a KITTI data set, found no folder at {data_dir!r}")
-    root = os.path.abspath(data_dir)
+    root = _root(data_dir)
     cameras = None if cameras is None else (cameras,) if isinstance(cameras, int) else tuple(cameras)
     if cameras is not None and not set(cameras) <= {2, 3}:
         raise ValueError(f"cameras: expected 2 and / or 3 (KITTI's colour cameras), found {cameras}")
@@ -98,10 +96,14 @@ def list_frames(name, data_dir, splits=None, cameras=None, drives=None) -> Listi
     return _list_object(root, splits, cameras or (2,))
 
 
+def split_names(name, data_dir) -> list[str]:
+    """Splits of a KITTI folder. Raises ValueError where it is none."""
+    root = _root(data_dir)
+    return list(_object_splits(root)) if name == "object" else ["train"]
+
+
 def _list_object(root: str, splits, cameras) -> Listing:
     available = _object_splits(root)
-    if not available:
-        raise _not_kitti(root, "training/ or testing/, each with image_2/, velodyne/ and calib/")
     _require(splits, available, f"{root}: splits")
     frames, problems = {}, []
     for split, id_file in available.items():
@@ -117,7 +119,10 @@ def _object_splits(root: str) -> dict[str, str | None]:
     if not splits.keys() & {"train", "val", "trainval"}:
         splits["train"] = None
     splits.setdefault("test", None)
-    return {split: path for split, path in splits.items() if os.path.isdir(os.path.join(root, OBJECT_SPLITS[split]))}
+    splits = {split: path for split, path in splits.items() if os.path.isdir(os.path.join(root, OBJECT_SPLITS[split]))}
+    if not splits:
+        raise _not_kitti(root, "training/ or testing/, each with image_2/, velodyne/ and calib/")
+    return splits
 
 
 def _object_frames(folder: str, id_file: str | None, cameras, problems: list[str]) -> list[Frame]:
@@ -217,6 +222,17 @@ def _drive_frames(day: str, drive: str, cameras, problems: list[str], notes: lis
     return frames
 
 
+def missing_files(listing: Listing) -> list[str]:
+    """A message for each file that a listed frame lacks."""
+    frames = {frame.image: frame for split in listing.splits.values() for frame in split}.values()
+    needed = {path: frame for frame in frames for path in (frame.image, frame.scan, *frame.calibration)}
+    return [
+        f"{path}: expected for frame {frame.frame_id}, found no such file"
+        for path, frame in needed.items()
+        if not os.path.isfile(path)
+    ]
+
+
 def fingerprint(listing: Listing) -> str:
     """Changes with every change of the frames' files (by size and time of change), so that a cache can't be stale."""
     digest = hashlib.sha256()
@@ -227,6 +243,12 @@ def fingerprint(listing: Listing) -> str:
                 state = (split, path, found and found.st_size, found and found.st_mtime_ns)
                 digest.update(repr(state).encode("utf-8"))
     return digest.hexdigest()
+
+
+def _root(data_dir) -> str:
+    if data_dir is None or not os.path.isdir(data_dir):
+        raise ValueError(f"data_dir must be the folder of a KITTI data set, found no folder at {data_dir!r}")
+    return os.path.abspath(data_dir)
 
 
 def _folders(path: str) -> list[str]:
@@ -441,6 +463,12 @@ class Kitti(datasets.GeneratorBasedBuilder):
         # datasets only hashes code that it loads as a script; with this, rows of an older version are not found again
         super().__init__(*args, hash=hash or _code_hash(), **kwargs)
 
+    def as_dataset(self, split=None, **kwargs):
+        return super().as_dataset(_kitti_split(split), **kwargs)
+
+    def as_streaming_dataset(self, split=None, **kwargs):
+        return super().as_streaming_dataset(_kitti_split(split), **kwargs)
+
     def _info(self) -> datasets.DatasetInfo:
         return datasets.DatasetInfo(
             description=f"{self.config.description}: synchronised camera + LiDAR pairs",
@@ -458,7 +486,7 @@ class Kitti(datasets.GeneratorBasedBuilder):
             logger.warning(note)
         problems = list(listing.problems)
         if self.config.on_bad_row == "error":
-            problems += _missing_files(listing)
+            problems += missing_files(listing)
             if problems:
                 more = f"\nand {len(problems) - 10} more" if len(problems) > 10 else ""
                 raise ValueError("\n".join(problems[:10]) + more)
@@ -506,14 +534,9 @@ def features(name: str) -> datasets.Features:
     return datasets.Features(columns)
 
 
-def _missing_files(listing: Listing) -> list[str]:
-    frames = {frame.image: frame for split in listing.splits.values() for frame in split}.values()
-    needed = {path: frame for frame in frames for path in (frame.image, frame.scan, *frame.calibration)}
-    return [
-        f"{path}: expected for frame {frame.frame_id}, found no such file"
-        for path, frame in needed.items()
-        if not os.path.isfile(path)
-    ]
+def _kitti_split(split):
+    """`validation`, as Hugging Face calls it, is KITTI's `val`."""
+    return re.sub(r"\bvalidation\b", "val", split) if isinstance(split, str) else split
 
 
 def _code_hash() -> str:

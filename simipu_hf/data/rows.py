@@ -12,12 +12,15 @@ The points are bytes because every other column type is 10 to 2,000 times slower
 """
 
 import os
-from collections.abc import Callable, Iterable
+import shutil
+import tempfile
+from collections.abc import Iterable
 from io import BytesIO
 from typing import Any
 
 import datasets
 import numpy as np
+from datasets.arrow_writer import ArrowWriter
 from PIL import Image
 
 from ..errors import SimIPUError
@@ -60,7 +63,7 @@ def to_row(
             for log in my_logs:
                 yield to_row(log.name, log.image_path, log.points, log.projection, log.extrinsics)
 
-        dataset_from_rows(rows).save_to_disk("my_dataset")   # then: --dataset_name my_dataset
+        dataset_from_rows(rows()).save_to_disk("my_dataset")   # then: --dataset_name my_dataset
     """
     if isinstance(image, bytes):
         image = {"bytes": image, "path": None}
@@ -82,24 +85,25 @@ def to_row(
     return row
 
 
-def dataset_from_rows(rows: Callable[[], Iterable[dict[str, Any]]], cache_dir: str | None = None) -> datasets.Dataset:
-    """A data set from a function that yields rows made by `to_row`, one at a time (it need not fit in memory).
+def dataset_from_rows(rows: Iterable[dict[str, Any]], cache_dir: str | os.PathLike | None = None) -> datasets.Dataset:
+    """A data set of rows made by `to_row`, from a generator or any other iterable; it need not fit in memory.
 
-    The rows are written to the datasets cache once; `save_to_disk` or `push_to_hub` the result to keep it.
-
-    Raises:
-        SimIPUError: a row that `to_row` refuses.
+    The rows are written to a new file in `cache_dir` (default: the cache of datasets). To keep them, call
+    `save_to_disk` or `push_to_hub` on the result.
     """
+    parent = os.fspath(cache_dir or datasets.config.HF_DATASETS_CACHE)
+    os.makedirs(parent, exist_ok=True)
+    folder = tempfile.mkdtemp(prefix="rows-", dir=parent)
+    path = os.path.join(folder, "rows.arrow")
     try:
-        # a fingerprint of its own: files that the generator reads may have changed since it last ran
-        fingerprint = datasets.fingerprint.generate_random_fingerprint()
-        return datasets.Dataset.from_generator(
-            rows, features=ROW_FEATURES, cache_dir=cache_dir, fingerprint=fingerprint, writer_batch_size=16
-        )
-    except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, SimIPUError):
-            raise error.__cause__ from error
+        with ArrowWriter(path=path, features=ROW_FEATURES, writer_batch_size=16) as writer:
+            for row in rows:
+                writer.write(ROW_FEATURES.encode_example(row))
+            writer.finalize()
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
         raise
+    return datasets.Dataset.from_file(path)
 
 
 def points_from_row(row: dict[str, Any]) -> np.ndarray:
@@ -125,7 +129,8 @@ def calibration_from_row(row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """`camera_projection` (3, 4) and `lidar_to_camera` (4, 4) of a row, float64.
 
     Raises:
-        SimIPUError: another shape, no numbers, NaN or infinity, or a last row of `lidar_to_camera` that is not 0 0 0 1.
+        SimIPUError: another shape, no numbers, NaN or infinity, or a last row of `lidar_to_camera` other than
+            0 0 0 1.
     """
     projection = _matrix_from_row(row, "camera_projection", (3, 4))
     lidar_to_camera = _matrix_from_row(row, "lidar_to_camera", (4, 4))
