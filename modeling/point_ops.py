@@ -1,18 +1,33 @@
 """Index operations on point clouds: furthest point sampling, ball query, and the maximum over groups.
 
 Each operation has one definition in plain PyTorch (backend `"torch"`), which works for every dtype and device,
-and faster backends that compute the same function. `"auto"` picks the fastest that is installed and applies.
-No gradient flows through indices; half precision inputs are compared in float32.
+and faster backends that compute the same function. `"auto"` picks the fastest that is installed and applies; a
+backend asked for by name raises ImportError where its package is missing and ValueError where it does not apply.
+No gradient flows through indices; half precision inputs are compared in float32. On CUDA nothing waits for the device.
 
 Shapes: B clouds, N points each, M samples or centres, K slots of a group, G = B * M groups.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .point_ops_numba import GroupMax, numba
+from .point_ops_numba import ball_query as numba_ball_query
+from .point_ops_numba import furthest_point_sample as numba_sample
+from .point_ops_numba import furthest_point_sample_features as numba_sample_features
+from .point_ops_triton import ball_query_padded as triton_ball_query_padded
+from .point_ops_triton import furthest_point_sample as triton_sample
+from .point_ops_triton import furthest_point_sample_features as triton_sample_features
+from .point_ops_triton import triton
+
+try:
+    import torch_quickfps
+except Exception:
+    torch_quickfps = None
 
 
 class Neighbors(NamedTuple):
@@ -38,27 +53,47 @@ def furthest_point_sample(points: Tensor, num_samples: int, backend: str = "auto
     """Furthest point sampling on coordinates (D-FPS).
 
     Starts at index 0; every next sample is the point with the largest squared distance to its nearest sample,
-    the lowest index among equals.
+    the lowest index among equals (`"quickfps"` alone chooses otherwise among equals).
 
     Args:
         points: (B, N, C), metres, any frame.
         num_samples: M. If M > N all distances end at zero and index 0 repeats.
-        backend: `"auto"` or `"torch"`.
+        backend: `"auto"`, `"torch"`, `"numba"` (CPU), `"quickfps"` (CPU, at most float32, M <= N) or `"triton"`
+            (CUDA, at most float32); the last three take C = 3.
 
     Returns:
         (B, M) int64, rows of each cloud.
 
     Source: official `furthest_point_sample_cuda.cu`, whose order among equals depends on its thread count.
     """
-    _check_backend(backend, ("torch",))
-    axes = _at_least_float32(points).permute(2, 0, 1).contiguous()  # (C, B, N)
-    samples = torch.zeros(points.shape[0], num_samples, dtype=torch.long, device=points.device)
-    nearest = torch.full(points.shape[:2], 1e10, dtype=axes.dtype, device=points.device)
-    for m in range(1, num_samples):
-        last = samples[None, :, m - 1, None].expand(axes.shape[0], -1, -1)
-        nearest = torch.minimum(nearest, _sum_of_squares(axes - axes.gather(2, last)))
-        samples[:, m] = nearest.argmax(1)
-    return samples
+    _check_sampling(points, num_samples)
+    values = _at_least_float32(points).contiguous()
+    on_cpu, single, spatial = values.device.type == "cpu", values.dtype == torch.float32, values.shape[2] == 3
+    backend = _choose(
+        backend,
+        triton=_obstacle(triton, "triton", values.is_cuda and single and spatial, "3 coordinates in float32 on CUDA"),
+        numba=_obstacle(numba, "numba", on_cpu and spatial, "3 coordinates on the CPU"),
+        quickfps=_obstacle(
+            torch_quickfps,
+            "torch-quickfps",
+            on_cpu and single and spatial and num_samples <= values.shape[1],
+            "3 coordinates in float32 on the CPU, and no more samples than points",
+        ),
+        torch=None,
+    )
+    if backend == "triton":
+        return triton_sample(values, num_samples)
+    if backend == "numba":
+        return numba_sample(values, num_samples)
+    if backend == "quickfps":
+        return torch_quickfps.sample_idx(values, num_samples, start_idx=0)
+
+    axes = values.permute(2, 0, 1).contiguous()  # (C, B, N)
+
+    def distances(last: Tensor) -> Tensor:
+        return _sum_of_squares(axes - axes.gather(2, last.expand(len(axes), -1, -1)))
+
+    return _sample(distances, axes[0], num_samples)
 
 
 @torch.no_grad()
@@ -66,31 +101,41 @@ def furthest_point_sample_features(features: Tensor, num_samples: int, backend: 
     """Furthest point sampling on features (F-FPS).
 
     As `furthest_point_sample`, with the squared distance expanded to a² + b² - 2ab, which rounding can make
-    slightly negative.
+    slightly negative. Products are never formed in less than float32, neither under autocast nor with TF32 on:
+    coordinates of tens of metres leave no bits to spare.
 
     Args:
-        features: (B, N, C), the official network passes coordinates and features side by side.
+        features: (B, N, C); the official network passes coordinates and features side by side.
         num_samples: M.
-        backend: `"auto"` or `"torch"`.
+        backend: `"auto"`, `"torch"`, `"numba"` (CPU) or `"triton"` (CUDA, at most float32).
 
     Returns:
         (B, M) int64, rows of each cloud.
 
     Source: official `calc_square_dist(norm=False)` and `furthest_point_sample_with_dist`.
     """
-    _check_backend(backend, ("torch",))
-    features = _at_least_float32(features)
-    batch = torch.arange(features.shape[0], device=features.device)
-    samples = torch.zeros(features.shape[0], num_samples, dtype=torch.long, device=features.device)
-    with torch.autocast(features.device.type, enabled=False):
-        norms = features.square().sum(-1)
-        nearest = torch.full_like(norms, 1e10)
-        for m in range(1, num_samples):
-            last = samples[:, m - 1]
-            products = torch.bmm(features, features[batch, last, :, None]).squeeze(-1)
-            nearest = torch.minimum(nearest, norms + norms[batch, last, None] - 2 * products)
-            samples[:, m] = nearest.argmax(1)
-    return samples
+    _check_sampling(features, num_samples)
+    values = _at_least_float32(features).contiguous()
+    backend = _choose(
+        backend,
+        triton=_obstacle(
+            triton, "triton", values.is_cuda and values.dtype == torch.float32, "features in float32 on CUDA"
+        ),
+        numba=_obstacle(numba, "numba", values.device.type == "cpu", "features on the CPU"),
+        torch=None,
+    )
+    if backend == "triton":
+        return triton_sample_features(values, num_samples)
+    if backend == "numba":
+        return numba_sample_features(values, num_samples)
+
+    norms = values.square().sum(-1)
+
+    def distances(last: Tensor) -> Tensor:
+        products = (values * values.take_along_dim(last[0, :, :, None], 1)).sum(-1)
+        return norms + norms.gather(1, last[0]) - 2 * products
+
+    return _sample(distances, norms, num_samples)
 
 
 @torch.no_grad()
@@ -111,22 +156,39 @@ def ball_query(
         centers: (B, M, 3), same frame.
         radii: (min, max) of each ring, metres.
         num_samples: K of each ring.
-        backend: `"auto"` or `"torch"`.
+        backend: `"auto"`, `"torch"`, `"numba"` (CPU) or `"triton"` (CUDA, at most float32).
 
     Returns:
-        One `Neighbors` per ring, group b * M + m around `centers[b, m]`.
+        One `Neighbors` per ring, group b * M + m around `centers[b, m]`. `"numba"` counts repetitions of the first
+        hit, the others list every slot (E = B * M * K), so that no size depends on the data.
 
     Source: official `ball_query_cuda.cu`.
     """
-    _check_backend(backend, ("torch",))
+    dtype = points.dtype
+    points, centers = _at_least_float32(points).contiguous(), _at_least_float32(centers).contiguous()
+    backend = _choose(
+        backend,
+        triton=_obstacle(
+            triton, "triton", points.is_cuda and points.dtype == torch.float32, "points in float32 on CUDA"
+        ),
+        numba=_obstacle(numba, "numba", points.device.type == "cpu", "points on the CPU"),
+        torch=None,
+    )
+    if backend == "numba":
+        rings = numba_ball_query(points, centers, _squared_radii(radii, points.dtype), num_samples)
+        return [Neighbors(index, weight.to(dtype), offsets) for index, weight, offsets in rings]
+    if backend == "triton":
+        padded = triton_ball_query_padded(points, centers, _squared_radii(radii, points.dtype), num_samples)
+    else:
+        padded = ball_query_padded(points, centers, radii, num_samples)
     first_row = torch.arange(len(points), device=points.device)[:, None, None] * points.shape[1]
     return [
         Neighbors(
             index=(index + first_row).flatten(),
-            weight=points.new_ones(index.numel()),
-            offsets=torch.arange(0, index.numel() + 1, index.shape[-1], device=points.device),
+            weight=torch.ones(index.numel(), dtype=dtype, device=index.device),
+            offsets=torch.arange(0, index.numel() + 1, index.shape[-1], device=index.device),
         )
-        for index in ball_query_padded(points, centers, radii, num_samples)
+        for index in padded
     ]
 
 
@@ -143,24 +205,41 @@ def ball_query_padded(
     parts: list[list[Tensor]] = [[] for _ in radii]
     for some in _at_least_float32(centers).permute(2, 0, 1)[..., None].split(chunk, dim=2):
         squared = _sum_of_squares(some - axes)
-        for part, (low, high), k in zip(parts, radii, num_samples, strict=True):
-            inside = (squared >= _squared_radius(low, squared.dtype)) & (
-                squared < _squared_radius(high, squared.dtype)
-            )
-            part.append(_first_hits(inside | (squared == 0), k))
+        for part, (low, high), k in zip(parts, _squared_radii(radii, axes.dtype), num_samples, strict=True):
+            part.append(_first_hits(((squared >= low) & (squared < high)) | (squared == 0), k))
     return [torch.cat(part, dim=1) for part in parts]
 
 
-def group_max(rows: Tensor, neighbors: Neighbors) -> Tensor:
+def group_max(rows: Tensor, neighbors: Neighbors, backend: str = "auto") -> Tensor:
     """Maximum over the entries of each group, channel by channel; differentiable in `rows`.
+
+    Nothing of size (G, K, C) is formed.
 
     Args:
         rows: (R, C); entry e of `neighbors` stands for row `neighbors.index[e]`.
+        neighbors: the groups; weights do not matter.
+        backend: `"auto"`, `"torch"` or `"numba"` (CPU).
 
     Returns:
         (G, C). The gradient goes to the first entry that attains the maximum.
     """
+    backend = _choose(
+        backend, numba=_obstacle(numba, "numba", rows.device.type == "cpu", "rows on the CPU"), torch=None
+    )
+    if backend == "numba":
+        values = _at_least_float32(rows).contiguous()
+        return GroupMax.apply(values, neighbors.index, neighbors.offsets).to(rows.dtype)
     return F.embedding_bag(neighbors.index, rows, neighbors.offsets, mode="max", include_last_offset=True)
+
+
+def _sample(distances: Callable[[Tensor], Tensor], like: Tensor, num_samples: int) -> Tensor:
+    """The loop of furthest point sampling; `distances` maps the last samples (1, B, 1) to distances `like` (B, N)."""
+    samples = torch.zeros(len(like), num_samples, dtype=torch.long, device=like.device)
+    nearest = torch.full_like(like, 1e10)
+    for m in range(1, num_samples):
+        nearest = torch.minimum(nearest, distances(samples[None, :, m - 1 : m]))
+        samples[:, m] = nearest.argmax(1)
+    return samples
 
 
 def _first_hits(hits: Tensor, k: int) -> Tensor:
@@ -179,15 +258,36 @@ def _sum_of_squares(axes: Tensor) -> Tensor:
     return sum(axis * axis for axis in axes)
 
 
-def _squared_radius(radius: float, dtype: torch.dtype) -> float:
-    """The square as the kernels form it: rounded to the points' precision before and after."""
-    return torch.tensor(radius, dtype=dtype).square().item()
+def _squared_radii(radii: Sequence[tuple[float, float]], dtype: torch.dtype) -> list[tuple[float, float]]:
+    """The squares as the official kernel forms them: rounded to the points' precision before and after."""
+    return [tuple(ring) for ring in torch.tensor(radii, dtype=dtype, device="cpu").square().tolist()]
 
 
 def _at_least_float32(values: Tensor) -> Tensor:
     return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
 
-def _check_backend(backend: str, known: Sequence[str]) -> None:
-    if backend not in ("auto", *known):
-        raise ValueError(f"unknown backend {backend!r}: choose from {', '.join(('auto', *known))}")
+def _check_sampling(points: Tensor, num_samples: int) -> None:
+    if points.dim() != 3 or points.shape[1] == 0 or num_samples < 1:
+        raise ValueError(
+            f"sampling takes (B, N, C) with at least one point and at least one sample, "
+            f"found {tuple(points.shape)} and {num_samples} samples"
+        )
+
+
+def _obstacle(package: Any, name: str, applies: bool, takes: str) -> Exception | None:
+    """Why a backend cannot be used, if so."""
+    if package is None:
+        return ImportError(f"this backend needs {name}, which cannot be imported: pip install {name}")
+    return None if applies else ValueError(f"this backend takes {takes}")
+
+
+def _choose(backend: str, **obstacles: Exception | None) -> str:
+    """The backend to run. `obstacles` name the known ones, the fastest first."""
+    if backend == "auto":
+        return next(name for name, obstacle in obstacles.items() if obstacle is None)
+    if backend not in obstacles:
+        raise ValueError(f"unknown backend {backend!r}: choose from auto, {', '.join(obstacles)}")
+    if obstacles[backend] is not None:
+        raise type(obstacles[backend])(f"backend {backend!r}: {obstacles[backend]}")
+    return backend
