@@ -1,0 +1,271 @@
+"""The KITTI builder on random frames: splits, cameras, drives, cache, damage."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from simipu_hf.dataset_scripts import kitti
+
+
+def build(root: Path, name: str, cache: Path, **options):
+    builder = kitti.Kitti(config_name=name, data_dir=str(root), cache_dir=str(cache), **options)
+    builder.download_and_prepare()
+    return builder.as_dataset()
+
+
+def test_splits_come_from_image_sets(object_root, tmp_path):
+    root = object_root({"train": "000002\n000000\n", "val": "000001\n", "trainval": "000000\n000001\n000002\n"})
+    data = build(root, "object", tmp_path / "cache")
+    assert {name: list(rows["frame_id"]) for name, rows in data.items()} == {
+        "train": ["000002", "000000"],
+        "val": ["000001"],
+        "trainval": ["000000", "000001", "000002"],
+        "test": ["000000", "000001"],
+    }
+
+
+def test_without_image_sets_train_is_all_of_training(object_root, tmp_path):
+    root = object_root()
+    data = build(root, "object", tmp_path / "cache")
+    assert {name: len(rows) for name, rows in data.items()} == {"train": 4, "test": 2}
+    shutil.rmtree(root / "testing")
+    assert kitti.split_names("object", root) == ["train"]
+
+
+def test_validation_is_another_name_of_val(object_root, tmp_path):
+    root = object_root({"train": "000000\n", "val": "000001\n"})
+    builder = kitti.Kitti(config_name="object", data_dir=str(root), cache_dir=str(tmp_path / "cache"))
+    builder.download_and_prepare()
+    assert list(builder.as_dataset(split="train+validation")["frame_id"]) == ["000000", "000001"]
+    assert [row["frame_id"] for row in builder.as_streaming_dataset(split="validation")] == ["000001"]
+
+
+def test_only_the_chosen_splits_are_prepared(object_root, tmp_path):
+    root = object_root({"train": "000000\n", "val": "000001\n"})
+    shutil.rmtree(root / "testing/velodyne")
+    data = build(root, "object", tmp_path / "cache", splits=("train",))
+    assert list(data) == ["train"]
+
+
+def test_objects_have_all_label_fields(object_root, tmp_path):
+    rows = build(object_root(), "object", tmp_path / "cache")["train"]
+    objects = rows[0]["objects"]
+    assert objects == {
+        "type": [0, 0],
+        "truncated": [0.5, 0.5],
+        "occluded": [1, 1],
+        "alpha": [-1.25, -1.25],
+        "bbox": [[10.0, 2.5, 30.0, 12.75]] * 2,
+        "dimensions": [[1.5, 1.6, 3.7]] * 2,
+        "location": [[-2.1, 1.65, 12.3]] * 2,
+        "rotation_y": [-1.45, -1.45],
+    }
+    for row in (rows[1], rows[2]):  # an empty label file, no label file
+        assert all(values == [] for values in row["objects"].values())
+
+
+def test_raw_pairs_every_image_that_has_a_scan(raw_root, tmp_path):
+    rows = build(raw_root, "raw", tmp_path / "cache")["train"]
+    first, second = "2011_09_26_drive_0001_sync", "2011_09_26_drive_0002_sync"
+    assert list(rows["frame_id"]) == (
+        [f"{first}_image_02_{index:010d}" for index in (0, 2, 3)]
+        + [f"{first}_image_03_{index:010d}" for index in (0, 2)]
+        + [f"{second}_image_02_{index:010d}" for index in (0, 1)]
+    )
+    notes = kitti.list_frames("raw", raw_root).notes
+    assert any("1 of 4 images have no partner for camera 2, left out: 0000000001" in note for note in notes)
+
+
+@pytest.mark.parametrize("drive", ["2011_09_26_drive_0001_sync", "2011_09_26_drive_0001"])
+def test_raw_drive_and_camera_are_selectable(raw_root, tmp_path, drive):
+    rows = build(raw_root, "raw", tmp_path / "cache", drives=(drive,), cameras=(3,))["train"]
+    assert list(rows["frame_id"]) == [f"2011_09_26_drive_0001_sync_image_03_{index:010d}" for index in (0, 2)]
+
+
+@pytest.mark.parametrize(("name", "keys"), [("object", ("P2", "P3")), ("raw", ("P_rect_02", "P_rect_03"))])
+def test_each_camera_uses_its_own_projection(object_root, raw_root, tmp_path, name, keys):
+    root = object_root() if name == "object" else raw_root
+    path = root / ("training/calib/000000.txt" if name == "object" else "2011_09_26/calib_cam_to_cam.txt")
+    lines = dict(line.split(": ") for line in path.read_text().splitlines() if line)
+    for camera, key in zip((2, 3), keys, strict=True):
+        drives = ("2011_09_26_drive_0001",) if name == "raw" else None
+        row = build(root, name, tmp_path / "cache", cameras=(camera,), drives=drives)["train"][0]
+        np.testing.assert_array_equal(np.ravel(row["camera_projection"]), np.array(lines[key].split(), dtype=float))
+
+
+def test_two_processes_and_streaming_give_the_same_rows(object_root, tmp_path):
+    root = object_root()
+    one = build(root, "object", tmp_path / "one")["train"]
+    builder = kitti.Kitti(config_name="object", data_dir=str(root), cache_dir=str(tmp_path / "two"))
+    builder.download_and_prepare(num_proc=2)
+    two, stream = builder.as_dataset(split="train"), builder.as_streaming_dataset(split="train")
+    assert stream.num_shards == 4
+    for a, b, c in zip(one, two, stream, strict=True):
+        images = [np.asarray(row.pop("image")) for row in (a, b, c)]
+        np.testing.assert_array_equal(images[0], images[1])
+        np.testing.assert_array_equal(images[0], images[2])
+        assert a == b == c
+
+
+def test_a_relative_folder_works_from_elsewhere_later(object_root, tmp_path, monkeypatch):
+    root = object_root()
+    monkeypatch.chdir(root)
+    rows = build(Path("."), "object", tmp_path / "cache")["train"]
+    monkeypatch.chdir(tmp_path)
+    assert rows[0]["image"].size == (48, 16)
+
+
+def test_cache_is_kept_while_nothing_changes_and_left_when_files_change(object_root, tmp_path):
+    root = object_root()
+
+    def cache_folder() -> str:
+        return kitti.Kitti(config_name="object", data_dir=str(root), cache_dir=str(tmp_path / "cache")).cache_dir
+
+    before = cache_folder()
+    assert cache_folder() == before
+    np.zeros((3, 4), "<f4").tofile(root / "training/velodyne/000000.bin")
+    assert cache_folder() != before
+    assert len(build(root, "object", tmp_path / "cache")["train"][0]["points"]) == 3 * 16
+
+
+def test_cache_is_left_when_the_code_changes(object_root, tmp_path, monkeypatch):
+    changed = tmp_path / "kitti_changed.py"
+    changed.write_bytes(Path(kitti.__file__).read_bytes() + b"\n# changed\n")
+    options = {"config_name": "object", "data_dir": str(object_root()), "cache_dir": str(tmp_path / "cache")}
+    before = kitti.Kitti(**options).cache_dir
+    monkeypatch.setattr(kitti, "__file__", str(changed))
+    assert kitti.Kitti(**options).cache_dir != before
+
+
+def delete(path):
+    return lambda root: (root / path).unlink()
+
+
+def rewrite(path, old, new):
+    def apply(root):
+        text = (root / path).read_text()
+        assert old in text
+        (root / path).write_text(text.replace(old, new))
+
+    return apply
+
+
+def points(path, values):
+    return lambda root: np.asarray(values, "<f4").tofile(root / path)
+
+
+def overwrite(path, data):
+    return lambda root: (root / path).write_bytes(data)
+
+
+SCAN, IMAGE, CALIB = "training/velodyne/000001.bin", "training/image_2/000001.png", "training/calib/000001.txt"
+LABELS = "training/label_2/000000.txt"
+OBJECT_DAMAGE = {
+    "scan missing": (delete(SCAN), [SCAN, "no such file"]),
+    "image missing": (delete(IMAGE), [IMAGE, "no such file"]),
+    "calibration missing": (delete(CALIB), [CALIB, "no such file"]),
+    "scan truncated": (overwrite(SCAN, b"\0" * 40), [SCAN, "16 bytes", "40 bytes"]),
+    "scan empty": (overwrite(SCAN, b""), [SCAN, "0 bytes"]),
+    "scan with NaN": (points(SCAN, [[0] * 4, [0, np.nan, 0, 0]]), [SCAN, "1 of 2", "index 1"]),
+    "scan with infinity": (points(SCAN, [[np.inf, 0, 0, 0]]), [SCAN, "1 of 1"]),
+    "image unreadable": (overwrite(IMAGE, b"not a PNG"), [IMAGE, "readable image"]),
+    "calibration line missing": (rewrite(CALIB, "P2:", "Q2:"), [CALIB, "'P2:'", "Q2"]),
+    "calibration line too long": (rewrite(CALIB, "R0_rect:", "R0_rect: 1.0"), [CALIB, "'R0_rect:'", "9", "10"]),
+    "calibration not numeric": (rewrite(CALIB, "Tr_velo_to_cam:", "Tr_velo_to_cam: x"), [CALIB, "'x'"]),
+    "calibration with NaN": (rewrite(CALIB, "R0_rect: ", "R0_rect: nan nan nan 0 0 0 0 0 0\nX: "), [CALIB, "finite"]),
+    "label too short": (overwrite(LABELS, b"Car 0 0\n"), [LABELS, "line 1", "15 fields", "found 3"]),
+    "label of unknown type": (rewrite(LABELS, "Car", "Boat"), [LABELS, "'Boat"]),
+    "ImageSets names an absent frame": (
+        overwrite("ImageSets/train.txt", b"000000\n000077\n"),
+        ["ImageSets/train.txt, line 2", "000077"],
+    ),
+    "ImageSets names a frame twice": (
+        overwrite("ImageSets/train.txt", b"000000\n000000\n"),
+        ["ImageSets/train.txt, line 2", "second time"],
+    ),
+    "folder missing": (lambda root: shutil.rmtree(root / "training/velodyne"), ["velodyne", "image_2"]),
+}
+
+
+def messages(error: BaseException) -> str:
+    text = ""
+    while error is not None:
+        text, error = f"{text}\n{error}", error.__cause__
+    return text
+
+
+@pytest.mark.parametrize("case", OBJECT_DAMAGE)
+def test_object_damage_is_named(object_root, tmp_path, case):
+    root = object_root({"train": "000000\n000001\n"})
+    damage, expected = OBJECT_DAMAGE[case]
+    damage(root)
+    with pytest.raises(Exception) as caught:  # noqa: PT011 (datasets wraps it)
+        build(root, "object", tmp_path / "cache")
+    assert all(part.replace("/", os.sep) in messages(caught.value) for part in expected), messages(caught.value)
+    assert not list((tmp_path / "cache").rglob("*.arrow"))
+
+
+@pytest.mark.parametrize("case", [case for case in OBJECT_DAMAGE if case != "folder missing"])
+def test_object_damage_can_be_skipped(object_root, tmp_path, case):
+    root = object_root({"train": "000000\n000001\n"})
+    OBJECT_DAMAGE[case][0](root)
+    rows = build(root, "object", tmp_path / "cache", on_bad_row="skip")["train"]
+    assert list(rows["frame_id"]) == (["000001"] if case.startswith("label") else ["000000"])
+
+
+DRIVE = "2011_09_26/2011_09_26_drive_0002_sync"
+RAW_DAMAGE = {
+    "calibration missing": (delete("2011_09_26/calib_velo_to_cam.txt"), ["calib_velo_to_cam.txt", "no such file"]),
+    "calibration line missing": (rewrite("2011_09_26/calib_cam_to_cam.txt", "P_rect_02", "X"), ["'P_rect_02:'"]),
+    "calibration of another day": (
+        lambda root: Image.new("RGB", (47, 15)).save(root / DRIVE / "image_02/data/0000000000.png"),
+        ["48 x 16", "47 x 15", "another day", "calib_cam_to_cam.txt"],
+    ),
+    "drive in another day's folder": (
+        lambda root: (root / DRIVE).rename(root / "2011_09_26/2011_09_28_drive_0002_sync"),
+        ["2011_09_28_drive_0002_sync", "2011_09_26"],
+    ),
+    "no scans": (lambda root: shutil.rmtree(root / DRIVE / "velodyne_points"), ["velodyne_points", "found none"]),
+    "no images": (lambda root: shutil.rmtree(root / DRIVE / "image_02"), [DRIVE, "found no pair"]),
+}
+
+
+@pytest.mark.parametrize("case", RAW_DAMAGE)
+def test_raw_damage_is_named(raw_root, tmp_path, case):
+    damage, expected = RAW_DAMAGE[case]
+    damage(raw_root)
+    with pytest.raises(Exception) as caught:  # noqa: PT011 (datasets wraps it)
+        build(raw_root, "raw", tmp_path / "cache")
+    assert all(part.replace("/", os.sep) in messages(caught.value) for part in expected), messages(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("object", {"splits": ("valid",)}, "'train'"),
+        ("object", {"cameras": (1,)}, "cameras"),
+        ("object", {"drives": ("2011_09_26_drive_0001_sync",)}, "'raw' only"),
+        ("object", {"on_bad_row": "ignore"}, "on_bad_row"),
+    ],
+)
+def test_impossible_choices_are_errors(object_root, tmp_path, name, options, expected):
+    with pytest.raises(ValueError, match=expected):
+        build(object_root(), name, tmp_path / "cache", **options)
+
+
+def test_an_unknown_drive_is_an_error(raw_root, tmp_path):
+    with pytest.raises(ValueError, match=r"2011_09_26_drive_0001_sync.*found.*drive_0077"):
+        build(raw_root, "raw", tmp_path / "cache", drives=("2011_09_26_drive_0077_sync",))
+
+
+@pytest.mark.parametrize("name", ["object", "raw"])
+def test_a_folder_that_is_not_kitti_is_an_error(tmp_path, name):
+    (tmp_path / "holiday").mkdir()
+    (tmp_path / "holiday/photo.jpg").touch()
+    with pytest.raises(ValueError, match=r"(training/|2011_09_26/).*found photo\.jpg"):
+        build(tmp_path / "holiday", name, tmp_path / "cache")
+    with pytest.raises(ValueError, match="no folder at"):
+        build(tmp_path / "absent", name, tmp_path / "cache")
