@@ -1,0 +1,10 @@
+"""A synthetic drive in KITTI object layout, generated on the machine: streets seen by a camera and a 64-beam LiDAR.
+
+`meshes` shapes, `materials` looks, `street` composes, `sensors` observe, `frame` labels, `writer` writes.
+"""
+
+from .frame import ObjectLabel, SyntheticFrame, synthesize_frame
+from .sensors import Calibration, Lidar
+from .writer import synthesize_drive
+
+__all__ = ["Calibration", "Lidar", "ObjectLabel", "SyntheticFrame", "synthesize_drive", "synthesize_frame"]
