@@ -1,0 +1,371 @@
+"""Two-view augmentation and its data set: geometry against the image itself and written-out formulae; purity."""
+
+import io
+import math
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from simipu_hf.modeling.processing_simipu import SimIPUProcessor
+
+from simipu_hf.data.augmentation import TwoViewAugmentation, two_view_sample, view_transform
+from simipu_hf.data.collate import collate_two_views
+from simipu_hf.data.pretraining_dataset import TwoViewDataset
+from simipu_hf.errors import SimIPUError
+
+WIDTH, HEIGHT = 250, 120
+CAMERA_PROJECTION = np.array([[150.0, 0, 124.5, 11.0], [0, 145.0, 59.5, -3.0], [0, 0, 1, 0.002]])
+LIDAR_TO_CAMERA = np.array(
+    [[0.01, -0.99995, 0, 0.02], [-0.02, 0, -0.9998, -0.08], [0.9998, 0.01, -0.02, -0.27], [0, 0, 0, 1]]
+)
+
+
+def make_row(seed=0, count=3000, image=None):
+    """Every point has its own reflectance, which names it in both views."""
+    rng = np.random.default_rng(seed)
+    points = np.column_stack([rng.uniform((5, -12, -2.9), (60, 12, 0.9), (count, 3)), np.arange(count) / count])
+    if image is None:
+        image = rng.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    return {
+        "frame_id": f"{seed:06d}",
+        "image": Image.fromarray(image),
+        "points": points.astype("<f4").tobytes(),
+        "camera_projection": CAMERA_PROJECTION.tolist(),
+        "lidar_to_camera": LIDAR_TO_CAMERA.tolist(),
+    }
+
+
+def make_sample(row, processor, augmentation, seed=0, epoch=0, index=0):
+    return two_view_sample(row, processor, augmentation, seed=seed, epoch=epoch, index=index)
+
+
+def project(matrix, points):
+    columns = np.column_stack([np.asarray(points, np.float64)[:, :3], np.ones(len(points))]).T
+    homogeneous = np.asarray(matrix, np.float64) @ columns
+    return (homogeneous[:2] / homogeneous[2]).T
+
+
+def to_levels(sample, processor):
+    """Pixel values back to 0..255 RGB, (3, h, w)."""
+    settings = processor.image_processor
+    mean, std = (np.array(value)[:, None, None] for value in (settings.image_mean, settings.image_std))
+    levels = (sample["pixel_values"].numpy() * std + mean) * (255 if settings.do_rescale else 1)
+    return levels[::-1] if settings.do_flip_channel_order else levels
+
+
+AUGMENTATIONS = {
+    "plain": {"flip_probability": 0.0},
+    "flip": {"flip_probability": 1.0},
+    "zoom": {"flip_probability": 0.0, "random_zoom": (1.2, 2.0)},
+    "flip and zoom": {"flip_probability": 1.0, "random_zoom": (1.2, 2.0)},
+    "flip and random size": {"flip_probability": 1.0, "random_resize": ((100, 48), (500, 240))},
+    "everything": {
+        "flip_probability": 1.0,
+        "random_resize": ((100, 48), (500, 240)),
+        "random_zoom": (1.0, 2.0),
+        "translation_std": 1.0,
+    },
+}
+
+
+@pytest.mark.parametrize("size", [(96, 320), (64, 96)])
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_lidar_to_pixel_agrees_with_the_image_itself(name, size):
+    """Red and green hold x and y of the source, so the processed image says where each of its pixels came from."""
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    # an array of floats, so that nothing is rounded to levels
+    row = {**make_row(), "image": np.stack([x, y, np.zeros_like(x)], axis=-1).astype(np.float32)}
+    processor = SimIPUProcessor.from_preset("recommended", size, num_points=500)
+    for index in range(4):
+        sample = make_sample(row, processor, TwoViewAugmentation(**AUGMENTATIONS[name]), index=index)
+        height, width = sample["image_sizes"].tolist()
+        assert sample["pixel_values"].shape == (3, height, width)
+        source = to_levels(sample, processor)[:2, 4:-4, 4:-4].reshape(2, -1)
+        v, u = (grid.ravel() for grid in np.mgrid[4 : height - 4, 4 : width - 4])
+        # least squares: pixel of the processed image as an affine function of the source pixel
+        columns = np.column_stack([*source, np.ones(source.shape[1])])
+        fitted = np.linalg.lstsq(columns, np.column_stack([u, v]), rcond=None)[0]
+        original = project(CAMERA_PROJECTION @ LIDAR_TO_CAMERA, sample["points"])
+        expected = np.column_stack([original, np.ones(len(original))]) @ fitted
+        assert np.abs(project(sample["lidar_to_pixel"], sample["points"]) - expected).max() < 1e-2
+
+
+@pytest.mark.parametrize("preset", ["recommended", "official"])
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("random_resize", [None, ((100, 48), (500, 240))])
+def test_lidar_to_pixel_equals_the_formula(preset, mirrored, random_resize):
+    processor = SimIPUProcessor.from_preset(preset, (96, 160), num_points=500)
+    augmentation = TwoViewAugmentation(flip_probability=float(mirrored), random_resize=random_resize)
+    for index in range(5):
+        sample = make_sample(make_row(), processor, augmentation, index=index)
+        height, width = sample["image_sizes"].tolist()
+        u, v = project(CAMERA_PROJECTION @ LIDAR_TO_CAMERA, sample["points"]).T
+        half = 0.5 if preset == "recommended" else 0.0
+        u, v = (u + half) * width / WIDTH - half, (v + half) * height / HEIGHT - half
+        if mirrored:
+            u = width - 1 - u if preset == "recommended" else width - u
+        assert np.abs(project(sample["lidar_to_pixel"], sample["points"]) - np.column_stack([u, v])).max() < 1e-2
+
+
+@pytest.mark.parametrize("size", [(192, 416), (96, 200)])
+def test_a_dot_painted_at_a_point_is_found_where_the_point_projects(size):
+    processor = SimIPUProcessor.from_preset("recommended", size, num_points=1)
+    augmentation = TwoViewAugmentation(flip_probability=1.0, random_zoom=(1.1, 1.3))
+    point = np.array([[15.0, 0.7, -0.4, 0.5]], "<f4")
+    x, y = project(CAMERA_PROJECTION @ LIDAR_TO_CAMERA, point)[0]
+    rows, columns = np.mgrid[:HEIGHT, :WIDTH]
+    dot = 250 * np.exp(-((columns - x) ** 2 + (rows - y) ** 2) / (2 * 2.0**2))
+    row = {**make_row(image=np.repeat(dot.round().astype(np.uint8)[..., None], 3, axis=-1)), "points": point.tobytes()}
+    for index in range(5):
+        sample = make_sample(row, processor, augmentation, index=index)
+        weight = to_levels(sample, processor).mean(axis=0).round()
+        v, u = np.mgrid[: weight.shape[0], : weight.shape[1]]
+        center = np.array([(u * weight).sum(), (v * weight).sum()]) / weight.sum()
+        assert np.abs(project(sample["lidar_to_pixel"], sample["points"])[0] - center).max() < 0.2
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_both_views_hold_the_same_physical_points_in_separate_orders(name):
+    processor = SimIPUProcessor.from_preset("recommended", (32, 64), num_points=400)
+    row = make_row()
+    sample = make_sample(row, processor, TwoViewAugmentation(**AUGMENTATIONS[name]))
+    points, moved = sample["points"].numpy(), sample["points_aug"].numpy()
+    assert len(np.unique(points[:, 3])) == 400
+    scan = np.frombuffer(row["points"], "<f4").reshape(-1, 4)
+    np.testing.assert_array_equal(points, scan[np.round(points[:, 3] * len(scan)).astype(int)])  # not moved at all
+    assert not np.array_equal(points[:, 3], moved[:, 3])
+    assert (np.diff(points[:, 3]) < 0).any()
+    first, second = np.argsort(points[:, 3]), np.argsort(moved[:, 3])
+    np.testing.assert_array_equal(points[first, 3], moved[second, 3])
+    matrix = sample["lidar_to_aug"].numpy().astype(np.float64)
+    np.testing.assert_array_equal(matrix[3], [0, 0, 0, 1])
+    expected = np.column_stack([points[first, :3], np.ones(400)]) @ matrix.T
+    assert np.abs(moved[second, :3] - expected[:, :3]).max() < 1e-4
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_view_transform_is_the_official_formula_on_row_vectors(mirrored):
+    rng = np.random.default_rng(0)
+    p, c, t = rng.normal(size=(50, 3)) * 20, np.array([35.2, 0, -1]), np.array([0.3, -0.2, 0.1])
+    angle, s = 0.7, 1.2
+    R = np.array([[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0], [0, 0, 1]])
+    expected = s * ((p - c) @ R + c) + t
+    if mirrored:
+        expected[:, 1] *= -1
+    matrix = view_transform(angle, s, t, tuple(c), mirrored)
+    np.testing.assert_allclose(np.column_stack([p, np.ones(50)]) @ matrix.T, np.column_stack([expected, np.ones(50)]))
+
+
+def test_view_transform_reproduces_the_official_matrices(reference):
+    from safetensors.torch import load_file
+
+    tensors = load_file(reference / "pretraining_step.safetensors")
+    for matrix, mirrored in zip(tensors["lidar_to_aug"].numpy(), (False, True), strict=True):
+        unmirrored = np.diag([1, -1 if mirrored else 1, 1]) @ matrix[:3, :3]
+        scale = np.cbrt(np.linalg.det(unmirrored))
+        angle = math.atan2(unmirrored[0, 1], unmirrored[0, 0])
+        found = view_transform(angle, scale, np.zeros(3), TwoViewAugmentation().rotation_center, mirrored)
+        np.testing.assert_allclose(found, matrix, atol=1e-9)
+
+
+def test_draws_cover_their_ranges_and_image_and_view_flip_together():
+    processor = SimIPUProcessor.from_preset("recommended", (32, 64), num_points=8)
+    row = make_row(count=200)
+    angles, scales, flips = [], [], []
+    for index in range(300):
+        sample = make_sample(row, processor, TwoViewAugmentation(), index=index)
+        linear = sample["lidar_to_aug"].double()[:3, :3]
+        flipped = bool(torch.linalg.det(linear) < 0)
+        # in the image, y to the left grows to the left unless it is mirrored
+        left, right = project(sample["lidar_to_pixel"], np.array([[20.0, 1, 0], [20.0, -1, 0]]))[:, 0]
+        assert (left > right) == flipped
+        flips.append(flipped)
+        scales.append(float(linear[2, 2]))
+        angles.append(math.atan2(linear[0, 1], linear[0, 0]))
+    assert 0.4 < np.mean(flips) < 0.6
+    assert 0.75 <= min(scales) < 0.78
+    assert 1.22 < max(scales) <= 1.25
+    assert -math.pi / 2 <= min(angles) < -1.5
+    assert 1.5 < max(angles) <= math.pi / 2
+
+
+def test_official_preset_draws_sizes_within_the_official_range():
+    augmentation = TwoViewAugmentation.from_preset("official")
+    assert augmentation.random_resize == ((640, 192), (2400, 720))
+    small = TwoViewAugmentation.from_preset("official", random_resize=((64, 20), (240, 72)))
+    processor = SimIPUProcessor.from_preset("official", num_points=8)
+    row = make_row(count=200)
+    sizes = {tuple(make_sample(row, processor, small, index=i)["image_sizes"].tolist()) for i in range(40)}
+    assert len(sizes) > 10
+    for height, width in sizes:
+        assert 20 <= height <= 72
+        assert width <= 240
+        assert abs(height * WIDTH / HEIGHT - width) <= 2
+
+
+def test_colour_jitter_changes_colours_and_nothing_else():
+    processor = SimIPUProcessor.from_preset("recommended", (32, 64), num_points=8)
+    row = make_row(count=200)
+    plain = make_sample(row, processor, TwoViewAugmentation())
+    for name in ("brightness", "contrast", "saturation", "hue"):
+        jittered = make_sample(row, processor, TwoViewAugmentation(**{name: 0.4}))
+        assert not torch.equal(jittered["pixel_values"], plain["pixel_values"])
+        assert all(torch.equal(jittered[key], plain[key]) for key in plain if key != "pixel_values")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"rotation": (1.0, -1.0)},
+        {"scale": (0.0, 1.0)},
+        {"random_zoom": (0.5, 1.0)},
+        {"flip_probability": 1.5},
+        {"hue": 0.7},
+        {"translation_std": -1.0},
+        {"random_resize": ((100, 100), (50, 200))},
+        {"rotation": (math.nan, 1.0)},
+    ],
+)
+def test_wrong_values_are_refused(values):
+    with pytest.raises(SimIPUError, match=next(iter(values))):
+        TwoViewAugmentation(**values)
+
+
+def test_unknown_preset_is_refused():
+    with pytest.raises(SimIPUError, match="unknown preset 'best': choose from recommended, official"):
+        TwoViewAugmentation.from_preset("best")
+
+
+def to_dataset(rows):
+    features = datasets.Features(
+        {
+            "frame_id": datasets.Value("string"),
+            "image": datasets.Image(),
+            "points": datasets.Value("binary"),
+            "camera_projection": datasets.Array2D((3, 4), "float64"),
+            "lidar_to_camera": datasets.Array2D((4, 4), "float64"),
+        }
+    )
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def make_dataset(count=6, on_bad_row="raise", change=None, **augmentation):
+    rows = [make_row(seed=index, count=300) for index in range(count)]
+    if change is not None:
+        change(rows)
+    processor = SimIPUProcessor.from_preset("recommended", (32, 64), num_points=64)
+    return TwoViewDataset(to_dataset(rows), processor, TwoViewAugmentation(**augmentation), 5, on_bad_row)
+
+
+def equal(first, second):
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_samples_are_a_pure_function_of_seed_epoch_and_index():
+    dataset, again = make_dataset(), make_dataset()
+    first = [dataset[index] for index in range(6)]
+    assert all(equal(again[index], first[index]) for index in (3, 1, 5, 0, 3))
+    dataset.set_epoch(1)
+    assert not any(equal(dataset[index], first[index]) for index in range(6))
+    dataset.set_epoch(0)
+    assert all(equal(dataset[index], first[index]) for index in range(6))
+    row = dataset.rows[0]
+    samples = [
+        make_sample(row, dataset.processor, dataset.augmentation, seed, epoch, index)
+        for seed, epoch, index in ((5, 0, 0), (6, 0, 0), (5, 1, 0), (5, 0, 1))
+    ]
+    assert equal(samples[0], first[0])
+    assert len({float(sample["lidar_to_aug"][0, 0]) for sample in samples}) == 4
+
+
+def test_workers_change_nothing_and_persistent_ones_see_the_epoch():
+    dataset = make_dataset()
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=2, num_workers=2, persistent_workers=True, collate_fn=collate_two_views
+    )
+    for epoch in (0, 1, 4):
+        dataset.set_epoch(epoch)
+        expected = [collate_two_views([dataset[index], dataset[index + 1]]) for index in (0, 2, 4)]
+        found = list(loader)
+        assert len(found) == 3
+        assert all(equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def break_points(rows):
+    rows[2]["points"] = rows[2]["points"][:-3]
+
+
+def break_image(rows):
+    buffer = io.BytesIO()
+    rows[2]["image"].save(buffer, "PNG")
+    rows[2]["image"] = {"bytes": buffer.getvalue()[:2000], "path": None}
+
+
+def look_away(rows):
+    rows[2]["lidar_to_camera"] = (np.diag([1, 1, -1, 1]) @ LIDAR_TO_CAMERA).tolist()
+
+
+@pytest.mark.parametrize("change", [break_points, break_image, look_away])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_bad_rows_are_named_or_replaced_by_the_next(change, num_workers):
+    with pytest.raises(SimIPUError, match=r"row 2 \(frame_id 000002\): "):
+        make_dataset(change=change)[2]
+    dataset = make_dataset(change=change, on_bad_row="skip")
+    assert dataset.bad_rows == []
+    loader = torch.utils.data.DataLoader(dataset, batch_size=2, num_workers=num_workers, collate_fn=collate_two_views)
+    batches = list(loader)
+    assert [len(batch["points"]) for batch in batches] == [2, 2, 2]
+    assert dataset.bad_rows == [2]
+    # the third row's place holds the fourth row, augmented by the third's numbers
+    expected = make_sample(dataset.rows[3], dataset.processor, dataset.augmentation, seed=5, index=2)
+    assert torch.equal(batches[1]["points_aug"][0], expected["points_aug"])
+    assert not torch.equal(batches[1]["lidar_to_aug"][0], batches[1]["lidar_to_aug"][1])
+
+
+def test_a_data_set_that_cannot_work_is_refused():
+    processor, augmentation = SimIPUProcessor.from_preset(num_points=8), TwoViewAugmentation()
+    rows = to_dataset([make_row()])
+    with pytest.raises(SimIPUError, match="no column points; found"):
+        TwoViewDataset(rows.remove_columns("points"), processor, augmentation)
+    with pytest.raises(SimIPUError, match="no rows"):
+        TwoViewDataset(rows.select([]), processor, augmentation)
+    with pytest.raises(SimIPUError, match="on_bad_row"):
+        TwoViewDataset(rows, processor, augmentation, on_bad_row="ignore")
+    broken = make_dataset(2, "skip", change=lambda rows: [row.update(points=b"") for row in rows])
+    with pytest.raises(SimIPUError, match="none of the 2 rows can be used; the last: row 0"):
+        broken[1]
+
+
+@pytest.mark.parametrize("preset", ["recommended", "official"])
+def test_real_frames(kitti_mini, preset):
+    processor = SimIPUProcessor.from_preset(preset, num_points=4096)
+    augmentation = TwoViewAugmentation.from_preset(preset, flip_probability=1.0)
+    folder = kitti_mini / "training"
+    for index in (0, 7):
+        text = (folder / "calib" / f"{index:06d}.txt").read_text(encoding="utf-8")
+        calib = {k: np.array(v.split(), float) for k, v in (line.split(":") for line in text.splitlines() if line)}
+        rectify, extrinsic = np.eye(4), np.eye(4)
+        rectify[:3, :3], extrinsic[:3] = calib["R0_rect"].reshape(3, 3), calib["Tr_velo_to_cam"].reshape(3, 4)
+        row = {
+            "image": Image.open(folder / "image_2" / f"{index:06d}.png"),
+            "points": (folder / "velodyne" / f"{index:06d}.bin").read_bytes(),
+            "camera_projection": calib["P2"].reshape(3, 4),
+            "lidar_to_camera": rectify @ extrinsic,
+        }
+        sample = make_sample(row, processor, augmentation, index=index)
+        u, v = project(calib["P2"].reshape(3, 4) @ rectify @ extrinsic, sample["points"]).T
+        width, height = row["image"].size
+        assert u.min() >= -1e-6
+        assert u.max() <= width - 1 + 1e-6
+        assert v.max() <= height - 1 + 1e-6
+        new_height, new_width = sample["image_sizes"].tolist()
+        if preset == "recommended":
+            u, v = (u + 0.5) * new_width / width - 0.5, (v + 0.5) * new_height / height - 0.5
+            u = new_width - 1 - u
+        else:
+            u, v = new_width - u * new_width / width, v * new_height / height
+        assert np.abs(project(sample["lidar_to_pixel"], sample["points"]) - np.column_stack([u, v])).max() < 1e-2
+        assert len(np.unique(sample["points"].numpy(), axis=0)) > 4000
