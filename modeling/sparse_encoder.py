@@ -178,10 +178,10 @@ class SparseResidualBlock(nn.Module):
 
 
 def init_sparse_conv_weights(module: nn.Module) -> None:
-    """Initialises `module` if it is a sparse convolution, for `PreTrainedModel._init_weights`.
+    """Initialises `module` if it is a sparse convolution; `PreTrainedModel._init_weights` passes every module on.
 
-    He normal over the fan-in, which is right for spconv's layout (out, z, y, x, in). Parameters that were loaded
-    are left alone.
+    He normal over the fan-in, which reads spconv's layout (out, z, y, x, in) rightly. Parameters that were loaded are
+    left alone.
     """
     if spconv is not None and isinstance(module, spconv.conv.SparseConvolution):
         init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")

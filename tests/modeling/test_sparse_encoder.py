@@ -403,6 +403,7 @@ class Wrapper(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: torch.nn.Module) -> None:
+        # not for the encoder as a whole: transformers passes over modules without parameters of their own
         super()._init_weights(module)
         init_sparse_conv_weights(module)
 
