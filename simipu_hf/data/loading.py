@@ -117,9 +117,12 @@ def source_splits(source: str, kind: str, name: str | None) -> list[str]:
     if kind == "kitti":
         return kitti.split_names(name, source)
     if kind == "saved":
-        saved = datasets.load_from_disk(source)
+        saved = _from_disk(source)
         return list(saved) if isinstance(saved, datasets.DatasetDict) else []
-    return datasets.get_dataset_split_names(source, name)
+    try:
+        return datasets.get_dataset_split_names(source, name)
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        raise SimIPUError(f"{source}: expected a data set with splits, found: {error}") from error
 
 
 def _find_config(source: str, wanted: str | None) -> str:
@@ -199,9 +202,16 @@ def _left_out(builder: kitti.Kitti, names: Sequence[str]) -> list[str]:
 def _load_saved(source: str, split: str, streaming: bool) -> AnyDataset:
     if "[" in split or "+" in split:
         raise SimIPUError(f"{source}: split: expected a plain name for a saved data set, found {split!r}")
-    saved = datasets.load_from_disk(source)
+    saved = _from_disk(source)
     dataset = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
     return dataset.to_iterable_dataset(num_shards=min(len(dataset), 64)) if streaming else dataset
+
+
+def _from_disk(source: str) -> datasets.Dataset | datasets.DatasetDict:
+    try:
+        return datasets.load_from_disk(source)
+    except Exception as error:  # a folder that lacks a file or has no rows raises IndexError, KeyError and others
+        raise SimIPUError(f"{source}: expected what save_to_disk wrote, with rows, found: {error}") from error
 
 
 def _checked(dataset: AnyDataset, source: str, split: str, skipped: list[str] | None) -> AnyDataset:

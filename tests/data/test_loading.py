@@ -1,0 +1,252 @@
+"""Rows, and one function that loads them from wherever they are."""
+
+import shutil
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from simipu_hf.data.loading import load_pretraining_dataset
+from simipu_hf.data.rows import (
+    ROW_FEATURES,
+    calibration_from_row,
+    check_row,
+    dataset_from_rows,
+    image_from_row,
+    points_from_row,
+    to_row,
+)
+from simipu_hf.errors import SimIPUError
+
+POINTS = np.arange(12, dtype=np.float64).reshape(3, 4)
+PROJECTION = np.arange(12.0).reshape(3, 4)
+EXTRINSICS = np.block([[np.eye(3), np.ones((3, 1))], [np.array([[0, 0, 0, 1.0]])]])
+
+
+def make_row(frame_id: str = "a", **changes) -> dict:
+    values = {"image": np.full((4, 6, 3), 7, np.uint8), "points": POINTS} | changes
+    return to_row(frame_id, **{"camera_projection": PROJECTION, "lidar_to_camera": EXTRINSICS} | values)
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return dataset_from_rows((make_row(f"frame{index}") for index in range(4)), cache_dir=tmp_path / "rows")
+
+
+# --- rows
+
+
+def test_a_row_gives_back_what_went_in(rows):
+    row = rows[2]
+    assert row["frame_id"] == "frame2"
+    np.testing.assert_array_equal(points_from_row(row), POINTS.astype(np.float32))
+    for found, expected in zip(calibration_from_row(row), (PROJECTION, EXTRINSICS), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(np.asarray(image_from_row(row)), np.full((4, 6, 3), 7))
+    assert rows.features == ROW_FEATURES
+    check_row(row)
+
+
+def test_images_come_as_path_bytes_array_or_pil(tmp_path):
+    path = tmp_path / "image.png"
+    Image.new("RGB", (6, 4), (1, 2, 3)).save(path)
+    kinds = [path, str(path), path.read_bytes(), np.asarray(Image.open(path)), Image.open(path)]
+    rows = dataset_from_rows((make_row(str(index), image=kind) for index, kind in enumerate(kinds)), tmp_path / "rows")
+    for row in [*rows, *rows.cast_column("image", datasets.Image(decode=False))]:
+        np.testing.assert_array_equal(np.asarray(image_from_row(row)), np.full((4, 6, 3), (1, 2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"points": np.zeros((5, 3))}, r"points.*\(N, 4\).*\(5, 3\)"),
+        ({"points": np.zeros((0, 4))}, "points.*0 bytes"),
+        ({"points": np.array([[0, 0, 0, 0], [0, np.nan, 0, 0]])}, "points.*1 of 2.*index 1"),
+        ({"camera_projection": np.eye(3)}, r"camera_projection.*\(3, 4\).*\(3, 3\)"),
+        ({"camera_projection": np.full((3, 4), np.inf)}, "camera_projection.*finite"),
+        ({"lidar_to_camera": np.eye(4)[:3]}, r"lidar_to_camera.*\(4, 4\).*\(3, 4\)"),
+        ({"lidar_to_camera": np.ones((4, 4))}, "lidar_to_camera.*0 0 0 1"),
+        ({"image": b"not an image"}, "image.*readable"),
+        ({"image": "absent.png"}, "image.*absent.png"),
+    ],
+)
+def test_a_bad_row_is_refused_by_name(changes, expected):
+    with pytest.raises(SimIPUError, match=f"frame bad: {expected}"):
+        make_row("bad", **changes)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "expected"),
+    [
+        ("points", b"\0" * 24, "24 bytes"),
+        ("points", [[0.0] * 4], "list"),
+        ("camera_projection", "none", "'none'"),
+        ("image", None, "readable image"),
+    ],
+)
+def test_check_row_names_the_column(column, value, expected):
+    with pytest.raises(SimIPUError, match=f"frame a: {column}: expected.*{expected}"):
+        check_row({**make_row(), column: value})
+
+
+def test_check_row_names_a_missing_column():
+    row = make_row()
+    del row["points"]
+    with pytest.raises(SimIPUError, match="frame a: points: expected the columns"):
+        check_row(row)
+
+
+def test_an_interrupted_generator_leaves_nothing(tmp_path):
+    def damaged():
+        yield make_row()
+        yield make_row("bad", points=np.full((1, 4), np.nan))
+
+    with pytest.raises(SimIPUError, match="frame bad"):
+        dataset_from_rows(damaged(), cache_dir=tmp_path / "rows")
+    assert list((tmp_path / "rows").iterdir()) == []
+
+
+# --- loading
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_kitti_object(object_root, tmp_path, streaming, num_proc):
+    data = load_pretraining_dataset(
+        data_dir=object_root, streaming=streaming, num_proc=num_proc, cache_dir=tmp_path / "cache"
+    )
+    assert [row["frame_id"] for row in data] == ["000000", "000001", "000002"]
+    assert isinstance(data, datasets.IterableDataset if streaming else datasets.Dataset)
+
+
+def test_kitti_raw_is_recognised(raw_root, tmp_path):
+    for name in (None, "raw"):
+        data = load_pretraining_dataset(str(raw_root), dataset_config_name=name, cache_dir=tmp_path / "cache")
+        assert len(data) == 2
+    with pytest.raises(SimIPUError, match="drive_0009"):
+        load_pretraining_dataset(str(raw_root), cache_dir=tmp_path, drives=["2011_09_26_drive_0009"])
+
+
+def test_split_expressions(object_root, tmp_path):
+    def frame_ids(split):
+        return list(load_pretraining_dataset(data_dir=object_root, split=split, cache_dir=tmp_path)["frame_id"])
+
+    assert frame_ids("validation") == ["000003", "000004"]
+    assert frame_ids("train[:2]+val[1:]") == ["000000", "000001", "000004"]
+    assert frame_ids(None) == ["000000", "000001", "000002"]
+
+
+def test_only_the_split_asked_for_must_be_sound(object_root, tmp_path):
+    (object_root / "testing/velodyne/000000.bin").unlink()
+    assert len(load_pretraining_dataset(data_dir=object_root, cache_dir=tmp_path)) == 3
+    with pytest.raises(SimIPUError, match=r"testing.velodyne.000000\.bin"):
+        load_pretraining_dataset(data_dir=object_root, split="test", cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parquet_folder(rows, tmp_path, streaming):
+    folder = tmp_path / "parquet"
+    folder.mkdir()
+    embedded = rows.with_format("arrow").map(datasets.table.embed_table_storage, batched=True)
+    embedded.to_parquet(folder / "train-00000-of-00001.parquet")
+    data = load_pretraining_dataset(str(folder), streaming=streaming, cache_dir=tmp_path / "cache")
+    for row, original in zip(data, rows, strict=True):
+        check_row(row)
+        assert row["points"] == original["points"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_saved_folder(rows, tmp_path, streaming):
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=rows, val=rows.select([0])).save_to_disk(tmp_path / "many")
+    assert len(list(load_pretraining_dataset(str(tmp_path / "one"), streaming=streaming))) == 4
+    assert len(list(load_pretraining_dataset(tmp_path / "many", split="validation", streaming=streaming))) == 1
+    for folder in ("one", "many"):
+        with pytest.raises(SimIPUError, match="plain name"):
+            load_pretraining_dataset(data_dir=tmp_path / folder, split="train[:2]", streaming=streaming)
+    with pytest.raises(SimIPUError, match=r"expected one of \['train', 'val'\], found 'test'"):
+        load_pretraining_dataset(data_dir=tmp_path / "many", split="test", streaming=streaming)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda rows: rows.remove_columns("points"), "column 'points': expected.*binary.*found only"),
+        (lambda rows: rows.cast_column("points", datasets.Value("large_binary")), None),
+        (
+            lambda rows: rows.remove_columns("points").add_column("points", ["x"] * 4),
+            "column 'points': expected.*binary.*found.*string",
+        ),
+        (
+            lambda rows: rows.cast_column("camera_projection", datasets.Array2D((4, 3), "float64")),
+            r"column 'camera_projection': expected.*\(3, 4\).*found.*\(4, 3\)",
+        ),
+        (lambda rows: rows.remove_columns("frame_id").add_column("frame_id", range(4)), "'frame_id'.*string.*int64"),
+        (lambda rows: rows.select([]), "with rows, found"),
+    ],
+)
+def test_columns_are_checked(rows, tmp_path, change, expected):
+    change(rows).save_to_disk(tmp_path / "saved")
+    if expected is None:
+        assert len(load_pretraining_dataset(data_dir=tmp_path / "saved")) == 4
+    else:
+        with pytest.raises(SimIPUError, match=f"saved: .*{expected}"):
+            load_pretraining_dataset(data_dir=tmp_path / "saved")
+
+
+def test_duplicate_frames(tmp_path):
+    names = ("a", "b", "a", "c")
+    dataset_from_rows(map(make_row, names), tmp_path / "rows").save_to_disk(tmp_path / "saved")
+    with pytest.raises(SimIPUError, match="frame a: expected one row, found 2"):
+        load_pretraining_dataset(data_dir=tmp_path / "saved")
+    skipped = []
+    assert list(load_pretraining_dataset(data_dir=tmp_path / "saved", skipped=skipped)["frame_id"]) == ["a", "b", "c"]
+    assert len(skipped) == 1
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_damage_is_one_clear_error_and_can_be_skipped(object_root, tmp_path, num_proc):
+    (object_root / "training/velodyne/000001.bin").write_bytes(b"\0" * 20)
+    options = {"data_dir": object_root, "num_proc": num_proc, "cache_dir": tmp_path / "cache"}
+    with pytest.raises(SimIPUError, match=r"velodyne.000001.bin: expected whole points .* found 20 bytes"):
+        load_pretraining_dataset(**options)
+    assert not list((tmp_path / "cache").rglob("*.arrow"))
+    for _ in range(2):  # prepared, then from the cache
+        skipped = []
+        data = load_pretraining_dataset(**options, skipped=skipped)
+        assert list(data["frame_id"]) == ["000000", "000002"]
+        assert len(skipped) == 1
+        assert skipped[0].startswith("frame 000001: ")
+
+
+def test_damage_while_streaming(object_root, tmp_path):
+    shutil.copy(object_root / "ImageSets/val.txt", object_root / "training/velodyne/000001.bin")
+    data = load_pretraining_dataset(data_dir=object_root, streaming=True, cache_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"000001\.bin"):
+        list(data)
+    data = load_pretraining_dataset(data_dir=object_root, streaming=True, cache_dir=tmp_path, skipped=[])
+    assert [row["frame_id"] for row in data] == ["000000", "000002"]
+
+
+def test_what_is_no_data_set_is_named(tmp_path, object_root, raw_root):
+    (tmp_path / "holiday").mkdir()
+    (tmp_path / "holiday/photo.jpg").touch()
+    cases = [
+        ({}, "either dataset_name or data_dir"),
+        ({"dataset_name": "a", "data_dir": "b"}, "either dataset_name or data_dir"),
+        ({"data_dir": tmp_path / "absent"}, "absent: expected the folder of a data set, found no such folder"),
+        ({"data_dir": tmp_path / "holiday/photo.jpg"}, "found a file"),
+        ({"data_dir": tmp_path / "holiday"}, "KITTI object root.*found photo.jpg"),
+        ({"data_dir": object_root / "training"}, "found calib, image_2.*give the folder above"),
+        ({"data_dir": raw_root / "2011_09_26"}, "give the folder above"),
+        ({"data_dir": object_root, "dataset_config_name": "raw"}, r"\['object'\], found 'raw'"),
+        (
+            {"data_dir": object_root, "split": "nothing"},
+            r"expected one of \['train', 'val', 'test'\], found 'nothing'",
+        ),
+        ({"data_dir": object_root, "cameras": [3]}, "image_3"),
+    ]
+    for options, expected in cases:
+        with pytest.raises(SimIPUError, match=expected):
+            load_pretraining_dataset(**options, cache_dir=tmp_path / "cache")
