@@ -285,8 +285,10 @@ features = model(**processor(image, return_tensors="pt")).last_hidden_state
 extract = pipeline("image-feature-extraction", model="{name}")
 features = extract(image)
 """),
-            "As the backbone of a transformers model, here UperNet and DETR:",
+            "As the backbone of a transformers model, here UperNet and DETR. Load the weights yourself: transformers "
+            "5 resets the running statistics of batch norms in a `TimmBackbone`, also in its `from_pretrained`.",
             _python(f"""
+import timm
 from transformers import (
     DetrConfig,
     DetrForObjectDetection,
@@ -296,14 +298,19 @@ from transformers import (
     UperNetForSemanticSegmentation,
 )
 
+weights = timm.create_model("hf-hub:{name}", pretrained=True, features_only=True).state_dict()
+prefixed = {{f"_backbone.{{key}}": value for key, value in weights.items()}}
+
 backbone = TimmBackbone.from_pretrained("hf-hub:{name}", out_indices=(1, 2, 3, 4))
+backbone.load_state_dict(prefixed)
 
-config = TimmBackboneConfig(backbone="hf-hub:{name}", out_indices=[1, 2, 3, 4])
+config = TimmBackboneConfig(backbone="{architecture}", out_indices=[1, 2, 3, 4])
 segmenter = UperNetForSemanticSegmentation(UperNetConfig(backbone_config=config, use_auxiliary_head=False))
-segmenter.backbone.load_state_dict(backbone.state_dict())  # a configuration alone brings no weights
+segmenter.backbone.load_state_dict(prefixed)
 
-config = TimmBackboneConfig(backbone="hf-hub:{name}", out_indices=[4])
+config = TimmBackboneConfig(backbone="{architecture}", out_indices=[4])
 detector = DetrForObjectDetection(DetrConfig(backbone_config=config))
+detector.model.backbone.model.load_state_dict(weights, strict=False)  # frozen batch norms count no batches
 """)
             if architecture.startswith("resnet")
             else "",

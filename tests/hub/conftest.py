@@ -1,0 +1,165 @@
+"""A Hub on this machine, a small trained-looking run, and processes that do not have the package."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))  # the helper modules beside this file
+
+import local_hub
+
+# Makes modules invisible, as if they were not installed: finders that would find them say that they found nothing.
+# (An import hook that raises would also break `importlib.util.find_spec`, with which libraries ask what is there.)
+# The finder of editable installs is removed, as it is what finds this package.
+HIDE = """
+import sys
+from importlib.machinery import PathFinder
+hidden = set(HIDDEN)
+class Visible(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in hidden else super().find_spec(name, path, target)
+editable = lambda f: "__editable__" in getattr(f, "__module__", "") or "__editable__" in getattr(f, "__name__", "")
+sys.meta_path[:] = [Visible if f is PathFinder else f for f in sys.meta_path if not editable(f)]
+"""
+OPTIONAL = ("spconv", "cumm", "numba", "llvmlite", "torch_quickfps", "scipy", "triton", "datasets", "accelerate")
+
+
+@pytest.fixture
+def hub():
+    with local_hub.serve() as server:
+        yield server
+
+
+@pytest.fixture
+def endpoint(hub, monkeypatch):
+    """This process talks to the local Hub; the client reads its environment only once, so the constants are set."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", local_hub.OWNER_TOKEN)
+    return hub
+
+
+@pytest.fixture
+def isolated(tmp_path):
+    """Run Python code in a process in which neither this package nor any module of `hidden` can be imported."""
+
+    def run(code: str, hub=None, hidden=OPTIONAL, offline=False, home=tmp_path / "hf_home", **values) -> dict:
+        work = tmp_path / "elsewhere"
+        work.mkdir(exist_ok=True)
+        result = work / "result.json"
+        result.unlink(missing_ok=True)
+        preamble = HIDE.replace("HIDDEN", repr(("simipu_hf", *hidden)))
+        values_code = "\n".join(f"{name} = {value!r}" for name, value in values.items())
+        script = work / "script.py"
+        script.write_text(
+            f"{preamble}\n{values_code}\nresult = {{}}\n{textwrap.dedent(code)}\n"
+            f"import json\nopen({str(result)!r}, 'w').write(json.dumps(result))\n",
+            encoding="utf-8",
+        )
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "PYTHONPATH", "TRANSFORMERS_"))}
+        env |= {"HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": local_hub.OWNER_TOKEN}
+        env |= {"HF_ENDPOINT": hub.url if hub else "http://127.0.0.1:9", "OMP_NUM_THREADS": "1"}
+        env |= {"HF_HUB_OFFLINE": "1"} if offline else {}
+        done = subprocess.run(
+            [sys.executable, str(script)], cwd=work, env=env, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        return json.loads(result.read_text(encoding="utf-8"))
+
+    return run
+
+
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Batch-norm statistics as after training: no layer is an identity, activations stay of order one."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.uniform_(-0.2, 0.2, generator=generator)
+            module.running_var.uniform_(0.3, 1.5, generator=generator)
+            module.weight.data.uniform_(0.5, 1.0, generator=generator)
+            module.bias.data.uniform_(-0.1, 0.1, generator=generator)
+            module.num_batches_tracked.fill_(12)
+    return model
+
+
+@pytest.fixture
+def encoder() -> nn.Module:
+    """A ResNet-18 with the official batch-norm epsilon, in evaluation mode."""
+    torch.manual_seed(0)
+    model = randomize(timm.create_model("resnet18", num_classes=0)).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 1e-3
+    return model
+
+
+@pytest.fixture(scope="session")
+def pixels() -> torch.Tensor:
+    return torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def small_model(preset: str = "recommended"):
+    from simipu_hf.modeling.configuration_simipu import SimIPUConfig
+    from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
+
+    torch.manual_seed(0)
+    config = SimIPUConfig.from_preset(
+        preset,
+        image_config={"architecture": "resnet18"},
+        point_config={
+            "num_points": [[64], [32], [16, 16]],
+            "fps_sample_ranges": [[-1], [-1], [32, -1]],
+            "num_samples": [[4, 4, 4]] * 3,
+            "mlp_channels": [[[8, 8, 8]] * 3] * 3,
+            "aggregation_channels": [8, 8, 16],
+        },
+        projection_dim=16,
+    )
+    return randomize(SimIPUForPreTraining(config)).eval()
+
+
+RUN = """\
+command: simipu-hf pretrain --data_dir data/kitti --output_dir run --hub_token hf_abcdefghijklmnop
+arguments: {preset: recommended, image_encoder: resnet18, data_dir: data/kitti, learning_rate: 0.03, max_steps: 20}
+data: {dataset: kitti, config: object, split: train, rows: 25, fingerprint: 0123456789abcdef}
+versions: {python: 3.11.7, torch: 2.15.0}
+"""
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory) -> Path:
+    """What a finished pre-training leaves: model, processor, code, encoder, metrics, record."""
+    from simipu_hf.modeling.processing_simipu import SimIPUProcessor
+
+    from simipu_hf.hub.export import export_image_encoder
+
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    model = small_model()
+    model.save_pretrained(folder)
+    SimIPUProcessor.from_preset("recommended", image_size=(64, 96), num_points=256).save_pretrained(folder)
+    export_image_encoder(folder, folder / "image_encoder")
+    (folder / "run.yaml").write_text(RUN, encoding="utf-8")
+    lines = [
+        {
+            "step": s,
+            "loss": 14 - s,
+            "inter_modal_loss": 8 - s / 2,
+            "inter_modal_chance": 8.3,
+            "intra_modal_loss": 6 - s / 2,
+        }
+        for s in range(1, 4)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return folder

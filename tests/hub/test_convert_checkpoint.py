@@ -1,0 +1,230 @@
+"""Official checkpoints in every layout people have, and files that are none."""
+
+import json
+import os
+
+import official_names as official
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from simipu_hf.errors import SimIPUError
+from simipu_hf.hub.convert import convert_checkpoint, official_name, simipu_name
+from simipu_hf.hub.export import export_image_encoder
+from simipu_hf.hub.image_encoder import load_image_encoder
+
+
+def encoder_state(**kwargs):
+    return official.fill(official.resnet_shapes((2, 2, 2, 2), bottleneck=False), **kwargs)
+
+
+def save(path, state, **others):
+    torch.save({"meta": {"epoch": 50}, "state_dict": state, **others}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def full_state():
+    return official.fill(official.official_shapes())
+
+
+@pytest.fixture(scope="module")
+def converted(full_state, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("convert")
+    state = {f"module.{name}": value for name, value in full_state.items()}
+    return folder / "out", convert_checkpoint(save(folder / "epoch_100.pth", state), folder / "out")
+
+
+def test_names_and_shapes_are_those_of_the_reference(reference):
+    expected = json.loads((reference / "pretraining_step.json").read_text(encoding="utf-8"))["state_dict"]
+    assert official.official_shapes() == expected
+
+
+def test_every_entry_is_accounted_for(full_state, converted):
+    folder, report = converted
+    assert len(full_state) == 595
+    assert report.kind == "pre-training model"
+    assert report.architecture == "resnet50"
+    assert report.mapped.keys() | report.ignored.keys() == full_state.keys()
+    assert {name.split(".")[0] for name in report.ignored} == {"img_conv1x1_1", "img_conv1x1_2"}
+    assert report.missing == []
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert set(report.mapped.values()) == set(file.keys())
+        for theirs, ours in report.mapped.items():
+            assert torch.equal(file.get_tensor(ours).flatten(), full_state[theirs].flatten()), theirs
+    for text in ("318 simipu.image", "never used"):
+        assert text.split(" simipu")[0] in str(report)
+
+
+def test_converted_model_loads_completely(converted):
+    from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
+
+    model, info = SimIPUForPreTraining.from_pretrained(converted[0], output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert model.config.point_config.use_xyz is False
+    assert model.simipu.image_encoder.bn1.eps == 1e-3
+    assert model.config.projection_normalization == "sample"
+
+
+def test_there_and_back_is_bit_equal(full_state, converted, tmp_path):
+    folder, report = converted
+    whole = export_image_encoder(folder, tmp_path / "whole.pth", "official")
+    state = torch.load(whole.path, weights_only=True)["state_dict"]
+    assert state.keys() == report.mapped.keys()
+    assert all(torch.equal(state[name], full_state[name]) for name in state)
+    assert {state[name].shape == full_state[name].shape for name in state} == {True}
+    encoder = export_image_encoder(folder, tmp_path / "encoder.pth", "mmdet")
+    state = torch.load(encoder.path, weights_only=True)["state_dict"]
+    assert len(state) == 318
+    assert all(torch.equal(value, full_state[name]) for name, value in state.items())
+
+
+def test_converted_folder_has_the_encoder_and_its_processor(converted, pixels):
+    from_model, data = load_image_encoder(converted[0], verbose=False)
+    from_folder, _ = load_image_encoder(converted[0] / "image_encoder", verbose=False)
+    assert data["mean"] == (0.406, 0.456, 0.485)
+    with torch.no_grad():
+        assert torch.equal(from_model.eval().forward_features(pixels), from_folder.eval().forward_features(pixels))
+
+
+def test_point_features_with_xyz_double_precision_and_branches(tmp_path):
+    """A ResNet-18 to be small; its other branches' entries are ignored with their reasons."""
+    shapes = official.official_shapes(use_xyz=True, blocks=(2, 2, 2, 2), bottleneck=False)
+    state = official.fill(shapes, torch.float64)
+    extra = {"queue": torch.zeros(128, 8), "queue_ptr": torch.zeros(1, dtype=torch.long)}
+    extra["pts_backbone_k.SA_modules.0.mlps.0.layer0.conv.weight"] = torch.zeros(32, 4, 1, 1)
+    extra["mlp_cross_img_pred.0.weight"] = torch.zeros(4, 4)
+    extra["something.else"] = torch.zeros(1)
+    missing = [name for name in state if name.startswith("mlp_intro_points.layer3.1")]
+    for name in missing:
+        del state[name]
+    report = convert_checkpoint(save(tmp_path / "a.pth", {**state, **extra}), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert config["point_config"]["use_xyz"] is True
+    assert config["dtype"] == "float64"
+    assert config["image_config"]["architecture"] == "resnet18"
+    assert "negatives" in report.ignored["queue"]
+    assert "negatives" in report.ignored["queue_ptr"]
+    assert "momentum" in report.ignored["pts_backbone_k.SA_modules.0.mlps.0.layer0.conv.weight"]
+    assert "SimSiam" in report.ignored["mlp_cross_img_pred.0.weight"]
+    assert "no part" in report.ignored["something.else"]
+    assert sorted(report.missing) == sorted(simipu_name(name) for name in missing)
+    assert (
+        load_file(tmp_path / "out" / "model.safetensors")["simipu.image_encoder.conv1.weight"].dtype == torch.float64
+    )
+
+
+def test_names_go_both_ways():
+    for name in official.official_shapes():
+        ours = f"simipu.image_encoder.{name[13:]}" if name.startswith("img_backbone.") else simipu_name(name)
+        if name.startswith("img_conv1x1"):
+            assert ours is None
+        else:
+            assert official_name(ours) == name
+    assert official_name("simipu.point_encoder.unknown.weight") is None
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone.", "img_backbone.", "module.", "module.img_backbone."])
+@torch.no_grad()
+def test_encoder_alone_under_each_prefix(prefix, tmp_path, pixels):
+    state = encoder_state()
+    path = save(tmp_path / "encoder.pth", {prefix + name: value for name, value in state.items()})
+    report = convert_checkpoint(path, tmp_path / "out")
+    assert report.kind == "image encoder"
+    assert len(report.mapped) == len(state)
+    import timm
+
+    expected = timm.create_model("resnet18", num_classes=0).eval()
+    expected.load_state_dict(state)
+    for module in expected.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eps = 1e-3
+    wanted = expected.forward_features(pixels)
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, num_classes=0).eval()
+    torch.testing.assert_close(loaded.forward_features(pixels), wanted, rtol=0, atol=1e-6 * wanted.abs().max().item())
+    back = export_image_encoder(tmp_path / "out", tmp_path / "back.pth", "mmdet", prefix="")
+    returned = torch.load(back.path, weights_only=True)["state_dict"]
+    assert all(torch.equal(returned[name], value) for name, value in state.items())
+    again = convert_checkpoint(back.path, tmp_path / "again")
+    assert again.mapped.keys() == state.keys()
+    assert all(
+        torch.equal(value, load_file(tmp_path / "again" / "model.safetensors")[name])
+        for name, value in load_file(tmp_path / "out" / "model.safetensors").items()
+    )
+
+
+def test_released_file_has_318_entries(tmp_path):
+    state = {f"backbone.{name}": value for name, value in official.fill(official.resnet_shapes()).items()}
+    report = convert_checkpoint(save(tmp_path / "SimIPU_kitti_50e.pth", state), tmp_path / "out")
+    assert len(report.mapped) == 318
+    assert report.architecture == "resnet50"
+    assert "0.001" in str(report)
+
+
+def test_imagenet_file_keeps_its_epsilon_and_loses_its_classifier(tmp_path):
+    state = encoder_state() | {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}
+    torch.save(state, tmp_path / "resnet18.pth")
+    report = convert_checkpoint(tmp_path / "resnet18.pth", tmp_path / "out")
+    assert report.ignored == {"fc.weight": "classifier", "fc.bias": "classifier"}
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(saved[name], state[name]) for name in saved)
+
+
+def test_absent_batch_counters_are_no_obstacle(tmp_path):
+    state = {name: value for name, value in encoder_state().items() if not name.endswith("num_batches_tracked")}
+    report = convert_checkpoint(save(tmp_path / "old.pth", state), tmp_path / "out")
+    assert any("counters" in note for note in report.notes)
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/should_not_exist_simipu",)
+
+
+def test_pickled_objects_are_refused(tmp_path):
+    path = save(tmp_path / "evil.pth", encoder_state(), hook=Payload())
+    with pytest.raises(SimIPUError, match=r"(?s)evil.pth: refused.*system"):
+        convert_checkpoint(path, tmp_path / "out")
+    assert not os.path.exists("/tmp/should_not_exist_simipu")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+def test_truncated_files(tmp_path, share, legacy):
+    torch.save(encoder_state(), tmp_path / "whole.pth", _use_new_zipfile_serialization=not legacy)
+    content = (tmp_path / "whole.pth").read_bytes()
+    (tmp_path / "cut.pth").write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(SimIPUError, match=r"cut\.pth"):
+        convert_checkpoint(tmp_path / "cut.pth", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_networks_and_other_files(tmp_path):
+    import timm
+
+    for name in ("vit_tiny_patch16_224", "mobilenetv3_small_050"):
+        torch.save(timm.create_model(name).state_dict(), tmp_path / "other.pth")
+        with pytest.raises(SimIPUError, match="nothing in it matches"):
+            convert_checkpoint(tmp_path / "other.pth", tmp_path / "out")
+    state = encoder_state()
+    cases = {
+        "of another shape": {**state, "layer1.0.conv1.weight": torch.zeros(64, 32, 3, 3)},
+        "missing": {name: value for name, value in state.items() if name != "layer4.1.bn2.weight"},
+        "found none": {"epoch": 3},
+    }
+    for message, content in cases.items():
+        torch.save(content, tmp_path / "other.pth")
+        with pytest.raises(SimIPUError, match=message):
+            convert_checkpoint(tmp_path / "other.pth", tmp_path / "out")
+    (tmp_path / "text.pth").write_text("not a checkpoint", encoding="utf-8")
+    with pytest.raises(SimIPUError, match="no PyTorch checkpoint"):
+        convert_checkpoint(tmp_path / "text.pth", tmp_path / "out")
+    with pytest.raises(SimIPUError, match="no such file"):
+        convert_checkpoint(tmp_path / "absent.pth", tmp_path / "out")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(SimIPUError, match="found none"):
+        convert_checkpoint(tmp_path / "list.pth", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,182 @@
+"""Exported encoders compute what the trained one computes, read by the libraries they are for."""
+
+import json
+
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoImageProcessor, AutoModel, ResNetBackbone, TimmBackbone
+
+from simipu_hf.errors import SimIPUError
+from simipu_hf.hub.export import export_image_encoder, export_timm
+from simipu_hf.hub.image_encoder import load_image_encoder
+
+DATA = {"input_size": (3, 64, 96), "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+
+
+@pytest.fixture
+def folder(encoder, tmp_path):
+    return export_timm(encoder, tmp_path / "encoder", DATA)
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6 * expected.abs().max().item())
+
+
+def without_classifier(state: dict) -> nn.Module:
+    model = torchvision.models.resnet18(weights=None)
+    model.fc = nn.Identity()
+    model.load_state_dict(state, strict=True)
+    return nn.Sequential(*list(model.children())[:-2]).eval()
+
+
+@torch.no_grad()
+def test_timm_loads_the_folder(encoder, folder, pixels):
+    plain = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
+    close(plain.forward_features(pixels), encoder.forward_features(pixels))
+    assert all(module.eps == 1e-5 for module in plain.modules() if isinstance(module, nn.BatchNorm2d))
+    pyramid = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True, out_indices=(1, 4)).eval()
+    expected = encoder.forward_intermediates(pixels, indices=[1, 4], intermediates_only=True)
+    for actual, wanted in zip(pyramid(pixels), expected, strict=True):
+        close(actual, wanted)
+    data = timm.data.resolve_model_data_config(plain)
+    assert {name: tuple(data[name]) for name in DATA} == DATA
+
+
+@torch.no_grad()
+def test_transformers_loads_the_folder(encoder, folder, pixels):
+    model = AutoModel.from_pretrained(folder).eval()
+    close(model(pixels).last_hidden_state, encoder.forward_features(pixels))
+    processor = AutoImageProcessor.from_pretrained(folder)
+    assert tuple(processor.data_config["mean"]) == DATA["mean"]
+    assert tuple(processor.data_config["input_size"]) == DATA["input_size"]
+    backbone = TimmBackbone.from_pretrained(f"local-dir:{folder}", out_indices=(1, 2, 3, 4)).eval()
+    # TimmBackbone resets running statistics (transformers 5.23), so the card has its users load them once more
+    pyramid = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True)
+    backbone.load_state_dict({f"_backbone.{name}": value for name, value in pyramid.state_dict().items()})
+    close(backbone(pixels).feature_maps[-1], encoder.forward_features(pixels))
+
+
+def test_own_epsilon_changes_no_bit(tmp_path, pixels):
+    encoder = timm.create_model("resnet18", num_classes=0)
+    folder = export_timm(encoder, tmp_path / "encoder")
+    saved = load_file(folder / "model.safetensors")
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
+    assert saved.keys() == encoder.state_dict().keys()
+    assert all(torch.equal(saved[name], value) for name, value in encoder.state_dict().items())
+
+
+@pytest.mark.parametrize("architecture", ["convnext_atto", "vit_tiny_patch16_224", "mobilenetv3_small_050"])
+@torch.no_grad()
+def test_other_architectures(architecture, tmp_path, pixels):
+    arguments = {"img_size": (64, 96)} if architecture.startswith("vit") else {}
+    encoder = timm.create_model(architecture, num_classes=0, **arguments).eval()
+    folder = export_timm(encoder, tmp_path / "encoder", {"input_size": (3, 64, 96)})
+    loaded, _ = load_image_encoder(folder, verbose=False)
+    torch.testing.assert_close(loaded.eval().forward_features(pixels), encoder.forward_features(pixels))
+    pyramid, _ = load_image_encoder(folder, features_only=True, verbose=False)
+    expected = encoder.forward_intermediates(pixels, intermediates_only=True)
+    torch.testing.assert_close(pyramid.eval()(pixels)[-1], expected[-1])
+    AutoModel.from_pretrained(folder)
+
+
+@torch.no_grad()
+def test_torchvision_form(encoder, folder, tmp_path, pixels):
+    report = export_image_encoder(folder, tmp_path / "out", "torchvision")
+    state = torch.load(report.path, weights_only=True)
+    close(without_classifier(state)(pixels), encoder.forward_features(pixels))
+    loaded, _ = load_image_encoder(report.path, verbose=False)  # a second folding would show here
+    close(loaded.eval().forward_features(pixels), encoder.forward_features(pixels))
+
+
+@torch.no_grad()
+def test_transformers_form(encoder, folder, tmp_path, pixels):
+    report = export_image_encoder(folder, tmp_path / "out", "transformers")
+    model = AutoModel.from_pretrained(report.path).eval()
+    close(model(pixels).last_hidden_state, encoder.forward_features(pixels))
+    plain = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
+    assert torch.equal(model(pixels).last_hidden_state, plain.forward_features(pixels))
+    backbone = ResNetBackbone.from_pretrained(report.path, out_features=["stage2", "stage4"]).eval()
+    close(backbone(pixels).feature_maps[1], encoder.forward_features(pixels))
+    processor = AutoImageProcessor.from_pretrained(report.path)
+    assert (processor.size["height"], processor.size["width"]) == (64, 96)
+    assert tuple(processor.image_mean) == DATA["mean"]
+
+
+@pytest.mark.parametrize("prefix", ["img_backbone", "backbone", ""])
+def test_mmdet_form_keeps_the_values_as_trained(encoder, folder, tmp_path, prefix):
+    report = export_image_encoder(folder, tmp_path / "encoder.pth", "mmdet", prefix=prefix)
+    state = torch.load(report.path, weights_only=True)["state_dict"]
+    dotted = f"{prefix}." if prefix else ""
+    assert state.keys() == {dotted + name for name in encoder.state_dict()}
+    assert all(torch.equal(state[dotted + name], value) for name, value in encoder.state_dict().items())
+    assert report.norm_cfg == {"type": "BN", "eps": 1e-3, "requires_grad": True}
+    assert "norm_cfg=dict(type='BN', eps=0.001" in str(report)
+
+
+def test_retrained_folder_is_exported_as_it_is(folder, tmp_path):
+    """The statistics kept for the way back count only as long as the weights are those they belong to."""
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
+    model.bn1.running_var += 1
+    from safetensors.torch import save_file
+
+    save_file(model.state_dict(), folder / "model.safetensors")
+    report = export_image_encoder(folder, tmp_path / "encoder.pth", "mmdet")
+    state = torch.load(report.path, weights_only=True)["state_dict"]
+    assert torch.equal(state["img_backbone.bn1.running_var"], model.bn1.running_var)
+    assert report.norm_cfg["eps"] == 1e-5
+
+
+@torch.no_grad()
+def test_channel_order(encoder, folder, tmp_path, pixels):
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["simipu"] = {"channel_order": "bgr"}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    kept = export_image_encoder(folder, tmp_path / "bgr")
+    assert kept.input.channel_order == "bgr"
+    assert "BGR" in str(kept)
+    report = export_image_encoder(folder, tmp_path / "rgb", channel_order="rgb")
+    assert report.input.mean == DATA["mean"][::-1]
+    loaded, data = load_image_encoder(tmp_path / "rgb", verbose=False)
+    assert data["mean"] == DATA["mean"][::-1]
+    close(loaded.eval().forward_features(pixels.flip(1)), encoder.forward_features(pixels))
+    flipped, _ = load_image_encoder(folder, channel_order="rgb", verbose=False)
+    close(flipped.eval().forward_features(pixels.flip(1)), encoder.forward_features(pixels))
+
+
+def test_occupied_target_is_left_alone(folder, tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "mine.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(SimIPUError, match="exists already"):
+        export_image_encoder(folder, target)
+    assert [path.name for path in target.iterdir()] == ["mine.txt"]
+    export_image_encoder(folder, target, overwrite=True)
+    assert (target / "model.safetensors").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"encoder", "out"}
+
+
+def test_failure_leaves_nothing(folder, tmp_path, monkeypatch):
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("simipu_hf.hub.export.save_file", full_disk)
+    with pytest.raises(SimIPUError, match="No space left"):
+        export_image_encoder(folder, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"encoder"}
+
+
+def test_impossible_exports(folder, tmp_path):
+    with pytest.raises(SimIPUError, match="choose from timm"):
+        export_image_encoder(folder, tmp_path / "out", "onnx")
+    with pytest.raises(SimIPUError, match="SimIPUForPreTraining"):
+        export_image_encoder(folder, tmp_path / "out", "official")
+    atto = export_timm(timm.create_model("convnext_atto", num_classes=0), tmp_path / "atto")
+    with pytest.raises(SimIPUError, match="convnext_atto"):
+        export_image_encoder(atto, tmp_path / "out", "torchvision")
+    with pytest.raises(SimIPUError, match="plain timm model"):
+        export_timm(nn.Conv2d(3, 3, 1), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
