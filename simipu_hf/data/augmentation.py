@@ -86,7 +86,9 @@ class TwoViewAugmentation:
 
     @classmethod
     def from_preset(cls, preset: str = "recommended", **overrides: Any) -> "TwoViewAugmentation":
-        """The augmentation of a preset, `"recommended"` or `"official"` (random image sizes), with fields changed.
+        """The augmentation of a preset, `"recommended"` or `"official"`, with fields changed.
+
+        The official one draws image sizes; `random_resize=None` makes it keep to the image processor's.
 
         Raises:
             SimIPUError: an unknown preset.

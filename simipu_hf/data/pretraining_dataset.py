@@ -16,9 +16,10 @@ REQUIRED_COLUMNS = ("image", "points", "camera_projection", "lidar_to_camera")
 class TwoViewDataset(torch.utils.data.Dataset):
     """Two views of each row, the same for one (seed, epoch, index) in every process and with any number of workers.
 
-    Call `set_epoch` before iterating over an epoch. The epoch lives in shared memory, so workers see it, persistent
-    ones too. Call it on this object: `accelerate`'s loader passes its own `set_epoch` on to a sampler that has one
-    and then not to the data set.
+    A key is `(epoch, index)`, or an index alone for the epoch last given to `set_epoch`. That epoch lives in shared
+    memory, so workers see it, persistent ones too; a loader that fetches ahead beyond the end of an epoch needs
+    `(epoch, index)` keys. Call `set_epoch` on this object: `accelerate`'s loader passes its own on to a sampler that
+    has one and then not to the data set.
 
     Args:
         rows: a `datasets.Dataset` of the data contract, or any sequence of such rows.
@@ -66,33 +67,32 @@ class TwoViewDataset(torch.utils.data.Dataset):
         """Indices of the rows that this process and its workers found unusable and replaced so far."""
         return self._is_bad.nonzero().flatten().tolist()
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, torch.Tensor]:
         """The sample of `two_view_sample`.
 
         Raises:
             SimIPUError: names the row and what is wrong with it.
         """
+        epoch, index = key if isinstance(key, tuple) else (int(self._epoch), key)
         if self.on_bad_row == "raise":
-            return self._sample(index, index)
+            return self._sample(index, epoch, index)
         for step in range(len(self)):
             candidate = (index + step) % len(self)
             try:
-                return self._sample(candidate, index)
+                return self._sample(candidate, epoch, index)
             except SimIPUError as error:
                 self._is_bad[candidate] = True
                 last_error = error
         raise SimIPUError(f"none of the {len(self)} rows can be used; the last: {last_error}")
 
-    def _sample(self, row_index: int, index: int) -> dict[str, torch.Tensor]:
+    def _sample(self, row_index: int, epoch: int, index: int) -> dict[str, torch.Tensor]:
         try:
             row = self.rows[row_index]
         # Reading a row decodes its image, and Pillow raises OSError, SyntaxError, ValueError and errors of its own.
         except Exception as error:
             raise SimIPUError(f"{self._row_name(row_index)}: cannot be read ({error})") from error
         try:
-            return two_view_sample(
-                row, self.processor, self.augmentation, seed=self.seed, epoch=int(self._epoch), index=index
-            )
+            return two_view_sample(row, self.processor, self.augmentation, seed=self.seed, epoch=epoch, index=index)
         except ValueError as error:
             raise SimIPUError(f"{self._row_name(row_index)}: {error}") from error
 

@@ -270,6 +270,8 @@ def test_samples_are_a_pure_function_of_seed_epoch_and_index():
     assert all(equal(again[index], first[index]) for index in (3, 1, 5, 0, 3))
     dataset.set_epoch(1)
     assert not any(equal(dataset[index], first[index]) for index in range(6))
+    assert all(equal(dataset[1, index], dataset[index]) for index in range(6))
+    assert all(equal(dataset[0, index], first[index]) for index in range(6))
     dataset.set_epoch(0)
     assert all(equal(dataset[index], first[index]) for index in range(6))
     row = dataset.rows[0]
