@@ -175,20 +175,20 @@ def _list_raw(root: str, splits, cameras, drives) -> Listing:
         raise _not_kitti(root, "dated folders such as 2011_09_26/, each with calib_*.txt and *_drive_*_sync/")
     _require(splits, ["train"], f"{root}: splits")
     frames, problems, notes = [], [], []
-    in_folder = {drive: day for day in days for drive in _folders(os.path.join(root, day)) if "_drive_" in drive}
-    synced = [drive for drive in in_folder if drive.endswith("_sync")]
+    found = [(day, drive) for day in days for drive in _folders(os.path.join(root, day)) if "_drive_" in drive]
+    synced = [(day, drive) for day, drive in found if drive.endswith("_sync")]
     if drives is not None:
-        drives = [drive if drive.endswith("_sync") else f"{drive}_sync" for drive in drives]
-        _require(drives, synced, f"{root}: drives")
-    elif len(synced) < len(in_folder):
-        left_out = sorted(set(in_folder) - set(synced))
+        drives = {drive if drive.endswith("_sync") else f"{drive}_sync" for drive in drives}
+        _require(sorted(drives), [drive for _, drive in synced], f"{root}: drives")
+        synced = [(day, drive) for day, drive in synced if drive in drives]
+    elif len(synced) < len(found):
+        left_out = [drive for day, drive in found if (day, drive) not in synced]
         notes.append(f"{root}: left out {left_out}: only *_sync drives have rectified images and a scan for each")
-    for drive in synced if drives is None else drives:
-        day = os.path.join(root, in_folder[drive])
-        if drive.startswith(f"{in_folder[drive]}_drive_"):
-            frames += _drive_frames(day, drive, cameras, problems, notes)
+    for day, drive in synced:
+        if drive.startswith(f"{day}_drive_"):
+            frames += _drive_frames(os.path.join(root, day), drive, cameras, problems, notes)
         else:
-            problems.append(f"{os.path.join(day, drive)}: expected a drive of {in_folder[drive]}, found another day's")
+            problems.append(f"{os.path.join(root, day, drive)}: expected a drive of {day}, found another day's")
     return Listing({"train": frames} if frames else {}, problems, notes)
 
 
