@@ -148,7 +148,7 @@ class SimIPUSparseConvConfig(PreTrainedConfig):
     model_type = "simipu_sparse_conv"
     base_config_key = "point_config"
 
-    voxel_size: list[Number] | tuple[Number, ...] = (0.1, 0.1, 0.2)
+    voxel_size: list[Number] | tuple[Number, ...] = (0.1, 0.1, 0.1)
     point_cloud_range: list[Number] | tuple[Number, ...] = (-72.0, -72.0, -5.0, 72.0, 72.0, 3.0)
     channels: list[int] | tuple[int, ...] = (16, 32, 64, 128)
     blocks_per_stage: list[int] | tuple[int, ...] = (1, 2, 2, 2)
@@ -290,3 +290,6 @@ def _point_config_from_dict(fields: dict[str, Any]) -> PreTrainedConfig:
     if model_type not in by_model_type:
         raise ValueError(f"point_config: unknown model_type {model_type!r}; choose from {', '.join(by_model_type)}")
     return by_model_type[model_type](**{key: value for key, value in fields.items() if key != "model_type"})
+
+
+SimIPUConfig.register_for_auto_class()

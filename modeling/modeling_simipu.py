@@ -1,14 +1,16 @@
 """SimIPU (Li et al., AAAI 2022): spatial-aware visual features from unlabelled camera + LiDAR pairs."""
 
+import os
+
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import can_return_tuple
 
 from .configuration_simipu import SimIPUConfig
 from .image_encoder import build_image_encoder, feature_channels, image_feature_maps
-from .layers import LinearBlock, ProjectionHead, WeightedBatchNorm
+from .layers import ProjectionHead, WeightedBatchNorm
 from .losses import ContrastiveResult, contrastive_loss
 from .matching import (
     PendingMatch,
@@ -20,13 +22,6 @@ from .matching import (
 )
 from .outputs_simipu import PointEncoderOutput, SimIPUForPreTrainingOutput, SimIPUModelOutput
 from .pointnet2 import PointNet2Encoder, gather_rows
-from .sparse_encoder import SparseConvEncoder, init_sparse_conv_weights
-
-# chosen by name: remote code loaded from a folder has its own copies of the configuration classes
-POINT_ENCODERS: dict[str, type[nn.Module]] = {
-    "simipu_pointnet2": PointNet2Encoder,
-    "simipu_sparse_conv": SparseConvEncoder,
-}
 
 
 class SimIPUPreTrainedModel(PreTrainedModel):
@@ -40,30 +35,42 @@ class SimIPUPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """PyTorch's default for the pointwise layers, as the official code; He et al. (2015) for convolutions.
+        """PyTorch's default for linear layers, as the official code; He et al. (2015) for convolutions.
 
-        A timm model built outside the meta device keeps timm's own initialisation.
+        A timm model built outside the meta device keeps timm's own initialisation. transformers only comes here
+        with modules that hold parameters or buffers themselves.
         """
         if hasattr(module, "init_non_persistent_buffers"):
             module.init_non_persistent_buffers()
-        elif isinstance(module, LinearBlock):
-            bound = module.linear.in_features**-0.5
-            init.uniform_(module.linear.weight, -bound, bound)
-            init.uniform_(module.linear.bias, -bound, bound)
+        if isinstance(module, nn.Linear):
+            bound = module.in_features**-0.5
+            init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, WeightedBatchNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
             init.zeros_(module.running_mean)
             init.ones_(module.running_var)
             init.zeros_(module.num_batches_tracked)
-        elif isinstance(module, SparseConvEncoder):
-            init_sparse_conv_weights(module)
         elif isinstance(module, nn.Conv2d):
             init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
                 init.zeros_(module.bias)
+        elif type(module).__module__.startswith("spconv."):
+            from .sparse_encoder import init_sparse_conv_weights
+
+            init_sparse_conv_weights(module)
         else:
             super()._init_weights(module)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        # one folder serves both classes, whichever of them saved it
+        self.config.auto_map = {
+            "AutoModel": "modeling_simipu.SimIPUModel",
+            "AutoModelForPreTraining": "modeling_simipu.SimIPUForPreTraining",
+        }
+        super().save_pretrained(save_directory, **kwargs)
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args, **kwargs) -> None:
         self.base_model.image_encoder.set_grad_checkpointing(enable)
@@ -74,13 +81,15 @@ class SimIPUModel(SimIPUPreTrainedModel):
 
     Attributes:
         image_encoder: a plain timm model; what the pre-training is for.
-        point_encoder: `PointNet2Encoder` or `SparseConvEncoder`.
+        point_encoder: PointNet++ or a sparse convolution network.
     """
+
+    _keys_to_ignore_on_load_unexpected = [r"^(intra_point|inter_image|inter_point)_head\."]  # noqa: RUF012
 
     def __init__(self, config: SimIPUConfig) -> None:
         super().__init__(config)
         self.image_encoder = build_image_encoder(config.image_config)
-        self.point_encoder = POINT_ENCODERS[config.point_config.model_type](config.point_config)
+        self.point_encoder = build_point_encoder(config.point_config)
         keep_initialization(self.image_encoder)
         self.post_init()
 
@@ -229,10 +238,8 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Image features `(B, M, C)` where the points project, and which points project into their image."""
         pixels, depth = project_points(coordinates, lidar_to_pixel.to(coordinates.dtype))
-        if self.config.projection_normalization == "sample":
-            covered = (image_sizes + 31) // 32 * 32
-        else:
-            covered = padded_sizes
+        per_sample = self.config.projection_normalization == "sample"
+        covered = (image_sizes + 31) // 32 * 32 if per_sample else padded_sizes
         rows = sample_feature_maps(image_features, pixels, covered, self.config.align_corners)
         return rows, inside_image(pixels, depth, image_sizes)
 
@@ -275,6 +282,21 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
         )
 
 
+def build_point_encoder(config: PreTrainedConfig) -> nn.Module:
+    """The point encoder of a configuration.
+
+    It is told by its `model_type`: remote code loaded from a folder has its own copies of the classes.
+
+    Raises:
+        ImportError: the sparse encoder is asked for and spconv is not installed.
+    """
+    if config.model_type == "simipu_sparse_conv":
+        from .sparse_encoder import SparseConvEncoder  # importing spconv takes seconds
+
+        return SparseConvEncoder(config)
+    return PointNet2Encoder(config)
+
+
 def keep_initialization(module: nn.Module) -> None:
     """Marks the tensors of `module` as initialised, unless it was built on the meta device."""
     for tensor in (*module.parameters(), *module.buffers()):
@@ -306,3 +328,7 @@ def _project(head: ProjectionHead, features: torch.Tensor, valid: torch.Tensor) 
 
 def _masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return values.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
+
+
+SimIPUModel.register_for_auto_class("AutoModel")
+SimIPUForPreTraining.register_for_auto_class("AutoModelForPreTraining")

@@ -507,3 +507,8 @@ def _naming(row: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{row}: {error}") from error
+
+
+SimIPUImageProcessor.register_for_auto_class("AutoImageProcessor")
+SimIPUPointCloudProcessor.register_for_auto_class("AutoFeatureExtractor")
+SimIPUProcessor.register_for_auto_class("AutoProcessor")

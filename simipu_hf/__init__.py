@@ -1,4 +1,8 @@
-"""SimIPU pre-training the Hugging Face way."""
+"""SimIPU pre-training the Hugging Face way.
+
+Importing this package registers SimIPU with transformers' Auto classes, so that
+`AutoModel.from_pretrained(folder)` finds it without `trust_remote_code`.
+"""
 
 from pathlib import Path
 
@@ -9,4 +13,27 @@ _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "modeling" / "modeling_simipu.py").is_file():
     __path__.append(str(_checkout))
 
-__all__ = ["__version__"]
+from transformers import AutoConfig, AutoModel, AutoModelForDepthEstimation, AutoModelForPreTraining, AutoProcessor
+
+from .modeling.configuration_simipu import SimIPUConfig
+from .modeling.configuration_simipu_depth import SimIPUDepthConfig
+from .modeling.modeling_simipu import SimIPUForPreTraining, SimIPUModel
+from .modeling.modeling_simipu_depth import SimIPUForDepthEstimation
+from .modeling.processing_simipu import SimIPUProcessor
+
+AutoConfig.register(SimIPUConfig.model_type, SimIPUConfig, exist_ok=True)
+AutoConfig.register(SimIPUDepthConfig.model_type, SimIPUDepthConfig, exist_ok=True)
+AutoModel.register(SimIPUConfig, SimIPUModel, exist_ok=True)
+AutoModelForPreTraining.register(SimIPUConfig, SimIPUForPreTraining, exist_ok=True)
+AutoModelForDepthEstimation.register(SimIPUDepthConfig, SimIPUForDepthEstimation, exist_ok=True)
+AutoProcessor.register(SimIPUConfig, SimIPUProcessor, exist_ok=True)
+
+__all__ = [
+    "SimIPUConfig",
+    "SimIPUDepthConfig",
+    "SimIPUForDepthEstimation",
+    "SimIPUForPreTraining",
+    "SimIPUModel",
+    "SimIPUProcessor",
+    "__version__",
+]
