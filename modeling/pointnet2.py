@@ -49,6 +49,8 @@ class SetAbstraction(nn.Module):
         self.use_xyz = config.use_xyz
         self.sampling_backend = config.sampling_backend
         self.grouping_backend = config.grouping_backend
+        # Triton has the query alone
+        self.pooling_backend = "auto" if config.grouping_backend == "triton" else config.grouping_backend
         outer = list(config.radii[level])
         inner = [0.0, *outer[:-1]] if config.dilated_group else [0.0] * len(outer)
         self.radii = list(zip(inner, outer, strict=True))
@@ -118,7 +120,7 @@ class SetAbstraction(nn.Module):
     ) -> torch.Tensor:
         """The MLP per point `(B*N, C)`, each counting as often as it occurs in the groups; pooled `(B*M, C')`."""
         occurrences = neighbors.weight.new_zeros(rows.shape[0]).index_add_(0, neighbors.index, neighbors.weight)
-        return group_max(run_blocks(blocks, rows, occurrences), neighbors)
+        return group_max(run_blocks(blocks, rows, occurrences), neighbors, backend=self.pooling_backend)
 
     def _grouped_scale(
         self,
@@ -140,7 +142,8 @@ class SetAbstraction(nn.Module):
         offset = (coordinates[index] - centers[group]).to(per_point.dtype)
         pairs = first.normalize(per_point[index] + F.linear(offset, xyz_weight), weight)
         pairs = run_blocks(blocks[1:], pairs, weight)
-        return group_max(pairs, Neighbors(torch.arange(len(index), device=index.device), weight, offsets))
+        in_order = Neighbors(torch.arange(len(index), device=index.device), weight, offsets)
+        return group_max(pairs, in_order, backend=self.pooling_backend)
 
 
 class PointNet2Encoder(nn.Module):

@@ -90,9 +90,10 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
     assert error < tolerance, f"relative error {error:.2e}"
 
 
-@pytest.fixture(scope="module")
-def step(case: dict):
-    model = reference_model(case)
+@pytest.fixture(scope="module", params=["torch", "numba"])
+def step(case: dict, request: pytest.FixtureRequest):
+    """The step on the plain PyTorch path, and on the fast path that computes in float64."""
+    model = reference_model(case, sampling_backend=request.param, grouping_backend=request.param)
     output = model(**batch(case))
     output.loss.backward()
     return model, output

@@ -1,0 +1,91 @@
+import pytest
+import torch
+from torch import nn
+
+from simipu_hf.modeling.layers import LinearBlock, ProjectionHead, WeightedBatchNorm
+
+
+def repeated_and_weighted(dtype: torch.dtype = torch.float64):
+    """The same rows twice: each listed as often as it counts, and listed once with that count."""
+    torch.manual_seed(0)
+    rows = (torch.randn(40, 6, dtype=dtype) * 3 + 2).requires_grad_()
+    counts = torch.randint(0, 5, (40,))
+    return rows, counts, torch.arange(40).repeat_interleave(counts)
+
+
+def test_weighted_batch_norm_equals_batch_norm_of_repeated_rows():
+    rows, counts, repeated = repeated_and_weighted()
+    ours = WeightedBatchNorm(6, eps=1e-3, momentum=0.2).double()
+    theirs = nn.BatchNorm1d(6, eps=1e-3, momentum=0.2).double()
+    with torch.no_grad():
+        for tensor in (ours.weight, ours.bias):
+            tensor.normal_()
+    theirs.load_state_dict(ours.state_dict())
+
+    upstream = torch.randn(len(repeated), 6, dtype=torch.float64)
+    expected = theirs(rows[repeated])
+    (expected * upstream).sum().backward()
+    expected_grad, rows.grad = rows.grad, None
+
+    actual = ours(rows, counts.double())
+    (actual[repeated] * upstream).sum().backward()
+
+    torch.testing.assert_close(actual[repeated], expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(rows.grad, expected_grad, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(ours.bias.grad, theirs.bias.grad, rtol=1e-10, atol=1e-12)
+    for name, buffer in theirs.named_buffers():
+        torch.testing.assert_close(ours.state_dict()[name], buffer, rtol=1e-12, atol=1e-12)
+
+    ours.eval()
+    theirs.eval()
+    torch.testing.assert_close(ours(rows), theirs(rows), rtol=1e-12, atol=1e-12)
+
+
+def test_weighted_batch_norm_passes_gradcheck():
+    rows, counts, *_ = repeated_and_weighted()
+    norm = WeightedBatchNorm(6).double()
+    weight = counts.double()
+    assert torch.autograd.gradcheck(lambda x: norm(x, weight) * weight[:, None], (rows,))
+
+
+def test_without_weights_it_is_batch_norm():
+    rows, *_ = repeated_and_weighted(torch.float32)
+    ours, theirs = WeightedBatchNorm(6), nn.BatchNorm1d(6)
+    torch.testing.assert_close(ours(rows), theirs(rows))
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+
+
+def test_state_dict_is_that_of_batch_norm():
+    assert list(WeightedBatchNorm(3).state_dict()) == list(nn.BatchNorm1d(3).state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_rows_keep_their_dtype_and_float32_statistics(dtype):
+    rows, counts, *_ = repeated_and_weighted(torch.float32)
+    norm, reference = WeightedBatchNorm(6), WeightedBatchNorm(6)
+    low = norm(rows.to(dtype), counts.float())
+    assert low.dtype == dtype
+    assert norm.running_mean.dtype == torch.float32
+    torch.testing.assert_close(low.float(), reference(rows, counts.float()), rtol=0.05, atol=0.05)
+
+
+def test_projection_head_is_the_official_stack():
+    torch.manual_seed(0)
+    head = ProjectionHead(8, 4)
+    rows = torch.randn(20, 8)
+    stack = nn.Sequential(
+        *[nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU()],
+        *[nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU()],
+        *[nn.Linear(8, 4), nn.BatchNorm1d(4)],
+    )
+    ours = [tensor for name, tensor in head.state_dict().items()]
+    stack.load_state_dict(dict(zip(stack.state_dict(), ours, strict=True)))
+    torch.testing.assert_close(head(rows), stack(rows))
+
+
+def test_linear_block_without_activation_goes_below_zero():
+    torch.manual_seed(0)
+    rows = torch.randn(30, 5)
+    assert (LinearBlock(5, 3, activation=False)(rows) < 0).any()
+    assert (LinearBlock(5, 3)(rows) >= 0).all()

@@ -1,0 +1,80 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from simipu_hf.modeling.losses import contrastive_loss
+
+ROWS, WIDTH, TEMPERATURE = 30, 8, 0.07
+
+
+@pytest.fixture
+def pairs() -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    anchors = torch.randn(ROWS, WIDTH, dtype=torch.float64, requires_grad=True)
+    positives = (anchors.detach() + torch.randn(ROWS, WIDTH)).requires_grad_()
+    return anchors, positives
+
+
+def everything() -> torch.Tensor:
+    return torch.ones(ROWS, dtype=torch.bool)
+
+
+def by_definition(anchors: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
+    """-log of the positive's share of exp(cosine similarity / T), written out."""
+    total = 0.0
+    for i in range(len(anchors)):
+        similarity = F.cosine_similarity(anchors[i], positives) / TEMPERATURE
+        total = total - torch.log(torch.exp(similarity[i]) / torch.exp(similarity).sum())
+    return total / len(anchors)
+
+
+def test_loss_equals_its_definition(pairs):
+    result = contrastive_loss(*pairs, TEMPERATURE, everything())
+    torch.testing.assert_close(result.loss, by_definition(*pairs), rtol=1e-12, atol=0)
+    assert result.chance.item() == pytest.approx(math.log(ROWS))
+
+
+def test_symmetric_loss_averages_both_directions(pairs):
+    anchors, positives = pairs
+    result = contrastive_loss(anchors, positives, TEMPERATURE, everything(), symmetric=True)
+    expected = (by_definition(anchors, positives) + by_definition(positives, anchors)) / 2
+    torch.testing.assert_close(result.loss, expected, rtol=1e-12, atol=0)
+
+
+def test_masked_rows_are_neither_anchors_nor_candidates(pairs):
+    anchors, positives = pairs
+    valid = torch.arange(ROWS) % 3 != 0
+    masked = contrastive_loss(anchors, positives, TEMPERATURE, valid, symmetric=True)
+    masked.loss.backward()
+    kept = contrastive_loss(
+        anchors[valid], positives[valid], TEMPERATURE, torch.ones_like(valid[valid]), symmetric=True
+    )
+    torch.testing.assert_close(masked.loss, kept.loss, rtol=1e-12, atol=0)
+    assert masked.num_candidates == valid.sum()
+    assert anchors.grad[~valid].abs().max() == 0
+    assert positives.grad[~valid].abs().max() == 0
+
+
+def test_a_batch_without_any_pair_has_zero_loss_and_gradient(pairs):
+    anchors, positives = pairs
+    loss = contrastive_loss(anchors, positives, TEMPERATURE, ~everything()).loss
+    loss.backward()
+    assert loss.item() == 0
+    assert anchors.grad.abs().max() == 0
+
+
+def test_accuracies_equal_top_k(pairs):
+    anchors, positives = pairs
+    result = contrastive_loss(anchors, positives, TEMPERATURE, everything())
+    similarity = F.normalize(anchors, dim=1) @ F.normalize(positives, dim=1).T
+    for k, accuracy in ((1, result.accuracy(1)), (5, result.accuracy(5)), (15, result.accuracy_percent(50))):
+        hits = (similarity.topk(k).indices == torch.arange(ROWS)[:, None]).any(1)
+        assert accuracy.item() == pytest.approx(hits.double().mean().item())
+
+
+def test_equally_similar_candidates_rank_by_index():
+    same = torch.ones(4, 2, dtype=torch.float64)
+    result = contrastive_loss(same, same, TEMPERATURE, torch.ones(4, dtype=torch.bool))
+    assert result.positions.tolist() == [0, 1, 2, 3]
