@@ -5,6 +5,7 @@ Integer pixel coordinates are pixel centres.
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import SimIPUError
+from .rows import calibration_from_row, image_from_row, points_from_row
 
 # KITTI Eigen training and evaluation use the bottom centre of every image (the "KB" crop).
 KB_CROP = (352, 1216)
@@ -88,31 +90,30 @@ def read_depth_png(path: str | os.PathLike) -> np.ndarray:
         raise SimIPUError(f"{path}: cannot be read as a depth PNG ({error})") from error
 
 
-def depth_target(row: dict[str, Any]) -> np.ndarray:
-    """The ground truth of a row: its `depth` (KITTI-style PNG) where it has one, else its LiDAR scan projected.
+def image_and_depth(row: Mapping[str, Any]) -> tuple[Image.Image, np.ndarray]:
+    """The image of a row and its ground truth: its `depth` where it has one, else its LiDAR scan projected.
 
     Args:
         row: a row of the data contract (`frame_id`, `image`, `points`, `camera_projection`, `lidar_to_camera`),
-            or one with `image` and `depth`, an opened 16-bit PNG or a path.
+            or one with `image` and `depth`: a KITTI-style 16-bit PNG, opened or its path.
 
     Returns:
-        `(H, W)` float32 of the image's size, metres.
+        The RGB image, and `(H, W)` float32 of its size, metres.
 
     Raises:
-        SimIPUError: the target's size is not the image's, or the points are no float32 N x 4.
+        SimIPUError: something cannot be read, or the depth has another size than the image; names the frame.
     """
     name = f"frame {row.get('frame_id', '?')}"
-    width, height = row["image"].size
+    image = image_from_row(row)
     depth = row.get("depth")
-    if depth is not None:
-        depth = decode_depth_png(depth, name) if isinstance(depth, Image.Image) else read_depth_png(depth)
-        if depth.shape != (height, width):
-            raise SimIPUError(f"{name}: depth is {depth.shape[1]} x {depth.shape[0]}, its image {width} x {height}")
-        return depth
-    if len(row["points"]) % 16:
-        raise SimIPUError(f"{name}: points have {len(row['points'])} bytes, expected a multiple of 16 (float32 N x 4)")
-    points = np.frombuffer(row["points"], dtype="<f4").reshape(-1, 4)
-    return project_to_depth_map(points, row["camera_projection"], row["lidar_to_camera"], height, width)
+    if depth is None:
+        return image, project_to_depth_map(points_from_row(row), *calibration_from_row(row), image.height, image.width)
+    depth = decode_depth_png(depth, name) if isinstance(depth, Image.Image) else read_depth_png(depth)
+    if depth.shape != (image.height, image.width):
+        raise SimIPUError(
+            f"{name}: depth is {depth.shape[1]} x {depth.shape[0]}, its image {image.width} x {image.height}"
+        )
+    return image, depth
 
 
 def kb_crop(height: int, width: int, name: str = "image") -> tuple[int, int, int, int]:
@@ -143,10 +144,14 @@ def read_eigen_list(path: str | os.PathLike) -> list[EigenEntry]:
     """Read a KITTI Eigen file list: `image_path depth_path focal_length` a line, `None` for a missing depth.
 
     Raises:
-        SimIPUError: a line has other than three fields, the last a number; names the line.
+        SimIPUError: no such file, no line, or a line that is not two paths and a number; names the line.
     """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SimIPUError(f"{path}: cannot be read as a file list ({error})") from error
     entries = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         fields = line.split()
         if not fields:
             continue
@@ -163,7 +168,7 @@ def read_eigen_list(path: str | os.PathLike) -> list[EigenEntry]:
 
 
 class EigenDataset:
-    """The frames of an Eigen file list that have ground truth, as rows with `frame_id`, `image`, `depth`.
+    """The frames of an Eigen file list that have ground truth, as rows with `frame_id` and the paths `image`, `depth`.
 
     Args:
         file_list: an Eigen list, see [`read_eigen_list`] (697 test lines, 652 of them with ground truth).
@@ -182,10 +187,5 @@ class EigenDataset:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         entry = self.entries[index]
-        path = self.image_root / entry.image
-        try:
-            with Image.open(path) as image:
-                image = image.convert("RGB")
-        except OSError as error:
-            raise SimIPUError(f"{path}: cannot be read as an image ({error})") from error
-        return {"frame_id": entry.image, "image": image, "depth": str(self.depth_root / entry.depth)}
+        image, depth = str(self.image_root / entry.image), str(self.depth_root / entry.depth)
+        return {"frame_id": entry.image, "image": image, "depth": depth}

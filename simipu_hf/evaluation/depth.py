@@ -5,14 +5,25 @@ computed in float64 for each image, then averaged over images, so that every ima
 of its pixels are valid. No median scaling: the predictions are metric.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Literal
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
+from ..data.depth_samples import DepthFrame, DepthPreprocessing
+from ..data.selection import select_frames
 from ..errors import SimIPUError
+from ..modeling.configuration_simipu_depth import SimIPUDepthConfig
+from ..modeling.modeling_simipu_depth import SimIPUForDepthEstimation
+from ..modeling.processing_simipu import SimIPUImageProcessor
 
 METRICS = ("a1", "a2", "a3", "abs_rel", "rmse", "log10", "rmse_log", "silog", "sq_rel")
 HIGHER_IS_BETTER = ("a1", "a2", "a3")
@@ -143,25 +154,27 @@ def evaluate_maps(
     Raises:
         SimIPUError: no image has a valid pixel, shapes differ, or a prediction is NaN.
     """
-    per_image: dict[str, dict[str, float]] = {}
+    per_image: list[dict[str, float]] = []
+    names: list[str] = []
     per_range: dict[tuple[float, float], list[dict[str, float]]] = {tuple(bounds): [] for bounds in ranges}
     for name, prediction, target in pairs:
-        per_image[name] = image_metrics(prediction, target, crop, min_depth, max_depth, name)
+        names.append(name)
+        per_image.append(image_metrics(prediction, target, crop, min_depth, max_depth, name))
         for (low, high), results in per_range.items():
             part = np.where((target >= low) & (target < high), target, 0)
             results.append(image_metrics(prediction, part, crop, min_depth, max_depth, name))
-    without_target = sum(np.isnan(metrics["abs_rel"]) for metrics in per_image.values())
+    without_target = sum(np.isnan(metrics["abs_rel"]) for metrics in per_image)
     if without_target == len(per_image):
         raise SimIPUError(
             f"none of {len(per_image)} images has a target within {min_depth} to {max_depth} m in the {crop} crop"
         )
     return {
-        "metrics": mean_metrics(list(per_image.values())),
+        "metrics": mean_metrics(per_image),
         "per_range": {f"{low:g}-{high:g} m": mean_metrics(results) for (low, high), results in per_range.items()},
         "num_images": len(per_image),
         "num_images_without_target": int(without_target),
         "protocol": {"crop": crop, "min_depth": min_depth, "max_depth": max_depth, "average": "per image, then mean"},
-        "per_image": per_image,
+        "per_image": [{"frame_id": name, **metrics} for name, metrics in zip(names, per_image, strict=True)],
     }
 
 
@@ -186,3 +199,166 @@ def predict_depth(
     if size is not None and tuple(depth.shape[-2:]) != tuple(size):
         depth = nn.functional.interpolate(depth[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
     return depth
+
+
+def evaluate_frames(
+    model: nn.Module,
+    frames: Iterable[DepthFrame],
+    preprocessing: DepthPreprocessing,
+    *,
+    flip_test: bool = True,
+    picture_dir: str | os.PathLike | None = None,
+    num_pictures: int = 8,
+    **protocol: Any,
+) -> dict[str, Any]:
+    """Evaluate a model on frames, at the resolution of their ground truth.
+
+    Args:
+        model: maps `pixel_values` to an output with `predicted_depth`; it is left in the mode it was in.
+        frames: what `preprocessing.load` returns.
+        preprocessing: normalises the images.
+        flip_test: average with the prediction of the mirrored image, as published.
+        picture_dir: write a picture of each of the first `num_pictures` frames there, see [`depth_picture`].
+        protocol: `crop`, `min_depth`, `max_depth` and `ranges` of [`evaluate_maps`].
+
+    Returns:
+        As [`evaluate_maps`].
+    """
+    device = next(model.parameters()).device
+    max_depth = protocol.get("max_depth", 80.0)
+
+    def pairs() -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        for number, frame in enumerate(frames):
+            pixel_values = preprocessing.normalize(frame.image)[None].to(device)
+            prediction = predict_depth(model, pixel_values, frame.full_depth.shape, flip_test)[0].cpu().numpy()
+            if picture_dir is not None and number < num_pictures:
+                path = Path(picture_dir) / f"{number:03d}_{re.sub(r'[^A-Za-z0-9]+', '_', frame.frame_id)}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                depth_picture(frame.image, prediction, frame.full_depth, max_depth).save(path)
+            yield frame.frame_id, prediction, frame.full_depth
+
+    was_training = model.training
+    model.eval()
+    try:
+        result = evaluate_maps(pairs(), **protocol)
+    finally:
+        model.train(was_training)
+    result["protocol"]["flip_test"] = flip_test
+    return result
+
+
+def evaluate_depth(
+    model: str | os.PathLike,
+    frames: Sequence[str],
+    *,
+    kb_crop: bool = True,
+    crop: Crop = "garg",
+    min_depth: float = 1e-3,
+    max_depth: float = 80.0,
+    flip_test: bool = True,
+    output_dir: str | os.PathLike | None = None,
+    num_pictures: int = 8,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Evaluate a saved depth model by the published protocol.
+
+    Args:
+        model: folder or Hub id of a [`SimIPUForDepthEstimation`] with its image processor.
+        frames: what to evaluate on, see [`simipu_hf.data.selection.select_frames`].
+        kb_crop: evaluate on the bottom centre 352 x 1216, as published for KITTI.
+        crop, min_depth, max_depth: which pixels count, see [`evaluation_mask`].
+        flip_test: average with the prediction of the mirrored image, as published.
+        output_dir: where `depth_evaluation.json` and `pictures/` are written; `None` writes nothing.
+        num_pictures: frames of which a picture is written.
+        device: such as `"cuda"`; `None` takes a GPU where there is one.
+
+    Returns:
+        As [`evaluate_maps`], with `model` and `frames`.
+
+    Raises:
+        SimIPUError: no such model or frames, or frames that cannot be used.
+    """
+    network, preprocessing = load_depth_model(model, kb_crop)
+    rows = select_frames(frames)
+    result = evaluate_frames(
+        network.to(device or ("cuda" if torch.cuda.is_available() else "cpu")),
+        (preprocessing.load(rows[index]) for index in range(len(rows))),
+        preprocessing,
+        flip_test=flip_test,
+        picture_dir=None if output_dir is None else Path(output_dir) / "pictures",
+        num_pictures=num_pictures,
+        crop=crop,
+        min_depth=min_depth,
+        max_depth=max_depth,
+    )
+    result = {"model": str(model), "frames": list(frames), **result}
+    result["protocol"]["kb_crop"] = kb_crop
+    if output_dir is not None:
+        write_json(Path(output_dir) / "depth_evaluation.json", result)
+    return result
+
+
+def load_depth_model(
+    model: str | os.PathLike, kb_crop: bool = True
+) -> tuple[SimIPUForDepthEstimation, DepthPreprocessing]:
+    """A saved depth model, and how its frames are prepared: as its image processor says, after the crop.
+
+    Raises:
+        SimIPUError: no SimIPU depth model there, or no image processor beside it.
+    """
+    try:
+        fields, _ = SimIPUDepthConfig.get_config_dict(model)
+        if fields.get("model_type") != SimIPUDepthConfig.model_type:
+            raise SimIPUError(
+                f"{model}: expected a {SimIPUDepthConfig.model_type!r} model, found {fields.get('model_type')!r}"
+            )
+        network = SimIPUForDepthEstimation.from_pretrained(model)
+        processor = SimIPUImageProcessor.from_pretrained(model)
+    except OSError as error:
+        raise SimIPUError(f"{model}: no depth model with its image processor ({error})") from error
+    size = (processor.size["height"], processor.size["width"])
+    return network, DepthPreprocessing(kb_crop, size, tuple(processor.image_mean), tuple(processor.image_std))
+
+
+def depth_picture(image: np.ndarray, prediction: np.ndarray, target: np.ndarray, max_depth: float) -> Image.Image:
+    """Image, predicted depth, and where the prediction is wrong, one below the other.
+
+    Depth runs from red (near) to blue (`max_depth`) on a logarithmic scale from 1 m; the error map shows the relative
+    error at every pixel of the target, from green (0) over yellow (10 %) to red (20 % and more).
+
+    Args:
+        image: `(h, w, 3)` uint8.
+        prediction, target: `(H, W)`, metres, the target 0 where unknown.
+    """
+    height, width = prediction.shape
+    share = np.log(np.clip(prediction, 1, max_depth)) / np.log(max_depth)
+    depth = _hue(share * 170, np.full_like(share, 255))
+    known = target > 0
+    error = np.abs(prediction - target) / np.where(known, target, 1)
+    errors = _hue(85 * (1 - np.clip(error / 0.2, 0, 1)), np.where(known, 255, 0))
+    picture = Image.new("RGB", (width, 3 * height))
+    for row, panel in enumerate((Image.fromarray(image).resize((width, height)), depth, errors)):
+        picture.paste(panel, (0, row * height))
+    return picture
+
+
+def _hue(hue: np.ndarray, value: np.ndarray) -> Image.Image:
+    """Fully saturated colours; `hue` from 0 (red) over 85 (green) to 170 (blue), `value` from 0 (black) to 255."""
+    channels = np.stack([hue, np.full_like(hue, 255), value], axis=-1)
+    return Image.fromarray(channels.astype(np.uint8), mode="HSV").convert("RGB")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON whole or not at all; NaN, which JSON does not have, becomes null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(json.dumps(_without_nan(content), indent=2), encoding="utf-8")
+    aside.replace(path)
+
+
+def _without_nan(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _without_nan(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -6,7 +6,7 @@ from PIL import Image
 
 from simipu_hf.data.depth_targets import (
     EigenDataset,
-    depth_target,
+    image_and_depth,
     kb_crop,
     project_to_depth_map,
     read_depth_png,
@@ -89,13 +89,13 @@ def test_target_of_a_row_comes_from_its_depth_or_its_points(tmp_path):
         "camera_projection": PROJECTION.tolist(),
         "lidar_to_camera": LIDAR_TO_CAMERA.tolist(),
     }
-    assert depth_target(row)[5, 10] == 20.0
+    assert image_and_depth(row)[1][5, 10] == 20.0
     stored = np.full((32, 64), 256, dtype=np.uint16)
-    assert (depth_target({**row, "depth": Image.fromarray(stored)}) == 1.0).all()
-    with pytest.raises(SimIPUError, match=r"000007.*multiple of 16"):
-        depth_target({**row, "points": b"\0" * 17})
+    assert (image_and_depth({**row, "depth": Image.fromarray(stored)})[1] == 1.0).all()
+    with pytest.raises(SimIPUError, match=r"000007.*points"):
+        image_and_depth({**row, "points": b"\0" * 17})
     with pytest.raises(SimIPUError, match="depth is 64 x 31, its image 64 x 32"):
-        depth_target({**row, "depth": Image.fromarray(stored[1:])})
+        image_and_depth({**row, "depth": Image.fromarray(stored[1:])})
 
 
 def test_kb_crop_is_the_bottom_centre():
@@ -116,7 +116,7 @@ def test_eigen_list(tmp_path):
     assert [(entry.image, entry.depth) for entry in entries] == [("a.png", "a.png"), ("b.png", None)]
     dataset = EigenDataset(list_file, tmp_path / "raw", tmp_path / "depth")
     assert len(dataset) == 1
-    assert (depth_target(dataset[0]) == 2.0).all()
+    assert (image_and_depth(dataset[0])[1] == 2.0).all()
     list_file.write_text("a.png a.png 721.5377\nb.png None\n", encoding="utf-8")
     with pytest.raises(SimIPUError, match="line 2"):
         read_eigen_list(list_file)
