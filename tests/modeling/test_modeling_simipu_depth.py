@@ -9,9 +9,10 @@ import pytest
 import timm
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+
 from simipu_hf.modeling.configuration_simipu_depth import SimIPUDepthConfig
 from simipu_hf.modeling.modeling_simipu_depth import SimIPUForDepthEstimation, pyramid_stages, silog_loss
-from torch import nn
 
 
 def tiny(**fields) -> SimIPUForDepthEstimation:

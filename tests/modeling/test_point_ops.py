@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from simipu_hf.modeling import point_ops
 from simipu_hf.modeling.point_ops import (
     Neighbors,

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from simipu_hf.modeling import point_ops, point_ops_triton
 
 pytest.importorskip("triton")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from simipu_hf.modeling.processing_simipu import (
     SimIPUImageProcessor,
     SimIPUPointCloudProcessor,

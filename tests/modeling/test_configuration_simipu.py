@@ -1,0 +1,78 @@
+import pytest
+
+from simipu_hf.modeling.configuration_simipu import (
+    PRESETS,
+    SimIPUConfig,
+    SimIPUImageConfig,
+    SimIPUPointNet2Config,
+    SimIPUSparseConvConfig,
+)
+
+
+@pytest.mark.parametrize("point_encoder", ["pointnet2", "sparse_conv"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_survive_saving(tmp_path, preset, point_encoder):
+    config = SimIPUConfig.from_preset(preset, point_encoder=point_encoder)
+    config.save_pretrained(tmp_path)
+    loaded = SimIPUConfig.from_pretrained(tmp_path)
+    assert type(loaded.point_config) is type(config.point_config)
+    expected = SimIPUConfig.from_dict(config.to_dict()).to_dict()
+    assert {**loaded.to_dict(), "auto_map": None} == {**expected, "auto_map": None}
+
+
+def test_official_preset_holds_the_official_values():
+    config = SimIPUConfig.from_preset("official")
+    assert list(config.image_config.out_indices) == [-1]
+    assert (config.image_config.batch_norm_eps, config.image_config.batch_norm_momentum) == (1e-3, 0.01)
+    assert not config.point_config.use_xyz
+    assert config.max_match_distance is None
+    assert not config.mask_out_of_image
+    assert config.inter_modal_point_gradient == "none"
+
+
+def test_presets_differ_only_in_values_of_the_same_fields():
+    official, recommended = (SimIPUConfig.from_preset(name).to_dict() for name in ("official", "recommended"))
+    assert official.keys() == recommended.keys()
+    assert official["point_config"].keys() == recommended["point_config"].keys()
+    assert official["image_config"].keys() == recommended["image_config"].keys()
+
+
+def test_overrides_are_merged_into_the_preset():
+    config = SimIPUConfig.from_preset("official", temperature=0.1, image_config={"architecture": "resnet18"})
+    assert config.temperature == 0.1
+    assert config.image_config.architecture == "resnet18"
+    assert config.image_config.batch_norm_eps == 1e-3
+
+
+def test_sub_configs_are_chosen_by_their_model_type():
+    assert isinstance(SimIPUConfig().point_config, SimIPUPointNet2Config)
+    sparse = SimIPUConfig(point_config={"model_type": "simipu_sparse_conv"})
+    assert isinstance(sparse.point_config, SimIPUSparseConvConfig)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SimIPUConfig.from_preset("offical"), "unknown preset 'offical': choose from recommended, official"),
+        (lambda: SimIPUConfig.from_preset(point_encoder="pointnet"), "unknown point encoder 'pointnet'"),
+        (lambda: SimIPUConfig(temperature=0), "temperature must be above 0, found 0"),
+        (lambda: SimIPUConfig(temperature="warm"), "temperature"),
+        (lambda: SimIPUConfig(max_match_distance=-1), "max_match_distance must be above 0 metres"),
+        (lambda: SimIPUConfig(projection_normalization="image"), "projection_normalization"),
+        (lambda: SimIPUConfig(point_config={"model_type": "kpconv"}), "unknown model_type 'kpconv'"),
+        (lambda: SimIPUImageConfig(out_indices=[]), "out_indices is empty"),
+        (lambda: SimIPUImageConfig(out_indices=[1, 1]), "names a stage twice"),
+        (lambda: SimIPUPointNet2Config(radii=((0.2,),)), "radii has 1 levels, num_points has 3"),
+        (lambda: SimIPUPointNet2Config(fps_mods=(("FPS",), ("FS",), ("F-FPS", "D-FPS"))), "unknown .'FPS'."),
+        (
+            lambda: SimIPUPointNet2Config(radii=((0.4, 0.2, 0.8), (0.4, 0.8, 1.6), (1.6, 3.2, 4.8))),
+            "radii of level 0 must grow",
+        ),
+        (lambda: SimIPUSparseConvConfig(voxel_size=(0.1, 0.1, 0.0)), "must be positive"),
+        (lambda: SimIPUSparseConvConfig(voxel_size=(0.1, 0.1)), "voxel_size takes 3 numbers"),
+        (lambda: SimIPUSparseConvConfig(channels=(16, 32)), "one entry per stage"),
+    ],
+)
+def test_bad_values_are_named(make, message):
+    with pytest.raises(Exception, match=message):
+        make()

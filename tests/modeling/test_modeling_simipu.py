@@ -1,0 +1,217 @@
+import math
+
+import pytest
+import timm
+import torch
+from tiny_simipu import TINY_POINTNET2, tiny_batch, tiny_config
+from transformers import AutoConfig, AutoModel, AutoModelForPreTraining
+
+from simipu_hf import SimIPUForPreTraining, SimIPUModel
+
+
+@pytest.fixture
+def model() -> SimIPUForPreTraining:
+    torch.manual_seed(0)
+    return SimIPUForPreTraining(tiny_config())
+
+
+def same_state(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    ours, theirs = a.state_dict(), b.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("preset", ["official", "recommended"])
+def test_a_step_has_finite_losses_and_gradients_where_it_should(preset):
+    model = SimIPUForPreTraining(tiny_config(preset))
+    output = model(**tiny_batch())
+    output.loss.backward()
+    assert torch.isfinite(output.loss)
+    assert output.loss.item() == pytest.approx(output.intra_modal_loss.item() + output.inter_modal_loss.item())
+    assert output.match.shape == (2, 32)
+    without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    frozen = {name for name in dict(model.named_parameters()) if name.startswith("inter_point_head")}
+    assert without == (frozen if preset == "official" else set())
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_chance_level_counts_the_points_of_the_batch():
+    output = SimIPUForPreTraining(tiny_config("official"))(**tiny_batch(batch_size=3))
+    assert output.inter_modal_chance.item() == pytest.approx(math.log(3 * 32))
+    assert output.intra_modal_chance.item() == pytest.approx(math.log(3 * 32))
+
+
+@pytest.mark.parametrize(("gradient", "head", "encoder"), [("none", 0, 0), ("head", 1, 0), ("encoder", 1, 1)])
+def test_inter_modal_gradient_reaches_as_far_as_configured(gradient, head, encoder):
+    model = SimIPUForPreTraining(tiny_config(inter_modal_point_gradient=gradient, intra_modal_weight=0.0))
+    model(**tiny_batch()).inter_modal_loss.backward()
+
+    def reached(module: torch.nn.Module) -> bool:
+        return any(p.grad is not None and p.grad.abs().max() > 0 for p in module.parameters())
+
+    assert reached(model.inter_point_head) == head
+    assert reached(model.simipu.point_encoder) == encoder
+    assert reached(model.simipu.image_encoder)
+
+
+def test_without_the_inter_modal_loss_the_image_encoder_learns_nothing(model):
+    """The paper's table 5: "w/o inter" is training from scratch by construction."""
+    model(**tiny_batch()).intra_modal_loss.backward()
+    assert all(parameter.grad is None for parameter in model.simipu.image_encoder.parameters())
+
+
+def test_padding_changes_nothing_but_for_the_official_normalisation():
+    """A sample padded to its batch's largest must give the point features their own pixels."""
+    batch = tiny_batch(batch_size=1)
+    sizes = torch.tensor([[64, 96]])
+    padded = {**batch, "pixel_values": torch.nn.functional.pad(batch["pixel_values"], (0, 64)), "image_sizes": sizes}
+    for normalization, equal in (("batch", True), ("sample", False)):
+        config = tiny_config(projection_normalization=normalization, image_config={"out_indices": [1]})
+        torch.manual_seed(0)
+        model = SimIPUForPreTraining(config).eval()
+        with torch.no_grad():
+            plain = model(**batch, image_sizes=sizes).image_embeds
+            wide = model(**padded).image_embeds
+        # the rightmost cells see the padding through the convolutions
+        close = torch.isclose(plain, wide, atol=1e-4).all(-1).float().mean()
+        assert (close > 0.6) == equal
+
+
+def test_points_outside_the_image_are_masked_or_kept():
+    batch = tiny_batch()
+    batch["lidar_to_pixel"][1, 0, 2] = 1e6  # the second sample projects far to the left or right, or nowhere
+    batch["lidar_to_pixel"][1, 0, 3] = 1e6
+    masked = SimIPUForPreTraining(tiny_config(mask_out_of_image=True))(**batch)
+    kept = SimIPUForPreTraining(tiny_config(mask_out_of_image=False))(**batch)
+    assert masked.pairs_in_image < 0.6
+    assert masked.inter_modal_chance.exp().item() == pytest.approx(round(masked.pairs_in_image.item() * 64), rel=1e-5)
+    assert kept.inter_modal_chance.exp().item() == pytest.approx(64, rel=1e-5)
+
+
+def test_distant_matches_are_dropped(model):
+    batch = tiny_batch()
+    batch["lidar_to_aug"][1, 0, 3] += 500  # the second sample's views no longer fit
+    output = model(**batch)
+    assert output.intra_modal_chance.exp().item() <= 32 + 1e-3
+
+
+def test_base_model_encodes_either_input(model):
+    batch = tiny_batch()
+    base = model.simipu.eval()
+    output = base(pixel_values=batch["pixel_values"], points=batch["points"])
+    assert [tuple(maps.shape[-2:]) for maps in output.image_features] == [(8, 12), (4, 6), (2, 3)]
+    assert output.point_output.features.shape == (2, 32, 32)
+    assert base(pixel_values=batch["pixel_values"]).point_output is None
+    assert base(points=batch["points"]).image_features is None
+    assert isinstance(base(points=batch["points"], return_dict=False), tuple)
+    with pytest.raises(ValueError, match="needs pixel_values, points, or both"):
+        base()
+
+
+def test_save_and_load_are_bit_equal(model, tmp_path):
+    model(**tiny_batch())  # running statistics leave their initial values
+    model.save_pretrained(tmp_path)
+    assert same_state(model, SimIPUForPreTraining.from_pretrained(tmp_path))
+    assert same_state(model.simipu, SimIPUModel.from_pretrained(tmp_path))
+    assert same_state(model, AutoModelForPreTraining.from_pretrained(tmp_path))
+    assert same_state(model.simipu, AutoModel.from_pretrained(tmp_path))
+    assert AutoConfig.from_pretrained(tmp_path).point_config.num_points == [[64], [32], [16, 16]]
+
+
+def test_every_missing_tensor_is_initialised_after_meta_loading(model, tmp_path):
+    """from_pretrained builds on the meta device; what the checkpoint lacks must not be left-over memory."""
+    model.simipu.save_pretrained(tmp_path)  # without the heads
+    loaded, info = SimIPUForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
+    assert {key.split(".")[0] for key in info["missing_keys"]} == {
+        "intra_point_head",
+        "inter_image_head",
+        "inter_point_head",
+    }
+    for name, tensor in loaded.state_dict().items():
+        assert not tensor.is_meta, name
+        assert torch.isfinite(tensor.float()).all(), name
+    weight = loaded.intra_point_head.layers[0].linear.weight
+    assert 0.5 < weight.abs().max() * 32**0.5 <= 1  # uniform in +-1/sqrt(fan in), PyTorch's default
+    assert torch.equal(loaded.intra_point_head.layers[0].norm.running_var, torch.ones(32))
+
+
+def test_timm_keeps_its_own_initialisation():
+    torch.manual_seed(0)
+    model = SimIPUForPreTraining(tiny_config())
+    block = model.simipu.image_encoder.layer1[0]
+    assert block.bn2.weight.abs().max() == 0  # timm zeroes the last batch norm of a residual block
+    assert type(model.simipu.image_encoder) is type(timm.create_model("resnet10t"))
+
+
+def test_official_batch_norm_constants_reach_the_image_encoder():
+    encoder = SimIPUForPreTraining(tiny_config("official")).simipu.image_encoder
+    norms = [module for module in encoder.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert {(norm.eps, norm.momentum) for norm in norms} == {(1e-3, 0.01)}
+
+
+def test_low_precision_loading_runs(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    low = SimIPUForPreTraining.from_pretrained(tmp_path, dtype=torch.bfloat16).train()
+    batch = tiny_batch()
+    output = low(**{**batch, "pixel_values": batch["pixel_values"].bfloat16()})
+    output.loss.backward()
+    assert output.point_output.features.dtype == torch.bfloat16
+    assert output.loss.item() == pytest.approx(model.train()(**batch).loss.item(), rel=0.3)
+
+
+def test_autocast_runs(model):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(**tiny_batch())
+    output.loss.backward()
+    assert output.loss.dtype == torch.float32
+    assert torch.isfinite(output.loss)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(model):
+    model.gradient_checkpointing_disable()
+    batch, gradients = tiny_batch(), []
+    for enable in (False, True):
+        model.zero_grad()
+        if enable:
+            model.gradient_checkpointing_enable()
+        model(**batch).loss.backward()
+        gradients.append(model.simipu.image_encoder.conv1[0].weight.grad.clone())
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["convnext_atto", "vit_tiny_patch16_224"])
+def test_any_timm_encoder_works(architecture):
+    model_args = {"img_size": (64, 96)} if architecture.startswith("vit") else None
+    config = tiny_config(architecture=architecture, image_config={"model_args": model_args})
+    output = SimIPUForPreTraining(config)(**tiny_batch())
+    output.loss.backward()
+    assert torch.isfinite(output.loss)
+
+
+@pytest.mark.parametrize(
+    ("image_config", "message"),
+    [
+        ({"architecture": "resnet51"}, r"timm .* has no model named 'resnet51'; did you mean"),
+        ({"out_indices": [5]}, r"resnet10t has stages 0 to 4 \(or -5 to -1\), found 5"),
+    ],
+)
+def test_unknown_encoders_and_stages_are_named(image_config, message):
+    with pytest.raises(ValueError, match=message):
+        SimIPUForPreTraining(tiny_config(image_config=image_config))
+
+
+def test_too_small_clouds_are_named(model):
+    batch = tiny_batch()
+    with pytest.raises(ValueError, match="D-FPS has to draw 64 points from 40"):
+        model.simipu.get_point_features(batch["points"][:, :40])
+
+
+def test_sampling_and_grouping_backends_agree():
+    batch = tiny_batch()
+    features = []
+    for backends in (("torch", "torch"), ("numba", "numba"), ("quickfps", "auto")):
+        torch.manual_seed(0)
+        names = {"sampling_backend": backends[0], "grouping_backend": backends[1]}
+        model = SimIPUModel(tiny_config(point_config={**TINY_POINTNET2, **names}))
+        features.append(model.get_point_features(batch["points"]).features)
+    torch.testing.assert_close(features[0], features[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(features[0], features[2], rtol=1e-4, atol=1e-5)
