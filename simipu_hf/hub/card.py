@@ -264,7 +264,7 @@ import timm
 import torch
 from PIL import Image
 
-pyramid = timm.create_model("hf-hub:{name}", pretrained=True, features_only=True)
+pyramid = timm.create_model("hf-hub:{name}", pretrained=True, features_only=True).eval()
 maps = pyramid(torch.randn(1, 3, 384, 1248))  # one feature map a stage
 
 model = timm.create_model("hf-hub:{name}", pretrained=True, num_classes=0).eval()

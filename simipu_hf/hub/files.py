@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from simipu_hf.errors import SimIPUError
@@ -20,6 +20,7 @@ def written_aside(target: str | Path, overwrite: bool = False) -> Iterator[Path]
     occupied = target.exists() and not (target.is_dir() and not any(target.iterdir()))
     if occupied and not overwrite:
         raise SimIPUError(f"{target} exists already: choose another place, or ask to overwrite it")
+    created = [folder for folder in target.parents if not folder.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -39,3 +40,6 @@ def written_aside(target: str | Path, overwrite: bool = False) -> Iterator[Path]
         raise SimIPUError(f"{target} cannot be written: {error}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        with suppress(OSError):  # stops at the first that is not empty
+            for folder in created:
+                folder.rmdir()

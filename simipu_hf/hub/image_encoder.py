@@ -25,6 +25,7 @@ from simipu_hf.hub.weights import (
     read_safetensors,
     timm_template,
 )
+from simipu_hf.training.checkpoint import newest_checkpoint
 
 PREFIXES = ("simipu.image_encoder.", "image_encoder.")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -117,13 +118,11 @@ def _from_folder(folder: Path, where: str) -> EncoderWeights:
 
 
 def _from_newest_checkpoint(folder: Path, where: str) -> EncoderWeights:
-    steps = {
-        int(match[1]): path for path in folder.iterdir() if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
-    }
-    complete = [step for step, path in steps.items() if (path / "config.json").is_file() and _weight_files(path)]
-    if not complete:
-        raise SimIPUError(f"{where}: expected config.json or a complete checkpoint-<step>, found neither")
-    newest = steps[max(complete)]
+    damaged: list[str] = []
+    newest = newest_checkpoint(folder, on_damaged=damaged.append)
+    if newest is None:
+        found = "; ".join(damaged) or _listing(folder)
+        raise SimIPUError(f"{where}: expected config.json or a complete checkpoint-<step>, found {found or 'nothing'}")
     return _from_folder(newest, f"{where} (no final model yet), {newest.name}")
 
 
@@ -215,13 +214,11 @@ def _trained_statistics(file: Path, state: dict[str, torch.Tensor], own_eps: dic
 
 
 def _check_fields(config: dict[str, Any], where: str) -> None:
-    """Refuse a timm configuration with fields that neither timm nor transformers writes."""
-    from transformers import TimmWrapperConfig
-
-    written_by_timm = {"architecture", "num_classes", "num_features", "global_pool", "model_args", "pretrained_cfg"}
-    known = written_by_timm | {"label_names", "label_descriptions", "simipu", "model_type", "architectures"}
-    known |= {"transformers_version", "torch_dtype", "dtype"} | set(TimmWrapperConfig().to_dict())
-    unknown = [key for key in config if key not in known]
+    """Refuse a timm configuration with fields that timm does not write."""
+    known = {"architecture", "num_classes", "num_features", "global_pool", "model_args", "pretrained_cfg", "simipu"}
+    known |= {"label_names", "label_descriptions"}
+    # what transformers writes, when it saved the folder again, depends on its version
+    unknown = [] if "model_type" in config else [key for key in config if key not in known]
     pretrained_cfg = config.get("pretrained_cfg") or {}
     if not isinstance(pretrained_cfg, dict) or not isinstance(config.get("model_args") or {}, dict):
         raise SimIPUError(f"{where}: config.json: pretrained_cfg and model_args must be objects")

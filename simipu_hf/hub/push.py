@@ -7,11 +7,11 @@ import re
 import shutil
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from time import sleep
 from typing import Any, Literal, TypeVar
 
 from huggingface_hub import HfApi, constants
@@ -273,7 +273,7 @@ class _Upload:
                     raise reason from error
                 wait = min(2.0**attempt, 60.0)
                 self.report(f"Hub: {reason}; trying again in {wait:.0f} s ({attempt + 1} of {self.retries})")
-                time.sleep(wait)
+                sleep(wait)
         raise AssertionError("unreachable")
 
     def _once(self, folder: Path, repo_id: str, message: str, revision: str | None) -> str:

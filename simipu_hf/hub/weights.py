@@ -128,7 +128,7 @@ def timm_template(architecture: str, model_args: Mapping[str, Any] | None = None
     try:
         with torch.device("meta"):
             return timm.create_model(architecture, pretrained=False, num_classes=0, **(model_args or {}))
-    except (TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:
         raise SimIPUError(f"timm cannot build {architecture!r} with {model_args}: {error}") from error
 
 

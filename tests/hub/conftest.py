@@ -141,9 +141,8 @@ versions: {python: 3.11.7, torch: 2.15.0}
 @pytest.fixture(scope="session")
 def run_folder(tmp_path_factory) -> Path:
     """What a finished pre-training leaves: model, processor, code, encoder, metrics, record."""
-    from simipu_hf.modeling.processing_simipu import SimIPUProcessor
-
     from simipu_hf.hub.export import export_image_encoder
+    from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
     folder = tmp_path_factory.mktemp("runs") / "run"
     model = small_model()

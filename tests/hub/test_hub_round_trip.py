@@ -1,0 +1,172 @@
+"""Push, then load by the cards' own lines in processes that do not have the package, on line and off line."""
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from simipu_hf.hub.push import push_folder
+
+# Runs every Python block of a card as printed, and looks at what it made.
+RUN_CARD = """
+import re, torch
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
+trained = load_file(TRAINED)
+pixels = load_file(PIXELS)["pixels"]
+
+def differing(encoder):
+    found = encoder.state_dict()
+    return [name for name in trained if not torch.equal(found[name], trained[name])]
+
+def features(encoder):
+    with torch.no_grad():
+        return encoder.eval().forward_features(pixels).double().sum(dim=(0, 2, 3)).tolist()
+
+for repo_id in REPOSITORIES:
+    card = open(hf_hub_download(repo_id, "README.md"), encoding="utf-8").read()
+    for number, block in enumerate(re.findall(r"```python\\n(.*?)```", card, re.S)):
+        space = {}
+        exec(compile(block, f"{repo_id} block {number}", "exec"), space)
+        for name in ("model", "encoder", "pyramid", "backbone"):
+            made = space.get(name)
+            if made is None:
+                continue
+            kind = type(made).__name__
+            made = getattr(made, "simipu", made)
+            for attribute in ("image_encoder", "timm_model", "_backbone"):
+                made = getattr(made, attribute, made)
+            entry = {"kind": kind, "differing": differing(made)}
+            if hasattr(made, "forward_features"):
+                entry["features"] = features(made)
+            result[f"{repo_id} {number} {name}"] = entry
+        if "maps" in space:
+            result[f"{repo_id} {number} maps"] = {"shapes": [list(m.shape) for m in space["maps"]]}
+        if "segmenter" in space:
+            norms = space["segmenter"].backbone._backbone
+            result["segmenter"] = {"differing": differing(norms)}
+            frozen = space["detector"].model.backbone.model.state_dict()
+            result["detector"] = {"differing": [n for n in frozen if not torch.equal(frozen[n], trained[n])]}
+import sys
+result["imported"] = sorted({"simipu_hf", "spconv", "numba", "scipy", "torch_quickfps"} & set(sys.modules))
+"""
+
+
+KINDS = {"SimIPUModel", "SimIPUForPreTraining", "TimmWrapperModel", "ResNet", "FeatureListNet", "TimmBackbone"}
+
+
+@pytest.fixture
+def published(endpoint, run_folder):
+    push_folder(run_folder, "owner/simipu", encoder_repo_id="owner/encoder")
+    return endpoint
+
+
+def check_card_results(result: dict, expected: list[float]) -> None:
+    assert result.pop("imported") == []
+    loaded = {entry["kind"] for entry in result.values() if "kind" in entry}
+    assert loaded == KINDS
+    for name, entry in result.items():
+        assert not entry.get("differing"), name
+        if "features" in entry:
+            torch.testing.assert_close(torch.tensor(entry["features"]), torch.tensor(expected))
+    assert [maps["shapes"][-1][1] for name, maps in result.items() if "shapes" in maps] == [512, 512]
+
+
+def test_every_line_of_both_cards_works_without_the_package(published, run_folder, isolated, pixels, tmp_path):
+    encoder_file = run_folder / "image_encoder" / "model.safetensors"
+    save_file({"pixels": pixels}, tmp_path / "pixels.safetensors")
+    trained = timm.create_model("resnet18", num_classes=0).eval()
+    trained.load_state_dict(load_file(encoder_file))
+    with torch.no_grad():
+        expected = trained.forward_features(pixels).double().sum(dim=(0, 2, 3)).tolist()
+    values = {
+        "TRAINED": str(encoder_file),
+        "PIXELS": str(tmp_path / "pixels.safetensors"),
+        "REPOSITORIES": ["owner/simipu", "owner/encoder"],
+    }
+    check_card_results(isolated(RUN_CARD, hub=published, **values), expected)
+    asked = len(published.requests)
+    check_card_results(isolated(RUN_CARD, offline=True, **values), expected)
+    assert len(published.requests) == asked
+
+
+TAMPERED = """
+from transformers import AutoModel
+for repo_id, trust in REPOSITORIES:
+    try:
+        AutoModel.from_pretrained(repo_id, trust_remote_code=trust)
+        result[repo_id] = "loaded"
+    except Exception as error:
+        result[repo_id] = f"{type(error).__name__}: {error}"
+import os
+result["ran"] = os.path.exists(MARK)
+"""
+
+
+def test_tampered_repositories_are_refused_and_run_nothing(published, isolated, tmp_path):
+    import pickle
+
+    mark = tmp_path / "ran"
+
+    class Payload:
+        def __reduce__(self):
+            return open, (str(mark), "w")
+
+    from safetensors.torch import save
+
+    encoder, simipu = published.files("owner/encoder"), published.files("owner/simipu")
+    narrow = load_file(_write(tmp_path / "a.safetensors", encoder["model.safetensors"]))
+    narrow["layer1.0.conv1.weight"] = torch.zeros(64, 32, 3, 3)
+    without_weights = {name: c for name, c in encoder.items() if name != "model.safetensors"}
+    unknown = json.loads(encoder["config.json"]) | {"run_me": "os.system"}
+    repositories = {
+        "owner/shapes": encoder | {"model.safetensors": save(narrow, {"format": "pt"})},
+        "owner/pickle": without_weights | {"pytorch_model.bin": pickle.dumps(Payload())},
+        "owner/renamed": encoder | {"model.safetensors": pickle.dumps(Payload())},
+        "owner/fields": encoder | {"config.json": json.dumps(unknown).encode()},
+        "owner/json": encoder | {"config.json": b"{"},
+        "owner/simipu-shapes": simipu
+        | {"config.json": simipu["config.json"].replace(b'"projection_dim": 16', b'"projection_dim": 17')},
+        "owner/simipu-type": simipu
+        | {"config.json": simipu["config.json"].replace(b'"projection_dim": 16', b'"projection_dim": "many"')},
+    }
+    for repo_id, files in repositories.items():
+        published.create(repo_id, files=files)
+    ours = isolated_with_package(published, tmp_path, list(repositories))
+    assert "of another shape (layer1.0.conv1.weight" in ours["owner/shapes"]
+    assert "pickled weights are not read" in ours["owner/pickle"]
+    assert "no readable safetensors" in ours["owner/renamed"]
+    assert "run_me" in ours["owner/fields"]
+    assert "no readable JSON" in ours["owner/json"]
+    for repo_id in ("owner/simipu-shapes", "owner/simipu-type"):
+        ours.pop(repo_id)  # their image encoders are whole
+    checked = [(name, name.startswith("owner/simipu")) for name in repositories if name != "owner/fields"]
+    theirs = isolated(TAMPERED, hub=published, REPOSITORIES=checked, MARK=str(mark))
+    assert theirs.pop("ran") is False
+    assert not mark.exists()
+    assert "loaded" not in {name: said for name, said in theirs.items() if name != "owner/simipu-shapes"}.values()
+
+
+def _write(path, content):
+    path.write_bytes(content)
+    return path
+
+
+def isolated_with_package(hub, tmp_path, repo_ids):
+    """What `load_image_encoder` says to each repository, in this process, with a cache of its own."""
+    from huggingface_hub import constants
+
+    from simipu_hf.hub.image_encoder import load_image_encoder
+
+    said = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        for repo_id in repo_ids:
+            try:
+                load_image_encoder(repo_id, verbose=False)
+                said[repo_id] = "loaded"
+            except ValueError as error:
+                said[repo_id] = str(error)
+    return said

@@ -1,0 +1,147 @@
+"""One call for every place where an encoder can lie."""
+
+import json
+import shutil
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from simipu_hf.errors import SimIPUError
+from simipu_hf.hub.export import export_timm
+from simipu_hf.hub.image_encoder import find_image_encoder, load_image_encoder, read_input_convention
+
+
+@pytest.fixture
+def trained(run_folder):
+    return load_file(run_folder / "image_encoder" / "model.safetensors")
+
+
+def is_trained(model, trained) -> bool:
+    state = model.state_dict()
+    return all(torch.equal(state[name], value) for name, value in trained.items())
+
+
+def as_checkpoint(run_folder, target):
+    """A complete checkpoint as the training loop writes it."""
+    from simipu_hf.training.checkpoint import save_checkpoint
+
+    def save_model(path):
+        for name in ("config.json", "model.safetensors", "processor_config.json"):
+            shutil.copy(run_folder / name, path)
+
+    step = int(target.name.split("-")[1])
+    return save_checkpoint(target.parent, step, save_model=save_model, tensors={}, values={})
+
+
+def test_run_folder(run_folder, trained, capsys):
+    model, data = load_image_encoder(run_folder)
+    assert is_trained(model, trained)
+    assert data["input_size"] == (3, 64, 96)
+    assert "image encoder (resnet18) of a simipu model" in capsys.readouterr().err
+    pyramid, _ = load_image_encoder(run_folder, features_only=True, out_indices=(2, 4), verbose=False)
+    assert [map.shape[1] for map in pyramid.eval()(torch.zeros(1, 3, 64, 96))] == [128, 512]
+    grey, _ = load_image_encoder(run_folder, in_chans=1, verbose=False)
+    assert grey.conv1.weight.shape == (64, 1, 7, 7)
+
+
+def test_checkpoint_and_run_without_a_final_model(run_folder, trained, tmp_path):
+    first = as_checkpoint(run_folder, tmp_path / "checkpoint-9")
+    assert is_trained(load_image_encoder(first, verbose=False)[0], trained)
+    last = as_checkpoint(run_folder, tmp_path / "checkpoint-10")
+    assert "checkpoint-10" in find_image_encoder(tmp_path).description
+    (last / "model.safetensors").write_bytes(b"half")
+    assert "checkpoint-9" in find_image_encoder(tmp_path).description
+    (first / "model.safetensors").unlink()
+    with pytest.raises(SimIPUError, match=r"expected config\.json or a complete checkpoint.*damaged"):
+        find_image_encoder(tmp_path)
+
+
+def test_depth_model(tmp_path):
+    from simipu_hf.modeling.configuration_simipu_depth import SimIPUDepthConfig
+    from simipu_hf.modeling.modeling_simipu_depth import SimIPUForDepthEstimation
+
+    depth = SimIPUForDepthEstimation(SimIPUDepthConfig(image_config={"architecture": "resnet18"}))
+    depth.save_pretrained(tmp_path / "depth")
+    model, _ = load_image_encoder(tmp_path / "depth", verbose=False)
+    assert is_trained(model, depth.image_encoder.state_dict())
+
+
+def test_timm_name(capsys):
+    model, data = load_image_encoder("timm:resnet18", pretrained=False)
+    assert model.num_classes == 0
+    assert data["mean"] == (0.485, 0.456, 0.406)
+    assert "random weights" in capsys.readouterr().err
+
+
+def test_loaded_model_is_independent_of_its_source(run_folder):
+    """timm would otherwise keep the weights that were loaded in the model's configuration."""
+    model, _ = load_image_encoder(run_folder, verbose=False)
+    assert "state_dict" not in model.pretrained_cfg
+    torch.testing.assert_close(
+        timm.create_model("resnet18", num_classes=0).pretrained_cfg["mean"], model.pretrained_cfg["mean"]
+    )
+
+
+def test_input_convention_is_that_of_the_processor(tmp_path):
+    from simipu_hf.modeling.processing_simipu import SimIPUProcessor
+
+    SimIPUProcessor.from_preset("official").save_pretrained(tmp_path)
+    convention = read_input_convention(tmp_path)
+    assert convention.channel_order == "bgr"
+    assert convention.mean == pytest.approx([103.53 / 255, 116.28 / 255, 123.675 / 255])
+    assert convention.std == pytest.approx([1 / 255] * 3)
+    SimIPUProcessor.from_preset("recommended", image_size=(96, 320)).save_pretrained(tmp_path)
+    convention = read_input_convention(tmp_path)
+    assert (convention.channel_order, convention.size) == ("rgb", (96, 320))
+    assert convention.mean == (0.485, 0.456, 0.406)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("architecture"), "expected a SimIPU model"),
+        (lambda c: c.update(architecture="resnet1000"), "no model named 'resnet1000'"),
+        (lambda c: c.update(architecture="resnet34"), "do not fit"),
+        (lambda c: c.update(model_args={"no_such_option": 1}), "cannot build"),
+        (lambda c: c.update(model_args=[1]), "must be objects"),
+        (lambda c: c.update(surprise=1), "surprise"),
+        (lambda c: c["pretrained_cfg"].update(run_me=1), "pretrained_cfg.run_me"),
+    ],
+)
+def test_tampered_configuration(run_folder, tmp_path, change, message):
+    folder = shutil.copytree(run_folder / "image_encoder", tmp_path / "encoder")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(SimIPUError, match=message):
+        load_image_encoder(folder, verbose=False)
+
+
+def test_tampered_weights(run_folder, tmp_path):
+    simipu = shutil.copytree(run_folder, tmp_path / "run")
+    (simipu / "model.safetensors").write_bytes((simipu / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(SimIPUError, match="no readable safetensors"):
+        load_image_encoder(simipu, verbose=False)
+    index = {"weight_map": {"a": "../../somewhere/model.safetensors"}}
+    (simipu / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(SimIPUError, match="outside its folder"):
+        load_image_encoder(simipu, verbose=False)
+    (simipu / "model.safetensors.index.json").unlink()
+    (simipu / "model.safetensors").unlink()
+    assert "image_encoder/" in find_image_encoder(simipu).description
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(SimIPUError, match="no timm model of that name"):
+        load_image_encoder(tmp_path / "absent")
+    with pytest.raises(SimIPUError, match="found nothing"):
+        load_image_encoder(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
+    with pytest.raises(SimIPUError, match="'bert' model"):
+        load_image_encoder(tmp_path)
+    with pytest.raises(SimIPUError, match="channel_order"):
+        load_image_encoder(
+            export_timm(timm.create_model("resnet18", num_classes=0), tmp_path / "e"), channel_order="hsv"
+        )

@@ -1,0 +1,90 @@
+"""Cards say what is on disk, and leave what somebody wrote by hand."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from simipu_hf.errors import SimIPUError
+from simipu_hf.hub.card import CURVES, GENERATED, add_evaluation, model_card, redact, write_model_card
+
+
+@pytest.fixture
+def folder(run_folder, tmp_path):
+    return shutil.copytree(run_folder, tmp_path / "run")
+
+
+def metadata(card: str) -> dict:
+    return yaml.safe_load(card.split("---")[1])
+
+
+def test_facts_of_the_run(folder):
+    card = write_model_card(folder, "owner/simipu", "owner/encoder").read_text(encoding="utf-8")
+    for fact in ("--data_dir data/kitti", "| rows | 25 |", "learning_rate", "2112.04680", "torch 2.15.0", "KITTI"):
+        assert fact in card, fact
+    assert "hf_abcdefghijklmnop" not in card
+    assert f"({CURVES})" in card
+    assert "| inter_modal_chance | 8.3 |" in card
+    assert "https://huggingface.co/owner/encoder" in card
+    assert ModelCard(card).data.library_name == "transformers"
+    assert (folder / CURVES).stat().st_size > 1000
+
+
+def test_evaluation_becomes_a_model_index(folder):
+    add_evaluation(folder, "depth-estimation", "KITTI Eigen", "test", {"abs_rel": 0.09}, "Garg crop, 80 m")
+    add_evaluation(folder, "depth-estimation", "KITTI Eigen", "test", {"abs_rel": 0.07}, "Garg crop, 80 m")
+    card = model_card(folder, "owner/simipu")
+    (result,) = ModelCard(card).data.eval_results
+    assert (result.metric_type, result.metric_value, result.dataset_split) == ("abs_rel", 0.07, "test")
+    assert "Garg crop, 80 m" in card
+    assert len(metadata(card)["model-index"]) == 1
+    (folder / "eval_results.json").write_text('[{"metrics": 3}]', encoding="utf-8")
+    with pytest.raises(SimIPUError, match="add_evaluation"):
+        model_card(folder)
+
+
+def test_base_model_data_set_and_licence(folder):
+    record = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
+    record["arguments"] |= {"data_dir": None, "dataset_name": "owner/drives", "pretrained_image_encoder": True}
+    record["data"] = {"rows": 7, "license": "cc-by-4.0"}
+    (folder / "run.yaml").write_text(yaml.safe_dump(record), encoding="utf-8")
+    data = metadata(model_card(folder))
+    assert data["base_model"] == "timm/resnet18"
+    assert data["datasets"] == ["owner/drives"]
+    assert data["license"] == "cc-by-4.0"
+
+
+def test_encoder_card_and_folder_without_a_record(folder):
+    card = model_card(folder / "image_encoder", "owner/encoder")
+    assert metadata(card)["library_name"] == "timm"
+    assert 'timm.create_model("hf-hub:owner/encoder"' in card
+    for name in ("run.yaml", "metrics.jsonl"):
+        (folder / name).unlink()
+    card = model_card(folder)
+    assert "## Recipe" not in card
+    assert "license" not in metadata(card)
+    with pytest.raises(SimIPUError, match=r"config\.json"):
+        model_card(folder / "absent")
+
+
+def test_own_edits_stay(folder):
+    path = write_model_card(folder, "owner/simipu")
+    path.write_text(path.read_text(encoding="utf-8").replace(GENERATED, "Mine."), encoding="utf-8")
+    before = path.read_text(encoding="utf-8")
+    write_model_card(folder, "owner/other")
+    assert path.read_text(encoding="utf-8") == before
+
+
+def test_bgr_is_said(folder):
+    config = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
+    config["image_processor"]["do_flip_channel_order"] = True
+    (folder / "processor_config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert "expects BGR" in model_card(folder)
+
+
+def test_tokens_are_taken_out():
+    assert redact("a --hub_token=abc b") == "a --hub_token=… b"
+    assert redact("hf_abcdefgh123") == "hf_…"
+    assert redact("simipu_hf.pretrain --hub_model_id a/b") == "simipu_hf.pretrain --hub_model_id a/b"

@@ -1,0 +1,240 @@
+"""Publishing: what a repository holds, and what happens when the server or the token do not play along."""
+
+import local_hub
+import pytest
+import yaml
+
+from simipu_hf.errors import SimIPUError
+from simipu_hf.hub import push
+from simipu_hf.hub.image_encoder import load_image_encoder
+from simipu_hf.hub.push import HubUploader, push_dataset, push_folder
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    """Waiting between attempts is not what is tested here."""
+    monkeypatch.setattr(push, "sleep", lambda seconds: None)
+
+
+@pytest.fixture
+def checkpoint(run_folder, tmp_path):
+    """A run in progress with one checkpoint, resume state included."""
+    output_dir = tmp_path / "training"
+    folder = output_dir / "checkpoint-20"
+    folder.mkdir(parents=True)
+    for file in run_folder.iterdir():
+        if file.is_file() and file.name not in ("run.yaml", "metrics.jsonl"):
+            (folder / file.name).write_bytes(file.read_bytes())
+    (output_dir / "run.yaml").write_bytes((run_folder / "run.yaml").read_bytes())
+    for name in ("training_state.pt", "training_state.json", "manifest.json"):
+        (folder / name).write_bytes(b"{}")
+    return folder
+
+
+def wait(uploader: HubUploader) -> None:
+    uploader._thread.join(30)
+    assert not uploader._thread.is_alive()
+
+
+def test_repository_holds_the_model_its_code_its_encoder_and_a_card(endpoint, run_folder):
+    before = sorted(path.name for path in run_folder.rglob("*"))
+    report = push_folder(run_folder, "owner/simipu", private=True, encoder_repo_id="owner/encoder")
+    files = endpoint.files("owner/simipu")
+    assert {"config.json", "model.safetensors", "modeling_simipu.py", "processor_config.json", "README.md"} <= set(
+        files
+    )
+    assert {"image_encoder/config.json", "image_encoder/model.safetensors", "metrics.jsonl", "run.yaml"} <= set(files)
+    assert files["model.safetensors"] == (run_folder / "model.safetensors").read_bytes()
+    assert endpoint.repos["models", "owner/simipu"].private
+    assert not any(name.endswith((".bin", ".pt", ".pth", ".pkl")) for name in files)
+    assert not any(b"hf_abcdefghijklmnop" in content for content in files.values())
+    assert {"config.json", "model.safetensors", "README.md"} <= set(endpoint.files("owner/encoder"))
+    assert len(endpoint.repos["models", "owner/simipu"].commits) == 2  # the empty first one, and all of it at once
+    assert report.url.endswith("/owner/simipu")
+    assert report.encoder_url.endswith("/owner/encoder")
+    assert sorted(path.name for path in run_folder.rglob("*")) == before
+
+
+def test_card_metadata_passes_and_is_truthful(endpoint, run_folder):
+    push_folder(run_folder, "owner/simipu", encoder_repo_id="owner/encoder")
+    assert any(path == "/api/validate-yaml" for _, path in endpoint.requests)
+    card = endpoint.files("owner/simipu")["README.md"].decode()
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert metadata["library_name"] == "transformers"
+    assert metadata["pipeline_tag"] == "image-feature-extraction"
+    assert metadata["license"] == "cc-by-nc-sa-3.0"
+    assert "base_model" not in metadata
+    assert 'from_pretrained("owner/simipu"' in card
+    encoder = yaml.safe_load(endpoint.files("owner/encoder")["README.md"].decode().split("---")[1])
+    assert encoder["library_name"] == "timm"
+
+
+def test_revision_is_a_branch(endpoint, run_folder):
+    push_folder(run_folder / "image_encoder", "owner/encoder", revision="candidate")
+    assert "model.safetensors" in endpoint.files("owner/encoder", revision="candidate")
+    assert "model.safetensors" not in endpoint.files("owner/encoder")
+
+
+def test_server_errors_are_tried_again(endpoint, run_folder):
+    told = []
+    endpoint.faults += [
+        local_hub.Fault(r"repos/create", 500, method="POST"),
+        local_hub.Fault(r"/commit/main", 503, method="POST"),
+    ]
+    push_folder(run_folder / "image_encoder", "owner/encoder", report=told.append)
+    assert "model.safetensors" in endpoint.files("owner/encoder")
+    assert [("500" in text, "503" in text) for text in told] == [(True, False), (False, True)]
+
+
+def test_persistent_server_error_is_reported_and_nothing_is_pushed_half(endpoint, run_folder):
+    endpoint.faults.append(local_hub.Fault(r"/commit/main", 500, times=99))
+    with pytest.raises(SimIPUError, match="owner/encoder could not be reached: the server answered 500"):
+        push_folder(run_folder / "image_encoder", "owner/encoder", retries=2, report=lambda text: None)
+    assert endpoint.files("owner/encoder") == {}
+
+
+def test_silent_server_counts_as_a_timeout(endpoint, run_folder, monkeypatch):
+    endpoint.faults.append(local_hub.Fault(r"preupload", delay=3.0))
+    original = push._within
+    monkeypatch.setattr(push, "_within", lambda seconds, action: original(1.5, action))
+    told = []
+    push_folder(run_folder / "image_encoder", "owner/encoder", report=told.append)
+    assert "no end after" in told[0]
+    assert "model.safetensors" in endpoint.files("owner/encoder")
+
+
+def test_no_server(run_folder, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(SimIPUError, match="could not be reached"):
+        push_folder(run_folder / "image_encoder", "owner/encoder", token="hf_x", retries=0)
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "token", "message"),
+    [
+        ("owner/encoder", local_hub.READER_TOKEN, "no write permission"),
+        ("somebody/encoder", local_hub.OWNER_TOKEN, "no write permission there, or the repository is another's"),
+        ("somebody/new", local_hub.OWNER_TOKEN, "no write permission"),
+        ("owner/encoder", "hf_unknown", "valid token"),
+        ("not a name", local_hub.OWNER_TOKEN, "expected user/name"),
+    ],
+)
+def test_missing_rights_are_named_and_not_retried(endpoint, run_folder, repo_id, token, message):
+    endpoint.create("somebody/encoder", files={"README.md": b"theirs"})
+    told = []
+    with pytest.raises(SimIPUError, match=message):
+        push_folder(run_folder / "image_encoder", repo_id, token=token, report=told.append)
+    assert told == []
+    assert endpoint.files("somebody/encoder") == {"README.md": b"theirs"}
+
+
+def test_folders_that_are_no_complete_model(endpoint, run_folder, tmp_path):
+    with pytest.raises(SimIPUError, match=r"config\.json"):
+        push_folder(tmp_path, "owner/encoder")
+    (tmp_path / "config.json").write_bytes((run_folder / "config.json").read_bytes())
+    with pytest.raises(SimIPUError, match="found none"):
+        push_folder(tmp_path, "owner/encoder")
+    (tmp_path / "model.safetensors").write_bytes((run_folder / "model.safetensors").read_bytes()[:-9])
+    with pytest.raises(SimIPUError, match="damaged"):
+        push_folder(tmp_path, "owner/encoder")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
+    with pytest.raises(SimIPUError, match="neither"):
+        push_folder(tmp_path, "owner/encoder")
+    assert endpoint.repos == {}
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint"])
+def test_checkpoints_are_published_in_the_background(endpoint, checkpoint, strategy):
+    told = []
+    uploader = HubUploader("owner/run", checkpoint.parent, strategy, report=told.append)
+    assert uploader.checkpoint_saved(checkpoint)
+    wait(uploader)
+    files = endpoint.files("owner/run")
+    assert {"model.safetensors", "image_encoder/model.safetensors", "README.md", "run.yaml"} <= set(files)
+    resumable = {name for name in files if name.startswith("last-checkpoint/")}
+    assert ("last-checkpoint/training_state.pt" in resumable) == (strategy == "checkpoint")
+    assert not any("training_state" in name or "manifest" in name for name in files if name not in resumable)
+    assert "published checkpoint-20" in told[0]
+    assert not list(checkpoint.parent.glob(".hub*"))
+
+
+def test_checkpoint_deleted_during_its_upload_is_still_published_whole(endpoint, checkpoint):
+    import shutil
+
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    endpoint.faults.append(local_hub.Fault(r"repos/create", delay=0.5))
+    uploader = HubUploader("owner/run", checkpoint.parent, report=lambda text: None)
+    uploader.checkpoint_saved(checkpoint)
+    assert not uploader.checkpoint_saved(checkpoint)  # one upload at a time
+    shutil.rmtree(checkpoint)
+    wait(uploader)
+    assert endpoint.files("owner/run")["model.safetensors"] == weights
+
+
+def test_strategy_end_publishes_only_the_end(endpoint, checkpoint):
+    uploader = HubUploader("owner/run", checkpoint.parent, "end", report=lambda text: None)
+    assert not uploader.checkpoint_saved(checkpoint)
+    assert endpoint.repos == {}
+
+
+def test_finish_publishes_model_and_encoder(endpoint, run_folder):
+    uploader = HubUploader("owner/run", run_folder, encoder_repo_id="owner/encoder", report=lambda text: None)
+    report = uploader.finish()
+    assert report.encoder_url.endswith("owner/encoder")
+    assert "model.safetensors" in endpoint.files("owner/run")
+
+
+def test_failures_are_reported_and_never_raised(endpoint, checkpoint, run_folder):
+    told = []
+    uploader = HubUploader("somebody/run", checkpoint.parent, retries=0, report=told.append)
+    uploader.checkpoint_saved(checkpoint)
+    wait(uploader)
+    assert "checkpoint-20 was not published: somebody/run may not be written" in told[0]
+    assert uploader.finish() is None
+    assert "simipu-hf push --model" in told[1]
+    (checkpoint / "model.safetensors").write_bytes(b"half")
+    assert not uploader.checkpoint_saved(checkpoint)
+    assert "damaged" in told[2]
+    with pytest.raises(SimIPUError, match="hub_strategy"):
+        HubUploader("owner/run", checkpoint.parent, "sometimes")
+
+
+def test_loading_from_a_hub_that_says_no(endpoint, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(SimIPUError, match="owner/absent does not exist"):
+        load_image_encoder("owner/absent", verbose=False)
+    endpoint.create("owner/encoder", files={"config.json": b"{}"})
+    with pytest.raises(SimIPUError, match="no revision 'v9'"):
+        load_image_encoder("owner/encoder", revision="v9", verbose=False)
+    endpoint.create("owner/secret", private=True)
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(SimIPUError, match="private"):
+        load_image_encoder("owner/secret", verbose=False)
+
+
+def test_data_set_from_kitti_is_private_and_says_why(endpoint, tmp_path):
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"frame_id": ["a", "b", "c"]})
+    (tmp_path / "rows").mkdir()
+    rows.to_parquet(tmp_path / "rows" / "train-00000-of-00001.parquet")
+    told = []
+    push_dataset(tmp_path / "rows", "owner/kitti", report=told.append)
+    repo = endpoint.repos["datasets", "owner/kitti"]
+    assert repo.private
+    assert "CC BY-NC-SA" in told[0]
+    card = endpoint.files("owner/kitti", "datasets")["README.md"].decode()
+    assert yaml.safe_load(card.split("---")[1])["license"] == "cc-by-nc-sa-3.0"
+    assert "3 rows in train" in card
+    assert "no commercial use" in card
+    told.clear()
+    push_dataset(tmp_path / "rows", "owner/own", license="cc-by-4.0", report=told.append)
+    assert told == []
+    assert not endpoint.repos["datasets", "owner/own"].private
+    assert "commercial" not in endpoint.files("owner/own", "datasets")["README.md"].decode()
+    with pytest.raises(SimIPUError, match="Parquet"):
+        push_dataset(tmp_path / "absent", "owner/own")
