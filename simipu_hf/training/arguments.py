@@ -184,9 +184,10 @@ class PreTrainingArguments:
             raise SimIPUError(f"--num_points must be at least 1, found {self.data.num_points}")
 
     def to_dict(self) -> dict[str, Any]:
-        """All flags by name, for `run.yaml`; the Hub token stays out."""
+        """All flags by name, for `run.yaml`, without the Hub token and without what belongs to one start of the run."""
         flat = {**vars(self.model), **vars(self.data), **vars(self.training)}
-        return {name: value for name, value in flat.items() if name != "hub_token"}
+        left_out = ("hub_token", "resume_from_checkpoint", "overwrite_output_dir")
+        return {name: value for name, value in flat.items() if name not in left_out}
 
 
 def fill_in_recipe(arguments: Arguments, recipe: dict[str, Any]) -> Arguments:

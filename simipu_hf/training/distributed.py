@@ -1,15 +1,20 @@
 """What several processes need beyond accelerate: synchronised batch norm, also on the CPU, and agreement."""
 
 import os
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from simipu_hf.errors import SimIPUError
 from simipu_hf.modeling.collectives import all_reduce_sum
+
+T = TypeVar("T")
 
 
 def check_processes(accelerator: Accelerator) -> None:
@@ -42,6 +47,25 @@ def sum_over_processes(accelerator: Accelerator, values: list[float]) -> list[fl
 def any_process(accelerator: Accelerator, flag: bool) -> bool:
     """Whether `flag` is set on any process; every process gets the same answer."""
     return sum_over_processes(accelerator, [float(flag)])[0] > 0
+
+
+def on_main_process(accelerator: Accelerator, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Call `function` on the main process alone; every process gets its result, or its `SimIPUError`.
+
+    Without the second half the other processes would wait for a main process that has given up.
+    """
+    if accelerator.num_processes == 1:
+        return function(*args, **kwargs)
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = function(*args, **kwargs)
+        except SimIPUError as error:
+            outcome[1] = str(error)
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise SimIPUError(outcome[1])
+    return outcome[0]
 
 
 def synchronize_batch_norm(model: nn.Module) -> nn.Module:

@@ -77,12 +77,10 @@ def _clear(output_dir: Path) -> None:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def write_run_file(
-    output_dir: Path, arguments: dict[str, Any], data: dict[str, Any], command: list[str] | None = None
-) -> None:
+def write_run_file(output_dir: Path, arguments: dict[str, Any], data: dict[str, Any]) -> None:
     """Write `run.yaml`: the resolved arguments (it can be given to `--config`), versions, data, command, git state."""
     record = {
-        "command": shlex.join(command if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": current_command(),
         "arguments": arguments,
         "data": data,
         "versions": versions(),
@@ -95,6 +93,17 @@ def write_run_file(
     write_text(output_dir / RUN_FILE, yaml.safe_dump(record, sort_keys=False, allow_unicode=True))
 
 
+def current_command() -> str:
+    """The command line of this process, without what is secret in it."""
+    words = [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]
+    for position, word in enumerate(words):
+        if word.startswith("--hub_token="):
+            words[position] = "--hub_token=***"
+        elif word == "--hub_token" and position + 1 < len(words):
+            words[position + 1] = "***"
+    return shlex.join(words)
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that the result depends on."""
     found = {"python": platform.python_version()}
@@ -103,7 +112,7 @@ def versions() -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
-    return found
+    return found | {"torch": str(torch.__version__)}  # with the build: +cpu, +cu130
 
 
 def git_state() -> dict[str, Any] | None:

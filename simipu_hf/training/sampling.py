@@ -1,9 +1,11 @@
 """Which rows make which batch: a pure function of (seed, step), the same for every number of processes."""
 
+import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 
 from simipu_hf.errors import SimIPUError
 
@@ -60,21 +62,23 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
         self.last_step = last_step
         self.shuffle = shuffle
         self.steps_per_epoch = num_rows // rows_per_step
+        self._permuted_epoch, self._rows = -1, []
 
     def __len__(self) -> int:
         return (self.last_step - self.first_step) * self.accumulation_steps
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        drawn_epoch, rows = -1, []
-        global_batch = self.batch_size * self.num_processes
         for step in range(self.first_step, self.last_step):
-            epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-            if epoch != drawn_epoch:
-                drawn_epoch, rows = epoch, self.permutation(epoch)
-            for micro_batch in range(self.accumulation_steps):
-                start = (step_in_epoch * self.accumulation_steps + micro_batch) * global_batch
-                start += self.process_index * self.batch_size
-                yield [(epoch, row) for row in rows[start : start + self.batch_size]]
+            yield from self.step_keys(step)
+
+    def step_keys(self, step: int) -> list[list[tuple[int, int]]]:
+        """This process's micro-batches of optimizer step `step` (counted from 0)."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        if epoch != self._permuted_epoch:
+            self._permuted_epoch, self._rows = epoch, self.permutation(epoch)
+        first = step_in_epoch * self.accumulation_steps * self.num_processes + self.process_index
+        starts = ((first + k * self.num_processes) * self.batch_size for k in range(self.accumulation_steps))
+        return [[(epoch, row) for row in self._rows[start : start + self.batch_size]] for start in starts]
 
     def permutation(self, epoch: int) -> list[int]:
         """The order of the rows in `epoch`."""
@@ -83,3 +87,36 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
         # The generator keeps 64 bits of seed: no two (seed, epoch) below 2**32 share an order.
         generator = torch.Generator().manual_seed(((self.seed & 0xFFFFFFFF) << 31) ^ epoch)
         return torch.randperm(self.num_rows, generator=generator).tolist()
+
+
+class EpochKeyedDataset(Dataset):
+    """Serves `dataset[row]` as of `epoch` for the keys `(epoch, row)` of [`GlobalBatchSampler`].
+
+    `dataset` has `set_epoch`. Every worker process keeps an epoch of its own, because workers fetch ahead beyond the
+    end of an epoch at different times.
+    """
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = copy.copy(dataset)
+        self.dataset._epoch = _OwnEpoch()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        epoch, row = key
+        self.dataset.set_epoch(epoch)
+        return self.dataset[row]
+
+
+class _OwnEpoch:
+    """A number that, unlike a tensor, is copied when it is sent to a worker."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def fill_(self, value: int) -> None:
+        self.value = value
+
+    def __int__(self) -> int:
+        return self.value

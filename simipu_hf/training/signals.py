@@ -16,7 +16,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
-        self.name = ""
+        self.signal = signal.SIGTERM  # where another process was the one that was told
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -32,4 +32,4 @@ class StopRequest:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
-        self.name = signal.Signals(number).name
+        self.signal = signal.Signals(number)

@@ -1,0 +1,107 @@
+"""Does the image feature at a pixel belong to the point that projects there? Metrics of the pre-training task."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+
+from simipu_hf.modeling.matching import inside_image, project_points, sample_feature_maps
+from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
+from simipu_hf.modeling.outputs_simipu import SimIPUForPreTrainingOutput
+
+RADII = (1, 2, 5)
+
+
+def cell_centers(
+    map_size: tuple[int, int], image_size: tuple[int, int], align_corners: bool, device: torch.device | None = None
+) -> torch.Tensor:
+    """Pixel coordinates (H*W, 2), x then y, at which the model samples exactly one cell of a feature map.
+
+    Args:
+        map_size: height and width of the map, in cells.
+        image_size: height and width, in pixels, that it covers.
+        align_corners: of the model's configuration.
+    """
+    axes = []
+    for cells, length in zip(map_size, image_size, strict=True):
+        index = torch.arange(cells, device=device, dtype=torch.float32)
+        if align_corners:
+            axes.append(index / max(cells - 1, 1) * length)
+        else:
+            axes.append((index + 0.5) / cells * length - 0.5)
+    y, x = torch.meshgrid(*axes, indexing="ij")
+    return torch.stack([x, y], dim=-1).flatten(0, 1)
+
+
+def dense_image_embeds(
+    model: SimIPUForPreTraining, image_features: tuple[torch.Tensor, ...], image_size: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inter-modal image projection at every cell of the finest sampled stage.
+
+    Args:
+        model: in evaluation mode.
+        image_features: of the model's output, each (B, C, H, W).
+        image_size: height and width of `pixel_values`.
+
+    Returns:
+        unit vectors (B, H*W, D), and the cells' pixel coordinates (H*W, 2).
+    """
+    finest = max(image_features, key=lambda feature: feature.shape[-1])
+    batch = finest.shape[0]
+    align_corners = model.config.align_corners
+    pixels = cell_centers(tuple(finest.shape[-2:]), image_size, align_corners, finest.device)
+    sizes = torch.tensor([image_size], device=finest.device).expand(batch, 2)
+    rows = sample_feature_maps(image_features, pixels.expand(batch, -1, -1), sizes, align_corners)
+    dtype = next(model.inter_image_head.parameters()).dtype
+    embeds = model.inter_image_head(rows.flatten(0, 1).to(dtype)).unflatten(0, rows.shape[:2])
+    return F.normalize(embeds.float(), dim=-1), pixels
+
+
+def pixel_recall(
+    point_embeds: torch.Tensor,
+    cell_embeds: torch.Tensor,
+    pixels: torch.Tensor,
+    cell_pixels: torch.Tensor,
+    valid: torch.Tensor,
+    cell_size: tuple[float, float],
+    radii: Iterable[int] = RADII,
+) -> dict[str, float]:
+    """How often the image cell most similar to a point lies within r cells of where the point projects.
+
+    Args:
+        point_embeds: (B, M, D), unit vectors.
+        cell_embeds: (B, K, D), unit vectors of every cell of the image.
+        pixels: (B, M, 2), where the points project, x and y.
+        cell_pixels: (K, 2), where the cells lie.
+        valid: (B, M), points that project into their image.
+        cell_size: width and height of a cell in pixels.
+        radii: in cells; distances are Euclidean, to the cell's centre.
+
+    Returns:
+        `recall_within_{r}_cells` for each radius, 0 to 1; NaN without valid points.
+    """
+    best = (point_embeds @ cell_embeds.transpose(1, 2)).argmax(-1)
+    offset = (cell_pixels[best] - pixels) / pixels.new_tensor(cell_size)
+    distance = offset.norm(dim=-1)[valid]
+    return {f"recall_within_{r}_cells": (distance <= r).float().mean().item() for r in radii}
+
+
+@torch.no_grad()
+def correspondence_recall(
+    model: SimIPUForPreTraining, batch: dict[str, torch.Tensor], output: SimIPUForPreTrainingOutput
+) -> dict[str, float]:
+    """[`pixel_recall`] of a batch and the model's output for it; the model is in evaluation mode."""
+    image_size = tuple(batch["pixel_values"].shape[-2:])
+    cell_embeds, cell_pixels = dense_image_embeds(model, output.image_features, image_size)
+    coordinates = output.point_output.coordinates
+    pixels, depth = project_points(coordinates, batch["lidar_to_pixel"].to(coordinates.dtype))
+    sizes = batch.get("image_sizes")
+    if sizes is None:
+        sizes = torch.tensor([image_size], device=pixels.device).expand(len(pixels), 2)
+    valid = inside_image(pixels, depth, sizes)
+    if output.point_output.mask is not None:
+        valid &= output.point_output.mask
+    finest = max(output.image_features, key=lambda feature: feature.shape[-1])
+    cell_size = (image_size[1] / finest.shape[-1], image_size[0] / finest.shape[-2])
+    embeds = F.normalize(output.point_embeds.float(), dim=-1)
+    return pixel_recall(embeds, cell_embeds, pixels.float(), cell_pixels, valid, cell_size)

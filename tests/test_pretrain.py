@@ -1,0 +1,354 @@
+"""The pre-training command on a tiny model and made-up frames: results, resume, refusals."""
+
+import json
+import math
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors.torch import load_file
+
+from simipu_hf.data.rows import dataset_from_rows, to_row
+from simipu_hf.errors import SimIPUError
+from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
+from simipu_hf.pretrain import main, pretrain
+from simipu_hf.training import loop
+from simipu_hf.training.arguments import parse_pretraining_arguments
+from simipu_hf.training.checkpoint import list_checkpoints
+from simipu_hf.training.loop import TrainingInterrupted
+from simipu_hf.training.metrics import read_metrics
+
+TINY = (
+    "projection_dim=8,point_config.num_points=[[64],[32],[16,16]],point_config.fps_sample_ranges=[[-1],[-1],[16,-1]],"
+    "point_config.radii=[[1.0],[2.0],[4.0]],point_config.num_samples=[[8],[8],[8]],"
+    "point_config.mlp_channels=[[[8]],[[8]],[[8]]],point_config.aggregation_channels=[8,8,8]"
+)
+TIMES = ("rows_per_second", "seconds_per_step", "data_wait_share", "memory_gb")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate keeps its state for the life of a process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    PartialState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory):
+    """Ten made-up rows in a `save_to_disk` folder."""
+    generator = np.random.default_rng(0)
+    projection = np.array([[100.0, 0, 48, 0], [0, 100, 16, 0], [0, 0, 1, 0]])
+    extrinsics = np.array([[0.0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
+    rows = []
+    for frame in range(10):
+        depth = generator.uniform(3, 40, 500)
+        spread = generator.uniform(-1, 1, (2, 500)) * depth * np.array([[0.4], [0.12]])
+        points = np.stack([depth, *spread, generator.uniform(0, 1, 500)], axis=1)
+        image = generator.integers(0, 255, (32, 96, 3), dtype=np.uint8)
+        rows.append(to_row(f"frame-{frame}", image, points, projection, extrinsics))
+    folder = tmp_path_factory.mktemp("frames")
+    dataset_from_rows(rows).save_to_disk(folder)
+    return folder
+
+
+@pytest.fixture
+def run(frames, tmp_path):
+    """Calls `pretrain` with tiny defaults; flags as text, the output folder as a name."""
+
+    def call(name: str, *flags: str):
+        return pretrain(arguments(frames, tmp_path / name, *flags))
+
+    return call
+
+
+def arguments(frames, output_dir, *flags: str):
+    defaults = [
+        *("--dataset_name", str(frames), "--output_dir", str(output_dir), "--image_encoder", "test_resnet"),
+        *("--image_size", "32", "96", "--num_points", "128", "--config_overrides", TINY, "--report_to", "none"),
+        *("--per_device_train_batch_size", "2", "--max_steps", "8", "--logging_steps", "2"),
+        *("--checkpointing_steps", "3", "--dataloader_num_workers", "0", "--learning_rate", "0.003"),
+    ]
+    return parse_pretraining_arguments(defaults + list(flags))
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_result(first, second):
+    ours, theirs = weights(first), weights(second)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+    lines = [[{k: v for k, v in line.items() if k not in TIMES} for line in metrics(f)] for f in (first, second)]
+    assert lines[0] == lines[1]
+
+
+def metrics(folder):
+    return read_metrics(folder / "metrics.jsonl")
+
+
+def stop_after(monkeypatch, step, error=None):
+    """Make the run break, or ask it to stop, in optimizer step `step`, counted from 1."""
+    calls = []
+    original = loop.accumulate_gradients
+
+    def broken(*positional, **named):
+        calls.append(1)
+        if len(calls) == step:
+            if error is not None:
+                raise error
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*positional, **named)
+
+    monkeypatch.setattr(loop, "accumulate_gradients", broken)
+
+
+def test_writes_a_complete_folder(run, monkeypatch):
+    out = run("out")
+
+    assert [p.name for p in list_checkpoints(out)] == ["checkpoint-6", "checkpoint-8"]
+    assert {p.name for p in out.iterdir()} >= {
+        *("config.json", "model.safetensors", "processor_config.json", "image_encoder", "metrics.jsonl", "run.yaml")
+    }
+    assert not [p for p in out.rglob("*") if "partial" in p.name]
+    for folder in (out, out / "checkpoint-6"):
+        model = SimIPUForPreTraining.from_pretrained(folder)
+        assert all(torch.equal(value, weights(folder)[name]) for name, value in model.state_dict().items())
+    lines = metrics(out)
+    assert [line["step"] for line in lines] == [2, 4, 6, 8]
+    assert lines[0]["inter_modal_chance"] == pytest.approx(math.log(2 * 32), abs=0.5)
+    assert lines[0]["learning_rate/point_encoder"] == 1e-3
+    assert lines[0]["grad_norm/image_encoder"] > 0
+    # five steps an epoch: the official decay sets in with the sixth
+    assert lines[-1]["learning_rate/image_encoder"] == pytest.approx(0.003 * 0.99)
+
+
+def test_run_file_reproduces_the_run(run, tmp_path):
+    first = run("first", "--seed", "3")
+    record = yaml.safe_load((first / "run.yaml").read_text(encoding="utf-8"))
+    assert record["data"]["rows"] == 10
+    assert record["versions"]["torch"] == torch.__version__
+    again = pretrain(
+        parse_pretraining_arguments(["--config", str(first / "run.yaml"), "--output_dir", str(tmp_path / "again")])
+    )
+    assert_same_result(first, again)
+
+
+@pytest.mark.parametrize(("workers", "accumulation"), [(0, "1"), (2, "2")])
+def test_resumes_to_the_bit(run, monkeypatch, workers, accumulation):
+    flags = ("--dataloader_num_workers", str(workers), "--gradient_accumulation_steps", accumulation)
+    whole = run("whole", "--gradient_accumulation_steps", accumulation)  # another number of workers changes nothing
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5, error=RuntimeError("killed"))
+        with pytest.raises(RuntimeError, match="killed"):
+            run("broken", *flags)
+    (whole.parent / "broken" / ".checkpoint-6.partial").mkdir()
+    resumed = run("broken", *flags, "--resume_from_checkpoint", "latest")
+    assert_same_result(whole, resumed)
+    assert not (resumed / ".checkpoint-6.partial").exists()
+
+
+def test_random_layers_resume_to_the_bit(run, monkeypatch):
+    drop = ("--config_overrides", TINY + ",image_config.model_args={drop_path_rate: 0.5}")
+    whole = run("whole", *drop)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5, error=RuntimeError("killed"))
+        with pytest.raises(RuntimeError):
+            run("broken", *drop)
+    assert_same_result(whole, run("broken", *drop, "--resume_from_checkpoint", "latest"))
+
+
+def test_resumes_before_the_first_checkpoint(run, monkeypatch):
+    whole = run("whole")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3, error=RuntimeError("killed"))
+        with pytest.raises(RuntimeError):
+            run("broken")
+    assert_same_result(whole, run("broken", "--resume_from_checkpoint", "latest"))
+
+
+def test_passes_over_a_damaged_checkpoint(run, capsys):
+    whole = run("whole", "--save_total_limit", "0")
+    broken = run("broken", "--save_total_limit", "0")
+    for name in ("checkpoint-8/model.safetensors", "checkpoint-6/training_state.pt"):
+        with (broken / name).open("rb+") as stream:
+            stream.truncate(1000)
+    resumed = run("broken", "--save_total_limit", "0", "--resume_from_checkpoint", "latest")
+    assert "model.safetensors has 1000 bytes" in capsys.readouterr().out
+    assert_same_result(whole, resumed)
+
+
+def test_sigterm_saves_and_says_how_to_continue(run, monkeypatch):
+    whole = run("whole")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        with pytest.raises(TrainingInterrupted, match="SIGTERM after step 4 of 8.*latest") as stopped:
+            run("stopped")
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
+    assert_same_result(whole, run("stopped", "--resume_from_checkpoint", "latest"))
+
+
+def test_stops_at_a_loss_that_is_no_number(run, monkeypatch, tmp_path):
+    original = loop.accumulate_gradients
+    steps = []
+
+    def poisoned(accelerator, model, *rest):
+        steps.append(1)
+        if len(steps) == 5:
+            with torch.no_grad():
+                model.inter_image_head.layers[0].linear.weight.fill_(math.nan)
+        return original(accelerator, model, *rest)
+
+    monkeypatch.setattr(loop, "accumulate_gradients", poisoned)
+    with pytest.raises(SimIPUError, match="step 5: .*inter_modal_loss is nan") as error:
+        run("out")
+    assert "frame-" in str(error.value)
+    assert "intra_modal_loss is" not in str(error.value)
+    assert str(tmp_path / "out" / "checkpoint-3") in str(error.value)
+
+
+def test_evaluation_changes_nothing(run):
+    plain = run("plain", "--config_overrides", TINY + ",image_config.model_args={drop_path_rate: 0.5}")
+    watched = run(
+        *("watched", "--config_overrides", TINY + ",image_config.model_args={drop_path_rate: 0.5}"),
+        *("--eval_steps", "3", "--validation_split", "train"),
+    )
+    assert all(torch.equal(weights(plain)[name], value) for name, value in weights(watched).items())
+    evaluations = [line for line in metrics(watched) if "eval/inter_modal_loss" in line]
+    assert [line["step"] for line in evaluations] == [3, 6, 8]
+    assert 0 <= evaluations[0]["eval/recall_within_1_cells"] <= evaluations[0]["eval/recall_within_5_cells"] <= 1
+
+
+def test_gradient_checkpointing_changes_nothing(run):
+    plain, saving = run("plain"), run("saving", "--gradient_checkpointing")
+    for name, value in weights(plain).items():
+        torch.testing.assert_close(weights(saving)[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_bf16_trains(run):
+    out = run("out", "--mixed_precision", "bf16", "--max_steps", "3")
+    assert all(value.dtype != torch.bfloat16 for value in weights(out).values())
+    assert math.isfinite(metrics(out)[-1]["loss"])
+
+
+def test_a_gradient_can_be_clipped(run):
+    out = run("out", "--max_grad_norm", "0.001", "--max_steps", "2")
+    assert metrics(out)[0]["grad_norm/image_encoder"] > 0.001  # logged as it was before clipping
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--image_encoder", "resnet1000"], "no model named 'resnet1000'"),
+        (["--preset", "offical"], "choose from"),
+        (["--point_encoder", "voxel"], "choose from pointnet2"),
+        (["--num_points", "32"], "first level samples 64"),
+        (["--config_overrides", TINY + ",image_config.out_indices=[9]"], "has stages"),
+        (["--config_overrides", TINY + ",temperatur=1"], "no field temperatur"),
+        (["--config_overrides", TINY + ",image_config.stride=1"], "no field stride"),
+        (["--config_overrides", "loss.x=1"], "expected name=value"),
+        (["--per_device_train_batch_size", "11"], "10 rows, but one optimizer step takes 11"),
+        (["--report_to", "tensorbord"], "unknown tracker"),
+        (["--report_to", "swanlab"], "not installed"),
+        (["--mixed_precision", "fp16"], "needs a GPU"),
+        (["--dataset_name", "/no/such/folder"], "no such folder"),
+        (["--eval_steps", "2", "--validation_split", "train", "--per_device_eval_batch_size", "11"], "10 rows"),
+        (["--resume_from_checkpoint", "/no/such/checkpoint"], "no such folder"),
+        (["--image_size", "33", "96"], "multiples of 32"),
+        (["--lr_scheduler_type", "step"], "choose from exponential"),
+        (["--learning_rate", "-1"], "at least 0"),
+        (["--push_to_hub"], "--hub_model_id"),
+    ],
+)
+def test_refuses_bad_values_before_writing(run, tmp_path, flags, message):
+    if "fp16" in flags and torch.cuda.is_available():
+        pytest.skip("this machine has fp16")
+    with pytest.raises(SimIPUError, match=message):
+        run("out", *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_folder_is_not_overwritten_by_accident(run, tmp_path):
+    out = run("out", "--max_steps", "1")
+    with pytest.raises(SimIPUError, match="not empty"):
+        run("out", "--max_steps", "1")
+    run("out", "--max_steps", "2", "--overwrite_output_dir")
+    assert [p.name for p in list_checkpoints(out)] == ["checkpoint-2"]
+    (tmp_path / "papers").mkdir()
+    (tmp_path / "papers" / "thesis.tex").write_text("years of work", encoding="utf-8")
+    with pytest.raises(SimIPUError, match="does not look like a run"):
+        run("papers", "--overwrite_output_dir")
+    assert (tmp_path / "papers" / "thesis.tex").exists()
+
+
+def test_refuses_to_resume_another_configuration(run):
+    run("out", "--max_steps", "3")
+    with pytest.raises(SimIPUError, match=r"(?s)rows_per_forward: 2 in the checkpoint, 5 now.*seed: 0 in .* 1 now"):
+        run("out", "--resume_from_checkpoint", "latest", "--seed", "1", "--per_device_train_batch_size", "5")
+    with pytest.raises(SimIPUError, match="beyond the last step"):
+        run("out", "--resume_from_checkpoint", "latest", "--max_steps", "2")
+
+
+def test_a_longer_run_continues_a_finished_one(run):
+    whole = run("whole")
+    run("short", "--max_steps", "4")
+    assert_same_result(whole, run("short", "--max_steps", "8", "--resume_from_checkpoint", "latest"))
+
+
+def test_second_start_on_a_finished_run_only_finishes(run):
+    out = run("out")
+    before = weights(out)
+    again = run("out", "--resume_from_checkpoint", "latest")
+    assert all(torch.equal(before[name], value) for name, value in weights(again).items())
+    assert len(metrics(again)) == 4
+
+
+def test_command_prints_one_line_for_a_mistake(frames, tmp_path, capsys):
+    code = main(["--dataset_name", str(frames), "--output_dir", str(tmp_path / "out"), "--preset", "best"])
+    assert code == 1
+    assert capsys.readouterr().err.startswith("error: --preset 'best'")
+
+
+def test_kill_at_random_moments(frames, tmp_path):
+    """SIGKILL a real process again and again; the last one ends as the uninterrupted run."""
+    import subprocess
+    import sys
+
+    flags = arguments(frames, tmp_path / "whole", "--max_steps", "40", "--checkpointing_steps", "2")
+    whole = pretrain(flags)
+    config = tmp_path / "flags.json"
+    config.write_text(json.dumps(flags.to_dict()), encoding="utf-8")
+    command = [sys.executable, "-m", "simipu_hf.pretrain", "--config", str(config)]
+    command += ["--output_dir", str(tmp_path / "killed"), "--resume_from_checkpoint", "latest"]
+    generator = np.random.default_rng(1)
+    out = tmp_path / "killed"
+    for _ in range(2):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        first = len(list_checkpoints(out)) and int(list_checkpoints(out)[-1].name.split("-")[1])
+        while process.poll() is None and not any(out.glob(f"checkpoint-{first + 4}")):
+            time.sleep(0.05)
+        time.sleep(generator.uniform(0, 0.3))
+        process.kill()
+        process.wait()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert_same_result(whole, out)
+
+
+def test_threads_do_not_matter_for_signals(run):
+    """In a thread, where Python allows no signal handlers, a run works and cannot be stopped softly."""
+    outcome = []
+    thread = threading.Thread(target=lambda: outcome.append(run("out", "--max_steps", "1")))
+    thread.start()
+    thread.join()
+    assert outcome
+
+
