@@ -31,9 +31,10 @@ from .data.depth_samples import DepthAugmentation, DepthDataset, DepthFrame, Dep
 from .data.selection import select_frames
 from .errors import SimIPUError
 from .evaluation.depth import HIGHER_IS_BETTER, METRICS, evaluate_frames, write_json
-from .finetune_depth import build_depth_model, fit, flag, load_encoder_for_depth
+from .finetune_depth import build_depth_model, fit, load_encoder_for_depth
 from .modeling.modeling_simipu_depth import SimIPUForDepthEstimation
 from .training.arguments import check_choice, parse_flags
+from .training.fields import flag
 from .training.loop import exit_code_of
 
 RUNS_FILE, RESULT_FILE, TABLE_FILE, PLOT_FILE = "runs.jsonl", "comparison.json", "comparison.md", "comparison.png"

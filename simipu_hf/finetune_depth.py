@@ -11,7 +11,7 @@ Read `finetune_depth` first; the loop itself is `simipu_hf.training.loop.train`,
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,17 @@ from .data.depth_samples import DepthAugmentation, DepthDataset, DepthPreprocess
 from .data.depth_targets import EigenDataset
 from .data.selection import select_frames
 from .errors import SimIPUError
-from .evaluation.depth import METRICS, evaluate_frames, write_json
+from .evaluate_depth import EVALUATION_FILE, describe_frames, record_in_card
+from .evaluation.depth import evaluate_frames, format_metrics, write_json
+from .hub.card import write_model_card
 from .hub.image_encoder import find_image_encoder, load_image_encoder
+from .hub.push import HubUploader
 from .modeling.configuration_simipu_depth import SimIPUDepthConfig
 from .modeling.modeling_simipu_depth import SimIPUForDepthEstimation
 from .modeling.processing_simipu import SimIPUImageProcessor
 from .training.arguments import check_choice, parse_flags
 from .training.distributed import on_main_process, synchronize_batch_norm
+from .training.fields import flag
 from .training.loop import (
     Batch,
     TrainingJob,
@@ -47,16 +51,6 @@ from .training.loop import (
 from .training.optimization import Optimization
 from .training.run_folder import data_fingerprint
 from .training.sampling import EpochKeyedDataset, GlobalBatchSampler
-
-EVALUATION_FILE = "depth_evaluation.json"
-
-
-def flag(default: Any, text: str, **metadata: Any) -> Any:
-    """A dataclass field with its help. Flags that pre-training has too are spelled the same and mean the same."""
-    metadata = {"help": text, **metadata}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -108,6 +102,11 @@ class DepthArguments:
     report_to: list[str] = flag(["tensorboard"], "Trackers: tensorboard, trackio, wandb, …, or none.")
     evaluation_crop: str = flag("garg", "garg, eigen or none.")
     flip_test: bool = flag(True, "Evaluate the mean of the predictions for the image and its mirror image.")
+    push_to_hub: bool = flag(False, "Publish checkpoints and the result on the Hub.")
+    hub_model_id: str | None = flag(None, "Repository, user/name.")
+    hub_private_repo: bool = flag(False, "Create it private.")
+    hub_strategy: str = flag("every_save", "end, every_save, or checkpoint.")
+    hub_token: str | None = flag(None, "Token; the logged-in user's if empty.")
 
     def __post_init__(self) -> None:
         if not self.output_dir:
@@ -131,6 +130,14 @@ class DepthArguments:
             raise SimIPUError(f"--num_train_epochs must be above 0, found {self.num_train_epochs}")
         check_choice("--mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
         check_choice("--evaluation_crop", self.evaluation_crop, ("garg", "eigen", "none"))
+        check_choice("--hub_strategy", self.hub_strategy, ("end", "every_save", "checkpoint"))
+        if self.push_to_hub and not self.hub_model_id:
+            raise SimIPUError("--push_to_hub needs --hub_model_id user/name")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All flags that make the run what it is, for `run.yaml`."""
+        left_out = ("hub_token", "resume_from_checkpoint", "overwrite_output_dir")
+        return {name: value for name, value in vars(self).items() if name not in left_out}
 
     def augmentation(self) -> DepthAugmentation:
         size = None if self.image_size is None else (self.image_size[0], self.image_size[1])
@@ -344,6 +351,8 @@ def finetune_depth(arguments: DepthArguments) -> Path:
         size = preprocessing.image_size or dataset.frame(0).image.shape[:2]
         save_image_processor(folder, size, preprocessing)
 
+    uploader = create_uploader(arguments) if arguments.push_to_hub and accelerator.is_main_process else None
+
     def finish(output_dir: Path) -> None:
         aside = output_dir / ".final.partial"
         save_model(aside)
@@ -351,8 +360,12 @@ def finetune_depth(arguments: DepthArguments) -> Path:
             result = {"image_encoder": about["description"], **evaluate(aside / "pictures")}
             result["protocol"]["kb_crop"] = arguments.kb_crop
             write_json(aside / EVALUATION_FILE, result)
+            record_in_card(aside, arguments.test_frames or [arguments.test_list], result)
             print(format_metrics(result["metrics"]))
         move_into(aside, output_dir)
+        write_model_card(output_dir, arguments.hub_model_id)
+        if uploader is not None:
+            uploader.finish()
 
     job = TrainingJob(
         name="finetune_depth",
@@ -367,12 +380,28 @@ def finetune_depth(arguments: DepthArguments) -> Path:
         evaluate=None if test_rows is None else lambda: on_main_process(accelerator, lambda: evaluate()["metrics"]),
         identity=run_identity(accelerator, arguments, settings, train_rows),
         run_record={
-            "arguments": dict(vars(arguments)),
-            "data": {"train": describe_rows(train_rows), "test": describe_rows(test_rows)},
+            "arguments": arguments.to_dict(),
+            "data": {
+                "source": describe_frames(arguments.train_frames or [arguments.image_dir])[0],
+                "train": describe_rows(train_rows),
+                "test": describe_rows(test_rows),
+            },
         },
+        on_saved=(lambda path: None) if uploader is None else uploader.checkpoint_saved,
         show={"loss": "loss"},
     )
     return train(accelerator, job, settings)
+
+
+def create_uploader(arguments: DepthArguments) -> HubUploader:
+    """Publishes checkpoints in the background and the result at the end."""
+    return HubUploader(
+        arguments.hub_model_id,
+        arguments.output_dir,
+        strategy=arguments.hub_strategy,
+        private=arguments.hub_private_repo or None,
+        token=arguments.hub_token,
+    )
 
 
 def compute_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -431,12 +460,6 @@ def save_image_processor(folder: Path, size: tuple[int, int], preprocessing: Dep
         image_mean=list(preprocessing.image_mean),
         image_std=list(preprocessing.image_std),
     ).save_pretrained(folder)
-
-
-def format_metrics(metrics: dict[str, float]) -> str:
-    """The nine metrics as two lines of text."""
-    names = "  ".join(f"{name:>8}" for name in METRICS)
-    return names + "\n" + "  ".join(f"{metrics[name]:8.4f}" for name in METRICS)
 
 
 _DESCRIPTION = """Fine-tune an image encoder for monocular depth, and evaluate it by the published protocol.

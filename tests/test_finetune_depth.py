@@ -29,7 +29,8 @@ from simipu_hf.data.depth_samples import (
 from simipu_hf.data.rows import dataset_from_rows, to_row
 from simipu_hf.data.selection import select_frames
 from simipu_hf.errors import SimIPUError
-from simipu_hf.evaluation.depth import METRICS, depth_picture, evaluate_depth, evaluate_frames, load_depth_model
+from simipu_hf.evaluate_depth import EvaluateDepthArguments, describe_frames, evaluate_depth
+from simipu_hf.evaluation.depth import METRICS, depth_picture, evaluate_frames, load_depth_model
 from simipu_hf.finetune_depth import DepthArguments, create_depth_model, create_optimization, finetune_depth, fit, main
 
 HEIGHT, WIDTH = 64, 96
@@ -214,14 +215,22 @@ def test_resumed_run_is_bit_equal_and_the_folder_evaluates(frames, tmp_path):
 
     saved = json.loads((tmp_path / "straight" / "depth_evaluation.json").read_text())
     assert saved["image_encoder"] == f"timm model {ENCODER} with random weights"
+    card = (tmp_path / "straight" / "README.md").read_text(encoding="utf-8")
+    assert "depth-estimation" in card
+    assert f"{saved['metrics']['abs_rel']:.6g}" in card
     again = evaluate_depth(
-        tmp_path / "straight",
-        [f"{frames}#train:000004,000005"],
-        kb_crop=False,
-        flip_test=False,
-        output_dir=tmp_path / "evaluation",
-        device="cpu",
+        EvaluateDepthArguments(
+            model=str(tmp_path / "straight"),
+            test_frames=[f"{frames}#train:000004,000005"],
+            kb_crop=False,
+            flip_test=False,
+            output_dir=str(tmp_path / "evaluation"),
+            update_card=True,
+            device="cpu",
+        )
     )
+    results = json.loads((tmp_path / "straight" / "eval_results.json").read_text())
+    assert len(results) == 1  # the same protocol on the same frames: replaced, not repeated
     for name in METRICS:
         assert saved["metrics"][name] == pytest.approx(again["metrics"][name], rel=1e-5)
     assert len(list((tmp_path / "evaluation" / "pictures").iterdir())) == 2
@@ -229,6 +238,14 @@ def test_resumed_run_is_bit_equal_and_the_folder_evaluates(frames, tmp_path):
         finetune_depth(
             depth_arguments(frames, tmp_path / "resumed", resume_from_checkpoint="latest", learning_rate=0.5)
         )
+
+
+def test_names_of_frames_hide_folders_and_ids():
+    assert describe_frames(["/data/kitti/#train[:50%]:000001,000002", "user/logs"]) == (
+        "kitti + logs",
+        "train[:50%] + all",
+    )
+    assert describe_frames(["C:\\data\\kitti#val", "/x/kitti#test"]) == ("kitti", "val + test")
 
 
 def test_probe_leaves_the_encoder_as_it_was(frames, tmp_path):

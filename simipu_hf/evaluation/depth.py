@@ -19,7 +19,6 @@ from PIL import Image
 from torch import nn
 
 from ..data.depth_samples import DepthFrame, DepthPreprocessing
-from ..data.selection import select_frames
 from ..errors import SimIPUError
 from ..modeling.configuration_simipu_depth import SimIPUDepthConfig
 from ..modeling.modeling_simipu_depth import SimIPUForDepthEstimation
@@ -247,57 +246,6 @@ def evaluate_frames(
     return result
 
 
-def evaluate_depth(
-    model: str | os.PathLike,
-    frames: Sequence[str],
-    *,
-    kb_crop: bool = True,
-    crop: Crop = "garg",
-    min_depth: float = 1e-3,
-    max_depth: float = 80.0,
-    flip_test: bool = True,
-    output_dir: str | os.PathLike | None = None,
-    num_pictures: int = 8,
-    device: str | None = None,
-) -> dict[str, Any]:
-    """Evaluate a saved depth model by the published protocol.
-
-    Args:
-        model: folder or Hub id of a [`SimIPUForDepthEstimation`] with its image processor.
-        frames: what to evaluate on, see [`simipu_hf.data.selection.select_frames`].
-        kb_crop: evaluate on the bottom centre 352 x 1216, as published for KITTI.
-        crop, min_depth, max_depth: which pixels count, see [`evaluation_mask`].
-        flip_test: average with the prediction of the mirrored image, as published.
-        output_dir: where `depth_evaluation.json` and `pictures/` are written; `None` writes nothing.
-        num_pictures: frames of which a picture is written.
-        device: such as `"cuda"`; `None` takes a GPU where there is one.
-
-    Returns:
-        As [`evaluate_maps`], with `model` and `frames`.
-
-    Raises:
-        SimIPUError: no such model or frames, or frames that cannot be used.
-    """
-    network, preprocessing = load_depth_model(model, kb_crop)
-    rows = select_frames(frames)
-    result = evaluate_frames(
-        network.to(device or ("cuda" if torch.cuda.is_available() else "cpu")),
-        (preprocessing.load(rows[index]) for index in range(len(rows))),
-        preprocessing,
-        flip_test=flip_test,
-        picture_dir=None if output_dir is None else Path(output_dir) / "pictures",
-        num_pictures=num_pictures,
-        crop=crop,
-        min_depth=min_depth,
-        max_depth=max_depth,
-    )
-    result = {"model": str(model), "frames": list(frames), **result}
-    result["protocol"]["kb_crop"] = kb_crop
-    if output_dir is not None:
-        write_json(Path(output_dir) / "depth_evaluation.json", result)
-    return result
-
-
 def load_depth_model(
     model: str | os.PathLike, kb_crop: bool = True
 ) -> tuple[SimIPUForDepthEstimation, DepthPreprocessing]:
@@ -346,6 +294,12 @@ def _hue(hue: np.ndarray, value: np.ndarray) -> Image.Image:
     """Fully saturated colours; `hue` from 0 (red) over 85 (green) to 170 (blue), `value` from 0 (black) to 255."""
     channels = np.stack([hue, np.full_like(hue, 255), value], axis=-1)
     return Image.fromarray(channels.astype(np.uint8), mode="HSV").convert("RGB")
+
+
+def format_metrics(metrics: dict[str, float]) -> str:
+    """The nine metrics as two lines of text."""
+    names = "  ".join(f"{name:>8}" for name in METRICS)
+    return names + "\n" + "  ".join(f"{metrics[name]:8.4f}" for name in METRICS)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
