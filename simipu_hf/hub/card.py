@@ -451,6 +451,11 @@ def _limits(kind: str, run: dict[str, Any]) -> str:
             " Its training images are KITTI's, published under CC BY-NC-SA 3.0 (no commercial use). KITTI's "
             "benchmarks share drives: check the overlap before you compare on one of them."
         )
+    elif "kitti" in str((run.get("data") or {}).get("dataset")).lower():
+        text += (
+            " Its training data lies in KITTI's layout; if it is KITTI's own, CC BY-NC-SA 3.0 applies (no commercial "
+            "use)."
+        )
     return text
 
 
@@ -458,8 +463,8 @@ def _trained_on_kitti(run: dict[str, Any]) -> bool:
     arguments, data = run.get("arguments") or {}, run.get("data") or {}
     if data.get("license"):
         return data["license"] == KITTI_LICENSE
-    told = [arguments.get("data_dir"), arguments.get("dataset_name"), data.get("dataset"), data.get("source")]
-    return any("kitti" in str(value).lower() for value in told)
+    # not by the builder's name: it also reads other data in KITTI's layout
+    return any("kitti" in str(arguments.get(name)).lower() for name in ("data_dir", "dataset_name"))
 
 
 def redact(text: str) -> str:

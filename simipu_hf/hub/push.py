@@ -190,7 +190,7 @@ class HubUploader:
 
     def _publish(self, staged: Path, name: str) -> None:
         try:
-            write_model_card(staged, self.repo_id)
+            _complete(staged, self.repo_id)
             upload = _Upload(self.token, self.private, self.retries, self.report)
             commit = upload(staged, self.repo_id, f"Training in progress, {name}")
             self.report(f"Hub: published {name} as {self.repo_id} ({commit[:8]})")
@@ -318,11 +318,11 @@ def explain_hub_error(error: Exception, repo_id: str, revision: str | None = Non
     elif status is not None and status >= 500:
         why = f"could not be reached: the server answered {status}"
     elif status is not None:
-        why = f"was refused by the server ({status}: {_last_line(error)})"
+        why = f"was refused by the server ({status}: {_first_line(error)})"
     elif any(_is_network_error(cause) for cause in causes) or found(LocalEntryNotFoundError):
-        why = f"could not be reached ({_last_line(causes[-1])})"
+        why = f"could not be reached ({_first_line(causes[-1])})"
     else:
-        why = f"failed: {_last_line(error)}"
+        why = f"failed: {_first_line(error)}"
     return SimIPUError(f"{repo_id} {why}")
 
 
@@ -356,7 +356,7 @@ def _is_network_error(error: BaseException) -> bool:
     return isinstance(error, (ConnectionError, TimeoutError)) or client in ("httpx", "httpcore", "requests", "urllib")
 
 
-def _last_line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return redact(lines[0] if lines else type(error).__name__)
 
@@ -401,7 +401,7 @@ def _staged(folder: Path, repo_id: str, encoder_repo_id: str | None) -> Iterator
     """A folder with exactly what is to be published of `folder`, its encoder and a card included."""
     staged = _stage(folder, folder, resumable=False)
     try:
-        write_model_card(staged, repo_id, encoder_repo_id)
+        _complete(staged, repo_id, encoder_repo_id)
         yield staged
     finally:
         shutil.rmtree(staged, ignore_errors=True)
@@ -419,9 +419,6 @@ def _stage(folder: Path, beside: Path, resumable: bool) -> Path:
             if file.is_file():
                 inside = file.relative_to(folder) if file.is_relative_to(folder) else Path(file.name)
                 _place(file, staged / inside)
-        config = read_json(folder / "config.json")
-        if "image_config" in config and not (staged / "image_encoder").exists():
-            export_image_encoder(folder, staged / "image_encoder", "timm")
         if resumable:
             for file in [*_public_files(folder), *(folder / name for name in RESUME)]:
                 if file.is_file():
@@ -430,6 +427,14 @@ def _stage(folder: Path, beside: Path, resumable: bool) -> Path:
         shutil.rmtree(staged, ignore_errors=True)
         raise
     return staged
+
+
+def _complete(staged: Path, repo_id: str, encoder_repo_id: str | None = None) -> None:
+    """Add to a snapshot what its folder may lack: the encoder as a timm folder, and the card."""
+    config = read_json(staged / "config.json")
+    if "image_config" in config and not (staged / "image_encoder").exists():
+        export_image_encoder(staged, staged / "image_encoder", "timm")
+    write_model_card(staged, repo_id, encoder_repo_id)
 
 
 def _public_files(folder: Path) -> Iterator[Path]:

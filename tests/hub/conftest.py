@@ -73,7 +73,7 @@ def isolated(tmp_path):
         env |= {"HF_ENDPOINT": hub.url if hub else "http://127.0.0.1:9", "OMP_NUM_THREADS": "1"}
         env |= {"HF_HUB_OFFLINE": "1"} if offline else {}
         done = subprocess.run(
-            [sys.executable, str(script)], cwd=work, env=env, capture_output=True, text=True, timeout=120
+            [sys.executable, str(script)], cwd=work, env=env, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stderr[-4000:]
         return json.loads(result.read_text(encoding="utf-8"))
