@@ -225,11 +225,10 @@ class Camera:
         owner = np.full(height * width, -1, np.int32)
         owner[hits.rays] = hits.owner
         outline = np.flatnonzero(self._outline(hits))
-        total = np.zeros((len(outline), 3), np.float32)
-        for du, dv in self.SUBPIXELS:
-            origin, rays = pixel_rays(self.calibration, ego_pose, u[outline] + du, v[outline] + dv)
-            total += self._radiance(scene, scene.cast(origin, rays), rays, ambient[outline])
-        radiance[outline] = total / len(self.SUBPIXELS)
+        du, dv = np.transpose(self.SUBPIXELS)[:, :, None]
+        origin, rays = pixel_rays(self.calibration, ego_pose, (u[outline] + du).ravel(), (v[outline] + dv).ravel())
+        parts = self._radiance(scene, scene.cast(origin, rays), rays, np.tile(ambient[outline], len(self.SUBPIXELS)))
+        radiance[outline] = parts.reshape(len(self.SUBPIXELS), -1, 3).mean(axis=0)
         return CameraFrame(
             image=self._expose(radiance, hits.rays, rng).reshape(height, width, 3),
             depth=hits.distance.reshape(height, width),
@@ -350,20 +349,21 @@ class Lidar:
                 np.cos(elevation) * np.cos(azimuth), np.cos(elevation) * np.sin(azimuth), np.sin(elevation)
             ),
             axis=-1,
+            dtype=np.float32,
         ).reshape(-1, 3)
         pose = calibration.camera_to_world(ego_pose) @ calibration.lidar_to_camera
-        hits = scene.cast(pose[:3, 3], beams @ pose[:3, :3].T)
+        hits = scene.cast(pose[:3, 3], beams @ np.float32(pose[:3, :3].T))
         distance = hits.distance[hits.rays]
         surface = appearance(hits.material, hits.texture, hits.color, 0.003 * distance)
         mirror = hits.material == Material.RETROREFLECTOR
         reflectance = surface.reflectance * np.where(mirror, 1, 0.4 + 0.6 * hits.cosine)
-        reflectance *= 1 + 0.08 * rng.standard_normal(len(distance))
+        reflectance *= 1 + 0.08 * rng.standard_normal(len(distance), dtype=np.float32)
 
         kept = (distance > self.min_range) & (distance < self.max_range)
         if self.dropouts:
             signal = surface.reflectance * (0.1 + hits.cosine) * (1 - 0.8 * surface.gloss) * (100 / distance) ** 2
-            kept &= rng.random(len(distance)) < 0.99 * (1 - np.exp(-8 * signal))
-        noisy = distance + self.range_noise * rng.standard_normal(len(distance))
+            kept &= rng.random(len(distance), dtype=np.float32) < 0.99 * (1 - np.exp(-8 * signal))
+        noisy = distance + self.range_noise * rng.standard_normal(len(distance), dtype=np.float32)
         points = np.empty((int(kept.sum()), 4), np.float32)
         points[:, :3] = beams[hits.rays[kept]] * noisy[kept, None]
         points[:, 3] = np.round(np.clip(reflectance[kept], 0, 0.99), 2)

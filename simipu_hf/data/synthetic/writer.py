@@ -60,7 +60,8 @@ def synthesize_drive(
     Args:
         output_dir: must not exist, or be empty. It appears complete or not at all.
         image_size: height and width in pixels; the field of view is KITTI's at any width.
-        num_workers: processes; by default one per processor available.
+        num_workers: processes; by default one per processor, but no more than one for every 25 frames. Two or more are
+            started afresh, so that a script which calls this needs the usual `if __name__ == "__main__":`.
         interval: seconds between consecutive frames of a drive, at 5 to 11 m/s.
         azimuth_steps: LiDAR firings per turn and beam; 2083 is KITTI's.
         range_noise: standard deviation in metres.
@@ -151,7 +152,8 @@ def _plan(counts: dict[str, int], seed: int, frames_per_drive: int) -> Iterator[
 def _run(jobs, settings, root: Path, num_workers: int | None, frames_per_drive: int, progress: bool) -> None:
     """Make all frames, in as many processes as wanted; a process takes stretches of a drive at a time."""
     if num_workers is None:
-        num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        num_workers = min(cores, len(jobs) // 25)  # a process takes seconds to start
     stretch = max(1, min(frames_per_drive, len(jobs) // (4 * max(num_workers, 1))))
     stretches = [jobs[i : i + stretch] for i in range(0, len(jobs), stretch)]
     with tqdm(total=len(jobs), desc="synthetic drive", unit="frame", disable=not progress) as bar:
@@ -159,9 +161,7 @@ def _run(jobs, settings, root: Path, num_workers: int | None, frames_per_drive: 
             for job in jobs:
                 bar.update(_make([job], settings, root))
             return
-        # spawn: a forked copy of a process with running threads (PyTorch's, Embree's) may hang
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(num_workers, len(stretches)), mp_context=context) as pool:
+        with ProcessPoolExecutor(min(num_workers, len(stretches)), mp_context=_fresh_processes()) as pool:
             pending = [pool.submit(_make, part, settings, root) for part in stretches]
             try:
                 for future in pending:
@@ -169,6 +169,15 @@ def _run(jobs, settings, root: Path, num_workers: int | None, frames_per_drive: 
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
+
+
+def _fresh_processes() -> multiprocessing.context.BaseContext:
+    """Never a fork of this process: with running threads (PyTorch's, Embree's) that may hang."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # the seconds of importing are paid once, not by every worker
+    return context
 
 
 def _make(jobs: list[_Job], settings: dict, root: Path) -> int:
