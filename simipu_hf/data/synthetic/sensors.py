@@ -26,7 +26,6 @@ except ImportError:  # no wheel for this platform (Linux on ARM)
 
 CAMERA_HEIGHT = 1.65
 KITTI_SIZE = (375, 1242)
-FAR = 300.0
 
 
 @dataclass(frozen=True)
