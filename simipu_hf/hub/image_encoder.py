@@ -94,6 +94,8 @@ def load_image_encoder(
 def find_image_encoder(source: str | Path, revision: str | None = None) -> EncoderWeights:
     """The image encoder at `source` (see [`load_image_encoder`]; timm names excepted) as it was trained."""
     path = Path(source)
+    if path.suffix == ".safetensors" and (path.parent / "config.json").is_file():
+        path = path.parent  # the weights of a folder that says what they are
     if path.is_file():
         return encoder_from_checkpoint(path)
     if path.is_dir():

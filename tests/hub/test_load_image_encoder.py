@@ -42,6 +42,8 @@ def test_run_folder(run_folder, trained, capsys):
     assert "image encoder (resnet18) of a simipu model" in capsys.readouterr().err
     pyramid, _ = load_image_encoder(run_folder, features_only=True, out_indices=(2, 4), verbose=False)
     assert [map.shape[1] for map in pyramid.eval()(torch.zeros(1, 3, 64, 96))] == [128, 512]
+    from_file, _ = load_image_encoder(run_folder / "model.safetensors", verbose=False)
+    assert is_trained(from_file, trained)
     grey, _ = load_image_encoder(run_folder, in_chans=1, verbose=False)
     assert grey.conv1.weight.shape == (64, 1, 7, 7)
 
