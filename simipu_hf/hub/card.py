@@ -425,7 +425,8 @@ def _result_sections(folder: Path, evaluations: list[dict]) -> list[str]:
         rows = "\n".join(f"| {key} | {last[key]:.6g} |" for key in told)
         picture = f"![Losses over optimizer steps]({CURVES})\n\n" if (folder / CURVES).is_file() else ""
         sections.append(f"## Training curves\n\n{picture}Last logged values:\n\n| | |\n| --- | --- |\n{rows}")
-    pictures = [p.name for p in sorted(folder.glob("*.png")) if p.name != CURVES]
+    found = [*sorted(folder.glob("*.png")), *sorted(folder.glob("pictures/*.png"))]
+    pictures = [p.relative_to(folder).as_posix() for p in found if p.name != CURVES][:6]
     if pictures:
         sections.append("## Pictures\n\n" + "\n\n".join(f"![{Path(p).stem.replace('_', ' ')}]({p})" for p in pictures))
     for entry in evaluations:
