@@ -15,6 +15,7 @@ if (_checkout / "modeling" / "modeling_simipu.py").is_file():
 
 from transformers import AutoConfig, AutoModel, AutoModelForDepthEstimation, AutoModelForPreTraining, AutoProcessor
 
+from .hub.image_encoder import load_image_encoder
 from .modeling.configuration_simipu import SimIPUConfig
 from .modeling.configuration_simipu_depth import SimIPUDepthConfig
 from .modeling.modeling_simipu import SimIPUForPreTraining, SimIPUModel
@@ -36,4 +37,5 @@ __all__ = [
     "SimIPUModel",
     "SimIPUProcessor",
     "__version__",
+    "load_image_encoder",
 ]
