@@ -427,4 +427,6 @@ def exit_code_of(run: Callable[[], Any]) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     return 0

@@ -147,7 +147,8 @@ class RunLogger:
         self.bar.close()
         if self.file is not None:
             self.file.close()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # not end_training: that also takes the process group down
+            tracker.finish()
 
     def state_dict(self) -> dict[str, Any]:
         return {"sums": self._sums, "count": self._count}

@@ -1,0 +1,86 @@
+"""Two processes with B rows each are one process with 2B rows, to rounding in float64; and they resume exactly."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from simipu_hf.data.rows import dataset_from_rows, to_row
+from simipu_hf.training.metrics import read_metrics
+
+WORKER = Path(__file__).with_name("data_parallel_worker.py")
+
+
+def write_frames(folder: Path) -> None:
+    generator = np.random.default_rng(0)
+    projection = np.array([[100.0, 0, 48, 0], [0, 100, 16, 0], [0, 0, 1, 0]])
+    extrinsics = np.array([[0.0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
+    rows = []
+    for frame in range(10):
+        depth = generator.uniform(3, 40, 500)
+        spread = generator.uniform(-1, 1, (2, 500)) * depth * np.array([[0.4], [0.12]])
+        points = np.stack([depth, *spread, generator.uniform(0, 1, 500)], axis=1)
+        image = generator.integers(0, 255, (32, 96, 3), dtype=np.uint8)
+        rows.append(to_row(f"frame-{frame}", image, points, projection, extrinsics))
+    dataset_from_rows(rows).save_to_disk(folder)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    """What the worker wrote in one and in two processes."""
+    out = tmp_path_factory.mktemp("data_parallel")
+    write_frames(out / "frames")
+    overrides = (
+        "projection_dim=8,point_config.num_points=[[64],[32],[16,16]],point_config.fps_sample_ranges=[[-1],[-1],[16,-1]],"
+        "point_config.radii=[[1.0],[2.0],[4.0]],point_config.num_samples=[[8],[8],[8]],"
+        "point_config.mlp_channels=[[[8]],[[8]],[[8]]],point_config.aggregation_channels=[8,8,8]"
+    )
+    flags = [
+        *("--dataset_name", str(out / "frames"), "--image_encoder", "test_resnet", "--image_size", "32", "96"),
+        *("--num_points", "128", "--config_overrides", overrides, "--report_to", "none", "--max_steps", "6"),
+        *("--per_device_train_batch_size", "1", "--logging_steps", "3", "--checkpointing_steps", "2"),
+        *("--dataloader_num_workers", "1", "--learning_rate", "0.003", "--gradient_accumulation_steps", "2"),
+    ]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for command in (
+        [sys.executable, str(WORKER), str(out)],
+        [*launcher, str(WORKER), str(out), json.dumps(flags)],
+    ):
+        # a session of its own, so that a hang takes its workers with it
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        try:
+            _, errors = process.communicate(timeout=280)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        assert process.returncode == 0, errors[-4000:]
+    return out
+
+
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+@pytest.mark.parametrize("architecture", ["test_resnet", "test_convnext"])
+def test_two_processes_equal_one_with_twice_the_rows(results, architecture, accumulation_steps):
+    one = load_file(results / f"{architecture}-{accumulation_steps}-1.safetensors")
+    two = load_file(results / f"{architecture}-{accumulation_steps}-2.safetensors")
+    assert one.keys() == two.keys()
+    assert any(name.startswith("grad.simipu.point_encoder") for name in one)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_two_processes_resume_to_the_bit(results):
+    whole, resumed = load_file(results / "whole/model.safetensors"), load_file(results / "broken/model.safetensors")
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    lines = [read_metrics(results / name / "metrics.jsonl") for name in ("whole", "broken")]
+    assert [line["loss"] for line in lines[0]] == [line["loss"] for line in lines[1]]
+    assert [line["step"] for line in lines[1]] == [3, 6]
