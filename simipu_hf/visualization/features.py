@@ -1,0 +1,224 @@
+"""What the pictures show of a model: features as colours, cosine similarities, matches of two views."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from simipu_hf.data.augmentation import TwoViewAugmentation, two_view_sample
+from simipu_hf.evaluation.correspondence import cell_centers, dense_image_embeds
+from simipu_hf.modeling.image_encoder import image_feature_maps, sorted_stages
+from simipu_hf.modeling.matching import PendingMatch, invert_transform, transform_points
+from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
+from simipu_hf.modeling.processing_simipu import SimIPUImageProcessor, SimIPUProcessor, pixel_transform
+
+from .frame import Frame
+
+Extent = tuple[float, float, float, float]
+DARKEST = 0.15  # of a colour channel: black would be lost on a dark ground
+
+
+@dataclass(frozen=True)
+class Principal:
+    """A principal component analysis as a map from features to colours.
+
+    Args:
+        mean: `(D,)`, subtracted first.
+        basis: `(D, 3)`, the directions of largest variance.
+        low, high: `(3,)`, the projections shown darkest and brightest; where they coincide, everything is halfway.
+    """
+
+    mean: np.ndarray
+    basis: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+    @classmethod
+    def fit(cls, rows: np.ndarray) -> "Principal":
+        """From rows `(R, D)`; the colours span their 2nd to 98th percentile."""
+        rows = rows.astype(np.float64)
+        mean = rows.mean(0)
+        _, _, directions = np.linalg.svd(rows - mean, full_matrices=False)
+        basis = np.zeros((rows.shape[1], 3))
+        basis[:, : len(directions[:3])] = directions[:3].T
+        # the sign of a direction is arbitrary: its largest component is made positive
+        basis *= np.where(basis[np.abs(basis).argmax(0), range(3)] < 0, -1, 1)
+        return cls(mean, basis, *_range((rows - mean) @ basis))
+
+    def adapted(self, rows: np.ndarray) -> "Principal":
+        """The same directions with the mean and range of other rows `(R, D)`."""
+        mean = rows.mean(0, dtype=np.float64)
+        return Principal(mean, self.basis, *_range((rows - mean) @ self.basis))
+
+    def colors(self, rows: np.ndarray) -> np.ndarray:
+        """Rows `(..., D)` as colours `(..., 3)`, up to 1."""
+        span = self.high - self.low
+        scaled = ((rows - self.mean) @ self.basis - self.low) / np.where(span > 0, span, 1)
+        return DARKEST + (1 - DARKEST) * np.where(span > 0, scaled, 0.5).clip(0, 1)
+
+
+def _range(projected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest values to show of `(R, 3)`, both 0 where there is nothing but rounding."""
+    low, high = np.percentile(projected, (2, 98), axis=0)
+    rounding = high - low < 1e-5 * (high - low).max()
+    return np.where(rounding, 0, low), np.where(rounding, 0, high)
+
+
+@dataclass(frozen=True)
+class CellMap:
+    """A feature map over an image.
+
+    Args:
+        values: `(h, w, D)`.
+        extent: left, right, bottom and top of the map in pixels of the original image (matplotlib's order).
+        pixels: `(h, w, 2)`, x and y of the cells' centres in the original image.
+        inside: `(h, w)`, cells that show a part of the image; the others lie in its padding.
+    """
+
+    values: np.ndarray
+    extent: Extent
+    pixels: np.ndarray
+    inside: np.ndarray
+
+    @property
+    def cell_width(self) -> float:
+        """In pixels of the original image."""
+        return (self.extent[1] - self.extent[0]) / self.values.shape[1]
+
+    def with_values(self, values: np.ndarray) -> "CellMap":
+        return CellMap(values, self.extent, self.pixels, self.inside)
+
+
+def cell_map(
+    values: np.ndarray, padded_size: tuple[int, int], resize: np.ndarray, frame: Frame, align_corners: bool = False
+) -> CellMap:
+    """Places a map of the processed image over the original image.
+
+    Args:
+        values: `(h, w, D)`.
+        padded_size: height and width of the processed image, padding included.
+        resize: `(3, 3)`, pixels of the original to those of the processed image.
+        frame: the original.
+        align_corners: of the model's configuration.
+    """
+    size = values.shape[:2]
+    centers = cell_centers(size, padded_size, align_corners).double().numpy().reshape(*size, 2)
+    scale, shift = resize[[0, 1], [0, 1]], resize[:2, 2]
+    pixels = (centers - shift) / scale
+    first, last = pixels[0, 0], pixels[-1, -1]
+    # one cell alone covers the image; otherwise cells are as wide as their centres are apart
+    counts = np.array([size[1], size[0]])
+    whole = np.array([padded_size[1], padded_size[0]]) / scale
+    half = np.where(counts > 1, (last - first) / np.maximum(counts - 1, 1), whole) / 2
+    (left, top), (right, bottom) = first - half, last + half
+    height, width = frame.image.shape[:2]
+    inside = (pixels + half > -0.5).all(-1) & (pixels - half < (width - 0.5, height - 0.5)).all(-1)
+    return CellMap(values, (left, right, bottom, top), pixels, inside)
+
+
+@dataclass(frozen=True)
+class FrameEmbeds:
+    """One frame in the space in which the model compares image and points; all vectors have length 1.
+
+    Args:
+        cells: embeddings of the finest sampled stage's cells, `(h, w, D)`.
+        coordinates: `(M, 3)`, the points the point encoder kept, metres, LiDAR frame.
+        points: `(M, D)`, their embeddings.
+    """
+
+    cells: CellMap
+    coordinates: np.ndarray
+    points: np.ndarray
+
+
+@torch.no_grad()
+def embed_frame(model: SimIPUForPreTraining, processor: SimIPUProcessor, row: Mapping[str, Any]) -> FrameEmbeds:
+    """The inter-modal projections of a row, un-augmented; the model is in evaluation mode."""
+    frame = Frame.from_row(row)
+    names = ("points", "camera_projection", "lidar_to_camera")
+    batch = processor(images=frame.image, **{name: row[name] for name in names}).to(model.device)
+    maps = model.simipu.get_image_features(batch["pixel_values"])
+    padded_size = tuple(batch["pixel_values"].shape[-2:])
+    embeds, _ = dense_image_embeds(model, maps, padded_size)
+    finest = max(maps, key=lambda feature: feature.shape[-1])
+    values = embeds[0].unflatten(0, tuple(finest.shape[-2:])).cpu().numpy()
+    resize = _resize_transform(frame, batch["image_sizes"][0].tolist(), processor.image_processor)
+
+    kept = model.simipu.get_point_features(batch["points"])
+    coordinates, features = kept.coordinates[0], kept.features[0]
+    if kept.mask is not None:
+        coordinates, features = coordinates[kept.mask[0]], features[kept.mask[0]]
+    points = model.inter_point_head(features.to(next(model.inter_point_head.parameters()).dtype))
+    return FrameEmbeds(
+        cell_map(values, padded_size, resize, frame, model.config.align_corners),
+        coordinates.float().cpu().numpy(),
+        F.normalize(points.float(), dim=-1).cpu().numpy(),
+    )
+
+
+@torch.no_grad()
+def encode_image(
+    encoder: nn.Module, image_processor: SimIPUImageProcessor, frame: Frame, stages: tuple[int, ...]
+) -> dict[str, CellMap]:
+    """Feature maps of a timm model's stages, named `"stage 2, stride 8"`; the encoder is in evaluation mode."""
+    device = next(encoder.parameters()).device
+    batch = image_processor(frame.image, return_tensors="pt").to(device)
+    padded_size = tuple(batch["pixel_values"].shape[-2:])
+    resize = _resize_transform(frame, batch["image_sizes"][0].tolist(), image_processor)
+    maps = image_feature_maps(encoder, batch["pixel_values"], stages)
+    return {
+        f"stage {stage}, stride {round(padded_size[0] / feature.shape[-2])}": cell_map(
+            feature[0].permute(1, 2, 0).float().cpu().numpy(), padded_size, resize, frame
+        )
+        for stage, feature in zip(sorted_stages(encoder, stages), maps, strict=True)
+    }
+
+
+@dataclass(frozen=True)
+class ViewMatches:
+    """Two views of a scan and which of their points were matched.
+
+    Args:
+        view, augmented: `(M, 3)`, the points kept of each, metres, each in its own frame.
+        match: `(M,)`, for each point of the view the row of its match in `augmented`.
+        distance: `(M,)`, metres, measured in the view's frame; infinite where nothing was matched.
+    """
+
+    view: np.ndarray
+    augmented: np.ndarray
+    match: np.ndarray
+    distance: np.ndarray
+
+
+@torch.no_grad()
+def match_views(
+    model: SimIPUForPreTraining,
+    processor: SimIPUProcessor,
+    row: Mapping[str, Any],
+    augmentation: TwoViewAugmentation,
+    seed: int = 0,
+) -> ViewMatches:
+    """Draws two views of a row as in training and matches the points that the model keeps of each."""
+    sample = two_view_sample(row, processor, augmentation, seed=seed, epoch=0, index=0)
+    sample = {name: value[None].to(model.device) for name, value in sample.items()}
+    view = model.simipu.get_point_features(sample["points"])
+    augmented = model.simipu.get_point_features(sample["points_aug"])
+    back = invert_transform(sample["lidar_to_aug"]).to(augmented.coordinates.dtype)
+    brought_back = transform_points(augmented.coordinates, back)
+    match, distance = PendingMatch(view.coordinates, brought_back, view.mask, augmented.mask).result()
+    arrays = (view.coordinates, augmented.coordinates, match, distance)
+    return ViewMatches(*(array[0].cpu().numpy() for array in arrays))
+
+
+def similarities(embeds: FrameEmbeds, point: int) -> CellMap:
+    """Cosine similarity of every cell of the image to one point, `(h, w, 1)`."""
+    return embeds.cells.with_values(embeds.cells.values @ embeds.points[point][:, None])
+
+
+def _resize_transform(frame: Frame, size: list[int], image_processor: SimIPUImageProcessor) -> np.ndarray:
+    height, width = frame.image.shape[:2]
+    return pixel_transform((0, 0, height, width), (size[0], size[1]), False, image_processor.half_pixel_centers)

@@ -1,0 +1,218 @@
+"""The static pictures: arrays in, a matplotlib `Figure` out."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import ConnectionPatch
+
+from .features import CellMap, FrameEmbeds, Principal, ViewMatches
+from .frame import Frame
+from .style import (
+    DEPTH_TICKS,
+    FAINT,
+    RED,
+    TEXT,
+    add_colorbar,
+    add_legend,
+    depth_colormap,
+    depth_norm,
+    new_figure,
+    style_axes,
+    visible_colormap,
+)
+
+WIDTH, NARROW = 12.5, 9.4  # inches
+LEFT, FORWARD = "y, to the left (m)", "x, forward (m)"
+
+
+def draw_points_on_image(frame: Frame) -> Figure:
+    """The scan over the image, coloured by depth in metres on a logarithmic scale."""
+    pixels, depth, inside = frame.view
+    figure = new_figure(WIDTH, _panel_height(frame, WIDTH, colorbar=True))
+    axes = figure.subplots()
+    _show_image(axes, frame, brightness=0.6)
+    far_first = np.flatnonzero(inside)[np.argsort(-depth[inside])]
+    dots = axes.scatter(
+        *pixels[far_first].T, c=depth[far_first], cmap=depth_colormap(), norm=depth_norm(), s=2.5, linewidths=0
+    )
+    bar = add_colorbar(figure, dots, axes, "depth (m)", ticks=DEPTH_TICKS, extend="both", aspect=30)
+    bar.ax.minorticks_off()
+    bar.set_ticklabels([str(tick) for tick in DEPTH_TICKS])
+    nearest = f", {depth[inside].min():.1f} to {depth[inside].max():.1f} m" if inside.any() else ""
+    style_axes(
+        axes, f"{frame.frame_id}: {inside.sum():,} of {len(depth):,} LiDAR points in the image{nearest}", *_PIXELS
+    )
+    return figure
+
+
+def draw_matches(matches: ViewMatches, max_match_distance: float | None, title: str = "", lines: int = 100) -> Figure:
+    """Two views from above, and some of their matches as lines coloured by distance.
+
+    Args:
+        matches: of the two views.
+        max_match_distance: the model's limit in metres, beyond which lines are red; `None`: it has none.
+        lines: how many matches to draw, at random but always the same.
+    """
+    matched = np.flatnonzero(np.isfinite(matches.distance))
+    distance = matches.distance[matched]
+    colors = visible_colormap("viridis")
+    if max_match_distance is None:
+        norm = Normalize(0, np.percentile(distance, 95) if len(distance) else 1)
+        beyond = "no limit on their distance"
+    else:
+        colors = colors.with_extremes(over=RED)
+        norm = Normalize(0, max_match_distance)
+        share = (distance > max_match_distance).mean() if len(distance) else 0
+        beyond = f"{share:.1%} beyond the limit of {max_match_distance:g} m"
+    mean = f"mean distance {distance.mean():.2f} m, " if len(distance) else ""
+
+    figure = new_figure(WIDTH, 6.4)
+    panels = figure.subplots(1, 2)
+    for axes, points, name in zip(
+        panels, (matches.view, matches.augmented), ("un-augmented view", "augmented view"), strict=True
+    ):
+        axes.scatter(points[:, 1], points[:, 0], s=3, color=FAINT, linewidths=0)
+        _style_from_above(axes, f"{name}, from above: the {len(points):,} points kept")
+    panels[1].yaxis.tick_right()  # away from the lines between the panels
+    panels[1].yaxis.set_label_position("right")
+    drawn = np.random.default_rng(0).permutation(matched)[:lines]
+    for index in drawn[np.argsort(matches.distance[drawn])]:
+        ends = matches.view[index, [1, 0]], matches.augmented[matches.match[index], [1, 0]]
+        color = colors(norm(matches.distance[index]))
+        figure.add_artist(
+            ConnectionPatch(*ends, "data", "data", axesA=panels[0], axesB=panels[1], color=color, alpha=0.8, lw=0.8)
+        )
+        for axes, end in zip(panels, ends, strict=True):
+            axes.plot(*end, ".", color=color, markersize=4)
+    label = "distance of the matched points (m)"
+    add_colorbar(figure, ScalarMappable(norm, colors), panels, label, extend="max", aspect=40)
+    figure.suptitle(
+        f"{title}{': ' if title else ''}{len(matched):,} matches, {mean}{beyond} ({len(drawn)} drawn)",
+        color=TEXT,
+        fontsize=11,
+    )
+    return figure
+
+
+def draw_shared_features(frame: Frame, embeds: FrameEmbeds, colors: Principal) -> Figure:
+    """Image and points in the space in which the model compares them, as colours.
+
+    The model learnt to tell points apart within each modality, and image and points keep different means in that
+    space; so the directions are common, the centre and the range are each one's own.
+
+    Args:
+        frame: the frame.
+        embeds: its embeddings.
+        colors: fitted to the image's cells.
+    """
+    point_colors = colors.adapted(embeds.points).colors(embeds.points)
+    pixels, depth, inside = frame.project(embeds.coordinates)
+    figure = new_figure(WIDTH, max(2 * _panel_height(frame, WIDTH * 0.68) + 0.3, 4.5))
+    panels = figure.subplot_mosaic([["image", "above"], ["points", "above"]], width_ratios=[2.15, 1])
+
+    _show_image(panels["image"], frame, brightness=0.45)
+    _show_cells(panels["image"], embeds.cells.with_values(colors.colors(embeds.cells.values)), alpha=0.8)
+    _stay_within(panels["image"], frame)
+    style_axes(panels["image"], f"{frame.frame_id}: image features", *_PIXELS)
+
+    _show_image(panels["points"], frame, brightness=0.3)
+    order = np.flatnonzero(inside)[np.argsort(-depth[inside])]
+    panels["points"].scatter(*pixels[order].T, c=point_colors[order], s=14, linewidths=0)
+    style_axes(panels["points"], "point features, where the points project", *_PIXELS)
+
+    panels["above"].scatter(embeds.coordinates[:, 1], embeds.coordinates[:, 0], c=point_colors, s=6, linewidths=0)
+    _style_from_above(panels["above"], "point features, from above")
+    figure.suptitle(
+        "Features after the projection heads along the same three principal components (those of the image features)",
+        color=TEXT,
+        fontsize=11,
+    )
+    return figure
+
+
+def draw_image_features(frame: Frame, stages: Mapping[str, CellMap]) -> Figure:
+    """The image, and under it each stage's features as colours: their first three principal components.
+
+    Args:
+        stages: name -> feature map; each stage has its own components.
+    """
+    rows = 1 + len(stages)
+    figure = new_figure(NARROW, rows * _panel_height(frame, NARROW))
+    panels = figure.subplots(rows, 1)
+    _show_image(panels[0], frame)
+    style_axes(panels[0], frame.frame_id, *_PIXELS)
+    for axes, (name, cells) in zip(panels[1:], stages.items(), strict=True):
+        colors = Principal.fit(cells.values[cells.inside])
+        _show_cells(axes, cells.with_values(colors.colors(cells.values)))
+        _stay_within(axes, frame)
+        style_axes(axes, f"image encoder, {name}: first three principal components", *_PIXELS)
+    return figure
+
+
+def draw_retrieval(frame: Frame, points: np.ndarray, maps: Sequence[CellMap], names: Sequence[str]) -> Figure:
+    """For each of some points, how similar every cell of the image is to it.
+
+    Args:
+        frame: the frame.
+        points: `(K, 3)`, metres, LiDAR frame.
+        maps: K maps `(h, w, 1)` of cosine similarities.
+        names: K names of the points, for the titles.
+    """
+    figure = new_figure(NARROW, len(points) * _panel_height(frame, NARROW, colorbar=True))
+    pixels, depth, _ = frame.project(points)
+    heat = visible_colormap("inferno")
+    for row, axes in enumerate(figure.subplots(len(points), 1, squeeze=False)[:, 0]):
+        cells = maps[row]
+        values = np.where(cells.inside, cells.values[..., 0], np.nan)
+        best = cells.pixels[np.unravel_index(np.nanargmax(values), values.shape)]
+        _show_image(axes, frame, brightness=0.6, gray=True)
+        shown = axes.imshow(values, cmap=heat, extent=cells.extent, alpha=0.7, interpolation="nearest", zorder=1)
+        _stay_within(axes, frame)
+        axes.plot(*best, "s", mfc="none", mec="white", ms=9, mew=1.6, label="most similar cell", zorder=3)
+        axes.plot(*pixels[row], "+", color="#4dffea", ms=15, mew=2.2, label="where the point is", zorder=3)
+        add_colorbar(figure, shown, axes, "cosine similarity", aspect=15)
+        off = np.linalg.norm(best - pixels[row])
+        style_axes(
+            axes,
+            f"{names[row]}, {depth[row]:.1f} m ahead: most similar cell {off:.0f} px off "
+            f"({off / cells.cell_width:.1f} cells)",
+            *_PIXELS,
+        )
+        if row == 0:
+            add_legend(axes, loc="upper right", ncols=2)
+    return figure
+
+
+_PIXELS = ("column (px)", "row (px)")
+
+
+def _panel_height(frame: Frame, width: float, colorbar: bool = False) -> float:
+    """Inches, labels and title included, of a panel with the image that is `width` inches wide."""
+    height, columns = frame.image.shape[:2]
+    return (width - (1.9 if colorbar else 0.9)) * height / columns + 0.85
+
+
+def _show_image(axes: Axes, frame: Frame, brightness: float = 1.0, gray: bool = False) -> None:
+    image = frame.image.mean(-1, keepdims=True).repeat(3, -1) if gray else frame.image
+    axes.imshow((image * brightness).astype(np.uint8), interpolation="antialiased", zorder=0)
+    _stay_within(axes, frame)
+
+
+def _show_cells(axes: Axes, cells: CellMap, alpha: float = 1.0) -> None:
+    axes.imshow(cells.values, extent=cells.extent, alpha=alpha, interpolation="nearest", zorder=1)
+
+
+def _stay_within(axes: Axes, frame: Frame) -> None:
+    """Padding, and what else lies outside the image, isn't shown."""
+    height, width = frame.image.shape[:2]
+    axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), aspect="equal")
+
+
+def _style_from_above(axes: Axes, title: str) -> None:
+    style_axes(axes, title, LEFT, FORWARD, grid=True)
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.invert_xaxis()  # left is left

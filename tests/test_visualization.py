@@ -1,0 +1,452 @@
+"""Pictures: what is drawn where, against positions, colours and numbers worked out by hand."""
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from matplotlib.collections import PathCollection
+from matplotlib.colors import LogNorm, to_hex
+from matplotlib.patches import ConnectionPatch
+from PIL import Image
+
+from simipu_hf.data.rows import dataset_from_rows, to_row
+from simipu_hf.errors import SimIPUError
+from simipu_hf.hub.export import export_image_encoder
+from simipu_hf.modeling.configuration_simipu import SimIPUConfig
+from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
+from simipu_hf.modeling.processing_simipu import SimIPUProcessor, pixel_transform
+from simipu_hf.visualization import (
+    Frame,
+    draw_image_features,
+    draw_matches,
+    draw_points_on_image,
+    draw_retrieval,
+    draw_training_curves,
+    scene_html,
+    visualize,
+)
+from simipu_hf.visualization.features import FrameEmbeds, Principal, ViewMatches, cell_map, embed_frame, similarities
+from simipu_hf.visualization.frames import choose_points
+from simipu_hf.visualization.models import load_model
+from simipu_hf.visualization.style import RED
+
+WIDTH, HEIGHT = 96, 32
+PROJECTION = np.array([[40.0, 0, 47.5, 0], [0, 40.0, 15.5, 0], [0, 0, 1, 0]])
+# camera x right = -y, y down = -z, z forward = x of the LiDAR
+LIDAR_TO_CAMERA = np.array([[0.0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
+
+
+def make_frame(points: np.ndarray | None = None, name: str = "frame/1") -> Frame:
+    rng = np.random.default_rng(0)
+    if points is None:
+        points = rng.uniform([5, -12, -2, 0], [40, 12, 1, 1], size=(700, 4))
+    image = rng.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    return Frame(name, image, np.asarray(points, dtype=np.float32), PROJECTION @ LIDAR_TO_CAMERA)
+
+
+def make_row(frame: Frame) -> dict:
+    return to_row(frame.frame_id, frame.image, frame.points, PROJECTION, LIDAR_TO_CAMERA)
+
+
+# --- projection ---
+
+
+def test_points_project_to_the_pixels_of_a_pinhole_camera():
+    # straight ahead; 1 m to the left and 2 m up at 10 m; behind; to the left of the image
+    frame = make_frame([[20, 0, 0, 0], [10, 1, 0.2, 0], [-5, 0, 0, 0], [10, 15, 0, 0]])
+    pixels, depth, inside = frame.view
+    np.testing.assert_allclose(pixels[:2], [[47.5, 15.5], [47.5 - 4, 15.5 - 0.8]])
+    np.testing.assert_allclose(depth, [20, 10, -5, 10])
+    assert inside.tolist() == [True, True, False, False]
+    np.testing.assert_allclose(frame.lift(pixels[1:2], 10.0), [[10, 1, 0.2]], atol=1e-6)
+
+
+def test_points_are_drawn_where_they_project_far_ones_first():
+    frame = make_frame()
+    figure = draw_points_on_image(frame)
+    dots = next(c for c in figure.axes[0].collections if isinstance(c, PathCollection))
+    pixels, depth, inside = frame.view
+    order = np.argsort(-depth[inside])
+    np.testing.assert_allclose(dots.get_offsets(), pixels[inside][order])
+    np.testing.assert_allclose(dots.get_array(), depth[inside][order])
+    assert isinstance(dots.norm, LogNorm)
+    assert figure.axes[1].get_ylabel() == "depth (m)"
+    assert 0 < inside.sum() < 700
+    assert f"{inside.sum()} of 700" in figure.axes[0].get_title(loc="left")
+
+
+# --- features as colours ---
+
+
+def test_principal_components_of_two_constant_halves_are_two_colors():
+    rng = np.random.default_rng(0)
+    left, right = rng.normal(size=(2, 16))
+    values = np.where(np.arange(12)[None, :, None] < 6, left, right) * np.ones((4, 1, 1))
+    colors = Principal.fit(values.reshape(-1, 16)).colors(values)
+    assert len(np.unique(colors.reshape(-1, 3).round(9), axis=0)) == 2
+    assert np.abs(colors[0, 0] - colors[0, -1]).max() > 0.5
+    np.testing.assert_allclose(colors[0, 0, 1:], colors[0, -1, 1:])  # one direction tells them apart
+
+
+def test_principal_components_order_directions_by_variance():
+    rng = np.random.default_rng(1)
+    rows = np.zeros((500, 8))
+    rows[:, [5, 2, 7]] = rng.uniform(-1, 1, (500, 3)) * (10, 3, 1)
+    principal = Principal.fit(rows)
+    np.testing.assert_allclose(np.abs(principal.basis[[5, 2, 7], [0, 1, 2]]), 1, atol=0.02)
+    shuffled = Principal.fit(rows[rng.permutation(500)])
+    np.testing.assert_allclose(principal.colors(rows), shuffled.colors(rows), atol=1e-9)
+    # another mean and scale of the same structure shows as the same colours once adapted
+    np.testing.assert_allclose(principal.adapted(3 * rows + 4).colors(3 * rows + 4), principal.colors(rows), atol=1e-9)
+
+
+def test_features_of_one_color_do_not_show_rounding_noise():
+    noise = np.random.default_rng(0).normal(size=(50, 8)) * 1e-9
+    noise[:, 0] += np.linspace(0, 1, 50)
+    colors = Principal.fit(noise).colors(noise)
+    assert np.ptp(colors[:, 1:], axis=0).max() == 0
+
+
+def test_cells_lie_over_the_pixels_that_they_saw():
+    frame = make_frame()
+    # twice as large, 64 x 192, then padded to 96 x 224; stride 8
+    resize = pixel_transform((0, 0, HEIGHT, WIDTH), (2 * HEIGHT, 2 * WIDTH), False, True)
+    cells = cell_map(np.zeros((12, 28, 1)), (96, 224), resize, frame)
+    np.testing.assert_allclose(cells.pixels[0, 0], 1.5)  # the mean of pixels 0 to 3
+    np.testing.assert_allclose(cells.pixels[3, 10], [41.5, 13.5])
+    np.testing.assert_allclose(cells.extent, (-0.5, 111.5, 47.5, -0.5))
+    assert cells.inside[:8, :24].all()
+    assert cells.inside.sum() == 8 * 24
+    assert cells.cell_width == 4
+    one = cell_map(np.zeros((1, 1, 1)), (64, 192), resize, frame)
+    np.testing.assert_allclose(one.extent, (-0.5, 95.5, 31.5, -0.5))
+
+
+def test_image_features_are_drawn_over_the_image_stage_by_stage():
+    frame = make_frame()
+    resize = np.eye(3)
+    values = np.zeros((4, 12, 8))
+    values[:, 6:] = 1
+    figure = draw_image_features(frame, {"stage 2, stride 8": cell_map(values, (HEIGHT, WIDTH), resize, frame)})
+    shown = figure.axes[1].images[0]
+    assert tuple(shown.get_extent()) == (-0.5, 95.5, 31.5, -0.5)
+    assert len(np.unique(np.asarray(shown.get_array()).reshape(-1, 3), axis=0)) == 2
+    assert "stage 2" in figure.axes[1].get_title(loc="left")
+
+
+# --- matches and retrieval ---
+
+
+def test_matches_join_their_points_and_far_ones_are_red():
+    rng = np.random.default_rng(0)
+    view, augmented = rng.uniform(0, 30, (2, 8, 3))
+    match = rng.permutation(8)
+    distance = np.array([0.1, 0.2, 0.3, 1.9, 2.1, 5.0, np.inf, 0.4])
+    figure = draw_matches(ViewMatches(view, augmented, match, distance), 2.0)
+    title = figure.get_suptitle()
+    assert "7 matches" in title
+    assert "28.6% beyond the limit of 2 m" in title
+    lines = [artist for artist in figure.artists if isinstance(artist, ConnectionPatch)]
+    ends = {(tuple(line.xy1), tuple(line.xy2)) for line in lines}
+    assert ends == {(tuple(view[i, [1, 0]]), tuple(augmented[match[i], [1, 0]])) for i in range(8) if i != 6}
+    assert sum(to_hex(line.get_edgecolor()) == RED for line in lines) == 2
+    left, right = figure.axes[:2]
+    assert left.get_xlim()[0] > left.get_xlim()[1]  # y grows to the left
+    assert "(m)" in left.get_xlabel()
+    assert "(m)" in right.get_ylabel()
+
+
+def test_matches_without_a_limit_or_without_any_match():
+    points = np.random.default_rng(0).uniform(0, 30, (2, 4, 3))
+    assert "no limit" in draw_matches(ViewMatches(*points, np.arange(4), np.ones(4)), None).get_suptitle()
+    none = ViewMatches(*points, np.zeros(4, dtype=int), np.full(4, np.inf))
+    assert "0 matches" in draw_matches(none, 2.0).get_suptitle()
+
+
+def test_retrieval_marks_the_true_pixel_and_the_most_similar_cell():
+    frame = make_frame()
+    point = np.array([10.0, 1.0, 0.2])  # at pixel (43.5, 14.7)
+    values = np.zeros((4, 12, 1))
+    values[2, 7] = 0.9  # centre: column 59.5, row 19.5
+    cells = cell_map(values, (HEIGHT, WIDTH), np.eye(3), frame)
+    figure = draw_retrieval(frame, point[None], [cells], ["point 5"])
+    marks = {line.get_label(): line.get_xydata()[0] for line in figure.axes[0].lines}
+    np.testing.assert_allclose(marks["where the point is"], [43.5, 14.7], atol=1e-5)
+    np.testing.assert_allclose(marks["most similar cell"], [59.5, 19.5])
+    off = np.hypot(16, 4.8)
+    assert f"point 5, 10.0 m ahead: most similar cell {off:.0f} px off ({off / 8:.1f} cells)" in figure.axes[
+        0
+    ].get_title(loc="left")
+
+
+def test_similarity_is_the_cosine_and_padding_is_never_the_best_cell():
+    frame = make_frame()
+    cells = np.random.default_rng(0).normal(size=(4, 16, 5))
+    cells /= np.linalg.norm(cells, axis=-1, keepdims=True)
+    placed = cell_map(cells, (HEIGHT, 128), np.eye(3), frame)  # 32 columns of padding
+    embeds = FrameEmbeds(placed, frame.points[:3, :3], np.array([cells[1, 3], cells[2, 14], cells[0, 0]]))
+    found = similarities(embeds, 0).values[..., 0]
+    assert found[1, 3] == pytest.approx(1)
+    assert found[2, 5] == pytest.approx(float(cells[2, 5] @ cells[1, 3]))
+    figure = draw_retrieval(frame, frame.points[:1, :3], [similarities(embeds, 1)], ["in the padding"])
+    best = next(line for line in figure.axes[0].lines if line.get_label() == "most similar cell").get_xydata()[0]
+    assert best[0] < WIDTH
+
+
+# --- training curves ---
+
+
+def test_curves_have_their_chance_level_dashed_and_skip_null():
+    metrics = [
+        {"step": 1, "loss": 15.0, "inter_modal_loss": 8.5, "inter_modal_chance": 8.3, "intra_modal_loss": 6.5},
+        {"step": 2, "loss": None, "inter_modal_loss": None, "inter_modal_chance": 8.3, "intra_modal_loss": 6.0},
+        {"step": 2, "eval/loss": 14.0, "eval/inter_modal_loss": 8.4},
+        {"step": 3, "loss": 13.0, "inter_modal_loss": 8.0, "inter_modal_chance": 8.3, "intra_modal_loss": 5.5},
+    ]
+    figure = draw_training_curves(metrics)
+    panels = {axes.get_title(loc="left"): {line.get_label(): line for line in axes.lines} for axes in figure.axes}
+    assert list(panels) == ["inter-modal loss", "intra-modal loss"]
+    inter = panels["inter-modal loss"]
+    np.testing.assert_allclose(inter["training"].get_xydata(), [[1, 8.5], [3, 8.0]])
+    np.testing.assert_allclose(inter["evaluation"].get_xydata(), [[2, 8.4]])
+    chance = next(line for label, line in inter.items() if label.startswith("chance"))
+    assert chance.get_linestyle() == "--"
+    np.testing.assert_allclose(chance.get_ydata(), 8.3)
+    assert list(panels["intra-modal loss"]) == ["training"]
+
+
+def test_curves_of_a_run_with_one_loss_or_none():
+    (axes,) = draw_training_curves([{"step": 10, "loss": 0.7}, {"step": 20, "loss": 0.5}]).axes
+    assert axes.get_title(loc="left") == "loss"
+    assert draw_training_curves([{"step": 1, "learning_rate": 0.1}]) is None
+    assert draw_training_curves([]) is None
+
+
+# --- the 3-D page ---
+
+
+class _Page(HTMLParser):
+    """Attributes that may refer to other files, and the text of each script."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.references, self.scripts, self._in_script = [], [], False
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.references += [value for name, value in attributes if name in ("src", "href", "srcset", "action")]
+        if tag == "script":
+            self._in_script = True
+            self.scripts.append("")
+
+    def handle_endtag(self, tag):
+        self._in_script = self._in_script and tag != "script"
+
+    def handle_data(self, data):
+        if self._in_script:
+            self.scripts[-1] += data
+
+    @property
+    def scene(self) -> dict:
+        return json.loads(self.scripts[0])
+
+
+def decode(text: str, dtype: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), dtype).reshape(-1, 3)
+
+
+def make_embeds(frame: Frame) -> tuple[FrameEmbeds, Principal]:
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(48, 6))
+    cells = cell_map(rows.reshape(4, 12, 6), (HEIGHT, WIDTH), np.eye(3), frame)
+    return FrameEmbeds(cells, frame.points[:20, :3], rng.normal(size=(20, 6))), Principal.fit(rows)
+
+
+def test_page_holds_the_points_and_needs_nothing_else():
+    frame = make_frame(name='<!--<script></script><script>alert("x")</script> & more')
+    html = scene_html(frame, *make_embeds(frame))
+    page = _Page(html)
+    assert page.references == ["data:,"]
+    assert not re.search(r"https?:|wss?:|@import|url\(|\bfetch\(|XMLHttpRequest|importScripts|sendBeacon", html)
+    assert "default-src 'none'" in html
+    assert len(page.scripts) == 2
+    assert page.scene["title"] == frame.frame_id
+
+    positions = decode(page.scene["positions"], "<f4")
+    inside = frame.view[2]
+    expected = np.concatenate([frame.points[inside], frame.points[~inside]])[:, :3]
+    np.testing.assert_array_equal(positions, expected)
+    assert (page.scene["count"], page.scene["in_image"]) == (700, inside.sum())
+
+
+def test_page_colors_points_by_the_pixel_under_them_and_by_the_nearest_feature():
+    frame = make_frame()
+    embeds, principal = make_embeds(frame)
+    modes = {mode["name"]: mode for mode in _Page(scene_html(frame, embeds, principal)).scene["modes"]}
+    assert list(modes) == ["Depth", "Height", "Reflectance", "Image", "Features"]
+    pixels, _, inside = frame.view
+    columns, rows = np.round(pixels[inside]).astype(int).T
+    shown = decode(modes["Image"]["colors"], "u1")[: inside.sum()]
+    np.testing.assert_array_equal(shown, np.round(255 * (frame.image[rows, columns] / 255) ** 0.7))
+
+    positions = np.concatenate([frame.points[inside], frame.points[~inside]])[:, :3]
+    distance = np.linalg.norm(positions[:, None] - embeds.coordinates[None], axis=-1)
+    kept = distance.min(1) == 0
+    expected = principal.adapted(embeds.points).colors(embeds.points)[distance.argmin(1)]
+    features = decode(modes["Features"]["colors"], "u1")
+    np.testing.assert_array_equal(features[kept], np.round(255 * expected[kept]))
+    far = distance.min(1) > 2
+    assert len(np.unique(features[far], axis=0)) == 1
+    assert "Features" not in {mode["name"] for mode in _Page(scene_html(frame)).scene["modes"]}
+
+
+def test_page_shows_the_frustum_that_the_camera_sees():
+    frame = make_frame()
+    center, *corners = np.array(_Page(scene_html(frame)).scene["frustum"])
+    np.testing.assert_allclose(center, 0, atol=1e-3)  # here the camera stands where the LiDAR does
+    pixels, depth, _ = frame.project(np.array(corners))
+    np.testing.assert_allclose(pixels, [[-0.5, -0.5], [95.5, -0.5], [95.5, 31.5], [-0.5, 31.5]], atol=0.01)
+    np.testing.assert_allclose(depth, 6.0, atol=1e-3)
+
+
+def test_page_runs_in_a_browser(tmp_path):
+    """Labels get their places only once WebGL has drawn, and other places once a key has turned the view."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium on this machine")
+    html = scene_html(make_frame())
+    turn = "<script>canvas.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowLeft'}));</script></body>"
+    doms = []
+    for name, page in (("still", html), ("turned", html.replace("</body>", turn))):
+        path = tmp_path / f"{name}.html"
+        path.write_text(page, encoding="utf-8")
+        flags = ["--headless", "--no-sandbox", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+        flags += ["--disable-component-update", "--disable-sync", "--use-angle=swiftshader"]
+        flags += ["--enable-unsafe-swiftshader", f"--user-data-dir={tmp_path / 'profile'}"]
+        command = [chromium, *flags, "--virtual-time-budget=3000", "--dump-dom", path.as_uri()]
+        doms.append(subprocess.run(command, capture_output=True, text=True, timeout=100, encoding="utf-8").stdout)
+    tags = [re.findall(r'class="tag" style="([^"]*)">([^<]*)<', dom) for dom in doms]
+    assert "20 m" in [text for _, text in tags[0]]
+    assert len(tags[0]) == len(tags[1]) > 5
+    assert tags[0] != tags[1]
+    assert 'role="alert"></div>' in doms[0]  # nothing went wrong
+
+
+# --- all of it ---
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> Path:
+    """What a short run leaves: model, processor, encoder, metrics."""
+    folder = tmp_path_factory.mktemp("visualize") / "run"
+    torch.manual_seed(0)
+    config = SimIPUConfig.from_preset(
+        image_config={"architecture": "resnet10t", "out_indices": [-2]},
+        point_config={
+            "num_points": [[64], [32], [16, 16]],
+            "fps_sample_ranges": [[-1], [-1], [32, -1]],
+            "num_samples": [[4, 4, 4]] * 3,
+            "mlp_channels": [[[8, 8, 8]] * 3] * 3,
+            "aggregation_channels": [8, 8, 16],
+        },
+        projection_dim=16,
+    )
+    SimIPUForPreTraining(config).save_pretrained(folder)
+    SimIPUProcessor.from_preset(image_size=(64, 192), num_points=256).save_pretrained(folder)
+    export_image_encoder(folder, folder / "image_encoder")
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n', encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("rows")
+    frames = [make_frame(name="drive/000"), make_frame(name="drive/001")]
+    dataset_from_rows(map(make_row, frames), cache_dir=folder / "cache").save_to_disk(folder / "saved")
+    return folder / "saved"
+
+
+def test_visualize_writes_every_picture_of_a_run(run_folder, data, tmp_path):
+    before = dict(matplotlib.rcParams)
+    written = visualize(tmp_path / "new" / "pictures", run_folder, data_dir=data, frames=[1], device="cpu")
+    assert dict(matplotlib.rcParams) == before
+    kinds = ("points", "image_features", "matches", "shared_features", "retrieval")
+    expected = [*(f"drive_001_{kind}.png" for kind in kinds), "drive_001_scene.html", "training_curves.png"]
+    assert [path.name for path in written] == expected
+    assert sorted(p.name for p in (tmp_path / "new" / "pictures").iterdir()) == sorted(expected)
+    for path in written:
+        if path.suffix == ".png":
+            pixels = np.asarray(Image.open(path).convert("RGB"))
+            assert pixels.shape[1] > 500
+            assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+    assert "Features" in written[-2].read_text(encoding="utf-8")
+    again = visualize(tmp_path / "new" / "pictures", data_dir=data, frames=[1])
+    assert again == [written[0], written[5]]  # replaced
+
+
+def test_visualize_an_encoder_alone_and_data_alone(run_folder, data, tmp_path):
+    encoder = visualize(tmp_path / "encoder", run_folder / "image_encoder", dataset_name=str(data), device="cpu")
+    kinds = ["drive_000_points.png", "drive_000_image_features.png", "drive_000_scene.html"]
+    assert [path.name for path in encoder if path.name != "training_curves.png"] == kinds
+    alone = visualize(tmp_path / "data", dataset_name=str(data), frames=[0, 1])
+    assert [path.name for path in alone if path.suffix == ".png"] == ["drive_000_points.png", "drive_001_points.png"]
+
+
+def test_visualize_names_what_is_wrong(run_folder, data, tmp_path):
+    with pytest.raises(SimIPUError, match="rows 0 to 1, found 7"):
+        visualize(tmp_path / "out", run_folder, data_dir=data, frames=[7])
+    with pytest.raises(SimIPUError, match="keeps points 0 to 31, found 900"):
+        visualize(tmp_path / "out", run_folder, data_dir=data, point=900)
+    with pytest.raises(SimIPUError, match="nowhere"):
+        visualize(tmp_path / "out", tmp_path / "nowhere", data_dir=data)
+    assert not (tmp_path / "out").exists()
+
+
+def test_embeddings_are_those_of_the_training_loss(run_folder):
+    """At the pixel of a cell's centre, the dense map is what the model samples for a point that projects there."""
+    model = load_model(run_folder, "cpu")
+    frame = make_frame()
+    embeds = embed_frame(model.simipu, model.processor, make_row(frame))
+    row, column = 2, 5
+    target = frame.lift(embeds.cells.pixels[row, column][None], 12.0)
+    coordinates = torch.from_numpy(target).float()[None]
+
+    batch = model.processor(
+        images=frame.image, points=frame.points, camera_projection=PROJECTION, lidar_to_camera=LIDAR_TO_CAMERA
+    )
+    with torch.no_grad():
+        maps = model.simipu.simipu.get_image_features(batch["pixel_values"])
+        size = torch.tensor([[64, 192]])
+        sampled, inside = model.simipu._sample_image(maps, coordinates, batch["lidar_to_pixel"], size, size)
+        expected = torch.nn.functional.normalize(model.simipu.inter_image_head(sampled[0]), dim=-1)
+    assert inside.all()
+    np.testing.assert_allclose(embeds.cells.values[row, column], expected[0].numpy(), atol=2e-4)
+    np.testing.assert_allclose(np.linalg.norm(embeds.points, axis=-1), 1, atol=1e-5)
+
+
+def test_chosen_points_lie_in_the_image_near_to_far():
+    frame = make_frame()
+    chosen = choose_points(frame, frame.points[:, :3])
+    _, depth, inside = frame.project(frame.points[chosen, :3])
+    assert len(chosen) == 3
+    assert inside.all()
+    assert (np.diff(depth) > 0).all()
+    with pytest.raises(SimIPUError, match="none of the points"):
+        choose_points(frame, np.array([[-5.0, 0, 0]]))
+
+
+def test_visualize_real_frames(kitti_mini, run_folder, tmp_path):
+    written = visualize(
+        tmp_path, run_folder, data_dir=kitti_mini, dataset_config_name="object", split="val", frames=[2], device="cpu"
+    )
+    page = _Page(next(p for p in written if p.suffix == ".html").read_text(encoding="utf-8"))
+    assert page.scene["in_image"] > 10_000
+    assert len(written) == 7
