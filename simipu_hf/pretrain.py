@@ -7,6 +7,7 @@ Read `pretrain` first, then `simipu_hf.training.loop.train`, the loop itself.
 """
 
 import functools
+import json
 import math
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
 from torch import nn
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers.image_utils import SizeDict
 from transformers.utils.logging import disable_progress_bar
 
 from simipu_hf.data.augmentation import TwoViewAugmentation
@@ -28,10 +31,12 @@ from simipu_hf.data.pretraining_dataset import TwoViewDataset
 from simipu_hf.errors import SimIPUError
 from simipu_hf.evaluation.correspondence import correspondence_recall
 from simipu_hf.hub.export import export_image_encoder
+from simipu_hf.hub.push import HubUploader
 from simipu_hf.modeling.configuration_simipu import SimIPUConfig
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 from simipu_hf.training.arguments import (
+    RECIPES,
     DataArguments,
     ModelArguments,
     PreTrainingArguments,
@@ -68,6 +73,19 @@ LOGGED = (
     "inter_modal_top50_percent",
     "match_distance",
     "pairs_in_image",
+)
+
+
+# Flags that a resumed run may not change, beside the recipe and the model's configuration.
+IDENTIFYING = (
+    "preset",
+    "image_size",
+    "num_points",
+    "on_bad_row",
+    "gradient_accumulation_steps",
+    "mixed_precision",
+    "sync_batch_norm",
+    "seed",
 )
 
 
@@ -111,6 +129,7 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
         checkpoint_gradients(model)
     if arguments.model.torch_compile:
         compile_image_encoder(model)
+    uploader = create_uploader(accelerator, flags)
     job = TrainingJob(
         name="pretrain",
         model=model,
@@ -122,11 +141,15 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
         save_model=functools.partial(save_model, accelerator, model, processor),
         finish=functools.partial(finish, accelerator, model, processor, dataset, skipped or []),
         evaluate=evaluate,
-        identity=run_identity(accelerator, arguments, model, rows),
+        identity=run_identity(accelerator, arguments, model, rows, settings.total_steps),
         run_record={"arguments": arguments.to_dict(), "data": describe_data(rows)},
         show={"intra_modal_loss": "intra", "inter_modal_loss": "inter", "inter_modal_chance": "chance"},
+        on_saved=uploader.checkpoint_saved if uploader else None,
     )
-    return train(accelerator, job, settings)
+    output_dir = train(accelerator, job, settings)
+    if uploader:
+        uploader.finish()
+    return output_dir
 
 
 def create_model(model: ModelArguments, data: DataArguments) -> tuple[SimIPUForPreTraining, SimIPUProcessor]:
@@ -140,7 +163,7 @@ def create_model(model: ModelArguments, data: DataArguments) -> tuple[SimIPUForP
             network = SimIPUForPreTraining.from_pretrained(model.model_name_or_path)
         else:
             network = SimIPUForPreTraining(create_config(model))
-        processor = SimIPUProcessor.from_preset(model.preset, image_size=data.image_size, num_points=data.num_points)
+        processor = create_processor(model, data)
     except SimIPUError:
         raise
     except (ValueError, ImportError, OSError) as error:
@@ -154,6 +177,18 @@ def create_model(model: ModelArguments, data: DataArguments) -> tuple[SimIPUForP
     if model.pretrained_image_encoder:
         load_pretrained_image_encoder(network)
     return network, processor
+
+
+def create_processor(model: ModelArguments, data: DataArguments) -> SimIPUProcessor:
+    """The preset's processor, or that of an earlier model, with the size and the number of points of the flags."""
+    if model.model_name_or_path is None:
+        return SimIPUProcessor.from_preset(model.preset, image_size=data.image_size, num_points=data.num_points)
+    processor = SimIPUProcessor.from_pretrained(model.model_name_or_path)
+    processor.feature_extractor.num_points = data.num_points
+    if data.image_size is not None:
+        height, width = data.image_size
+        processor.image_processor.size = SizeDict(height=height, width=width)
+    return processor
 
 
 def create_config(model: ModelArguments) -> SimIPUConfig:
@@ -184,9 +219,7 @@ def load_pretrained_image_encoder(model: SimIPUForPreTraining) -> None:
 
     config = model.config.image_config
     try:
-        source = timm.create_model(
-            config.architecture, pretrained=True, num_classes=0, **(config.model_args or {})
-        )
+        source = timm.create_model(config.architecture, pretrained=True, num_classes=0, **(config.model_args or {}))
     except Exception as error:  # timm and the Hub client raise their own, by version
         raise SimIPUError(f"--pretrained_image_encoder: no weights for {config.architecture} ({error})") from error
     model.simipu.image_encoder.load_state_dict(source.state_dict())
@@ -205,9 +238,7 @@ def load_rows(
         )
 
 
-def resolve_steps(
-    accelerator: Accelerator, num_rows: int, flags: TrainingArguments
-) -> tuple[int, TrainingSettings]:
+def resolve_steps(accelerator: Accelerator, num_rows: int, flags: TrainingArguments) -> tuple[int, TrainingSettings]:
     """Optimizer steps per epoch, and the loop's settings with the total number of steps.
 
     Raises:
@@ -356,9 +387,22 @@ def compile_image_encoder(model: SimIPUForPreTraining) -> None:
     encoder.forward_intermediates = torch.compile(encoder.forward_intermediates)
 
 
-def save_model(
-    accelerator: Accelerator, model: SimIPUForPreTraining, processor: SimIPUProcessor, path: Path
-) -> None:
+def create_uploader(accelerator: Accelerator, flags: TrainingArguments) -> HubUploader | None:
+    """What publishes the run in the background, on the main process where `--push_to_hub` is set."""
+    if not (flags.push_to_hub and accelerator.is_main_process):
+        return None
+    return HubUploader(
+        flags.hub_model_id,
+        flags.output_dir,
+        flags.hub_strategy,
+        private=flags.hub_private_repo or None,
+        token=flags.hub_token,
+        encoder_repo_id=flags.encoder_repo_id,
+        report=tqdm.write,
+    )
+
+
+def save_model(accelerator: Accelerator, model: SimIPUForPreTraining, processor: SimIPUProcessor, path: Path) -> None:
     """Everything `from_pretrained` needs, remote code included."""
     accelerator.unwrap_model(model).save_pretrained(path)
     processor.save_pretrained(path)
@@ -383,25 +427,24 @@ def finish(
 
 
 def run_identity(
-    accelerator: Accelerator, arguments: PreTrainingArguments, model: SimIPUForPreTraining, rows: datasets.Dataset
+    accelerator: Accelerator,
+    arguments: PreTrainingArguments,
+    model: SimIPUForPreTraining,
+    rows: datasets.Dataset,
+    total_steps: int,
 ) -> dict[str, Any]:
     """What has to be the same for a run to continue: the model, the data and their order, the recipe.
 
     The number of processes may change as long as processes x batch size does not.
     """
-    free = {
-        "output_dir", "num_train_epochs", "max_steps",
-        "per_device_train_batch_size", "per_device_eval_batch_size", "dataloader_num_workers", "logging_steps",
-        "eval_steps", "checkpointing_steps", "save_total_limit", "report_to", "push_to_hub", "hub_model_id",
-        "hub_private_repo", "hub_strategy", "data_dir", "dataset_name", "dataset_config_name", "train_split",
-        "validation_split", "model_name_or_path", "pretrained_image_encoder", "config_overrides", "gradient_checkpointing",
-        "torch_compile",
-    }  # fmt: skip
-    flags = {name: value for name, value in arguments.to_dict().items() if name not in free}
+    flags = arguments.to_dict()
+    kept = {name: flags[name] for name in (*IDENTIFYING, *RECIPES["official"]) if name != "num_train_epochs"}
+    if kept["lr_scheduler_type"] not in ("exponential", "constant", "constant_with_warmup"):
+        kept["total_steps"] = total_steps
     not_counted = ("transformers_version", "_name_or_path", "dtype", "auto_map", "architectures")
     config = {name: value for name, value in model.config.to_dict().items() if name not in not_counted}
     return {
-        **flags,
+        **kept,
         "rows_per_forward": arguments.training.per_device_train_batch_size * accelerator.num_processes,
         "data_fingerprint": data_fingerprint(rows["frame_id"]),
         "model_config": _as_json(config),
@@ -421,8 +464,6 @@ def describe_data(rows: datasets.Dataset) -> dict[str, Any]:
 
 
 def _as_json(value: Any) -> Any:
-    import json
-
     return json.loads(json.dumps(value, default=str))
 
 

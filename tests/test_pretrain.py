@@ -191,7 +191,7 @@ def test_sigterm_saves_and_says_how_to_continue(run, monkeypatch):
     whole = run("whole")
     with monkeypatch.context() as patch:
         stop_after(patch, 4)
-        with pytest.raises(TrainingInterrupted, match="SIGTERM after step 4 of 8.*latest") as stopped:
+        with pytest.raises(TrainingInterrupted, match=r"SIGTERM after step 4 of 8.*latest") as stopped:
             run("stopped")
     assert stopped.value.exit_code == 128 + signal.SIGTERM
     assert_same_result(whole, run("stopped", "--resume_from_checkpoint", "latest"))
@@ -209,7 +209,7 @@ def test_stops_at_a_loss_that_is_no_number(run, monkeypatch, tmp_path):
         return original(accelerator, model, *rest)
 
     monkeypatch.setattr(loop, "accumulate_gradients", poisoned)
-    with pytest.raises(SimIPUError, match="step 5: .*inter_modal_loss is nan") as error:
+    with pytest.raises(SimIPUError, match=r"step 5: .*inter_modal_loss is nan") as error:
         run("out")
     assert "frame-" in str(error.value)
     assert "intra_modal_loss is" not in str(error.value)
@@ -350,5 +350,3 @@ def test_threads_do_not_matter_for_signals(run):
     thread.start()
     thread.join()
     assert outcome
-
-

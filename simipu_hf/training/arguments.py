@@ -1,8 +1,11 @@
 """The flags of a pre-training run: dataclasses, their YAML form, and the recipes behind the presets."""
 
+# ruff: noqa: RUF009 (`flag` returns a dataclass field)
+
 import dataclasses
 import difflib
 import json
+import sys
 from argparse import ArgumentDefaultsHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +18,7 @@ from transformers import HfArgumentParser
 
 from simipu_hf.errors import SimIPUError
 
+from .fields import flag
 from .optimization import SCHEDULES
 
 # Optimisation of each `--preset`, used where a flag is not given. Both are the official schedule
@@ -43,39 +47,30 @@ _NESTED = ("image_config", "point_config")
 Arguments = TypeVar("Arguments")
 
 
-def _help(text: str, **metadata: Any) -> dict[str, Any]:
-    return {"help": text, **metadata}
-
-
 @dataclass
 class ModelArguments:
     """What is trained."""
 
     _argument_group_name = "model"
 
-    preset: str = field(
-        default="recommended", metadata=_help("Model, processor and recipe to start from: recommended or official.")
+    preset: str = flag("recommended", "Model, processor and recipe to start from: recommended or official.")
+    image_encoder: str = flag("resnet50", "timm model name of the image encoder.")
+    point_encoder: str = flag("pointnet2", "pointnet2 or sparse_conv (needs spconv).")
+    pretrained_image_encoder: bool = flag(
+        False, "Start from timm's pretrained weights (ImageNet) instead of random ones."
     )
-    image_encoder: str = field(default="resnet50", metadata=_help("timm model name of the image encoder."))
-    point_encoder: str = field(default="pointnet2", metadata=_help("pointnet2 or sparse_conv (needs spconv)."))
-    pretrained_image_encoder: bool = field(
-        default=False, metadata=_help("Start from timm's pretrained weights (ImageNet) instead of random ones.")
+    model_name_or_path: str | None = flag(
+        None, "Start from the weights and configuration of this SimIPU folder or Hub id instead of a preset's."
     )
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata=_help("Start from the weights and configuration of this SimIPU folder or Hub id instead of a preset."),
+    config_overrides: str | None = flag(
+        None,
+        "Fields of SimIPUConfig to change, for example "
+        "'max_match_distance=2.0,image_config.out_indices=[-1],point_config.use_xyz=false'.",
     )
-    config_overrides: str | None = field(
-        default=None,
-        metadata=_help(
-            "Fields of SimIPUConfig to change, for example "
-            "'max_match_distance=2.0,image_config.out_indices=[-1],point_config.use_xyz=false'."
-        ),
+    gradient_checkpointing: bool = flag(
+        False, "Recompute the image encoder's activations in the backward pass to save memory."
     )
-    gradient_checkpointing: bool = field(
-        default=False, metadata=_help("Recompute the image encoder's activations in the backward pass to save memory.")
-    )
-    torch_compile: bool = field(default=False, metadata=_help("Compile the image encoder with torch.compile."))
+    torch_compile: bool = flag(False, "Compile the image encoder with torch.compile.")
 
 
 @dataclass
@@ -84,82 +79,64 @@ class DataArguments:
 
     _argument_group_name = "data"
 
-    data_dir: str | None = field(default=None, metadata=_help("Folder of a KITTI data set."))
-    dataset_name: str | None = field(
-        default=None, metadata=_help("Hub id, folder of Parquet files, save_to_disk folder, or KITTI folder.")
+    data_dir: str | None = flag(None, "KITTI object or raw folder, folder of Parquet files, or save_to_disk folder.")
+    dataset_name: str | None = flag(None, "Hub id, or a folder as for --data_dir.")
+    dataset_config_name: str | None = flag(None, "Configuration of the data set: object or raw for KITTI.")
+    train_split: str | None = flag(
+        None, "Split to train on, such as trainval or train[:50%%]; train, or the only one, if empty."
     )
-    dataset_config_name: str | None = field(
-        default=None, metadata=_help("Configuration of the data set: object or raw for KITTI.")
+    validation_split: str = flag("validation", "Split for --eval_steps.")
+    image_size: list[int] | None = flag(
+        None, "Height and width of the images; the preset's if empty.", metavar="PIXELS"
     )
-    train_split: str | None = field(
-        default=None, metadata=_help("Split to train on, such as train or train[:50%%]; chosen by the data set if empty.")
-    )
-    validation_split: str = field(default="validation", metadata=_help("Split for --eval_steps."))
-    image_size: list[int] | None = field(
-        default=None, metadata=_help("Height and width of the images; the preset's if empty.", metavar="PIXELS")
-    )
-    num_points: int = field(default=16384, metadata=_help("Points drawn from each scan."))
-    on_bad_row: str = field(
-        default="error", metadata=_help("What to do with a damaged row: error stops, skip replaces and counts it.")
-    )
+    num_points: int = flag(16384, "Points drawn from each scan.")
+    on_bad_row: str = flag("error", "What to do with a damaged row: error stops, skip takes another and counts it.")
 
 
 @dataclass
 class TrainingArguments:
-    """How it is trained. Empty values are the preset's recipe."""
+    """How it is trained. Empty values are those of the preset's recipe."""
 
     _argument_group_name = "training"
 
-    output_dir: str = field(default="", metadata=_help("Folder of the run."))
-    overwrite_output_dir: bool = field(
-        default=False, metadata=_help("Delete what an earlier run left in --output_dir.")
+    output_dir: str = flag("", "Folder of the run.")
+    overwrite_output_dir: bool = flag(False, "Delete what an earlier run left in --output_dir.")
+    resume_from_checkpoint: str | None = flag(None, "latest, or the path of a checkpoint.", metavar="latest|PATH")
+    per_device_train_batch_size: int = flag(4, "Rows per process and forward pass.")
+    gradient_accumulation_steps: int = flag(1, "Forward passes per optimizer step.")
+    num_train_epochs: float | None = flag(None, "Passes over the data set.")
+    max_steps: int = flag(-1, "Optimizer steps; overrides --num_train_epochs when above 0.")
+    optimizer: str | None = flag(None, "Of image encoder and heads: sgd or adamw.")
+    learning_rate: float | None = flag(
+        None, "Of image encoder and heads. Used as it is; the official one belongs to 32 rows per step in all."
     )
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata=_help("latest, or the path of a checkpoint.", metavar="latest|PATH")
-    )
-    per_device_train_batch_size: int = field(default=4, metadata=_help("Rows per process and forward pass."))
-    gradient_accumulation_steps: int = field(default=1, metadata=_help("Forward passes per optimizer step."))
-    num_train_epochs: float | None = field(default=None, metadata=_help("Passes over the data set."))
-    max_steps: int = field(default=-1, metadata=_help("Optimizer steps; overrides --num_train_epochs when above 0."))
-    optimizer: str | None = field(default=None, metadata=_help("Of image encoder and heads: sgd or adamw."))
-    learning_rate: float | None = field(
-        default=None,
-        metadata=_help("Of image encoder and heads. Used as it is: the recipe's belongs to 32 rows per step in all."),
-    )
-    momentum: float | None = field(default=None, metadata=_help("Of sgd."))
-    weight_decay: float | None = field(default=None, metadata=_help("Of image encoder and heads."))
-    point_optimizer: str | None = field(default=None, metadata=_help("Of the point encoder: adamw or sgd."))
-    point_learning_rate: float | None = field(default=None, metadata=_help("Of the point encoder."))
-    point_weight_decay: float | None = field(default=None, metadata=_help("Of the point encoder."))
-    adam_beta1: float | None = field(default=None, metadata=_help("Of adamw."))
-    adam_beta2: float | None = field(default=None, metadata=_help("Of adamw."))
-    lr_scheduler_type: str | None = field(default=None, metadata=_help(f"One of {', '.join(SCHEDULES)}."))
-    lr_decay_per_epoch: float | None = field(default=None, metadata=_help("Factor per epoch of exponential."))
-    warmup_steps: int | None = field(default=None, metadata=_help("Optimizer steps of linear warm-up."))
-    max_grad_norm: float | None = field(default=None, metadata=_help("Clip gradients to this norm; 0 does not."))
-    mixed_precision: str = field(default="no", metadata=_help("no, bf16, or fp16 (GPU only)."))
-    sync_batch_norm: bool = field(
-        default=True, metadata=_help("Batch statistics over all processes; nothing changes on one.")
-    )
-    seed: int = field(default=0, metadata=_help("Of weights, row order and augmentation."))
-    dataloader_num_workers: int = field(
-        default=2, metadata=_help("Processes that load data; the result does not depend on it.")
-    )
-    logging_steps: int = field(default=10, metadata=_help("Optimizer steps per logged line."))
-    eval_steps: int = field(default=0, metadata=_help("Evaluate on --validation_split every so many steps; 0 never."))
-    per_device_eval_batch_size: int | None = field(
-        default=None, metadata=_help("As --per_device_train_batch_size if empty.")
-    )
-    checkpointing_steps: int = field(default=500, metadata=_help("Optimizer steps per checkpoint; 0 only at the end."))
-    save_total_limit: int = field(default=2, metadata=_help("Checkpoints to keep, the newest; 0 keeps all."))
-    report_to: list[str] = field(
-        default_factory=lambda: ["tensorboard"], metadata=_help("Trackers: tensorboard, trackio, wandb, …, or none.")
-    )
-    push_to_hub: bool = field(default=False, metadata=_help("Publish checkpoints and the result on the Hub."))
-    hub_model_id: str | None = field(default=None, metadata=_help("Repository, user/name."))
-    hub_private_repo: bool = field(default=False, metadata=_help("Create it private."))
-    hub_strategy: str = field(default="every_save", metadata=_help("end, every_save, or checkpoint."))
-    hub_token: str | None = field(default=None, metadata=_help("Token; the logged-in user's if empty."))
+    momentum: float | None = flag(None, "Of sgd.")
+    weight_decay: float | None = flag(None, "Of image encoder and heads.")
+    point_optimizer: str | None = flag(None, "Of the point encoder: adamw or sgd.")
+    point_learning_rate: float | None = flag(None, "Of the point encoder.")
+    point_weight_decay: float | None = flag(None, "Of the point encoder.")
+    adam_beta1: float | None = flag(None, "Of adamw.")
+    adam_beta2: float | None = flag(None, "Of adamw.")
+    lr_scheduler_type: str | None = flag(None, f"One of {', '.join(SCHEDULES)}.")
+    lr_decay_per_epoch: float | None = flag(None, "Factor per epoch of the schedule exponential.")
+    warmup_steps: int | None = flag(None, "Optimizer steps of linear warm-up.")
+    max_grad_norm: float | None = flag(None, "Clip gradients to this norm; 0 does not.")
+    mixed_precision: str = flag("no", "no, bf16, or fp16 (GPU only).")
+    sync_batch_norm: bool = flag(True, "Batch statistics over all processes; nothing changes on one.")
+    seed: int = flag(0, "Of weights, row order and augmentation.")
+    dataloader_num_workers: int = flag(2, "Processes that load data; the result does not depend on it.")
+    logging_steps: int = flag(10, "Optimizer steps per logged line.")
+    eval_steps: int = flag(0, "Evaluate on --validation_split every so many steps; 0 never.")
+    per_device_eval_batch_size: int | None = flag(None, "As --per_device_train_batch_size if empty.")
+    checkpointing_steps: int = flag(500, "Optimizer steps per checkpoint; 0 only at the end.")
+    save_total_limit: int = flag(2, "Checkpoints to keep, the newest; 0 keeps all.")
+    report_to: list[str] = flag(["tensorboard"], "Trackers: tensorboard, trackio, wandb, …, or none.")
+    push_to_hub: bool = flag(False, "Publish checkpoints and the result on the Hub.")
+    hub_model_id: str | None = flag(None, "Repository, user/name.")
+    encoder_repo_id: str | None = flag(None, "At the end, also publish the image encoder there, alone.")
+    hub_private_repo: bool = flag(False, "Create repositories private.")
+    hub_strategy: str = flag("every_save", "end, every_save, or checkpoint (which can be resumed from).")
+    hub_token: str | None = flag(None, "Token; the logged-in user's if empty.")
 
 
 @dataclass
@@ -184,7 +161,7 @@ class PreTrainingArguments:
             raise SimIPUError(f"--num_points must be at least 1, found {self.data.num_points}")
 
     def to_dict(self) -> dict[str, Any]:
-        """All flags by name, for `run.yaml`, without the Hub token and without what belongs to one start of the run."""
+        """All flags by name, for `run.yaml`, but for the Hub token and what belongs to one start of the run."""
         flat = {**vars(self.model), **vars(self.data), **vars(self.training)}
         left_out = ("hub_token", "resume_from_checkpoint", "overwrite_output_dir")
         return {name: value for name, value in flat.items() if name not in left_out}
@@ -258,9 +235,8 @@ def parse_flags(
         SimIPUError: a configuration file that is missing or names an unknown flag.
         SystemExit: a flag that argparse refuses (code 2), and `--help`.
     """
-    import sys
-
-    parser = _Parser(dataclass_types, prog=prog, description=description, formatter_class=_HelpFormatter)
+    usage = "%(prog)s [--config FILE] [flags]"
+    parser = _Parser(dataclass_types, prog=prog, usage=usage, description=description, formatter_class=_HelpFormatter)
     parser.add_argument(
         "--config",
         default=None,
@@ -272,7 +248,13 @@ def parse_flags(
     if config.config is not None:
         known = {f.name for dataclass_type in dataclass_types for f in dataclasses.fields(dataclass_type)}
         argv = _as_flags(read_config(config.config), known, config.config) + argv
-    return parser.parse_args_into_dataclasses(args=argv)[: len(dataclass_types)]
+    *parsed, unknown = parser.parse_args_into_dataclasses(
+        args=argv, look_for_args_file=False, return_remaining_strings=True
+    )
+    if unknown:
+        close = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, n=1)
+        parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean {close[0]}?" if close else ""))
+    return tuple(parsed[: len(dataclass_types)])
 
 
 def packaged_configs() -> list[str]:

@@ -109,9 +109,7 @@ class ReducedBatchNorm(_BatchNorm):
 
     @classmethod
     def from_batch_norm(cls, source: _BatchNorm) -> "ReducedBatchNorm":
-        converted = cls(
-            source.num_features, source.eps, source.momentum, source.affine, source.track_running_stats
-        )
+        converted = cls(source.num_features, source.eps, source.momentum, source.affine, source.track_running_stats)
         converted._parameters, converted._buffers = source._parameters, source._buffers
         converted.drop = getattr(source, "drop", converted.drop)
         converted.act = getattr(source, "act", converted.act)

@@ -4,10 +4,8 @@ What is trained on what comes in as a [`TrainingJob`]; everything here is about 
 """
 
 import math
-import os
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -33,6 +31,7 @@ from .checkpoint import (
     restore_random_state,
     save_checkpoint,
 )
+from .command import TrainingInterrupted, exit_code_of
 from .distributed import check_processes, on_main_process, sum_over_processes
 from .metrics import RunLogger, check_trackers, flatten
 from .optimization import Optimization
@@ -41,15 +40,19 @@ from .sampling import EpochKeyedDataset, GlobalBatchSampler
 from .signals import StopRequest
 from .watch import Watch
 
+__all__ = [
+    "Batch",
+    "TrainingInterrupted",
+    "TrainingJob",
+    "TrainingSettings",
+    "accumulate_gradients",
+    "create_accelerator",
+    "exit_code_of",
+    "move_into",
+    "train",
+]
+
 Batch = dict[str, torch.Tensor]
-
-
-class TrainingInterrupted(Exception):
-    """A signal ended the run after a finished step; the message says how to continue."""
-
-    def __init__(self, message: str, exit_code: int):
-        super().__init__(message)
-        self.exit_code = exit_code
 
 
 @dataclass
@@ -104,7 +107,7 @@ class TrainingJob:
     identity: dict[str, Any] = field(default_factory=dict)
     run_record: dict[str, Any] = field(default_factory=dict)
     show: dict[str, str] = field(default_factory=dict)
-    on_saved: Callable[[Path], None] = lambda path: None
+    on_saved: Callable[[Path], Any] | None = None
 
 
 def create_accelerator(
@@ -172,7 +175,11 @@ def train(accelerator: Accelerator, job: TrainingJob, settings: TrainingSettings
                 if job.evaluate and settings.eval_steps and ((step + 1) % settings.eval_steps == 0 or done):
                     with logger.pause_clock():
                         logger.write(step + 1, {f"eval/{name}": v for name, v in job.evaluate().items()})
-                if done or stopping or (settings.checkpointing_steps and (step + 1) % settings.checkpointing_steps == 0):
+                if (
+                    done
+                    or stopping
+                    or (settings.checkpointing_steps and (step + 1) % settings.checkpointing_steps == 0)
+                ):
                     with logger.pause_clock():
                         saved = _save(accelerator, step + 1, job, settings, optimization, logger)
                 if stopping and not done:
@@ -321,9 +328,7 @@ def _create_logger(
     )
 
 
-def _restore(
-    checkpoint: Checkpoint, accelerator: Accelerator, optimization: Optimization, logger: RunLogger
-) -> None:
+def _restore(checkpoint: Checkpoint, accelerator: Accelerator, optimization: Optimization, logger: RunLogger) -> None:
     try:
         optimization.load_state_dict(checkpoint.tensors["optimization"])
     except (KeyError, ValueError, TypeError) as error:
@@ -353,15 +358,14 @@ def _save(
             values={"identity": job.identity, "logger": logger.state_dict()},
             total_limit=settings.save_total_limit or None,
         )
-        job.on_saved(path)
+        if job.on_saved is not None:
+            job.on_saved(path)
         return path
 
     return on_main_process(accelerator, write)
 
 
-def _agree(
-    accelerator: Accelerator, values: dict[str, float], stop_requested: bool
-) -> tuple[dict[str, float], bool]:
+def _agree(accelerator: Accelerator, values: dict[str, float], stop_requested: bool) -> tuple[dict[str, float], bool]:
     """The means of `values` over all processes, and whether any of them was asked to stop."""
     *sums, stops = sum_over_processes(accelerator, [*values.values(), float(stop_requested)])
     return {name: total / accelerator.num_processes for name, total in zip(values, sums, strict=True)}, stops > 0
@@ -410,23 +414,3 @@ def move_into(source: Path, target: Path) -> None:
             shutil.rmtree(destination)
         entry.replace(destination)
     source.rmdir()
-
-
-def exit_code_of(run: Callable[[], Any]) -> int:
-    """Call `run` as a command: 0, or a message on stderr and the exit code of what went wrong.
-
-    `SIMIPU_DEBUG=1` in the environment shows the traceback of a user's mistake as well.
-    """
-    try:
-        run()
-    except TrainingInterrupted as stopped:
-        print(stopped, file=sys.stderr)
-        return stopped.exit_code
-    except SimIPUError as error:
-        if os.environ.get("SIMIPU_DEBUG"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    return 0

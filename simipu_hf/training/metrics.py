@@ -67,7 +67,9 @@ def check_trackers(names: list[str]) -> list[str]:
         if name not in TRACKERS:
             raise SimIPUError(f"--report_to {name}: unknown tracker; choose from {', '.join(TRACKERS)}, none")
         if importlib.util.find_spec(name) is None:
-            raise SimIPUError(f"--report_to {name}: the package is not installed; pip install {name}, or choose another")
+            raise SimIPUError(
+                f"--report_to {name}: the package is not installed; pip install {name}, or choose another"
+            )
     return chosen
 
 

@@ -1,8 +1,9 @@
-"""Run by test_data_parallel.py in one or two processes; no test itself.
+"""What test_data_parallel.py runs in one process and in two; no test itself.
 
-python data_parallel_worker.py OUT [pretrain flags]
+torchrun --nproc_per_node 2 data_parallel_worker.py OUT 'JSON list of pretrain flags'
 """
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from simipu_hf.training.loop import accumulate_gradients
 from simipu_hf.training.optimization import Optimization, OptimizerSettings, create_optimizer, create_schedule
 
 ROWS, STEPS = 4, 3
+ARCHITECTURES = ("test_resnet", "test_efficientnet")  # timm's own batch norm in the second
 
 
 def create_model(architecture: str) -> SimIPUForPreTraining:
@@ -110,25 +112,21 @@ def interrupted_run(flags: list[str], out: Path) -> None:
         return original(*arguments)
 
     loop.accumulate_gradients = broken
-    try:
+    with contextlib.suppress(RuntimeError):
         run("broken")
-    except RuntimeError:
-        pass
     loop.accumulate_gradients = original
     run("broken", "--resume_from_checkpoint", "latest")
 
 
 def main() -> None:
-    out, flags = Path(sys.argv[1]), sys.argv[2:]
-    for architecture in ("test_resnet", "test_convnext"):
+    out, flags = Path(sys.argv[1]), json.loads(sys.argv[2])
+    for architecture in ARCHITECTURES:
         for accumulation_steps in (1, 2):
             result = train(architecture, accumulation_steps)
-            accelerator = Accelerator(cpu=True)
-            if accelerator.is_main_process:
-                name = f"{architecture}-{accumulation_steps}-{accelerator.num_processes}.safetensors"
-                save_file({key: value.contiguous() for key, value in result.items()}, out / name)
-    if flags:
-        interrupted_run(json.loads(flags[0]), out)
+            if Accelerator(cpu=True).is_main_process:
+                contiguous = {key: value.contiguous() for key, value in result.items()}
+                save_file(contiguous, out / f"{architecture}-{accumulation_steps}.safetensors")
+    interrupted_run(flags, out)
 
 
 if __name__ == "__main__":

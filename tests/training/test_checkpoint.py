@@ -1,0 +1,155 @@
+"""Checkpoints are complete or absent, damage is found, nothing is unpickled."""
+
+import json
+import os
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from simipu_hf.errors import SimIPUError
+from simipu_hf.training import checkpoint as module
+from simipu_hf.training.checkpoint import (
+    capture_random_state,
+    check_same_run,
+    list_checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    restore_random_state,
+    save_checkpoint,
+)
+
+
+def save(folder, step, **options):
+    return save_checkpoint(
+        folder,
+        step,
+        save_model=lambda path: save_file({"weight": torch.full((100,), float(step))}, path / "model.safetensors"),
+        tensors={"moments": [torch.arange(5.0)], "step": step, "state": {"python": (3, (1, 2), None)}},
+        values={"logger": {"loss": 0.1}},
+        **options,
+    )
+
+
+def test_round_trip(tmp_path):
+    path = save(tmp_path, 7)
+    loaded = load_checkpoint(path)
+    assert path.name == "checkpoint-7"
+    assert loaded.step == 7
+    assert torch.equal(loaded.tensors["moments"][0], torch.arange(5.0))
+    assert loaded.tensors["state"]["python"] == (3, (1, 2), None)
+    assert loaded.values["logger"] == {"loss": 0.1}
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-7"]
+
+
+def test_keeps_the_newest(tmp_path):
+    for step in (5, 10, 100, 20):
+        save(tmp_path, step, total_limit=2)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-20", "checkpoint-100"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("disk full")])
+def test_a_failed_write_leaves_the_last_good_one(tmp_path, monkeypatch, error):
+    save(tmp_path, 1, total_limit=1)
+
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(module.torch, "save", full)
+    with pytest.raises(SimIPUError, match=r"checkpoint-2.*last good checkpoint is .*checkpoint-1"):
+        save(tmp_path, 2, total_limit=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+    load_checkpoint(tmp_path / "checkpoint-1")
+
+
+def test_a_really_full_disk(tmp_path):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+
+    def model_to_full_disk(path):
+        (path / "model.safetensors").symlink_to("/dev/full")
+        with (path / "model.safetensors").open("wb") as stream:
+            stream.write(b"x" * 100_000)
+
+    with pytest.raises(SimIPUError, match="No space left"):
+        save_checkpoint(tmp_path, 1, save_model=model_to_full_disk, tensors={}, values={})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: (p / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (lambda p: os.truncate(p / "training_state.pt", 10), "training_state.pt has 10 bytes, expected"),
+        (lambda p: flip_a_bit(p / "model.safetensors"), "contents of model.safetensors differ"),
+        (lambda p: (p / "manifest.json").unlink(), "no manifest.json"),
+        (lambda p: (p / "manifest.json").write_text('{"files": 3}', encoding="utf-8"), "manifest.json is damaged"),
+        (
+            lambda p: (p / "manifest.json").write_text('{"files": {}}', encoding="utf-8"),
+            "does not list training_state",
+        ),
+    ],
+)
+def test_damage_is_named_and_passed_over(tmp_path, damage, message):
+    good, bad = save(tmp_path, 1), save(tmp_path, 2)
+    damage(bad)
+    with pytest.raises(SimIPUError, match=message):
+        load_checkpoint(bad)
+    heard = []
+    assert newest_checkpoint(tmp_path, on_damaged=heard.append) == good
+    assert len(heard) == 1
+
+
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+class Payload:
+    """Would write a file if it were unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_a_pickled_payload_is_refused_and_not_run(tmp_path):
+    path = save(tmp_path, 1)
+    target = path / "training_state.pt"
+    for content in (lambda f: torch.save({"x": Payload(tmp_path / "owned")}, f), lambda f: pickled(tmp_path, f)):
+        content(target)
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        manifest["files"]["training_state.pt"] = module._describe_files(path)["training_state.pt"]
+        (path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        with pytest.raises(SimIPUError, match="unpickling runs code"):
+            load_checkpoint(path)
+    assert not (tmp_path / "owned").exists()
+
+
+def pickled(tmp_path, file):
+    file.write_bytes(pickle.dumps(Payload(tmp_path / "owned")))
+
+
+def test_random_state_survives_saving(tmp_path):
+    def draw():
+        return random.random(), float(np.random.normal()), float(torch.rand(()))
+
+    draw()
+    np.random.normal()  # leaves half a pair behind, which belongs to the state
+    torch.save(capture_random_state(), tmp_path / "state.pt")
+    expected = draw()
+    draw()
+    restore_random_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert draw() == expected
+
+
+def test_differences_between_runs_are_all_listed(tmp_path):
+    check_same_run({"a": 1}, {"a": 1}, tmp_path)
+    with pytest.raises(SimIPUError, match=r"(?s)a: 1 in the checkpoint, 2 now.*b: None in the checkpoint, 3 now"):
+        check_same_run({"a": 1, "c": 0}, {"a": 2, "b": 3, "c": 0}, tmp_path)
