@@ -162,7 +162,8 @@ def draw_retrieval(frame: Frame, points: np.ndarray, maps: Sequence[CellMap], na
         maps: K maps `(h, w, 1)` of cosine similarities.
         names: K names of the points, for the titles.
     """
-    figure = new_figure(NARROW, len(points) * _panel_height(frame, NARROW, colorbar=True))
+    figure = new_figure(NARROW, len(points) * _panel_height(frame, NARROW, colorbar=True) + 0.3)
+    figure.suptitle(f"{frame.frame_id}: where the image features resemble a point's", color=TEXT, fontsize=11)
     pixels, depth, _ = frame.project(points)
     heat = visible_colormap("inferno")
     for row, axes in enumerate(figure.subplots(len(points), 1, squeeze=False)[:, 0]):

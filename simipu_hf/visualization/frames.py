@@ -114,7 +114,7 @@ def draw_frame(
             frame,
             embeds.coordinates[chosen],
             [similarities(embeds, index) for index in chosen],
-            [f"{frame.frame_id}, point {index}" for index in chosen],
+            [f"point {index}" for index in chosen],
         ),
     }
     return figures, scene_html(frame, embeds, colors)
