@@ -328,6 +328,130 @@ def data_synthesize(
     print(synthesize_drive(output_dir, num_frames, image_size, seed, num_workers))
 
 
+Preset = Annotated[str, typer.Option("--preset", help="recommended or official.")]
+BatchSize = Annotated[int, typer.Option("--batch_size", help="Rows in a batch.")]
+NumPoints = Annotated[int, typer.Option("--num_points", help="Points of a scan.")]
+ImageSize = Annotated[tuple[int, int], typer.Option("--image_size", help="Height and width.")]
+Repeats = Annotated[int, typer.Option("--repeats", help="Measurements; the median counts.")]
+Overrides = Annotated[str | None, typer.Option("--config_overrides", help="As of simipu-hf pretrain.")]
+JsonPath = Annotated[str | None, typer.Option("--json_path", help="Also write the result there.")]
+
+
+@benchmark_app.command("ops")
+def benchmark_ops(
+    data_dir: DataDir = None,
+    dataset_name: DatasetName = None,
+    preset: Preset = "official",
+    batch_size: BatchSize = 2,
+    num_points: NumPoints = 16384,
+    config_overrides: Overrides = None,
+    device: Device = None,
+    repeats: Repeats = 5,
+    json_path: JsonPath = None,
+    as_json: AsJson = False,
+) -> None:
+    """Sampling, ball query, grouped maximum, point encoder: every backend against its plain PyTorch definition.
+
+    simipu-hf benchmark ops --data_dir KITTI
+    """
+    from simipu_hf.benchmark import benchmark_ops as measure
+
+    result = measure(
+        data_dir=data_dir,
+        dataset_name=dataset_name,
+        preset=preset,
+        batch_size=batch_size,
+        num_points=num_points,
+        config_overrides=_overrides(config_overrides),
+        device=device,
+        repeats=repeats,
+        json_path=json_path,
+    )
+    _print(result, as_json)
+
+
+@benchmark_app.command("step")
+def benchmark_step(
+    data_dir: DataDir = None,
+    dataset_name: DatasetName = None,
+    preset: Preset = "recommended",
+    image_encoder: Annotated[str, typer.Option("--image_encoder", help="timm model name.")] = "resnet50",
+    point_encoder: Annotated[str, typer.Option("--point_encoder", help="pointnet2 or sparse_conv.")] = "pointnet2",
+    batch_size: BatchSize = 2,
+    image_size: ImageSize = (384, 1248),
+    num_points: NumPoints = 16384,
+    dtype: Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")] = "float32",
+    config_overrides: Overrides = None,
+    device: Device = None,
+    repeats: Repeats = 5,
+    json_path: JsonPath = None,
+    as_json: AsJson = False,
+) -> None:
+    """A pre-training step, beside the forward and backward of its image encoder alone.
+
+    simipu-hf benchmark step --image_encoder resnet18 --image_size 96 320 --num_points 4096
+    """
+    from simipu_hf.benchmark import benchmark_step as measure
+
+    result = measure(
+        data_dir=data_dir,
+        dataset_name=dataset_name,
+        preset=preset,
+        image_encoder=image_encoder,
+        point_encoder=point_encoder,
+        batch_size=batch_size,
+        image_size=image_size,
+        num_points=num_points,
+        dtype=dtype,
+        config_overrides=_overrides(config_overrides),
+        device=device,
+        repeats=repeats,
+        json_path=json_path,
+    )
+    _print(result, as_json)
+
+
+@benchmark_app.command("data")
+def benchmark_data(
+    data_dir: DataDir = None,
+    dataset_name: DatasetName = None,
+    preset: Preset = "recommended",
+    image_size: ImageSize = (384, 1248),
+    num_points: NumPoints = 16384,
+    num_rows: Annotated[int, typer.Option("--num_rows", help="Rows per measurement.")] = 16,
+    num_workers: Annotated[int | None, typer.Option("--num_workers", help="Of the loader; by core if empty.")] = None,
+    batch_size: BatchSize = 2,
+    repeats: Repeats = 5,
+    json_path: JsonPath = None,
+    as_json: AsJson = False,
+) -> None:
+    """Rows per second of the two-view samples, against decoding and resizing their images alone.
+
+    simipu-hf benchmark data --data_dir KITTI
+    """
+    from simipu_hf.benchmark import benchmark_data as measure
+
+    result = measure(
+        data_dir=data_dir,
+        dataset_name=dataset_name,
+        preset=preset,
+        image_size=image_size,
+        num_points=num_points,
+        num_rows=num_rows,
+        num_workers=num_workers,
+        batch_size=batch_size,
+        repeats=repeats,
+        json_path=json_path,
+    )
+    _print(result, as_json)
+
+
+def _overrides(text: str | None) -> dict[str, Any] | None:
+    from simipu_hf.training.arguments import parse_overrides
+
+    return parse_overrides(text) or None
+
+
 def _print(result: Any, as_json: bool) -> None:
     """A report as text, or as JSON where a program reads it."""
     if as_json:

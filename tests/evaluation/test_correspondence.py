@@ -1,0 +1,72 @@
+"""Correspondence metrics on maps whose right answer is known."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from simipu_hf.evaluation.correspondence import cell_centers, correspondence_recall, dense_image_embeds, pixel_recall
+from simipu_hf.modeling.configuration_simipu import SimIPUConfig
+from simipu_hf.modeling.matching import sample_feature_maps
+from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_the_model_samples_exactly_one_cell_at_its_center(align_corners):
+    maps = torch.randn(1, 5, 3, 10)
+    pixels = cell_centers((3, 10), (96, 320), align_corners)
+    rows = sample_feature_maps([maps], pixels[None], torch.tensor([[96, 320]]), align_corners)
+    torch.testing.assert_close(rows[0], maps[0].flatten(1).T, rtol=1e-4, atol=1e-5)
+
+
+def test_recall_counts_cells():
+    # a row of 8 cells of 10 pixels with a direction of their own; the points ask for cells 0, 3, 7 and 2
+    cells = torch.eye(8)[None]
+    asked = torch.eye(8)[None, [0, 3, 7, 2]]
+    centers = torch.stack([torch.arange(8) * 10.0, torch.zeros(8)], dim=1)
+    # they project onto: the asked cell; 2 cells from it; 5 cells from it; and beside the image
+    pixels = torch.tensor([[[0.0, 0], [50, 0], [20, 0], [900, 0]]])
+    valid = torch.tensor([[True, True, True, False]])
+    recall = pixel_recall(asked, cells, pixels, centers, valid, (10.0, 10.0))
+    assert recall == {
+        "recall_within_1_cells": pytest.approx(1 / 3),
+        "recall_within_2_cells": pytest.approx(2 / 3),
+        "recall_within_5_cells": 1.0,
+    }
+
+
+def test_recall_without_points_is_not_a_number():
+    one = torch.ones(1, 1, 1)
+    recall = pixel_recall(one, one, torch.zeros(1, 1, 2), torch.zeros(1, 2), torch.zeros(1, 1, dtype=bool), (1.0, 1.0))
+    assert all(math.isnan(value) for value in recall.values())
+
+
+def test_dense_embeds_are_those_of_the_model():
+    torch.manual_seed(0)
+    point_config = {
+        "num_points": [[16]], "fps_mods": [["D-FPS"]], "fps_sample_ranges": [[-1]], "radii": [[4.0]],
+        "num_samples": [[4]], "mlp_channels": [[[8]]], "aggregation_channels": [8],
+    }  # fmt: skip
+    config = SimIPUConfig(
+        image_config={"architecture": "test_resnet", "out_indices": [-1]}, point_config=point_config, projection_dim=4
+    )
+    model = SimIPUForPreTraining(config).eval()
+    points = torch.rand(2, 60, 4) * 6 + torch.tensor([4.0, -3, -3, 0])
+    batch = {
+        "pixel_values": torch.randn(2, 3, 64, 96),
+        "points": points,
+        "points_aug": points,
+        "lidar_to_aug": torch.eye(4).repeat(2, 1, 1),
+        "lidar_to_pixel": torch.tensor([[48.0, -40, 0, 0], [32, 0, -40, 0], [1, 0, 0, 0]]).repeat(2, 1, 1),
+    }
+    with torch.no_grad():
+        output = model(**batch)
+    embeds, _ = dense_image_embeds(model, output.image_features, (64, 96))
+    last = output.image_features[-1]
+    assert embeds.shape == (2, last.shape[-2] * last.shape[-1], 4)
+    # one stage: the projection of each of its cells
+    expected = F.normalize(model.inter_image_head(last.flatten(2).transpose(1, 2).flatten(0, 1)), dim=-1)
+    torch.testing.assert_close(embeds.flatten(0, 1), expected, rtol=1e-3, atol=1e-4)
+    recall = correspondence_recall(model, batch, output)
+    assert 0 <= recall["recall_within_1_cells"] <= recall["recall_within_5_cells"] <= 1
