@@ -63,6 +63,8 @@ class SimIPUPointNet2Config(PreTrainedConfig):
         dilated_group: rings instead of balls.
         use_xyz: append the offset from the group's centre to the neighbour's features (the official
             configuration sees reflectance alone).
+        xyz_layer: the layer of each scale's MLP that sees the offset: `"first"`, as PointNet++ has it, whose every
+            later layer then runs per (centre, neighbour) pair, or `"last"`, which costs little more than no offset.
         batch_norm_eps, batch_norm_momentum: of the MLPs; the aggregation keeps PyTorch's 1e-5 and 0.1.
         sampling_backend: `"auto"`, `"torch"`, `"quickfps"`, `"numba"` or `"triton"`.
         grouping_backend: `"auto"`, `"torch"`, `"numba"` or `"triton"`.
@@ -84,6 +86,7 @@ class SimIPUPointNet2Config(PreTrainedConfig):
     aggregation_channels: list | tuple = (128, 256, 1024)
     dilated_group: bool = True
     use_xyz: bool = True
+    xyz_layer: Literal["first", "last"] = "last"
     batch_norm_eps: Number = 1e-3
     batch_norm_momentum: Number = 0.1
     sampling_backend: Literal["auto", "torch", "quickfps", "numba", "triton"] = "auto"

@@ -1,12 +1,14 @@
 """Pointwise building blocks of the point branch and of the projection heads, all on rows `(R, C)`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .collectives import all_reduce_sum, world_size
+
+Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 
 class WeightedBatchNorm(nn.Module):
@@ -34,26 +36,48 @@ class WeightedBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(num_features))
         self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
 
+    @property
+    def reduce(self) -> Reduce:
+        """Sums a tensor over the processes that share statistics."""
+        return all_reduce_sum if self.synchronize and world_size() > 1 else _identity
+
     def forward(self, rows: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
         """Normalises `rows` `(R, C)`; `weight` is `(R,)`, all ones where omitted."""
         if not self.training:
-            return self._scale_and_shift(rows, self.running_mean, self.running_var)
+            scale, shift = self.running_affine_map()
+            return torch.addcmul(shift, rows, scale).to(rows.dtype)
         self.num_batches_tracked += 1
-        synchronize = self.synchronize and world_size() > 1
-        if weight is None and not synchronize:
+        if weight is None and self.reduce is _identity:
             return F.batch_norm(
                 rows, self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum, self.eps
             )
         if weight is None:
             weight = rows.new_ones(rows.shape[0])
         wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        normalized, mean, variance, count = _WeightedNormalize.apply(wide, weight.to(wide), self.eps, synchronize)
+        normalized, mean, variance, count = _WeightedNormalize.apply(wide, weight.to(wide), self.eps, self.reduce)
         self._update_running(mean, variance, count)
         return torch.addcmul(self.bias, normalized, self.weight).to(rows.dtype)
 
-    def _scale_and_shift(self, rows: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+    def affine_map(
+        self, mean: torch.Tensor, variance: torch.Tensor, count: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and shift `(C,)` of this batch norm in training, for callers that know the batch's moments.
+
+        Updates the running buffers.
+
+        Args:
+            mean, variance: `(C,)`, differentiable; the variance is the biased one.
+            count: scalar tensor, how many rows they were taken over.
+        """
+        self.num_batches_tracked += 1
+        self._update_running(mean.detach(), variance.detach(), count)
         scale = self.weight * torch.rsqrt(variance + self.eps)
-        return torch.addcmul(self.bias - mean * scale, rows, scale).to(rows.dtype)
+        return scale, self.bias - mean * scale
+
+    def running_affine_map(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and shift `(C,)` of this batch norm in evaluation."""
+        scale = self.weight * torch.rsqrt(self.running_var + self.eps)
+        return scale, self.bias - self.running_mean * scale
 
     @torch.no_grad()
     def _update_running(self, mean: torch.Tensor, variance: torch.Tensor, count: torch.Tensor) -> None:
@@ -69,8 +93,7 @@ class _WeightedNormalize(torch.autograd.Function):
     """(rows - mean) / sqrt(variance + eps) with weighted statistics, keeping only its output for the backward."""
 
     @staticmethod
-    def forward(ctx, rows: torch.Tensor, weight: torch.Tensor, eps: float, synchronize: bool):
-        reduce = all_reduce_sum if synchronize else _identity
+    def forward(ctx, rows: torch.Tensor, weight: torch.Tensor, eps: float, reduce: Reduce):
         count = reduce(weight.sum())
         mean = reduce(weight @ rows) / count
         centered = rows - mean

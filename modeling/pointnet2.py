@@ -6,14 +6,16 @@ a cloud of 16,384 points. The same function is computed here for a fraction of t
 * without `use_xyz` a grouped row is a copy of its point's features, and a pointwise MLP commutes with copying,
   so the MLP runs once per point; batch-norm statistics over the copies are statistics over points weighted by
   how often each occurs; the groups are formed only inside the max pooling;
-* with `use_xyz` the first layer is linear in [offset from the centre, features], so its wide part runs once per
-  point; what follows runs once per distinct (group, neighbour) pair, weighted by its repetitions, instead of
-  once per slot of a group.
+* with `use_xyz` in the last layer all others run per point as before; the last one is linear in [offset from the
+  centre, features], its batch norm is an affine map whose moments follow from those of points and offsets, and
+  what depends on the centre alone can be taken out of the maximum;
+* with `use_xyz` in the first layer its wide part runs once per point; what follows runs once per distinct
+  (centre, neighbour) pair, weighted by its repetitions, instead of once per slot of a group.
 
-Both equal the grouped definition up to rounding, in forward, backward and running statistics.
+All equal the grouped definition up to rounding, in forward, backward and running statistics.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +48,7 @@ class SetAbstraction(nn.Module):
         self.fps_mods = config.fps_mods[level]
         self.fps_sample_ranges = config.fps_sample_ranges[level]
         self.num_samples = config.num_samples[level]
-        self.use_xyz = config.use_xyz
+        self.xyz_layer = config.xyz_layer if config.use_xyz else None
         self.sampling_backend = config.sampling_backend
         # quickfps takes coordinates alone
         self.feature_sampling_backend = "auto" if config.sampling_backend == "quickfps" else config.sampling_backend
@@ -57,16 +59,21 @@ class SetAbstraction(nn.Module):
         inner = [0.0, *outer[:-1]] if config.dilated_group else [0.0] * len(outer)
         self.radii = list(zip(inner, outer, strict=True))
 
-        first = in_channels + 3 if config.use_xyz else in_channels
         self.mlps = nn.ModuleList(
-            nn.ModuleList(
-                LinearBlock(a, b, eps=config.batch_norm_eps, momentum=config.batch_norm_momentum)
-                for a, b in zip([first, *widths[:-1]], widths, strict=True)
-            )
-            for widths in config.mlp_channels[level]
+            self._build_mlp(config, in_channels, widths) for widths in config.mlp_channels[level]
         )
         pooled = sum(widths[-1] for widths in config.mlp_channels[level])
         self.aggregation = LinearBlock(pooled, config.aggregation_channels[level])
+
+    @staticmethod
+    def _build_mlp(config: SimIPUPointNet2Config, in_channels: int, widths: Sequence[int]) -> nn.ModuleList:
+        inputs = [in_channels, *widths[:-1]]
+        if config.use_xyz:
+            inputs[0 if config.xyz_layer == "first" else -1] += 3
+        return nn.ModuleList(
+            LinearBlock(a, b, eps=config.batch_norm_eps, momentum=config.batch_norm_momentum)
+            for a, b in zip(inputs, widths, strict=True)
+        )
 
     def forward(
         self, coordinates: torch.Tensor, features: torch.Tensor
@@ -84,9 +91,9 @@ class SetAbstraction(nn.Module):
         centers = gather_rows(coordinates, indices)
         groups = ball_query(coordinates, centers, self.radii, self.num_samples, backend=self.grouping_backend)
         rows = features.flatten(0, 1)
-        scale = self._grouped_scale if self.use_xyz else self._pointwise_scale
+        scale = {None: self._scale_without_xyz, "last": self._scale_xyz_last, "first": self._scale_xyz_first}
         pooled = [
-            scale(blocks, neighbors, rows, coordinates.flatten(0, 1), centers.flatten(0, 1))
+            scale[self.xyz_layer](blocks, neighbors, rows, coordinates.flatten(0, 1), centers.flatten(0, 1))
             for blocks, neighbors in zip(self.mlps, groups, strict=True)
         ]
         summary = self.aggregation(torch.cat(pooled, dim=1))
@@ -117,14 +124,44 @@ class SetAbstraction(nn.Module):
             samples.append(furthest_point_sample(coordinates, num_points, self.sampling_backend))
         return torch.cat(samples, dim=1)
 
-    def _pointwise_scale(
+    def _scale_without_xyz(
         self, blocks: Sequence[LinearBlock], neighbors: Neighbors, rows: torch.Tensor, *_: torch.Tensor
     ) -> torch.Tensor:
         """The MLP per point `(B*N, C)`, each counting as often as it occurs in the groups; pooled `(B*M, C')`."""
-        occurrences = neighbors.weight.new_zeros(rows.shape[0]).index_add_(0, neighbors.index, neighbors.weight)
-        return group_max(run_blocks(blocks, rows, occurrences), neighbors, backend=self.pooling_backend)
+        return group_max(run_blocks(blocks, rows, _occurrences(neighbors, rows)), neighbors, self.pooling_backend)
 
-    def _grouped_scale(
+    def _scale_xyz_last(
+        self,
+        blocks: Sequence[LinearBlock],
+        neighbors: Neighbors,
+        rows: torch.Tensor,
+        coordinates: torch.Tensor,
+        centers: torch.Tensor,
+    ) -> torch.Tensor:
+        """The MLP per point, whose last layer sees u_j + W (x_j - c_i) for neighbour j of centre i.
+
+        Batch norm makes it s * (u_j + W x_j) - s * W c_i + t, of which the first part is pooled per group.
+        """
+        *earlier, last = blocks
+        occurrences = _occurrences(neighbors, rows)
+        rows = run_blocks(earlier, rows, occurrences)
+        # coordinates are large and offsets small: a model in half precision still needs their digits
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        coordinates, centers = coordinates.to(dtype), centers.to(dtype)
+        xyz_weight, feature_weight = last.linear.weight.to(dtype).split([3, rows.shape[1]], dim=1)
+        per_point = F.linear(rows.to(dtype), feature_weight, last.linear.bias.to(dtype))
+        if last.norm.training:
+            offset = coordinates[neighbors.index] - centers[_group_of_entry(neighbors)]
+            moments = _pair_moments(per_point, offset, xyz_weight, neighbors, occurrences.to(dtype), last.norm.reduce)
+            scale, shift = last.norm.affine_map(*moments)
+        else:
+            scale, shift = last.norm.running_affine_map()
+        point_part = (per_point + F.linear(coordinates, xyz_weight)) * scale
+        center_part = F.linear(centers, xyz_weight) * scale
+        pooled = group_max(point_part, neighbors, self.pooling_backend) - center_part + shift
+        return F.relu(pooled).to(rows.dtype)
+
+    def _scale_xyz_first(
         self,
         blocks: Sequence[LinearBlock],
         neighbors: Neighbors,
@@ -134,18 +171,61 @@ class SetAbstraction(nn.Module):
     ) -> torch.Tensor:
         """The MLP per (group, neighbour) pair, but for the wide part of its first layer, which is per point."""
         index, weight, offsets = neighbors
-        group = torch.arange(len(centers), device=index.device).repeat_interleave(
-            offsets.diff(), output_size=len(index)
-        )
-        first = blocks[0]
+        first, *later = blocks
         xyz_weight, feature_weight = first.linear.weight.split([3, rows.shape[1]], dim=1)
         per_point = F.linear(rows, feature_weight, first.linear.bias)
         # the offset is taken before any low-precision arithmetic: coordinates are large, offsets are small
-        offset = (coordinates[index] - centers[group]).to(per_point.dtype)
+        offset = (coordinates[index] - centers[_group_of_entry(neighbors)]).to(per_point.dtype)
         pairs = first.normalize(per_point[index] + F.linear(offset, xyz_weight), weight)
-        pairs = run_blocks(blocks[1:], pairs, weight)
+        pairs = run_blocks(later, pairs, weight)
         in_order = Neighbors(torch.arange(len(index), device=index.device), weight, offsets)
-        return group_max(pairs, in_order, backend=self.pooling_backend)
+        return group_max(pairs, in_order, self.pooling_backend)
+
+
+def _occurrences(neighbors: Neighbors, rows: torch.Tensor) -> torch.Tensor:
+    """`(R,)`, how many slots of all groups hold each row."""
+    return neighbors.weight.new_zeros(rows.shape[0]).index_add_(0, neighbors.index, neighbors.weight)
+
+
+def _group_of_entry(neighbors: Neighbors) -> torch.Tensor:
+    """`(E,)` int64, the group that each entry belongs to."""
+    groups = torch.arange(len(neighbors.offsets) - 1, device=neighbors.offsets.device)
+    return groups.repeat_interleave(neighbors.offsets.diff(), output_size=len(neighbors.index))
+
+
+def _pair_moments(
+    per_point: torch.Tensor,
+    offset: torch.Tensor,
+    xyz_weight: torch.Tensor,
+    neighbors: Neighbors,
+    occurrences: torch.Tensor,
+    reduce: Callable[[torch.Tensor], torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean `(C,)`, biased variance `(C,)` and number of u_j + W d_e over all slots, without forming them.
+
+    With everything centred, Var(u + W d) = Var(u) + W Cov(d) Wᵀ + 2 W Cov(d, u), and the sums over slots that
+    hold point j need only the sum of its offsets.
+
+    Args:
+        per_point: u, `(R, C)`.
+        offset: d, `(E, 3)`.
+        xyz_weight: W, `(C, 3)`.
+        occurrences: `(R,)`, slots per point.
+        reduce: sums over the processes that share statistics.
+    """
+    slots = neighbors.weight.to(offset)
+    count = reduce(slots.sum())
+    mean_u = reduce(occurrences @ per_point) / count
+    mean_d = reduce(slots @ offset) / count
+    u, d = per_point - mean_u, offset - mean_d
+    weighted = d * slots[:, None]
+    offset_sum = d.new_zeros(len(u), 3).index_add_(0, neighbors.index, weighted)
+    variance_u = reduce(occurrences @ u.square())
+    covariance_d = reduce(weighted.T @ d)
+    covariance_du = reduce(offset_sum.T @ u)
+    variance_wd = ((xyz_weight @ covariance_d) * xyz_weight).sum(1)
+    variance = (variance_u + variance_wd + 2 * (xyz_weight * covariance_du.T).sum(1)) / count
+    return mean_u + xyz_weight @ mean_d, variance.clamp(min=0), count
 
 
 class PointNet2Encoder(nn.Module):
@@ -163,7 +243,7 @@ class PointNet2Encoder(nn.Module):
         )
 
     def forward(self, points: torch.Tensor) -> PointEncoderOutput:
-        """Encodes clouds.
+        """Encodes clouds, outside autocast: which points are drawn must not depend on the precision of the features.
 
         Args:
             points: `(B, N, 4)`, x y z in metres and reflectance.
@@ -171,9 +251,10 @@ class PointNet2Encoder(nn.Module):
         coordinates, features = points[..., :3], points[..., 3:]
         features = features.to(self.levels[0].aggregation.linear.weight.dtype)
         indices = None
-        for level in self.levels:
-            coordinates, features, drawn = level(coordinates, features)
-            indices = drawn if indices is None else indices.gather(1, drawn)
+        with torch.autocast(points.device.type, enabled=False):
+            for level in self.levels:
+                coordinates, features, drawn = level(coordinates, features)
+                indices = drawn if indices is None else indices.gather(1, drawn)
         return PointEncoderOutput(coordinates=coordinates, features=features, indices=indices)
 
 

@@ -241,6 +241,7 @@ def official_config(state: StateDict, weights: EncoderWeights, where: str | Path
     point_config = {
         # reflectance alone, or the offset from the group's centre and reflectance
         "use_xyz": width(f"{sa}.0.mlps.0.layer0.conv.weight", axis=1) == 4,
+        "xyz_layer": "first",
         "mlp_channels": channels,
         "aggregation_channels": aggregation,
     }
