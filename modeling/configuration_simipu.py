@@ -185,6 +185,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "official": {
         "image_config": {"out_indices": (-1,), "batch_norm_eps": 1e-3, "batch_norm_momentum": 0.01},
         "point_config": {"use_xyz": False},
+        "projection_hidden_dim": None,
         "max_match_distance": None,
         "mask_out_of_image": False,
         "projection_normalization": "sample",
@@ -205,6 +206,7 @@ class SimIPUConfig(PreTrainedConfig):
         point_config: `SimIPUPointNet2Config`, `SimIPUSparseConvConfig`, or a dictionary of the fields of one,
             chosen by its `model_type` (PointNet++ where it names none).
         projection_dim: width of the space in which features are compared.
+        projection_hidden_dim: width inside the projection heads; `None` takes the width of their input.
         temperature: of both contrastive losses.
         intra_modal_weight, inter_modal_weight: weights of the two losses in the total.
         max_match_distance: matches between the two views farther apart than this, in metres, are dropped;
@@ -228,6 +230,7 @@ class SimIPUConfig(PreTrainedConfig):
     image_config: dict | PreTrainedConfig | None = None
     point_config: dict | PreTrainedConfig | None = None
     projection_dim: int = 128
+    projection_hidden_dim: int | None = 512
     temperature: Number = 0.07
     intra_modal_weight: Number = 1.0
     inter_modal_weight: Number = 1.0
@@ -247,8 +250,10 @@ class SimIPUConfig(PreTrainedConfig):
     def validate_architecture(self) -> None:
         if self.temperature <= 0:
             raise ValueError(f"temperature must be above 0, found {self.temperature}")
-        if self.projection_dim < 1:
-            raise ValueError(f"projection_dim must be at least 1, found {self.projection_dim}")
+        for name in ("projection_dim", "projection_hidden_dim"):
+            width = getattr(self, name)
+            if width is not None and width < 1:
+                raise ValueError(f"{name} must be at least 1, found {width}")
         if self.intra_modal_weight < 0 or self.inter_modal_weight < 0:
             raise ValueError("intra_modal_weight and inter_modal_weight must not be negative")
         if self.max_match_distance is not None and self.max_match_distance <= 0:

@@ -151,15 +151,19 @@ def run_blocks(blocks: Sequence[LinearBlock], rows: torch.Tensor, weight: torch.
 
 
 class ProjectionHead(nn.Module):
-    """Three linear layers with batch norm, ReLU after the first two: `(R, in)` -> `(R, out)`."""
+    """Three linear layers with batch norm, ReLU after the first two: `(R, in)` -> `(R, out)`.
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    Inside it is as wide as its input where `hidden_features` is omitted.
+    """
+
+    def __init__(self, in_features: int, out_features: int, hidden_features: int | None = None) -> None:
         super().__init__()
+        hidden_features = hidden_features or in_features
         self.layers = nn.ModuleList(
             [
-                LinearBlock(in_features, in_features),
-                LinearBlock(in_features, in_features),
-                LinearBlock(in_features, out_features, activation=False),
+                LinearBlock(in_features, hidden_features),
+                LinearBlock(hidden_features, hidden_features),
+                LinearBlock(hidden_features, out_features, activation=False),
             ]
         )
 

@@ -150,9 +150,10 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
         self.simipu = SimIPUModel(config)
         image_channels = sum(feature_channels(self.simipu.image_encoder, config.image_config.out_indices))
         point_channels = config.point_config.output_channels
-        self.intra_point_head = ProjectionHead(point_channels, config.projection_dim)
-        self.inter_image_head = ProjectionHead(image_channels, config.projection_dim)
-        self.inter_point_head = ProjectionHead(point_channels, config.projection_dim)
+        widths = (config.projection_dim, config.projection_hidden_dim)
+        self.intra_point_head = ProjectionHead(point_channels, *widths)
+        self.inter_image_head = ProjectionHead(image_channels, *widths)
+        self.inter_point_head = ProjectionHead(point_channels, *widths)
         if config.inter_modal_point_gradient == "none":
             self.inter_point_head.requires_grad_(False)
         self.post_init()

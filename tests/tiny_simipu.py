@@ -20,7 +20,12 @@ def tiny_config(preset: str = "recommended", architecture: str = "resnet10t", **
     point_config = {**TINY_POINTNET2, **overrides.pop("point_config", {})}
     image_config = {"architecture": architecture, **overrides.pop("image_config", {})}
     return SimIPUConfig.from_preset(
-        preset, image_config=image_config, point_config=point_config, projection_dim=16, **overrides
+        preset,
+        image_config=image_config,
+        point_config=point_config,
+        projection_dim=16,
+        projection_hidden_dim=32,
+        **overrides,
     )
 
 
