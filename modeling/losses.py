@@ -9,6 +9,8 @@ from .collectives import all_gather_rows, all_reduce_sum, rank, world_size
 
 # logit of a candidate that does not count: its exponential is 0, and unlike -inf it leaves no NaN in gradients
 NEVER = -1e4
+# similarities held at a time: 16 MiB in single precision
+MAX_SIMILARITIES = 2**22
 
 
 @dataclass
@@ -71,37 +73,72 @@ def contrastive_loss(
     first = rank() * len(anchors) if gather else 0
     own = torch.arange(first, first + len(anchors), device=anchors.device)
 
+    penalty = torch.where(candidate_valid, 0.0, NEVER).to(precision)
+
     with torch.autocast(anchors.device.type, enabled=False):
         candidates = all_gather_rows(positives) if gather else positives
-        logits = _masked_logits(anchors, candidates, temperature, candidate_valid)
-        loss = _mean_cross_entropy(logits, own, valid)
+        per_row, positions = _InfoNCE.apply(anchors / temperature, candidates, penalty, own)
+        loss = _mean_over_valid(per_row, valid)
         if symmetric:
             exchanged = all_gather_rows(anchors) if gather else anchors
-            reverse = _masked_logits(positives, exchanged, temperature, candidate_valid)
-            loss = (loss + _mean_cross_entropy(reverse, own, valid)) / 2
-    with torch.no_grad():
-        positions = _positions(logits, own)
+            reverse, _ = _InfoNCE.apply(positives / temperature, exchanged, penalty, own)
+            loss = (loss + _mean_over_valid(reverse, valid)) / 2
     return ContrastiveResult(loss, positions, valid, candidate_valid.sum())
 
 
-def _positions(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    target_logits = logits.gather(1, targets.unsqueeze(1))
-    earlier = torch.arange(logits.shape[1], device=logits.device) < targets.unsqueeze(1)
-    # equal logits are common: official clouds hold the same centre several times
-    return torch.where(earlier, logits >= target_logits, logits > target_logits).sum(1)
+class _InfoNCE(torch.autograd.Function):
+    """Cross-entropy and position of each anchor's positive, without ever holding all similarities.
+
+    They are formed for some anchors at a time, and again in the backward pass, so that memory grows linearly with
+    the number of candidates; with every process's points as candidates the full matrix would be the largest tensor.
+
+    Args:
+        anchors: `(R, D)`, divided by the temperature.
+        candidates: `(N, D)`.
+        penalty: `(N,)`, added to each candidate's logit.
+        targets: `(R,)` int64, which candidate is each anchor's positive.
+    """
+
+    @staticmethod
+    def forward(ctx, anchors: torch.Tensor, candidates: torch.Tensor, penalty: torch.Tensor, targets: torch.Tensor):
+        losses, positions, normalizers = [], [], []
+        index = torch.arange(len(candidates), device=candidates.device)
+        for some, own in zip(*_chunks(len(candidates), anchors, targets), strict=True):
+            logits = torch.addmm(penalty, some, candidates.T)
+            positive = logits.gather(1, own.unsqueeze(1))
+            normalizers.append(logits.logsumexp(1))
+            losses.append(normalizers[-1] - positive.squeeze(1))
+            # equal logits are common: official clouds hold the same centre several times
+            earlier = torch.where(index < own.unsqueeze(1), logits >= positive, logits > positive)
+            positions.append(earlier.sum(1))
+        ctx.save_for_backward(anchors, candidates, penalty, targets, torch.cat(normalizers))
+        positions = torch.cat(positions)
+        ctx.mark_non_differentiable(positions)
+        return torch.cat(losses), positions
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor, _):
+        anchors, candidates, penalty, targets, normalizers = ctx.saved_tensors
+        anchor_grads, candidate_grad = [], torch.zeros_like(candidates)
+        for some, own, normalizer, upstream in zip(
+            *_chunks(len(candidates), anchors, targets, normalizers.unsqueeze(1), grad.unsqueeze(1)), strict=True
+        ):
+            slopes = torch.addmm(penalty, some, candidates.T).sub_(normalizer).exp_().mul_(upstream)
+            slopes.scatter_add_(1, own.unsqueeze(1), -upstream)
+            anchor_grads.append(slopes @ candidates)
+            if ctx.needs_input_grad[1]:
+                candidate_grad.addmm_(slopes.T, some)
+        return torch.cat(anchor_grads), candidate_grad if ctx.needs_input_grad[1] else None, None, None
 
 
-def _masked_logits(
-    rows: torch.Tensor, candidates: torch.Tensor, temperature: float, valid: torch.Tensor
-) -> torch.Tensor:
-    logits = rows @ candidates.T / temperature
-    return logits.masked_fill(~valid, NEVER)
+def _chunks(num_candidates: int, *tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """Each tensor `(R, ...)` in parts of so many rows that a part's similarities stay small."""
+    rows = max(1, MAX_SIMILARITIES // max(1, num_candidates))
+    return [tensor.split(rows) for tensor in tensors]
 
 
-def _mean_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+def _mean_over_valid(per_row: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """Mean over the valid rows of all processes, as this process's share of an average over processes."""
-    per_row = torch.logsumexp(logits, dim=1) - logits.gather(1, targets.unsqueeze(1)).squeeze(1)
-    per_row = torch.where(valid, per_row, 0.0)
     count = valid.sum().to(per_row.dtype)
     mean_count = all_reduce_sum(count) / world_size()
-    return per_row.sum() / mean_count.clamp(min=1)
+    return torch.where(valid, per_row, 0.0).sum() / mean_count.clamp(min=1)

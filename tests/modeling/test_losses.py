@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from simipu_hf.modeling import losses
 from simipu_hf.modeling.losses import contrastive_loss
 
 ROWS, WIDTH, TEMPERATURE = 30, 8, 0.07
@@ -63,6 +64,17 @@ def test_a_batch_without_any_pair_has_zero_loss_and_gradient(pairs):
     loss.backward()
     assert loss.item() == 0
     assert anchors.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("most", [1, 100, 10**6])
+def test_gradient_equals_the_definitions_whatever_is_held_at_a_time(pairs, most, monkeypatch):
+    monkeypatch.setattr(losses, "MAX_SIMILARITIES", most)
+    anchors, positives = pairs
+    contrastive_loss(anchors, positives, TEMPERATURE, everything(), symmetric=True).loss.backward()
+    ours = [tensor.grad.clone() for tensor in pairs]
+    expected = torch.autograd.grad((by_definition(anchors, positives) + by_definition(positives, anchors)) / 2, pairs)
+    for actual, wanted in zip(ours, expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-12)
 
 
 def test_accuracies_equal_top_k(pairs):
