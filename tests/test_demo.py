@@ -1,0 +1,238 @@
+"""The demo at its smallest: every stage runs, the report needs nothing else, failures are clean."""
+
+import json
+import re
+import subprocess
+import sys
+from html import unescape
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors.torch import load_file, save_file
+
+import simipu_hf.demo
+from simipu_hf.data.depth_samples import DepthFrame, DepthPreprocessing
+from simipu_hf.data.rows import points_from_row
+from simipu_hf.demo import DemoSettings, copy_frames, demo, load_rows, prepare_output_dir
+from simipu_hf.errors import SimIPUError
+from simipu_hf.evaluation.linear_probe import fit_linear_depth_probe
+from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
+from simipu_hf.report import write_report
+from simipu_hf.training.command import TrainingInterrupted
+
+TINY = DemoSettings(
+    num_frames=10,
+    image_size=(32, 96),
+    image_encoder="resnet10t",
+    num_points=1024,
+    per_device_train_batch_size=2,
+    max_steps=2,
+)
+STAGES = ("data", "pretraining", "encoder", "depth", "pictures")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The folder of a finished demo."""
+    folder = tmp_path_factory.mktemp("demo") / "simipu_demo"
+    report = demo(folder, settings=TINY)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    PartialState._reset_state()
+    assert report == folder / "report.html"
+    return folder
+
+
+class References(HTMLParser):
+    """Everything that a page would fetch, also inside its frames."""
+
+    FETCHES = {"src", "srcset", "data", "poster", "action", "background"}  # noqa: RUF012
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.fetched: list[str] = []
+        self.tags: list[str] = []
+        self.sections: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        values = dict(attributes)
+        self.fetched += [value for name, value in attributes if name in self.FETCHES]
+        if tag == "link":
+            self.fetched.append(values["href"])
+        if tag == "section":
+            self.sections.append(values["id"])
+        if "srcdoc" in values:
+            self.fetched += References(values["srcdoc"]).fetched
+
+
+def test_report_needs_no_other_file(made):
+    text = (made / "report.html").read_text(encoding="utf-8")
+    page = References(text)
+    assert page.fetched
+    assert all(value.startswith("data:") for value in page.fetched)
+    assert not re.search(r"url\((?!data:)|@import|fetch\(|XMLHttpRequest", unescape(text))
+    assert "default-src 'none'" in text
+    assert page.tags.count("img") == 7
+    assert page.tags.count("iframe") == 1
+    assert page.sections == [
+        *("what-was-done", "the-data", "two-views", "training", "features", "retrieval", "in-3-d", "depth"),
+        *("use-the-encoder", "next-steps"),
+    ]
+
+
+def test_results_hold_every_stage(made):
+    results = json.loads((made / "results.json").read_text(encoding="utf-8"))
+    stages = results["stages"]
+    assert tuple(stages) == STAGES
+    assert all(stages[name]["seconds"] >= 0 for name in STAGES)
+    assert (stages["data"]["train_frames"], stages["data"]["held_out_frames"]) == (8, 2)
+    assert stages["pretraining"]["held_out"]["inter_modal_loss"] > 0
+    assert stages["encoder"]["weights_equal"]
+    assert set(stages["depth"]["metrics"]) == {"scratch", "pretrained"}
+    assert all((made / name).is_file() for name in stages["pictures"]["files"])
+
+
+def test_closing_words_say_what_where_and_next(made):
+    results = json.loads((made / "results.json").read_text(encoding="utf-8"))
+    words = simipu_hf.demo.closing_words(results)
+    for part in ("report.html", "run/image_encoder", "results.json", "features_only=True", "simipu-hf pretrain"):
+        assert part in words
+
+
+LOAD = """
+import sys
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+assert not any(name.startswith("simipu_hf") for name in sys.modules)
+model = timm.create_model(f"local-dir:{sys.argv[1]}", pretrained=True, features_only=True).eval()
+with torch.no_grad():
+    maps = model(load_file(sys.argv[2])["image"])
+save_file({str(stage): map.contiguous() for stage, map in enumerate(maps)}, sys.argv[3])
+"""
+
+
+def test_plain_timm_gives_the_features_of_the_trained_encoder(made, tmp_path):
+    image = torch.randn(1, 3, 32, 96, generator=torch.Generator().manual_seed(0))
+    save_file({"image": image}, tmp_path / "image.safetensors")
+    command = [sys.executable, "-c", LOAD, made / "run" / "image_encoder", tmp_path / "image.safetensors"]
+    subprocess.run([*map(str, command), str(tmp_path / "maps.safetensors")], check=True)
+    maps = load_file(tmp_path / "maps.safetensors")
+    trained = SimIPUForPreTraining.from_pretrained(made / "run").simipu.image_encoder.eval()
+    with torch.no_grad():
+        expected = trained.forward_intermediates(image, intermediates_only=True)
+    assert len(maps) == len(expected)
+    for stage, feature in enumerate(expected):
+        torch.testing.assert_close(maps[str(stage)], feature, rtol=0, atol=1e-6)
+
+
+def test_a_changed_weight_is_noticed(made, tmp_path):
+    run = tmp_path / "run"
+    simipu_hf.demo.shutil.copytree(made / "run", run)
+    file = run / "image_encoder" / "model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if name.endswith("weight"))
+    weights[name] = weights[name] + 1e-3
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(SimIPUError, match=re.escape(name)):
+        simipu_hf.demo.check_encoder(run, load_rows(made / "frames", "validation")[0])
+
+
+def test_an_existing_folder_is_kept(made, tmp_path):
+    with pytest.raises(SimIPUError, match="not empty"):
+        demo(made, settings=TINY)
+    (tmp_path / "thesis.txt").write_text("years of work", encoding="utf-8")
+    with pytest.raises(SimIPUError, match=r"more than a demo \(thesis.txt\)"):
+        demo(tmp_path, settings=TINY, overwrite_output_dir=True)
+    assert (tmp_path / "thesis.txt").exists()
+    with pytest.raises(SimIPUError, match="lies in --output_dir"):
+        demo(made, data_dir=made / "frames", settings=TINY, overwrite_output_dir=True)
+    assert (made / "report.html").exists()
+
+
+def test_overwriting_removes_an_earlier_demo(tmp_path):
+    for name in ("frames", "run", ".frames.partial-1"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "report.html").write_text("old", encoding="utf-8")
+    prepare_output_dir(tmp_path, None, overwrite=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_data_dir_is_named_before_anything_is_written(tmp_path):
+    with pytest.raises(SimIPUError, match="nothing_here"):
+        demo(tmp_path / "out", data_dir=tmp_path / "nothing_here", settings=TINY)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"), [(SimIPUError("no luck"), SimIPUError), (KeyboardInterrupt(), TrainingInterrupted)]
+)
+def test_a_failed_stage_is_named_and_leaves_no_report(tmp_path, monkeypatch, error, kind):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(simipu_hf.demo, "make_frames", lambda *args: {})
+    monkeypatch.setattr(simipu_hf.demo, "pretrain", fail)
+    with pytest.raises(kind, match=r"stage 2 of 6 \(pre-training.*No report was written"):
+        demo(tmp_path / "out", settings=TINY)
+    assert not (tmp_path / "out" / "report.html").exists()
+
+
+def test_a_report_that_cannot_be_written_leaves_the_old_one(made, tmp_path):
+    old = tmp_path / "report.html"
+    old.write_text("old", encoding="utf-8")
+    results = json.loads((made / "results.json").read_text(encoding="utf-8"))
+    with pytest.raises(FileNotFoundError):
+        write_report(results, old)  # its pictures are not beside it
+    assert old.read_text(encoding="utf-8") == "old"
+
+
+def test_linear_probe_is_ridge_regression():
+    generator = np.random.default_rng(0)
+    preprocessing = DepthPreprocessing(False, (32, 64))
+    frames = []
+    for name in "ab":
+        depth = generator.uniform(2, 60, (32, 64)).astype(np.float32) * (generator.random((32, 64)) < 0.2)
+        frames.append(DepthFrame(name, generator.integers(0, 255, (32, 64, 3), dtype=np.uint8), depth, depth))
+    encoder = timm.create_model("resnet10t", num_classes=0).eval()
+    probe = fit_linear_depth_probe(encoder, frames, preprocessing, stages=(2, 4), ridge=0.3, pixels_per_frame=9999)
+
+    def rows(frame):  # the features of every pixel, enlarged as a whole
+        with torch.no_grad():
+            maps = encoder.forward_intermediates(preprocessing.normalize(frame.image)[None], intermediates_only=True)
+        enlarged = [F.interpolate(maps[stage], size=(32, 64), mode="bilinear")[0] for stage in (2, 4)]
+        return torch.cat(enlarged).permute(1, 2, 0).double().numpy()
+
+    known = [frame.depth > 0 for frame in frames]
+    x = np.concatenate([rows(frame)[mask] for frame, mask in zip(frames, known, strict=True)])
+    y = np.concatenate([np.log(frame.depth[mask]) for frame, mask in zip(frames, known, strict=True)])
+    mean, deviation = x.mean(0), np.maximum(x.std(0), 1e-6)  # some features are 0 everywhere
+    padded_x = np.concatenate([(x - mean) / deviation, np.sqrt(0.3 * len(x)) * np.eye(x.shape[1])])
+    padded_y = np.concatenate([y - y.mean(), np.zeros(x.shape[1])])
+    weight = np.linalg.lstsq(padded_x, padded_y, rcond=None)[0]
+    expected = np.exp((rows(frames[0]) - mean) / deviation @ weight + y.mean())
+    np.testing.assert_allclose(probe.predict(frames[0], preprocessing), expected, rtol=1e-3)
+
+
+def test_frames_are_copied_unchanged(made, tmp_path):
+    copy_frames(made / "frames", tmp_path / "frames", num_frames=6)
+    for split, count in (("train", 5), ("validation", 1)):
+        copies, originals = load_rows(tmp_path / "frames", split), load_rows(made / "frames", split)
+        assert list(copies["frame_id"]) == list(originals["frame_id"])[:count]
+        assert np.array_equal(np.asarray(copies[0]["image"]), np.asarray(originals[0]["image"]))
+        assert np.array_equal(points_from_row(copies[0]), points_from_row(originals[0]))
+
+
+def test_a_set_without_validation_split_holds_out_its_last_frames(kitti_raw_mini, tmp_path):
+    copy_frames(kitti_raw_mini, tmp_path / "frames", num_frames=10)
+    train, held_out = (list(load_rows(tmp_path / "frames", split)["frame_id"]) for split in ("train", "validation"))
+    assert (len(train), len(held_out)) == (8, 2)
+    assert not set(train) & set(held_out)
