@@ -51,7 +51,9 @@ from simipu_hf.training.loop import (
     TrainingSettings,
     create_accelerator,
     exit_code_of,
+    iterate,
     move_into,
+    quiet_worker,
     train,
 )
 from simipu_hf.training.optimization import Optimization, OptimizerSettings, create_optimizer, create_schedule
@@ -342,12 +344,13 @@ def create_evaluation(
             batch_sampler=[list(key) for key in keys],
             collate_fn=collate_two_views,
             num_workers=flags.dataloader_num_workers,
+            worker_init_fn=quiet_worker,
             generator=torch.Generator(),  # or it would draw from the random state that training goes on with
         )
         sums: dict[str, float] = {}
         model.eval()
-        with torch.no_grad(), accelerator.autocast():
-            for batch in loader:
+        with torch.no_grad(), accelerator.autocast(), iterate(loader) as batches:
+            for batch in batches:
                 for name, value in evaluate_batch(model, send_to_device(batch, accelerator.device)).items():
                     sums[name] = sums.get(name, 0.0) + value / len(keys)
         model.train()
@@ -381,10 +384,21 @@ def compile_image_encoder(model: SimIPUForPreTraining) -> None:
     """Compile the image encoder; the point branch's index operations gain nothing from it.
 
     Raises:
-        SimIPUError: this machine cannot compile.
+        SimIPUError: together with gradient checkpointing, whose second forward would count the batch statistics
+            twice; or at the first step, where this machine cannot compile.
     """
     encoder = model.simipu.image_encoder
-    encoder.forward_intermediates = torch.compile(encoder.forward_intermediates)
+    if getattr(encoder, "grad_checkpointing", False):
+        raise SimIPUError("--torch_compile and --gradient_checkpointing exclude each other: leave one out")
+    compiled = torch.compile(encoder.forward_intermediates)
+
+    def forward_intermediates(*inputs: Any, **settings: Any) -> Any:
+        try:
+            return compiled(*inputs, **settings)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise SimIPUError(f"--torch_compile: this machine cannot compile the image encoder ({error})") from error
+
+    encoder.forward_intermediates = forward_intermediates
 
 
 def create_uploader(accelerator: Accelerator, flags: TrainingArguments) -> HubUploader | None:

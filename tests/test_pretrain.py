@@ -267,6 +267,7 @@ def test_a_gradient_can_be_clipped(run):
         (["--lr_scheduler_type", "step"], "choose from exponential"),
         (["--learning_rate", "-1"], "at least 0"),
         (["--push_to_hub"], "--hub_model_id"),
+        (["--torch_compile", "--gradient_checkpointing"], "exclude each other"),
     ],
 )
 def test_refuses_bad_values_before_writing(run, tmp_path, flags, message):
@@ -341,6 +342,13 @@ def test_kill_at_random_moments(frames, tmp_path):
         process.wait()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     assert_same_result(whole, out)
+
+
+@pytest.mark.skipif(os.geteuid() == 0 if hasattr(os, "geteuid") else True, reason="root may write anywhere")
+def test_read_only_output_folder(run, tmp_path):
+    (tmp_path / "out").mkdir(mode=0o500)
+    with pytest.raises(SimIPUError, match="cannot be written to"):
+        run("out")
 
 
 def test_threads_do_not_matter_for_signals(run):

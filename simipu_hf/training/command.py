@@ -26,7 +26,7 @@ def exit_code_of(run: Callable[[], Any]) -> int:
     except TrainingInterrupted as stopped:
         print(stopped, file=sys.stderr)
         return stopped.exit_code
-    except SimIPUError as error:
+    except (SimIPUError, OSError) as error:  # OSError: a full disk, a missing permission
         if os.environ.get("SIMIPU_DEBUG"):
             raise
         print(f"error: {error}", file=sys.stderr)

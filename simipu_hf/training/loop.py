@@ -8,7 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,9 @@ __all__ = [
     "accumulate_gradients",
     "create_accelerator",
     "exit_code_of",
+    "iterate",
     "move_into",
+    "quiet_worker",
     "train",
 ]
 
@@ -150,15 +152,14 @@ def train(accelerator: Accelerator, job: TrainingJob, settings: TrainingSettings
     optimization = job.create_optimization(job.model)
     first_step = 0 if checkpoint is None else checkpoint.step
     sampler = create_sampler(accelerator, len(job.dataset), settings, first_step)
-    batches = iter(create_loader(accelerator, job, settings, sampler))
+    loader = create_loader(accelerator, job, settings, sampler)
     logger = _create_logger(accelerator, job, settings, first_step)
     watch = Watch(lambda text: logger.message(f"warning: {text}"))
-    if checkpoint is not None:
-        _restore(checkpoint, accelerator, optimization, logger)
-        logger.message(f"resumed from {checkpoint.path}")
-
     try:
-        with StopRequest() as stop:
+        with StopRequest() as stop, iterate(loader) as batches:
+            if checkpoint is not None:
+                _restore(checkpoint, accelerator, optimization, logger)
+                logger.message(f"resumed from {checkpoint.path}")
             for step in range(first_step, settings.total_steps):
                 started = time.perf_counter()
                 learning_rates = optimization.learning_rates()
@@ -172,23 +173,22 @@ def train(accelerator: Accelerator, job: TrainingJob, settings: TrainingSettings
                 watch.look(step + 1, values, data_wait / (time.perf_counter() - started))
 
                 done = step + 1 == settings.total_steps
-                if job.evaluate and settings.eval_steps and ((step + 1) % settings.eval_steps == 0 or done):
+                if job.evaluate and (_is_due(step + 1, settings.eval_steps) or (done and settings.eval_steps)):
                     with logger.pause_clock():
                         logger.write(step + 1, {f"eval/{name}": v for name, v in job.evaluate().items()})
-                if (
-                    done
-                    or stopping
-                    or (settings.checkpointing_steps and (step + 1) % settings.checkpointing_steps == 0)
-                ):
+                if done or stopping or _is_due(step + 1, settings.checkpointing_steps):
                     with logger.pause_clock():
                         saved = _save(accelerator, step + 1, job, settings, optimization, logger)
                 if stopping and not done:
                     raise _interrupted(step + 1, settings, stop, saved)
     finally:
-        del batches  # ends the workers
         logger.close()
     on_main_process(accelerator, job.finish, settings.output_dir)
     return settings.output_dir
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def accumulate_gradients(
@@ -269,16 +269,31 @@ def create_loader(
         collate_fn=job.collate,
         num_workers=settings.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
-        worker_init_fn=_quiet_worker,
+        worker_init_fn=quiet_worker,
         generator=torch.Generator().manual_seed(settings.seed),  # or it would draw from the global random state
     )
 
 
-def _quiet_worker(worker: int) -> None:
+def quiet_worker(worker: int) -> None:
     """Signals to the whole process group are for the main process, which needs its workers to finish the step."""
     for number in StopRequest.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+
+
+@contextmanager
+def iterate(loader: DataLoader) -> Iterator[Iterator[Batch]]:
+    """`with iterate(loader) as batches`: ends the workers whatever happens.
+
+    Workers that ignore signals have to be told: a process that ends by an exception would wait for them for ever.
+    """
+    batches = iter(loader)
+    try:
+        yield batches
+    finally:
+        shutdown = getattr(batches, "_shutdown_workers", None)
+        if shutdown is not None:
+            shutdown()
 
 
 def _open_run(accelerator: Accelerator, job: TrainingJob, settings: TrainingSettings) -> Checkpoint | None:
