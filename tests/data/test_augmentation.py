@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
 from simipu_hf.data.augmentation import TwoViewAugmentation, two_view_sample, view_transform
 from simipu_hf.data.collate import collate_two_views
 from simipu_hf.data.pretraining_dataset import TwoViewDataset
 from simipu_hf.errors import SimIPUError
+from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
 WIDTH, HEIGHT = 250, 120
 CAMERA_PROJECTION = np.array([[150.0, 0, 124.5, 11.0], [0, 145.0, 59.5, -3.0], [0, 0, 1, 0.002]])

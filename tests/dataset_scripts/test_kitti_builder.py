@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
 from simipu_hf.dataset_scripts import kitti
 
 

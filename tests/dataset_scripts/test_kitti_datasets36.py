@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from simipu_hf.dataset_scripts import kitti
 
 READ = """

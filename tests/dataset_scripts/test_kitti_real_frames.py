@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
 from simipu_hf.dataset_scripts.kitti import OBJECT_TYPES, Kitti
 
 
