@@ -245,6 +245,26 @@ def visualize(
     print(*written, sep="\n")
 
 
+@app.command()
+def demo(
+    output_dir: OutputDir = "simipu_demo",
+    data_dir: DataDir = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the drive, the weights and the order of frames.")] = 0,
+    overwrite_output_dir: Annotated[
+        bool, typer.Option("--overwrite_output_dir", help="Delete what an earlier demo left there.")
+    ] = False,
+) -> None:
+    """The main job in minutes: data, pre-training, export, loading, a depth probe, and a report to look at.
+
+    simipu-hf demo --output_dir simipu_demo
+
+    simipu-hf demo --data_dir KITTI
+    """
+    from simipu_hf.demo import demo as run
+
+    run(output_dir, data_dir, seed, overwrite_output_dir)
+
+
 @data_app.command("inspect")
 def data_inspect(
     data_dir: DataDir = None,
