@@ -7,11 +7,11 @@ Without a data set it drives through streets generated on the spot. Read `demo` 
 """
 
 import contextlib
-import itertools
 import math
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from simipu_hf.compare_depth import estimate_batch_norm, load_encoders
 from simipu_hf.data.depth_samples import DepthFrame, DepthPreprocessing
 from simipu_hf.data.depth_targets import KB_CROP
 from simipu_hf.data.loading import find_source, load_pretraining_dataset, source_splits
-from simipu_hf.data.rows import ROW_FEATURES
+from simipu_hf.data.rows import ROW_FEATURES, dataset_from_rows
 from simipu_hf.data.synthetic import synthesize_drive
 from simipu_hf.errors import SimIPUError
 from simipu_hf.evaluation.depth import evaluate_maps, write_json
@@ -56,7 +56,7 @@ from simipu_hf.visualization.style import (
 )
 
 REPORT, RESULTS = "report.html", "results.json"
-FRAMES, RUN, PICTURES = "frames", "run", "pictures"
+DRIVE, FRAMES, RUN, PICTURES = "drive", "frames", "run", "pictures"
 VALIDATION_SHARE = 0.2
 PRETRAINED, RANDOM = "pretrained", "scratch"  # names of the two encoders of the probe
 
@@ -101,8 +101,9 @@ def demo(
 ) -> Path:
     """Pre-train a small SimIPU, load its image encoder elsewhere, probe it for depth, and write a report of it all.
 
-    Writes into `output_dir`: `frames/` (the data), `run/` (the pre-training run with its `image_encoder/`),
-    `pictures/`, `results.json` (what every stage found), and last `report.html`, one file that needs no other.
+    Writes into `output_dir`: `drive/` (the generated data, in KITTI layout), `frames/` (the same as rows, what the
+    stages read), `run/` (the pre-training run with its `image_encoder/`), `pictures/`, `results.json` (what every
+    stage found), and last `report.html`, one file that needs no other.
 
     Args:
         output_dir: new or empty.
@@ -229,7 +230,7 @@ def prepare_output_dir(output_dir: Path, data_dir: str | os.PathLike | None, ove
             f"--output_dir {output_dir} is not empty: choose another folder, or replace an earlier demo in it with "
             "--overwrite_output_dir"
         )
-    ours = (FRAMES, RUN, PICTURES, REPORT, RESULTS)
+    ours = (DRIVE, FRAMES, RUN, PICTURES, REPORT, RESULTS)
     # a stage that was killed may have left a hidden file beside what it was writing
     strangers = [
         path.name for path in found if path.name not in ours and not path.name.startswith(tuple("." + n for n in ours))
@@ -250,10 +251,10 @@ def prepare_output_dir(output_dir: Path, data_dir: str | os.PathLike | None, ove
 def make_frames(
     frames_dir: Path, data_dir: str | os.PathLike | None, settings: DemoSettings, seed: int
 ) -> dict[str, Any]:
-    """Generate a drive in KITTI layout, or copy the first frames of a data set, into `frames_dir`."""
+    """Copy the first frames of a data set, of a generated drive where there is none, into `frames_dir`."""
     if data_dir is None:
-        synthesize_drive(
-            frames_dir,
+        data_dir = synthesize_drive(
+            frames_dir.with_name(DRIVE),
             num_frames=settings.num_frames,
             image_size=settings.image_size,
             seed=seed,
@@ -264,8 +265,8 @@ def make_frames(
         )
         source = "synthetic streets in KITTI layout, each with its own light and calibration"
     else:
-        copy_frames(data_dir, frames_dir, settings.num_frames)
-        source = f"the first frames of {data_dir}"
+        source = f"the first frames of {os.fspath(data_dir)}"
+    copy_frames(data_dir, frames_dir, settings.num_frames)
     train, held_out = load_rows(frames_dir, "train"), load_rows(frames_dir, "validation")
     width, height = held_out[0]["image"].size
     return {
@@ -285,30 +286,33 @@ def copy_frames(data_dir: str | os.PathLike, frames_dir: Path, num_frames: int) 
     """
     source = os.fspath(data_dir)
     splits = source_splits(source, *find_source(source, None))
+    train = splits[0] if splits and "train" not in splits else "train"
     validation = next((name for name in ("validation", "val") if name in splits), None)
-    train = "train" if "train" in splits or not splits else splits[0]
     held_out = max(1, round(VALIDATION_SHARE * num_frames))
-    if validation is None:
-        rows = read_first(source, train, num_frames)
-        held_out = max(1, round(VALIDATION_SHARE * len(rows)))
-        parts = {"train": rows[:-held_out], "validation": rows[-held_out:]}
-    else:
-        parts = {
-            "train": read_first(source, train, num_frames - held_out),
-            "validation": read_first(source, validation, held_out),
-        }
-    features = datasets.Features({**ROW_FEATURES, "image": datasets.Image()})
-    with written_aside(frames_dir) as aside:
-        datasets.DatasetDict(
-            {name: datasets.Dataset.from_list(rows, features=features) for name, rows in parts.items()}
-        ).save_to_disk(aside)
+    # beside the folder, not in the cache of datasets, where every demo would leave its frames
+    with (
+        written_aside(frames_dir) as aside,
+        tempfile.TemporaryDirectory(
+            prefix=f".{FRAMES}-", dir=frames_dir.parent, ignore_cleanup_errors=True
+        ) as scratch,
+    ):
+        if validation is None:
+            rows = dataset_from_rows(read_first(source, train, num_frames), scratch)
+            parts = rows.train_test_split(VALIDATION_SHARE, shuffle=False)
+            parts = {"train": parts["train"], "validation": parts["test"]}
+        else:
+            parts = {
+                "train": dataset_from_rows(read_first(source, train, num_frames - held_out), scratch),
+                "validation": dataset_from_rows(read_first(source, validation, held_out), scratch),
+            }
+        datasets.DatasetDict(parts).save_to_disk(aside)
 
 
-def read_first(source: str, split: str, count: int) -> list[dict[str, Any]]:
+def read_first(source: str, split: str, count: int) -> Iterator[dict[str, Any]]:
     """The first rows of a split, their images still encoded."""
     stream = load_pretraining_dataset(data_dir=source, split=split, streaming=True)
     rows = stream.select_columns(list(ROW_FEATURES)).cast_column("image", datasets.Image(decode=False))
-    return list(tqdm(itertools.islice(rows, count), total=count, desc=f"{split} frames", unit="frame", leave=False))
+    yield from tqdm(rows.take(count), total=count, desc=f"{split} frames", unit="frame", leave=False)
 
 
 def load_rows(frames_dir: Path, split: str) -> datasets.Dataset:
@@ -395,7 +399,7 @@ def check_encoder(run_dir: Path, row: dict[str, Any]) -> dict[str, Any]:
         "weights_equal": True,
         "largest_feature_difference": difference,
         "feature_shapes": [list(feature.shape[1:]) for feature in maps],
-        "message": f"weights equal, features differ by at most {difference:.1g}",
+        "message": "the weights that were trained, and the same features",
     }
 
 
@@ -438,7 +442,7 @@ def probe_depth(run_dir: Path, frames_dir: Path, picture: Path, settings: DemoSe
 def draw_depth(frame: DepthFrame, predictions: dict[str, np.ndarray]) -> Figure:
     """The image, its LiDAR depth, and predictions, all on one scale in metres."""
     height, width = frame.full_depth.shape
-    figure = new_figure(12.5, 12.5 * height / width + 1.2)
+    figure = new_figure(12.5, 2 * 5.75 * height / width + 0.9)  # each panel is about 5.75 inches wide
     panels = list(figure.subplots(2, 2).flat)
     style_axes(panels[0], f"{frame.frame_id}: image").imshow(frame.image)
     known = np.ma.masked_equal(frame.full_depth, 0)

@@ -9,7 +9,6 @@ from typing import Any
 
 from simipu_hf.evaluation.depth import HIGHER_IS_BETTER
 from simipu_hf.hub.files import written_aside
-from simipu_hf.version import __version__
 
 SHOWN_METRICS = {"abs_rel": "AbsRel", "rmse": "RMSE (m)", "silog": "SILog", "a1": "δ &lt; 1.25"}
 
@@ -41,8 +40,8 @@ _PAGE = Template("""<!DOCTYPE html>
   figure img { width: 100%; height: auto; display: block; border: 1px solid var(--line); border-radius: 8px; }
   iframe { width: 100%; height: 620px; border: 1px solid var(--line); border-radius: 8px; background: #14171c; }
   table { border-collapse: collapse; margin: 12px 0; display: block; overflow-x: auto; }
-  th, td { border-bottom: 1px solid var(--line); padding: 6px 16px 6px 0; text-align: left; white-space: nowrap; }
-  td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+  th, td { border-bottom: 1px solid var(--line); padding: 6px 16px 6px 0; text-align: left; vertical-align: top; }
+  td.number, th.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
   pre { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: 12px 16px; }
   pre { overflow-x: auto; }
   code, pre { font: 14px/1.5 ui-monospace, monospace; }
@@ -105,7 +104,7 @@ def write_report(results: dict[str, Any], path: Path) -> Path:
             "For a near, a middle and a far point: how similar each place of the image is to it, and where the point "
             "really is. The frame was held out.",
         )
-        + _recall(stages["pretraining"]["held_out"]),
+        + _recall(stages["pretraining"]["held_out"], stages["encoder"]["feature_shapes"]),
         "In 3-D": "<p>Drag to rotate, wheel or pinch to zoom; choose the colours at the top left. "
         f"The same page on its own: <code>{escape(scene.relative_to(folder).as_posix())}</code>.</p>"
         f'<iframe title="The scan in 3-D" sandbox="allow-scripts" '
@@ -138,9 +137,9 @@ def _tiles(stages: dict[str, Any]) -> str:
             f"{held_out['inter_modal_loss']:.2f}",
             f"image-point loss on held-out frames; a guess has {held_out['inter_modal_chance']:.2f}",
         ),
-        ("equal", f"weights loaded by timm and by transformers: a {stages['encoder']['architecture']}"),
+        ("equal", f"weights and features in plain timm and transformers: a {stages['encoder']['architecture']}"),
         (
-            f"{depth['abs_rel_change_percent']:+.0f} %",
+            f"{depth['abs_rel_change_percent']:+.0f} %".replace("-", "\N{MINUS SIGN}"),
             f"depth error (AbsRel) against random weights: {metrics['pretrained']['abs_rel']:.3f} instead of "
             f"{metrics['scratch']['abs_rel']:.3f}",
         ),
@@ -163,8 +162,8 @@ def _what_was_done(results: dict[str, Any]) -> str:
         f"{width} x {height} pixels, {data['points_per_scan']:,} points a scan",
         "pretraining": f"{pretraining['steps']} steps of {pretraining['rows_per_step']} frames, "
         f"{pretraining['seconds_per_step']:.2f} s a step, without labels",
-        "encoder": f"{encoder['architecture']}, {encoder['parameters'] / 1e6:.1f} million parameters; features equal "
-        f"to within {encoder['largest_feature_difference']:.1g}",
+        "encoder": f"{encoder['architecture']}, {encoder['parameters'] / 1e6:.1f} million parameters; the same "
+        "weights and features in both",
         "depth": f"linear map on frozen features, fitted to the LiDAR depth of {depth['train_frames']} frames, tested "
         f"on {depth['test_frames']} held-out ones",
         "pictures": f"of a held-out frame, in {Path(stages['pictures']['files'][0]).parent.as_posix()}/",
@@ -175,17 +174,19 @@ def _what_was_done(results: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     return (
         _table(["stage", "what", "seconds"], rows)
-        + f'<p class="faint">simipu-hf {__version__}, seed {results["seed"]}. {escape(packages)}.</p>'
+        + f'<p class="faint">Seed {results["seed"]}; {escape(packages)}.</p>'
     )
 
 
-def _recall(held_out: dict[str, Any]) -> str:
+def _recall(held_out: dict[str, Any], feature_shapes: Sequence[Sequence[int]]) -> str:
     share = held_out.get("recall_within_2_cells")
     if share is None:
         return ""
+    _, height, width = feature_shapes[-3]  # the finest of the stages that the model compares with points
+    chance = min(1.0, 13 / (height * width))  # 13 cells have their centre within two cells of another's
     return (
-        f"<p>Over all held-out frames, the most similar place lies within two feature cells of the true one for "
-        f"{share:.0%} of the points.</p>"
+        "<p>Over all held-out frames, the most similar place lies within two feature cells of the true one for "
+        f"{share:.0%} of the points; a place drawn at random would for about {chance:.1%}.</p>"
     )
 
 
@@ -210,7 +211,11 @@ def _depth(depth: dict[str, Any], picture: Path) -> str:
         f"{verdict} The random weights are of one seed; <code>simipu-hf compare-depth</code> trains a decoder, and "
         "the encoder with it, over several.</p>"
         + _table(head, rows)
-        + _figure(picture, "A held-out frame. Near is red, far is blue; the scale is logarithmic.")
+        + _figure(
+            picture,
+            "A held-out frame. Near is red, far is blue; the scale is logarithmic. No LiDAR point falls on the sky: "
+            "what is predicted there was never asked for.",
+        )
     )
 
 
@@ -236,13 +241,12 @@ features = model(torch.randn(1, 3, 96, 320)).last_hidden_state'''
 
 
 def _next_steps(results: dict[str, Any]) -> str:
-    encoder = results["stages"]["encoder"]["path"]
-    commands = f"""# look at your data first, then pre-train on it (KITTI layout, Parquet, or a data set of the Hub)
+    commands = """# look at your data first, then pre-train on it (KITTI layout, Parquet, or a data set of the Hub)
 simipu-hf data inspect --data_dir KITTI
 simipu-hf pretrain --data_dir KITTI --output_dir my_run
 
-# does it help? fine-tune for depth from this encoder and from random weights, over several seeds
-simipu-hf compare-depth --image_encoders simipu={encoder} --train_frames KITTI#train --test_frames KITTI#val \\
+# does it help? fine-tune for depth from that run and from random weights, over several seeds
+simipu-hf compare-depth --image_encoders simipu=my_run --train_frames KITTI#train --test_frames KITTI#val \\
     --image_size 96 320 --output_dir comparison"""
     synthetic = results["data_dir"] is None
     limits = (

@@ -159,7 +159,7 @@ def test_an_existing_folder_is_kept(made, tmp_path):
 
 
 def test_overwriting_removes_an_earlier_demo(tmp_path):
-    for name in ("frames", "run", ".frames.partial-1"):
+    for name in ("drive", "frames", "run", ".drive.partial-1"):
         (tmp_path / name).mkdir()
     (tmp_path / "report.html").write_text("old", encoding="utf-8")
     prepare_output_dir(tmp_path, None, overwrite=True)
@@ -229,6 +229,7 @@ def test_frames_are_copied_unchanged(made, tmp_path):
         assert list(copies["frame_id"]) == list(originals["frame_id"])[:count]
         assert np.array_equal(np.asarray(copies[0]["image"]), np.asarray(originals[0]["image"]))
         assert np.array_equal(points_from_row(copies[0]), points_from_row(originals[0]))
+    assert [path.name for path in tmp_path.iterdir()] == ["frames"]
 
 
 def test_a_set_without_validation_split_holds_out_its_last_frames(kitti_raw_mini, tmp_path):
