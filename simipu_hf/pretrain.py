@@ -9,6 +9,7 @@ Read `pretrain` first, then `simipu_hf.training.loop.train`, the loop itself.
 import functools
 import json
 import math
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -432,6 +433,7 @@ def finish(
 ) -> None:
     """Write the final model into `output_dir`, and its image encoder into `image_encoder/`."""
     aside = output_dir / ".final.partial"
+    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed while finishing
     save_model(accelerator, model, processor, aside)
     export_image_encoder(aside, aside / "image_encoder", format="timm")
     move_into(aside, output_dir)

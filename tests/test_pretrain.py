@@ -308,6 +308,8 @@ def test_a_longer_run_continues_a_finished_one(run):
 def test_second_start_on_a_finished_run_only_finishes(run):
     out = run("out")
     before = weights(out)
+    (out / ".final.partial" / "image_encoder").mkdir(parents=True)  # as if it had been killed while finishing
+    (out / ".final.partial" / "image_encoder" / "config.json").write_text("{", encoding="utf-8")
     again = run("out", "--resume_from_checkpoint", "latest")
     assert all(torch.equal(before[name], value) for name, value in weights(again).items())
     assert len(metrics(again)) == 4
@@ -342,6 +344,30 @@ def test_kill_at_random_moments(frames, tmp_path):
         process.wait()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     assert_same_result(whole, out)
+
+
+def test_pushes_checkpoints_and_the_end(run, monkeypatch):
+    heard = []
+
+    class Uploader:
+        def __init__(self, repo_id, output_dir, strategy, private, token, encoder_repo_id, report):
+            heard.append((repo_id, strategy, private, token, encoder_repo_id))
+
+        def checkpoint_saved(self, path):
+            SimIPUForPreTraining.from_pretrained(path)
+            heard.append(path.name)
+
+        def finish(self):
+            heard.append("finish")
+
+    monkeypatch.setattr("simipu_hf.pretrain.HubUploader", Uploader)
+    flags = ("--push_to_hub", "--hub_model_id", "user/name", "--hub_private_repo", "--hub_token", "hf_secret")
+    out = run("out", *flags, "--hub_strategy", "checkpoint", "--encoder_repo_id", "user/encoder")
+    assert heard == [
+        ("user/name", "checkpoint", True, "hf_secret", "user/encoder"),
+        *("checkpoint-3", "checkpoint-6", "checkpoint-8", "finish"),
+    ]
+    assert "hf_secret" not in (out / "run.yaml").read_text(encoding="utf-8")
 
 
 @pytest.mark.skipif(os.geteuid() == 0 if hasattr(os, "geteuid") else True, reason="root may write anywhere")

@@ -49,6 +49,7 @@ def results(tmp_path_factory) -> Path:
         *("--num_points", "128", "--config_overrides", overrides, "--report_to", "none", "--max_steps", "6"),
         *("--per_device_train_batch_size", "1", "--logging_steps", "3", "--checkpointing_steps", "2"),
         *("--dataloader_num_workers", "1", "--learning_rate", "0.003", "--gradient_accumulation_steps", "2"),
+        *("--eval_steps", "3", "--validation_split", "train"),
     ]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -95,5 +96,6 @@ def test_two_processes_resume_to_the_bit(results):
     whole, resumed = load_file(results / "whole/model.safetensors"), load_file(results / "broken/model.safetensors")
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
     lines = [read_metrics(results / name / "metrics.jsonl") for name in ("whole", "broken")]
-    assert [line["loss"] for line in lines[0]] == [line["loss"] for line in lines[1]]
-    assert [line["step"] for line in lines[1]] == [3, 6]
+    for name in ("loss", "eval/loss", "eval/recall_within_2_cells"):
+        assert [line[name] for line in lines[0] if name in line] == [line[name] for line in lines[1] if name in line]
+    assert [line["step"] for line in lines[1]] == [3, 3, 6, 6]
