@@ -166,7 +166,7 @@ def run_stages(
 def a_core_for_loading() -> Iterator[None]:
     """Keeps PyTorch off one processor: threads that wait for one that a loading process holds up waste both."""
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, min(before, (os.cpu_count() or 1) - 1)))
+    torch.set_num_threads(max(1, before - 1))
     try:
         yield
     finally:
@@ -298,6 +298,8 @@ def copy_frames(data_dir: str | os.PathLike, frames_dir: Path, num_frames: int) 
     ):
         if validation is None:
             rows = dataset_from_rows(read_first(source, train, num_frames), scratch)
+            if len(rows) < 2:
+                raise SimIPUError(f"{source}: expected frames to train on and to hold out, found {len(rows)}")
             parts = rows.train_test_split(VALIDATION_SHARE, shuffle=False)
             parts = {"train": parts["train"], "validation": parts["test"]}
         else:
@@ -334,6 +336,9 @@ def pretraining_arguments(frames_dir: Path, run_dir: Path, settings: DemoSetting
         training=TrainingArguments(
             output_dir=str(run_dir),
             per_device_train_batch_size=settings.per_device_train_batch_size,
+            per_device_eval_batch_size=min(
+                settings.per_device_train_batch_size, len(load_rows(frames_dir, "validation"))
+            ),
             max_steps=settings.max_steps,
             seed=seed,
             dataloader_num_workers=1,
@@ -385,7 +390,10 @@ def check_encoder(run_dir: Path, row: dict[str, Any]) -> dict[str, Any]:
 
     weights = trained.state_dict()
     for loader, state in (("timm", pyramid.state_dict()), ("transformers", wrapped.timm_model.state_dict())):
-        different = [name for name in state if name not in weights or not torch.equal(state[name], weights[name])]
+        common = state.keys() & weights.keys()
+        different = sorted(
+            (state.keys() ^ weights.keys()) | {name for name in common if not torch.equal(state[name], weights[name])}
+        )
         if different:
             raise SimIPUError(f"{folder}: {loader} loaded other weights than were trained: {', '.join(different[:3])}")
     differences = [(a - b).abs().max().item() for a, b in zip(expected_maps, maps, strict=True)]
@@ -444,7 +452,7 @@ def draw_depth(frame: DepthFrame, predictions: dict[str, np.ndarray]) -> Figure:
     height, width = frame.full_depth.shape
     figure = new_figure(12.5, 2 * 5.75 * height / width + 0.9)  # each panel is about 5.75 inches wide
     panels = list(figure.subplots(2, 2).flat)
-    style_axes(panels[0], f"{frame.frame_id}: image").imshow(frame.image)
+    style_axes(panels[0], f"{frame.frame_id}: image").imshow(frame.image, extent=(0, width, height, 0))
     known = np.ma.masked_equal(frame.full_depth, 0)
     maps = {"LiDAR, the target": known, **{f"predicted, {name}": depth for name, depth in predictions.items()}}
     for axes, (title, depth) in zip(panels[1:], maps.items(), strict=True):
@@ -478,8 +486,8 @@ def closing_words(results: dict[str, Any]) -> str:
             f'      AutoModel.from_pretrained("{encoder}")',
             f"  {folder}/{RESULTS}   the numbers",
             "",
-            "Next: the same on real data, then a run of your own:",
-            "  simipu-hf demo --data_dir KITTI --output_dir kitti_demo",
+            "Next:",
+            *(["  simipu-hf demo --data_dir KITTI --output_dir kitti_demo"] if results["data_dir"] is None else []),
             "  simipu-hf pretrain --data_dir KITTI --output_dir my_run",
         ]
     )

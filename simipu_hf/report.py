@@ -92,7 +92,8 @@ def write_report(results: dict[str, Any], path: Path) -> Path:
             "training_curves",
             "Both losses, with the level of a uniform guess dashed: below it, something was learnt. Orange: frames "
             "that were not trained on.",
-        ),
+        )
+        + _learnt_by_heart(stages),
         "Features": picture(
             "_shared_features",
             "Image and points in the space in which they are compared. The colours are three principal components, "
@@ -175,6 +176,16 @@ def _what_was_done(results: dict[str, Any]) -> str:
     return (
         _table(["stage", "what", "seconds"], rows)
         + f'<p class="faint">Seed {results["seed"]}; {escape(packages)}.</p>'
+    )
+
+
+def _learnt_by_heart(stages: dict[str, Any]) -> str:
+    held_out = stages["pretraining"]["held_out"]
+    if held_out["inter_modal_loss"] < held_out["inter_modal_chance"]:
+        return ""
+    return (
+        f"<p>On held-out frames the inter-modal loss is no better than a guess: which point belongs to which pixel of "
+        f"{stages['data']['train_frames']} training frames was learnt by heart. More frames are what helps.</p>"
     )
 
 
