@@ -180,6 +180,7 @@ def test_a_failed_stage_is_named_and_leaves_no_report(tmp_path, monkeypatch, err
         raise error
 
     monkeypatch.setattr(simipu_hf.demo, "make_frames", lambda *args: {})
+    monkeypatch.setattr(simipu_hf.demo, "pretraining_arguments", lambda *args: None)
     monkeypatch.setattr(simipu_hf.demo, "pretrain", fail)
     with pytest.raises(kind, match=r"stage 2 of 6 \(pre-training.*No report was written"):
         demo(tmp_path / "out", settings=TINY)
