@@ -212,7 +212,8 @@ class SimIPUConfig(PreTrainedConfig):
         max_match_distance: matches between the two views farther apart than this, in metres, are dropped;
             `None` keeps every match, however far.
         mask_out_of_image: leave points that project outside the image out of the inter-modal pairs; if
-            false they stay, with a zero image feature, as positives and as negatives.
+            false they stay, with a zero image feature, as positives and as negatives, and features fade to
+            zero over the outer half of the border cells.
         projection_normalization: what pixel coordinates are divided by before sampling: `"batch"`, the
             padded size that the image encoder really saw; `"sample"`, each image's own size rounded up to a
             multiple of 32, which stretches every image but the batch's largest.

@@ -100,9 +100,13 @@ def inside_image(pixels: torch.Tensor, depth: torch.Tensor, image_sizes: torch.T
 
 
 def sample_feature_maps(
-    maps: Sequence[torch.Tensor], pixels: torch.Tensor, sizes: torch.Tensor, align_corners: bool
+    maps: Sequence[torch.Tensor],
+    pixels: torch.Tensor,
+    sizes: torch.Tensor,
+    align_corners: bool,
+    padding_mode: str = "zeros",
 ) -> torch.Tensor:
-    """Bilinear samples of several feature maps, concatenated: `(B, M, sum of C_s)`; zero outside.
+    """Bilinear samples of several feature maps, concatenated: `(B, M, sum of C_s)`.
 
     Args:
         maps: `(B, C_s, H_s, W_s)` each.
@@ -110,10 +114,14 @@ def sample_feature_maps(
         sizes: `(B, 2)`, the height and width in pixels that the maps are taken to cover.
         align_corners: true maps 0 and `sizes` to the outermost cell centres; false takes integer pixels as pixel
             centres and samples cells at theirs.
+        padding_mode: `"zeros"` outside the outermost cell centres, or `"border"`, the nearest cell.
     """
     width_height = sizes.flip(-1).unsqueeze(1).to(pixels.dtype)
     grid = (pixels if align_corners else pixels + 0.5) / width_height * 2 - 1
     sampled = [
-        F.grid_sample(m.to(grid.dtype), grid.unsqueeze(2), align_corners=align_corners).squeeze(-1) for m in maps
+        F.grid_sample(
+            m.to(grid.dtype), grid.unsqueeze(2), padding_mode=padding_mode, align_corners=align_corners
+        ).squeeze(-1)
+        for m in maps
     ]
     return torch.cat(sampled, dim=1).transpose(1, 2)

@@ -241,7 +241,9 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
         pixels, depth = project_points(coordinates, lidar_to_pixel.to(coordinates.dtype))
         per_sample = self.config.projection_normalization == "sample"
         covered = (image_sizes + 31) // 32 * 32 if per_sample else padded_sizes
-        rows = sample_feature_maps(image_features, pixels, covered, self.config.align_corners)
+        # where points outside are left out, the outer half of the border cells must not fade to zero
+        padding_mode = "border" if self.config.mask_out_of_image else "zeros"
+        rows = sample_feature_maps(image_features, pixels, covered, self.config.align_corners, padding_mode)
         return rows, inside_image(pixels, depth, image_sizes)
 
     def _inter_modal(

@@ -13,14 +13,22 @@ _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "modeling" / "modeling_simipu.py").is_file():
     __path__.append(str(_checkout))
 
-from transformers import AutoConfig, AutoModel, AutoModelForDepthEstimation, AutoModelForPreTraining, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForDepthEstimation,
+    AutoModelForPreTraining,
+    AutoProcessor,
+)
 
 from .hub.image_encoder import load_image_encoder
 from .modeling.configuration_simipu import SimIPUConfig
 from .modeling.configuration_simipu_depth import SimIPUDepthConfig
 from .modeling.modeling_simipu import SimIPUForPreTraining, SimIPUModel
 from .modeling.modeling_simipu_depth import SimIPUForDepthEstimation
-from .modeling.processing_simipu import SimIPUProcessor
+from .modeling.processing_simipu import SimIPUImageProcessor, SimIPUPointCloudProcessor, SimIPUProcessor
 
 AutoConfig.register(SimIPUConfig.model_type, SimIPUConfig, exist_ok=True)
 AutoConfig.register(SimIPUDepthConfig.model_type, SimIPUDepthConfig, exist_ok=True)
@@ -28,6 +36,11 @@ AutoModel.register(SimIPUConfig, SimIPUModel, exist_ok=True)
 AutoModelForPreTraining.register(SimIPUConfig, SimIPUForPreTraining, exist_ok=True)
 AutoModelForDepthEstimation.register(SimIPUDepthConfig, SimIPUForDepthEstimation, exist_ok=True)
 AutoProcessor.register(SimIPUConfig, SimIPUProcessor, exist_ok=True)
+AutoFeatureExtractor.register(SimIPUConfig, SimIPUPointCloudProcessor, exist_ok=True)
+for config_class in (SimIPUConfig, SimIPUDepthConfig):
+    AutoImageProcessor.register(
+        config_class, image_processor_classes={"torchvision": SimIPUImageProcessor}, exist_ok=True
+    )
 
 __all__ = [
     "SimIPUConfig",

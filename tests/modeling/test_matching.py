@@ -94,3 +94,5 @@ def test_several_maps_are_concatenated_and_zero_outside():
     sampled = sample_feature_maps(maps, pixels, torch.tensor([[24, 32]]), align_corners=False)
     assert sampled[0, 0].tolist() == [1, 1, 2, 2, 2]
     assert sampled[0, 1].abs().max() == 0
+    border = sample_feature_maps(maps, pixels, torch.tensor([[24, 32]]), align_corners=False, padding_mode="border")
+    assert border[0, 1].tolist() == [1, 1, 2, 2, 2]

@@ -4,9 +4,16 @@ import pytest
 import timm
 import torch
 from tiny_simipu import TINY_POINTNET2, tiny_batch, tiny_config
-from transformers import AutoConfig, AutoModel, AutoModelForPreTraining
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForPreTraining,
+    AutoProcessor,
+)
 
-from simipu_hf import SimIPUForPreTraining, SimIPUModel
+from simipu_hf import SimIPUForPreTraining, SimIPUModel, SimIPUProcessor
 
 
 @pytest.fixture
@@ -115,6 +122,14 @@ def test_save_and_load_are_bit_equal(model, tmp_path):
     assert same_state(model, AutoModelForPreTraining.from_pretrained(tmp_path))
     assert same_state(model.simipu, AutoModel.from_pretrained(tmp_path))
     assert AutoConfig.from_pretrained(tmp_path).point_config.num_points == [[64], [32], [16, 16]]
+
+
+def test_processors_load_through_the_auto_classes_without_remote_code(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    SimIPUProcessor.from_preset("official", num_points=4096).save_pretrained(tmp_path)
+    assert type(AutoProcessor.from_pretrained(tmp_path)) is SimIPUProcessor
+    assert AutoImageProcessor.from_pretrained(tmp_path).do_flip_channel_order
+    assert AutoFeatureExtractor.from_pretrained(tmp_path).num_points == 4096
 
 
 def test_every_missing_tensor_is_initialised_after_meta_loading(model, tmp_path):
