@@ -52,6 +52,7 @@ class ExportFormat(str, Enum):
     transformers = "transformers"
     torchvision = "torchvision"
     mmdet = "mmdet"
+    official = "official"
 
 
 class ChannelOrder(str, Enum):
