@@ -1,7 +1,5 @@
 """How the benchmarks measure, and what they return."""
 
-import ctypes
-import gc
 import json
 import os
 import platform
@@ -84,38 +82,6 @@ def median_timing(timings: list[Timing]) -> Timing:
         statistics.median(timing.seconds for timing in timings),
         statistics.median(timing.cpu_seconds for timing in timings),
     )
-
-
-def peak_memory(function: Function, device: torch.device) -> int | None:
-    """Bytes that a call needs at its peak, beyond what is held before it. Warm it up first.
-
-    On CUDA what PyTorch allocates; on the CPU the growth of resident memory, which includes what NumPy and compiled
-    kernels allocate (Linux only: elsewhere None).
-    """
-    gc.collect()
-    if device.type == "cuda":
-        synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        held = torch.cuda.memory_allocated(device)
-        function()
-        synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - held
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # pages freed before must not serve this call unseen
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forgets the peak so far
-        held = _resident_bytes("VmRSS")
-        function()
-        return max(0, _resident_bytes("VmHWM") - held)
-    except (OSError, AttributeError, TypeError):
-        return None
-
-
-def _resident_bytes(field_name: str) -> int:
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        name, _, value = line.partition(":")
-        if name == field_name:
-            return int(value.split()[0]) * 1024
-    raise OSError(f"/proc/self/status has no {field_name}")
 
 
 def synchronize(device: torch.device) -> None:

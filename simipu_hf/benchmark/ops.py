@@ -1,6 +1,7 @@
 """`simipu-hf benchmark ops`: every index operation, every backend, against its plain PyTorch definition."""
 
 import copy
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,9 +28,12 @@ from .measure import (
     Timing,
     choose_device,
     machine_facts,
-    peak_memory,
     time_interleaved,
 )
+from .memory import peak_memories
+
+ENCODER = "point encoder, forward + backward"
+FAST, GROUPED = "fast path", "grouped, plain torch"
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,18 @@ class Operation:
     run: Callable[[str], Any]
     backends: tuple[str, ...]
     agreement: Callable[[Any, Any], dict[str, float]]
+
+    def run_each(self) -> tuple[dict[str, Any], dict[str, str]]:
+        """Results by backend, of those that apply on this device, and why others cannot be imported."""
+        results, missing = {}, {}
+        for backend in self.backends:
+            try:
+                results[backend] = self.run(backend)
+            except ImportError as error:
+                missing[backend] = str(error)
+            except ValueError:  # made for another device
+                continue
+        return results, missing
 
 
 def benchmark_ops(
@@ -84,20 +100,23 @@ def benchmark_ops(
     """
     check_at_least_one(batch_size=batch_size, num_points=num_points, repeats=repeats)
     device = choose_device(device)
-    config = create_config(preset, config_overrides).point_config
     with benchmark_rows(data_dir, dataset_name, batch_size) as (rows, source):
         batch = training_batch(two_view_dataset(rows, preset, (32, 32), num_points, seed), batch_size, device)
-    torch.manual_seed(seed)
-    encoder = PointNet2Encoder(config).to(device).train()
+    encoder = create_encoder(preset, config_overrides, batch, seed)
+    arguments = {"preset": preset, "config_overrides": config_overrides, "batch": batch, "seed": seed}
+    peaks = peak_memories(__name__, arguments, device)
 
     table = []
-    for operation in [*_level_operations(encoder, batch["points"]), _assignment(encoder, batch)]:
+    for operation in create_operations(encoder, batch):
         table += measure_operation(operation, device, repeats)
-    encoder_rows = measure_encoder(encoder, batch["points"], device, repeats)
-    fast, grouped = encoder_rows
+    table += measure_encoder(encoder, batch["points"], device, repeats)
+    for row in table:
+        if "note" not in row:
+            row["peak_bytes"] = peaks.get(_case(row["part"], row["backend"]))
+    fast, grouped = table[-2:]
     summary = {"encoder_speedup": fast["speedup"]}
-    if fast["peak_bytes"] and grouped["peak_bytes"]:
-        summary["encoder_memory_ratio"] = grouped["peak_bytes"] / fast["peak_bytes"]
+    if peaks:
+        summary["encoder_memory_ratio"] = grouped["peak_bytes"] / max(1, fast["peak_bytes"])
     result = BenchmarkResult(
         name="point operations",
         settings={
@@ -109,7 +128,7 @@ def benchmark_ops(
             "repeats": repeats,
             "seed": seed,
         },
-        rows=table + encoder_rows,
+        rows=table,
         summary=summary,
         machine=machine_facts(device),
     )
@@ -118,24 +137,49 @@ def benchmark_ops(
     return result
 
 
+def create_encoder(
+    preset: str, config_overrides: dict | None, batch: dict[str, Tensor], seed: int
+) -> PointNet2Encoder:
+    """A preset's PointNet++ with random weights."""
+    torch.manual_seed(seed)
+    config = create_config(preset, config_overrides).point_config
+    return PointNet2Encoder(config).to(batch["points"].device).train()
+
+
+def create_operations(encoder: PointNet2Encoder, batch: dict[str, Tensor]) -> list[Operation]:
+    """Every operation of a training step, on the inputs it gets there."""
+    return [*_level_operations(encoder, batch["points"]), _assignment(encoder, batch)]
+
+
+def memory_functions(
+    preset: str, config_overrides: dict | None, batch: dict[str, Tensor], seed: int
+) -> dict[str, Function]:
+    """What the rows of the table run, by the row's part and backend."""
+    encoder = create_encoder(preset, config_overrides, batch, seed)
+    functions = {}
+    for operation in create_operations(encoder, batch):
+        for backend in operation.run_each()[0]:
+            functions[_case(operation.name, backend)] = functools.partial(operation.run, backend)
+    for backend, function in encoder_functions(encoder, batch["points"]).items():
+        functions[_case(ENCODER, backend)] = function
+    return functions
+
+
+def _case(part: str, backend: str) -> str:
+    return f"{part}, {backend}"
+
+
 def measure_operation(operation: Operation, device: torch.device, repeats: int) -> list[dict[str, Any]]:
     """One row a backend that applies on this device; one that is not installed says so."""
-    results, missing = {}, {}
-    for backend in operation.backends:
-        try:
-            results[backend] = operation.run(backend)
-        except ImportError as error:
-            missing[backend] = str(error)
-        except ValueError:  # made for another device
-            continue
-    functions = {backend: lambda backend=backend: operation.run(backend) for backend in results}
+    results, missing = operation.run_each()
+    functions = {backend: functools.partial(operation.run, backend) for backend in results}
     timings = time_interleaved(functions, device, repeats, warmup=0)  # each has run above
     definition = operation.backends[0]
     rows = [
         {
             "part": operation.name,
             "backend": backend,
-            **_columns(timings[backend], timings[definition], peak_memory(functions[backend], device)),
+            **_columns(timings[backend], timings[definition]),
             **operation.agreement(results[backend], results[definition]),
         }
         for backend in results
@@ -143,12 +187,12 @@ def measure_operation(operation: Operation, device: torch.device, repeats: int) 
     return rows + [{"part": operation.name, "backend": backend, "note": note} for backend, note in missing.items()]
 
 
-def _columns(timing: Timing, definition: Timing, peak: int | None) -> dict[str, Any]:
+def _columns(timing: Timing, definition: Timing) -> dict[str, Any]:
     return {
         "seconds": timing.seconds,
         "cpu_seconds": timing.cpu_seconds,
         "speedup": definition.seconds / timing.seconds,
-        "peak_bytes": peak,
+        "peak_bytes": None,  # filled in later
     }
 
 
@@ -242,29 +286,30 @@ def _assignment(encoder: PointNet2Encoder, batch: dict[str, Tensor]) -> Operatio
 def measure_encoder(
     encoder: PointNet2Encoder, points: Tensor, device: torch.device, repeats: int
 ) -> list[dict[str, Any]]:
-    """The whole encoder and its grouped definition, forward and backward, from the same weights."""
-    encoders = {"fast path": copy.deepcopy(encoder), "grouped, plain torch": GroupedPointNet2(copy.deepcopy(encoder))}
-    outputs = {name: module(points) for name, module in encoders.items()}
-    gradient = torch.randn_like(outputs["fast path"].features)
-    found, expected = outputs.values()
+    """The whole encoder and its grouped definition, forward and backward."""
+    with torch.no_grad():
+        found, expected = (module(points) for module in _both_encoders(encoder).values())
     agreement = {
         **_same_indices(found.indices, expected.indices),
         **_feature_difference(found.features, expected.features, found.indices == expected.indices),
     }
-    outputs.clear()
-    del found, expected
-    functions = {name: _forward_backward(module, points, gradient) for name, module in encoders.items()}
-    timings = time_interleaved(functions, device, repeats)
-    fast, grouped = functions
+    timings = time_interleaved(encoder_functions(encoder, points), device, repeats)
     return [
-        {
-            "part": "point encoder, forward + backward",
-            "backend": name,
-            **_columns(timings[name], timings[grouped], peak_memory(functions[name], device)),
-            **(agreement if name == fast else {}),
-        }
-        for name in (fast, grouped)
+        {"part": ENCODER, "backend": name, **_columns(timing, timings[GROUPED]), **(agreement if name == FAST else {})}
+        for name, timing in timings.items()
     ]
+
+
+def _both_encoders(encoder: PointNet2Encoder) -> dict[str, torch.nn.Module]:
+    """Both forms of an encoder, each with its own copy of the weights."""
+    return {FAST: copy.deepcopy(encoder), GROUPED: GroupedPointNet2(copy.deepcopy(encoder))}
+
+
+def encoder_functions(encoder: PointNet2Encoder, points: Tensor) -> dict[str, Function]:
+    """Forward and backward of both forms of an encoder."""
+    with torch.no_grad():
+        gradient = torch.randn_like(encoder(points).features)
+    return {name: _forward_backward(module, points, gradient) for name, module in _both_encoders(encoder).items()}
 
 
 def _forward_backward(module: torch.nn.Module, points: Tensor, gradient: Tensor) -> Function:

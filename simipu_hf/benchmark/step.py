@@ -28,10 +28,10 @@ from .measure import (
     choose_device,
     machine_facts,
     median_timing,
-    peak_memory,
     synchronize,
     time_interleaved,
 )
+from .memory import peak_memories
 
 STEP = "pre-training step, forward + backward"
 IMAGE = "image encoder, forward + backward"
@@ -82,26 +82,22 @@ def benchmark_step(
     choose("dtype", dtype, tuple(DTYPES))
     check_at_least_one(batch_size=batch_size, num_points=num_points, repeats=repeats)
     device = choose_device(device)
-    config = create_config(
-        preset, config_overrides, point_encoder=point_encoder, image_config={"architecture": image_encoder}
-    )
     with benchmark_rows(data_dir, dataset_name, batch_size) as (rows, source):
         batch = training_batch(two_view_dataset(rows, preset, image_size, num_points, seed), batch_size, device)
-    torch.manual_seed(seed)
-    try:
-        model = SimIPUForPreTraining(config).to(device).train()
-    except (ValueError, ImportError) as error:
-        raise SimIPUError(str(error)) from error
+    settings = {
+        "preset": preset,
+        "image_encoder": image_encoder,
+        "point_encoder": point_encoder,
+        "config_overrides": config_overrides,
+        "seed": seed,
+    }
+    model = create_model(**settings).to(device)
+    peaks = peak_memories(__name__, {"batch": batch, "dtype": dtype, **settings}, device)
 
-    functions = step_functions(model, batch, DTYPES[dtype], device)
-    timings = time_interleaved(functions, device, repeats)
+    timings = time_interleaved(step_functions(model, batch, DTYPES[dtype], device), device, repeats)
     table = [
-        {
-            "part": name,
-            **_columns(timings[name], timings[IMAGE]),
-            "peak_bytes": peak_memory(function, device),
-        }
-        for name, function in functions.items()
+        {"part": name, **_columns(timing, timings[IMAGE]), "peak_bytes": peaks.get(name)}
+        for name, timing in timings.items()
     ]
     parts = time_parts(model, batch, DTYPES[dtype], device, repeats)
     table += [{"part": f"  {name}", **_columns(timing, timings[IMAGE])} for name, timing in parts.items()]
@@ -137,6 +133,26 @@ def _columns(timing: Timing, image: Timing) -> dict[str, float]:
         "cpu_seconds": timing.cpu_seconds,
         "of_image_encoder": timing.seconds / image.seconds,
     }
+
+
+def create_model(
+    preset: str, image_encoder: str, point_encoder: str, config_overrides: dict | None, seed: int
+) -> SimIPUForPreTraining:
+    """The model in training mode, with random weights."""
+    config = create_config(
+        preset, config_overrides, point_encoder=point_encoder, image_config={"architecture": image_encoder}
+    )
+    torch.manual_seed(seed)
+    try:
+        return SimIPUForPreTraining(config).train()
+    except (ValueError, ImportError) as error:
+        raise SimIPUError(str(error)) from error
+
+
+def memory_functions(batch: dict[str, torch.Tensor], dtype: str, **settings: Any) -> dict[str, Function]:
+    """What the first rows of the table run, by the row's part."""
+    device = batch["points"].device
+    return step_functions(create_model(**settings).to(device), batch, DTYPES[dtype], device)
 
 
 def step_functions(
