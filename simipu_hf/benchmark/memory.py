@@ -43,7 +43,8 @@ def peak_memories(module: str, arguments: dict[str, Any], device: torch.device) 
             "MALLOC_MMAP_THRESHOLD_": str(2**16),  # glibc maps larger blocks and unmaps them when they are freed
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         }
-        subprocess.run([sys.executable, "-m", __name__, module, folder], env=environment, check=True)
+        program = f"import sys; from {__name__} import _main; _main(*sys.argv[1:])"
+        subprocess.run([sys.executable, "-c", program, module, folder], env=environment, check=True)
         return json.loads(Path(folder, "peaks.json").read_text(encoding="utf-8"))
 
 
@@ -84,7 +85,3 @@ def _main(module: str, folder: str) -> None:
     torch.set_num_threads(arguments.pop("threads"))
     peaks = _measure(module, arguments, torch.device("cpu"))
     Path(folder, "peaks.json").write_text(json.dumps(peaks), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])

@@ -82,7 +82,7 @@ def benchmark_ops(
 
     Every operation runs with each backend that is installed and applies; the plain PyTorch definition comes first.
     Last the whole PointNet++ encoder, forward and backward with all its index operations, against the grouped
-    definition (`simipu_hf.grouped_pointnet2`). float32.
+    definition (`simipu_hf.grouped_pointnet2`). float32, but for the agreement of the encoders.
 
     Args:
         data_dir, dataset_name: clouds to run on, as in `load_pretraining_dataset`; synthetic ones where neither is
@@ -111,7 +111,7 @@ def benchmark_ops(
         table += measure_operation(operation, device, repeats)
     table += measure_encoder(encoder, batch["points"], device, repeats)
     for row in table:
-        if "note" not in row:
+        if "seconds" in row:
             row["peak_bytes"] = peaks.get(_case(row["part"], row["backend"]))
     fast, grouped = table[-2:]
     summary = {"encoder_speedup": fast["speedup"]}
@@ -286,12 +286,18 @@ def _assignment(encoder: PointNet2Encoder, batch: dict[str, Tensor]) -> Operatio
 def measure_encoder(
     encoder: PointNet2Encoder, points: Tensor, device: torch.device, repeats: int
 ) -> list[dict[str, Any]]:
-    """The whole encoder and its grouped definition, forward and backward."""
+    """The whole encoder and its grouped definition, forward and backward.
+
+    They are compared on the first cloud in float64: in float32 a rounding error can change which point is drawn
+    next, and with it everything that follows.
+    """
     with torch.no_grad():
-        found, expected = (module(points) for module in _both_encoders(encoder).values())
+        wide = _both_encoders(copy.deepcopy(encoder).double()).values()
+        found, expected = (module(points[:1].double()) for module in wide)
     agreement = {
         **_same_indices(found.indices, expected.indices),
-        **_feature_difference(found.features, expected.features, found.indices == expected.indices),
+        "difference": (found.features - expected.features).abs().max().item(),
+        "note": "agreement in float64",
     }
     timings = time_interleaved(encoder_functions(encoder, points), device, repeats)
     return [
@@ -341,10 +347,3 @@ def _slots(neighbors: Neighbors, k: int) -> Tensor:
 
 def _largest_difference(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> dict[str, float]:
     return {"difference": max((a - b).abs().max().item() for a, b in zip(found, expected, strict=True))}
-
-
-def _feature_difference(found: Tensor, expected: Tensor, same: Tensor) -> dict[str, float]:
-    """Largest difference over the points that both drew, relative to the largest feature."""
-    if not same.any():
-        return {}
-    return {"difference": ((found - expected)[same].abs().max() / expected.abs().max()).item()}
