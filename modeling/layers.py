@@ -135,12 +135,25 @@ class LinearBlock(nn.Module):
         self.activation = activation
 
     def forward(self, rows: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
-        return self.normalize(self.linear(rows), weight)
+        return self.normalize(wide_linear(rows, self.linear), weight)
 
     def normalize(self, rows: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
         """The block without its linear part, for callers that compute that part more cheaply."""
         rows = self.norm(rows, weight)
         return F.relu(rows, inplace=True) if self.activation else rows
+
+
+def wide_linear(rows: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
+    """`linear(rows)`, through oneDNN where that is the faster of PyTorch's two CPU libraries.
+
+    PyTorch multiplies single-precision matrices with MKL, which takes twice the time on AMD processors.
+    """
+    single = rows.dtype == linear.weight.dtype == torch.float32
+    on_cpu = rows.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    wide = min(linear.in_features, linear.out_features) >= 128
+    if not (single and on_cpu and wide) or torch.is_autocast_enabled("cpu"):
+        return linear(rows)
+    return F.linear(rows.to_mkldnn(), linear.weight, linear.bias).to_dense()
 
 
 def run_blocks(blocks: Sequence[LinearBlock], rows: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:

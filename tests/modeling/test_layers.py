@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from simipu_hf.modeling.layers import LinearBlock, ProjectionHead, WeightedBatchNorm
+from simipu_hf.modeling.layers import LinearBlock, ProjectionHead, WeightedBatchNorm, wide_linear
 
 
 def repeated_and_weighted(dtype: torch.dtype = torch.float64):
@@ -82,6 +82,19 @@ def test_projection_head_is_the_official_stack():
     ours = [tensor for name, tensor in head.state_dict().items()]
     stack.load_state_dict(dict(zip(stack.state_dict(), ours, strict=True)))
     torch.testing.assert_close(head(rows), stack(rows))
+
+
+@pytest.mark.parametrize("shape", [(1, 128, 128), (300, 256, 128), (77, 130, 257)])
+def test_wide_linear_is_linear(shape):
+    torch.manual_seed(0)
+    rows = torch.randn(shape[0], shape[1], requires_grad=True)
+    linear = nn.Linear(shape[1], shape[2])
+    upstream = torch.randn(shape[0], shape[2])
+    expected = torch.autograd.grad((linear(rows) * upstream).sum(), [rows, linear.weight, linear.bias])
+    actual = torch.autograd.grad((wide_linear(rows, linear) * upstream).sum(), [rows, linear.weight, linear.bias])
+    torch.testing.assert_close(wide_linear(rows, linear), linear(rows), rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_linear_block_without_activation_goes_below_zero():
