@@ -35,6 +35,16 @@ def check_processes(accelerator: Accelerator) -> None:
         raise SimIPUError(f"{strategy} is not supported: launch with plain data parallelism (--multi_gpu)")
 
 
+def use_all_cores(accelerator: Accelerator) -> None:
+    """Let a single CPU process that `accelerate launch` started use every core.
+
+    The launcher sets OMP_NUM_THREADS to 1 unless it is told otherwise, which suits one process per core.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if launched and accelerator.num_processes == 1 and accelerator.device.type == "cpu":
+        torch.set_num_threads(os.cpu_count() or 1)
+
+
 def sum_over_processes(accelerator: Accelerator, values: list[float]) -> list[float]:
     """The element-wise sum of `values` over all processes, in float64. Every process gets the same answer."""
     if accelerator.num_processes == 1:

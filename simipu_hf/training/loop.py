@@ -32,7 +32,7 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .command import TrainingInterrupted, exit_code_of
-from .distributed import check_processes, on_main_process, sum_over_processes
+from .distributed import check_processes, on_main_process, sum_over_processes, use_all_cores
 from .metrics import RunLogger, check_trackers, flatten
 from .optimization import Optimization
 from .run_folder import prepare_run_folder, write_run_file
@@ -134,6 +134,7 @@ def create_accelerator(
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     check_processes(accelerator)
+    use_all_cores(accelerator)
     return accelerator
 
 
