@@ -54,11 +54,6 @@ def sum_over_processes(accelerator: Accelerator, values: list[float]) -> list[fl
     return accelerator.reduce(total, reduction="sum").tolist()
 
 
-def any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether `flag` is set on any process; every process gets the same answer."""
-    return sum_over_processes(accelerator, [float(flag)])[0] > 0
-
-
 def on_main_process(accelerator: Accelerator, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """Call `function` on the main process alone; every process gets its result, or its `SimIPUError`.
 
