@@ -41,22 +41,21 @@ class WeightedBatchNorm(nn.Module):
         """Sums a tensor over the processes that share statistics."""
         return all_reduce_sum if self.synchronize and world_size() > 1 else _identity
 
-    def forward(self, rows: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
-        """Normalises `rows` `(R, C)`; `weight` is `(R,)`, all ones where omitted."""
+    def forward(self, rows: torch.Tensor, weight: torch.Tensor | None = None, relu: bool = False) -> torch.Tensor:
+        """Normalises `rows` `(R, C)`; `weight` is `(R,)`, all ones where omitted; `relu` applies it to the result."""
         if not self.training:
             scale, shift = self.running_affine_map()
-            return torch.addcmul(shift, rows, scale).to(rows.dtype)
+            return _activate(torch.addcmul(shift, rows, scale).to(rows.dtype), relu)
         self.num_batches_tracked += 1
         if weight is None and self.reduce is _identity:
-            return F.batch_norm(
-                rows, self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum, self.eps
-            )
+            buffers = self.running_mean, self.running_var
+            normalized = F.batch_norm(rows, *buffers, self.weight, self.bias, True, self.momentum, self.eps)
+            return _activate(normalized, relu)
         if weight is None:
             weight = rows.new_ones(rows.shape[0])
-        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        normalized, mean, variance, count = _WeightedNormalize.apply(wide, weight.to(wide), self.eps, self.reduce)
-        self._update_running(mean, variance, count)
-        return torch.addcmul(self.bias, normalized, self.weight).to(rows.dtype)
+        result, *moments = _WeightedNormalize.apply(rows, weight, self.weight, self.bias, self.eps, relu, self.reduce)
+        self._update_running(*moments)
+        return result
 
     def affine_map(
         self, mean: torch.Tensor, variance: torch.Tensor, count: torch.Tensor
@@ -90,28 +89,50 @@ class WeightedBatchNorm(nn.Module):
 
 
 class _WeightedNormalize(torch.autograd.Function):
-    """(rows - mean) / sqrt(variance + eps) with weighted statistics, keeping only its output for the backward."""
+    """Batch norm with weighted statistics, and ReLU, keeping only its input for the backward."""
 
     @staticmethod
-    def forward(ctx, rows: torch.Tensor, weight: torch.Tensor, eps: float, reduce: Reduce):
+    def forward(
+        ctx,
+        rows: torch.Tensor,
+        weight: torch.Tensor,
+        gamma: torch.Tensor,
+        beta: torch.Tensor,
+        eps: float,
+        relu: bool,
+        reduce: Reduce,
+    ):
+        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        weight = weight.to(wide)
         count = reduce(weight.sum())
-        mean = reduce(weight @ rows) / count
-        centered = rows - mean
-        variance = reduce(weight @ centered.square()) / count
+        mean = reduce(weight @ wide) / count
+        variance = reduce(weight @ (wide - mean).square_()) / count
         inverse_std = torch.rsqrt(variance + eps)
-        normalized = centered.mul_(inverse_std)
-        ctx.save_for_backward(normalized, inverse_std, weight / count)
-        ctx.reduce = reduce
+        scale = gamma * inverse_std
+        shift = beta - mean * scale
+        ctx.save_for_backward(rows, mean, inverse_std, scale, shift, weight / count)
+        ctx.relu, ctx.reduce = relu, reduce
         ctx.mark_non_differentiable(mean, variance, count)
-        return normalized, mean, variance, count
+        return _activate(torch.addcmul(shift, wide, scale).to(rows.dtype), relu), mean, variance, count
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad: torch.Tensor, *_):
-        normalized, inverse_std, share = ctx.saved_tensors
+        rows, mean, inverse_std, scale, shift, share = ctx.saved_tensors
+        wide, grad = rows.to(mean.dtype), grad.to(mean.dtype)
+        if ctx.relu:
+            grad = grad.masked_fill(torch.addcmul(shift, wide, scale) <= 0, 0)
+        normalized = (wide - mean).mul_(inverse_std)
         sums = torch.stack([grad.sum(0), torch.linalg.vecdot(grad, normalized, dim=0)])
-        grad_sum, grad_dot = ctx.reduce(sums)
-        correction = torch.addcmul(grad_sum, normalized, grad_dot).mul_(share[:, None])
-        return (grad - correction) * inverse_std, None, None, None
+        grad_beta, grad_gamma = sums
+        total_sum, total_dot = ctx.reduce(sums)
+        correction = normalized.mul_(total_dot).add_(total_sum).mul_(share[:, None])
+        grad_rows = (grad - correction).mul_(scale).to(rows.dtype)
+        return grad_rows, None, grad_gamma, grad_beta, None, None, None
+
+
+def _activate(rows: torch.Tensor, relu: bool) -> torch.Tensor:
+    return F.relu(rows, inplace=True) if relu else rows
 
 
 def _identity(tensor: torch.Tensor) -> torch.Tensor:
@@ -135,25 +156,23 @@ class LinearBlock(nn.Module):
         self.activation = activation
 
     def forward(self, rows: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
-        return self.normalize(wide_linear(rows, self.linear), weight)
+        return self.normalize(linear(rows, self.linear.weight, self.linear.bias), weight)
 
     def normalize(self, rows: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
         """The block without its linear part, for callers that compute that part more cheaply."""
-        rows = self.norm(rows, weight)
-        return F.relu(rows, inplace=True) if self.activation else rows
+        return self.norm(rows, weight, relu=self.activation)
 
 
-def wide_linear(rows: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
-    """`linear(rows)`, through oneDNN where that is the faster of PyTorch's two CPU libraries.
+def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`F.linear`, for wide layers through oneDNN where that is the faster of PyTorch's two CPU libraries.
 
     PyTorch multiplies single-precision matrices with MKL, which takes twice the time on AMD processors.
     """
-    single = rows.dtype == linear.weight.dtype == torch.float32
+    single = rows.dtype == weight.dtype == torch.float32
     on_cpu = rows.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    wide = min(linear.in_features, linear.out_features) >= 128
-    if not (single and on_cpu and wide) or torch.is_autocast_enabled("cpu"):
-        return linear(rows)
-    return F.linear(rows.to_mkldnn(), linear.weight, linear.bias).to_dense()
+    if not (single and on_cpu and min(weight.shape) >= 128) or torch.is_autocast_enabled("cpu"):
+        return F.linear(rows, weight, bias)
+    return F.linear(rows.to_mkldnn(), weight, bias).to_dense()
 
 
 def run_blocks(blocks: Sequence[LinearBlock], rows: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:

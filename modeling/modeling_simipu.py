@@ -3,6 +3,7 @@
 import os
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
@@ -10,7 +11,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration_simipu import SimIPUConfig
 from .image_encoder import build_image_encoder, feature_channels, image_feature_maps
-from .layers import ProjectionHead, WeightedBatchNorm
+from .layers import ProjectionHead, WeightedBatchNorm, linear, run_blocks
 from .losses import ContrastiveResult, contrastive_loss
 from .matching import (
     PendingMatch,
@@ -188,14 +189,13 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
 
         image_features = self.simipu.get_image_features(pixel_values)
         padded_sizes = _padded_sizes(pixel_values)
-        image_rows, in_image = self._sample_image(
+        inter, in_image, image_embeds, point_embeds = self._inter_modal(
             image_features,
-            point_output.coordinates,
+            point_output,
             lidar_to_pixel,
             padded_sizes,
             padded_sizes if image_sizes is None else image_sizes,
         )
-        inter, image_embeds, point_embeds = self._inter_modal(image_rows, in_image, point_output)
         match, distance = pending_match.result()
         intra = self._intra_modal(point_output, point_aug_output, match, distance)
 
@@ -229,31 +229,25 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
         brought_back = transform_points(augmented.coordinates, back)
         return PendingMatch(view.coordinates, brought_back, view.mask, augmented.mask)
 
-    def _sample_image(
+    def _inter_modal(
         self,
         image_features: tuple[torch.Tensor, ...],
-        coordinates: torch.Tensor,
+        point_output: PointEncoderOutput,
         lidar_to_pixel: torch.Tensor,
         padded_sizes: torch.Tensor,
         image_sizes: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Image features `(B, M, C)` where the points project, and which points project into their image."""
-        pixels, depth = project_points(coordinates, lidar_to_pixel.to(coordinates.dtype))
-        per_sample = self.config.projection_normalization == "sample"
-        covered = (image_sizes + 31) // 32 * 32 if per_sample else padded_sizes
-        # where points outside are left out, the outer half of the border cells must not fade to zero
-        padding_mode = "border" if self.config.mask_out_of_image else "zeros"
-        rows = sample_feature_maps(image_features, pixels, covered, self.config.align_corners, padding_mode)
-        return rows, inside_image(pixels, depth, image_sizes)
-
-    def _inter_modal(
-        self, image_rows: torch.Tensor, in_image: torch.Tensor, point_output: PointEncoderOutput
-    ) -> tuple[ContrastiveResult, torch.Tensor, torch.Tensor]:
+    ) -> tuple[ContrastiveResult, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The loss, which points project into their image `(B, M)`, and both embeddings `(B, M, D)`."""
         config = self.config
+        coordinates = point_output.coordinates
+        pixels, depth = project_points(coordinates, lidar_to_pixel.to(coordinates.dtype))
+        in_image = inside_image(pixels, depth, image_sizes)
         valid = _slots(point_output)
         if config.mask_out_of_image:
             valid = valid & in_image
-        image_embeds = _project(self.inter_image_head, image_rows, valid)
+        per_sample = config.projection_normalization == "sample"
+        covered = (image_sizes + 31) // 32 * 32 if per_sample else padded_sizes
+        image_embeds = self._project_image(image_features, pixels, covered, valid)
         point_rows = point_output.features
         if config.inter_modal_point_gradient != "encoder":
             point_rows = point_rows.detach()
@@ -266,7 +260,35 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
             symmetric=config.symmetric_inter_modal_loss,
             gather=config.gather_negatives,
         )
-        return result, image_embeds, point_embeds
+        return result, in_image, image_embeds, point_embeds
+
+    def _project_image(
+        self,
+        image_features: tuple[torch.Tensor, ...],
+        pixels: torch.Tensor,
+        covered: torch.Tensor,
+        valid: torch.Tensor,
+    ) -> torch.Tensor:
+        """Image head `(B, M, D)` on the features sampled at `pixels`, of maps that cover `covered` pixels.
+
+        Sampling is linear: of a map with fewer cells than there are points, the head's first layer runs on the cells.
+        """
+        first, *others = self.inter_image_head.layers
+        weights = first.linear.weight.split([m.shape[1] for m in image_features], dim=1)
+        # where points outside are left out, the outer half of the border cells must not fade to zero
+        padding_mode = "border" if self.config.mask_out_of_image else "zeros"
+        sampling = pixels, covered, self.config.align_corners, padding_mode
+        rows = first.linear.bias
+        for feature_map, weight in zip(image_features, weights, strict=True):
+            if feature_map[0, 0].numel() < pixels.shape[1]:
+                projected = F.conv2d(feature_map.to(weight.dtype), weight[..., None, None])
+                rows = rows + sample_feature_maps([projected], *sampling).flatten(0, 1)
+            else:
+                sampled = sample_feature_maps([feature_map], *sampling).flatten(0, 1)
+                rows = rows + linear(sampled.to(weight.dtype), weight)
+        counts = valid.flatten()
+        rows = first.normalize(rows.to(first.linear.weight.dtype), counts)
+        return run_blocks(others, rows, counts).unflatten(0, valid.shape)
 
     def _intra_modal(
         self, view: PointEncoderOutput, augmented: PointEncoderOutput, match: torch.Tensor, distance: torch.Tensor

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .configuration_simipu import SimIPUPointNet2Config
-from .layers import LinearBlock, run_blocks
+from .layers import LinearBlock, linear, run_blocks
 from .outputs_simipu import PointEncoderOutput
 from .point_ops import (
     Neighbors,
@@ -149,7 +149,7 @@ class SetAbstraction(nn.Module):
         dtype = torch.promote_types(rows.dtype, torch.float32)
         coordinates, centers = coordinates.to(dtype), centers.to(dtype)
         xyz_weight, feature_weight = last.linear.weight.to(dtype).split([3, rows.shape[1]], dim=1)
-        per_point = F.linear(rows.to(dtype), feature_weight, last.linear.bias.to(dtype))
+        per_point = linear(rows.to(dtype), feature_weight, last.linear.bias.to(dtype))
         if last.norm.training:
             offset = coordinates[neighbors.index] - centers[_group_of_entry(neighbors)]
             moments = _pair_moments(per_point, offset, xyz_weight, neighbors, occurrences.to(dtype), last.norm.reduce)
@@ -173,7 +173,7 @@ class SetAbstraction(nn.Module):
         index, weight, offsets = neighbors
         first, *later = blocks
         xyz_weight, feature_weight = first.linear.weight.split([3, rows.shape[1]], dim=1)
-        per_point = F.linear(rows, feature_weight, first.linear.bias)
+        per_point = linear(rows, feature_weight, first.linear.bias)
         # the offset is taken before any low-precision arithmetic: coordinates are large, offsets are small
         offset = (coordinates[index] - centers[_group_of_entry(neighbors)]).to(per_point.dtype)
         pairs = first.normalize(per_point[index] + F.linear(offset, xyz_weight), weight)

@@ -50,7 +50,7 @@ from .training.loop import (
 )
 from .training.optimization import Optimization
 from .training.run_folder import data_fingerprint
-from .training.sampling import EpochKeyedDataset, GlobalBatchSampler
+from .training.sampling import GlobalBatchSampler
 
 
 @dataclass
@@ -288,7 +288,7 @@ def fit(
     sampler = GlobalBatchSampler(len(dataset), min(batch_size, len(dataset)), seed=seed, last_step=total_steps)
     losses = []
     model.train()
-    loader = DataLoader(EpochKeyedDataset(dataset), batch_sampler=sampler, collate_fn=default_collate)
+    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=default_collate)
     for step, batch in enumerate(loader, start=1):
         loss = model(**{name: value.to(device) for name, value in batch.items()}).loss
         loss.backward()

@@ -121,9 +121,7 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
     skipped: list[str] | None = None if arguments.data.on_bad_row == "error" else []
     rows = load_rows(accelerator, arguments.data, arguments.data.train_split, skipped)
     augmentation = TwoViewAugmentation.from_preset(arguments.model.preset)
-    dataset = TwoViewDataset(
-        rows, processor, augmentation, seed=flags.seed, on_bad_row=_bad_row_policy(arguments.data)
-    )
+    dataset = TwoViewDataset(rows, processor, augmentation, seed=flags.seed, on_bad_row=arguments.data.on_bad_row)
     steps_per_epoch, settings = resolve_steps(accelerator, len(dataset), flags)
     evaluate = create_evaluation(accelerator, arguments, model, processor) if flags.eval_steps else None
     if accelerator.num_processes > 1 and flags.sync_batch_norm:
@@ -481,10 +479,6 @@ def describe_data(rows: datasets.Dataset) -> dict[str, Any]:
 
 def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
-
-
-def _bad_row_policy(data: DataArguments) -> str:
-    return "raise" if data.on_bad_row == "error" else "skip"
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def test_step_times_the_whole_and_its_parts(data_dir, tmp_path, preset, dtype):
         "point encoder forward, augmented view",
         "starting the matching",
         "image encoder forward",
-        "sampling the image features",
+        "sampling, inter-modal heads and loss",
         "inter-modal heads and loss",
         "waiting for the matching",
         "intra-modal head and loss",

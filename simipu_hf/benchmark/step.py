@@ -248,8 +248,7 @@ class Stopwatch:
             },
             model: {
                 "_start_matching": _start_matching,
-                "_sample_image": self._timed("sampling the image features", model._sample_image),
-                "_inter_modal": self._timed("inter-modal heads and loss", model._inter_modal),
+                "_inter_modal": self._timed("sampling, inter-modal heads and loss", model._inter_modal),
                 "_intra_modal": self._timed("intra-modal head and loss", model._intra_modal),
             },
         }

@@ -118,8 +118,8 @@ class DepthAugmentation:
 class DepthDataset(torch.utils.data.Dataset):
     """Training samples: `pixel_values` (`(3, H, W)`) and `labels` (`(H, W)`, metres) of a row.
 
-    The augmentation is a pure function of (seed, epoch, row), so that neither workers nor a resume change it; call
-    `set_epoch` before an epoch.
+    A key is `(epoch, row)`, or a row alone for epoch 0. The augmentation is a pure function of (seed, epoch, row), so
+    that neither workers nor a resume change it.
 
     Args:
         rows: rows that [`image_and_depth`] takes.
@@ -146,14 +146,10 @@ class DepthDataset(torch.utils.data.Dataset):
         self.preprocessing = preprocessing
         self.augmentation = augmentation
         self.seed = seed
-        self.epoch = 0
         self.kept: dict[int, DepthFrame] | None = {} if keep_frames else None
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
     def frame(self, index: int) -> DepthFrame:
         """The frame of a row before augmentation."""
@@ -165,7 +161,8 @@ class DepthDataset(torch.utils.data.Dataset):
             self.kept[index] = frame
         return frame
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, torch.Tensor]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
         frame = self.frame(index)
         image, depth = frame.image, frame.depth
         if self.augmentation is not None:
@@ -175,7 +172,7 @@ class DepthDataset(torch.utils.data.Dataset):
                     f"frame {frame.frame_id}: the random window {size[1]} x {size[0]} is larger than the image "
                     f"{depth.shape[1]} x {depth.shape[0]}: choose a smaller --crop_size"
                 )
-            image, depth = self.augmentation(image, depth, np.random.default_rng([self.seed, self.epoch, index]))
+            image, depth = self.augmentation(image, depth, np.random.default_rng([self.seed, epoch, index]))
         # a copy: the depth may be a kept frame's, or memory of PIL that cannot be written to
         return {"pixel_values": self.preprocessing.normalize(image), "labels": torch.from_numpy(depth.copy())}
 

@@ -16,17 +16,16 @@ REQUIRED_COLUMNS = ("image", "points", "camera_projection", "lidar_to_camera")
 class TwoViewDataset(torch.utils.data.Dataset):
     """Two views of each row, the same for one (seed, epoch, index) in every process and with any number of workers.
 
-    A key is `(epoch, index)`, or an index alone for the epoch last given to `set_epoch`. That epoch lives in shared
-    memory, so workers see it, persistent ones too; a loader that fetches ahead beyond the end of an epoch needs
-    `(epoch, index)` keys. Call `set_epoch` on this object: `accelerate`'s loader passes its own on to a sampler that
-    has one and then not to the data set.
+    A key is `(epoch, index)`, or an index alone for epoch 0. The epoch is part of the key, which
+    [`GlobalBatchSampler`](simipu_hf.training.sampling.GlobalBatchSampler) makes, because workers fetch ahead beyond
+    the end of an epoch.
 
     Args:
         rows: a `datasets.Dataset` of the data contract, or any sequence of such rows.
         processor: of the model.
         augmentation: how the views differ.
         seed: of all augmentation.
-        on_bad_row: `"raise"` stops at a row that cannot be used. `"skip"` puts the next usable row in its place, so
+        on_bad_row: `"error"` stops at a row that cannot be used. `"skip"` puts the next usable row in its place, so
             that batches keep their size and processes stay in step, and notes it in `bad_rows`.
 
     Raises:
@@ -39,10 +38,10 @@ class TwoViewDataset(torch.utils.data.Dataset):
         processor: SimIPUProcessor,
         augmentation: TwoViewAugmentation,
         seed: int = 0,
-        on_bad_row: Literal["raise", "skip"] = "raise",
+        on_bad_row: Literal["error", "skip"] = "error",
     ) -> None:
-        if on_bad_row not in ("raise", "skip"):
-            raise SimIPUError(f"on_bad_row: expected 'raise' or 'skip', found {on_bad_row!r}")
+        if on_bad_row not in ("error", "skip"):
+            raise SimIPUError(f"on_bad_row: expected 'error' or 'skip', found {on_bad_row!r}")
         if len(rows) == 0:
             raise SimIPUError("the data set has no rows")
         missing = [name for name in REQUIRED_COLUMNS if name not in getattr(rows, "column_names", REQUIRED_COLUMNS)]
@@ -53,14 +52,10 @@ class TwoViewDataset(torch.utils.data.Dataset):
         self.augmentation = augmentation
         self.seed = seed
         self.on_bad_row = on_bad_row
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._is_bad = torch.zeros(len(rows), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch.fill_(epoch)
 
     @property
     def bad_rows(self) -> list[int]:
@@ -73,8 +68,8 @@ class TwoViewDataset(torch.utils.data.Dataset):
         Raises:
             SimIPUError: names the row and what is wrong with it.
         """
-        epoch, index = key if isinstance(key, tuple) else (int(self._epoch), key)
-        if self.on_bad_row == "raise":
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        if self.on_bad_row == "error":
             return self._sample(index, epoch, index)
         for step in range(len(self)):
             candidate = (index + step) % len(self)

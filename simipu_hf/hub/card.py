@@ -39,7 +39,7 @@ KITTI_CITATION = """```bibtex
 
 
 def write_model_card(folder: str | Path, repo_id: str | None = None, encoder_repo_id: str | None = None) -> Path:
-    """Write `README.md`, and the curves of the run where matplotlib is installed, into a model or encoder folder.
+    """Write `README.md`, and the curves of the run, into a model or encoder folder.
 
     Args:
         folder: a run, a checkpoint, a converted model, or an encoder folder.
@@ -49,13 +49,15 @@ def write_model_card(folder: str | Path, repo_id: str | None = None, encoder_rep
     Returns:
         the card. One without the line that marks it as generated was edited by somebody, and stays as it is.
     """
+    from simipu_hf.visualization import draw_training_curves, save_figure  # importing matplotlib takes seconds
+
     folder = Path(folder)
     path = folder / "README.md"
     if path.is_file() and GENERATED not in path.read_text(encoding="utf-8"):
         return path
-    metrics = _metrics(folder)
-    if metrics:
-        plot_curves(metrics, folder / CURVES)
+    figure = draw_training_curves(_metrics(folder))
+    if figure is not None:
+        save_figure(figure, folder / CURVES)
     path.write_text(model_card(folder, repo_id, encoder_repo_id), encoding="utf-8")
     return path
 
@@ -164,32 +166,6 @@ def dataset_card(repo_id: str, license: str | None, rows: int | None = None, spl
             KITTI_CITATION if license is None else "",
         ]
     )
-
-
-def plot_curves(metrics: list[dict[str, Any]], path: Path) -> bool:
-    """Losses over steps with their chance levels, as a PNG; false where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    names = [n for n in metrics[-1] if n.endswith("loss") and not n.startswith("eval/")]
-    names = [n for n in names if n != "loss"] or names
-    if not names:
-        return False
-    figure = Figure(figsize=(5 * len(names), 3.2), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        for values, style, label in (
-            (name, {"color": "tab:blue"}, "training"),
-            (f"eval/{name}", {"color": "tab:orange", "marker": "."}, "evaluation"),
-            (name.removesuffix("loss") + "chance", {"color": "0.5", "linestyle": "--"}, "chance"),
-        ):
-            points = [(line["step"], line[values]) for line in metrics if line.get(values) is not None]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=label, **style)
-        axes.set(title=name.replace("_", " "), xlabel="optimizer step", ylabel="nats" if "modal" in name else "loss")
-        axes.legend()
-    figure.savefig(path, dpi=120)
-    return True
 
 
 def _metadata(

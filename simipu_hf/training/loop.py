@@ -36,7 +36,7 @@ from .distributed import check_processes, on_main_process, sum_over_processes, u
 from .metrics import RunLogger, check_trackers, flatten
 from .optimization import Optimization
 from .run_folder import prepare_run_folder, write_run_file
-from .sampling import EpochKeyedDataset, GlobalBatchSampler
+from .sampling import GlobalBatchSampler
 from .signals import StopRequest
 from .watch import Watch
 
@@ -83,7 +83,7 @@ class TrainingJob:
         name: of the progress bar and the trackers' project.
         model: not yet prepared by accelerate, on any device.
         create_optimization: called with the model on its device.
-        dataset: rows that collate into a batch; has `set_epoch`.
+        dataset: takes `(epoch, row)` keys.
         collate: samples to a batch of tensors.
         compute_loss: (model, batch) to the loss and the scalar tensors to log; a finite-ness check covers all.
         frame_ids: of the rows, for messages.
@@ -265,7 +265,7 @@ def create_loader(
 ) -> DataLoader:
     """One loader for the whole run: its workers live through all epochs."""
     return DataLoader(
-        EpochKeyedDataset(job.dataset),
+        job.dataset,
         batch_sampler=sampler,
         collate_fn=job.collate,
         num_workers=settings.dataloader_num_workers,

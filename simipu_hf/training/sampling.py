@@ -1,11 +1,9 @@
 """Which rows make which batch: a pure function of (seed, step), the same for every number of processes."""
 
-import copy
 from collections.abc import Iterator
-from typing import Any
 
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 
 from simipu_hf.errors import SimIPUError
 
@@ -87,36 +85,3 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
         # The generator keeps 64 bits of seed: no two (seed, epoch) below 2**32 share an order.
         generator = torch.Generator().manual_seed(((self.seed & 0xFFFFFFFF) << 31) ^ epoch)
         return torch.randperm(self.num_rows, generator=generator).tolist()
-
-
-class EpochKeyedDataset(Dataset):
-    """Serves `dataset[row]` as of `epoch` for the keys `(epoch, row)` of [`GlobalBatchSampler`].
-
-    `dataset` has `set_epoch`. Every worker process keeps an epoch of its own, because workers fetch ahead beyond the
-    end of an epoch at different times.
-    """
-
-    def __init__(self, dataset: Dataset):
-        self.dataset = copy.copy(dataset)
-        self.dataset._epoch = _OwnEpoch()
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, key: tuple[int, int]) -> Any:
-        epoch, row = key
-        self.dataset.set_epoch(epoch)
-        return self.dataset[row]
-
-
-class _OwnEpoch:
-    """A number that, unlike a tensor, is copied when it is sent to a worker."""
-
-    def __init__(self) -> None:
-        self.value = 0
-
-    def fill_(self, value: int) -> None:
-        self.value = value
-
-    def __int__(self) -> int:
-        return self.value

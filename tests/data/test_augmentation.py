@@ -14,6 +14,7 @@ from simipu_hf.data.collate import collate_two_views
 from simipu_hf.data.pretraining_dataset import TwoViewDataset
 from simipu_hf.errors import SimIPUError
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
+from simipu_hf.training.sampling import GlobalBatchSampler
 
 WIDTH, HEIGHT = 250, 120
 CAMERA_PROJECTION = np.array([[150.0, 0, 124.5, 11.0], [0, 145.0, 59.5, -3.0], [0, 0, 1, 0.002]])
@@ -252,7 +253,7 @@ def to_dataset(rows):
     return datasets.Dataset.from_dict(columns, features=features)
 
 
-def make_dataset(count=6, on_bad_row="raise", change=None, **augmentation):
+def make_dataset(count=6, on_bad_row="error", change=None, **augmentation):
     rows = [make_row(seed=index, count=300) for index in range(count)]
     if change is not None:
         change(rows)
@@ -268,12 +269,8 @@ def test_samples_are_a_pure_function_of_seed_epoch_and_index():
     dataset, again = make_dataset(), make_dataset()
     first = [dataset[index] for index in range(6)]
     assert all(equal(again[index], first[index]) for index in (3, 1, 5, 0, 3))
-    dataset.set_epoch(1)
-    assert not any(equal(dataset[index], first[index]) for index in range(6))
-    assert all(equal(dataset[1, index], dataset[index]) for index in range(6))
+    assert not any(equal(dataset[1, index], first[index]) for index in range(6))
     assert all(equal(dataset[0, index], first[index]) for index in range(6))
-    dataset.set_epoch(0)
-    assert all(equal(dataset[index], first[index]) for index in range(6))
     row = dataset.rows[0]
     samples = [
         make_sample(row, dataset.processor, dataset.augmentation, seed, epoch, index)
@@ -283,17 +280,16 @@ def test_samples_are_a_pure_function_of_seed_epoch_and_index():
     assert len({float(sample["lidar_to_aug"][0, 0]) for sample in samples}) == 4
 
 
-def test_workers_change_nothing_and_persistent_ones_see_the_epoch():
+def test_workers_change_nothing_beyond_the_end_of_an_epoch():
     dataset = make_dataset()
+    sampler = GlobalBatchSampler(len(dataset), 2, last_step=9)
     loader = torch.utils.data.DataLoader(
-        dataset, batch_size=2, num_workers=2, persistent_workers=True, collate_fn=collate_two_views
+        dataset, batch_sampler=sampler, num_workers=2, collate_fn=collate_two_views, prefetch_factor=3
     )
-    for epoch in (0, 1, 4):
-        dataset.set_epoch(epoch)
-        expected = [collate_two_views([dataset[index], dataset[index + 1]]) for index in (0, 2, 4)]
-        found = list(loader)
-        assert len(found) == 3
-        assert all(equal(a, b) for a, b in zip(found, expected, strict=True))
+    expected = [collate_two_views([dataset[key] for key in keys]) for keys in sampler]
+    found = list(loader)
+    assert len(found) == 9
+    assert all(equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def break_points(rows):

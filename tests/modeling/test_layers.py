@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from simipu_hf.modeling.layers import LinearBlock, ProjectionHead, WeightedBatchNorm, wide_linear
+from simipu_hf.modeling.layers import LinearBlock, ProjectionHead, WeightedBatchNorm, linear
 
 
 def repeated_and_weighted(dtype: torch.dtype = torch.float64):
@@ -88,13 +88,25 @@ def test_projection_head_is_the_official_stack():
 def test_wide_linear_is_linear(shape):
     torch.manual_seed(0)
     rows = torch.randn(shape[0], shape[1], requires_grad=True)
-    linear = nn.Linear(shape[1], shape[2])
+    layer = nn.Linear(shape[1], shape[2])
     upstream = torch.randn(shape[0], shape[2])
-    expected = torch.autograd.grad((linear(rows) * upstream).sum(), [rows, linear.weight, linear.bias])
-    actual = torch.autograd.grad((wide_linear(rows, linear) * upstream).sum(), [rows, linear.weight, linear.bias])
-    torch.testing.assert_close(wide_linear(rows, linear), linear(rows), rtol=1e-4, atol=1e-5)
-    for ours, theirs in zip(actual, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    ours = linear(rows, layer.weight, layer.bias)
+    torch.testing.assert_close(ours, layer(rows), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(linear(rows, layer.weight), rows @ layer.weight.T, rtol=1e-4, atol=1e-5)
+    inputs = [rows, layer.weight, layer.bias]
+    expected = torch.autograd.grad((layer(rows) * upstream).sum(), inputs)
+    for actual, theirs in zip(torch.autograd.grad((ours * upstream).sum(), inputs), expected, strict=True):
+        torch.testing.assert_close(actual, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_linear_takes_part_of_a_wide_weight():
+    torch.manual_seed(0)
+    rows, wide = torch.randn(40, 130), torch.randn(140, 300, requires_grad=True)
+    part = wide.split([130, 170], dim=1)[0]
+    torch.testing.assert_close(linear(rows, part), rows @ part.T, rtol=1e-4, atol=1e-4)
+    (grad,) = torch.autograd.grad(linear(rows, part).square().sum(), wide)
+    (expected,) = torch.autograd.grad((rows @ part.T).square().sum(), wide)
+    torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-2)
 
 
 def test_linear_block_without_activation_goes_below_zero():

@@ -24,7 +24,7 @@ from simipu_hf.training.distributed import ReducedBatchNorm, synchronize_batch_n
 from simipu_hf.training.metrics import MetricsFile, check_trackers, flatten, read_metrics
 from simipu_hf.training.optimization import Optimization, OptimizerSettings, create_optimizer, create_schedule
 from simipu_hf.training.run_folder import current_command, data_fingerprint
-from simipu_hf.training.sampling import EpochKeyedDataset, GlobalBatchSampler
+from simipu_hf.training.sampling import GlobalBatchSampler
 from simipu_hf.training.signals import StopRequest
 from simipu_hf.training.watch import Watch, feature_spread
 
@@ -58,29 +58,6 @@ class TestGlobalBatchSampler:
             tuple(GlobalBatchSampler(50, 1, seed=seed).permutation(epoch)) for seed in (0, 1) for epoch in (0, 1)
         }
         assert len(orders) == 4
-
-
-def test_workers_keep_an_epoch_of_their_own():
-    class Rows(torch.utils.data.Dataset):
-        def __init__(self):
-            self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-        def __len__(self):
-            return 10
-
-        def set_epoch(self, epoch):
-            self._epoch.fill_(epoch)
-
-        def __getitem__(self, index):
-            return int(self._epoch), index
-
-    rows = Rows()
-    sampler = GlobalBatchSampler(10, 4, last_step=8)
-    loader = torch.utils.data.DataLoader(
-        EpochKeyedDataset(rows), batch_sampler=sampler, num_workers=2, collate_fn=list
-    )
-    assert list(loader) == list(sampler)
-    assert int(rows._epoch) == 0
 
 
 class TestOptimization:
