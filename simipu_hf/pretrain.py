@@ -6,12 +6,13 @@
 Read `pretrain` first, then `simipu_hf.training.loop.train`, the loop itself.
 """
 
+import contextlib
 import functools
 import json
 import math
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -429,15 +430,31 @@ def finish(
     skipped: list[str],
     output_dir: Path,
 ) -> None:
-    """Write the final model into `output_dir`, and its image encoder into `image_encoder/`."""
+    """Write the final model, its image encoder (`image_encoder/`) and a picture of its features into `output_dir`."""
     aside = output_dir / ".final.partial"
     shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed while finishing
     save_model(accelerator, model, processor, aside)
     export_image_encoder(aside, aside / "image_encoder", format="timm")
     move_into(aside, output_dir)
+    with contextlib.suppress(SimIPUError):  # the first frame may be one of the damaged
+        draw_features(model, processor, dataset.rows[0], output_dir / "pictures" / "image_features.png")
     skipped = skipped + [f"row {row}" for row in dataset.bad_rows]
     if skipped:
         print(f"{len(skipped)} damaged rows were skipped:", *skipped, sep="\n  ", file=sys.stderr)
+
+
+def draw_features(model: SimIPUForPreTraining, processor: SimIPUProcessor, row: Mapping[str, Any], path: Path) -> None:
+    """What the image encoder makes of a frame, as colours.
+
+    Without the photograph: the picture goes to the Hub with the model, which is no reason to publish the data.
+    """
+    from .visualization import Frame, draw_image_features, save_figure  # importing matplotlib takes seconds
+    from .visualization.features import encode_image
+
+    frame, stages = Frame.from_row(row), model.config.image_config.out_indices
+    maps = encode_image(model.simipu.image_encoder.eval(), processor.image_processor, frame, stages)
+    path.parent.mkdir(exist_ok=True)
+    save_figure(draw_image_features(frame, maps, photograph=False), path)
 
 
 def run_identity(

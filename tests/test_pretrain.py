@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from simipu_hf.data.rows import dataset_from_rows, to_row
 from simipu_hf.errors import SimIPUError
+from simipu_hf.hub.card import model_card
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.pretrain import main, pretrain
 from simipu_hf.training import loop
@@ -120,6 +121,8 @@ def test_writes_a_complete_folder(run, monkeypatch):
         *("config.json", "model.safetensors", "processor_config.json", "image_encoder", "metrics.jsonl", "run.yaml")
     }
     assert not [p for p in out.rglob("*") if "partial" in p.name]
+    assert (out / "pictures" / "image_features.png").is_file()
+    assert "(pictures/image_features.png)" in model_card(out)
     for folder in (out, out / "checkpoint-6"):
         model = SimIPUForPreTraining.from_pretrained(folder)
         assert all(torch.equal(value, weights(folder)[name]) for name, value in model.state_dict().items())

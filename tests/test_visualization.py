@@ -136,11 +136,14 @@ def test_image_features_are_drawn_over_the_image_stage_by_stage():
     resize = np.eye(3)
     values = np.zeros((4, 12, 8))
     values[:, 6:] = 1
-    figure = draw_image_features(frame, {"stage 2, stride 8": cell_map(values, (HEIGHT, WIDTH), resize, frame)})
+    stages = {"stage 2, stride 8": cell_map(values, (HEIGHT, WIDTH), resize, frame)}
+    figure = draw_image_features(frame, stages)
     shown = figure.axes[1].images[0]
     assert tuple(shown.get_extent()) == (-0.5, 95.5, 31.5, -0.5)
     assert len(np.unique(np.asarray(shown.get_array()).reshape(-1, 3), axis=0)) == 2
     assert "stage 2" in figure.axes[1].get_title(loc="left")
+    (without,) = draw_image_features(frame, stages, photograph=False).axes
+    assert [np.asarray(image.get_array()).tolist() for image in without.images] == [shown.get_array().tolist()]
 
 
 # --- matches and retrieval ---

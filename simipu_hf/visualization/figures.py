@@ -134,18 +134,21 @@ def draw_shared_features(frame: Frame, embeds: FrameEmbeds, colors: Principal) -
     return figure
 
 
-def draw_image_features(frame: Frame, stages: Mapping[str, CellMap]) -> Figure:
+def draw_image_features(frame: Frame, stages: Mapping[str, CellMap], photograph: bool = True) -> Figure:
     """The image, and under it each stage's features as colours: their first three principal components.
 
     Args:
         stages: name -> feature map; each stage has its own components.
+        photograph: false leaves the image itself out.
     """
-    rows = 1 + len(stages)
+    rows = len(stages) + photograph
     figure = new_figure(NARROW, rows * _panel_height(frame, NARROW))
-    panels = figure.subplots(rows, 1)
-    _show_image(panels[0], frame)
-    style_axes(panels[0], frame.frame_id, *_PIXELS)
-    for axes, (name, cells) in zip(panels[1:], stages.items(), strict=True):
+    panels = list(figure.subplots(rows, 1, squeeze=False)[:, 0])
+    if photograph:
+        axes = panels.pop(0)
+        _show_image(axes, frame)
+        style_axes(axes, frame.frame_id, *_PIXELS)
+    for axes, (name, cells) in zip(panels, stages.items(), strict=True):
         colors = Principal.fit(cells.values[cells.inside])
         _show_cells(axes, cells.with_values(colors.colors(cells.values)))
         _stay_within(axes, frame)
