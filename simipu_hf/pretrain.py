@@ -121,7 +121,7 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
     model, processor = create_model(arguments.model, arguments.data)
     skipped: list[str] | None = None if arguments.data.on_bad_row == "error" else []
     rows = load_rows(accelerator, arguments.data, arguments.data.train_split, skipped)
-    augmentation = TwoViewAugmentation.from_preset(arguments.model.preset)
+    augmentation = create_augmentation(arguments.model, arguments.data)
     dataset = TwoViewDataset(rows, processor, augmentation, seed=flags.seed, on_bad_row=arguments.data.on_bad_row)
     steps_per_epoch, settings = resolve_steps(accelerator, len(dataset), flags)
     evaluate = create_evaluation(accelerator, arguments, model, processor) if flags.eval_steps else None
@@ -191,6 +191,13 @@ def create_processor(model: ModelArguments, data: DataArguments) -> SimIPUProces
         height, width = data.image_size
         processor.image_processor.size = SizeDict(height=height, width=width)
     return processor
+
+
+def create_augmentation(model: ModelArguments, data: DataArguments) -> TwoViewAugmentation:
+    """The preset's augmentation; of images of one size where `--image_size` asks for it."""
+    if data.image_size is None:
+        return TwoViewAugmentation.from_preset(model.preset)
+    return TwoViewAugmentation.from_preset(model.preset, random_resize=None)
 
 
 def create_config(model: ModelArguments) -> SimIPUConfig:
@@ -331,7 +338,7 @@ def create_evaluation(
             f"--validation_split {arguments.data.validation_split} has {len(rows)} rows, fewer than one batch of "
             f"{batch_size} on {accelerator.num_processes} processes: lower --per_device_eval_batch_size"
         )
-    dataset = TwoViewDataset(rows, processor, TwoViewAugmentation.from_preset(arguments.model.preset), seed=0)
+    dataset = TwoViewDataset(rows, processor, create_augmentation(arguments.model, arguments.data), seed=0)
     first = accelerator.process_index * batch_size
     keys = [
         range(start + first, start + first + batch_size)

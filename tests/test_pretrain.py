@@ -1,5 +1,6 @@
 """The pre-training command on a tiny model and made-up frames: results, resume, refusals."""
 
+import dataclasses
 import json
 import math
 import os
@@ -18,9 +19,9 @@ from simipu_hf.data.rows import dataset_from_rows, to_row
 from simipu_hf.errors import SimIPUError
 from simipu_hf.hub.card import model_card
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
-from simipu_hf.pretrain import main, pretrain
+from simipu_hf.pretrain import create_augmentation, main, pretrain
 from simipu_hf.training import loop
-from simipu_hf.training.arguments import parse_pretraining_arguments
+from simipu_hf.training.arguments import DataArguments, ModelArguments, parse_pretraining_arguments
 from simipu_hf.training.checkpoint import list_checkpoints
 from simipu_hf.training.loop import TrainingInterrupted
 from simipu_hf.training.metrics import read_metrics
@@ -387,3 +388,11 @@ def test_threads_do_not_matter_for_signals(run):
     thread.start()
     thread.join()
     assert outcome
+
+
+def test_image_size_holds_for_the_official_preset_too():
+    model = ModelArguments(preset="official")
+    drawn = create_augmentation(model, DataArguments(data_dir="kitti"))
+    fixed = create_augmentation(model, DataArguments(data_dir="kitti", image_size=[64, 192]))
+    assert drawn.random_resize == ((640, 192), (2400, 720))
+    assert fixed == dataclasses.replace(drawn, random_resize=None)

@@ -87,7 +87,7 @@ class DataArguments:
     )
     validation_split: str = flag("validation", "Split for --eval_steps.")
     image_size: list[int] | None = flag(
-        None, "Height and width of the images; the preset's if empty.", metavar="PIXELS"
+        None, "Height and width of all images; what the preset says if empty: official draws sizes.", metavar="PIXELS"
     )
     num_points: int = flag(16384, "Points drawn from each scan.")
     on_bad_row: str = flag("error", "What to do with a damaged row: error stops, skip takes another and counts it.")
