@@ -12,8 +12,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file, save_file
+from tiny_run import reset_accelerate
 
 import simipu_hf.demo
 from simipu_hf.data.depth_samples import DepthFrame, DepthPreprocessing
@@ -41,9 +41,7 @@ def made(tmp_path_factory):
     """The folder of a finished demo."""
     folder = tmp_path_factory.mktemp("demo") / "simipu_demo"
     report = demo(folder, settings=TINY)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    PartialState._reset_state()
+    reset_accelerate()
     assert report == folder / "report.html"
     return folder
 

@@ -28,7 +28,7 @@ import timm
 import torch
 import typer.main
 from accelerate.commands.launch import launch_command_parser
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from tiny_run import reset_accelerate
 from tiny_simipu import tiny_config
 
 from simipu_hf.cli import app
@@ -143,9 +143,7 @@ def inside(workspace, monkeypatch) -> Path:
     monkeypatch.chdir(workspace)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(workspace / "cache"))
     yield workspace
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    PartialState._reset_state()
+    reset_accelerate()
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
+from tiny_run import OVERRIDES, reset_accelerate, write_frames
 
-from simipu_hf.data.rows import dataset_from_rows, to_row
 from simipu_hf.errors import SimIPUError
 from simipu_hf.hub.card import model_card
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
@@ -26,38 +25,19 @@ from simipu_hf.training.checkpoint import list_checkpoints
 from simipu_hf.training.loop import TrainingInterrupted
 from simipu_hf.training.metrics import read_metrics
 
-TINY = (
-    "projection_dim=8,point_config.num_points=[[64],[32],[16,16]],point_config.fps_sample_ranges=[[-1],[-1],[16,-1]],"
-    "point_config.radii=[[1.0],[2.0],[4.0]],point_config.num_samples=[[8],[8],[8]],"
-    "point_config.mlp_channels=[[[8]],[[8]],[[8]]],point_config.aggregation_channels=[8,8,8]"
-)
 TIMES = ("rows_per_second", "seconds_per_step", "data_wait_share", "memory_gb")
 
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
-    """Accelerate keeps its state for the life of a process."""
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    PartialState._reset_state()
+    reset_accelerate()
 
 
 @pytest.fixture(scope="module")
 def frames(tmp_path_factory):
-    """Ten made-up rows in a `save_to_disk` folder."""
-    generator = np.random.default_rng(0)
-    projection = np.array([[100.0, 0, 48, 0], [0, 100, 16, 0], [0, 0, 1, 0]])
-    extrinsics = np.array([[0.0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
-    rows = []
-    for frame in range(10):
-        depth = generator.uniform(3, 40, 500)
-        spread = generator.uniform(-1, 1, (2, 500)) * depth * np.array([[0.4], [0.12]])
-        points = np.stack([depth, *spread, generator.uniform(0, 1, 500)], axis=1)
-        image = generator.integers(0, 255, (32, 96, 3), dtype=np.uint8)
-        rows.append(to_row(f"frame-{frame}", image, points, projection, extrinsics))
     folder = tmp_path_factory.mktemp("frames")
-    dataset_from_rows(rows).save_to_disk(folder)
+    write_frames(folder)
     return folder
 
 
@@ -74,7 +54,7 @@ def run(frames, tmp_path):
 def arguments(frames, output_dir, *flags: str):
     defaults = [
         *("--dataset_name", str(frames), "--output_dir", str(output_dir), "--image_encoder", "test_resnet"),
-        *("--image_size", "32", "96", "--num_points", "128", "--config_overrides", TINY, "--report_to", "none"),
+        *("--image_size", "32", "96", "--num_points", "128", "--config_overrides", OVERRIDES, "--report_to", "none"),
         *("--per_device_train_batch_size", "2", "--max_steps", "8", "--logging_steps", "2"),
         *("--checkpointing_steps", "3", "--dataloader_num_workers", "0", "--learning_rate", "0.003"),
     ]
@@ -162,7 +142,7 @@ def test_resumes_to_the_bit(run, monkeypatch, workers, accumulation):
 
 
 def test_random_layers_resume_to_the_bit(run, monkeypatch):
-    drop = ("--config_overrides", TINY + ",image_config.model_args={drop_path_rate: 0.5}")
+    drop = ("--config_overrides", OVERRIDES + ",image_config.model_args={drop_path_rate: 0.5}")
     whole = run("whole", *drop)
     with monkeypatch.context() as patch:
         stop_after(patch, 5, error=RuntimeError("killed"))
@@ -221,9 +201,9 @@ def test_stops_at_a_loss_that_is_no_number(run, monkeypatch, tmp_path):
 
 
 def test_evaluation_changes_nothing(run):
-    plain = run("plain", "--config_overrides", TINY + ",image_config.model_args={drop_path_rate: 0.5}")
+    plain = run("plain", "--config_overrides", OVERRIDES + ",image_config.model_args={drop_path_rate: 0.5}")
     watched = run(
-        *("watched", "--config_overrides", TINY + ",image_config.model_args={drop_path_rate: 0.5}"),
+        *("watched", "--config_overrides", OVERRIDES + ",image_config.model_args={drop_path_rate: 0.5}"),
         *("--eval_steps", "3", "--validation_split", "train"),
     )
     assert all(torch.equal(weights(plain)[name], value) for name, value in weights(watched).items())
@@ -256,9 +236,9 @@ def test_a_gradient_can_be_clipped(run):
         (["--preset", "offical"], "choose from"),
         (["--point_encoder", "voxel"], "choose from pointnet2"),
         (["--num_points", "32"], "first level samples 64"),
-        (["--config_overrides", TINY + ",image_config.out_indices=[9]"], "has stages"),
-        (["--config_overrides", TINY + ",temperatur=1"], "no field temperatur"),
-        (["--config_overrides", TINY + ",image_config.stride=1"], "no field stride"),
+        (["--config_overrides", OVERRIDES + ",image_config.out_indices=[9]"], "has stages"),
+        (["--config_overrides", OVERRIDES + ",temperatur=1"], "no field temperatur"),
+        (["--config_overrides", OVERRIDES + ",image_config.stride=1"], "no field stride"),
         (["--config_overrides", "loss.x=1"], "expected name=value"),
         (["--per_device_train_batch_size", "11"], "10 rows, but one optimizer step takes 11"),
         (["--report_to", "tensorbord"], "unknown tracker"),

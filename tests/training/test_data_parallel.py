@@ -8,30 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
+from tiny_run import OVERRIDES, reset_accelerate, write_frames
 
-from simipu_hf.data.rows import dataset_from_rows, to_row
 from simipu_hf.training.metrics import read_metrics
 
 WORKER = Path(__file__).with_name("data_parallel_worker.py")
-
-
-def write_frames(folder: Path) -> None:
-    generator = np.random.default_rng(0)
-    projection = np.array([[100.0, 0, 48, 0], [0, 100, 16, 0], [0, 0, 1, 0]])
-    extrinsics = np.array([[0.0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
-    rows = []
-    for frame in range(10):
-        depth = generator.uniform(3, 40, 500)
-        spread = generator.uniform(-1, 1, (2, 500)) * depth * np.array([[0.4], [0.12]])
-        points = np.stack([depth, *spread, generator.uniform(0, 1, 500)], axis=1)
-        image = generator.integers(0, 255, (32, 96, 3), dtype=np.uint8)
-        rows.append(to_row(f"frame-{frame}", image, points, projection, extrinsics))
-    dataset_from_rows(rows).save_to_disk(folder)
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +23,9 @@ def results(tmp_path_factory) -> Path:
     """What the worker wrote in two processes."""
     out = tmp_path_factory.mktemp("data_parallel")
     write_frames(out / "frames")
-    overrides = (
-        "projection_dim=8,point_config.num_points=[[64],[32],[16,16]],point_config.fps_sample_ranges=[[-1],[-1],[16,-1]],"
-        "point_config.radii=[[1.0],[2.0],[4.0]],point_config.num_samples=[[8],[8],[8]],"
-        "point_config.mlp_channels=[[[8]],[[8]],[[8]]],point_config.aggregation_channels=[8,8,8]"
-    )
     flags = [
         *("--dataset_name", str(out / "frames"), "--image_encoder", "test_resnet", "--image_size", "32", "96"),
-        *("--num_points", "128", "--config_overrides", overrides, "--report_to", "none", "--max_steps", "6"),
+        *("--num_points", "128", "--config_overrides", OVERRIDES, "--report_to", "none", "--max_steps", "6"),
         *("--per_device_train_batch_size", "1", "--logging_steps", "3", "--checkpointing_steps", "2"),
         *("--dataloader_num_workers", "1", "--learning_rate", "0.003", "--gradient_accumulation_steps", "2"),
         *("--eval_steps", "3", "--validation_split", "train"),
@@ -77,8 +56,7 @@ def worker():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     yield module
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
 
 
 @pytest.mark.parametrize("accumulation_steps", [1, 2])
