@@ -15,7 +15,7 @@ from simipu_hf.data.pretraining_dataset import TwoViewDataset
 from simipu_hf.errors import SimIPUError
 
 from .inputs import benchmark_rows, check_at_least_one, sample_keys, two_view_dataset
-from .measure import BenchmarkResult, choose_device, machine_facts, time_interleaved
+from .measure import BenchmarkResult, choose_device, conclude, time_interleaved
 
 DECODE = "decode the image"
 DECODE_RESIZE = "decode and resize the image"
@@ -55,9 +55,10 @@ def benchmark_data(
     Raises:
         SimIPUError: an unknown preset, or data that cannot be used.
     """
-    check_at_least_one(num_rows=num_rows, batch_size=batch_size, repeats=repeats, num_points=num_points)
     workers = available_processors() if num_workers is None else num_workers
-    check_at_least_one(num_workers=workers)
+    check_at_least_one(
+        num_rows=num_rows, batch_size=batch_size, repeats=repeats, num_points=num_points, num_workers=workers
+    )
     cpu = choose_device("cpu")
     threads = torch.get_num_threads()
     with benchmark_rows(data_dir, dataset_name, min(num_rows, 4)) as (rows, source):
@@ -90,7 +91,7 @@ def benchmark_data(
         }
         for part, timing in timings.items()
     ]
-    result = BenchmarkResult(
+    return conclude(
         name="training data",
         settings={
             "data": source,
@@ -104,11 +105,9 @@ def benchmark_data(
         },
         rows=table,
         summary={"worker_over_decode_and_resize": timings[SAMPLE].seconds / timings[DECODE_RESIZE].seconds},
-        machine=machine_facts(cpu),
+        device=cpu,
+        json_path=json_path,
     )
-    if json_path is not None:
-        result.save(json_path)
-    return result
 
 
 def available_processors() -> int:

@@ -60,6 +60,21 @@ class BenchmarkResult:
         return "\n\n".join(["\n".join(facts), format_table(self.rows), _format_facts(self.summary)])
 
 
+def conclude(
+    name: str,
+    settings: dict[str, Any],
+    rows: list[dict[str, Any]],
+    summary: dict[str, Any],
+    device: torch.device,
+    json_path: str | os.PathLike | None,
+) -> BenchmarkResult:
+    """The result of a benchmark on `device`, also written to `json_path` where one is given."""
+    result = BenchmarkResult(name, settings, rows, summary, machine_facts(device))
+    if json_path is not None:
+        result.save(json_path)
+    return result
+
+
 def time_interleaved(
     functions: Mapping[str, Function], device: torch.device, repeats: int = 5, warmup: int = 1
 ) -> dict[str, Timing]:

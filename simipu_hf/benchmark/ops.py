@@ -4,7 +4,7 @@ import copy
 import functools
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -22,14 +22,7 @@ from simipu_hf.modeling.point_ops import (
 from simipu_hf.modeling.pointnet2 import PointNet2Encoder, SetAbstraction
 
 from .inputs import benchmark_rows, check_at_least_one, create_config, training_batch, two_view_dataset
-from .measure import (
-    BenchmarkResult,
-    Function,
-    Timing,
-    choose_device,
-    machine_facts,
-    time_interleaved,
-)
+from .measure import BenchmarkResult, Function, Timing, choose_device, conclude, time_interleaved
 from .memory import peak_memories
 
 ENCODER = "point encoder, forward + backward"
@@ -117,7 +110,7 @@ def benchmark_ops(
     summary = {"encoder_speedup": fast["speedup"]}
     if peaks:
         summary["encoder_memory_ratio"] = grouped["peak_bytes"] / max(1, fast["peak_bytes"])
-    result = BenchmarkResult(
+    return conclude(
         name="point operations",
         settings={
             "data": source,
@@ -130,11 +123,9 @@ def benchmark_ops(
         },
         rows=table,
         summary=summary,
-        machine=machine_facts(device),
+        device=device,
+        json_path=json_path,
     )
-    if json_path is not None:
-        result.save(json_path)
-    return result
 
 
 def create_encoder(
@@ -189,8 +180,7 @@ def measure_operation(operation: Operation, device: torch.device, repeats: int) 
 
 def _columns(timing: Timing, definition: Timing) -> dict[str, Any]:
     return {
-        "seconds": timing.seconds,
-        "cpu_seconds": timing.cpu_seconds,
+        **asdict(timing),
         "speedup": definition.seconds / timing.seconds,
         "peak_bytes": None,  # filled in later
     }

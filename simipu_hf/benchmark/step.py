@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from time import perf_counter, process_time
 from typing import Any
 
@@ -26,7 +27,7 @@ from .measure import (
     Function,
     Timing,
     choose_device,
-    machine_facts,
+    conclude,
     median_timing,
     synchronize,
     time_interleaved,
@@ -104,7 +105,7 @@ def benchmark_step(
     summary = {"step_over_image_encoder": timings[STEP].seconds / timings[IMAGE].seconds}
     if device.type == "cuda":
         summary["reserved_on_device_bytes"] = torch.cuda.max_memory_reserved(device)
-    result = BenchmarkResult(
+    return conclude(
         name="pre-training step",
         settings={
             "data": source,
@@ -120,19 +121,13 @@ def benchmark_step(
         },
         rows=table,
         summary=summary,
-        machine=machine_facts(device),
+        device=device,
+        json_path=json_path,
     )
-    if json_path is not None:
-        result.save(json_path)
-    return result
 
 
 def _columns(timing: Timing, image: Timing) -> dict[str, float]:
-    return {
-        "seconds": timing.seconds,
-        "cpu_seconds": timing.cpu_seconds,
-        "of_image_encoder": timing.seconds / image.seconds,
-    }
+    return {**asdict(timing), "of_image_encoder": timing.seconds / image.seconds}
 
 
 def create_model(
