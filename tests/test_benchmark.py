@@ -132,7 +132,6 @@ def test_step_times_the_whole_and_its_parts(data_dir, tmp_path, preset, dtype):
         "starting the matching",
         "image encoder forward",
         "sampling, inter-modal heads and loss",
-        "inter-modal heads and loss",
         "waiting for the matching",
         "intra-modal head and loss",
         "rest of the forward",
