@@ -96,7 +96,7 @@ def to_point_cloud(points: Any) -> np.ndarray:
     if isinstance(points, bytes | bytearray | memoryview):
         size = memoryview(points).nbytes
         if size % 16:
-            raise ValueError(f"points: expected records of 16 bytes (four float32), found {size} bytes")
+            raise ValueError(f"points: expected the bytes of whole points, 16 (four float32) each, found {size} bytes")
         cloud = np.frombuffer(points, dtype="<f4").reshape(-1, 4)
     else:
         if isinstance(points, torch.Tensor):
@@ -106,8 +106,11 @@ def to_point_cloud(points: Any) -> np.ndarray:
         raise ValueError(f"points: expected shape (N, 4), x y z reflectance, found {cloud.shape}")
     finite = np.isfinite(cloud)
     if not finite.all():
-        bad = int((~finite.all(axis=1)).sum())
-        raise ValueError(f"points: {bad} of {len(cloud)} are NaN or infinite, expected finite values")
+        bad = ~finite.all(axis=1)
+        raise ValueError(
+            f"points: expected finite values, found {bad.sum()} of {len(cloud)} with NaN or infinity, the first at "
+            f"index {bad.argmax()}"
+        )
     return cloud
 
 
@@ -119,7 +122,7 @@ def to_calibration(camera_projection: Any, lidar_to_camera: Any) -> tuple[np.nda
         lidar_to_camera: (4, 4), LiDAR to rectified camera, homogeneous.
 
     Raises:
-        ValueError: a wrong shape, values that are not finite, or a last row that is not 0 0 0 1.
+        ValueError: no numbers, a wrong shape, values that are not finite, or a last row that is not 0 0 0 1.
     """
     matrices = []
     for name, matrix, shape in (
@@ -128,7 +131,10 @@ def to_calibration(camera_projection: Any, lidar_to_camera: Any) -> tuple[np.nda
     ):
         if isinstance(matrix, torch.Tensor):
             matrix = matrix.detach().cpu().numpy()
-        matrix = np.asarray(matrix, dtype=np.float64)
+        try:
+            matrix = np.asarray(matrix, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name}: expected a matrix {shape}, found {matrix!r}") from error
         if matrix.shape != shape:
             raise ValueError(f"{name}: expected shape {shape}, found {matrix.shape}")
         if not np.isfinite(matrix).all():

@@ -14,7 +14,8 @@ The points are bytes because every other column type is 10 to 2,000 times slower
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from typing import Any
 
@@ -24,6 +25,7 @@ from datasets.arrow_writer import ArrowWriter
 from PIL import Image
 
 from ..errors import SimIPUError
+from ..modeling.processing_simipu import to_calibration, to_point_cloud
 
 ROW_FEATURES = datasets.Features(
     {
@@ -69,15 +71,12 @@ def to_row(
         image = {"bytes": image, "path": None}
     elif isinstance(image, str | os.PathLike):
         image = os.path.abspath(image)
-    points = np.asarray(points)
-    if points.ndim != 2 or points.shape[1] != 4:
-        raise SimIPUError(
-            f"frame {frame_id}: points: expected an array (N, 4) of x, y, z, reflectance, found {points.shape}"
-        )
+    with _naming(frame_id):
+        cloud = to_point_cloud(points)
     row = {
         "frame_id": str(frame_id),
         "image": image,
-        "points": np.ascontiguousarray(points, dtype="<f4").tobytes(),
+        "points": cloud.astype("<f4", copy=False).tobytes(),
         "camera_projection": np.asarray(camera_projection, dtype=np.float64).tolist(),
         "lidar_to_camera": np.asarray(lidar_to_camera, dtype=np.float64).tolist(),
     }
@@ -113,16 +112,11 @@ def points_from_row(row: dict[str, Any]) -> np.ndarray:
         SimIPUError: no bytes, a size that is no multiple of 16, or NaN or infinite values.
     """
     data = row["points"]
-    if not isinstance(data, bytes) or not data or len(data) % 16:
-        found = f"{len(data)} bytes" if isinstance(data, bytes) else type(data).__name__
+    if not isinstance(data, bytes) or not data:
+        found = "0 bytes" if isinstance(data, bytes) else type(data).__name__
         raise _row_error(row, "points", "the bytes of whole points, 16 (four float32) each", found)
-    points = np.frombuffer(data, dtype="<f4").reshape(-1, 4)
-    finite = np.isfinite(points)
-    if not finite.all():
-        damaged = ~finite.all(axis=1)
-        found = f"{damaged.sum()} of {len(points)} with NaN or infinity, the first at index {damaged.argmax()}"
-        raise _row_error(row, "points", "finite values", found)
-    return points
+    with _naming(row.get("frame_id")):
+        return to_point_cloud(data)
 
 
 def calibration_from_row(row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -132,11 +126,8 @@ def calibration_from_row(row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         SimIPUError: another shape, no numbers, NaN or infinity, or a last row of `lidar_to_camera` other than
             0 0 0 1.
     """
-    projection = _matrix_from_row(row, "camera_projection", (3, 4))
-    lidar_to_camera = _matrix_from_row(row, "lidar_to_camera", (4, 4))
-    if not np.array_equal(lidar_to_camera[3], [0, 0, 0, 1]):
-        raise _row_error(row, "lidar_to_camera", "a last row 0 0 0 1", lidar_to_camera[3].tolist())
-    return projection, lidar_to_camera
+    with _naming(row.get("frame_id")):
+        return to_calibration(row["camera_projection"], row["lidar_to_camera"])
 
 
 def image_from_row(row: dict[str, Any]) -> Image.Image:
@@ -211,16 +202,13 @@ def _describe(feature: Any) -> str:
     return "datasets.Image" if isinstance(feature, datasets.Image) else str(feature)
 
 
-def _matrix_from_row(row: dict[str, Any], column: str, shape: tuple[int, int]) -> np.ndarray:
+@contextmanager
+def _naming(frame_id: Any) -> Iterator[None]:
+    """Turns a ValueError into a SimIPUError that begins with the frame's name."""
     try:
-        matrix = np.asarray(row[column], dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise _row_error(row, column, f"a matrix {shape}", f"{row[column]!r}") from error
-    if matrix.shape != shape:
-        raise _row_error(row, column, f"a matrix {shape}", f"shape {matrix.shape}")
-    if not np.isfinite(matrix).all():
-        raise _row_error(row, column, "finite values", matrix.tolist())
-    return matrix
+        yield
+    except ValueError as error:
+        raise SimIPUError(f"frame {frame_id}: {error}") from error
 
 
 def _row_error(row: dict[str, Any], column: str, expected: str, found: Any) -> SimIPUError:

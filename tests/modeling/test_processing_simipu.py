@@ -180,8 +180,14 @@ def with_nan(points):
     ("change", "message"),
     [
         (lambda row: {"points": row["points"][:, :3]}, r"row 1: points: expected shape \(N, 4\).*\(3000, 3\)"),
-        (lambda row: {"points": row["points"].tobytes()[:-4]}, "row 1: points: expected records of 16 bytes"),
-        (lambda row: {"points": with_nan(row["points"])}, "row 1: points: 1 of 3000 are NaN or infinite"),
+        (
+            lambda row: {"points": row["points"].tobytes()[:-4]},
+            "row 1: points: expected the bytes of whole points, 16 .* 47996 bytes",
+        ),
+        (
+            lambda row: {"points": with_nan(row["points"])},
+            "row 1: points: expected finite values, found 1 of 3000 .* at index 5",
+        ),
         (
             lambda row: {"points": np.tile([1, 39, 0, 0.5], (9, 1))},
             "row 1: no usable point: .* none of these",
