@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from ..dataset_scripts import kitti
 from ..errors import SimIPUError
+from .frame import Frame
 from .loading import find_source, load_pretraining_dataset, source_splits
 from .rows import calibration_from_row, image_from_row, points_from_row
 
@@ -224,16 +225,18 @@ class _Inspector:
             sizes = self.sizes_of_camera.setdefault(calibration[0].tobytes(), {})
             sizes.setdefault(image.size, []).append(frame)
         if image is not None and points is not None and calibration is not None:
-            self._look_at_view(frame, image, *project_into_view(points, *calibration, image.size))
+            projection, lidar_to_camera = calibration
+            self._look_at_view(Frame(frame, np.asarray(image), points, projection @ lidar_to_camera))
 
-    def _look_at_view(self, frame: str, image: Image.Image, pixels: np.ndarray, depth: np.ndarray) -> None:
-        self._measure("points_in_view", [len(depth)])
-        if len(depth) == 0:
-            self.add_problems(["expected points of the scan in the image, found none"], frame)
+    def _look_at_view(self, frame: Frame) -> None:
+        _, depth, inside = frame.view
+        self._measure("points_in_view", [inside.sum()])
+        if not inside.any():
+            self.add_problems(["expected points of the scan in the image, found none"], frame.frame_id)
             return
-        self._measure("depth_in_view", depth)
+        self._measure("depth_in_view", depth[inside])
         if self.picture_path is not None and self.picture is None:
-            self.picture = _draw(image, pixels, depth, self.picture_path)
+            self.picture = _draw(frame, self.picture_path)
 
     def _measure(self, name: str, values: Sequence[float] | np.ndarray) -> None:
         values = np.asarray(values, dtype=np.float64)
@@ -275,29 +278,16 @@ class _Inspector:
         )
 
 
-def project_into_view(
-    points: np.ndarray, camera_projection: np.ndarray, lidar_to_camera: np.ndarray, size: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Pixel coordinates (M, 2) and depths in metres (M,) of the M points (N, 4) that lie in an image of `size`
-    (width, height); integer coordinates are pixel centres."""
-    lidar_to_pixel = camera_projection @ lidar_to_camera
-    u, v, depth = lidar_to_pixel[:, :3] @ points[:, :3].T.astype(np.float64) + lidar_to_pixel[:, 3:]
-    in_front = depth > 0
-    depth = depth[in_front]
-    u, v = u[in_front] / depth, v[in_front] / depth
-    inside = (u >= -0.5) & (u < size[0] - 0.5) & (v >= -0.5) & (v < size[1] - 0.5)
-    return np.column_stack([u[inside], v[inside]]), depth[inside]
-
-
-def _draw(image: Image.Image, pixels: np.ndarray, depth: np.ndarray, path: Path) -> str:
-    """Saves the image with its points, near red to far blue."""
-    canvas = np.asarray(image).copy()
-    far_first = np.argsort(-depth)
+def _draw(frame: Frame, path: Path) -> str:
+    """Saves the image with its points, near red to far blue, pixel for pixel."""
+    canvas = frame.image.copy()
+    pixels, depth, inside = frame.view
+    far_first = np.flatnonzero(inside)[np.argsort(-depth[inside])]
     hue = np.interp(np.log(depth[far_first]), np.log([3.0, 60.0]), [0, 170]).astype(np.uint8)
     colors = Image.fromarray(np.stack([hue, np.full_like(hue, 255), np.full_like(hue, 255)], -1)[None], mode="HSV")
     columns, rows = np.floor(pixels[far_first] + 0.5).astype(int).T
     for shift in (0, 1):
-        canvas[np.minimum(rows + shift, image.height - 1), columns] = np.asarray(colors.convert("RGB"))[0]
+        canvas[np.minimum(rows + shift, len(canvas) - 1), columns] = np.asarray(colors.convert("RGB"))[0]
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(canvas).save(path)
     return str(path)

@@ -4,6 +4,8 @@
 (or, for the 3-D page, HTML), so that reports and notebooks can use each alone.
 """
 
+from simipu_hf.data.frame import Frame
+
 from .curves import draw_training_curves
 from .figures import (
     draw_image_features,
@@ -12,7 +14,6 @@ from .figures import (
     draw_retrieval,
     draw_shared_features,
 )
-from .frame import Frame
 from .frames import visualize
 from .scene import scene_html
 from .style import save_figure

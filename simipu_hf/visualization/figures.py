@@ -9,8 +9,9 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch
 
+from simipu_hf.data.frame import Frame
+
 from .features import CellMap, FrameEmbeds, Principal, ViewMatches
-from .frame import Frame
 from .style import (
     DEPTH_TICKS,
     FAINT,

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from simipu_hf.data.augmentation import TwoViewAugmentation
+from simipu_hf.data.frame import Frame
 from simipu_hf.data.loading import load_pretraining_dataset
 from simipu_hf.errors import SimIPUError
 from simipu_hf.hub.files import written_aside
@@ -19,7 +20,6 @@ from simipu_hf.training.metrics import METRICS_FILE, read_metrics
 from .curves import draw_training_curves
 from .features import FrameEmbeds, Principal, embed_frame, encode_image, match_views, similarities
 from .figures import draw_image_features, draw_matches, draw_points_on_image, draw_retrieval, draw_shared_features
-from .frame import Frame
 from .models import LoadedModel, load_model
 from .scene import scene_html
 from .style import save_figure

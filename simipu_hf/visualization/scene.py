@@ -11,8 +11,9 @@ from matplotlib.colors import Colormap, to_hex, to_rgb
 from PIL import Image
 from scipy.spatial import cKDTree
 
+from simipu_hf.data.frame import Frame
+
 from .features import FrameEmbeds, Principal
-from .frame import Frame
 from .style import DEPTH_RANGE, DEPTH_TICKS, MISSING, depth_colormap, depth_norm, visible_colormap
 
 FRUSTUM_DEPTH = 6.0  # metres

@@ -12,7 +12,7 @@ from PIL import Image
 
 from simipu_hf.data.loading import load_pretraining_dataset
 from simipu_hf.data.rows import dataset_from_rows, to_row
-from simipu_hf.data.tools import convert_to_parquet, inspect_dataset, project_into_view
+from simipu_hf.data.tools import convert_to_parquet, inspect_dataset
 from simipu_hf.errors import SimIPUError
 
 
@@ -55,15 +55,6 @@ def sum_in_view(scan: np.ndarray) -> int:
         u, v = 40 * right / forward + 23.5, 40 * down / forward + 7.5
         count += forward > 0 and -0.5 <= u < 47.5 and -0.5 <= v < 15.5
     return count
-
-
-def test_points_behind_the_camera_are_not_in_view():
-    points = np.array([[10, 0, 0, 0], [-10, 0, 0, 0], [10, 100, 0, 0]], np.float32)
-    projection = np.array([[40, 0, 23.5, 0], [0, 40, 7.5, 0], [0, 0, 1, 0]])
-    lidar_to_camera = np.array([[0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1.0]])
-    pixels, depth = project_into_view(points, projection, lidar_to_camera, (48, 16))
-    np.testing.assert_allclose(pixels, [[23.5, 7.5]])
-    np.testing.assert_allclose(depth, [10])
 
 
 def test_inspection_lists_all_damage_in_one_run(object_root):

@@ -1,4 +1,4 @@
-"""A camera image with its scan, ready to draw."""
+"""A camera image with its scan, as arrays."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from simipu_hf.data.rows import calibration_from_row, image_from_row, points_from_row
+from .rows import calibration_from_row, image_from_row, points_from_row
 
 
 @dataclass(frozen=True)
 class Frame:
-    """One row of the data contract as arrays.
+    """One row of the data contract, ready to measure and to draw.
 
     Args:
         frame_id: its name.
