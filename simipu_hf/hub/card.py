@@ -78,14 +78,14 @@ def model_card(folder: str | Path, repo_id: str | None = None, encoder_repo_id: 
         raise SimIPUError(f"{folder / 'config.json'}: neither a SimIPU model nor a timm encoder")
     evaluations = _evaluations(folder)
     sections = [
-        f"---\n{_metadata(name, kind, architecture, config, run, evaluations).to_yaml()}\n---",
+        f"---\n{_metadata(name, kind, architecture, run, evaluations).to_yaml()}\n---",
         GENERATED,
         f"# {name.split('/')[-1]}",
         _introduction(kind, architecture, encoder_repo_id),
         "## Load it",
         load,
         _input_section(folder, config),
-        *_training_sections(folder, run),
+        *_training_sections(run),
         *_result_sections(folder, evaluations),
         _limits(kind, run),
         f"## Citation\n\n{CITATION}",
@@ -168,9 +168,7 @@ def dataset_card(repo_id: str, license: str | None, rows: int | None = None, spl
     )
 
 
-def _metadata(
-    name: str, kind: str, architecture: str, config: dict[str, Any], run: dict[str, Any], evaluations: list[dict]
-) -> ModelCardData:
+def _metadata(name: str, kind: str, architecture: str, run: dict[str, Any], evaluations: list[dict]) -> ModelCardData:
     arguments = run.get("arguments") or {}
     base = arguments.get("model_name_or_path")
     if arguments.get("pretrained_image_encoder"):
@@ -367,7 +365,7 @@ def _input_section(folder: Path, config: dict[str, Any]) -> str:
     return text
 
 
-def _training_sections(folder: Path, run: dict[str, Any]) -> list[str]:
+def _training_sections(run: dict[str, Any]) -> list[str]:
     if not run:
         return []
     data, arguments = run.get("data") or {}, run.get("arguments") or {}

@@ -17,7 +17,6 @@ import yaml
 from simipu_hf.errors import SimIPUError
 
 from .checkpoint import newest_checkpoint, remove_partial_checkpoints, write_text
-from .metrics import METRICS_FILE
 
 RUN_FILE = "run.yaml"
 _PACKAGES = ("simipu-hf", "torch", "torchvision", "transformers", "timm", "accelerate", "datasets", "numpy", "scipy")
@@ -135,8 +134,3 @@ def data_fingerprint(frame_ids: Iterable[str]) -> str:
     for frame_id in frame_ids:
         digest.update(str(frame_id).encode() + b"\n")
     return digest.hexdigest()[:16]
-
-
-def is_finished(output_dir: Path) -> bool:
-    """Whether the run in `output_dir` has written its final model."""
-    return (output_dir / "model.safetensors").is_file() and (output_dir / METRICS_FILE).is_file()

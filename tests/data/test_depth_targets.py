@@ -80,7 +80,7 @@ def test_depth_png_round_trip(tmp_path):
         read_depth_png(tmp_path / "missing.png")
 
 
-def test_target_of_a_row_comes_from_its_depth_or_its_points(tmp_path):
+def test_target_of_a_row_comes_from_its_depth_or_its_points():
     points = np.array([lidar_point(10, 5, 20.0)], dtype="<f4")
     row = {
         "frame_id": "000007",

@@ -60,7 +60,7 @@ def test_transformers_loads_the_folder(encoder, folder, pixels):
     close(backbone(pixels).feature_maps[-1], encoder.forward_features(pixels))
 
 
-def test_own_epsilon_changes_no_bit(tmp_path, pixels):
+def test_own_epsilon_changes_no_bit(tmp_path):
     encoder = timm.create_model("resnet18", num_classes=0)
     folder = export_timm(encoder, tmp_path / "encoder")
     saved = load_file(folder / "model.safetensors")

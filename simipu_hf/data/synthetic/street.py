@@ -98,7 +98,7 @@ def make_street(rng: np.random.Generator, duration: float) -> Street:
         edges[side] = (lanes, kerb, walk)
         if parked:
             actors += _parked_cars(rng, stock, end, side, lanes + PARKING / 2)
-        actors += _street_furniture(rng, stock, end, side, kerb, walk)
+        actors += _street_furniture(rng, stock, end, side, kerb)
         actors += _people(rng, stock, end, side, kerb, walk)
         actors += _frontage(rng, stock, end, side, walk, urban, curvature)
     actors += _traffic(rng, stock, end, ego_speed, duration, lanes)
@@ -268,7 +268,7 @@ def _people(rng, stock: _Stock, end: float, side: int, kerb: float, walk: float)
     return people
 
 
-def _street_furniture(rng, stock: _Stock, end: float, side: int, kerb: float, walk: float) -> list[Actor]:
+def _street_furniture(rng, stock: _Stock, end: float, side: int, kerb: float) -> list[Actor]:
     """Lamps, signs, bollards and street trees in the half metre behind the kerb."""
     things, d = [], side * (kerb + 0.4)
     towards_road = 0.0 if side > 0 else np.pi
