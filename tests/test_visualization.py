@@ -16,11 +16,11 @@ from matplotlib.collections import PathCollection
 from matplotlib.colors import LogNorm, to_hex
 from matplotlib.patches import ConnectionPatch
 from PIL import Image
+from tiny_simipu import tiny_config
 
 from simipu_hf.data.rows import dataset_from_rows, to_row
 from simipu_hf.errors import SimIPUError
 from simipu_hf.hub.export import export_image_encoder
-from simipu_hf.modeling.configuration_simipu import SimIPUConfig
 from simipu_hf.modeling.matching import project_points, sample_feature_maps
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor, pixel_transform
@@ -361,17 +361,7 @@ def run_folder(tmp_path_factory) -> Path:
     """What a short run leaves: model, processor, encoder, metrics."""
     folder = tmp_path_factory.mktemp("visualize") / "run"
     torch.manual_seed(0)
-    config = SimIPUConfig.from_preset(
-        image_config={"architecture": "resnet10t", "out_indices": [-2]},
-        point_config={
-            "num_points": [[64], [32], [16, 16]],
-            "fps_sample_ranges": [[-1], [-1], [32, -1]],
-            "num_samples": [[4, 4, 4]] * 3,
-            "mlp_channels": [[[8, 8, 8]] * 3] * 3,
-            "aggregation_channels": [8, 8, 16],
-        },
-        projection_dim=16,
-    )
+    config = tiny_config(image_config={"out_indices": [-2]})
     SimIPUForPreTraining(config).save_pretrained(folder)
     SimIPUProcessor.from_preset(image_size=(64, 192), num_points=256).save_pretrained(folder)
     export_image_encoder(folder, folder / "image_encoder")
