@@ -422,12 +422,9 @@ python -m simipu_hf.compare_depth --image_encoders simipu=RUN imagenet=resnet18 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: parse the flags and run; returns the exit code."""
-
-    def run() -> None:
-        (arguments,) = parse_flags((CompareDepthArguments,), argv, "simipu-hf compare-depth", _DESCRIPTION)
-        compare_depth(arguments)
-
-    return exit_code_of(run)
+    return exit_code_of(
+        lambda: compare_depth(*parse_flags((CompareDepthArguments,), argv, "simipu-hf compare-depth", _DESCRIPTION))
+    )
 
 
 if __name__ == "__main__":

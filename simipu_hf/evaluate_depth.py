@@ -122,12 +122,9 @@ python -m simipu_hf.evaluate_depth --model RUN --test_list eigen_test.txt --imag
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: parse the flags and run; returns the exit code."""
-
-    def run() -> None:
-        (arguments,) = parse_flags((EvaluateDepthArguments,), argv, "simipu-hf evaluate-depth", _DESCRIPTION)
-        evaluate_depth(arguments)
-
-    return exit_code_of(run)
+    return exit_code_of(
+        lambda: evaluate_depth(*parse_flags((EvaluateDepthArguments,), argv, "simipu-hf evaluate-depth", _DESCRIPTION))
+    )
 
 
 if __name__ == "__main__":

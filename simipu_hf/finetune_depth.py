@@ -475,12 +475,9 @@ save_to_disk folder or a Hub id; the ids may also be lines of a file, written SO
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: parse the flags and run; returns the exit code."""
-
-    def run() -> None:
-        (arguments,) = parse_flags((DepthArguments,), argv, "simipu-hf finetune-depth", _DESCRIPTION)
-        finetune_depth(arguments)
-
-    return exit_code_of(run)
+    return exit_code_of(
+        lambda: finetune_depth(*parse_flags((DepthArguments,), argv, "simipu-hf finetune-depth", _DESCRIPTION))
+    )
 
 
 if __name__ == "__main__":
