@@ -4,6 +4,8 @@ The gradient of a gathered or reduced tensor is summed over the processes, so th
 processes (as DistributedDataParallel averages gradients) has the gradient of the same loss on one process.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -20,13 +22,13 @@ def rank() -> int:
 
 class _AllReduceSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
         total = tensor.clone()
         dist.all_reduce(total)
         return total
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
         grad = grad.clone()
         dist.all_reduce(grad)
         return grad
@@ -34,14 +36,14 @@ class _AllReduceSum(torch.autograd.Function):
 
 class _AllGatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
         ctx.rows = tensor.shape[0]
         parts = [torch.empty_like(tensor) for _ in range(world_size())]
         dist.all_gather(parts, tensor.contiguous())
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
         grad = grad.clone()
         dist.all_reduce(grad)
         return grad.narrow(0, rank() * ctx.rows, ctx.rows)

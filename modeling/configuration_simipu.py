@@ -5,7 +5,7 @@ an ablation is a flag. `SimIPUConfig.from_preset("official")` reproduces the off
 (`simipu_kitti.py` of github.com/zhyever/SimIPU); the defaults are the recommended preset.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -174,7 +174,9 @@ class SimIPUSparseConvConfig(PreTrainedConfig):
             raise ValueError("point_config: channels and blocks_per_stage must have one entry per stage")
 
 
-POINT_CONFIGS: dict[str, type[PreTrainedConfig]] = {
+PointConfig = SimIPUPointNet2Config | SimIPUSparseConvConfig
+
+POINT_CONFIGS: dict[str, type[PointConfig]] = {
     "pointnet2": SimIPUPointNet2Config,
     "sparse_conv": SimIPUSparseConvConfig,
 }
@@ -226,7 +228,10 @@ class SimIPUConfig(PreTrainedConfig):
     """
 
     model_type = "simipu"
-    sub_configs_defaults = {"image_config": SimIPUImageConfig, "point_config": SimIPUPointNet2Config}  # noqa: RUF012
+    sub_configs_defaults = {  # noqa: RUF012
+        "image_config": SimIPUImageConfig,  # type: ignore[dict-item]  # transformers takes the class alone, too
+        "point_config": SimIPUPointNet2Config,  # type: ignore[dict-item]
+    }
 
     image_config: dict | PreTrainedConfig | None = None
     point_config: dict | PreTrainedConfig | None = None
@@ -248,6 +253,16 @@ class SimIPUConfig(PreTrainedConfig):
             self.point_config = _point_config_from_dict(self.point_config)
         super().__post_init__(**kwargs)
 
+    @property
+    def image_encoder_config(self) -> SimIPUImageConfig:
+        """`image_config`, whatever form it was given in."""
+        return cast("SimIPUImageConfig", self.image_config)
+
+    @property
+    def point_encoder_config(self) -> PointConfig:
+        """`point_config`, whatever form it was given in."""
+        return cast("PointConfig", self.point_config)
+
     def validate_architecture(self) -> None:
         if self.temperature <= 0:
             raise ValueError(f"temperature must be above 0, found {self.temperature}")
@@ -264,7 +279,9 @@ class SimIPUConfig(PreTrainedConfig):
             )
 
     @classmethod
-    def from_preset(cls, preset: str = "recommended", point_encoder: str = "pointnet2", **overrides: Any):
+    def from_preset(
+        cls, preset: str = "recommended", point_encoder: str = "pointnet2", **overrides: Any
+    ) -> "SimIPUConfig":
         """The configuration of a preset, `"recommended"` or `"official"`.
 
         Args:
@@ -293,7 +310,7 @@ class SimIPUConfig(PreTrainedConfig):
         )
 
 
-def _point_config_from_dict(fields: dict[str, Any]) -> PreTrainedConfig:
+def _point_config_from_dict(fields: dict[str, Any]) -> PointConfig:
     by_model_type = {config_class.model_type: config_class for config_class in POINT_CONFIGS.values()}
     model_type = fields.get("model_type", SimIPUPointNet2Config.model_type)
     if model_type not in by_model_type:

@@ -1,6 +1,6 @@
 """Configuration of the depth model: an image encoder and a DenseDepth-style decoder."""
 
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -25,7 +25,9 @@ class SimIPUDepthConfig(PreTrainedConfig):
     """
 
     model_type = "simipu_depth"
-    sub_configs_defaults = {"image_config": SimIPUImageConfig}  # noqa: RUF012
+    sub_configs_defaults = {  # noqa: RUF012
+        "image_config": SimIPUImageConfig,  # type: ignore[dict-item]  # transformers takes the class alone, too
+    }
 
     image_config: dict | PreTrainedConfig | None = None
     out_indices: list[int] | tuple[int, ...] | None = None
@@ -36,6 +38,11 @@ class SimIPUDepthConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+
+    @property
+    def image_encoder_config(self) -> SimIPUImageConfig:
+        """`image_config`, whatever form it was given in."""
+        return cast("SimIPUImageConfig", self.image_config)
 
     def validate_architecture(self) -> None:
         if self.max_depth <= 0:

@@ -1,7 +1,8 @@
 """The image encoder: a plain timm model, its stages read through `forward_intermediates`."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import timm
 import torch
@@ -10,7 +11,17 @@ from torch import nn
 from .configuration_simipu import SimIPUImageConfig
 
 
-def build_image_encoder(config: SimIPUImageConfig) -> nn.Module:
+class TimmModel(nn.Module):
+    """What is used of timm's models, for annotations: they have no class in common that declares it."""
+
+    feature_info: Sequence[dict[str, Any]]
+    forward_intermediates: Callable[..., Any]
+    num_features: int
+    pretrained_cfg: dict[str, Any]
+    set_grad_checkpointing: Callable[[bool], None]
+
+
+def build_image_encoder(config: SimIPUImageConfig) -> TimmModel:
     """A timm model without classifier, random weights, with the batch-norm constants of `config`.
 
     Raises:
@@ -23,6 +34,7 @@ def build_image_encoder(config: SimIPUImageConfig) -> nn.Module:
     encoder = timm.create_model(config.architecture, pretrained=False, num_classes=0, **(config.model_args or {}))
     if not hasattr(encoder, "forward_intermediates"):
         raise ValueError(f"timm model {config.architecture!r} has no forward_intermediates: choose another encoder")
+    encoder = cast("TimmModel", encoder)
     stages = len(encoder.feature_info)
     for index in config.out_indices:
         if not -stages <= index < stages:
@@ -39,14 +51,16 @@ def build_image_encoder(config: SimIPUImageConfig) -> nn.Module:
     return encoder
 
 
-def feature_channels(encoder: nn.Module, out_indices: Sequence[int]) -> list[int]:
+def feature_channels(encoder: TimmModel, out_indices: Sequence[int]) -> list[int]:
     """Channels of each of the stages `out_indices`."""
     return [
         encoder.feature_info[_position(encoder, index)]["num_chs"] for index in sorted_stages(encoder, out_indices)
     ]
 
 
-def image_feature_maps(encoder: nn.Module, pixel_values: torch.Tensor, out_indices: Sequence[int]) -> tuple:
+def image_feature_maps(
+    encoder: TimmModel, pixel_values: torch.Tensor, out_indices: Sequence[int]
+) -> tuple[torch.Tensor, ...]:
     """Feature maps `(B, C_s, H_s, W_s)` of the stages `out_indices`, finest first.
 
     Args:
@@ -56,10 +70,10 @@ def image_feature_maps(encoder: nn.Module, pixel_values: torch.Tensor, out_indic
     return tuple(encoder.forward_intermediates(pixel_values, indices=stages, intermediates_only=True))
 
 
-def sorted_stages(encoder: nn.Module, out_indices: Sequence[int]) -> list[int]:
+def sorted_stages(encoder: TimmModel, out_indices: Sequence[int]) -> list[int]:
     """`out_indices` counted from the front, in the order in which timm returns them."""
     return sorted(_position(encoder, index) for index in out_indices)
 
 
-def _position(encoder: nn.Module, index: int) -> int:
+def _position(encoder: TimmModel, index: int) -> int:
     return index % len(encoder.feature_info)

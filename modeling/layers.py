@@ -1,6 +1,7 @@
 """Pointwise building blocks of the point branch and of the projection heads, all on rows `(R, C)`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,10 @@ class WeightedBatchNorm(nn.Module):
 
     Set `synchronize` to take the statistics over all processes.
     """
+
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    num_batches_tracked: torch.Tensor
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
         super().__init__()
@@ -93,7 +98,7 @@ class _WeightedNormalize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         rows: torch.Tensor,
         weight: torch.Tensor,
         gamma: torch.Tensor,
@@ -101,7 +106,7 @@ class _WeightedNormalize(torch.autograd.Function):
         eps: float,
         relu: bool,
         reduce: Reduce,
-    ):
+    ) -> tuple[torch.Tensor, ...]:
         wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
         weight = weight.to(wide)
         count = reduce(weight.sum())
@@ -117,7 +122,7 @@ class _WeightedNormalize(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: torch.Tensor, *_):
+    def backward(ctx: Any, grad: torch.Tensor, *_: None) -> tuple[torch.Tensor | None, ...]:
         rows, mean, inverse_std, scale, shift, share = ctx.saved_tensors
         wide, grad = rows.to(mean.dtype), grad.to(mean.dtype)
         if ctx.relu:
@@ -175,8 +180,8 @@ def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None =
     return F.linear(rows.to_mkldnn(), weight, bias).to_dense()
 
 
-def run_blocks(blocks: Sequence[LinearBlock], rows: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
-    """Runs `blocks` one after another on rows `(R, C)` with row weights `(R,)`."""
+def run_blocks(blocks: Iterable[nn.Module], rows: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """Runs `blocks` (each a `LinearBlock`) one after another on rows `(R, C)` with row weights `(R,)`."""
     for block in blocks:
         rows = block(rows, weight)
     return rows

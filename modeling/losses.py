@@ -1,6 +1,7 @@
 """InfoNCE between two sets of paired rows, with masks and negatives from every process."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -100,8 +101,10 @@ class _InfoNCE(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, anchors: torch.Tensor, candidates: torch.Tensor, penalty: torch.Tensor, targets: torch.Tensor):
-        losses, positions, normalizers = [], [], []
+    def forward(
+        ctx: Any, anchors: torch.Tensor, candidates: torch.Tensor, penalty: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        losses, ranks, normalizers = [], [], []
         index = torch.arange(len(candidates), device=candidates.device)
         for some, own in zip(*_chunks(len(candidates), anchors, targets), strict=True):
             logits = torch.addmm(penalty, some, candidates.T)
@@ -110,14 +113,14 @@ class _InfoNCE(torch.autograd.Function):
             losses.append(normalizers[-1] - positive.squeeze(1))
             # equal logits are common: official clouds hold the same centre several times
             earlier = torch.where(index < own.unsqueeze(1), logits >= positive, logits > positive)
-            positions.append(earlier.sum(1))
+            ranks.append(earlier.sum(1))
         ctx.save_for_backward(anchors, candidates, penalty, targets, torch.cat(normalizers))
-        positions = torch.cat(positions)
+        positions = torch.cat(ranks)
         ctx.mark_non_differentiable(positions)
         return torch.cat(losses), positions
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor, _):
+    def backward(ctx: Any, grad: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
         anchors, candidates, penalty, targets, normalizers = ctx.saved_tensors
         anchor_grads, candidate_grad = [], torch.zeros_like(candidates)
         for some, own, normalizer, upstream in zip(

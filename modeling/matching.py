@@ -36,7 +36,9 @@ class PendingMatch:
             raise ImportError("matching two views needs SciPy: pip install scipy")
         self._cost = torch.cdist(coordinates, other, compute_mode="donot_use_mm_for_euclid_dist")
         host = _HostCopy(self._cost, mask, other_mask)
-        self._jobs: list[Future] = [_SOLVERS.submit(_solve, host, item) for item in range(len(coordinates))]
+        self._jobs: list[Future[np.ndarray]] = [
+            _SOLVERS.submit(_solve, host, item) for item in range(len(coordinates))
+        ]
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Matches `(B, M)` int64 and their distances `(B, M)` in metres, infinite where nothing was matched."""
@@ -47,23 +49,25 @@ class PendingMatch:
 
 
 class _HostCopy:
-    """Copies of tensors on the CPU that nobody waits for until a solver needs them."""
+    """Copies of costs and masks on the CPU that nobody waits for until a solver needs them."""
 
-    def __init__(self, *tensors: torch.Tensor | None) -> None:
-        self._copies = [None if t is None else t.to("cpu", non_blocking=True) for t in tensors]
+    def __init__(self, cost: torch.Tensor, *masks: torch.Tensor | None) -> None:
+        self._cost = cost.to("cpu", non_blocking=True)
+        self._masks = [None if mask is None else mask.to("cpu", non_blocking=True) for mask in masks]
         self._copied = None
-        if tensors[0].is_cuda:
+        if cost.is_cuda:
             self._copied = torch.cuda.Event()
             self._copied.record()
 
-    def item(self, index: int) -> list[np.ndarray | None]:
+    def item(self, index: int) -> tuple[np.ndarray, list[np.ndarray | None]]:
         if self._copied is not None:
             self._copied.synchronize()
-        return [None if copy is None else copy[index].numpy() for copy in self._copies]
+        masks = [None if mask is None else mask[index].numpy() for mask in self._masks]
+        return self._cost[index].numpy(), masks
 
 
 def _solve(host: _HostCopy, item: int) -> np.ndarray:
-    cost, mask, other_mask = host.item(item)
+    cost, (mask, other_mask) = host.item(item)
     rows = np.arange(cost.shape[0]) if mask is None else np.flatnonzero(mask)
     columns = np.arange(cost.shape[1]) if other_mask is None else np.flatnonzero(other_mask)
     match = np.full(cost.shape[0], -1, dtype=np.int64)

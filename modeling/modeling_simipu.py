@@ -1,17 +1,18 @@
 """SimIPU (Li et al., AAAI 2022): spatial-aware visual features from unlabelled camera + LiDAR pairs."""
 
 import os
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import can_return_tuple
 
-from .configuration_simipu import SimIPUConfig
+from .configuration_simipu import PointConfig, SimIPUConfig, SimIPUPointNet2Config
 from .image_encoder import build_image_encoder, feature_channels, image_feature_maps
-from .layers import ProjectionHead, WeightedBatchNorm, linear, run_blocks
+from .layers import LinearBlock, ProjectionHead, WeightedBatchNorm, linear, run_blocks
 from .losses import ContrastiveResult, contrastive_loss
 from .matching import (
     PendingMatch,
@@ -31,7 +32,7 @@ class SimIPUPreTrainedModel(PreTrainedModel):
     config: SimIPUConfig
     base_model_prefix = "simipu"
     main_input_name = "pixel_values"
-    input_modalities = ("image", "point_cloud")
+    input_modalities = ["image", "point_cloud"]  # noqa: RUF012
     supports_gradient_checkpointing = True
 
     @torch.no_grad()
@@ -41,8 +42,9 @@ class SimIPUPreTrainedModel(PreTrainedModel):
         A timm model built outside the meta device keeps timm's own initialisation. transformers only comes here
         with modules that hold parameters or buffers themselves.
         """
-        if hasattr(module, "init_non_persistent_buffers"):
-            module.init_non_persistent_buffers()
+        init_buffers = getattr(module, "init_non_persistent_buffers", None)
+        if init_buffers is not None:
+            init_buffers()
         if isinstance(module, nn.Linear):
             bound = module.in_features**-0.5
             init.uniform_(module.weight, -bound, bound)
@@ -65,16 +67,16 @@ class SimIPUPreTrainedModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         # one folder serves both classes, whichever of them saved it
         self.config.auto_map = {
             "AutoModel": "modeling_simipu.SimIPUModel",
             "AutoModelForPreTraining": "modeling_simipu.SimIPUForPreTraining",
         }
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
-    def _set_gradient_checkpointing(self, enable: bool = True, *args, **kwargs) -> None:
-        self.base_model.image_encoder.set_grad_checkpointing(enable)
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
+        cast("SimIPUModel", self.base_model).image_encoder.set_grad_checkpointing(enable)
 
 
 class SimIPUModel(SimIPUPreTrainedModel):
@@ -89,8 +91,8 @@ class SimIPUModel(SimIPUPreTrainedModel):
 
     def __init__(self, config: SimIPUConfig) -> None:
         super().__init__(config)
-        self.image_encoder = build_image_encoder(config.image_config)
-        self.point_encoder = build_point_encoder(config.point_config)
+        self.image_encoder = build_image_encoder(config.image_encoder_config)
+        self.point_encoder = build_point_encoder(config.point_encoder_config)
         keep_initialization(self.image_encoder)
         self.post_init()
 
@@ -103,7 +105,7 @@ class SimIPUModel(SimIPUPreTrainedModel):
         Returns:
             One `(B, C_s, H_s, W_s)` a stage.
         """
-        return image_feature_maps(self.image_encoder, pixel_values, self.config.image_config.out_indices)
+        return image_feature_maps(self.image_encoder, pixel_values, self.config.image_encoder_config.out_indices)
 
     def get_point_features(self, points: torch.Tensor) -> PointEncoderOutput:
         """Features of the points that the point encoder keeps.
@@ -115,7 +117,7 @@ class SimIPUModel(SimIPUPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self, pixel_values: torch.Tensor | None = None, points: torch.Tensor | None = None, **kwargs
+        self, pixel_values: torch.Tensor | None = None, points: torch.Tensor | None = None, **kwargs: Any
     ) -> SimIPUModelOutput | tuple:
         """Encodes images, clouds, or both.
 
@@ -149,8 +151,8 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
     def __init__(self, config: SimIPUConfig) -> None:
         super().__init__(config)
         self.simipu = SimIPUModel(config)
-        image_channels = sum(feature_channels(self.simipu.image_encoder, config.image_config.out_indices))
-        point_channels = config.point_config.output_channels
+        image_channels = sum(feature_channels(self.simipu.image_encoder, config.image_encoder_config.out_indices))
+        point_channels = config.point_encoder_config.output_channels
         widths = (config.projection_dim, config.projection_hidden_dim)
         self.intra_point_head = ProjectionHead(point_channels, *widths)
         self.inter_image_head = ProjectionHead(image_channels, *widths)
@@ -168,7 +170,7 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
         lidar_to_aug: torch.Tensor,
         lidar_to_pixel: torch.Tensor,
         image_sizes: torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> SimIPUForPreTrainingOutput | tuple:
         """One pre-training step's losses.
 
@@ -274,11 +276,12 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
         Sampling is linear: of a map with fewer cells than there are points, the head's first layer runs on the cells.
         """
         first, *others = self.inter_image_head.layers
+        assert isinstance(first, LinearBlock)
         weights = first.linear.weight.split([m.shape[1] for m in image_features], dim=1)
         # where points outside are left out, the outer half of the border cells must not fade to zero
         padding_mode = "border" if self.config.mask_out_of_image else "zeros"
         sampling = pixels, covered, self.config.align_corners, padding_mode
-        rows = first.linear.bias
+        rows: torch.Tensor = first.linear.bias
         for feature_map, weight in zip(image_features, weights, strict=True):
             if feature_map[0, 0].numel() < pixels.shape[1]:
                 projected = F.conv2d(feature_map.to(weight.dtype), weight[..., None, None])
@@ -307,7 +310,7 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
         )
 
 
-def build_point_encoder(config: PreTrainedConfig) -> nn.Module:
+def build_point_encoder(config: PointConfig) -> nn.Module:
     """The point encoder of a configuration.
 
     It is told by its `model_type`: remote code loaded from a folder has its own copies of the classes.
@@ -319,14 +322,14 @@ def build_point_encoder(config: PreTrainedConfig) -> nn.Module:
         from .sparse_encoder import SparseConvEncoder  # importing spconv takes seconds
 
         return SparseConvEncoder(config)
-    return PointNet2Encoder(config)
+    return PointNet2Encoder(cast("SimIPUPointNet2Config", config))
 
 
 def keep_initialization(module: nn.Module) -> None:
     """Marks the tensors of `module` as initialised, unless it was built on the meta device."""
     for tensor in (*module.parameters(), *module.buffers()):
         if not tensor.is_meta:
-            tensor._is_hf_initialized = True
+            tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' own mark
 
 
 def _slots(point_output: PointEncoderOutput) -> torch.Tensor:
@@ -346,7 +349,7 @@ def _padded_sizes(pixel_values: torch.Tensor) -> torch.Tensor:
 
 def _project(head: ProjectionHead, features: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """Runs a head on `(B, M, C)`; rows that are not valid do not count in its batch statistics."""
-    dtype = head.layers[0].linear.weight.dtype
+    dtype = next(head.parameters()).dtype
     rows = head(features.flatten(0, 1).to(dtype), valid.flatten())
     return rows.unflatten(0, valid.shape)
 

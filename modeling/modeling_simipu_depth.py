@@ -5,6 +5,7 @@ Wonka 2018 and Eigen et al. 2014).
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration_simipu import SimIPUImageConfig
 from .configuration_simipu_depth import SimIPUDepthConfig
-from .image_encoder import build_image_encoder, feature_channels, image_feature_maps
+from .image_encoder import TimmModel, build_image_encoder, feature_channels, image_feature_maps
 
 
 class UpSample(nn.Module):
@@ -74,16 +75,16 @@ class SimIPUForDepthEstimation(PreTrainedModel):
     config: SimIPUDepthConfig
     base_model_prefix = "simipu_depth"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = "image"
     supports_gradient_checkpointing = True
 
     def __init__(self, config: SimIPUDepthConfig):
         super().__init__(config)
-        self.image_encoder = build_image_encoder(config.image_config)
+        self.image_encoder = build_image_encoder(config.image_encoder_config)
         if next(self.image_encoder.parameters()).device.type != "meta":
             # timm has just initialised it by the architecture's own scheme: post_init leaves it as it is
             for module in self.image_encoder.modules():
-                module._is_hf_initialized = True
+                module._is_hf_initialized = True  # type: ignore[assignment]  # transformers' own mark
         self.out_indices = (
             pyramid_stages(self.image_encoder)
             if config.out_indices is None
@@ -103,7 +104,7 @@ class SimIPUForDepthEstimation(PreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_image_encoder(cls, image_encoder: nn.Module, **config_fields) -> "SimIPUForDepthEstimation":
+    def from_image_encoder(cls, image_encoder: nn.Module, **config_fields: Any) -> "SimIPUForDepthEstimation":
         """A depth model with the weights of a timm model and a new decoder.
 
         Args:
@@ -125,7 +126,7 @@ class SimIPUForDepthEstimation(PreTrainedModel):
             "batch_norm_momentum": norms[0].momentum if norms else None,
             **config_fields.pop("image_config", {}),
         }
-        model = cls(cls.config_class(image_config=SimIPUImageConfig(**image_fields), **config_fields))
+        model = cls(SimIPUDepthConfig(image_config=SimIPUImageConfig(**image_fields), **config_fields))
         weights = image_encoder.state_dict()
         expected = model.image_encoder.state_dict()
         # a classifier is no part of the encoder
@@ -157,7 +158,7 @@ class SimIPUForDepthEstimation(PreTrainedModel):
         pixel_values: torch.Tensor,
         labels: torch.Tensor | None = None,
         return_dict: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> DepthEstimatorOutput:
         """Predict depth, and the loss where `labels` are given.
 
@@ -178,7 +179,7 @@ class SimIPUForDepthEstimation(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if module is getattr(self.decoder, "to_depth", None):
+        if isinstance(module, nn.Conv2d) and module is getattr(self.decoder, "to_depth", None):
             # starts near half the depth range everywhere: a larger spread saturates the sigmoid
             init.normal_(module.weight, std=0.01)
             init.zeros_(module.bias)
@@ -188,10 +189,11 @@ class SimIPUForDepthEstimation(PreTrainedModel):
                 init.zeros_(module.bias)
         else:
             super()._init_weights(module)
-        if hasattr(module, "init_non_persistent_buffers"):
-            module.init_non_persistent_buffers()
+        init_buffers = getattr(module, "init_non_persistent_buffers", None)
+        if init_buffers is not None:
+            init_buffers()
 
-    def _set_gradient_checkpointing(self, enable: bool = True, *args, **kwargs) -> None:
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         self.image_encoder.set_grad_checkpointing(enable)
 
 
@@ -218,7 +220,7 @@ def silog_loss(
     return torch.where((count > 1) & (squared > 0), squared, 1).sqrt() * ((count > 1) & (squared > 0))
 
 
-def pyramid_stages(encoder: nn.Module) -> list[int]:
+def pyramid_stages(encoder: TimmModel) -> list[int]:
     """Stages of a timm model that make a pyramid: the last of every resolution, finest first.
 
     Four evenly spaced stages, the last among them, where all have one resolution.

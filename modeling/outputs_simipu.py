@@ -17,10 +17,10 @@ class PointEncoderOutput(ModelOutput):
         mask (`(B, M)`, bool, *optional*): false for slots that hold no point; `None` means all hold one.
     """
 
-    coordinates: torch.FloatTensor | None = None
-    features: torch.FloatTensor | None = None
-    indices: torch.LongTensor | None = None
-    mask: torch.BoolTensor | None = None
+    coordinates: torch.Tensor = None  # type: ignore[assignment]  # always given, but ModelOutput asks for a default
+    features: torch.Tensor = None  # type: ignore[assignment]  # likewise
+    indices: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
 
 
 @dataclass
@@ -32,7 +32,7 @@ class SimIPUModelOutput(ModelOutput):
         point_output ([`PointEncoderOutput`], *optional*): the point encoder's output.
     """
 
-    image_features: tuple[torch.FloatTensor, ...] | None = None
+    image_features: tuple[torch.Tensor, ...] | None = None
     point_output: PointEncoderOutput | None = None
 
 
@@ -56,22 +56,22 @@ class SimIPUForPreTrainingOutput(ModelOutput):
         point_output, point_aug_output ([`PointEncoderOutput`]): un-augmented and augmented view.
     """
 
-    loss: torch.FloatTensor | None = None
-    intra_modal_loss: torch.FloatTensor | None = None
-    inter_modal_loss: torch.FloatTensor | None = None
-    intra_modal_chance: torch.FloatTensor | None = None
-    inter_modal_chance: torch.FloatTensor | None = None
-    intra_modal_top1: torch.FloatTensor | None = None
-    intra_modal_top5: torch.FloatTensor | None = None
-    inter_modal_top1: torch.FloatTensor | None = None
-    inter_modal_top5: torch.FloatTensor | None = None
-    inter_modal_top10_percent: torch.FloatTensor | None = None
-    inter_modal_top50_percent: torch.FloatTensor | None = None
-    match_distance: torch.FloatTensor | None = None
-    pairs_in_image: torch.FloatTensor | None = None
-    image_embeds: torch.FloatTensor | None = None
-    point_embeds: torch.FloatTensor | None = None
-    match: torch.LongTensor | None = None
-    image_features: tuple[torch.FloatTensor, ...] | None = None
+    loss: torch.Tensor | None = None
+    intra_modal_loss: torch.Tensor | None = None
+    inter_modal_loss: torch.Tensor | None = None
+    intra_modal_chance: torch.Tensor | None = None
+    inter_modal_chance: torch.Tensor | None = None
+    intra_modal_top1: torch.Tensor | None = None
+    intra_modal_top5: torch.Tensor | None = None
+    inter_modal_top1: torch.Tensor | None = None
+    inter_modal_top5: torch.Tensor | None = None
+    inter_modal_top10_percent: torch.Tensor | None = None
+    inter_modal_top50_percent: torch.Tensor | None = None
+    match_distance: torch.Tensor | None = None
+    pairs_in_image: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    point_embeds: torch.Tensor | None = None
+    match: torch.Tensor | None = None
+    image_features: tuple[torch.Tensor, ...] | None = None
     point_output: PointEncoderOutput | None = None
     point_aug_output: PointEncoderOutput | None = None

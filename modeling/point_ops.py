@@ -43,7 +43,7 @@ class Neighbors(NamedTuple):
         offsets (`(G + 1,)`, int64): group g owns entries `offsets[g]:offsets[g + 1]`, at least one.
     """
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides the tuple's method of this name, which nobody calls
     weight: Tensor
     offsets: Tensor
 
@@ -288,6 +288,7 @@ def _choose(backend: str, **obstacles: Exception | None) -> str:
         return next(name for name, obstacle in obstacles.items() if obstacle is None)
     if backend not in obstacles:
         raise ValueError(f"unknown backend {backend!r}: choose from auto, {', '.join(obstacles)}")
-    if obstacles[backend] is not None:
-        raise type(obstacles[backend])(f"backend {backend!r}: {obstacles[backend]}")
+    obstacle = obstacles[backend]
+    if obstacle is not None:
+        raise type(obstacle)(f"backend {backend!r}: {obstacle}")
     return backend

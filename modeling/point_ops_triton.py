@@ -7,6 +7,7 @@ Inputs are contiguous float32 tensors. Nothing here waits for the device. Produc
 # ruff: noqa: N803 (capital letters for compile-time constants)
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def furthest_point_sample_features(features: Tensor, num_samples: int) -> Tensor
     return _sample(squared, num_samples, _sample_distances)
 
 
-def _sample(source: Tensor, num_samples: int, kernel) -> Tensor:
+def _sample(source: Tensor, num_samples: int, kernel: Any) -> Tensor:
     batch, _, n = source.shape
     samples = torch.zeros(batch, num_samples, dtype=torch.int64, device=source.device)
     nearest = torch.full((batch, n), 1e10, dtype=source.dtype, device=source.device)
@@ -97,7 +98,7 @@ if triton is not None:
                 dy = tl.load(axes + n + i, mask=inside) - py
                 dz = tl.load(axes + 2 * n + i, mask=inside) - pz
                 best, last = _keep_nearest(dx * dx + dy * dy + dz * dz, nearest + i, inside, start, best, last)
-            tl.store(samples + m, last.to(tl.int64))
+            tl.store(samples + m, last.to(tl.int64))  # type: ignore[attr-defined]  # a tensor here
 
     @triton.jit
     def _sample_distances(squared, nearest, samples, n, num_samples, BLOCK: tl.constexpr):
@@ -107,13 +108,13 @@ if triton is not None:
         samples += cloud * num_samples
         last = 0
         for m in range(1, num_samples):
-            row = squared + last.to(tl.int64) * n
+            row = squared + last.to(tl.int64) * n  # type: ignore[attr-defined]  # a tensor here
             best = -float("inf")
             for start in range(0, n, BLOCK):
                 i = start + tl.arange(0, BLOCK)
                 inside = i < n
                 best, last = _keep_nearest(tl.load(row + i, mask=inside), nearest + i, inside, start, best, last)
-            tl.store(samples + m, last.to(tl.int64))
+            tl.store(samples + m, last.to(tl.int64))  # type: ignore[attr-defined]  # a tensor here
 
     @triton.jit
     def _keep_nearest(distance, nearest, inside, start, best, last):

@@ -15,7 +15,7 @@ a cloud of 16,384 points. The same function is computed here for a fraction of t
 All equal the grouped definition up to rounding, in forward, backward and running statistics.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +91,11 @@ class SetAbstraction(nn.Module):
         centers = gather_rows(coordinates, indices)
         groups = ball_query(coordinates, centers, self.radii, self.num_samples, backend=self.grouping_backend)
         rows = features.flatten(0, 1)
-        scale = {None: self._scale_without_xyz, "last": self._scale_xyz_last, "first": self._scale_xyz_first}
+        scale: dict[str | None, Callable[..., torch.Tensor]] = {
+            None: self._scale_without_xyz,
+            "last": self._scale_xyz_last,
+            "first": self._scale_xyz_first,
+        }
         pooled = [
             scale[self.xyz_layer](blocks, neighbors, rows, coordinates.flatten(0, 1), centers.flatten(0, 1))
             for blocks, neighbors in zip(self.mlps, groups, strict=True)
@@ -125,14 +129,14 @@ class SetAbstraction(nn.Module):
         return torch.cat(samples, dim=1)
 
     def _scale_without_xyz(
-        self, blocks: Sequence[LinearBlock], neighbors: Neighbors, rows: torch.Tensor, *_: torch.Tensor
+        self, blocks: Iterable[LinearBlock], neighbors: Neighbors, rows: torch.Tensor, *_: torch.Tensor
     ) -> torch.Tensor:
         """The MLP per point `(B*N, C)`, each counting as often as it occurs in the groups; pooled `(B*M, C')`."""
         return group_max(run_blocks(blocks, rows, _occurrences(neighbors, rows)), neighbors, self.pooling_backend)
 
     def _scale_xyz_last(
         self,
-        blocks: Sequence[LinearBlock],
+        blocks: Iterable[LinearBlock],
         neighbors: Neighbors,
         rows: torch.Tensor,
         coordinates: torch.Tensor,
@@ -163,7 +167,7 @@ class SetAbstraction(nn.Module):
 
     def _scale_xyz_first(
         self,
-        blocks: Sequence[LinearBlock],
+        blocks: Iterable[LinearBlock],
         neighbors: Neighbors,
         rows: torch.Tensor,
         coordinates: torch.Tensor,
@@ -249,7 +253,7 @@ class PointNet2Encoder(nn.Module):
             points: `(B, N, 4)`, x y z in metres and reflectance.
         """
         coordinates, features = points[..., :3], points[..., 3:]
-        features = features.to(self.levels[0].aggregation.linear.weight.dtype)
+        features = features.to(next(self.parameters()).dtype)
         indices = None
         with torch.autocast(points.device.type, enabled=False):
             for level in self.levels:

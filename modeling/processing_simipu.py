@@ -173,7 +173,7 @@ class SimIPUImageProcessor(TorchvisionBackend):
 
     do_convert_rgb = True
     do_resize = True
-    size = {"height": 384, "width": 1248}  # noqa: RUF012
+    size: Any = {"height": 384, "width": 1248}  # noqa: RUF012 (an instance's is a SizeDict)
     keep_aspect_ratio = False
     resample = PILImageResampling.BILINEAR
     do_flip_channel_order = False
@@ -195,7 +195,7 @@ class SimIPUImageProcessor(TorchvisionBackend):
             return image_size
         return _resized_size(image_size, self.size, self.keep_aspect_ratio)
 
-    def _preprocess(
+    def _preprocess(  # type: ignore[override]  # called by name, with the values of valid_kwargs
         self,
         images: list[torch.Tensor],
         do_resize: bool,
@@ -206,8 +206,8 @@ class SimIPUImageProcessor(TorchvisionBackend):
         do_rescale: bool,
         rescale_factor: float,
         do_normalize: bool,
-        image_mean: Sequence[float],
-        image_std: Sequence[float],
+        image_mean: list[float],
+        image_std: list[float],
         do_pad: bool,
         pad_size_divisor: int,
         return_tensors: str | None = None,
@@ -216,7 +216,7 @@ class SimIPUImageProcessor(TorchvisionBackend):
         processed = []
         for image in images:
             if do_resize:
-                height, width = _resized_size(tuple(image.shape[-2:]), size, keep_aspect_ratio)
+                height, width = _resized_size((image.shape[-2], image.shape[-1]), size, keep_aspect_ratio)
                 image = self.resize(image, SizeDict(height=height, width=width), resample)
             if do_flip_channel_order:
                 image = image.flip(0)
@@ -320,7 +320,7 @@ class SimIPUPointCloudProcessor(FeatureExtractionMixin):
             image_size: height and width of the original image.
 
         Raises:
-            ValueError: no point is left.
+            ValueError: no point is left, or `lidar_to_image` comes without `image_size`.
         """
         kept = points
         if self.point_cloud_range is not None:
@@ -330,6 +330,8 @@ class SimIPUPointCloudProcessor(FeatureExtractionMixin):
             kept = points.compress(inside, axis=0)  # several times faster than points[inside]
         in_range = len(kept)
         if self.do_filter_field_of_view and lidar_to_image is not None:
+            if image_size is None:
+                raise ValueError("image_size: expected height and width beside lidar_to_image, found None")
             height, width = image_size
             # (3, M): u * depth, v * depth, depth; comparing the products needs no division
             u, v, depth = lidar_to_image[:, :3] @ kept[:, :3].T + lidar_to_image[:, 3:]
@@ -458,12 +460,12 @@ class SimIPUProcessor(ProcessorMixin):
         extrinsics = per_row("lidar_to_camera", lidar_to_camera)
         clouds, matrices = [], []
         for row, name in enumerate(names):
-            image_size = tuple(loaded[row].shape[-2:])
+            height, width = image_size = loaded[row].shape[-2], loaded[row].shape[-1]
             with _naming(name):
                 cloud, lidar_to_image = self.load_points(points[row], projections[row], extrinsics[row], image_size)
             clouds.append(self.feature_extractor.draw(cloud, np.random.default_rng(seed)))
-            output_size = tuple(int(length) for length in batch["image_sizes"][row])
-            resize = pixel_transform((0, 0, *image_size), output_size, False, half_pixel_centers)
+            output_height, output_width = (int(length) for length in batch["image_sizes"][row])
+            resize = pixel_transform((0, 0, height, width), (output_height, output_width), False, half_pixel_centers)
             matrices.append(resize @ lidar_to_image)
 
         cloud_batch = torch.from_numpy(np.stack(clouds))

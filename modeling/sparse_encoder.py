@@ -206,7 +206,7 @@ def _stages(config: PreTrainedConfig) -> list[nn.Sequential]:
     stages, in_channels = [], 4
     for index, (channels, num_blocks) in enumerate(zip(config.channels, config.blocks_per_stage, strict=True)):
         key = f"stage{index}"
-        blocks = [SparseConvBlock(in_channels, channels, indice_key=None if index else key, **norm)]
+        blocks: list[nn.Module] = [SparseConvBlock(in_channels, channels, indice_key=None if index else key, **norm)]
         for _ in range(num_blocks):
             if config.residual:
                 blocks.append(SparseResidualBlock(channels, indice_key=key, **norm))
@@ -217,11 +217,11 @@ def _stages(config: PreTrainedConfig) -> list[nn.Sequential]:
     return stages
 
 
-def _submanifold(in_channels: int, out_channels: int, indice_key: str) -> nn.Module:
+def _submanifold(in_channels: int, out_channels: int, indice_key: str) -> "spconv.SubMConv3d":
     return spconv.SubMConv3d(in_channels, out_channels, 3, padding=1, bias=False, indice_key=indice_key)
 
 
-def _convolve(conv: nn.Module, x: "spconv.SparseConvTensor") -> "spconv.SparseConvTensor":
+def _convolve(conv: "spconv.conv.SparseConvolution", x: "spconv.SparseConvTensor") -> "spconv.SparseConvTensor":
     """Runs a spconv layer with the algorithm the device has, in float32 or wider; keeps the weights' dtype."""
     dtype = torch.promote_types(conv.weight.dtype, torch.float32)
     # implicit GEMM exists on CUDA only, and in eval mode it silently records no gradient
