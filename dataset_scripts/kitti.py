@@ -29,8 +29,9 @@ https://www.cvlibs.net/datasets/kitti
 import hashlib
 import os
 import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -70,7 +71,13 @@ class Listing(NamedTuple):
 # --- which frames there are -----------------------------------------------------------------------------------------
 
 
-def list_frames(name, data_dir, splits=None, cameras=None, drives=None) -> Listing:
+def list_frames(
+    name: str,
+    data_dir: str | os.PathLike | None,
+    splits: Sequence[str] | None = None,
+    cameras: int | Sequence[int] | None = None,
+    drives: Sequence[str] | None = None,
+) -> Listing:
     """Frames of a KITTI folder. Reads folder names and `ImageSets/*.txt` only.
 
     Args:
@@ -84,28 +91,29 @@ def list_frames(name, data_dir, splits=None, cameras=None, drives=None) -> Listi
         ValueError: `data_dir` is no such KITTI folder, or a split, camera or drive asked for isn't there.
     """
     root = _root(data_dir)
-    cameras = None if cameras is None else (cameras,) if isinstance(cameras, int) else tuple(cameras)
-    if cameras is not None and not set(cameras) <= {2, 3}:
-        raise ValueError(f"cameras: expected 2 and / or 3 (KITTI's colour cameras), found {cameras}")
+    chosen = None if cameras is None else (cameras,) if isinstance(cameras, int) else tuple(cameras)
+    if chosen is not None and not set(chosen) <= {2, 3}:
+        raise ValueError(f"cameras: expected 2 and / or 3 (KITTI's colour cameras), found {chosen}")
     splits = (splits,) if isinstance(splits, str) else splits
     drives = (drives,) if isinstance(drives, str) else drives
     if name == "raw":
-        return _list_raw(root, splits, cameras, drives)
+        return _list_raw(root, splits, chosen, drives)
     if drives is not None:
         raise ValueError("drives can be chosen with the configuration 'raw' only")
-    return _list_object(root, splits, cameras or (2,))
+    return _list_object(root, splits, chosen or (2,))
 
 
-def split_names(name, data_dir) -> list[str]:
+def split_names(name: str, data_dir: str | os.PathLike | None) -> list[str]:
     """Splits of a KITTI folder. Raises ValueError where it is none."""
     root = _root(data_dir)
     return list(_object_splits(root)) if name == "object" else ["train"]
 
 
-def _list_object(root: str, splits, cameras) -> Listing:
+def _list_object(root: str, splits: Sequence[str] | None, cameras: Sequence[int]) -> Listing:
     available = _object_splits(root)
     _require(splits, available, f"{root}: splits")
-    frames, problems = {}, []
+    frames: dict[str, list[Frame]] = {}
+    problems: list[str] = []
     for split, id_file in available.items():
         if splits is None or split in splits:
             frames[split] = _object_frames(os.path.join(root, OBJECT_SPLITS[split]), id_file, cameras, problems)
@@ -115,7 +123,7 @@ def _list_object(root: str, splits, cameras) -> Listing:
 def _object_splits(root: str) -> dict[str, str | None]:
     """Split -> its file in `ImageSets/`, or None for every frame of its folder."""
     files = {split: os.path.join(root, "ImageSets", f"{split}.txt") for split in OBJECT_SPLITS}
-    splits = {split: path for split, path in files.items() if os.path.isfile(path)}
+    splits: dict[str, str | None] = {split: path for split, path in files.items() if os.path.isfile(path)}
     if not splits.keys() & {"train", "val", "trainval"}:
         splits["train"] = None
     splits.setdefault("test", None)
@@ -125,7 +133,7 @@ def _object_splits(root: str) -> dict[str, str | None]:
     return splits
 
 
-def _object_frames(folder: str, id_file: str | None, cameras, problems: list[str]) -> list[Frame]:
+def _object_frames(folder: str, id_file: str | None, cameras: Sequence[int], problems: list[str]) -> list[Frame]:
     for needed in [f"image_{camera}" for camera in cameras] + ["velodyne", "calib"]:
         if not os.path.isdir(os.path.join(folder, needed)):
             raise ValueError(
@@ -155,32 +163,37 @@ def _object_frames(folder: str, id_file: str | None, cameras, problems: list[str
 
 def _listed_ids(path: str, known: list[str], folder: str, problems: list[str]) -> list[str]:
     """Frame ids of an `ImageSets` file, one a line; repeated and absent ones become problems."""
-    known, ids = set(known), {}
+    there = set(known)
+    ids: dict[str, None] = {}
     for number, line in enumerate(_lines(path), start=1):
         frame_id = line.strip()
         if not frame_id:
             continue
         if frame_id in ids:
             problems.append(f"{path}, line {number}: frame {frame_id} is listed a second time")
-        elif frame_id not in known:
+        elif frame_id not in there:
             problems.append(f"{path}, line {number}: frame {frame_id} has neither image nor scan in {folder}")
         else:
             ids[frame_id] = None
     return list(ids)
 
 
-def _list_raw(root: str, splits, cameras, drives) -> Listing:
+def _list_raw(
+    root: str, splits: Sequence[str] | None, cameras: Sequence[int] | None, drives: Sequence[str] | None
+) -> Listing:
     days = [name for name in _folders(root) if re.fullmatch(r"\d{4}_\d\d_\d\d", name)]
     if not days:
         raise _not_kitti(root, "dated folders such as 2011_09_26/, each with calib_*.txt and *_drive_*_sync/")
     _require(splits, ["train"], f"{root}: splits")
-    frames, problems, notes = [], [], []
+    frames: list[Frame] = []
+    problems: list[str] = []
+    notes: list[str] = []
     found = [(day, drive) for day in days for drive in _folders(os.path.join(root, day)) if "_drive_" in drive]
     synced = [(day, drive) for day, drive in found if drive.endswith("_sync")]
     if drives is not None:
-        drives = {drive if drive.endswith("_sync") else f"{drive}_sync" for drive in drives}
-        _require(sorted(drives), [drive for _, drive in synced], f"{root}: drives")
-        synced = [(day, drive) for day, drive in synced if drive in drives]
+        wanted = {drive if drive.endswith("_sync") else f"{drive}_sync" for drive in drives}
+        _require(sorted(wanted), [drive for _, drive in synced], f"{root}: drives")
+        synced = [(day, drive) for day, drive in synced if drive in wanted]
     elif len(synced) < len(found):
         left_out = [drive for day, drive in found if (day, drive) not in synced]
         notes.append(f"{root}: left out {left_out}: only *_sync drives have rectified images and a scan for each")
@@ -192,7 +205,9 @@ def _list_raw(root: str, splits, cameras, drives) -> Listing:
     return Listing({"train": frames} if frames else {}, problems, notes)
 
 
-def _drive_frames(day: str, drive: str, cameras, problems: list[str], notes: list[str]) -> list[Frame]:
+def _drive_frames(
+    day: str, drive: str, cameras: Sequence[int] | None, problems: list[str], notes: list[str]
+) -> list[Frame]:
     """Every image that has a scan. KITTI itself lacks a few scans: drive 2011_09_26_drive_0009 has 447 images of each
     camera and 443 scans."""
     folder = os.path.join(day, drive)
@@ -245,7 +260,7 @@ def fingerprint(listing: Listing) -> str:
     return digest.hexdigest()
 
 
-def _root(data_dir) -> str:
+def _root(data_dir: str | os.PathLike | None) -> str:
     if data_dir is None or not os.path.isdir(data_dir):
         raise ValueError(f"data_dir must be the folder of a KITTI data set, found no folder at {data_dir!r}")
     return os.path.abspath(data_dir)
@@ -273,7 +288,7 @@ def _not_kitti(root: str, expected: str) -> ValueError:
     )
 
 
-def _require(wanted, available, what: str) -> None:
+def _require(wanted: Iterable[str] | None, available: Collection[str], what: str) -> None:
     missing = [name for name in wanted or () if name not in available]
     if missing:
         raise ValueError(f"{what}: expected some of {sorted(available)}, found {missing}")
@@ -363,7 +378,7 @@ def read_calibration(frame: Frame) -> tuple[np.ndarray, np.ndarray, tuple[int, i
 def read_objects(path: str | None) -> dict[str, list]:
     """Field -> its value for every object of a label file; the fields are the benchmark's 15, boxes and vectors as
     lists; empty lists where there is no file (`path` None)."""
-    objects = {field: [] for field in OBJECT_FIELDS}
+    objects: dict[str, list] = {field: [] for field in OBJECT_FIELDS}
     for number, line in enumerate(_lines(path) if path else (), start=1):
         values = line.split()
         if not values:
@@ -439,7 +454,7 @@ class KittiConfig(datasets.BuilderConfig):
     def list_frames(self) -> Listing:
         return list_frames(self.name, self.data_dir, self.splits, self.cameras, self.drives)
 
-    def create_config_id(self, config_kwargs, custom_features=None):
+    def create_config_id(self, config_kwargs: dict[str, Any], custom_features: datasets.Features | None = None) -> str:
         # the cache folder's name: rows prepared from files that have changed since must not be found again
         if self.data_dir is not None:
             config_kwargs = {**config_kwargs, "files": fingerprint(self.list_frames())}
@@ -459,14 +474,14 @@ class Kitti(datasets.GeneratorBasedBuilder):
     DEFAULT_CONFIG_NAME = "object"
     DEFAULT_WRITER_BATCH_SIZE = 16  # rows of about 2 MB
 
-    def __init__(self, *args, hash=None, **kwargs):
+    def __init__(self, *args: Any, hash: str | None = None, **kwargs: Any) -> None:
         # datasets only hashes code that it loads as a script; with this, rows of an older version are not found again
         super().__init__(*args, hash=hash or _code_hash(), **kwargs)
 
-    def as_dataset(self, split=None, **kwargs):
+    def as_dataset(self, split: Any = None, **kwargs: Any) -> Any:
         return super().as_dataset(_kitti_split(split), **kwargs)
 
-    def as_streaming_dataset(self, split=None, **kwargs):
+    def as_streaming_dataset(self, split: Any = None, **kwargs: Any) -> Any:
         return super().as_streaming_dataset(_kitti_split(split), **kwargs)
 
     def _info(self) -> datasets.DatasetInfo:
@@ -478,7 +493,7 @@ class Kitti(datasets.GeneratorBasedBuilder):
             citation="Geiger, Lenz, Stiller, Urtasun: Vision meets robotics: The KITTI dataset. IJRR 2013.",
         )
 
-    def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
+    def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
         if self.config.on_bad_row not in ("error", "skip"):
             raise ValueError(f"on_bad_row: expected 'error' or 'skip', found {self.config.on_bad_row!r}")
         listing = self.config.list_frames()
@@ -497,7 +512,7 @@ class Kitti(datasets.GeneratorBasedBuilder):
         # a list is what datasets divides among processes and stream shards
         return [datasets.SplitGenerator(split, {"frames": frames}) for split, frames in listing.splits.items()]
 
-    def _generate_examples(self, frames):
+    def _generate_examples(self, frames: Iterable[Frame]) -> Iterator[tuple[str, dict[str, Any]]]:
         for frame in frames:
             try:
                 row = read_row(frame)
@@ -534,7 +549,7 @@ def features(name: str) -> datasets.Features:
     return datasets.Features(columns)
 
 
-def _kitti_split(split):
+def _kitti_split(split: Any) -> Any:
     """`validation`, as Hugging Face calls it, is KITTI's `val`."""
     return re.sub(r"\bvalidation\b", "val", split) if isinstance(split, str) else split
 
