@@ -104,11 +104,11 @@ def convert_checkpoint(
     """
     state, notes = _read(checkpoint)
     weights, report = _image_encoder(state, notes, checkpoint, batch_norm_eps)
-    report.output_dir = Path(output_dir)
+    folder = report.output_dir = Path(output_dir)
     if any(name.startswith("pts_backbone.SA_modules.") for name in state):
-        _convert_pretraining_model(state, weights, report, checkpoint, overwrite)
+        _convert_pretraining_model(state, weights, report, checkpoint, folder, overwrite)
     else:
-        with written_aside(output_dir, overwrite) as path:
+        with written_aside(folder, overwrite) as path:
             write_timm(weights, path)
     return report
 
@@ -189,7 +189,12 @@ def _why_ignored(name: str) -> str:
 
 
 def _convert_pretraining_model(
-    state: StateDict, weights: EncoderWeights, report: ConversionReport, checkpoint: str | Path, overwrite: bool
+    state: StateDict,
+    weights: EncoderWeights,
+    report: ConversionReport,
+    checkpoint: str | Path,
+    output_dir: Path,
+    overwrite: bool,
 ) -> None:
     from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
     from simipu_hf.modeling.processing_simipu import SimIPUProcessor
@@ -212,7 +217,7 @@ def _convert_pretraining_model(
     check_state_dict(
         converted, {k: v for k, v in expected.items() if k in converted}, f"{checkpoint}: as the official model"
     )
-    with written_aside(report.output_dir, overwrite) as path:
+    with written_aside(output_dir, overwrite) as path:
         model.load_state_dict(converted, strict=False, assign=True)
         model.config.dtype = next(value.dtype for value in converted.values() if value.is_floating_point())
         model.save_pretrained(path, state_dict=converted)
@@ -246,7 +251,7 @@ def official_config(state: StateDict, weights: EncoderWeights, where: str | Path
         "aggregation_channels": aggregation,
     }
     head = "mlp_cross_img.layer3.0.weight"
-    projection = {"projection_dim": state[head].shape[0]} if head in state else {}
+    projection: dict[str, Any] = {"projection_dim": state[head].shape[0]} if head in state else {}
     eps = set(weights.batch_norm_eps.values()).pop()
     return SimIPUConfig.from_preset(
         "official",

@@ -14,7 +14,8 @@ from torch import nn
 
 from simipu_hf.errors import SimIPUError
 from simipu_hf.hub.files import written_aside
-from simipu_hf.hub.weights import EncoderWeights, InputConvention, batch_norm_eps, read_safetensors
+from simipu_hf.hub.weights import ChannelOrder, EncoderWeights, InputConvention, batch_norm_eps, read_safetensors
+from simipu_hf.modeling.image_encoder import TimmModel
 
 Format = Literal["timm", "transformers", "torchvision", "mmdet", "official"]
 
@@ -56,7 +57,7 @@ def export_image_encoder(
     output_dir: str | Path,
     format: Format = "timm",
     prefix: str = "img_backbone",
-    channel_order: Literal["rgb", "bgr"] | None = None,
+    channel_order: ChannelOrder | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
     """Write the image encoder of `model` in another form.
@@ -160,17 +161,18 @@ def write_timm(
     if changed:
         save_file(changed, path / TRAINED_STATISTICS, metadata={"eps": json.dumps(weights.batch_norm_eps)})
     template = weights.template()
+    pretrained_cfg = _pretrained_cfg(template, {**weights.input.data_config(), **(data_config or {})}, tag)
+    if weights.input.channel_order == "bgr":
+        pretrained_cfg["notes"] = ["tensor channels are B, G, R; mean and std are in that order"]
     config = {
         "architecture": weights.architecture,
         "num_classes": 0,
         "num_features": template.num_features,
         # present even when empty: transformers passes it on together with its own num_classes
         "model_args": weights.model_args,
-        "pretrained_cfg": _pretrained_cfg(template, {**weights.input.data_config(), **(data_config or {})}, tag),
+        "pretrained_cfg": pretrained_cfg,
         "simipu": {"channel_order": weights.input.channel_order},
     }
-    if weights.input.channel_order == "bgr":
-        config["pretrained_cfg"]["notes"] = ["tensor channels are B, G, R; mean and std are in that order"]
     _write_json(path / "config.json", config)
 
 
@@ -180,7 +182,8 @@ def write_torchvision(weights: EncoderWeights, path: Path) -> None:
     _check_resnet(weights, "torchvision")
     state = OrderedDict(plain.state_dict)
     # where PyTorch keeps the versions of a state dict: loaders skip names that are no modules
-    state._metadata = OrderedDict({"": {"version": 1}, "simipu_hf": _note(plain)})
+    metadata = OrderedDict({"": {"version": 1}, "simipu_hf": _note(plain)})
+    state._metadata = metadata  # type: ignore[attr-defined]  # PyTorch's own attribute of an OrderedDict
     torch.save(state, path)
 
 
@@ -273,7 +276,7 @@ def _norm_cfg(weights: EncoderWeights) -> dict[str, Any]:
     return {"type": "BN", "eps": _note(weights)["batch_norm_eps"], "requires_grad": True}
 
 
-def _pretrained_cfg(template: nn.Module, data_config: dict[str, Any], tag: str) -> dict[str, Any]:
+def _pretrained_cfg(template: TimmModel, data_config: dict[str, Any], tag: str) -> dict[str, Any]:
     sources = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "architecture")
     supervised = ("license", "description", "origin_url", "paper_name", "paper_ids", "notes", "label_offset")
     about_labels = ("label_names", "label_descriptions", "test_input_size", "test_crop_pct", "test_pool_size")
@@ -285,7 +288,7 @@ def _pretrained_cfg(template: nn.Module, data_config: dict[str, Any], tag: str) 
     }
     if unknown := set(data_config) - known:
         raise SimIPUError(f"data_config: timm has no field {', '.join(sorted(unknown))}")
-    own = {"tag": tag, "custom_load": False, "num_classes": 0}
+    own: dict[str, Any] = {"tag": tag, "custom_load": False, "num_classes": 0}
     if "input_size" in data_config and tuple(data_config["input_size"]) != tuple(kept.get("input_size", ())):
         own["pool_size"] = None
     paper = {"paper_ids": "arXiv:2112.04680", "paper_name": "SimIPU"}

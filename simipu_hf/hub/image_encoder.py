@@ -1,22 +1,23 @@
 """`load_image_encoder`: one call for every place where a trained image encoder can lie."""
 
 import json
+import os
 import re
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, cast
 
 import timm
 import torch
 from safetensors import safe_open
 from timm.models import PretrainedCfg
-from torch import nn
 
 from simipu_hf.errors import SimIPUError
 from simipu_hf.hub.convert import encoder_from_checkpoint
 from simipu_hf.hub.export import TRAINED_STATISTICS
 from simipu_hf.hub.weights import (
+    ChannelOrder,
     EncoderWeights,
     InputConvention,
     batch_norm_eps,
@@ -25,6 +26,7 @@ from simipu_hf.hub.weights import (
     read_safetensors,
     timm_template,
 )
+from simipu_hf.modeling.image_encoder import TimmModel
 from simipu_hf.training.checkpoint import newest_checkpoint
 
 PREFIXES = ("simipu.image_encoder.", "image_encoder.")
@@ -32,13 +34,13 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def load_image_encoder(
-    source: str | Path,
+    source: str | os.PathLike[str],
     features_only: bool = False,
     revision: str | None = None,
-    channel_order: Literal["rgb", "bgr"] | None = None,
+    channel_order: ChannelOrder | None = None,
     verbose: bool = True,
     **kwargs: Any,
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[TimmModel, dict[str, Any]]:
     """An image encoder as a timm model in training mode, and its data configuration.
 
     Args:
@@ -87,11 +89,12 @@ def load_image_encoder(
         )
     except (TypeError, ValueError, RuntimeError) as error:
         raise SimIPUError(f"{source}: timm cannot build {plain.architecture} from it: {error}") from error
+    model = cast("TimmModel", model)
     model.pretrained_cfg.pop("state_dict", None)  # else the model would hold its initial weights for ever
     return model, timm.data.resolve_model_data_config(model)
 
 
-def find_image_encoder(source: str | Path, revision: str | None = None) -> EncoderWeights:
+def find_image_encoder(source: str | os.PathLike[str], revision: str | None = None) -> EncoderWeights:
     """The image encoder at `source` (see [`load_image_encoder`]; timm names excepted) as it was trained."""
     path = Path(source)
     if path.suffix == ".safetensors" and (path.parent / "config.json").is_file():
@@ -149,7 +152,7 @@ def _from_simipu(folder: Path, config: dict[str, Any], where: str) -> EncoderWei
     image_config = config["image_config"]
     if not isinstance(image_config, dict) or not isinstance(image_config.get("architecture"), str):
         raise SimIPUError(f"{where}: config.json names no image_config.architecture")
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for file in files:
         for prefix in PREFIXES:
             if found := read_safetensors(file, prefix):
@@ -200,7 +203,9 @@ def _from_timm_folder(folder: Path, config: dict[str, Any], where: str) -> Encod
     return EncoderWeights(config["architecture"], state, eps, model_args, convention, description).check(where)
 
 
-def _trained_statistics(file: Path, state: dict[str, torch.Tensor], own_eps: dict[str, float]):
+def _trained_statistics(
+    file: Path, state: dict[str, torch.Tensor], own_eps: dict[str, float]
+) -> tuple[dict[str, torch.Tensor], dict[str, float]] | None:
     """State and epsilons as trained, if `file` holds what `state` was folded from; `None` if it was changed since."""
     if not file.is_file():
         return None
@@ -255,14 +260,14 @@ def read_input_convention(folder: Path) -> InputConvention:
     )
 
 
-def _timm_model(name: str, features_only: bool, verbose: bool, **kwargs: Any) -> tuple[nn.Module, dict[str, Any]]:
+def _timm_model(name: str, features_only: bool, verbose: bool, **kwargs: Any) -> tuple[TimmModel, dict[str, Any]]:
     pretrained = kwargs.pop("pretrained", True)
     if features_only:
         kwargs["features_only"] = True
     else:
         kwargs.setdefault("num_classes", 0)
     try:
-        model = timm.create_model(name, pretrained=pretrained, **kwargs)
+        model = cast("TimmModel", timm.create_model(name, pretrained=pretrained, **kwargs))
     except Exception as error:
         raise SimIPUError(f"timm model {name!r} ({'its own' if pretrained else 'random'} weights): {error}") from error
     if verbose:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import timm
 import torch
@@ -14,8 +14,10 @@ from safetensors import safe_open
 from torch import nn
 
 from simipu_hf.errors import SimIPUError
+from simipu_hf.modeling.image_encoder import TimmModel
 
 StateDict = dict[str, torch.Tensor]
+ChannelOrder = Literal["rgb", "bgr"]
 
 # Arguments that belong to whoever builds the network, not to the weights.
 CALLER_ARGS = ("num_classes", "pretrained", "in_chans", "global_pool", "features_only", "out_indices")
@@ -34,7 +36,7 @@ class InputConvention:
         keep_aspect_ratio: whether training images kept their aspect ratio when resized.
     """
 
-    channel_order: Literal["rgb", "bgr"] = "rgb"
+    channel_order: ChannelOrder = "rgb"
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     size: tuple[int, int] | None = None
@@ -82,7 +84,7 @@ class EncoderWeights:
             if key not in CALLER_ARGS and not key.endswith("drop_rate") and not key.startswith("drop_")
         }
 
-    def template(self) -> nn.Module:
+    def template(self) -> TimmModel:
         """The timm model of this architecture on the meta device: names, shapes and constants without memory."""
         return timm_template(self.architecture, self.model_args)
 
@@ -99,7 +101,7 @@ class EncoderWeights:
             batch_norm_eps=own_eps,
         )
 
-    def with_channel_order(self, channel_order: str) -> "EncoderWeights":
+    def with_channel_order(self, channel_order: ChannelOrder) -> "EncoderWeights":
         """The same function of the same picture, for tensors whose channels are in `channel_order`."""
         if channel_order not in ("rgb", "bgr"):
             raise SimIPUError(f"channel_order must be 'rgb' or 'bgr', found {channel_order!r}")
@@ -121,13 +123,14 @@ class EncoderWeights:
         return self
 
 
-def timm_template(architecture: str, model_args: Mapping[str, Any] | None = None) -> nn.Module:
+def timm_template(architecture: str, model_args: Mapping[str, Any] | None = None) -> TimmModel:
     """A timm model without classifier on the meta device."""
     if not timm.is_model(architecture):
         raise SimIPUError(f"timm {timm.__version__} has no model named {architecture!r}")
     try:
         with torch.device("meta"):
-            return timm.create_model(architecture, pretrained=False, num_classes=0, **(model_args or {}))
+            model = timm.create_model(architecture, pretrained=False, num_classes=0, **(model_args or {}))
+            return cast("TimmModel", model)
     except Exception as error:
         raise SimIPUError(f"timm cannot build {architecture!r} with {model_args}: {error}") from error
 
@@ -250,7 +253,7 @@ def _first_line(error: Exception) -> str:
 
 
 # blocks per stage, whether they are bottlenecks -> timm name
-_RESNETS = {
+_RESNETS: dict[tuple[tuple[int, ...], bool], str] = {
     ((2, 2, 2, 2), False): "resnet18",
     ((3, 4, 6, 3), False): "resnet34",
     ((2, 2, 2, 2), True): "resnet26",
