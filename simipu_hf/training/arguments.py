@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
@@ -44,7 +44,6 @@ RECIPES: dict[str, dict[str, Any]] = {
 RECIPES["recommended"] = {**RECIPES["official"]}
 
 _NESTED = ("image_config", "point_config")
-Arguments = TypeVar("Arguments")
 
 
 @dataclass
@@ -95,7 +94,7 @@ class DataArguments:
 
 @dataclass
 class TrainingArguments:
-    """How it is trained. Empty values are those of the preset's recipe."""
+    """How it is trained. Empty values are those of the preset's recipe, which `PreTrainingArguments` fills in."""
 
     _argument_group_name = "training"
 
@@ -104,23 +103,23 @@ class TrainingArguments:
     resume_from_checkpoint: str | None = flag(None, "latest, or the path of a checkpoint.", metavar="latest|PATH")
     per_device_train_batch_size: int = flag(4, "Rows per process and forward pass.")
     gradient_accumulation_steps: int = flag(1, "Forward passes per optimizer step.")
-    num_train_epochs: float | None = flag(None, "Passes over the data set.")
+    num_train_epochs: float = flag(None, "Passes over the data set.")
     max_steps: int = flag(-1, "Optimizer steps; overrides --num_train_epochs when above 0.")
-    optimizer: str | None = flag(None, "Of image encoder and heads: sgd or adamw.")
-    learning_rate: float | None = flag(
+    optimizer: str = flag(None, "Of image encoder and heads: sgd or adamw.")
+    learning_rate: float = flag(
         None, "Of image encoder and heads. Used as it is; the official one belongs to 32 rows per step in all."
     )
-    momentum: float | None = flag(None, "Of sgd.")
-    weight_decay: float | None = flag(None, "Of image encoder and heads.")
-    point_optimizer: str | None = flag(None, "Of the point encoder: adamw or sgd.")
-    point_learning_rate: float | None = flag(None, "Of the point encoder.")
-    point_weight_decay: float | None = flag(None, "Of the point encoder.")
-    adam_beta1: float | None = flag(None, "Of adamw.")
-    adam_beta2: float | None = flag(None, "Of adamw.")
-    lr_scheduler_type: str | None = flag(None, f"One of {', '.join(SCHEDULES)}.")
-    lr_decay_per_epoch: float | None = flag(None, "Factor per epoch of the schedule exponential.")
-    warmup_steps: int | None = flag(None, "Optimizer steps of linear warm-up.")
-    max_grad_norm: float | None = flag(None, "Clip gradients to this norm; 0 does not.")
+    momentum: float = flag(None, "Of sgd.")
+    weight_decay: float = flag(None, "Of image encoder and heads.")
+    point_optimizer: str = flag(None, "Of the point encoder: adamw or sgd.")
+    point_learning_rate: float = flag(None, "Of the point encoder.")
+    point_weight_decay: float = flag(None, "Of the point encoder.")
+    adam_beta1: float = flag(None, "Of adamw.")
+    adam_beta2: float = flag(None, "Of adamw.")
+    lr_scheduler_type: str = flag(None, f"One of {', '.join(SCHEDULES)}.")
+    lr_decay_per_epoch: float = flag(None, "Factor per epoch of the schedule exponential.")
+    warmup_steps: int = flag(None, "Optimizer steps of linear warm-up.")
+    max_grad_norm: float = flag(None, "Clip gradients to this norm; 0 does not.")
     mixed_precision: str = flag("no", "no, bf16, or fp16 (GPU only).")
     sync_batch_norm: bool = flag(True, "Batch statistics over all processes; nothing changes on one.")
     seed: int = flag(0, "Of weights, row order and augmentation.")
@@ -167,7 +166,7 @@ class PreTrainingArguments:
         return {name: value for name, value in flat.items() if name not in left_out}
 
 
-def fill_in_recipe(arguments: Arguments, recipe: dict[str, Any]) -> Arguments:
+def fill_in_recipe(arguments: TrainingArguments, recipe: dict[str, Any]) -> TrainingArguments:
     """A copy of `arguments` in which every field that is `None` and that `recipe` has takes the recipe's value."""
     return dataclasses.replace(
         arguments, **{name: value for name, value in recipe.items() if getattr(arguments, name) is None}
@@ -337,7 +336,7 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter):
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text  # keep the examples' line breaks
 
-    def _get_help_string(self, action: Any) -> str:
+    def _get_help_string(self, action: Any) -> str | None:
         return action.help if action.default in (None, "") else super()._get_help_string(action)
 
 

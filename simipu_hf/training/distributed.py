@@ -82,7 +82,7 @@ def synchronize_batch_norm(model: nn.Module) -> nn.Module:
     """
     for module in model.modules():
         if hasattr(module, "synchronize"):
-            module.synchronize = True
+            module.synchronize = True  # type: ignore[assignment]  # torch types attributes as tensors or modules
     on_cpu = next(model.parameters()).device.type == "cpu"
     return _convert_on_cpu(model) if on_cpu else _convert_on_accelerator(model)
 
@@ -107,7 +107,7 @@ class ReducedBatchNorm(_BatchNorm):
     (mean, then squared distances from it), so that it loses no digits.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.drop: nn.Module = nn.Identity()
         self.act: nn.Module = nn.Identity()
@@ -147,6 +147,8 @@ class ReducedBatchNorm(_BatchNorm):
         return self.act(self.drop(output.to(input.dtype)))
 
     def _update_running_statistics(self, mean: torch.Tensor, unbiased_variance: torch.Tensor) -> None:
+        if self.num_batches_tracked is None or self.running_mean is None or self.running_var is None:
+            return
         self.num_batches_tracked.add_(1)
         factor = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)

@@ -7,7 +7,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,7 +98,7 @@ class TrainingJob:
 
     name: str
     model: nn.Module
-    create_optimization: Callable[[nn.Module], Optimization]
+    create_optimization: Callable[[Any], Optimization]
     dataset: Dataset
     collate: Callable[[list[Any]], Batch]
     compute_loss: Callable[[nn.Module, Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -148,6 +148,7 @@ def train(accelerator: Accelerator, job: TrainingJob, settings: TrainingSettings
         SimIPUError: bad input, an unusable folder or checkpoint, or a loss that is no number.
         TrainingInterrupted: Ctrl-C or SIGTERM, after saving.
     """
+    assert isinstance(job.dataset, Sized)
     checkpoint = _open_run(accelerator, job, settings)
     model = _prepare_model(accelerator, job.model, checkpoint)
     optimization = job.create_optimization(job.model)
@@ -231,17 +232,19 @@ class kept_running_statistics:  # noqa: N801 (a context manager, named like a fu
     def __init__(self, model: nn.Module):
         recomputes = any(getattr(module, "grad_checkpointing", False) for module in model.modules())
         self.norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] * recomputes
+        self.counters = [norm.num_batches_tracked for norm in self.norms if norm.num_batches_tracked is not None]
 
     def __enter__(self) -> None:
         self.momenta = [norm.momentum for norm in self.norms]
-        self.counts = [norm.num_batches_tracked.clone() for norm in self.norms]
+        self.counts = [counter.clone() for counter in self.counters]
         for norm in self.norms:
             norm.momentum = 0.0
 
     def __exit__(self, *_: object) -> None:
-        for norm, momentum, count in zip(self.norms, self.momenta, self.counts, strict=True):
+        for norm, momentum in zip(self.norms, self.momenta, strict=True):
             norm.momentum = momentum
-            norm.num_batches_tracked.copy_(count)
+        for counter, count in zip(self.counters, self.counts, strict=True):
+            counter.copy_(count)
 
 
 def create_sampler(

@@ -132,7 +132,7 @@ class RunLogger:
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Write one line to `metrics.jsonl` and to the trackers."""
-        if self.main:
+        if self.file is not None:  # the main process's
             self.file.write({"step": step, **values})
             self.accelerator.log(values, step=step)
 

@@ -36,11 +36,11 @@ def create_optimizer(settings: OptimizerSettings, parts: Mapping[str, Iterable[n
         for name, parameters in parts.items()
         if (trainable := [p for p in parameters if p.requires_grad])
     ]
-    common = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    rate, decay = settings.learning_rate, settings.weight_decay
     if settings.kind == "adamw":
-        return AdamW(groups, betas=settings.betas, **common)
+        return AdamW(groups, lr=rate, betas=settings.betas, weight_decay=decay)
     if settings.kind == "sgd":
-        return torch.optim.SGD(groups, momentum=settings.momentum, **common)
+        return torch.optim.SGD(groups, lr=rate, momentum=settings.momentum, weight_decay=decay)
     raise SimIPUError(f"unknown optimizer {settings.kind!r}: choose from sgd, adamw")
 
 

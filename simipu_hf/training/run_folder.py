@@ -7,7 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ RUN_FILE = "run.yaml"
 _PACKAGES = ("simipu-hf", "torch", "torchvision", "transformers", "timm", "accelerate", "datasets", "numpy", "scipy")
 
 
-def prepare_run_folder(output_dir: Path, *, resume: str | None, overwrite: bool, message=print) -> Path | None:
+def prepare_run_folder(
+    output_dir: Path, *, resume: str | None, overwrite: bool, message: Callable[[str], None] = print
+) -> Path | None:
     """Create `output_dir`, or check that an existing one may be used. Main process only.
 
     Args:

@@ -60,7 +60,8 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
         self.last_step = last_step
         self.shuffle = shuffle
         self.steps_per_epoch = num_rows // rows_per_step
-        self._permuted_epoch, self._rows = -1, []
+        self._permuted_epoch = -1
+        self._rows: list[int] = []
 
     def __len__(self) -> int:
         return (self.last_step - self.first_step) * self.accumulation_steps

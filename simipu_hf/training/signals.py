@@ -2,7 +2,9 @@
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 
 class StopRequest:
@@ -17,7 +19,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested = False
         self.signal = signal.SIGTERM  # where another process was the one that was told
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
