@@ -128,8 +128,9 @@ def two_view_sample(
     lidar_to_aug = _draw_view_transform(augmentation, mirrored, generator)
 
     image = processor.load_image(row["image"])
+    image_size = (image.shape[-2], image.shape[-1])
     cloud, lidar_to_image = processor.load_points(
-        row["points"], row["camera_projection"], row["lidar_to_camera"], tuple(image.shape[-2:])
+        row["points"], row["camera_projection"], row["lidar_to_camera"], image_size
     )
     image, image_transform = _augment_image(image, processor, augmentation, mirrored, generator)
     image_batch = processor.image_processor(
@@ -160,10 +161,10 @@ def view_transform(
     """
     cos, sin = math.cos(rotation), math.sin(rotation)
     linear = np.array([[cos, sin, 0.0], [-sin, cos, 0.0], [0.0, 0.0, 1.0]])  # R transposed, for columns
-    center = np.asarray(center)
+    fixed = np.asarray(center)
     matrix = np.eye(4)
     matrix[:3, :3] = scale * linear
-    matrix[:3, 3] = scale * (center - linear @ center) + translation
+    matrix[:3, 3] = scale * (fixed - linear @ fixed) + translation
     if mirrored:
         matrix[1] *= -1
     return matrix
@@ -190,14 +191,14 @@ def _augment_image(
 ) -> tuple[torch.Tensor, np.ndarray]:
     """Window, resize, colour change and mirror of an image (3, H, W), and the (3, 3) map of its pixels."""
     settings = processor.image_processor
-    crop = _draw_window(tuple(image.shape[-2:]), augmentation, generator)
-    top, left, *window = crop
+    crop = _draw_window((image.shape[-2], image.shape[-1]), augmentation, generator)
+    (top, left), window = crop[:2], crop[2:]
     if augmentation.random_resize is None:
-        height, width = settings.output_size(tuple(window))
+        height, width = settings.output_size(window)
     else:
         long_edge, short_edge = generator.integers(*augmentation.random_resize, endpoint=True).tolist()
         bounds = (short_edge, long_edge) if window[1] >= window[0] else (long_edge, short_edge)
-        height, width = size_within(tuple(window), bounds)
+        height, width = size_within(window, bounds)
     image = image[:, top : top + window[0], left : left + window[1]]
     image = settings.resize(image, SizeDict(height=height, width=width), settings.resample)
     image = _jitter_colors(image, augmentation, generator)

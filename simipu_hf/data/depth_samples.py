@@ -10,6 +10,7 @@ from PIL import Image
 
 from ..errors import SimIPUError
 from .depth_targets import image_and_depth, kb_crop, resize_depth_map
+from .rows import Rows
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ class DepthPreprocessing:
 
     def normalize(self, image: np.ndarray) -> torch.Tensor:
         """`(H, W, 3)` with values 0 to 255, any type, to `(3, H, W)` float32."""
-        scaled = (image.astype(np.float32) / 255 - np.float32(self.image_mean)) / np.float32(self.image_std)
+        mean, std = np.asarray(self.image_mean, np.float32), np.asarray(self.image_std, np.float32)
+        scaled = (image.astype(np.float32) / 255 - mean) / std
         return torch.from_numpy(np.ascontiguousarray(scaled.transpose(2, 0, 1)))
 
 
@@ -134,7 +136,7 @@ class DepthDataset(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        rows: Sequence[Mapping[str, Any]] | Sequence[DepthFrame],
+        rows: Rows | Sequence[DepthFrame],
         preprocessing: DepthPreprocessing,
         augmentation: DepthAugmentation | None = None,
         seed: int = 0,

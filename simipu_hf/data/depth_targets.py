@@ -187,5 +187,6 @@ class EigenDataset:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         entry = self.entries[index]
+        assert entry.depth is not None
         image, depth = str(self.image_root / entry.image), str(self.depth_root / entry.depth)
         return {"frame_id": entry.image, "image": image, "depth": depth}

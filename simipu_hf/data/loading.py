@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import datasets
 
@@ -12,7 +13,7 @@ from ..dataset_scripts import kitti
 from ..errors import SimIPUError
 from .rows import check_features, check_row
 
-AnyDataset = datasets.Dataset | datasets.IterableDataset
+AnyDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 
 def load_pretraining_dataset(
@@ -49,9 +50,10 @@ def load_pretraining_dataset(
         SimIPUError: nothing readable is there, a split or configuration doesn't exist, a file is missing or
             damaged, or a column is missing or of another type.
     """
-    if (dataset_name is None) == (data_dir is None):
+    place = data_dir if dataset_name is None else dataset_name
+    if place is None or None not in (dataset_name, data_dir):
         raise SimIPUError(f"expected either dataset_name or data_dir, found {dataset_name=}, {data_dir=}")
-    source = os.fspath(data_dir if dataset_name is None else dataset_name)
+    source = os.fspath(place)
     kind, name = find_source(source, dataset_config_name, must_be_folder=dataset_name is None)
     if kind != "kitti" and (cameras is not None or drives is not None):
         raise SimIPUError(f"{source}: cameras and drives can be chosen for a KITTI folder only")
@@ -115,6 +117,7 @@ def find_source(source: str, dataset_config_name: str | None, must_be_folder: bo
 def source_splits(source: str, kind: str, name: str | None) -> list[str]:
     """Splits of a source that `find_source` has named; [] for a saved data set without splits."""
     if kind == "kitti":
+        assert name is not None
         return kitti.split_names(name, source)
     if kind == "saved":
         saved = _from_disk(source)
@@ -132,7 +135,7 @@ def _find_config(source: str, wanted: str | None) -> str:
         raise SimIPUError(f"{source}: neither a folder here nor a data set that can be read: {error}") from error
     if wanted is None and len(names) == 1:
         return names[0]
-    if wanted not in names:
+    if wanted is None or wanted not in names:
         raise SimIPUError(f"{source}: expected dataset_config_name to be one of {names}, found {wanted!r}")
     return wanted
 
@@ -154,7 +157,17 @@ def _names(split: str) -> list[str]:
     return [part.partition("[")[0].strip() for part in split.split("+")]
 
 
-def _load_kitti(source, name, split, streaming, num_proc, cache_dir, cameras, drives, skipped) -> AnyDataset:
+def _load_kitti(
+    source: str,
+    name: str | None,
+    split: str,
+    streaming: bool,
+    num_proc: int | None,
+    cache_dir: str | os.PathLike | None,
+    cameras: Sequence[int] | None,
+    drives: Sequence[str] | None,
+    skipped: list[str] | None,
+) -> AnyDataset:
     names = tuple(dict.fromkeys(_names(split)))
     builder = kitti.Kitti(
         config_name=name,

@@ -1,6 +1,5 @@
 """The training set as a torch Dataset: row index in, both augmented views out."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -9,7 +8,9 @@ from simipu_hf.errors import SimIPUError
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
 from .augmentation import TwoViewAugmentation, two_view_sample
+from .rows import Rows
 
+OnBadRow = Literal["error", "skip"]
 REQUIRED_COLUMNS = ("image", "points", "camera_projection", "lidar_to_camera")
 
 
@@ -34,20 +35,21 @@ class TwoViewDataset(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        rows: Sequence[Mapping[str, Any]],
+        rows: Rows,
         processor: SimIPUProcessor,
         augmentation: TwoViewAugmentation,
         seed: int = 0,
-        on_bad_row: Literal["error", "skip"] = "error",
+        on_bad_row: OnBadRow = "error",
     ) -> None:
         if on_bad_row not in ("error", "skip"):
             raise SimIPUError(f"on_bad_row: expected 'error' or 'skip', found {on_bad_row!r}")
         if len(rows) == 0:
             raise SimIPUError("the data set has no rows")
-        missing = [name for name in REQUIRED_COLUMNS if name not in getattr(rows, "column_names", REQUIRED_COLUMNS)]
+        columns = getattr(rows, "column_names", REQUIRED_COLUMNS)
+        missing = [name for name in REQUIRED_COLUMNS if name not in columns]
         if missing:
-            raise SimIPUError(f"the data set has no column {', '.join(missing)}; found {', '.join(rows.column_names)}")
-        self.rows = rows
+            raise SimIPUError(f"the data set has no column {', '.join(missing)}; found {', '.join(columns)}")
+        self.rows: Any = rows  # what a datasets.Dataset has beyond Rows is used where it is there
         self.processor = processor
         self.augmentation = augmentation
         self.seed = seed

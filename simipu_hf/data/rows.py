@@ -14,10 +14,10 @@ The points are bytes because every other column type is 10 to 2,000 times slower
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 import numpy as np
@@ -26,6 +26,15 @@ from PIL import Image
 
 from ..errors import SimIPUError
 from ..modeling.processing_simipu import to_calibration, to_point_cloud
+
+
+class Rows(Protocol):
+    """Rows by index: a `datasets.Dataset`, a list, or anything else that reads them one by one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
+
 
 ROW_FEATURES = datasets.Features(
     {
@@ -67,15 +76,16 @@ def to_row(
 
         dataset_from_rows(rows()).save_to_disk("my_dataset")   # then: --dataset_name my_dataset
     """
+    encoded: Any = image
     if isinstance(image, bytes):
-        image = {"bytes": image, "path": None}
+        encoded = {"bytes": image, "path": None}
     elif isinstance(image, str | os.PathLike):
-        image = os.path.abspath(image)
+        encoded = os.path.abspath(image)
     with _naming(frame_id):
         cloud = to_point_cloud(points)
     row = {
         "frame_id": str(frame_id),
-        "image": image,
+        "image": encoded,
         "points": cloud.astype("<f4", copy=False).tobytes(),
         "camera_projection": np.asarray(camera_projection, dtype=np.float64).tolist(),
         "lidar_to_camera": np.asarray(lidar_to_camera, dtype=np.float64).tolist(),
@@ -105,7 +115,7 @@ def dataset_from_rows(rows: Iterable[dict[str, Any]], cache_dir: str | os.PathLi
     return datasets.Dataset.from_file(path)
 
 
-def points_from_row(row: dict[str, Any]) -> np.ndarray:
+def points_from_row(row: Mapping[str, Any]) -> np.ndarray:
     """Points of a row: (N, 4) float32 x, y, z (metres, LiDAR frame), reflectance. Read-only, shares the row's memory.
 
     Raises:
@@ -119,7 +129,7 @@ def points_from_row(row: dict[str, Any]) -> np.ndarray:
         return to_point_cloud(data)
 
 
-def calibration_from_row(row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+def calibration_from_row(row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """`camera_projection` (3, 4) and `lidar_to_camera` (4, 4) of a row, float64.
 
     Raises:
@@ -130,7 +140,7 @@ def calibration_from_row(row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         return to_calibration(row["camera_projection"], row["lidar_to_camera"])
 
 
-def image_from_row(row: dict[str, Any]) -> Image.Image:
+def image_from_row(row: Mapping[str, Any]) -> Image.Image:
     """Decoded RGB image of a row, whether the column is decoded (PIL image) or not (`{"bytes", "path"}`).
 
     To have a broken file reported by its row, read the data set with `cast_column("image", Image(decode=False))`.
@@ -152,7 +162,7 @@ def image_from_row(row: dict[str, Any]) -> Image.Image:
         raise _row_error(row, "image", "a readable image", f"{type(error).__name__}: {error}") from error
 
 
-def check_row(row: dict[str, Any]) -> None:
+def check_row(row: Mapping[str, Any]) -> None:
     """Checks all of a row.
 
     Raises:
@@ -211,5 +221,5 @@ def _naming(frame_id: Any) -> Iterator[None]:
         raise SimIPUError(f"frame {frame_id}: {error}") from error
 
 
-def _row_error(row: dict[str, Any], column: str, expected: str, found: Any) -> SimIPUError:
+def _row_error(row: Mapping[str, Any], column: str, expected: str, found: Any) -> SimIPUError:
     return SimIPUError(f"frame {row.get('frame_id')}: {column}: expected {expected}, found {found}")

@@ -173,7 +173,7 @@ def _kitti_readers(frame: kitti.Frame) -> dict[str, Callable[[], Any]]:
 
 def _row_readers(row: dict[str, Any], features: datasets.Features) -> dict[str, Callable[[], Any]]:
     def object_types() -> list[str]:
-        kind = (
+        kind: Any = (
             features["objects"]["type"]
             if isinstance(features["objects"], dict)
             else features["objects"].feature["type"]
@@ -193,9 +193,11 @@ class _Inspector:
     """Adds up what the frames hold."""
 
     def __init__(self, picture_path: Path | None) -> None:
-        self.picture_path, self.picture = picture_path, None
+        self.picture_path = picture_path
+        self.picture: str | None = None
         self.problems: dict[str, dict[str, None]] = {}  # message -> frames, in order
-        self.sizes, self.objects = Counter(), Counter()
+        self.sizes: Counter[str] = Counter()
+        self.objects: Counter[str] = Counter()
         self.ranges: dict[str, tuple[float, float, int, float]] = {}  # name -> min, sum, count, max
         self.sizes_of_camera: dict[bytes, dict[tuple[int, int], list[str]]] = {}
 
@@ -206,7 +208,7 @@ class _Inspector:
                 frames[frame] = None
 
     def look_at(self, frame: str, readers: dict[str, Callable[[], Any]]) -> None:
-        found = {}
+        found: dict[str, Any] = {}
         for part, read in readers.items():
             try:
                 found[part] = read()
@@ -382,6 +384,7 @@ def _kitti_rows(listing: kitti.Listing, source: "_Source") -> dict[str, _Rows]:
     problems = listing.problems + kitti.missing_files(listing)
     if problems:
         raise SimIPUError(problems[0] + (f" (and {len(problems) - 1} more problems)" * (len(problems) > 1)))
+    assert source.config is not None
     features = kitti.features(source.config)
 
     def reader(frames: list[kitti.Frame]) -> Callable[[int, int], pa.Table]:
@@ -496,10 +499,16 @@ class _Source:
     splits: list[str]
 
 
-def _open(dataset_name, data_dir, dataset_config_name, split: str | Sequence[str] | None) -> _Source:
-    if (dataset_name is None) == (data_dir is None):
+def _open(
+    dataset_name: str | None,
+    data_dir: str | os.PathLike | None,
+    dataset_config_name: str | None,
+    split: str | Sequence[str] | None,
+) -> _Source:
+    place = data_dir if dataset_name is None else dataset_name
+    if place is None or None not in (dataset_name, data_dir):
         raise SimIPUError(f"expected either dataset_name or data_dir, found {dataset_name=}, {data_dir=}")
-    location = os.fspath(data_dir if dataset_name is None else dataset_name)
+    location = os.fspath(place)
     kind, config = find_source(location, dataset_config_name, must_be_folder=dataset_name is None)
     available = source_splits(location, kind, config) or ["train"]
     wanted = available if split is None else [split] if isinstance(split, str) else list(split)
@@ -509,6 +518,7 @@ def _open(dataset_name, data_dir, dataset_config_name, split: str | Sequence[str
 
 
 def _list_kitti(source: _Source, cameras: Sequence[int] | None, drives: Sequence[str] | None) -> kitti.Listing:
+    assert source.config is not None
     try:
         listing = kitti.list_frames(source.config, source.location, source.splits, cameras, drives)
     except ValueError as error:

@@ -15,6 +15,8 @@ from .street import Actor, Street, make_street
 LABEL_RANGE = 80.0
 """Objects further than this (metres), or of which less than a tenth is visible, are DontCare."""
 
+Box = tuple[float, float, float, float]
+
 
 @dataclass(frozen=True)
 class ObjectLabel:
@@ -24,7 +26,7 @@ class ObjectLabel:
     truncated: float
     occluded: int
     alpha: float
-    bbox: tuple[float, float, float, float]
+    bbox: Box
     dimensions: tuple[float, float, float]
     location: tuple[float, float, float]
     rotation_y: float
@@ -143,11 +145,12 @@ def _labels(
     return tuple(label for label, _, _ in labels), [owner for _, owner, _ in labels]
 
 
-def _label(actor: Actor, pose: np.ndarray, box, truncated: float, visible: float) -> ObjectLabel:
+def _label(actor: Actor, pose: np.ndarray, box: Box, truncated: float, visible: float) -> ObjectLabel:
     """Label of an actor whose `pose` is in the rectified camera frame."""
     location, forward = pose[:3, 3], pose[:3, 0]
     if visible < 0.1 or location[2] > LABEL_RANGE or truncated > 0.95:
         return ObjectLabel("DontCare", -1, -1, -10, box, (-1, -1, -1), (-1000, -1000, -1000), -10)
+    assert actor.kind is not None
     # KITTI's yaw turns about the camera's y (down), from its x (right)
     rotation_y = np.arctan2(-forward[2], forward[0])
     alpha = rotation_y - np.arctan2(location[0], location[2])
@@ -169,7 +172,7 @@ def _project(points: np.ndarray, calibration: Calibration) -> np.ndarray:
     return np.stack([u / depth, v / depth, depth], axis=1)
 
 
-def _image_box(mesh: Mesh, calibration: Calibration, image_size: tuple[int, int]):
+def _image_box(mesh: Mesh, calibration: Calibration, image_size: tuple[int, int]) -> tuple[Box | None, float]:
     """Left, top, right, bottom of the mesh in the image (None: not in it), and the share of its full box cut off."""
     corners = _project(mesh.corners.reshape(-1, 3), calibration)
     corners = corners[corners[:, 2] > 0.1]
@@ -177,11 +180,16 @@ def _image_box(mesh: Mesh, calibration: Calibration, image_size: tuple[int, int]
         return None, 1.0
     height, width = image_size
     (left, top), (right, bottom) = corners[:, :2].min(axis=0), corners[:, :2].max(axis=0)
-    box = (max(left, 0.0), max(top, 0.0), min(right, width - 1.0), min(bottom, height - 1.0))
+    box = (
+        float(max(left, 0.0)),
+        float(max(top, 0.0)),
+        float(min(right, width - 1.0)),
+        float(min(bottom, height - 1.0)),
+    )
     if box[2] <= box[0] or box[3] <= box[1]:
         return None, 1.0
     inside = (box[2] - box[0]) * (box[3] - box[1])
-    return tuple(map(float, box)), float(1 - inside / ((right - left) * (bottom - top)))
+    return box, float(1 - inside / ((right - left) * (bottom - top)))
 
 
 def _visible_shares(

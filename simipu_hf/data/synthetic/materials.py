@@ -6,6 +6,7 @@ of a pixel on the surface (metres) and fades out what is finer, as the pixel of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -24,6 +25,9 @@ class Surface:
     albedo: np.ndarray
     reflectance: np.ndarray
     gloss: np.ndarray
+
+
+Pattern = Callable[[np.ndarray, np.ndarray, np.ndarray], Surface]  # of texture coordinates, colour, footprint
 
 
 @lru_cache(maxsize=1)
@@ -64,21 +68,21 @@ def _joints(coordinate: np.ndarray, period: float, width: float, footprint: np.n
     return line * (1 - blur) + blur * width / period
 
 
-def _grain(texture, footprint, fine: float, coarse: float) -> np.ndarray:
+def _grain(texture: np.ndarray, footprint: np.ndarray, fine: float, coarse: float) -> np.ndarray:
     """A factor around 1 from fine (1.5 cm) and coarse (25 cm) noise."""
     factor = 1 + fine * noise(texture, 0.015, footprint) + coarse * noise(texture[:, ::-1] + 3.7, 0.25, footprint)
     return np.clip(factor, 0.2, 2.0)
 
 
-def _plain(reflectance: float, fine: float, coarse: float, gloss: float = 0.0):
-    def pattern(texture, color, footprint) -> Surface:
+def _plain(reflectance: float, fine: float, coarse: float, gloss: float = 0.0) -> Pattern:
+    def pattern(texture: np.ndarray, color: np.ndarray, footprint: np.ndarray) -> Surface:
         grain = _grain(texture, footprint, fine, coarse)
         return Surface(color * grain[:, None], reflectance * grain, np.full(len(grain), gloss, np.float32))
 
     return pattern
 
 
-def _asphalt(texture, color, footprint) -> Surface:
+def _asphalt(texture: np.ndarray, color: np.ndarray, footprint: np.ndarray) -> Surface:
     grain = _grain(texture, footprint, 0.13, 0.05)
     along_wheels = 1 - 0.10 * np.exp(-(((np.abs(np.abs(texture[:, 1]) - 1.75) - 0.75) / 0.3) ** 2))
     patch = _cell_hash(np.floor(texture / [23.0, 2.6]), 1.0) < 0.12
@@ -86,21 +90,21 @@ def _asphalt(texture, color, footprint) -> Surface:
     return Surface(color * factor[:, None], 0.22 * factor, np.zeros(len(grain), np.float32))
 
 
-def _paving(texture, color, footprint) -> Surface:
+def _paving(texture: np.ndarray, color: np.ndarray, footprint: np.ndarray) -> Surface:
     slab = _cell_hash(np.floor(texture / 0.5), 2.0) * (footprint < 0.3)
     joint = np.maximum(_joints(texture[:, 0], 0.5, 0.03, footprint), _joints(texture[:, 1], 0.5, 0.03, footprint))
     factor = _grain(texture, footprint, 0.08, 0.05) * (0.92 + 0.16 * slab) * (1 - 0.55 * joint)
     return Surface(color * factor[:, None], 0.30 * factor, np.zeros(len(factor), np.float32))
 
 
-def _grass(texture, color, footprint) -> Surface:
+def _grass(texture: np.ndarray, color: np.ndarray, footprint: np.ndarray) -> Surface:
     grain = _grain(texture, footprint, 0.30, 0.22)
     dry = np.clip(0.5 * noise(texture + 11.3, 0.4, footprint), 0, 1)[:, None]
-    albedo = (color * (1 - dry) + np.float32([0.22, 0.19, 0.07]) * dry) * grain[:, None]
+    albedo = (color * (1 - dry) + np.array([0.22, 0.19, 0.07], np.float32) * dry) * grain[:, None]
     return Surface(albedo, 0.42 * np.clip(grain, 0.5, 1.5), np.zeros(len(grain), np.float32))
 
 
-def _brick_wall(metres, color, footprint) -> tuple[np.ndarray, np.ndarray]:
+def _brick_wall(metres: np.ndarray, color: np.ndarray, footprint: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     course = np.floor(metres[:, 1] / 0.083)
     along = metres[:, 0] + 0.125 * (course % 2)
     brick = _cell_hash(np.stack([np.floor(along / 0.25), course], axis=1), 3.0) * (footprint < 0.15)
@@ -109,16 +113,16 @@ def _brick_wall(metres, color, footprint) -> tuple[np.ndarray, np.ndarray]:
     return color * factor * (1 - mortar) + 0.35 * mortar, 0.26 * factor[:, 0] + 0.1 * mortar[:, 0]
 
 
-def _plaster_wall(metres, color, footprint) -> tuple[np.ndarray, np.ndarray]:
+def _plaster_wall(metres: np.ndarray, color: np.ndarray, footprint: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     factor = _grain(metres, footprint, 0.05, 0.03)
     return color * factor[:, None], 0.38 * factor * (0.5 + color.mean(axis=1))
 
 
-def _facade(wall):
+def _facade(wall: Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]) -> Pattern:
     """A wall with a window per bay and storey and some doors; texture coordinates count bays and storeys."""
 
-    def pattern(texture, color, footprint) -> Surface:
-        metres = texture * np.float32([2.8, 3.0])
+    def pattern(texture: np.ndarray, color: np.ndarray, footprint: np.ndarray) -> Surface:
+        metres = texture * np.array([2.8, 3.0], np.float32)
         albedo, reflectance = wall(metres, color, footprint)
         cell = np.floor(texture)
         x, y = (texture - cell).T
@@ -136,7 +140,7 @@ def _facade(wall):
         frame_color = np.where(door, 0.3, 0.35 + 0.4 * _cell_hash(house, 7.0))
         albedo = np.where(frame[:, None], frame_color[:, None], albedo)
         curtain = np.clip(_cell_hash(cell, 8.0) * 1.4 - 0.9, 0, 1) * (y > 0.35)
-        wood = np.float32([0.16, 0.09, 0.05]) * (0.5 + 2 * _cell_hash(house, 9.0))[:, None]
+        wood = np.array([0.16, 0.09, 0.05], np.float32) * (0.5 + 2 * _cell_hash(house, 9.0))[:, None]
         glass = np.where(door[:, None], wood, 0.025 + 0.4 * curtain[:, None])
         albedo = np.where(pane[:, None], glass, albedo)
         plinth = ground & (y < 0.16) & ~frame
@@ -148,25 +152,25 @@ def _facade(wall):
     return pattern
 
 
-def _plain_wall(texture, color, footprint) -> Surface:
+def _plain_wall(texture: np.ndarray, color: np.ndarray, footprint: np.ndarray) -> Surface:
     albedo, reflectance = _plaster_wall(texture, color, footprint)
     return Surface(albedo, reflectance, np.zeros(len(albedo), np.float32))
 
 
-def _roof_tiles(texture, color, footprint) -> Surface:
+def _roof_tiles(texture: np.ndarray, color: np.ndarray, footprint: np.ndarray) -> Surface:
     shadow = 0.5 * _joints(texture[:, 0], 0.25, 0.05, footprint) + 0.6 * _joints(texture[:, 1], 0.33, 0.06, footprint)
     factor = _grain(texture, footprint, 0.12, 0.10) * (1 - np.minimum(shadow, 0.8))
     return Surface(color * factor[:, None], 0.24 * factor, np.zeros(len(factor), np.float32))
 
 
-def _car_paint(texture, color, footprint) -> Surface:
+def _car_paint(texture: np.ndarray, color: np.ndarray, footprint: np.ndarray) -> Surface:
     count = len(texture)
     # dark paints send little of the laser back, and what is mirrored is lost
     reflectance = 0.06 + 0.45 * color.mean(axis=1)
     return Surface(color, reflectance, np.full(count, 0.35, np.float32))
 
 
-def _car_window(texture, color, footprint) -> Surface:
+def _car_window(texture: np.ndarray, color: np.ndarray, footprint: np.ndarray) -> Surface:
     x, y = texture.T
     pane = (np.minimum(x, 1 - x) > 0.05) & (np.minimum(y, 1 - y) > 0.08)
     seats = np.where((y < 0.55) & (np.abs(x - 0.5) < 0.3), 0.05, 0.02)[:, None]
@@ -229,7 +233,7 @@ class Lighting:
         color = self.horizon_color + (self.zenith_color - self.horizon_color) * (up**0.5)[:, None]
         plane = direction[:, :2] / (up[:, None] + 0.12) + self.noise_offset
         cloud = 0.4 * noise(plane, 0.01, np.full(len(up), 0.16)) + 2.4 * (self.cloud_cover - 0.5)
-        color = color + np.clip(cloud, 0, 1)[:, None] * (np.float32([1.05, 1.05, 1.07]) - color)
+        color = color + np.clip(cloud, 0, 1)[:, None] * (np.array([1.05, 1.05, 1.07], np.float32) - color)
         toward_sun = np.clip(direction @ self.sun_direction, 0, 1)
         glow = 0.25 * toward_sun**8 + 0.6 * toward_sun**64
         color = color + glow[:, None] * self.sun_color * (1 - 0.7 * self.cloud_cover)
@@ -238,5 +242,5 @@ class Lighting:
             profile = np.stack([azimuth, np.full_like(azimuth, 0.3)], axis=1)
             top = self.tree_line * (1 + 0.35 * noise(profile, 0.0015, np.full(len(up), 0.003)))
             hill = (direction[:, 2] < top)[:, None]
-            color = np.where(hill, 0.45 * self.horizon_color + np.float32([0.06, 0.10, 0.06]), color)
+            color = np.where(hill, 0.45 * self.horizon_color + np.array([0.06, 0.10, 0.06], np.float32), color)
         return color.astype(np.float32)

@@ -11,6 +11,7 @@ from enum import IntEnum
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 class Material(IntEnum):
@@ -68,7 +69,7 @@ def join(*meshes: Mesh) -> Mesh:
     )
 
 
-def triangles(corners, texture, material: int, color) -> Mesh:
+def triangles(corners: ArrayLike, texture: ArrayLike, material: int, color: ArrayLike) -> Mesh:
     """A mesh of one material; `color` is (3,) or (T, 3)."""
     corners = np.asarray(corners, np.float32)
     count = len(corners)
@@ -80,18 +81,18 @@ def triangles(corners, texture, material: int, color) -> Mesh:
     )
 
 
-def quads(corners, material: int, color, texture=None) -> Mesh:
+def quads(corners: ArrayLike, material: int, color: ArrayLike, texture: ArrayLike | None = None) -> Mesh:
     """Quadrilaterals (Q, 4, 3), two triangles each. Texture coordinates are metres along the first two sides."""
     corners = np.asarray(corners, np.float32)
     if texture is None:
         sides = np.sqrt(((corners[:, [1, 3]] - corners[:, :1]) ** 2).sum(axis=-1))
-        texture = sides[:, None] * np.float32(UNIT_TEXTURE)
+        texture = sides[:, None] * np.asarray(UNIT_TEXTURE, np.float32)
     texture = np.asarray(texture, np.float32)
     halves = [[0, 1, 2], [0, 2, 3]]
     return triangles(corners[:, halves].reshape(-1, 3, 3), texture[:, halves].reshape(-1, 3, 2), material, color)
 
 
-def hexahedron(bottom, top) -> np.ndarray:
+def hexahedron(bottom: ArrayLike, top: ArrayLike) -> np.ndarray:
     """Sides and lid (5, 4, 3) over two rings of four corners, counter-clockwise seen from above; the lid is last."""
     bottom, top = np.asarray(bottom, np.float32), np.asarray(top, np.float32)
     sides = [[bottom[i], bottom[(i + 1) % 4], top[(i + 1) % 4], top[i]] for i in range(4)]
@@ -104,14 +105,22 @@ def rectangle(x0: float, x1: float, width: float, z: float) -> list[list[float]]
     return [[x0, -y, z], [x1, -y, z], [x1, y, z], [x0, y, z]]
 
 
-def box(x0: float, x1: float, width: float, z0: float, z1: float, material: int, color) -> Mesh:
+def box(x0: float, x1: float, width: float, z0: float, z1: float, material: int, color: ArrayLike) -> Mesh:
     """An upright box, closed below as well."""
     bottom = rectangle(x0, x1, width, z0)
     sides = hexahedron(bottom, rectangle(x0, x1, width, z1))
-    return quads(np.concatenate([sides, [np.float32(bottom)]]), material, color)
+    return quads(np.concatenate([sides, [np.asarray(bottom, np.float32)]]), material, color)
 
 
-def limb(start, end, radius: float, end_radius: float, material: int, color, sides: int = 8) -> Mesh:
+def limb(
+    start: ArrayLike,
+    end: ArrayLike,
+    radius: float,
+    end_radius: float,
+    material: int,
+    color: ArrayLike,
+    sides: int = 8,
+) -> Mesh:
     """A closed frustum of a cone between two points: poles, trunks, wheels, arms and legs."""
     start, end = np.asarray(start, float), np.asarray(end, float)
     axis = end - start
@@ -128,14 +137,16 @@ def limb(start, end, radius: float, end_radius: float, material: int, color, sid
     arc = angle * max(radius, end_radius)
     wall_texture = np.stack([arc[:-1], arc[1:], arc[1:], arc[:-1]], axis=1)
     wall_texture = np.stack([wall_texture, np.broadcast_to([0, 0, length, length], wall_texture.shape)], axis=-1)
-    caps = []
-    for centre, edge in ((start, low), (end, high)):
-        caps.append(np.stack([np.broadcast_to(centre, edge[1:].shape), edge[:-1], edge[1:]], axis=1))
-    caps = np.concatenate(caps)
+    caps = np.concatenate(
+        [
+            np.stack([np.broadcast_to(centre, edge[1:].shape), edge[:-1], edge[1:]], axis=1)
+            for centre, edge in ((start, low), (end, high))
+        ]
+    )
     return join(quads(wall, material, color, wall_texture), triangles(caps, caps[..., :2], material, color))
 
 
-def blob(centre, radii, material: int, color, sides: int = 7, rings: int = 5) -> Mesh:
+def blob(centre: ArrayLike, radii: ArrayLike, material: int, color: ArrayLike, sides: int = 7, rings: int = 5) -> Mesh:
     """An ellipsoid of latitude rings: heads, helmets."""
     latitude = np.linspace(-np.pi / 2, np.pi / 2, rings)[:, None]
     longitude = np.linspace(0, 2 * np.pi, sides + 1)[None]
@@ -152,7 +163,15 @@ def blob(centre, radii, material: int, color, sides: int = 7, rings: int = 5) ->
     return quads(patches.reshape(-1, 4, 3), material, color)
 
 
-def leaves(rng: np.random.Generator, centre, radii, count: int, size: float, color, boxy: bool = False) -> Mesh:
+def leaves(
+    rng: np.random.Generator,
+    centre: ArrayLike,
+    radii: ArrayLike,
+    count: int,
+    size: float,
+    color: ArrayLike,
+    boxy: bool = False,
+) -> Mesh:
     """A porous cloud of `count` random triangles in an ellipsoid (or a box), darker inside and below."""
     if boxy:
         unit = rng.uniform(-1, 1, (count, 3))
@@ -261,10 +280,12 @@ def car(rng: np.random.Generator) -> Mesh:
     ring = np.insert(profile, 1, 0, axis=1)
     across = np.array([0, width / 2, 0])
     left, right = ring + across, ring - across
-    fans = []
-    for flank in (left, right):
-        fans.append(np.stack([np.broadcast_to(flank[0], flank[2:].shape), flank[1:-1], flank[2:]], axis=1))
-    fans = np.concatenate(fans)
+    fans = np.concatenate(
+        [
+            np.stack([np.broadcast_to(flank[0], flank[2:].shape), flank[1:-1], flank[2:]], axis=1)
+            for flank in (left, right)
+        ]
+    )
     shell = np.stack([right, np.roll(right, -1, axis=0), np.roll(left, -1, axis=0), left], axis=1)
     cabin = hexahedron(
         rectangle(rear, front, width * 0.97, waist), rectangle(roof_rear, roof_front, width * 0.76, height)

@@ -6,7 +6,7 @@ x right, y down, z forward (level, 1.65 m above the road); *LiDAR* is x forward,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -147,7 +147,9 @@ class RayScene:
         return Hits(distance, rays, points, normals, np.abs(cosine) / length, *rest)
 
     @staticmethod
-    def _surface(layer: Layer, triangle: np.ndarray, result: dict, rays: np.ndarray):
+    def _surface(
+        layer: Layer, triangle: np.ndarray, result: dict[str, np.ndarray], rays: np.ndarray
+    ) -> tuple[np.ndarray, ...]:
         """Unit normals, texture coordinates, colour, material and owner at hits on a layer's triangles."""
         normals = result["Ng"][rays]
         normals /= np.sqrt(np.einsum("ij,ij->i", normals, normals))[:, None] + 1e-12
@@ -166,7 +168,9 @@ class RayScene:
             blocked[free] = hit >= 0
         return blocked
 
-    def _run(self, origin, directions):
+    def _run(
+        self, origin: np.ndarray, directions: np.ndarray
+    ) -> Iterator[tuple[Layer, np.ndarray, np.ndarray, dict[str, np.ndarray]]]:
         """Per layer: itself, triangle (N,) (-1: none), distance (N,) and Embree's full result."""
         directions = np.ascontiguousarray(directions, np.float32)
         origins = np.broadcast_to(np.float32(origin), directions.shape).copy()
@@ -242,10 +246,10 @@ class Camera:
         kind = np.full(height * width, 255, np.float32)
         kind[hits.rays] = hits.material + 0.31 * hits.normals[:, 0] + 0.17 * hits.normals[:, 2]
         edge = np.zeros((height, width), bool)
-        inverse, kind = inverse.reshape(height, width), kind.reshape(height, width)
+        inverse_map, kind_map = inverse.reshape(height, width), kind.reshape(height, width)
         for axis in (0, 1):
-            step = np.abs(np.diff(inverse, axis=axis)) > 0.1 * np.minimum(*_neighbours(inverse, axis)) + 1e-6
-            step |= np.abs(np.diff(kind, axis=axis)) > 0.05
+            step = np.abs(np.diff(inverse_map, axis=axis)) > 0.1 * np.minimum(*_neighbours(inverse_map, axis)) + 1e-6
+            step |= np.abs(np.diff(kind_map, axis=axis)) > 0.05
             before, after = _neighbours(edge, axis)
             before |= step
             after |= step
@@ -286,7 +290,7 @@ class Camera:
         radiance[hits.rays] = color * haze + 0.9 * light.horizon_color * (1 - haze)
         return radiance
 
-    def _reflection(self, view, normals, gloss, sun) -> np.ndarray:
+    def _reflection(self, view: np.ndarray, normals: np.ndarray, gloss: np.ndarray, sun: np.ndarray) -> np.ndarray:
         """Mirrored sky (dark below the horizon) and the sun's highlight, stronger at grazing angles (Schlick)."""
         cosine = -np.einsum("ij,ij->i", view, normals)
         mirrored = view + 2 * cosine[:, None] * normals

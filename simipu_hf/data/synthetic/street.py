@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from . import meshes
 from .materials import Lighting
@@ -73,7 +74,7 @@ class Street:
         return -NEAR_BEHIND < actor.s + (actor.speed - self.ego_speed) * time < NEAR_AHEAD
 
 
-def arc_point(curvature: float, s, d) -> np.ndarray:
+def arc_point(curvature: float, s: np.ndarray | float, d: np.ndarray | float) -> np.ndarray:
     """World x, y (..., 2) of places (s, d)."""
     angle = curvature * np.asarray(s, float)
     along = np.where(np.abs(angle) < 1e-9, s, np.sin(angle) / curvature)
@@ -120,7 +121,7 @@ def _lighting(rng: np.random.Generator) -> Lighting:
     strength = 2.6 * np.clip(1.25 - cloud_cover, 0.05, 1)
     blue = np.array([rng.uniform(0.22, 0.4), rng.uniform(0.42, 0.55), rng.uniform(0.8, 0.95)])
     return Lighting(
-        sun_direction=np.float32(direction),
+        sun_direction=np.asarray(direction, np.float32),
         sun_color=np.float32(strength * warmth),
         zenith_color=np.float32(blue * (1 - cloud_cover) + 0.75 * cloud_cover),
         horizon_color=np.float32(rng.uniform(0.85, 1.0) * np.array([0.92, 0.95, 1.0])),
@@ -131,14 +132,14 @@ def _lighting(rng: np.random.Generator) -> Lighting:
     )
 
 
-def _ground(rng, curvature: float, edges: dict, lanes: float, first: float, last: float) -> Mesh:
+def _ground(rng: np.random.Generator, curvature: float, edges: dict, lanes: float, first: float, last: float) -> Mesh:
     """Road, marks, kerbs, pavements and grass from place `first` to place `last` along the street."""
     asphalt = np.array([1.0, 1.0, 1.03]) * rng.uniform(0.06, 0.16)
     paving = rng.uniform(0.22, 0.4) * np.array([1, rng.uniform(0.88, 1), rng.uniform(0.8, 1)])
     grass = [rng.uniform(0.05, 0.12), rng.uniform(0.12, 0.19), rng.uniform(0.02, 0.05)]
     (_, right_kerb, right_walk), (_, left_kerb, left_walk) = edges[-1], edges[1]
     # each strip: d and z of its right and left edge, material, colour
-    strips = [
+    strips: list[tuple[float, float, float, float, Material, ArrayLike]] = [
         (-right_kerb, 0.0, left_kerb, 0.0, Material.ASPHALT, asphalt),
         (-right_kerb - 0.01, KERB, -right_kerb, 0.0, Material.CONCRETE, [0.4] * 3),
         (left_kerb, 0.0, left_kerb + 0.01, KERB, Material.CONCRETE, [0.4] * 3),
@@ -156,7 +157,7 @@ def _ground(rng, curvature: float, edges: dict, lanes: float, first: float, last
     dash, gap = rng.choice([3.0, 4.0, 6.0]), rng.choice([3.0, 6.0, 9.0])
     lines = [0.0] if lanes == LANE else [-LANE, 0.0, LANE]
     edge_line = lanes - 0.15 if rng.random() < 0.5 else None
-    crossings = rng.uniform(20, 400, 2) if rng.random() < 0.6 else []
+    crossings = rng.uniform(20, 400, 2) if rng.random() < 0.6 else np.empty(0)
 
     cut = np.arange(np.floor(first / 4), np.ceil(last / 4) + 1) * 4
     steps = np.stack([cut[:-1], cut[1:]], axis=1)
@@ -174,7 +175,16 @@ def _ground(rng, curvature: float, edges: dict, lanes: float, first: float, last
     return meshes.join(*parts)
 
 
-def _ribbon(curvature: float, s, d0, z0, d1, z1, material: Material, color) -> Mesh:
+def _ribbon(
+    curvature: float,
+    s: ArrayLike,
+    d0: float,
+    z0: float,
+    d1: float,
+    z1: float,
+    material: Material,
+    color: ArrayLike,
+) -> Mesh:
     """Quads between pairs of places (s[:, 0], s[:, 1]) along the street, from (d0, z0) on the right to (d1, z1) on the
     left; texture coordinates are (s, d)."""
     s = np.asarray(s, float)
@@ -217,7 +227,7 @@ def _make_stock(rng: np.random.Generator) -> _Stock:
     )
 
 
-def _parked_cars(rng, stock: _Stock, end: float, side: int, d: float) -> list[Actor]:
+def _parked_cars(rng: np.random.Generator, stock: _Stock, end: float, side: int, d: float) -> list[Actor]:
     cars, s, filled = [], -BEHIND, rng.uniform(0.3, 0.95)
     while s < end:
         kind, mesh = stock.vehicle(rng, with_trucks=False)
@@ -229,7 +239,9 @@ def _parked_cars(rng, stock: _Stock, end: float, side: int, d: float) -> list[Ac
     return cars
 
 
-def _traffic(rng, stock: _Stock, end: float, ego_speed: float, duration: float, lanes: float) -> list[Actor]:
+def _traffic(
+    rng: np.random.Generator, stock: _Stock, end: float, ego_speed: float, duration: float, lanes: float
+) -> list[Actor]:
     """A car ahead and one behind at the pace of the recording car, and oncoming traffic."""
     cars = []
     for gap in (rng.uniform(14, 60), -rng.uniform(12, 40)):
@@ -256,7 +268,7 @@ def _traffic(rng, stock: _Stock, end: float, ego_speed: float, duration: float, 
     return cars
 
 
-def _people(rng, stock: _Stock, end: float, side: int, kerb: float, walk: float) -> list[Actor]:
+def _people(rng: np.random.Generator, stock: _Stock, end: float, side: int, kerb: float, walk: float) -> list[Actor]:
     people, s = [], -BEHIND
     spacing = rng.choice([8.0, 20.0, 60.0])
     while s < end:
@@ -268,7 +280,7 @@ def _people(rng, stock: _Stock, end: float, side: int, kerb: float, walk: float)
     return people
 
 
-def _street_furniture(rng, stock: _Stock, end: float, side: int, kerb: float) -> list[Actor]:
+def _street_furniture(rng: np.random.Generator, stock: _Stock, end: float, side: int, kerb: float) -> list[Actor]:
     """Lamps, signs, bollards and street trees in the half metre behind the kerb."""
     things, d = [], side * (kerb + 0.4)
     towards_road = 0.0 if side > 0 else np.pi
@@ -289,7 +301,9 @@ def _street_furniture(rng, stock: _Stock, end: float, side: int, kerb: float) ->
     return things
 
 
-def _frontage(rng, stock: _Stock, end: float, side: int, walk: float, urban: float, curvature: float) -> list[Actor]:
+def _frontage(
+    rng: np.random.Generator, stock: _Stock, end: float, side: int, walk: float, urban: float, curvature: float
+) -> list[Actor]:
     """What stands behind the pavement: houses, gardens behind fences and hedges, trees."""
     things, s = [], -BEHIND
     setback = rng.choice([0.3, 2.5, 6.0], p=[0.4, 0.3, 0.3])
@@ -322,7 +336,7 @@ def _frontage(rng, stock: _Stock, end: float, side: int, walk: float, urban: flo
     return things
 
 
-def _garden(rng, first: float, last: float, side: int, walk: float, depth: float) -> list[Actor]:
+def _garden(rng: np.random.Generator, first: float, last: float, side: int, walk: float, depth: float) -> list[Actor]:
     """A boundary (fence, hedge or nothing) and a few bushes on a plot."""
     things, length = [], last - first
     border = rng.choice(["fence", "hedge", "open"])

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -149,7 +150,14 @@ def _plan(counts: dict[str, int], seed: int, frames_per_drive: int) -> Iterator[
             yield _Job("testing" if name == "test" else "training", first + index, (seed, split, drive), step)
 
 
-def _run(jobs, settings, root: Path, num_workers: int | None, frames_per_drive: int, progress: bool) -> None:
+def _run(
+    jobs: list[_Job],
+    settings: dict[str, Any],
+    root: Path,
+    num_workers: int | None,
+    frames_per_drive: int,
+    progress: bool,
+) -> None:
     """Make all frames, in as many processes as wanted; a process takes stretches of a drive at a time."""
     if num_workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
