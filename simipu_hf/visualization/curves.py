@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .style import BLUE, FAINT, ORANGE, add_legend, new_figure, style_axes
@@ -35,7 +36,7 @@ def draw_training_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure | None:
     return figure
 
 
-def _plot(axes, metrics: Sequence[Mapping[str, Any]], name: str, label: str, **style: Any) -> None:
+def _plot(axes: Axes, metrics: Sequence[Mapping[str, Any]], name: str, label: str, **style: Any) -> None:
     # a value that was not finite is written as null
     values = [(line["step"], line[name]) for line in metrics if line.get(name) is not None]
     if values:

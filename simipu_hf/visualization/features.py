@@ -1,18 +1,17 @@
 """What the pictures show of a model: features as colours, cosine similarities, matches of two views."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from simipu_hf.data.augmentation import TwoViewAugmentation, two_view_sample
 from simipu_hf.data.frame import Frame
 from simipu_hf.evaluation.correspondence import cell_centers, dense_image_embeds
-from simipu_hf.modeling.image_encoder import image_feature_maps, sorted_stages
+from simipu_hf.modeling.image_encoder import TimmModel, image_feature_maps, sorted_stages
 from simipu_hf.modeling.matching import PendingMatch, invert_transform, transform_points
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.processing_simipu import SimIPUImageProcessor, SimIPUProcessor, pixel_transform
@@ -161,7 +160,7 @@ def embed_frame(model: SimIPUForPreTraining, processor: SimIPUProcessor, row: Ma
 
 @torch.no_grad()
 def encode_image(
-    encoder: nn.Module, image_processor: SimIPUImageProcessor, frame: Frame, stages: tuple[int, ...]
+    encoder: TimmModel, image_processor: SimIPUImageProcessor, frame: Frame, stages: Sequence[int]
 ) -> dict[str, CellMap]:
     """Feature maps of a timm model's stages, named `"stage 2, stride 8"`; the encoder is in evaluation mode."""
     device = next(encoder.parameters()).device

@@ -37,9 +37,8 @@ def draw_points_on_image(frame: Frame) -> Figure:
     axes = figure.subplots()
     _show_image(axes, frame, brightness=0.6)
     far_first = np.flatnonzero(inside)[np.argsort(-depth[inside])]
-    dots = axes.scatter(
-        *pixels[far_first].T, c=depth[far_first], cmap=depth_colormap(), norm=depth_norm(), s=2.5, linewidths=0
-    )
+    x, y = pixels[far_first].T
+    dots = axes.scatter(x, y, c=depth[far_first], cmap=depth_colormap(), norm=depth_norm(), s=2.5, linewidths=0)
     bar = add_colorbar(figure, dots, axes, "depth (m)", ticks=DEPTH_TICKS, extend="both", aspect=30)
     bar.ax.minorticks_off()
     bar.set_ticklabels([str(tick) for tick in DEPTH_TICKS])
@@ -82,13 +81,16 @@ def draw_matches(matches: ViewMatches, max_match_distance: float | None, title: 
     panels[1].yaxis.set_label_position("right")
     drawn = np.random.default_rng(0).permutation(matched)[:lines]
     for index in drawn[np.argsort(matches.distance[drawn])]:
-        ends = matches.view[index, [1, 0]], matches.augmented[matches.match[index], [1, 0]]
+        matched_points = matches.view[index], matches.augmented[matches.match[index]]
+        start, end = ((float(y), float(x)) for x, y, _ in matched_points)
         color = colors(norm(matches.distance[index]))
         figure.add_artist(
-            ConnectionPatch(*ends, "data", "data", axesA=panels[0], axesB=panels[1], color=color, alpha=0.8, lw=0.8)
+            ConnectionPatch(
+                start, end, "data", "data", axesA=panels[0], axesB=panels[1], color=color, alpha=0.8, lw=0.8
+            )
         )
-        for axes, end in zip(panels, ends, strict=True):
-            axes.plot(*end, ".", color=color, markersize=4)
+        for axes, (y, x) in zip(panels, (start, end), strict=True):
+            axes.plot(y, x, ".", color=color, markersize=4)
     label = "distance of the matched points (m)"
     add_colorbar(figure, ScalarMappable(norm, colors), panels, label, extend="max", aspect=40)
     figure.suptitle(
@@ -122,7 +124,8 @@ def draw_shared_features(frame: Frame, embeds: FrameEmbeds, colors: Principal) -
 
     _show_image(panels["points"], frame, brightness=0.3)
     order = np.flatnonzero(inside)[np.argsort(-depth[inside])]
-    panels["points"].scatter(*pixels[order].T, c=point_colors[order], s=14, linewidths=0)
+    x, y = pixels[order].T
+    panels["points"].scatter(x, y, c=point_colors[order], s=14, linewidths=0)
     style_axes(panels["points"], "point features, where the points project", *_PIXELS)
 
     panels["above"].scatter(embeds.coordinates[:, 1], embeds.coordinates[:, 0], c=point_colors, s=6, linewidths=0)

@@ -98,7 +98,7 @@ def draw_frame(
     figures["image_features"] = draw_image_features(
         frame, encode_image(model.encoder, model.image_processor, frame, model.stages)
     )
-    if model.simipu is None:
+    if model.simipu is None or model.processor is None:
         return figures, scene_html(frame)
     try:
         matches = match_views(model.simipu, model.processor, row, TwoViewAugmentation())

@@ -4,15 +4,16 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig
 
 from simipu_hf.errors import SimIPUError
 from simipu_hf.hub.image_encoder import HUB_ID, load_image_encoder
 from simipu_hf.hub.weights import read_json
 from simipu_hf.modeling.configuration_simipu import SimIPUConfig
+from simipu_hf.modeling.image_encoder import TimmModel
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.processing_simipu import SimIPUImageProcessor, SimIPUPointCloudProcessor, SimIPUProcessor
 from simipu_hf.training.checkpoint import newest_checkpoint
@@ -32,7 +33,7 @@ class LoadedModel:
         simipu, processor: `None` where there is only an image encoder.
     """
 
-    encoder: nn.Module
+    encoder: TimmModel
     image_processor: SimIPUImageProcessor
     stages: Sequence[int] = LAST_STAGES
     simipu: SimIPUForPreTraining | None = None
@@ -59,8 +60,8 @@ def load_model(source: str | os.PathLike, device: str | None = None) -> LoadedMo
         encoder = load_image_encoder(source, channel_order="rgb", verbose=False)[0].to(device).eval()
         return LoadedModel(encoder, _image_processor(encoder))
     processor = _load_processor(where)
-    simipu = simipu.to(device).eval()
-    stages = simipu.config.image_config.out_indices
+    simipu.to(device).eval()  # type: ignore[arg-type]  # transformers' decorator hides the method
+    stages = simipu.config.image_encoder_config.out_indices
     return LoadedModel(simipu.simipu.image_encoder, processor.image_processor, stages, simipu, processor)
 
 
@@ -80,21 +81,23 @@ def _model_type(where: str) -> str | None:
 def _load_simipu(where: str) -> SimIPUForPreTraining | None:
     """`None` if it was saved without its heads, without which nothing can be compared."""
     try:
-        model, info = SimIPUForPreTraining.from_pretrained(where, output_loading_info=True)
+        loaded: Any = SimIPUForPreTraining.from_pretrained(where, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise SimIPUError(f"{where}: the model cannot be loaded ({error})") from error
+    model, info = loaded
     return None if info["missing_keys"] else model
 
 
 def _load_processor(where: str) -> SimIPUProcessor:
     try:
-        parts = (part.from_pretrained(where) for part in (SimIPUImageProcessor, SimIPUPointCloudProcessor))
-        return SimIPUProcessor(*parts)
+        return SimIPUProcessor(
+            SimIPUImageProcessor.from_pretrained(where), SimIPUPointCloudProcessor.from_pretrained(where)
+        )
     except (OSError, ValueError) as error:
         raise SimIPUError(f"{where}: the processor cannot be loaded ({error})") from error
 
 
-def _image_processor(encoder: nn.Module) -> SimIPUImageProcessor:
+def _image_processor(encoder: TimmModel) -> SimIPUImageProcessor:
     """For an encoder alone: the size it was trained at where it says so, else the image's, reduced if large."""
     trained = encoder.pretrained_cfg
     has_size = trained.get("fixed_input_size") or trained.get("crop_mode") == "squash"

@@ -1,12 +1,17 @@
 """One look for all pictures: light text and coloured data on a dark ground, as in the 3-D page."""
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colorbar import Colorbar
 from matplotlib.colors import Colormap, LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from simipu_hf.hub.files import written_aside
 
@@ -43,9 +48,8 @@ def _part_of(name: str, low: float, high: float) -> Colormap:
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure, in inches."""
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor=BACKGROUND)
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
-    return figure
+    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)
+    return Figure(figsize=(width, height), layout=layout, facecolor=BACKGROUND)
 
 
 def style_axes(axes: Axes, title: str = "", xlabel: str = "", ylabel: str = "", grid: bool = False) -> Axes:
@@ -63,7 +67,9 @@ def style_axes(axes: Axes, title: str = "", xlabel: str = "", ylabel: str = "", 
     return axes
 
 
-def add_colorbar(figure: Figure, mappable, axes, label: str, **kwargs):
+def add_colorbar(
+    figure: Figure, mappable: ScalarMappable, axes: Axes | Iterable[Axes], label: str, **kwargs: Any
+) -> Colorbar:
     """A colour bar in the style of the panels."""
     bar = figure.colorbar(mappable, ax=axes, pad=0.01, **kwargs)
     bar.set_label(label, color=TEXT, fontsize=9)
@@ -72,7 +78,7 @@ def add_colorbar(figure: Figure, mappable, axes, label: str, **kwargs):
     return bar
 
 
-def add_legend(axes: Axes, **kwargs) -> None:
+def add_legend(axes: Axes, **kwargs: Any) -> None:
     axes.legend(facecolor=PANEL, edgecolor=GRID, labelcolor=TEXT, fontsize=8, **kwargs)
 
 
