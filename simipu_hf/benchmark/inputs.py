@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
+from typing import Any
 
 import datasets
 import torch
@@ -65,7 +66,7 @@ def training_batch(dataset: TwoViewDataset, batch_size: int, device: torch.devic
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def create_config(preset: str, config_overrides: dict | None, **overrides) -> SimIPUConfig:
+def create_config(preset: str, config_overrides: dict | None, **overrides: Any) -> SimIPUConfig:
     """A preset's configuration; `config_overrides` come last, their sub-configurations merged."""
     try:
         for name, value in (config_overrides or {}).items():

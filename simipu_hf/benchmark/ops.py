@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from simipu_hf.grouped_pointnet2 import GroupedPointNet2
+from simipu_hf.modeling.configuration_simipu import SimIPUPointNet2Config
+from simipu_hf.modeling.layers import LinearBlock
 from simipu_hf.modeling.matching import PendingMatch, invert_transform, transform_points
 from simipu_hf.modeling.point_ops import (
     Neighbors,
@@ -92,17 +94,17 @@ def benchmark_ops(
         SimIPUError: an unknown preset, or data that cannot be used.
     """
     check_at_least_one(batch_size=batch_size, num_points=num_points, repeats=repeats)
-    device = choose_device(device)
+    target = choose_device(device)
     with benchmark_rows(data_dir, dataset_name, batch_size) as (rows, source):
-        batch = training_batch(two_view_dataset(rows, preset, (32, 32), num_points, seed), batch_size, device)
+        batch = training_batch(two_view_dataset(rows, preset, (32, 32), num_points, seed), batch_size, target)
     encoder = create_encoder(preset, config_overrides, batch, seed)
     arguments = {"preset": preset, "config_overrides": config_overrides, "batch": batch, "seed": seed}
-    peaks = peak_memories(__name__, arguments, device)
+    peaks = peak_memories(__name__, arguments, target)
 
     table = []
     for operation in create_operations(encoder, batch):
-        table += measure_operation(operation, device, repeats)
-    table += measure_encoder(encoder, batch["points"], device, repeats)
+        table += measure_operation(operation, target, repeats)
+    table += measure_encoder(encoder, batch["points"], target, repeats)
     for row in table:
         if "seconds" in row:
             row["peak_bytes"] = peaks.get(_case(row["part"], row["backend"]))
@@ -123,7 +125,7 @@ def benchmark_ops(
         },
         rows=table,
         summary=summary,
-        device=device,
+        device=target,
         json_path=json_path,
     )
 
@@ -133,7 +135,8 @@ def create_encoder(
 ) -> PointNet2Encoder:
     """A preset's PointNet++ with random weights."""
     torch.manual_seed(seed)
-    config = create_config(preset, config_overrides).point_config
+    config = create_config(preset, config_overrides).point_encoder_config
+    assert isinstance(config, SimIPUPointNet2Config)
     return PointNet2Encoder(config).to(batch["points"].device).train()
 
 
@@ -147,7 +150,7 @@ def memory_functions(
 ) -> dict[str, Function]:
     """What the rows of the table run, by the row's part and backend."""
     encoder = create_encoder(preset, config_overrides, batch, seed)
-    functions = {}
+    functions: dict[str, Function] = {}
     for operation in create_operations(encoder, batch):
         for backend in operation.run_each()[0]:
             functions[_case(operation.name, backend)] = functools.partial(operation.run, backend)
@@ -191,6 +194,7 @@ def _level_operations(encoder: PointNet2Encoder, points: Tensor) -> list[Operati
     operations = []
     coordinates, features = points[..., :3], points[..., 3:]
     for number, level in enumerate(encoder.levels, start=1):
+        assert isinstance(level, SetAbstraction)
         with torch.no_grad():
             centers, summary, _ = level(coordinates, features)
         operations += _sampling_operations(level, f"level {number}: ", coordinates, features)
@@ -211,7 +215,7 @@ def _sampling_operations(level: SetAbstraction, prefix: str, coordinates: Tensor
             operations.append(
                 Operation(
                     f"{prefix}furthest_point_sample_features {counts}",
-                    lambda backend, x=joint, m=num_points: furthest_point_sample_features(x, m, backend),
+                    functools.partial(furthest_point_sample_features, joint, num_points),
                     ("torch", "numba", "triton"),
                     _same_indices,
                 )
@@ -220,7 +224,7 @@ def _sampling_operations(level: SetAbstraction, prefix: str, coordinates: Tensor
             operations.append(
                 Operation(
                     f"{prefix}furthest_point_sample {counts}",
-                    lambda backend, x=xyz, m=num_points: furthest_point_sample(x, m, backend),
+                    functools.partial(furthest_point_sample, xyz, num_points),
                     ("torch", "numba", "quickfps", "triton"),
                     _same_indices,
                 )
@@ -236,7 +240,9 @@ def _grouping_operations(level: SetAbstraction, prefix: str, coordinates: Tensor
         lambda found, expected: _same_groups(found, expected, level.num_samples),
     )
     groups = ball_query(coordinates, centers, level.radii, level.num_samples)
-    width = level.mlps[-1][-1].linear.out_features
+    *_, block = level.mlps[-1].children()
+    assert isinstance(block, LinearBlock)
+    width = block.linear.out_features
     rows = torch.randn(coordinates.shape[0] * coordinates.shape[1], width, device=coordinates.device)
     pooling = Operation(
         f"{prefix}group_max forward + backward, {width} channels",
@@ -251,6 +257,7 @@ def _pool_and_back(rows: Tensor, neighbors: Neighbors, backend: str) -> tuple[Te
     rows = rows.detach().requires_grad_()
     pooled = group_max(rows, neighbors, backend)
     pooled.backward(torch.ones_like(pooled))
+    assert rows.grad is not None
     return pooled.detach(), rows.grad
 
 

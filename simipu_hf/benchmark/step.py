@@ -8,10 +8,12 @@ from time import perf_counter, process_time
 from typing import Any
 
 import torch
+from torch import nn
 
 from simipu_hf.errors import SimIPUError
 from simipu_hf.modeling.matching import PendingMatch
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
+from simipu_hf.modeling.outputs_simipu import PointEncoderOutput
 
 from .inputs import (
     DTYPES,
@@ -82,29 +84,30 @@ def benchmark_step(
     """
     choose("dtype", dtype, tuple(DTYPES))
     check_at_least_one(batch_size=batch_size, num_points=num_points, repeats=repeats)
-    device = choose_device(device)
+    target = choose_device(device)
     with benchmark_rows(data_dir, dataset_name, batch_size) as (rows, source):
-        batch = training_batch(two_view_dataset(rows, preset, image_size, num_points, seed), batch_size, device)
-    settings = {
+        batch = training_batch(two_view_dataset(rows, preset, image_size, num_points, seed), batch_size, target)
+    settings: dict[str, Any] = {
         "preset": preset,
         "image_encoder": image_encoder,
         "point_encoder": point_encoder,
         "config_overrides": config_overrides,
         "seed": seed,
     }
-    model = create_model(**settings).to(device)
-    peaks = peak_memories(__name__, {"batch": batch, "dtype": dtype, **settings}, device)
+    model = create_model(**settings)
+    model.to(target)  # type: ignore[arg-type]  # transformers' decorator hides the method
+    peaks = peak_memories(__name__, {"batch": batch, "dtype": dtype, **settings}, target)
 
-    timings = time_interleaved(step_functions(model, batch, DTYPES[dtype], device), device, repeats)
+    timings = time_interleaved(step_functions(model, batch, DTYPES[dtype], target), target, repeats)
     table = [
         {"part": name, **_columns(timing, timings[IMAGE]), "peak_bytes": peaks.get(name)}
         for name, timing in timings.items()
     ]
-    parts = time_parts(model, batch, DTYPES[dtype], device, repeats)
+    parts = time_parts(model, batch, DTYPES[dtype], target, repeats)
     table += [{"part": f"  {name}", **_columns(timing, timings[IMAGE])} for name, timing in parts.items()]
     summary = {"step_over_image_encoder": timings[STEP].seconds / timings[IMAGE].seconds}
-    if device.type == "cuda":
-        summary["reserved_on_device_bytes"] = torch.cuda.max_memory_reserved(device)
+    if target.type == "cuda":
+        summary["reserved_on_device_bytes"] = torch.cuda.max_memory_reserved(target)
     return conclude(
         name="pre-training step",
         settings={
@@ -121,7 +124,7 @@ def benchmark_step(
         },
         rows=table,
         summary=summary,
-        device=device,
+        device=target,
         json_path=json_path,
     )
 
@@ -147,7 +150,9 @@ def create_model(
 def memory_functions(batch: dict[str, torch.Tensor], dtype: str, **settings: Any) -> dict[str, Function]:
     """What the first rows of the table run, by the row's part."""
     device = batch["points"].device
-    return step_functions(create_model(**settings).to(device), batch, DTYPES[dtype], device)
+    model = create_model(**settings)
+    model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the method
+    return step_functions(model, batch, DTYPES[dtype], device)
 
 
 def step_functions(
@@ -226,7 +231,7 @@ class Stopwatch:
         """Times the methods that the forward calls, in this one object, until the block ends."""
         encode_points, start_matching = model.simipu.get_point_features, model._start_matching
 
-        def get_point_features(points: torch.Tensor):
+        def get_point_features(points: torch.Tensor) -> PointEncoderOutput:
             with_gradient = torch.is_grad_enabled()
             name = "point encoder forward" if with_gradient else "point encoder forward, augmented view"
             return self.run(name, encode_points, points)
@@ -236,7 +241,7 @@ class Stopwatch:
             pending.result = self._timed("waiting for the matching", pending.result)
             return pending
 
-        replaced = {
+        replaced: dict[nn.Module, dict[str, Callable[..., Any]]] = {
             model.simipu: {
                 "get_point_features": get_point_features,
                 "get_image_features": self._timed("image encoder forward", model.simipu.get_image_features),
