@@ -49,7 +49,7 @@ def dense_image_embeds(
     finest = max(image_features, key=lambda feature: feature.shape[-1])
     batch = finest.shape[0]
     align_corners = model.config.align_corners
-    pixels = cell_centers(tuple(finest.shape[-2:]), image_size, align_corners, finest.device)
+    pixels = cell_centers((finest.shape[-2], finest.shape[-1]), image_size, align_corners, finest.device)
     sizes = torch.tensor([image_size], device=finest.device).expand(batch, 2)
     rows = sample_feature_maps(image_features, pixels.expand(batch, -1, -1), sizes, align_corners)
     dtype = next(model.inter_image_head.parameters()).dtype
@@ -91,7 +91,10 @@ def correspondence_recall(
     model: SimIPUForPreTraining, batch: dict[str, torch.Tensor], output: SimIPUForPreTrainingOutput
 ) -> dict[str, float]:
     """[`pixel_recall`] of a batch and the model's output for it; the model is in evaluation mode."""
-    image_size = tuple(batch["pixel_values"].shape[-2:])
+    assert output.image_features is not None
+    assert output.point_output is not None
+    assert output.point_embeds is not None
+    image_size = (batch["pixel_values"].shape[-2], batch["pixel_values"].shape[-1])
     cell_embeds, cell_pixels = dense_image_embeds(model, output.image_features, image_size)
     coordinates = output.point_output.coordinates
     pixels, depth = project_points(coordinates, batch["lidar_to_pixel"].to(coordinates.dtype))

@@ -155,7 +155,7 @@ def evaluate_maps(
     """
     per_image: list[dict[str, float]] = []
     names: list[str] = []
-    per_range: dict[tuple[float, float], list[dict[str, float]]] = {tuple(bounds): [] for bounds in ranges}
+    per_range: dict[tuple[float, float], list[dict[str, float]]] = {(low, high): [] for low, high in ranges}
     for name, prediction, target in pairs:
         names.append(name)
         per_image.append(image_metrics(prediction, target, crop, min_depth, max_depth, name))

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from simipu_hf.data.depth_samples import DepthFrame, DepthPreprocessing
-from simipu_hf.modeling.image_encoder import image_feature_maps
+from simipu_hf.modeling.image_encoder import TimmModel, image_feature_maps
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class LinearDepthProbe:
         bias: log of metres.
     """
 
-    encoder: nn.Module
+    encoder: TimmModel
     stages: tuple[int, ...]
     weight: torch.Tensor
     bias: float
@@ -37,7 +36,7 @@ class LinearDepthProbe:
         """Depth in metres at every pixel of the ground truth, `(H', W')` float32."""
         maps = image_feature_maps(self.encoder, preprocessing.normalize(frame.image)[None], self.stages)
         weights = self.weight.to(maps[0].dtype).split([feature.shape[1] for feature in maps])
-        log_depth = self.bias
+        log_depth = torch.tensor(self.bias, dtype=maps[0].dtype)
         # a linear map commutes with bilinear interpolation: one channel is enlarged instead of all
         for feature, weight in zip(maps, weights, strict=True):
             part = torch.einsum("bchw,c->bhw", feature, weight)[:, None]
@@ -47,7 +46,7 @@ class LinearDepthProbe:
 
 @torch.no_grad()
 def fit_linear_depth_probe(
-    encoder: nn.Module,
+    encoder: TimmModel,
     frames: Sequence[DepthFrame],
     preprocessing: DepthPreprocessing,
     stages: Sequence[int] = (-3, -2, -1),
@@ -68,7 +67,7 @@ def fit_linear_depth_probe(
     """
     encoder.eval()
     generator = np.random.default_rng(seed)
-    gram, moment = 0.0, 0.0
+    gram = moment = torch.zeros((), dtype=torch.float64)
     for frame in frames:
         rows, columns = np.nonzero(frame.depth)
         drawn = generator.permutation(len(rows))[:pixels_per_frame]
