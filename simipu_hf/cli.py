@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
 from enum import Enum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -29,7 +29,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(benchmark_app, name="benchmark")
 
 # Commands that hand all their flags on to a dataclass parser of their own, its --help included.
-PASS_THROUGH = {
+PASS_THROUGH: dict[str, Any] = {
     "add_help_option": False,
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
 }
@@ -154,7 +154,7 @@ def export(
     """
     from simipu_hf.hub.export import export_image_encoder
 
-    order = None if channel_order is None else channel_order.value
+    order: Literal["rgb", "bgr"] | None = None if channel_order is None else channel_order.value
     _print(export_image_encoder(model, output_dir, format.value, prefix, order, overwrite), as_json)
 
 
@@ -477,7 +477,7 @@ def _print(result: Any, as_json: bool) -> None:
     """A report as text, or as JSON where a program reads it."""
     if as_json:
         to_dict = getattr(result, "to_dict", None)
-        values = to_dict() if to_dict else asdict(result) if is_dataclass(result) else result
+        values = to_dict() if to_dict else asdict(result) if is_dataclass(type(result)) else result
         print(json.dumps(values, indent=2, default=str))
     elif isinstance(result, dict):
         width = max(len(name) for name in result)

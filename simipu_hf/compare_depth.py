@@ -208,10 +208,12 @@ def run_once(
     preprocessing = dataclasses.replace(
         preprocessing, image_mean=encoder.about["image_mean"], image_std=encoder.about["image_std"]
     )
-    crop_size = tuple(arguments.crop_size) if arguments.crop_size else default_crop_size(preprocessing.image_size)
+    window = arguments.crop_size
+    crop_size = (window[0], window[1]) if window else default_crop_size(preprocessing.image_size)
     labelled = label_subset(train_frames, fraction, seed)
     dataset = DepthDataset(labelled, preprocessing, DepthAugmentation(crop_size=crop_size), seed)
-    model = build_depth_model(encoder.image_fields, encoder.weights, seed, max_depth=arguments.max_depth).to(device)
+    model = build_depth_model(encoder.image_fields, encoder.weights, seed, max_depth=arguments.max_depth)
+    model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the method
     if mode == "frozen":
         if encoder.weights is None:
             estimate_batch_norm(model, labelled, preprocessing)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .data.depth_targets import EigenDataset
+from .data.rows import Rows
 from .data.selection import select_frames
 from .errors import SimIPUError
 from .evaluation.depth import evaluate_frames, format_metrics, load_depth_model, write_json
@@ -67,14 +68,16 @@ def evaluate_depth(arguments: EvaluateDepthArguments) -> dict[str, Any]:
         SimIPUError: no such model or frames, or frames that cannot be used.
     """
     network, preprocessing = load_depth_model(arguments.model, arguments.kb_crop)
-    rows = (
+    rows: Rows = (
         EigenDataset(arguments.test_list, arguments.image_dir, arguments.depth_dir)
-        if arguments.test_list
+        if arguments.test_list and arguments.image_dir and arguments.depth_dir
         else select_frames(arguments.test_frames)
     )
     output_dir = None if arguments.output_dir is None else Path(arguments.output_dir)
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    network.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the method
     result = evaluate_frames(
-        network.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")),
+        network,
         (preprocessing.load(rows[index]) for index in range(len(rows))),
         preprocessing,
         flip_test=arguments.flip_test,
@@ -89,7 +92,7 @@ def evaluate_depth(arguments: EvaluateDepthArguments) -> dict[str, Any]:
     if output_dir is not None:
         write_json(output_dir / EVALUATION_FILE, result)
     if arguments.update_card:
-        record_in_card(Path(arguments.model), arguments.test_frames or [arguments.test_list], result)
+        record_in_card(Path(arguments.model), arguments.test_frames or [str(arguments.test_list)], result)
         write_model_card(arguments.model)
     print(format_metrics(result["metrics"]))
     return result

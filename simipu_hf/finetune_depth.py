@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -26,13 +26,14 @@ from torch.utils.data import DataLoader, default_collate
 
 from .data.depth_samples import DepthAugmentation, DepthDataset, DepthPreprocessing, default_crop_size
 from .data.depth_targets import EigenDataset
+from .data.rows import Rows
 from .data.selection import select_frames
 from .errors import SimIPUError
 from .evaluate_depth import EVALUATION_FILE, describe_frames, record_in_card
 from .evaluation.depth import evaluate_frames, format_metrics, write_json
 from .hub.card import write_model_card
 from .hub.image_encoder import find_image_encoder, load_image_encoder
-from .hub.push import HubUploader
+from .hub.push import HubUploader, Strategy
 from .modeling.configuration_simipu_depth import SimIPUDepthConfig
 from .modeling.modeling_simipu_depth import SimIPUForDepthEstimation
 from .modeling.processing_simipu import SimIPUImageProcessor
@@ -141,13 +142,16 @@ class DepthArguments:
 
     def augmentation(self) -> DepthAugmentation:
         size = None if self.image_size is None else (self.image_size[0], self.image_size[1])
-        return DepthAugmentation(crop_size=tuple(self.crop_size) if self.crop_size else default_crop_size(size))
+        window = (self.crop_size[0], self.crop_size[1]) if self.crop_size else default_crop_size(size)
+        return DepthAugmentation(crop_size=window)
 
     def preprocessing(self, about: dict[str, Any]) -> DepthPreprocessing:
         size = None if self.image_size is None else (self.image_size[0], self.image_size[1])
         return DepthPreprocessing(self.kb_crop, size, about["image_mean"], about["image_std"])
 
-    def optimization(self, accelerator: Accelerator, model: nn.Module, total_steps: int) -> Optimization:
+    def optimization(
+        self, accelerator: Accelerator, model: SimIPUForDepthEstimation, total_steps: int
+    ) -> Optimization:
         optimizer, schedule = create_optimization(
             model,
             total_steps,
@@ -157,15 +161,17 @@ class DepthArguments:
         )
         return Optimization(accelerator, [optimizer], [schedule], self.max_grad_norm)
 
-    def rows(self, part: str) -> Sequence[dict[str, Any]] | None:
+    def rows(self, part: str) -> Rows | None:
         """The rows of `"train"` or `"test"`; `None` where none are asked for."""
         file_list, frames = getattr(self, f"{part}_list"), getattr(self, f"{part}_frames")
-        if file_list:
+        if file_list and self.image_dir and self.depth_dir:
             return EigenDataset(file_list, self.image_dir, self.depth_dir)
         return select_frames(frames) if frames else None
 
 
-def load_encoder_for_depth(source: str | os.PathLike) -> tuple[dict[str, Any], dict[str, torch.Tensor] | None, dict]:
+def load_encoder_for_depth(
+    source: str | os.PathLike,
+) -> tuple[dict[str, Any], dict[str, torch.Tensor] | None, dict[str, Any]]:
     """Where the image encoder of a depth model comes from.
 
     Args:
@@ -180,6 +186,7 @@ def load_encoder_for_depth(source: str | os.PathLike) -> tuple[dict[str, Any], d
         SimIPUError: nothing usable there.
     """
     name = str(source)
+    about: dict[str, Any]
     if name.startswith("random:"):
         architecture = name.removeprefix("random:")
         if not timm.is_model(architecture):
@@ -330,12 +337,14 @@ def finetune_depth(arguments: DepthArguments) -> Path:
     preprocessing = arguments.preprocessing(about)
     with accelerator.main_process_first():
         train_rows, test_rows = arguments.rows("train"), arguments.rows("test")
+    assert train_rows is not None
     dataset = DepthDataset(
         train_rows, preprocessing, arguments.augmentation(), arguments.seed, keep_frames=arguments.keep_frames
     )
     settings = resolve_settings(accelerator, len(dataset), arguments)
 
     def evaluate(picture_dir: Path | None = None) -> dict[str, Any]:
+        assert test_rows is not None
         return evaluate_frames(
             accelerator.unwrap_model(model),
             (preprocessing.load(test_rows[index]) for index in range(len(test_rows))),
@@ -360,7 +369,7 @@ def finetune_depth(arguments: DepthArguments) -> Path:
             result = {"image_encoder": about["description"], **evaluate(aside / "pictures")}
             result["protocol"]["kb_crop"] = arguments.kb_crop
             write_json(aside / EVALUATION_FILE, result)
-            record_in_card(aside, arguments.test_frames or [arguments.test_list], result)
+            record_in_card(aside, arguments.test_frames or [str(arguments.test_list)], result)
             print(format_metrics(result["metrics"]))
         move_into(aside, output_dir)
         write_model_card(output_dir, arguments.hub_model_id)
@@ -382,7 +391,7 @@ def finetune_depth(arguments: DepthArguments) -> Path:
         run_record={
             "arguments": arguments.to_dict(),
             "data": {
-                "source": describe_frames(arguments.train_frames or [arguments.image_dir])[0],
+                "source": describe_frames(arguments.train_frames or [str(arguments.image_dir)])[0],
                 "train": describe_rows(train_rows),
                 "test": describe_rows(test_rows),
             },
@@ -395,10 +404,11 @@ def finetune_depth(arguments: DepthArguments) -> Path:
 
 def create_uploader(arguments: DepthArguments) -> HubUploader:
     """Publishes checkpoints in the background and the result at the end."""
+    assert arguments.hub_model_id is not None
     return HubUploader(
         arguments.hub_model_id,
         arguments.output_dir,
-        strategy=arguments.hub_strategy,
+        strategy=cast("Strategy", arguments.hub_strategy),
         private=arguments.hub_private_repo or None,
         token=arguments.hub_token,
     )

@@ -31,6 +31,7 @@ class GroupedPointNet2(nn.Module):
         coordinates, features = points[..., :3], points[..., 3:].transpose(1, 2)
         indices = None
         for level in self.encoder.levels:
+            assert isinstance(level, SetAbstraction)
             drawn = draw_centers(level, coordinates, features)
             centers = gather_rows(coordinates, drawn)
             features = summarize_groups(level, coordinates, features, centers)
@@ -63,12 +64,14 @@ def summarize_groups(
     for blocks, index in zip(
         level.mlps, ball_query_padded(coordinates, centers, level.radii, level.num_samples), strict=True
     ):
+        assert isinstance(blocks, nn.ModuleList)
         grouped = group(features, index)
         offset = (group(coordinates.transpose(1, 2), index) - centers.transpose(1, 2)[..., None]).to(grouped.dtype)
         sees_offset = {None: None, "first": 0, "last": len(blocks) - 1}[level.xyz_layer]
         for layer, block in enumerate(blocks):
             if layer == sees_offset:
                 grouped = torch.cat([offset, grouped], dim=1)
+            assert isinstance(block, LinearBlock)
             grouped = run_block(block, grouped)
         pooled.append(F.max_pool2d(grouped, (1, grouped.shape[3])))
     return run_block(level.aggregation, torch.cat(pooled, dim=1)).squeeze(3)

@@ -12,9 +12,9 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import torch
@@ -29,11 +29,11 @@ from transformers.utils.logging import disable_progress_bar
 from simipu_hf.data.augmentation import TwoViewAugmentation
 from simipu_hf.data.collate import collate_two_views
 from simipu_hf.data.loading import load_pretraining_dataset
-from simipu_hf.data.pretraining_dataset import TwoViewDataset
+from simipu_hf.data.pretraining_dataset import OnBadRow, TwoViewDataset
 from simipu_hf.errors import SimIPUError
 from simipu_hf.evaluation.correspondence import correspondence_recall
 from simipu_hf.hub.export import export_image_encoder
-from simipu_hf.hub.push import HubUploader
+from simipu_hf.hub.push import HubUploader, Strategy
 from simipu_hf.modeling.configuration_simipu import SimIPUConfig
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
@@ -122,7 +122,8 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
     skipped: list[str] | None = None if arguments.data.on_bad_row == "error" else []
     rows = load_rows(accelerator, arguments.data, arguments.data.train_split, skipped)
     augmentation = create_augmentation(arguments.model, arguments.data)
-    dataset = TwoViewDataset(rows, processor, augmentation, seed=flags.seed, on_bad_row=arguments.data.on_bad_row)
+    on_bad_row = cast("OnBadRow", arguments.data.on_bad_row)
+    dataset = TwoViewDataset(rows, processor, augmentation, seed=flags.seed, on_bad_row=on_bad_row)
     steps_per_epoch, settings = resolve_steps(accelerator, len(dataset), flags)
     evaluate = create_evaluation(accelerator, arguments, model, processor) if flags.eval_steps else None
     if accelerator.num_processes > 1 and flags.sync_batch_norm:
@@ -209,8 +210,8 @@ def create_config(model: ModelArguments) -> SimIPUConfig:
     )
     for fields, known in (
         (overrides, config),
-        (image_fields, config.image_config),
-        (parse_overrides(model.config_overrides).get("point_config", {}), config.point_config),
+        (image_fields, config.image_encoder_config),
+        (parse_overrides(model.config_overrides).get("point_config", {}), config.point_encoder_config),
     ):
         unknown = [name for name in fields if name not in type(known).__dataclass_fields__]
         if unknown:
@@ -226,7 +227,7 @@ def load_pretrained_image_encoder(model: SimIPUForPreTraining) -> None:
     """
     import timm
 
-    config = model.config.image_config
+    config = model.config.image_encoder_config
     try:
         source = timm.create_model(config.architecture, pretrained=True, num_classes=0, **(config.model_args or {}))
     except Exception as error:  # timm and the Hub client raise their own, by version
@@ -322,7 +323,7 @@ def compute_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str
 
 def create_evaluation(
     accelerator: Accelerator, arguments: PreTrainingArguments, model: SimIPUForPreTraining, processor: SimIPUProcessor
-):
+) -> Callable[[], dict[str, float]]:
     """A function that evaluates `model` on the held-out rows, always the same views of them.
 
     Raises:
@@ -383,7 +384,7 @@ def checkpoint_gradients(model: SimIPUForPreTraining) -> None:
     try:
         model.simipu.image_encoder.set_grad_checkpointing(True)
     except (AttributeError, AssertionError) as error:
-        name = model.config.image_config.architecture
+        name = model.config.image_encoder_config.architecture
         raise SimIPUError(f"--gradient_checkpointing: timm does not support it for {name}") from error
 
 
@@ -412,10 +413,11 @@ def create_uploader(accelerator: Accelerator, flags: TrainingArguments) -> HubUp
     """What publishes the run in the background, on the main process where `--push_to_hub` is set."""
     if not (flags.push_to_hub and accelerator.is_main_process):
         return None
+    assert flags.hub_model_id is not None
     return HubUploader(
         flags.hub_model_id,
         flags.output_dir,
-        flags.hub_strategy,
+        cast("Strategy", flags.hub_strategy),
         private=flags.hub_private_repo or None,
         token=flags.hub_token,
         encoder_repo_id=flags.encoder_repo_id,
