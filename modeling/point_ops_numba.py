@@ -16,7 +16,7 @@ from torch import Tensor
 try:
     import numba
 except Exception:
-    numba = None  # type: ignore[assignment]
+    numba = None  # type: ignore[assignment]  # where it is not installed
 
 BUCKET_SIZE = 128  # points of a bucket in furthest point sampling
 GRID_SIZE = 128  # at most so many cells along x and along y in the ball query
