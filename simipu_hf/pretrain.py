@@ -460,7 +460,7 @@ def draw_features(model: SimIPUForPreTraining, processor: SimIPUProcessor, row: 
     from .visualization import Frame, draw_image_features, save_figure  # importing matplotlib takes seconds
     from .visualization.features import encode_image
 
-    frame, stages = Frame.from_row(row), model.config.image_config.out_indices
+    frame, stages = Frame.from_row(row), model.config.image_encoder_config.out_indices
     maps = encode_image(model.simipu.image_encoder.eval(), processor.image_processor, frame, stages)
     path.parent.mkdir(exist_ok=True)
     save_figure(draw_image_features(frame, maps, photograph=False), path)
