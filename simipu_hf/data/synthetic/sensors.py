@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from scipy.ndimage import uniform_filter
@@ -345,15 +346,7 @@ class Lidar:
 
         Beam by beam from the top, each turning left from straight ahead.
         """
-        azimuth = np.linspace(0, 2 * np.pi, self.azimuth_steps, endpoint=False)
-        elevation = HDL64_ELEVATIONS[:, None]
-        beams = np.stack(
-            np.broadcast_arrays(
-                np.cos(elevation) * np.cos(azimuth), np.cos(elevation) * np.sin(azimuth), np.sin(elevation)
-            ),
-            axis=-1,
-            dtype=np.float32,
-        ).reshape(-1, 3)
+        beams = _beam_directions(self.azimuth_steps)
         pose = calibration.camera_to_world(ego_pose) @ calibration.lidar_to_camera
         hits = scene.cast(pose[:3, 3], beams @ np.float32(pose[:3, :3].T))
         distance = hits.distance[hits.rays]
@@ -371,3 +364,12 @@ class Lidar:
         points[:, :3] = beams[hits.rays[kept]] * noisy[kept, None]
         points[:, 3] = np.round(np.clip(reflectance[kept], 0, 0.99), 2)
         return points, hits.owner[kept]
+
+
+@lru_cache(maxsize=1)
+def _beam_directions(azimuth_steps: int) -> np.ndarray:
+    """Unit directions (64 * `azimuth_steps`, 3) in the LiDAR frame, float32, beam by beam."""
+    azimuth = np.linspace(0, 2 * np.pi, azimuth_steps, endpoint=False)
+    elevation = HDL64_ELEVATIONS[:, None]
+    forward, left, up = np.cos(elevation) * np.cos(azimuth), np.cos(elevation) * np.sin(azimuth), np.sin(elevation)
+    return np.stack(np.broadcast_arrays(forward, left, up), axis=-1, dtype=np.float32).reshape(-1, 3)
