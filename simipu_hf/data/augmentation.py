@@ -133,9 +133,8 @@ def two_view_sample(
         row["points"], row["camera_projection"], row["lidar_to_camera"], image_size
     )
     image, image_transform = _augment_image(image, processor, augmentation, mirrored, generator)
-    image_batch = processor.image_processor(
-        image, do_resize=False, do_pad=False, input_data_format="channels_first", return_tensors="pt"
-    )
+    # without return_tensors, which would copy the image into a batch of one
+    image_batch = processor.image_processor(image, do_resize=False, do_pad=False, input_data_format="channels_first")
 
     points = processor.feature_extractor.draw(cloud, generator)  # in random order, so this view is shuffled
     points_aug = points.take(generator.permutation(len(points)), axis=0)

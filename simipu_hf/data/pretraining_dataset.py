@@ -68,9 +68,12 @@ class TwoViewDataset(torch.utils.data.Dataset):
         """The sample of `two_view_sample`.
 
         Raises:
+            IndexError: there is no such row.
             SimIPUError: names the row and what is wrong with it.
         """
         epoch, index = key if isinstance(key, tuple) else (0, key)
+        if not 0 <= index < len(self):
+            raise IndexError(f"expected a row from 0 to {len(self) - 1}, found {index}")
         if self.on_bad_row == "error":
             return self._sample(index, epoch, index)
         for step in range(len(self)):

@@ -280,6 +280,13 @@ def test_samples_are_a_pure_function_of_seed_epoch_and_index():
     assert len({float(sample["lidar_to_aug"][0, 0]) for sample in samples}) == 4
 
 
+def test_iteration_ends_after_the_last_row():
+    dataset = make_dataset(count=3)
+    assert len(list(dataset)) == 3
+    with pytest.raises(IndexError, match="0 to 2, found 3"):
+        dataset[3]
+
+
 def test_workers_change_nothing_beyond_the_end_of_an_epoch():
     dataset = make_dataset()
     sampler = GlobalBatchSampler(len(dataset), 2, last_step=9)
