@@ -121,6 +121,8 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
     model, processor = create_model(arguments.model, arguments.data)
     skipped: list[str] | None = None if arguments.data.on_bad_row == "error" else []
     rows = load_rows(accelerator, arguments.data, arguments.data.train_split, skipped)
+    if accelerator.is_main_process:
+        warn_of_squeezed_images(rows, processor)
     augmentation = create_augmentation(arguments.model, arguments.data)
     on_bad_row = cast("OnBadRow", arguments.data.on_bad_row)
     dataset = TwoViewDataset(rows, processor, augmentation, seed=flags.seed, on_bad_row=on_bad_row)
@@ -245,6 +247,23 @@ def load_rows(
     with accelerator.main_process_first():
         return load_pretraining_dataset(
             data.dataset_name, data.data_dir, data.dataset_config_name, split, skipped=skipped
+        )
+
+
+def warn_of_squeezed_images(rows: datasets.Dataset, processor: SimIPUProcessor) -> None:
+    """Say so where the resize changes the images' shape by a fifth: the preset's size is that of KITTI's camera."""
+    try:
+        height, width = processor.load_image(rows[0]["image"]).shape[-2:]
+    except Exception:  # a damaged row is reported when it is used
+        return
+    new_height, new_width = processor.image_processor.output_size((height, width))
+    squeeze = (new_width / width) / (new_height / height)
+    if not 5 / 6 < squeeze < 6 / 5:
+        fitting = max(32, round(new_height * width / height / 32) * 32)
+        print(
+            f"warning: images of {width} x {height} are resized to {new_width} x {new_height}, which changes their "
+            f"shape by a factor of {squeeze:.2f}: --image_size {new_height} {fitting} would keep it",
+            file=sys.stderr,
         )
 
 

@@ -15,10 +15,12 @@ import yaml
 from safetensors.torch import load_file
 from tiny_run import OVERRIDES, reset_accelerate, write_frames
 
+from simipu_hf.data.loading import load_pretraining_dataset
 from simipu_hf.errors import SimIPUError
 from simipu_hf.hub.card import model_card
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
-from simipu_hf.pretrain import create_augmentation, main, pretrain
+from simipu_hf.modeling.processing_simipu import SimIPUProcessor
+from simipu_hf.pretrain import create_augmentation, main, pretrain, warn_of_squeezed_images
 from simipu_hf.training import loop
 from simipu_hf.training.arguments import DataArguments, ModelArguments, parse_pretraining_arguments
 from simipu_hf.training.checkpoint import list_checkpoints
@@ -376,3 +378,11 @@ def test_image_size_holds_for_the_official_preset_too():
     fixed = create_augmentation(model, DataArguments(data_dir="kitti", image_size=[64, 192]))
     assert drawn.random_resize == ((640, 192), (2400, 720))
     assert fixed == dataclasses.replace(drawn, random_resize=None)
+
+
+@pytest.mark.parametrize(("size", "message"), [((64, 192), None), ((64, 96), "--image_size 64 192 would keep it")])
+def test_warns_where_images_change_their_shape(frames, capsys, size, message):
+    rows = load_pretraining_dataset(data_dir=str(frames))  # 96 x 32 pixels
+    warn_of_squeezed_images(rows, SimIPUProcessor.from_preset("recommended", image_size=size))
+    said = capsys.readouterr().err
+    assert (message in said) if message else not said
