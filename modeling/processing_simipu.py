@@ -333,8 +333,10 @@ class SimIPUPointCloudProcessor(FeatureExtractionMixin):
             if image_size is None:
                 raise ValueError("image_size: expected height and width beside lidar_to_image, found None")
             height, width = image_size
-            # (3, M): u * depth, v * depth, depth; comparing the products needs no division
-            u, v, depth = lidar_to_image[:, :3] @ kept[:, :3].T + lidar_to_image[:, 3:]
+            # (3, M): u * depth, v * depth, depth; comparing the products needs no division, and single precision, that
+            # of the points, is good to a thousandth of a pixel
+            projection = np.asarray(lidar_to_image, np.float32)
+            u, v, depth = projection[:, :3] @ kept[:, :3].T + projection[:, 3:]
             seen = (depth > 0) & (u >= 0) & (u <= (width - 1) * depth) & (v >= 0) & (v <= (height - 1) * depth)
             kept = kept.compress(seen, axis=0)
         if len(kept) == 0:
