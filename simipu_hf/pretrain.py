@@ -152,6 +152,8 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
         on_saved=uploader.checkpoint_saved if uploader else None,
     )
     output_dir = train(accelerator, job, settings)
+    encoder = (output_dir / "image_encoder").as_posix()
+    accelerator.print(f'{encoder}: load it with timm.create_model("local-dir:{encoder}", pretrained=True)')
     if uploader:
         uploader.finish()
     return output_dir

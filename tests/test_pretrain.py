@@ -96,9 +96,10 @@ def stop_after(monkeypatch, step, error=None):
     monkeypatch.setattr(loop, "accumulate_gradients", broken)
 
 
-def test_writes_a_complete_folder(run, monkeypatch):
+def test_writes_a_complete_folder(run, capsys):
     out = run("out")
 
+    assert f'timm.create_model("local-dir:{out.as_posix()}/image_encoder", pretrained=True)' in capsys.readouterr().out
     assert [p.name for p in list_checkpoints(out)] == ["checkpoint-6", "checkpoint-8"]
     assert {p.name for p in out.iterdir()} >= {
         *("config.json", "model.safetensors", "processor_config.json", "image_encoder", "metrics.jsonl", "run.yaml")
