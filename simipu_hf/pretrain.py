@@ -121,11 +121,11 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
     model, processor = create_model(arguments.model, arguments.data)
     skipped: list[str] | None = None if arguments.data.on_bad_row == "error" else []
     rows = load_rows(accelerator, arguments.data, arguments.data.train_split, skipped)
-    if accelerator.is_main_process:
-        warn_of_squeezed_images(rows, processor)
     augmentation = create_augmentation(arguments.model, arguments.data)
     on_bad_row = cast("OnBadRow", arguments.data.on_bad_row)
     dataset = TwoViewDataset(rows, processor, augmentation, seed=flags.seed, on_bad_row=on_bad_row)
+    if accelerator.is_main_process:
+        warn_of_squeezed_images(dataset)
     steps_per_epoch, settings = resolve_steps(accelerator, len(dataset), flags)
     evaluate = create_evaluation(accelerator, arguments, model, processor) if flags.eval_steps else None
     if accelerator.num_processes > 1 and flags.sync_batch_norm:
@@ -252,13 +252,13 @@ def load_rows(
         )
 
 
-def warn_of_squeezed_images(rows: datasets.Dataset, processor: SimIPUProcessor) -> None:
+def warn_of_squeezed_images(dataset: TwoViewDataset) -> None:
     """Say so where the resize changes the images' shape by a fifth: the preset's size is that of KITTI's camera."""
     try:
-        height, width = processor.load_image(rows[0]["image"]).shape[-2:]
-    except Exception:  # a damaged row is reported when it is used
+        height, width = dataset.processor.load_image(dataset.read_row(0)["image"]).shape[-2:]
+    except ValueError:  # a damaged row is reported when it is used
         return
-    new_height, new_width = processor.image_processor.output_size((height, width))
+    new_height, new_width = dataset.processor.image_processor.output_size((height, width))
     squeeze = (new_width / width) / (new_height / height)
     if not 5 / 6 < squeeze < 6 / 5:
         fitting = max(32, round(new_height * width / height / 32) * 32)
@@ -467,7 +467,7 @@ def finish(
     export_image_encoder(aside, aside / "image_encoder", format="timm")
     move_into(aside, output_dir)
     with contextlib.suppress(SimIPUError):  # the first frame may be one of the damaged
-        draw_features(model, processor, dataset.rows[0], output_dir / "pictures" / "image_features.png")
+        draw_features(model, processor, dataset.read_row(0), output_dir / "pictures" / "image_features.png")
     skipped = skipped + [f"row {row}" for row in dataset.bad_rows]
     if skipped:
         print(f"{len(skipped)} damaged rows were skipped:", *skipped, sep="\n  ", file=sys.stderr)

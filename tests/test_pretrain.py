@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -15,7 +16,10 @@ import yaml
 from safetensors.torch import load_file
 from tiny_run import OVERRIDES, reset_accelerate, write_frames
 
+from simipu_hf.data.augmentation import TwoViewAugmentation
 from simipu_hf.data.loading import load_pretraining_dataset
+from simipu_hf.data.pretraining_dataset import TwoViewDataset
+from simipu_hf.data.rows import dataset_from_rows
 from simipu_hf.errors import SimIPUError
 from simipu_hf.hub.card import model_card
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
@@ -384,6 +388,17 @@ def test_image_size_holds_for_the_official_preset_too():
 @pytest.mark.parametrize(("size", "message"), [((64, 192), None), ((64, 96), "--image_size 64 192 would keep it")])
 def test_warns_where_images_change_their_shape(frames, capsys, size, message):
     rows = load_pretraining_dataset(data_dir=str(frames))  # 96 x 32 pixels
-    warn_of_squeezed_images(rows, SimIPUProcessor.from_preset("recommended", image_size=size))
+    processor = SimIPUProcessor.from_preset("recommended", image_size=size)
+    warn_of_squeezed_images(TwoViewDataset(rows, processor, TwoViewAugmentation()))
     said = capsys.readouterr().err
     assert (message in said) if message else not said
+
+
+def test_a_damaged_first_row_that_is_skipped_does_not_end_a_finished_run(run, frames, tmp_path):
+    encoded = load_pretraining_dataset(data_dir=str(frames)).cast_column("image", datasets.Image(decode=False))
+    rows = [dict(row) for row in encoded]
+    rows[0]["image"] = {"bytes": b"no picture", "path": None}
+    dataset_from_rows(rows).save_to_disk(tmp_path / "damaged")
+    out = run("out", "--dataset_name", str(tmp_path / "damaged"), "--on_bad_row", "skip")
+    assert (out / "image_encoder" / "config.json").is_file()
+    assert not (out / "pictures").exists()

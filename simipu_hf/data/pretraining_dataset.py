@@ -1,5 +1,6 @@
 """The training set as a torch Dataset: row index in, both augmented views out."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -85,12 +86,20 @@ class TwoViewDataset(torch.utils.data.Dataset):
                 last_error = error
         raise SimIPUError(f"none of the {len(self)} rows can be used; the last: {last_error}")
 
-    def _sample(self, row_index: int, epoch: int, index: int) -> dict[str, torch.Tensor]:
+    def read_row(self, index: int) -> Mapping[str, Any]:
+        """A row of the data set as it is, its image decoded.
+
+        Raises:
+            SimIPUError: names the row and why it cannot be read.
+        """
         try:
-            row = self.rows[row_index]
+            return self.rows[index]
         # Reading a row decodes its image, and Pillow raises OSError, SyntaxError, ValueError and errors of its own.
         except Exception as error:
-            raise SimIPUError(f"{self._row_name(row_index)}: cannot be read ({error})") from error
+            raise SimIPUError(f"{self._row_name(index)}: cannot be read ({error})") from error
+
+    def _sample(self, row_index: int, epoch: int, index: int) -> dict[str, torch.Tensor]:
+        row = self.read_row(row_index)
         try:
             return two_view_sample(row, self.processor, self.augmentation, seed=self.seed, epoch=epoch, index=index)
         except ValueError as error:
