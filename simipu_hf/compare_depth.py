@@ -33,7 +33,7 @@ from .errors import SimIPUError
 from .evaluation.depth import HIGHER_IS_BETTER, METRICS, evaluate_frames, write_json
 from .finetune_depth import build_depth_model, fit, load_encoder_for_depth
 from .modeling.modeling_simipu_depth import SimIPUForDepthEstimation
-from .training.arguments import check_choice, parse_flags
+from .training.arguments import as_size, check_choice, parse_flags
 from .training.fields import flag
 from .training.loop import exit_code_of
 
@@ -133,8 +133,7 @@ def compare_depth(arguments: CompareDepthArguments) -> dict[str, Any]:
     output_dir = Path(arguments.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     encoders = load_encoders(arguments.image_encoders)
-    size = None if arguments.image_size is None else (arguments.image_size[0], arguments.image_size[1])
-    preprocessing = DepthPreprocessing(arguments.kb_crop, size)
+    preprocessing = DepthPreprocessing(arguments.kb_crop, as_size(arguments.image_size))
     train_frames = load_frames(arguments.train_frames, preprocessing, "training frames")
     test_frames = load_frames(arguments.test_frames, preprocessing, "test frames")
 
@@ -208,8 +207,7 @@ def run_once(
     preprocessing = dataclasses.replace(
         preprocessing, image_mean=encoder.about["image_mean"], image_std=encoder.about["image_std"]
     )
-    window = arguments.crop_size
-    crop_size = (window[0], window[1]) if window else default_crop_size(preprocessing.image_size)
+    crop_size = as_size(arguments.crop_size) or default_crop_size(preprocessing.image_size)
     labelled = label_subset(train_frames, fraction, seed)
     dataset = DepthDataset(labelled, preprocessing, DepthAugmentation(crop_size=crop_size), seed)
     model = build_depth_model(encoder.image_fields, encoder.weights, seed, max_depth=arguments.max_depth)

@@ -14,9 +14,7 @@ from typing import Any
 
 import torch
 
-from .data.depth_targets import EigenDataset
-from .data.rows import Rows
-from .data.selection import select_frames
+from .data.selection import select_depth_rows
 from .errors import SimIPUError
 from .evaluation.depth import evaluate_frames, format_metrics, load_depth_model, write_json
 from .hub.card import add_evaluation, write_model_card
@@ -68,11 +66,8 @@ def evaluate_depth(arguments: EvaluateDepthArguments) -> dict[str, Any]:
         SimIPUError: no such model or frames, or frames that cannot be used.
     """
     network, preprocessing = load_depth_model(arguments.model, arguments.kb_crop)
-    rows: Rows = (
-        EigenDataset(arguments.test_list, arguments.image_dir, arguments.depth_dir)
-        if arguments.test_list and arguments.image_dir and arguments.depth_dir
-        else select_frames(arguments.test_frames)
-    )
+    rows = select_depth_rows(arguments.test_frames, arguments.test_list, arguments.image_dir, arguments.depth_dir)
+    assert rows is not None
     output_dir = None if arguments.output_dir is None else Path(arguments.output_dir)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     network.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the method

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, default_collate
 from .data.depth_samples import DepthAugmentation, DepthDataset, DepthPreprocessing, default_crop_size
 from .data.depth_targets import EigenDataset
 from .data.rows import Rows
-from .data.selection import select_frames
+from .data.selection import select_depth_rows
 from .errors import SimIPUError
 from .evaluate_depth import EVALUATION_FILE, describe_frames, record_in_card
 from .evaluation.depth import evaluate_frames, format_metrics, write_json
@@ -37,7 +37,7 @@ from .hub.push import HubUploader, Strategy
 from .modeling.configuration_simipu_depth import SimIPUDepthConfig
 from .modeling.modeling_simipu_depth import SimIPUForDepthEstimation
 from .modeling.processing_simipu import SimIPUImageProcessor
-from .training.arguments import check_choice, parse_flags
+from .training.arguments import as_size, check_choice, parse_flags
 from .training.distributed import on_main_process, synchronize_batch_norm
 from .training.fields import flag
 from .training.loop import (
@@ -141,13 +141,10 @@ class DepthArguments:
         return {name: value for name, value in vars(self).items() if name not in left_out}
 
     def augmentation(self) -> DepthAugmentation:
-        size = None if self.image_size is None else (self.image_size[0], self.image_size[1])
-        window = (self.crop_size[0], self.crop_size[1]) if self.crop_size else default_crop_size(size)
-        return DepthAugmentation(crop_size=window)
+        return DepthAugmentation(crop_size=as_size(self.crop_size) or default_crop_size(as_size(self.image_size)))
 
     def preprocessing(self, about: dict[str, Any]) -> DepthPreprocessing:
-        size = None if self.image_size is None else (self.image_size[0], self.image_size[1])
-        return DepthPreprocessing(self.kb_crop, size, about["image_mean"], about["image_std"])
+        return DepthPreprocessing(self.kb_crop, as_size(self.image_size), about["image_mean"], about["image_std"])
 
     def optimization(
         self, accelerator: Accelerator, model: SimIPUForDepthEstimation, total_steps: int
@@ -163,10 +160,8 @@ class DepthArguments:
 
     def rows(self, part: str) -> Rows | None:
         """The rows of `"train"` or `"test"`; `None` where none are asked for."""
-        file_list, frames = getattr(self, f"{part}_list"), getattr(self, f"{part}_frames")
-        if file_list and self.image_dir and self.depth_dir:
-            return EigenDataset(file_list, self.image_dir, self.depth_dir)
-        return select_frames(frames) if frames else None
+        frames, file_list = getattr(self, f"{part}_frames"), getattr(self, f"{part}_list")
+        return select_depth_rows(frames, file_list, self.image_dir, self.depth_dir)
 
 
 def load_encoder_for_depth(

@@ -94,8 +94,7 @@ def benchmark_step(
         "config_overrides": config_overrides,
         "seed": seed,
     }
-    model = create_model(**settings)
-    model.to(target)  # type: ignore[arg-type]  # transformers' decorator hides the method
+    model = create_model(**settings, device=target)
     peaks = peak_memories(__name__, {"batch": batch, "dtype": dtype, **settings}, target)
 
     timings = time_interleaved(step_functions(model, batch, DTYPES[dtype], target), target, repeats)
@@ -134,7 +133,12 @@ def _columns(timing: Timing, image: Timing) -> dict[str, float]:
 
 
 def create_model(
-    preset: str, image_encoder: str, point_encoder: str, config_overrides: dict | None, seed: int
+    preset: str,
+    image_encoder: str,
+    point_encoder: str,
+    config_overrides: dict | None,
+    seed: int,
+    device: torch.device,
 ) -> SimIPUForPreTraining:
     """The model in training mode, with random weights."""
     config = create_config(
@@ -142,16 +146,16 @@ def create_model(
     )
     torch.manual_seed(seed)
     try:
-        return SimIPUForPreTraining(config).train()
+        model = SimIPUForPreTraining(config).train()
     except (ValueError, ImportError) as error:
         raise SimIPUError(str(error)) from error
+    return model.to(device)
 
 
 def memory_functions(batch: dict[str, torch.Tensor], dtype: str, **settings: Any) -> dict[str, Function]:
     """What the first rows of the table run, by the row's part."""
     device = batch["points"].device
-    model = create_model(**settings)
-    model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the method
+    model = create_model(**settings, device=device)
     return step_functions(model, batch, DTYPES[dtype], device)
 
 

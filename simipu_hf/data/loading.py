@@ -50,10 +50,7 @@ def load_pretraining_dataset(
         SimIPUError: nothing readable is there, a split or configuration doesn't exist, a file is missing or
             damaged, or a column is missing or of another type.
     """
-    place = data_dir if dataset_name is None else dataset_name
-    if place is None or None not in (dataset_name, data_dir):
-        raise SimIPUError(f"expected either dataset_name or data_dir, found {dataset_name=}, {data_dir=}")
-    source = os.fspath(place)
+    source = one_source(dataset_name, data_dir)
     kind, name = find_source(source, dataset_config_name, must_be_folder=dataset_name is None)
     if kind != "kitti" and (cameras is not None or drives is not None):
         raise SimIPUError(f"{source}: cameras and drives can be chosen for a KITTI folder only")
@@ -72,6 +69,14 @@ def load_pretraining_dataset(
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         raise SimIPUError(f"{source}: {_root_cause(error)}") from error
     return _checked(dataset, source, split, skipped)
+
+
+def one_source(dataset_name: str | None, data_dir: str | os.PathLike | None) -> str:
+    """Whichever of the two is given; SimIPUError for none or both."""
+    given = [place for place in (dataset_name, data_dir) if place is not None]
+    if len(given) != 1:
+        raise SimIPUError(f"expected either dataset_name or data_dir, found {dataset_name=}, {data_dir=}")
+    return os.fspath(given[0])
 
 
 def find_source(source: str, dataset_config_name: str | None, must_be_folder: bool = False) -> tuple[str, str | None]:

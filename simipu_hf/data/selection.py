@@ -6,8 +6,9 @@ from pathlib import Path
 import datasets
 
 from ..errors import SimIPUError
+from .depth_targets import EigenDataset
 from .loading import load_pretraining_dataset
-from .rows import ROW_FEATURES
+from .rows import ROW_FEATURES, Rows
 
 
 def select_frames(specifications: Sequence[str]) -> datasets.Dataset:
@@ -32,6 +33,21 @@ def select_frames(specifications: Sequence[str]) -> datasets.Dataset:
     # casting copies the data, and is only needed where another writer stored a column in another way
     parts = [part if part.features == parts[0].features else part.cast(parts[0].features) for part in parts]
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+
+
+def select_depth_rows(
+    frames: Sequence[str], file_list: str | None, image_dir: str | None, depth_dir: str | None
+) -> Rows | None:
+    """The rows that a depth command is asked for: named ones, or those of an Eigen file list; `None` for neither.
+
+    Raises:
+        SimIPUError: as [`select_frames`] and [`EigenDataset`], or a list without its two folders.
+    """
+    if not file_list:
+        return select_frames(frames) if frames else None
+    if not (image_dir and depth_dir):
+        raise SimIPUError(f"{file_list}: a file list needs --image_dir and --depth_dir")
+    return EigenDataset(file_list, image_dir, depth_dir)
 
 
 def _select(specification: str) -> datasets.Dataset:

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from ..dataset_scripts import kitti
 from ..errors import SimIPUError
 from .frame import Frame
-from .loading import find_source, load_pretraining_dataset, source_splits
+from .loading import find_source, load_pretraining_dataset, one_source, source_splits
 from .rows import calibration_from_row, image_from_row, points_from_row
 
 logger = logging.getLogger(__name__)
@@ -505,10 +505,7 @@ def _open(
     dataset_config_name: str | None,
     split: str | Sequence[str] | None,
 ) -> _Source:
-    place = data_dir if dataset_name is None else dataset_name
-    if place is None or None not in (dataset_name, data_dir):
-        raise SimIPUError(f"expected either dataset_name or data_dir, found {dataset_name=}, {data_dir=}")
-    location = os.fspath(place)
+    location = one_source(dataset_name, data_dir)
     kind, config = find_source(location, dataset_config_name, must_be_folder=dataset_name is None)
     available = source_splits(location, kind, config) or ["train"]
     wanted = available if split is None else [split] if isinstance(split, str) else list(split)

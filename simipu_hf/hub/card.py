@@ -49,15 +49,16 @@ def write_model_card(folder: str | Path, repo_id: str | None = None, encoder_rep
     Returns:
         the card. One without the line that marks it as generated was edited by somebody, and stays as it is.
     """
-    from simipu_hf.visualization import draw_training_curves, save_figure  # importing matplotlib takes seconds
-
     folder = Path(folder)
     path = folder / "README.md"
     if path.is_file() and GENERATED not in path.read_text(encoding="utf-8"):
         return path
-    figure = draw_training_curves(_metrics(folder))
-    if figure is not None:
-        save_figure(figure, folder / CURVES)
+    if metrics := _metrics(folder):
+        from simipu_hf.visualization import draw_training_curves, save_figure  # importing matplotlib takes seconds
+
+        figure = draw_training_curves(metrics)
+        if figure is not None:
+            save_figure(figure, folder / CURVES)
     path.write_text(model_card(folder, repo_id, encoder_repo_id), encoding="utf-8")
     return path
 

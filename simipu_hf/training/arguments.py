@@ -195,6 +195,11 @@ def check_training_arguments(arguments: TrainingArguments) -> None:
         raise SimIPUError("--push_to_hub needs --hub_model_id user/name")
 
 
+def as_size(values: Sequence[int] | None) -> tuple[int, int] | None:
+    """A flag's height and width; `None` where it was not given."""
+    return (values[0], values[1]) if values else None
+
+
 def check_choice(flag: str, value: Any, choices: Sequence[str] | dict[str, Any]) -> None:
     """Raises a `SimIPUError` that lists the choices unless `value` is one."""
     if value not in choices:

@@ -14,6 +14,7 @@ from simipu_hf.data.augmentation import TwoViewAugmentation
 from simipu_hf.data.frame import Frame
 from simipu_hf.data.loading import load_pretraining_dataset
 from simipu_hf.errors import SimIPUError
+from simipu_hf.hub.card import CURVES
 from simipu_hf.hub.files import written_aside
 from simipu_hf.training.metrics import METRICS_FILE, read_metrics
 
@@ -23,8 +24,6 @@ from .figures import draw_image_features, draw_matches, draw_points_on_image, dr
 from .models import LoadedModel, load_model
 from .scene import scene_html
 from .style import save_figure
-
-CURVES = "training_curves.png"
 
 
 def visualize(

@@ -7,12 +7,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate.utils import patch_environment
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -171,7 +171,9 @@ def _run(
                 bar.update(_make([job], settings, root))
             return
         num_workers = min(num_workers, len(stretches))
-        with _one_thread_each(), ProcessPoolExecutor(num_workers, mp_context=_fresh_processes()) as pool:
+        # linear algebra in one thread each, or the processes would fight over the processors
+        one_thread = patch_environment(OMP_NUM_THREADS=1, OPENBLAS_NUM_THREADS=1)
+        with one_thread, ProcessPoolExecutor(num_workers, mp_context=_fresh_processes()) as pool:
             pending = [pool.submit(_make, part, settings, root) for part in stretches]
             try:
                 for future in pending:
@@ -179,21 +181,6 @@ def _run(
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Processes started in here do their linear algebra in one thread, or they would fight over the processors."""
-    before = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    os.environ.update(dict.fromkeys(before, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _fresh_processes() -> multiprocessing.context.BaseContext:
