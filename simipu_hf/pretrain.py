@@ -27,7 +27,7 @@ from transformers.image_utils import SizeDict
 from transformers.utils.logging import disable_progress_bar
 
 from simipu_hf.data.augmentation import TwoViewAugmentation
-from simipu_hf.data.collate import collate_two_views
+from simipu_hf.data.collate import TwoViewCollator, to_model_inputs
 from simipu_hf.data.loading import load_pretraining_dataset
 from simipu_hf.data.pretraining_dataset import OnBadRow, TwoViewDataset
 from simipu_hf.errors import SimIPUError
@@ -36,7 +36,7 @@ from simipu_hf.hub.export import export_image_encoder
 from simipu_hf.hub.push import HubUploader, Strategy
 from simipu_hf.modeling.configuration_simipu import SimIPUConfig
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
-from simipu_hf.modeling.processing_simipu import SimIPUProcessor
+from simipu_hf.modeling.processing_simipu import SimIPUImageProcessor, SimIPUProcessor
 from simipu_hf.training.arguments import (
     RECIPES,
     DataArguments,
@@ -140,8 +140,8 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
         model=model,
         create_optimization=lambda m: create_optimization(accelerator, m, flags, settings, steps_per_epoch),
         dataset=dataset,
-        collate=collate_two_views,
-        compute_loss=compute_loss,
+        collate=TwoViewCollator(processor.image_processor.pad_size_divisor),
+        compute_loss=functools.partial(compute_loss, processor.image_processor),
         frame_ids=list(rows["frame_id"]),
         save_model=functools.partial(save_model, accelerator, model, processor),
         finish=functools.partial(finish, accelerator, model, processor, dataset, skipped or []),
@@ -199,10 +199,15 @@ def create_processor(model: ModelArguments, data: DataArguments) -> SimIPUProces
 
 
 def create_augmentation(model: ModelArguments, data: DataArguments) -> TwoViewAugmentation:
-    """The preset's augmentation; of images of one size where `--image_size` asks for it."""
-    if data.image_size is None:
-        return TwoViewAugmentation.from_preset(model.preset)
-    return TwoViewAugmentation.from_preset(model.preset, random_resize=None)
+    """The preset's augmentation, its images in one size where `--image_size` asks for it, and the overrides."""
+    overrides = parse_overrides(data.augmentation_overrides, "--augmentation_overrides", sections=())
+    if data.image_size is not None:
+        overrides = {"random_resize": None, **overrides}
+    try:
+        return TwoViewAugmentation.from_preset(model.preset, **overrides)
+    except TypeError as error:  # an unknown field, or one number where a range is needed
+        known = ", ".join(TwoViewAugmentation.__dataclass_fields__)
+        raise SimIPUError(f"--augmentation_overrides: {error}; the fields are {known}") from error
 
 
 def create_config(model: ModelArguments) -> SimIPUConfig:
@@ -333,9 +338,11 @@ def create_optimization(
     return Optimization(accelerator, optimizers, schedules, flags.max_grad_norm)
 
 
-def compute_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def compute_loss(
+    image_processor: SimIPUImageProcessor, model: nn.Module, batch: Batch
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss, and the values to log."""
-    output = model(**batch)
+    output = model(**to_model_inputs(batch, image_processor))
     values = {name: getattr(output, name) for name in LOGGED}
     values["image_spread"] = feature_spread(output.image_embeds)
     values["point_spread"] = feature_spread(output.point_embeds)
@@ -371,7 +378,7 @@ def create_evaluation(
         loader = DataLoader(
             dataset,
             batch_sampler=[list(key) for key in keys],
-            collate_fn=collate_two_views,
+            collate_fn=TwoViewCollator(processor.image_processor.pad_size_divisor),
             num_workers=flags.dataloader_num_workers,
             worker_init_fn=quiet_worker,
             generator=torch.Generator(),  # or it would draw from the random state that training goes on with
@@ -380,7 +387,8 @@ def create_evaluation(
         model.eval()
         with torch.no_grad(), accelerator.autocast(), iterate(loader) as batches:
             for batch in batches:
-                for name, value in evaluate_batch(model, send_to_device(batch, accelerator.device)).items():
+                inputs = to_model_inputs(send_to_device(batch, accelerator.device), processor.image_processor)
+                for name, value in evaluate_batch(model, inputs).items():
                     sums[name] = sums.get(name, 0.0) + value / len(keys)
         model.train()
         totals = accelerator.reduce(torch.tensor(list(sums.values()), device=accelerator.device), reduction="mean")

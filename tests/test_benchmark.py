@@ -150,7 +150,7 @@ def test_data_counts_rows(data_dir):
     assert [row["part"] for row in result.rows] == [
         "decode the image",
         "decode and resize the image",
-        "two-view sample, one worker",
+        "two-view batches, one worker",
         "loader, 1 worker",
     ]
     for row in result.rows:

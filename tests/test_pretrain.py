@@ -231,6 +231,14 @@ def test_bf16_trains(run):
     assert math.isfinite(metrics(out)[-1]["loss"])
 
 
+def test_the_augmentation_can_be_changed(run):
+    plain, changed = run("plain"), run("changed", "--augmentation_overrides", "random_zoom=[1.5,2.0],brightness=0.4")
+    assert metrics(plain)[0]["inter_modal_loss"] != metrics(changed)[0]["inter_modal_loss"]
+    assert metrics(plain)[0]["intra_modal_chance"] == metrics(changed)[0]["intra_modal_chance"]
+    # a zoomed image shows fewer of the points
+    assert metrics(changed)[0]["inter_modal_chance"] < metrics(plain)[0]["inter_modal_chance"]
+
+
 def test_a_gradient_can_be_clipped(run):
     out = run("out", "--max_grad_norm", "0.001", "--max_steps", "2")
     assert metrics(out)[0]["grad_norm/image_encoder"] > 0.001  # logged as it was before clipping
@@ -246,7 +254,11 @@ def test_a_gradient_can_be_clipped(run):
         (["--config_overrides", OVERRIDES + ",image_config.out_indices=[9]"], "has stages"),
         (["--config_overrides", OVERRIDES + ",temperatur=1"], "no field temperatur"),
         (["--config_overrides", OVERRIDES + ",image_config.stride=1"], "no field stride"),
-        (["--config_overrides", "loss.x=1"], "expected name=value"),
+        (["--config_overrides", "loss.x=1"], "expected name=value or image_config.name=value"),
+        (["--augmentation_overrides", "zoom=[1,2]"], "augmentation_overrides.*zoom.*the fields are rotation"),
+        (["--augmentation_overrides", "random_zoom=2"], "augmentation_overrides"),
+        (["--augmentation_overrides", "hue=2"], "augmentation hue: expected 0 to 0.5"),
+        (["--augmentation_overrides", "image.hue=0.1"], "expected name=value$"),
         (["--per_device_train_batch_size", "11"], "10 rows, but one optimizer step takes 11"),
         (["--report_to", "tensorbord"], "unknown tracker"),
         (["--report_to", "swanlab"], "not installed"),

@@ -1,7 +1,7 @@
 """`simipu-hf benchmark data`: how many samples a second the workers make, against decoding their images alone."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import BytesIO
 
 import datasets
@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers.image_utils import SizeDict
 
-from simipu_hf.data.collate import collate_two_views
+from simipu_hf.data.collate import TwoViewCollator
 from simipu_hf.data.pretraining_dataset import TwoViewDataset
 from simipu_hf.errors import SimIPUError
 
@@ -19,7 +19,7 @@ from .measure import BenchmarkResult, choose_device, conclude, time_interleaved
 
 DECODE = "decode the image"
 DECODE_RESIZE = "decode and resize the image"
-SAMPLE = "two-view sample, one worker"
+WORKER = "two-view batches, one worker"
 
 
 def benchmark_data(
@@ -36,9 +36,10 @@ def benchmark_data(
     seed: int = 0,
     json_path: str | os.PathLike | None = None,
 ) -> BenchmarkResult:
-    """Rows per second: the two-view samples of one worker, and of the loader with several, against decoding alone.
+    """Rows per second: the two-view batches of one worker, and of the loader with several, against decoding alone.
 
-    What one worker does is measured in this process, on one thread, as PyTorch gives a worker.
+    What one worker does, samples and their collation, is measured in this process, on one thread, as PyTorch gives a
+    worker.
 
     Args:
         data_dir, dataset_name: rows to read, as in `load_pretraining_dataset`; synthetic ones where neither is given.
@@ -65,19 +66,20 @@ def benchmark_data(
         if not isinstance(rows, datasets.Dataset):
             raise SimIPUError(f"{source}: expected rows that can be read in any order")
         dataset = two_view_dataset(rows, preset, image_size, num_points, seed)
+        collate = TwoViewCollator()
         keys = sample_keys(dataset, num_rows)
         loader = DataLoader(
             dataset,
             batch_size=batch_size,
             sampler=keys,
             num_workers=workers,
-            collate_fn=collate_two_views,
+            collate_fn=collate,
             persistent_workers=True,
         )
         name = f"loader, {workers} worker{'s' if workers > 1 else ''}"
         torch.set_num_threads(1)
         try:
-            timings = time_interleaved(_single_thread_passes(dataset, keys), cpu, repeats)
+            timings = time_interleaved(_single_thread_passes(dataset, keys, collate, batch_size), cpu, repeats)
             timings |= time_interleaved({name: lambda: _exhaust(loader)}, cpu, repeats)
         finally:
             torch.set_num_threads(threads)
@@ -104,7 +106,7 @@ def benchmark_data(
             "seed": seed,
         },
         rows=table,
-        summary={"worker_over_decode_and_resize": timings[SAMPLE].seconds / timings[DECODE_RESIZE].seconds},
+        summary={"worker_over_decode_and_resize": timings[WORKER].seconds / timings[DECODE_RESIZE].seconds},
         device=cpu,
         json_path=json_path,
     )
@@ -115,8 +117,10 @@ def available_processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _single_thread_passes(dataset: TwoViewDataset, keys: list[tuple[int, int]]) -> dict:
-    """One pass over the rows each: the image alone, and the whole sample."""
+def _single_thread_passes(
+    dataset: TwoViewDataset, keys: list[tuple[int, int]], collate: TwoViewCollator, batch_size: int
+) -> dict[str, Callable[[], object]]:
+    """One pass over the rows each: the images alone, and whole batches."""
     encoded = dataset.rows.select_columns("image").cast_column("image", datasets.Image(decode=False))
     files = [encoded[index]["image"] for _, index in keys]
     images = [file["bytes"] if file["bytes"] is not None else _read(file["path"]) for file in files]
@@ -133,11 +137,11 @@ def _single_thread_passes(dataset: TwoViewDataset, keys: list[tuple[int, int]]) 
             height, width = settings.output_size(tuple(image.shape[-2:]))
             settings.resize(image, SizeDict(height=height, width=width), settings.resample)
 
-    def sample() -> None:
-        for key in keys:
-            dataset[key]
+    def make_batches() -> None:
+        for start in range(0, len(keys), batch_size):
+            collate([dataset[key] for key in keys[start : start + batch_size]])
 
-    return {DECODE: decode, DECODE_RESIZE: decode_and_resize, SAMPLE: sample}
+    return {DECODE: decode, DECODE_RESIZE: decode_and_resize, WORKER: make_batches}
 
 
 def _read(path: str) -> bytes:

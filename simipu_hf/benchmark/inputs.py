@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from simipu_hf.data.augmentation import TwoViewAugmentation
-from simipu_hf.data.collate import collate_two_views
+from simipu_hf.data.collate import TwoViewCollator, to_model_inputs
 from simipu_hf.data.loading import load_pretraining_dataset
 from simipu_hf.data.pretraining_dataset import TwoViewDataset
 from simipu_hf.data.rows import dataset_from_rows, to_row
@@ -62,8 +62,9 @@ def sample_keys(dataset: TwoViewDataset, count: int) -> list[tuple[int, int]]:
 
 def training_batch(dataset: TwoViewDataset, batch_size: int, device: torch.device) -> dict[str, torch.Tensor]:
     """The first batch of a data set, on the device."""
-    batch = collate_two_views([dataset[key] for key in sample_keys(dataset, batch_size)])
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    batch = TwoViewCollator()([dataset[key] for key in sample_keys(dataset, batch_size)])
+    moved = {name: tensor.to(device) for name, tensor in batch.items()}
+    return to_model_inputs(moved, dataset.processor.image_processor)
 
 
 def create_config(preset: str, config_overrides: dict | None, **overrides: Any) -> SimIPUConfig:

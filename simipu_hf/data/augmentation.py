@@ -111,21 +111,21 @@ def two_view_sample(
 
     Args:
         row: `image`, `points`, `camera_projection` and `lidar_to_camera` as in the data contract.
-        processor: filters, draws, resizes and normalises.
+        processor: filters, draws and resizes.
         augmentation: what varies.
         seed, epoch, index: not negative; all randomness follows from them.
 
     Returns:
-        `pixel_values` (3, h, w) float32, not padded; `image_sizes` (2,), its height and width; `points` and
-        `points_aug` (num_points, 4) float32, the same physical points in separate random orders; `lidar_to_aug`
-        (4, 4); `lidar_to_pixel` (3, 4), un-augmented LiDAR to pixels of `pixel_values`.
+        `image` (3, h, w), resized and in the data type of the row's; `points` and `points_aug` (num_points, 4)
+        float32, the same physical points in separate random orders; `lidar_to_aug` (4, 4); `lidar_to_pixel` (3, 4),
+        un-augmented LiDAR to pixels of `image`.
 
     Raises:
         ValueError: an image, scan or calibration that cannot be used.
     """
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, index])))
     mirrored = generator.random() < augmentation.flip_probability
-    lidar_to_aug = _draw_view_transform(augmentation, mirrored, generator)
+    lidar_to_aug = torch.from_numpy(_draw_view_transform(augmentation, mirrored, generator)).to(torch.float32)
 
     image = processor.load_image(row["image"])
     image_size = (image.shape[-2], image.shape[-1])
@@ -133,18 +133,16 @@ def two_view_sample(
         row["points"], row["camera_projection"], row["lidar_to_camera"], image_size
     )
     image, image_transform = _augment_image(image, processor, augmentation, mirrored, generator)
-    # without return_tensors, which would copy the image into a batch of one
-    image_batch = processor.image_processor(image, do_resize=False, do_pad=False, input_data_format="channels_first")
 
     points = processor.feature_extractor.draw(cloud, generator)  # in random order, so this view is shuffled
-    points_aug = points.take(generator.permutation(len(points)), axis=0)
-    points_aug[:, :3] = points_aug[:, :3] @ lidar_to_aug[:3, :3].T + lidar_to_aug[:3, 3]
+    points_aug = torch.from_numpy(points.take(generator.permutation(len(points)), axis=0))
+    # by PyTorch, which keeps to one thread in a worker: NumPy's matrix product does not
+    points_aug[:, :3] = torch.addmm(lidar_to_aug[:3, 3], points_aug[:, :3], lidar_to_aug[:3, :3].T)
     return {
-        "pixel_values": image_batch["pixel_values"][0],
-        "image_sizes": image_batch["image_sizes"][0],
+        "image": image,
         "points": torch.from_numpy(points),
-        "points_aug": torch.from_numpy(points_aug),
-        "lidar_to_aug": torch.from_numpy(lidar_to_aug).to(torch.float32),
+        "points_aug": points_aug,
+        "lidar_to_aug": lidar_to_aug,
         "lidar_to_pixel": torch.from_numpy(image_transform @ lidar_to_image).to(torch.float32),
     }
 

@@ -37,11 +37,13 @@ def project_to_depth_map(
     xyz = np.asarray(points, dtype=np.float64)[:, :3]
     xyz = xyz[np.isfinite(xyz).all(axis=1)]
     lidar_to_pixel = np.asarray(camera_projection, np.float64) @ np.asarray(lidar_to_camera, np.float64)
-    projected = xyz @ lidar_to_pixel[:, :3].T + lidar_to_pixel[:, 3]
-    projected = projected[projected[:, 2] > 0]
-    depth = projected[:, 2]
-    column = np.floor(projected[:, 0] / depth + 0.5)
-    row = np.floor(projected[:, 1] / depth + 0.5)
+    x, y, z = xyz.T
+    # No matrix product: NumPy's would start threads of its own in every worker of a data loader.
+    u, v, depth = (a * x + b * y + c * z + d for a, b, c, d in lidar_to_pixel)
+    in_front = depth > 0
+    depth = depth[in_front]
+    column = np.floor(u[in_front] / depth + 0.5)
+    row = np.floor(v[in_front] / depth + 0.5)
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
     return _nearest_wins(row[inside], column[inside], depth[inside], height, width)
 

@@ -43,8 +43,6 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 RECIPES["recommended"] = {**RECIPES["official"]}
 
-_NESTED = ("image_config", "point_config")
-
 
 @dataclass
 class ModelArguments:
@@ -89,6 +87,10 @@ class DataArguments:
         None, "Height and width of all images; what the preset says if empty: official draws sizes.", metavar="PIXELS"
     )
     num_points: int = flag(16384, "Points drawn from each scan.")
+    augmentation_overrides: str | None = flag(
+        None,
+        "Fields of TwoViewAugmentation to change, for example 'random_zoom=[1.0,1.5],brightness=0.4,hue=0.1'.",
+    )
     on_bad_row: str = flag("error", "What to do with a damaged row: error stops, skip takes another and counts it.")
 
 
@@ -291,21 +293,23 @@ def read_config(name: str) -> dict[str, Any]:
     return values
 
 
-def parse_overrides(text: str | None) -> dict[str, Any]:
+def parse_overrides(
+    text: str | None,
+    name_of_flag: str = "--config_overrides",
+    sections: Sequence[str] = ("image_config", "point_config"),
+) -> dict[str, Any]:
     """`"a=1,image_config.b=[1,2]"` to `{"a": 1, "image_config": {"b": [1, 2]}}`; values are YAML.
 
     Raises:
-        SimIPUError: a part without `=`, or a dotted name that does not start with a sub-configuration.
+        SimIPUError: a part without `=`, or a dotted name that does not start with one of `sections`.
     """
     overrides: dict[str, Any] = {}
     for part in _split_outside_brackets(text or ""):
         name, equals, value = part.partition("=")
         section, _, inner = name.strip().rpartition(".")
-        if not equals or (section and section not in _NESTED):
-            raise SimIPUError(
-                f"--config_overrides {part.strip()!r}: expected name=value, image_config.name=value or "
-                "point_config.name=value"
-            )
+        if not equals or (section and section not in sections):
+            forms = ["name=value", *(f"{known}.name=value" for known in sections)]
+            raise SimIPUError(f"{name_of_flag} {part.strip()!r}: expected {' or '.join(forms)}")
         target = overrides.setdefault(section, {}) if section else overrides
         target[inner] = yaml.safe_load(value)
     return overrides

@@ -202,10 +202,12 @@ def match_views(
 ) -> ViewMatches:
     """Draws two views of a row as in training and matches the points that the model keeps of each."""
     sample = two_view_sample(row, processor, augmentation, seed=seed, epoch=0, index=0)
-    sample = {name: value[None].to(model.device) for name, value in sample.items()}
-    view = model.simipu.get_point_features(sample["points"])
-    augmented = model.simipu.get_point_features(sample["points_aug"])
-    back = invert_transform(sample["lidar_to_aug"]).to(augmented.coordinates.dtype)
+    points, points_aug, lidar_to_aug = (
+        sample[name][None].to(model.device) for name in ("points", "points_aug", "lidar_to_aug")
+    )
+    view = model.simipu.get_point_features(points)
+    augmented = model.simipu.get_point_features(points_aug)
+    back = invert_transform(lidar_to_aug).to(augmented.coordinates.dtype)
     brought_back = transform_points(augmented.coordinates, back)
     match, distance = PendingMatch(view.coordinates, brought_back, view.mask, augmented.mask).result()
     arrays = (view.coordinates, augmented.coordinates, match, distance)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from simipu_hf.data.augmentation import TwoViewAugmentation, two_view_sample, view_transform
-from simipu_hf.data.collate import collate_two_views
+from simipu_hf.data.collate import TwoViewCollator
 from simipu_hf.data.pretraining_dataset import TwoViewDataset
 from simipu_hf.errors import SimIPUError
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
@@ -48,14 +48,6 @@ def project(matrix, points):
     return (homogeneous[:2] / homogeneous[2]).T
 
 
-def to_levels(sample, processor):
-    """Pixel values back to 0..255 RGB, (3, h, w)."""
-    settings = processor.image_processor
-    mean, std = (np.array(value)[:, None, None] for value in (settings.image_mean, settings.image_std))
-    levels = (sample["pixel_values"].numpy() * std + mean) * (255 if settings.do_rescale else 1)
-    return levels[::-1] if settings.do_flip_channel_order else levels
-
-
 AUGMENTATIONS = {
     "plain": {"flip_probability": 0.0},
     "flip": {"flip_probability": 1.0},
@@ -81,9 +73,8 @@ def test_lidar_to_pixel_agrees_with_the_image_itself(name, size):
     processor = SimIPUProcessor.from_preset("recommended", size, num_points=500)
     for index in range(4):
         sample = make_sample(row, processor, TwoViewAugmentation(**AUGMENTATIONS[name]), index=index)
-        height, width = sample["image_sizes"].tolist()
-        assert sample["pixel_values"].shape == (3, height, width)
-        source = to_levels(sample, processor)[:2, 4:-4, 4:-4].reshape(2, -1)
+        height, width = sample["image"].shape[-2:]
+        source = sample["image"].numpy()[:2, 4:-4, 4:-4].reshape(2, -1)
         v, u = (grid.ravel() for grid in np.mgrid[4 : height - 4, 4 : width - 4])
         # least squares: pixel of the processed image as an affine function of the source pixel
         columns = np.column_stack([*source, np.ones(source.shape[1])])
@@ -101,7 +92,7 @@ def test_lidar_to_pixel_equals_the_formula(preset, mirrored, random_resize):
     augmentation = TwoViewAugmentation(flip_probability=float(mirrored), random_resize=random_resize)
     for index in range(5):
         sample = make_sample(make_row(), processor, augmentation, index=index)
-        height, width = sample["image_sizes"].tolist()
+        height, width = sample["image"].shape[-2:]
         u, v = project(CAMERA_PROJECTION @ LIDAR_TO_CAMERA, sample["points"]).T
         half = 0.5 if preset == "recommended" else 0.0
         u, v = (u + half) * width / WIDTH - half, (v + half) * height / HEIGHT - half
@@ -121,7 +112,7 @@ def test_a_dot_painted_at_a_point_is_found_where_the_point_projects(size):
     row = {**make_row(image=np.repeat(dot.round().astype(np.uint8)[..., None], 3, axis=-1)), "points": point.tobytes()}
     for index in range(5):
         sample = make_sample(row, processor, augmentation, index=index)
-        weight = to_levels(sample, processor).mean(axis=0).round()
+        weight = sample["image"].numpy().mean(axis=0).round()
         v, u = np.mgrid[: weight.shape[0], : weight.shape[1]]
         center = np.array([(u * weight).sum(), (v * weight).sum()]) / weight.sum()
         assert np.abs(project(sample["lidar_to_pixel"], sample["points"])[0] - center).max() < 0.2
@@ -198,7 +189,7 @@ def test_official_preset_draws_sizes_within_the_official_range():
     small = TwoViewAugmentation.from_preset("official", random_resize=((64, 20), (240, 72)))
     processor = SimIPUProcessor.from_preset("official", num_points=8)
     row = make_row(count=200)
-    sizes = {tuple(make_sample(row, processor, small, index=i)["image_sizes"].tolist()) for i in range(40)}
+    sizes = {tuple(make_sample(row, processor, small, index=i)["image"].shape[-2:]) for i in range(40)}
     assert len(sizes) > 10
     for height, width in sizes:
         assert 20 <= height <= 72
@@ -212,8 +203,8 @@ def test_colour_jitter_changes_colours_and_nothing_else():
     plain = make_sample(row, processor, TwoViewAugmentation())
     for name in ("brightness", "contrast", "saturation", "hue"):
         jittered = make_sample(row, processor, TwoViewAugmentation(**{name: 0.4}))
-        assert not torch.equal(jittered["pixel_values"], plain["pixel_values"])
-        assert all(torch.equal(jittered[key], plain[key]) for key in plain if key != "pixel_values")
+        assert not torch.equal(jittered["image"], plain["image"])
+        assert all(torch.equal(jittered[key], plain[key]) for key in plain if key != "image")
 
 
 @pytest.mark.parametrize(
@@ -289,11 +280,12 @@ def test_iteration_ends_after_the_last_row():
 
 def test_workers_change_nothing_beyond_the_end_of_an_epoch():
     dataset = make_dataset()
+    collate = TwoViewCollator()
     sampler = GlobalBatchSampler(len(dataset), 2, last_step=9)
     loader = torch.utils.data.DataLoader(
-        dataset, batch_sampler=sampler, num_workers=2, collate_fn=collate_two_views, prefetch_factor=3
+        dataset, batch_sampler=sampler, num_workers=2, collate_fn=collate, prefetch_factor=3
     )
-    expected = [collate_two_views([dataset[key] for key in keys]) for keys in sampler]
+    expected = [collate([dataset[key] for key in keys]) for keys in sampler]
     found = list(loader)
     assert len(found) == 9
     assert all(equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -320,7 +312,8 @@ def test_bad_rows_are_named_or_replaced_by_the_next(change, num_workers):
         make_dataset(change=change)[2]
     dataset = make_dataset(change=change, on_bad_row="skip")
     assert dataset.bad_rows == []
-    loader = torch.utils.data.DataLoader(dataset, batch_size=2, num_workers=num_workers, collate_fn=collate_two_views)
+    collate = TwoViewCollator()
+    loader = torch.utils.data.DataLoader(dataset, batch_size=2, num_workers=num_workers, collate_fn=collate)
     batches = list(loader)
     assert [len(batch["points"]) for batch in batches] == [2, 2, 2]
     assert dataset.bad_rows == [2]
@@ -366,7 +359,7 @@ def test_real_frames(kitti_mini, preset):
         assert u.min() >= -1e-6
         assert u.max() <= width - 1 + 1e-6
         assert v.max() <= height - 1 + 1e-6
-        new_height, new_width = sample["image_sizes"].tolist()
+        new_height, new_width = sample["image"].shape[-2:]
         if preset == "recommended":
             u, v = (u + 0.5) * new_width / width - 0.5, (v + 0.5) * new_height / height - 0.5
             u = new_width - 1 - u

@@ -1,14 +1,16 @@
-"""Collation: padding to the batch's largest image, zeros right and below, everything else stacked."""
+"""Collation: padding to the batch's largest image, everything else stacked; then the processor's normalisation."""
 
+import pytest
 import torch
 
-from simipu_hf.data.collate import collate_two_views
+from simipu_hf.data.collate import TwoViewCollator, to_model_inputs
+from simipu_hf.modeling.processing_simipu import IMAGE_PRESETS, SimIPUImageProcessor
 
 
 def make_sample(height, width, value):
+    generator = torch.Generator().manual_seed(value)
     return {
-        "pixel_values": torch.full((3, height, width), float(value)),
-        "image_sizes": torch.tensor([height, width]),
+        "image": torch.randint(256, (3, height, width), generator=generator, dtype=torch.uint8),
         "points": torch.full((5, 4), float(value)),
         "points_aug": torch.full((5, 4), -float(value)),
         "lidar_to_aug": torch.eye(4) * value,
@@ -16,21 +18,48 @@ def make_sample(height, width, value):
     }
 
 
-def test_images_of_several_sizes_are_padded_to_the_largest_multiple_of_32():
+@pytest.mark.parametrize("preset", IMAGE_PRESETS)
+def test_images_of_several_sizes_are_padded_to_the_largest_multiple_of_32_and_normalised(preset):
+    processor = SimIPUImageProcessor(**IMAGE_PRESETS[preset])
     samples = [make_sample(40, 90, 1), make_sample(33, 128, 2), make_sample(64, 20, 3)]
-    batch = collate_two_views(samples)
-    assert batch["pixel_values"].shape == (3, 3, 64, 128)
+    batch = TwoViewCollator(processor.pad_size_divisor)(samples)
+    assert batch["images"].shape == (3, 3, 64, 128)
+    assert batch["images"].dtype == torch.uint8
     assert batch["image_sizes"].tolist() == [[40, 90], [33, 128], [64, 20]]
-    for image, sample, (height, width) in zip(batch["pixel_values"], samples, batch["image_sizes"], strict=True):
-        assert torch.equal(image[:, :height, :width], sample["pixel_values"])
-        assert image.sum() == sample["pixel_values"].sum()
+    inputs = to_model_inputs(batch, processor)
+    assert sorted(inputs) == sorted({*batch, "pixel_values"} - {"images"})
+    assert inputs["pixel_values"].dtype == torch.float32
+    mean, std = (torch.tensor(value)[:, None, None] for value in (processor.image_mean, processor.image_std))
+    for pixels, sample, (height, width) in zip(inputs["pixel_values"], samples, batch["image_sizes"], strict=True):
+        levels = sample["image"].double() / (255 if processor.do_rescale else 1)
+        expected = ((levels.flip(0) if preset == "official" else levels) - mean) / std
+        torch.testing.assert_close(pixels[:, :height, :width].double(), expected, rtol=1e-6, atol=1e-6)
+        assert not pixels[:, height:].any()
+        assert not pixels[:, :, width:].any()
+
+
+@pytest.mark.parametrize("preset", IMAGE_PRESETS)
+def test_model_inputs_are_those_of_the_processor_alone(preset):
+    processor = SimIPUImageProcessor(**IMAGE_PRESETS[preset])
+    samples = [make_sample(40, 90, 1), make_sample(33, 128, 2)]
+    inputs = to_model_inputs(TwoViewCollator()(samples), processor)
+    expected = processor([sample["image"] for sample in samples], do_resize=False, return_tensors="pt")
+    assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
+    assert torch.equal(inputs["image_sizes"], expected["image_sizes"])
+
+
+def test_images_of_bytes_and_of_floats_share_a_batch():
+    samples = [make_sample(32, 64, 1), make_sample(32, 64, 2)]
+    samples[1]["image"] = samples[1]["image"] + 0.5
+    together = TwoViewCollator()(samples)["images"]
+    assert all(torch.equal(pixels, sample["image"]) for pixels, sample in zip(together, samples, strict=True))
 
 
 def test_the_rest_is_stacked_with_the_contracts_shapes():
-    batch = collate_two_views([make_sample(32, 64, value) for value in (1, 2)])
+    batch = TwoViewCollator()([make_sample(32, 64, value) for value in (1, 2)])
     shapes = {name: tuple(tensor.shape) for name, tensor in batch.items()}
     assert shapes == {
-        "pixel_values": (2, 3, 32, 64),
+        "images": (2, 3, 32, 64),
         "image_sizes": (2, 2),
         "points": (2, 5, 4),
         "points_aug": (2, 5, 4),
@@ -38,4 +67,4 @@ def test_the_rest_is_stacked_with_the_contracts_shapes():
         "lidar_to_pixel": (2, 3, 4),
     }
     assert batch["points"][1].unique().item() == 2
-    assert collate_two_views([make_sample(32, 64, 1)], pad_size_divisor=50)["pixel_values"].shape == (1, 3, 50, 100)
+    assert TwoViewCollator(50)([make_sample(32, 64, 1)])["images"].shape == (1, 3, 50, 100)
