@@ -446,7 +446,7 @@ def benchmark_data(
     json_path: JsonPath = None,
     as_json: AsJson = False,
 ) -> None:
-    """Rows per second of the two-view samples, against decoding and resizing their images alone.
+    """Rows per second of the two-view batches, against decoding and resizing their images alone.
 
     simipu-hf benchmark data --data_dir KITTI
     """

@@ -386,6 +386,7 @@ def plot_comparison(result: dict[str, Any], path: Path) -> None:
         axis.set(title=title, xlabel="labelled frames", ylabel="AbsRel (lower is better)", xscale="log")
         ticks = sorted({entry["num_frames"] for entry in result["table"]})
         axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.set_xlim(ticks[0] / 1.2, ticks[-1] * 1.2)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend()
