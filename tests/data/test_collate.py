@@ -39,10 +39,17 @@ def test_images_of_several_sizes_are_padded_to_the_largest_multiple_of_32_and_no
 
 
 @pytest.mark.parametrize("preset", IMAGE_PRESETS)
-def test_model_inputs_are_those_of_the_processor_alone(preset):
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_model_inputs_are_those_of_the_processor_alone(preset, channels_last):
     processor = SimIPUImageProcessor(**IMAGE_PRESETS[preset])
     samples = [make_sample(40, 90, 1), make_sample(33, 128, 2)]
-    inputs = to_model_inputs(TwoViewCollator()(samples), processor)
+    if channels_last:  # in memory, as Pillow decodes
+        samples = [{**s, "image": s["image"].permute(1, 2, 0).contiguous().permute(2, 0, 1)} for s in samples]
+    batch = TwoViewCollator()(samples)
+    before = batch["images"].clone()
+    inputs = to_model_inputs(batch, processor)
+    assert torch.equal(batch["images"], before)
+    assert inputs["pixel_values"].is_contiguous()
     expected = processor([sample["image"] for sample in samples], do_resize=False, return_tensors="pt")
     assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
     assert torch.equal(inputs["image_sizes"], expected["image_sizes"])
