@@ -234,7 +234,6 @@ def test_bf16_trains(run):
 def test_the_augmentation_can_be_changed(run):
     plain, changed = run("plain"), run("changed", "--augmentation_overrides", "random_zoom=[1.5,2.0],brightness=0.4")
     assert metrics(plain)[0]["inter_modal_loss"] != metrics(changed)[0]["inter_modal_loss"]
-    assert metrics(plain)[0]["intra_modal_chance"] == metrics(changed)[0]["intra_modal_chance"]
     # a zoomed image shows fewer of the points
     assert metrics(changed)[0]["inter_modal_chance"] < metrics(plain)[0]["inter_modal_chance"]
 

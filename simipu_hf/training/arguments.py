@@ -308,8 +308,8 @@ def parse_overrides(
         name, equals, value = part.partition("=")
         section, _, inner = name.strip().rpartition(".")
         if not equals or (section and section not in sections):
-            forms = ["name=value", *(f"{known}.name=value" for known in sections)]
-            raise SimIPUError(f"{name_of_flag} {part.strip()!r}: expected {' or '.join(forms)}")
+            nested = "".join(f" or {known}.name=value" for known in sections)
+            raise SimIPUError(f"{name_of_flag} {part.strip()!r}: expected name=value{nested}")
         target = overrides.setdefault(section, {}) if section else overrides
         target[inner] = yaml.safe_load(value)
     return overrides
