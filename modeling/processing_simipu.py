@@ -126,6 +126,20 @@ def to_point_cloud(points: Any) -> np.ndarray:
     return cloud
 
 
+def project_points(points: np.ndarray, lidar_to_image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Homogeneous pixel coordinates of points: u * depth, v * depth and depth, (N,) each, in the points' data type.
+
+    Args:
+        points: (N, 3) or more columns: x y z in metres, LiDAR frame.
+        lidar_to_image: (3, 4), LiDAR to pixels.
+    """
+    # No matrix product: NumPy's starts threads of its own in every worker of a data loader, and they halve what
+    # several workers reach together.
+    x, y, z = points[:, 0], points[:, 1], points[:, 2]
+    u, v, depth = (a * x + b * y + c * z + d for a, b, c, d in np.asarray(lidar_to_image, points.dtype))
+    return u, v, depth
+
+
 def to_calibration(camera_projection: Any, lidar_to_camera: Any) -> tuple[np.ndarray, np.ndarray]:
     """The two calibration matrices in float64, checked.
 
@@ -232,41 +246,42 @@ class SimIPUImageProcessor(TorchvisionBackend):
                 image = self.resize(image, SizeDict(height=height, width=width), resample)
             resized.append(image)
         image_sizes = torch.tensor([image.shape[-2:] for image in resized], device=resized[0].device)
-        normalize = functools.partial(
-            self._normalize_images,
-            do_flip_channel_order=do_flip_channel_order,
-            do_rescale=do_rescale,
-            rescale_factor=rescale_factor,
-            do_normalize=do_normalize,
-            image_mean=image_mean,
-            image_std=image_std,
-        )
+        settings = {
+            "do_flip_channel_order": do_flip_channel_order,
+            "do_rescale": do_rescale,
+            "rescale_factor": rescale_factor,
+            "do_normalize": do_normalize,
+            "image_mean": image_mean,
+            "image_std": image_std,
+        }
         pixel_values = (
-            normalize(pad_to_largest(resized, pad_size_divisor), image_sizes)
+            self.normalize_images(pad_to_largest(resized, pad_size_divisor), image_sizes, **settings)
             if do_pad
-            else [normalize(image[None], size[None])[0] for image, size in zip(resized, image_sizes, strict=True)]
+            else [
+                self.normalize_images(image[None], size[None], **settings)[0]
+                for image, size in zip(resized, image_sizes, strict=True)
+            ]
         )
         return BatchFeature({"pixel_values": pixel_values, "image_sizes": image_sizes}, tensor_type=return_tensors)
 
-    def normalize_images(self, images: torch.Tensor, image_sizes: torch.Tensor) -> torch.Tensor:
-        """The `pixel_values` of images that are resized and padded, with this processor's settings, where they are.
+    def normalize_images(self, images: torch.Tensor, image_sizes: torch.Tensor, **settings: Any) -> torch.Tensor:
+        """The `pixel_values` of images that are resized and padded, computed where they are.
 
         A data loader's workers can then leave it to the training device: bytes are a quarter of the size.
 
         Args:
             images: (B, 3, H, W) RGB, 0 to 255.
             image_sizes: (B, 2), height and width of each image before padding.
+            settings: what to change of this processor's own for this call.
 
         Returns:
             (B, 3, H, W) float32, zero outside the images.
         """
         names = ("do_flip_channel_order", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
-        return self._normalize_images(images, image_sizes, **{name: getattr(self, name) for name in names})
-
-    def _normalize_images(
-        self, images: torch.Tensor, image_sizes: torch.Tensor, *, do_flip_channel_order: bool, **settings: Any
-    ) -> torch.Tensor:
-        pixels = self.rescale_and_normalize(images.flip(1) if do_flip_channel_order else images, **settings)
+        settings = {name: getattr(self, name) for name in names} | settings
+        if settings.pop("do_flip_channel_order"):
+            images = images.flip(1)
+        pixels = self.rescale_and_normalize(images, **settings)
         padded_size = (images.shape[-2], images.shape[-1])
         inside = inside_images(image_sizes, padded_size)
         return pixels.to(torch.float32).masked_fill(~inside, 0).contiguous()
@@ -377,11 +392,8 @@ class SimIPUPointCloudProcessor(FeatureExtractionMixin):
             if image_size is None:
                 raise ValueError("image_size: expected height and width beside lidar_to_image, found None")
             height, width = image_size
-            # u * depth, v * depth and depth: comparing the products needs no division, and single precision, that of
-            # the points, is good to a thousandth of a pixel. No matrix product: NumPy's would start threads of its
-            # own in every worker of a data loader, and they halve what several workers reach together.
-            x, y, z = kept[:, 0], kept[:, 1], kept[:, 2]
-            u, v, depth = (a * x + b * y + c * z + d for a, b, c, d in np.asarray(lidar_to_image, np.float32))
+            # comparing the products needs no division; single precision is good to a thousandth of a pixel
+            u, v, depth = project_points(kept, lidar_to_image)
             seen = (depth > 0) & (u >= 0) & (u <= (width - 1) * depth) & (v >= 0) & (v <= (height - 1) * depth)
             kept = kept.compress(seen, axis=0)
         if len(kept) == 0:

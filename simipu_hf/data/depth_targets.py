@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import SimIPUError
+from ..modeling.processing_simipu import project_points
 from .rows import calibration_from_row, image_from_row, points_from_row
 
 # KITTI Eigen training and evaluation use the bottom centre of every image (the "KB" crop).
@@ -37,9 +38,7 @@ def project_to_depth_map(
     xyz = np.asarray(points, dtype=np.float64)[:, :3]
     xyz = xyz[np.isfinite(xyz).all(axis=1)]
     lidar_to_pixel = np.asarray(camera_projection, np.float64) @ np.asarray(lidar_to_camera, np.float64)
-    x, y, z = xyz.T
-    # No matrix product: NumPy's would start threads of its own in every worker of a data loader.
-    u, v, depth = (a * x + b * y + c * z + d for a, b, c, d in lidar_to_pixel)
+    u, v, depth = project_points(xyz, lidar_to_pixel)
     in_front = depth > 0
     depth = depth[in_front]
     column = np.floor(u[in_front] / depth + 0.5)
