@@ -1,0 +1,138 @@
+"""The atomic write: a file or a folder is complete under its name, or it is not there.
+
+    with atomic_write("metrics.json") as stream:
+        stream.write(text)
+
+What is written beside the target is flushed to the disk and takes the target's name at the end, with the permissions
+that the umask gives (safetensors writes files that only their owner may read).
+"""
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from simipu_hf.errors import SimIPUError
+
+
+@contextmanager
+def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """An open stream whose content replaces the file `path` when the block succeeds. `mode` is `"w"` or `"wb"`.
+
+    Raises:
+        SimIPUError: it cannot be written (full disk, no permission); an earlier file is untouched.
+    """
+    with (
+        atomic_path(path) as beside,
+        beside.open(mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"})) as stream,
+    ):
+        yield stream
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """As [`atomic_write`], for libraries that want a path to write a file to; it ends like `path`.
+
+    with atomic_path("encoder.safetensors") as beside:
+        save_file(weights, beside)
+    """
+    path = Path(path)
+    beside = path.with_name(f".{secrets.token_hex(4)}-{path.name}")
+    with _named_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.touch(exist_ok=False)
+        permissions = beside.stat().st_mode & 0o777
+        try:
+            yield beside
+            beside.chmod(permissions)
+            _synchronize(beside)
+            os.replace(beside, path)
+            _synchronize(path.parent)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(
+    path: str | Path, *, overwrite: bool = False, is_earlier_output: Callable[[Path], bool] = lambda folder: True
+) -> Iterator[Path]:
+    """An empty folder that takes the name `path` when the block succeeds.
+
+    with atomic_folder("encoder") as beside:
+        model.save_pretrained(beside)
+
+    Args:
+        path: a folder that does not exist, or is empty, or is replaced with `overwrite`.
+        overwrite: replace what is there.
+        is_earlier_output: given what is there, says whether it is an earlier output of the same kind; nothing else
+            is replaced.
+
+    Raises:
+        SimIPUError: `path` is occupied, or cannot be written (full disk, no permission); it is untouched.
+    """
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        if not overwrite:
+            raise SimIPUError(f"{path} exists already: choose another place, or ask to overwrite it")
+        if not (path.is_dir() and is_earlier_output(path)):
+            raise SimIPUError(
+                f"{path} is not overwritten: it holds something else than an earlier output of this command"
+            )
+    created = [folder for folder in path.parents if not folder.exists()]
+    beside, replaced = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.replaced")
+    with _named_errors(path):
+        try:
+            for leftover in (beside, replaced):  # of a process that was killed
+                shutil.rmtree(leftover, ignore_errors=True)
+            beside.mkdir(parents=True)
+            yield beside
+            _synchronize_tree(beside)
+            _take_the_place(beside, path, replaced)
+            _synchronize(path.parent)
+        finally:
+            for leftover in (beside, replaced):
+                shutil.rmtree(leftover, ignore_errors=True)
+            with suppress(OSError):  # stops at the first that is not empty
+                for folder in created:
+                    folder.rmdir()
+
+
+def _take_the_place(beside: Path, path: Path, replaced: Path) -> None:
+    if path.exists():
+        path.rename(replaced)
+    try:
+        beside.rename(path)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(path)
+        raise
+
+
+def _synchronize_tree(folder: Path) -> None:
+    permissions = folder.stat().st_mode & 0o666
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(permissions)
+            _synchronize(file)
+    _synchronize(folder)
+
+
+def _synchronize(path: Path) -> None:
+    if path.is_dir() and os.name != "posix":  # elsewhere a folder cannot be opened
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SimIPUError(f"{path} cannot be written: {error}") from error

@@ -1,0 +1,78 @@
+"""The atomic write: complete or absent, with the permissions of the umask."""
+
+import os
+import stat
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from simipu_hf.errors import SimIPUError
+from simipu_hf.files import atomic_folder, atomic_path, atomic_write
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path):
+    target = tmp_path / "new" / "notes.txt"
+    for text in ("first", "second ü"):
+        with atomic_write(target) as stream:
+            stream.write(text)
+            assert not target.exists() or target.read_text(encoding="utf-8") == "first"
+    assert target.read_text(encoding="utf-8") == "second ü"
+    assert os.listdir(target.parent) == ["notes.txt"]
+
+
+def test_an_error_leaves_the_earlier_file(tmp_path):
+    target = tmp_path / "notes.txt"
+    target.write_text("first", encoding="utf-8")
+    with pytest.raises(TypeError), atomic_write(target) as stream:
+        stream.write(b"no text")
+    with pytest.raises(SimIPUError, match=r"notes.txt cannot be written: .*No space"), atomic_write(target) as stream:
+        raise OSError(28, "No space left on device")
+    assert target.read_text(encoding="utf-8") == "first"
+    assert os.listdir(tmp_path) == ["notes.txt"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a umask")
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_permissions_follow_the_umask(tmp_path, umask):
+    weights = {"x": torch.zeros(3)}
+    before = os.umask(umask)
+    try:
+        with atomic_write(tmp_path / "a.bin", "wb") as stream:
+            stream.write(b"x")
+        with atomic_path(tmp_path / "b.safetensors") as beside:
+            save_file(weights, beside)
+        with atomic_folder(tmp_path / "c") as beside:
+            (beside / "d").mkdir()
+            save_file(weights, beside / "d" / "e.safetensors")
+    finally:
+        os.umask(before)
+    for name, expected in (("a.bin", 0o666), ("b.safetensors", 0o666), ("c", 0o777), ("c/d/e.safetensors", 0o666)):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == expected & ~umask, name
+
+
+def test_a_folder_appears_at_the_end(tmp_path):
+    with atomic_folder(tmp_path / "a" / "out") as beside:
+        (beside / "file").write_text("x", encoding="utf-8")
+        assert not (tmp_path / "a" / "out").exists()
+    assert [p.name for p in (tmp_path / "a" / "out").iterdir()] == ["file"]
+    with pytest.raises(TypeError), atomic_folder(tmp_path / "b" / "out") as beside:
+        (beside / "file").write_bytes("no bytes")
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_only_an_earlier_output_is_overwritten(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years of work", encoding="utf-8")
+    refusals = [({}, "exists already"), ({"overwrite": True}, "something else than")]
+    for options, message in refusals:
+        with (
+            pytest.raises(SimIPUError, match=message),
+            atomic_folder(tmp_path / "out", is_earlier_output=lambda f: (f / "mark").exists(), **options),
+        ):
+            pass
+    (tmp_path / "out" / "mark").touch()
+    with atomic_folder(tmp_path / "out", overwrite=True, is_earlier_output=lambda f: (f / "mark").exists()) as beside:
+        (beside / "mark").touch()
+    assert os.listdir(tmp_path / "out") == ["mark"]
+    assert os.listdir(tmp_path) == ["out"]
