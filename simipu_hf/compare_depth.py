@@ -33,8 +33,8 @@ from .errors import SimIPUError
 from .evaluation.depth import HIGHER_IS_BETTER, METRICS, evaluate_frames, write_json
 from .finetune_depth import build_depth_model, fit, load_encoder_for_depth
 from .modeling.modeling_simipu_depth import SimIPUForDepthEstimation
-from .training.arguments import as_size, check_choice, parse_flags
 from .training.fields import flag
+from .training.legacy_arguments import as_size, check_choice, parse_flags
 from .training.loop import exit_code_of
 
 RUNS_FILE, RESULT_FILE, TABLE_FILE, PLOT_FILE = "runs.jsonl", "comparison.json", "comparison.md", "comparison.png"

@@ -37,12 +37,12 @@ from simipu_hf.evaluation.depth import evaluate_maps, write_json
 from simipu_hf.evaluation.linear_probe import fit_linear_depth_probe
 from simipu_hf.finetune_depth import build_depth_model
 from simipu_hf.hub.files import written_aside
+from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
-from simipu_hf.modeling.processing_simipu import SimIPUImageProcessor
 from simipu_hf.pretrain import pretrain
 from simipu_hf.report import write_report
-from simipu_hf.training.arguments import DataArguments, ModelArguments, PreTrainingArguments, TrainingArguments
 from simipu_hf.training.command import TrainingInterrupted
+from simipu_hf.training.legacy_arguments import DataArguments, ModelArguments, PreTrainingArguments, TrainingArguments
 from simipu_hf.training.metrics import METRICS_FILE, read_metrics
 from simipu_hf.training.run_folder import versions
 from simipu_hf.visualization import save_figure, visualize

@@ -18,8 +18,8 @@ from .data.selection import select_depth_rows
 from .errors import SimIPUError
 from .evaluation.depth import evaluate_frames, format_metrics, load_depth_model, write_json
 from .hub.card import add_evaluation, write_model_card
-from .training.arguments import check_choice, parse_flags
 from .training.fields import flag
+from .training.legacy_arguments import check_choice, parse_flags
 from .training.loop import exit_code_of
 
 EVALUATION_FILE = "depth_evaluation.json"

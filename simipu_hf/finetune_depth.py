@@ -35,11 +35,11 @@ from .hub.card import write_model_card
 from .hub.image_encoder import find_image_encoder, load_image_encoder
 from .hub.push import HubUploader, Strategy
 from .modeling.configuration_simipu_depth import SimIPUDepthConfig
+from .modeling.image_processing_simipu import SimIPUImageProcessor
 from .modeling.modeling_simipu_depth import SimIPUForDepthEstimation
-from .modeling.processing_simipu import SimIPUImageProcessor
-from .training.arguments import as_size, check_choice, parse_flags
 from .training.distributed import on_main_process, synchronize_batch_norm
 from .training.fields import flag
+from .training.legacy_arguments import as_size, check_choice, parse_flags
 from .training.loop import (
     Batch,
     TrainingJob,

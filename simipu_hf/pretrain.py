@@ -35,9 +35,11 @@ from simipu_hf.evaluation.correspondence import correspondence_recall
 from simipu_hf.hub.export import export_image_encoder
 from simipu_hf.hub.push import HubUploader, Strategy
 from simipu_hf.modeling.configuration_simipu import SimIPUConfig
+from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
-from simipu_hf.modeling.processing_simipu import SimIPUImageProcessor, SimIPUProcessor
-from simipu_hf.training.arguments import (
+from simipu_hf.modeling.processing_simipu import SimIPUProcessor
+from simipu_hf.training.distributed import synchronize_batch_norm
+from simipu_hf.training.legacy_arguments import (
     RECIPES,
     DataArguments,
     ModelArguments,
@@ -46,7 +48,6 @@ from simipu_hf.training.arguments import (
     parse_overrides,
     parse_pretraining_arguments,
 )
-from simipu_hf.training.distributed import synchronize_batch_norm
 from simipu_hf.training.loop import (
     Batch,
     TrainingJob,
@@ -260,7 +261,7 @@ def load_rows(
 def warn_of_squeezed_images(dataset: TwoViewDataset) -> None:
     """Say so where the resize changes the images' shape by a fifth: the preset's size is that of KITTI's camera."""
     try:
-        height, width = dataset.processor.load_image(dataset.read_row(0)["image"]).shape[-2:]
+        height, width = dataset.processor.image_processor.load_image(dataset.read_row(0)["image"]).shape[-2:]
     except ValueError:  # a damaged row is reported when it is used
         return
     new_height, new_width = dataset.processor.image_processor.output_size((height, width))

@@ -46,7 +46,7 @@ from simipu_hf.modeling.configuration_simipu import (
 )
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
-from simipu_hf.training.arguments import parse_flags, parse_pretraining_arguments
+from simipu_hf.training.legacy_arguments import parse_flags, parse_pretraining_arguments
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [

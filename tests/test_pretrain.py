@@ -26,8 +26,8 @@ from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 from simipu_hf.pretrain import create_augmentation, main, pretrain, warn_of_squeezed_images
 from simipu_hf.training import loop
-from simipu_hf.training.arguments import DataArguments, ModelArguments, parse_pretraining_arguments
 from simipu_hf.training.checkpoint import list_checkpoints
+from simipu_hf.training.legacy_arguments import DataArguments, ModelArguments, parse_pretraining_arguments
 from simipu_hf.training.loop import TrainingInterrupted
 from simipu_hf.training.metrics import read_metrics
 

@@ -97,7 +97,7 @@ def interrupted_run(flags: list[str], out: Path) -> None:
     """`pretrain` in full, and broken off in step 5 and resumed, in these processes."""
     from simipu_hf.pretrain import pretrain
     from simipu_hf.training import loop
-    from simipu_hf.training.arguments import parse_pretraining_arguments
+    from simipu_hf.training.legacy_arguments import parse_pretraining_arguments
 
     def run(name: str, *more: str) -> None:
         pretrain(parse_pretraining_arguments([*flags, "--output_dir", str(out / name), *more]))

@@ -13,14 +13,14 @@ from accelerate import Accelerator
 from torch import nn
 
 from simipu_hf.errors import SimIPUError
-from simipu_hf.training.arguments import (
+from simipu_hf.training.distributed import ReducedBatchNorm, synchronize_batch_norm
+from simipu_hf.training.legacy_arguments import (
     PreTrainingArguments,
     packaged_configs,
     parse_overrides,
     parse_pretraining_arguments,
     read_config,
 )
-from simipu_hf.training.distributed import ReducedBatchNorm, synchronize_batch_norm
 from simipu_hf.training.metrics import MetricsFile, check_trackers, flatten, read_metrics
 from simipu_hf.training.optimization import Optimization, OptimizerSettings, create_optimizer, create_schedule
 from simipu_hf.training.run_folder import current_command, data_fingerprint
