@@ -1,10 +1,17 @@
 """SimIPU pre-training the Hugging Face way.
 
-Importing this package registers SimIPU with transformers' Auto classes, so that
-`AutoModel.from_pretrained(folder)` finds it without `trust_remote_code`.
+    >>> from simipu_hf import load_image_encoder
+    >>> encoder, data_config = load_image_encoder("OUT", features_only=True)
+
+Importing this package registers SimIPU with transformers' Auto classes, before or after transformers is imported, so
+that `AutoModel.from_pretrained(folder)` finds it without `trust_remote_code`. Nothing heavy is imported for that.
 """
 
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wrapt import when_imported
 
 from .version import __version__
 
@@ -13,42 +20,96 @@ _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "modeling" / "modeling_simipu.py").is_file():
     __path__.append(str(_checkout))
 
-from transformers import (
-    AutoConfig,
-    AutoFeatureExtractor,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForDepthEstimation,
-    AutoModelForPreTraining,
-    AutoProcessor,
-)
-
-from .hub.image_encoder import load_image_encoder
-from .modeling.configuration_simipu import SimIPUConfig
-from .modeling.configuration_simipu_depth import SimIPUDepthConfig
-from .modeling.modeling_simipu import SimIPUForPreTraining, SimIPUModel
-from .modeling.modeling_simipu_depth import SimIPUForDepthEstimation
-from .modeling.processing_simipu import SimIPUImageProcessor, SimIPUPointCloudProcessor, SimIPUProcessor
-
-AutoConfig.register(SimIPUConfig.model_type, SimIPUConfig, exist_ok=True)
-AutoConfig.register(SimIPUDepthConfig.model_type, SimIPUDepthConfig, exist_ok=True)
-AutoModel.register(SimIPUConfig, SimIPUModel, exist_ok=True)
-AutoModelForPreTraining.register(SimIPUConfig, SimIPUForPreTraining, exist_ok=True)
-AutoModelForDepthEstimation.register(SimIPUDepthConfig, SimIPUForDepthEstimation, exist_ok=True)
-AutoProcessor.register(SimIPUConfig, SimIPUProcessor, exist_ok=True)
-AutoFeatureExtractor.register(SimIPUConfig, SimIPUPointCloudProcessor, exist_ok=True)
-for config_class in (SimIPUConfig, SimIPUDepthConfig):
-    AutoImageProcessor.register(
-        config_class, image_processor_classes={"torchvision": SimIPUImageProcessor}, exist_ok=True
-    )
+if TYPE_CHECKING:
+    from .hub.image_encoder import load_image_encoder
+    from .modeling.configuration_simipu import SimIPUConfig
+    from .modeling.configuration_simipu_depth import SimIPUDepthConfig
+    from .modeling.feature_extraction_simipu import SimIPUFeatureExtractor
+    from .modeling.image_processing_simipu import SimIPUImageProcessor
+    from .modeling.modeling_simipu import SimIPUForPreTraining, SimIPUModel
+    from .modeling.modeling_simipu_depth import SimIPUForDepthEstimation
+    from .modeling.processing_simipu import SimIPUProcessor
 
 __all__ = [
     "SimIPUConfig",
     "SimIPUDepthConfig",
+    "SimIPUFeatureExtractor",
     "SimIPUForDepthEstimation",
     "SimIPUForPreTraining",
+    "SimIPUImageProcessor",
     "SimIPUModel",
     "SimIPUProcessor",
     "__version__",
     "load_image_encoder",
 ]
+
+_MODULES = {
+    "SimIPUConfig": "modeling.configuration_simipu",
+    "SimIPUDepthConfig": "modeling.configuration_simipu_depth",
+    "SimIPUFeatureExtractor": "modeling.feature_extraction_simipu",
+    "SimIPUForDepthEstimation": "modeling.modeling_simipu_depth",
+    "SimIPUForPreTraining": "modeling.modeling_simipu",
+    "SimIPUImageProcessor": "modeling.image_processing_simipu",
+    "SimIPUModel": "modeling.modeling_simipu",
+    "SimIPUProcessor": "modeling.processing_simipu",
+    "load_image_encoder": "hub.image_encoder",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, imported when first used (PEP 562)."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+# One hook for each module of transformers, importing no more than it registers: these modules import each other.
+@when_imported("transformers.models.auto.configuration_auto")
+def _register_configurations(auto: Any) -> None:
+    from .modeling.configuration_simipu import SimIPUConfig
+    from .modeling.configuration_simipu_depth import SimIPUDepthConfig
+
+    for config in (SimIPUConfig, SimIPUDepthConfig):
+        auto.AutoConfig.register(config.model_type, config, exist_ok=True)
+
+
+@when_imported("transformers.models.auto.feature_extraction_auto")
+def _register_feature_extractor(auto: Any) -> None:
+    from .modeling.configuration_simipu import SimIPUConfig
+    from .modeling.feature_extraction_simipu import SimIPUFeatureExtractor
+
+    auto.AutoFeatureExtractor.register(SimIPUConfig, SimIPUFeatureExtractor, exist_ok=True)
+
+
+@when_imported("transformers.models.auto.image_processing_auto")
+def _register_image_processor(auto: Any) -> None:
+    from .modeling.configuration_simipu import SimIPUConfig
+    from .modeling.configuration_simipu_depth import SimIPUDepthConfig
+    from .modeling.image_processing_simipu import SimIPUImageProcessor
+
+    classes = {"torchvision": SimIPUImageProcessor}
+    for config in (SimIPUConfig, SimIPUDepthConfig):
+        auto.AutoImageProcessor.register(config, image_processor_classes=classes, exist_ok=True)
+
+
+@when_imported("transformers.models.auto.processing_auto")
+def _register_processor(auto: Any) -> None:
+    from .modeling.configuration_simipu import SimIPUConfig
+    from .modeling.processing_simipu import SimIPUProcessor
+
+    auto.AutoProcessor.register(SimIPUConfig, SimIPUProcessor, exist_ok=True)
+
+
+@when_imported("transformers.models.auto.modeling_auto")
+def _register_models(auto: Any) -> None:
+    from .modeling.modeling_simipu import SimIPUConfig, SimIPUForPreTraining, SimIPUModel
+    from .modeling.modeling_simipu_depth import SimIPUDepthConfig, SimIPUForDepthEstimation
+
+    auto.AutoModel.register(SimIPUConfig, SimIPUModel, exist_ok=True)
+    auto.AutoModelForPreTraining.register(SimIPUConfig, SimIPUForPreTraining, exist_ok=True)
+    auto.AutoModelForDepthEstimation.register(SimIPUDepthConfig, SimIPUForDepthEstimation, exist_ok=True)
