@@ -1,11 +1,9 @@
-"""What corresponds to what: points of one view to points of the other, and points to pixels."""
+"""One-to-one matching of the points of two views."""
 
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 try:
     from scipy.optimize import linear_sum_assignment
@@ -74,58 +72,3 @@ def _solve(host: _HostCopy, item: int) -> np.ndarray:
     solved_rows, solved_columns = linear_sum_assignment(cost[np.ix_(rows, columns)])
     match[rows[solved_rows]] = columns[solved_columns]
     return match
-
-
-def transform_points(points: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """Applies homogeneous maps `(B, 4, 4)` to points `(B, M, 3)`."""
-    return points @ matrix[:, :3, :3].transpose(1, 2) + matrix[:, None, :3, 3]
-
-
-def invert_transform(matrix: torch.Tensor) -> torch.Tensor:
-    """Inverse of `(B, 4, 4)` in float64, without the device synchronisation of `torch.linalg.inv`."""
-    return torch.linalg.inv_ex(matrix.double()).inverse
-
-
-def project_points(points: torch.Tensor, lidar_to_pixel: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Projects points `(B, M, 3)` with `(B, 3, 4)`: pixels `(B, M, 2)` (x, y) and depths `(B, M)` in metres.
-
-    Depths are clamped to 1e-5 before the division, as in the official code.
-    """
-    homogeneous = points @ lidar_to_pixel[:, :, :3].transpose(1, 2) + lidar_to_pixel[:, None, :, 3]
-    depth = homogeneous[..., 2]
-    return homogeneous[..., :2] / depth.clamp(min=1e-5).unsqueeze(-1), depth
-
-
-def inside_image(pixels: torch.Tensor, depth: torch.Tensor, image_sizes: torch.Tensor) -> torch.Tensor:
-    """Whether pixels `(B, M, 2)` lie in front of the camera and within images `(B, 2)` (height, width)."""
-    width_height = image_sizes.flip(-1).unsqueeze(1)
-    within = (pixels >= -0.5) & (pixels < width_height - 0.5)
-    return within.all(-1) & (depth > 1e-5)
-
-
-def sample_feature_maps(
-    maps: Sequence[torch.Tensor],
-    pixels: torch.Tensor,
-    sizes: torch.Tensor,
-    align_corners: bool,
-    padding_mode: str = "zeros",
-) -> torch.Tensor:
-    """Bilinear samples of several feature maps, concatenated: `(B, M, sum of C_s)`.
-
-    Args:
-        maps: `(B, C_s, H_s, W_s)` each.
-        pixels: `(B, M, 2)`, x and y in pixels of the image.
-        sizes: `(B, 2)`, the height and width in pixels that the maps are taken to cover.
-        align_corners: true maps 0 and `sizes` to the outermost cell centres; false takes integer pixels as pixel
-            centres and samples cells at theirs.
-        padding_mode: `"zeros"` outside the outermost cell centres, or `"border"`, the nearest cell.
-    """
-    width_height = sizes.flip(-1).unsqueeze(1).to(pixels.dtype)
-    grid = (pixels if align_corners else pixels + 0.5) / width_height * 2 - 1
-    sampled = [
-        F.grid_sample(
-            m.to(grid.dtype), grid.unsqueeze(2), padding_mode=padding_mode, align_corners=align_corners
-        ).squeeze(-1)
-        for m in maps
-    ]
-    return torch.cat(sampled, dim=1).transpose(1, 2)

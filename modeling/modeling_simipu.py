@@ -11,17 +11,17 @@ from transformers import initialization as init
 from transformers.utils import can_return_tuple
 
 from .configuration_simipu import PointConfig, SimIPUConfig, SimIPUPointNet2Config
-from .image_encoder import build_image_encoder, feature_channels, image_feature_maps
-from .layers import LinearBlock, ProjectionHead, WeightedBatchNorm, linear, run_blocks
-from .losses import ContrastiveResult, contrastive_loss
-from .matching import (
-    PendingMatch,
+from .geometry import (
     inside_image,
     invert_transform,
     project_points,
     sample_feature_maps,
     transform_points,
 )
+from .image_encoder import build_image_encoder, feature_channels, image_feature_maps
+from .layers import LinearBlock, ProjectionHead, WeightedBatchNorm, linear, run_blocks
+from .losses import ContrastiveResult, contrastive_loss
+from .matching import PendingMatch
 from .outputs_simipu import PointEncoderOutput, SimIPUForPreTrainingOutput, SimIPUModelOutput
 from .pointnet2 import PointNet2Encoder, gather_rows
 

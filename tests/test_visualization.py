@@ -21,9 +21,9 @@ from tiny_simipu import tiny_config
 from simipu_hf.data.rows import dataset_from_rows, to_row
 from simipu_hf.errors import SimIPUError
 from simipu_hf.hub.export import export_image_encoder
-from simipu_hf.modeling.matching import project_points, sample_feature_maps
+from simipu_hf.modeling.geometry import pixel_transform, project_points, sample_feature_maps
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
-from simipu_hf.modeling.processing_simipu import SimIPUProcessor, pixel_transform
+from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 from simipu_hf.visualization import (
     Frame,
     draw_image_features,

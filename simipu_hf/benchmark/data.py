@@ -128,12 +128,12 @@ def _single_thread_passes(
 
     def decode() -> None:
         for data in images:
-            processor.load_image(Image.open(BytesIO(data)))
+            processor.image_processor.load_image(Image.open(BytesIO(data)))
 
     def decode_and_resize() -> None:
         settings = processor.image_processor
         for data in images:
-            image = processor.load_image(Image.open(BytesIO(data)))
+            image = processor.image_processor.load_image(Image.open(BytesIO(data)))
             height, width = settings.output_size(tuple(image.shape[-2:]))
             settings.resize(image, SizeDict(height=height, width=width), settings.resample)
 

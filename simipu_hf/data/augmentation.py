@@ -16,7 +16,9 @@ from torchvision.transforms.v2 import functional as tvF
 from transformers.image_utils import SizeDict
 
 from simipu_hf.errors import SimIPUError
-from simipu_hf.modeling.processing_simipu import SimIPUProcessor, pixel_transform, size_within
+from simipu_hf.modeling.geometry import pixel_transform
+from simipu_hf.modeling.image_processing_simipu import size_within
+from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
 Range = tuple[float, float]
 
@@ -127,7 +129,7 @@ def two_view_sample(
     mirrored = generator.random() < augmentation.flip_probability
     lidar_to_aug = torch.from_numpy(_draw_view_transform(augmentation, mirrored, generator)).to(torch.float32)
 
-    image = processor.load_image(row["image"])
+    image = processor.image_processor.load_image(row["image"])
     image_size = (image.shape[-2], image.shape[-1])
     cloud, lidar_to_image = processor.load_points(
         row["points"], row["camera_projection"], row["lidar_to_camera"], image_size

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from simipu_hf.modeling.processing_simipu import SimIPUImageProcessor, pad_to_largest
+from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor, pad_to_largest
 
 
 @dataclass(frozen=True)

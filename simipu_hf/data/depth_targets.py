@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import SimIPUError
-from ..modeling.processing_simipu import project_points
+from ..modeling.geometry import inside_image, project_points
 from .rows import calibration_from_row, image_from_row, points_from_row
 
 # KITTI Eigen training and evaluation use the bottom centre of every image (the "KB" crop).
@@ -38,13 +38,10 @@ def project_to_depth_map(
     xyz = np.asarray(points, dtype=np.float64)[:, :3]
     xyz = xyz[np.isfinite(xyz).all(axis=1)]
     lidar_to_pixel = np.asarray(camera_projection, np.float64) @ np.asarray(lidar_to_camera, np.float64)
-    u, v, depth = project_points(xyz, lidar_to_pixel)
-    in_front = depth > 0
-    depth = depth[in_front]
-    column = np.floor(u[in_front] / depth + 0.5)
-    row = np.floor(v[in_front] / depth + 0.5)
-    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-    return _nearest_wins(row[inside], column[inside], depth[inside], height, width)
+    pixels, depth = project_points(xyz, lidar_to_pixel)
+    inside = inside_image(pixels, depth, np.array([height, width]))
+    column, row = np.floor(pixels[inside].T + 0.5)
+    return _nearest_wins(row, column, depth[inside], height, width)
 
 
 def resize_depth_map(depth: np.ndarray, height: int, width: int) -> np.ndarray:

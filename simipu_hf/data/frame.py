@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..modeling.geometry import inside_image, project_points
 from .rows import calibration_from_row, image_from_row, points_from_row
 
 
@@ -38,16 +39,9 @@ class Frame:
         return cls(str(row["frame_id"]), image, points_from_row(row), projection @ lidar_to_camera)
 
     def project(self, coordinates: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Where points `(M, 3)` appear: pixels `(M, 2)` (x, y), depth `(M,)` in metres, and which are in the image.
-
-        Pixels of points that are not in front of the camera are NaN.
-        """
-        height, width = self.image.shape[:2]
-        homogeneous = coordinates.astype(np.float64) @ self.lidar_to_image[:, :3].T + self.lidar_to_image[:, 3]
-        depth = homogeneous[:, 2]
-        pixels = homogeneous[:, :2] / np.where(depth > 1e-5, depth, np.nan)[:, None]
-        inside = (pixels >= -0.5).all(1) & (pixels < (width - 0.5, height - 0.5)).all(1)
-        return pixels, depth, inside
+        """Where points `(M, 3)` appear: pixels `(M, 2)` (x, y), depth `(M,)` in metres, and which are in the image."""
+        pixels, depth = project_points(coordinates.astype(np.float64), self.lidar_to_image)
+        return pixels, depth, inside_image(pixels, depth, np.array(self.image.shape[:2]))
 
     @cached_property
     def view(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -25,7 +25,8 @@ from datasets.arrow_writer import ArrowWriter
 from PIL import Image
 
 from ..errors import SimIPUError
-from ..modeling.processing_simipu import to_calibration, to_point_cloud
+from ..modeling.feature_extraction_simipu import to_point_cloud
+from ..modeling.geometry import to_calibration
 
 
 class Rows(Protocol):

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 
-from simipu_hf.modeling.matching import inside_image, project_points, sample_feature_maps
+from simipu_hf.modeling.geometry import inside_image, project_points, sample_feature_maps
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.outputs_simipu import SimIPUForPreTrainingOutput
 

@@ -21,8 +21,8 @@ from torch import nn
 from ..data.depth_samples import DepthFrame, DepthPreprocessing
 from ..errors import SimIPUError
 from ..modeling.configuration_simipu_depth import SimIPUDepthConfig
+from ..modeling.image_processing_simipu import SimIPUImageProcessor
 from ..modeling.modeling_simipu_depth import SimIPUForDepthEstimation
-from ..modeling.processing_simipu import SimIPUImageProcessor
 
 METRICS = ("a1", "a2", "a3", "abs_rel", "rmse", "log10", "rmse_log", "silog", "sq_rel")
 HIGHER_IS_BETTER = ("a1", "a2", "a3")

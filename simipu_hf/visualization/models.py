@@ -13,9 +13,11 @@ from simipu_hf.errors import SimIPUError
 from simipu_hf.hub.image_encoder import HUB_ID, load_image_encoder
 from simipu_hf.hub.weights import read_json
 from simipu_hf.modeling.configuration_simipu import SimIPUConfig
+from simipu_hf.modeling.feature_extraction_simipu import SimIPUFeatureExtractor
 from simipu_hf.modeling.image_encoder import TimmModel
+from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
-from simipu_hf.modeling.processing_simipu import SimIPUImageProcessor, SimIPUPointCloudProcessor, SimIPUProcessor
+from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 from simipu_hf.training.checkpoint import newest_checkpoint
 
 LAST_STAGES = (-3, -2, -1)
@@ -91,7 +93,7 @@ def _load_simipu(where: str) -> SimIPUForPreTraining | None:
 def _load_processor(where: str) -> SimIPUProcessor:
     try:
         return SimIPUProcessor(
-            SimIPUImageProcessor.from_pretrained(where), SimIPUPointCloudProcessor.from_pretrained(where)
+            SimIPUImageProcessor.from_pretrained(where), SimIPUFeatureExtractor.from_pretrained(where)
         )
     except (OSError, ValueError) as error:
         raise SimIPUError(f"{where}: the processor cannot be loaded ({error})") from error

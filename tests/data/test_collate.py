@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from simipu_hf.data.collate import TwoViewCollator, to_model_inputs
-from simipu_hf.modeling.processing_simipu import IMAGE_PRESETS, SimIPUImageProcessor
+from simipu_hf.modeling.image_processing_simipu import IMAGE_PRESETS, SimIPUImageProcessor
 
 
 def make_sample(height, width, value):

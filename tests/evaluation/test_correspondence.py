@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from simipu_hf.evaluation.correspondence import cell_centers, correspondence_recall, dense_image_embeds, pixel_recall
 from simipu_hf.modeling.configuration_simipu import SimIPUConfig
-from simipu_hf.modeling.matching import sample_feature_maps
+from simipu_hf.modeling.geometry import sample_feature_maps
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 
 

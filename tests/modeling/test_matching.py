@@ -1,17 +1,8 @@
 import itertools
 
-import numpy as np
-import pytest
 import torch
 
-from simipu_hf.modeling.matching import (
-    PendingMatch,
-    inside_image,
-    invert_transform,
-    project_points,
-    sample_feature_maps,
-    transform_points,
-)
+from simipu_hf.modeling.matching import PendingMatch
 
 
 def test_matching_finds_the_cheapest_assignment():
@@ -41,58 +32,3 @@ def test_distances_of_coinciding_points_far_away_are_exact():
     points = torch.tensor([[[70.1, 39.3, 1.2], [70.2, 39.3, 1.2]]])
     _, distance = PendingMatch(points, points.clone()).result()
     assert distance.abs().max() == 0
-
-
-def test_transform_and_its_inverse():
-    torch.manual_seed(0)
-    matrix = torch.eye(4, dtype=torch.float64).repeat(2, 1, 1)
-    matrix[:, :3] += torch.rand(2, 3, 4)
-    points = torch.rand(2, 7, 3, dtype=torch.float64)
-    moved = transform_points(points, matrix)
-    homogeneous = np.concatenate([points.numpy(), np.ones((2, 7, 1))], axis=2)
-    expected = np.einsum("bij,bnj->bni", matrix.numpy(), homogeneous)[..., :3]
-    np.testing.assert_allclose(moved.numpy(), expected, rtol=1e-12)
-    torch.testing.assert_close(transform_points(moved, invert_transform(matrix)), points, rtol=1e-10, atol=1e-12)
-
-
-def test_projection_of_a_pinhole_camera():
-    camera = torch.tensor([[[100.0, 0, 50, 0], [0, 100, 20, 0], [0, 0, 1, 0]]])
-    pixels, depth = project_points(torch.tensor([[[1.0, -0.5, 10.0], [0, 0, -5]]]), camera)
-    torch.testing.assert_close(pixels[0, 0], torch.tensor([60.0, 15.0]))
-    assert depth[0].tolist() == [10, -5]
-    inside = inside_image(pixels, depth, torch.tensor([[40, 80]]))
-    assert inside[0].tolist() == [True, False]
-
-
-@pytest.mark.parametrize(
-    ("pixel", "inside"), [((-0.5, 0), True), ((-0.6, 0), False), ((9.4, 3.4), True), ((9.5, 0), False)]
-)
-def test_image_borders_are_half_a_pixel_beyond_the_outermost_centres(pixel, inside):
-    found = inside_image(torch.tensor([[pixel]]), torch.ones(1, 1), torch.tensor([[4, 10]]))
-    assert found.item() is inside
-
-
-def test_sampling_at_cell_centres_returns_the_cells():
-    """A cell of stride 8 covers pixels 0 to 7, its centre lies at pixel 3.5."""
-    cells = torch.arange(2 * 3 * 4.0).reshape(1, 2, 3, 4)
-    rows, columns = torch.meshgrid(torch.arange(3), torch.arange(4), indexing="ij")
-    pixels = torch.stack([columns, rows], dim=-1).reshape(1, 12, 2) * 8 + 3.5
-    sampled = sample_feature_maps([cells], pixels, torch.tensor([[24, 32]]), align_corners=False)
-    torch.testing.assert_close(sampled, cells.flatten(2).transpose(1, 2))
-
-
-def test_aligned_corners_map_the_image_border_to_the_outermost_cells():
-    cells = torch.arange(12.0).reshape(1, 1, 3, 4)
-    pixels = torch.tensor([[[0.0, 0.0], [32.0, 24.0], [16.0, 12.0]]])
-    sampled = sample_feature_maps([cells], pixels, torch.tensor([[24, 32]]), align_corners=True)
-    assert sampled.flatten().tolist() == [0.0, 11.0, 5.5]
-
-
-def test_several_maps_are_concatenated_and_zero_outside():
-    maps = [torch.ones(1, 2, 3, 4), torch.full((1, 3, 6, 8), 2.0)]
-    pixels = torch.tensor([[[15.0, 11.0], [400.0, 11.0]]])
-    sampled = sample_feature_maps(maps, pixels, torch.tensor([[24, 32]]), align_corners=False)
-    assert sampled[0, 0].tolist() == [1, 1, 2, 2, 2]
-    assert sampled[0, 1].abs().max() == 0
-    border = sample_feature_maps(maps, pixels, torch.tensor([[24, 32]]), align_corners=False, padding_mode="border")
-    assert border[0, 1].tolist() == [1, 1, 2, 2, 2]

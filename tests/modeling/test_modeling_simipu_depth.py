@@ -186,7 +186,7 @@ def test_bad_configuration_says_what_to_change(fields, message):
 
 
 def test_pipeline_without_the_package(tmp_path):
-    from simipu_hf.modeling.processing_simipu import SimIPUImageProcessor
+    from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
 
     model_dir = tmp_path / "model"
     tiny().save_pretrained(model_dir)

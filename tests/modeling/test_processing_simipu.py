@@ -9,12 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from simipu_hf.modeling.processing_simipu import (
-    SimIPUImageProcessor,
-    SimIPUPointCloudProcessor,
-    SimIPUProcessor,
-    pixel_transform,
-)
+from simipu_hf.modeling.feature_extraction_simipu import SimIPUFeatureExtractor
+from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
+from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
 CAMERA_PROJECTION = np.array([[180.0, 0, 125.5, 11.0], [0, 175.0, 39.5, -3.0], [0, 0, 1, 0.002]])
 # x forward, y left, z up -> x right, y down, z forward, slightly tilted and shifted
@@ -66,22 +63,6 @@ def test_lidar_to_pixel_is_the_projection_then_the_resize(preset, image_size, co
     found, found_depth = project(batch["lidar_to_pixel"][0], points)
     assert np.abs(found - expected).max() < 1e-2
     np.testing.assert_allclose(found_depth, depth, rtol=1e-5)
-
-
-@pytest.mark.parametrize("half_pixel_centers", [True, False])
-@pytest.mark.parametrize("mirrored", [True, False])
-def test_pixel_transform_step_by_step(half_pixel_centers, mirrored):
-    top, left, height, width = 7, 31, 60, 180
-    x, y = np.meshgrid(np.linspace(-5, 250, 9), np.linspace(-5, 80, 7))
-    matrix = pixel_transform((top, left, height, width), (96, 320), mirrored, half_pixel_centers)
-    found = np.einsum("ij,jhw->ihw", matrix, np.stack([x, y, np.ones_like(x)]))
-    if half_pixel_centers:
-        x, y = (x - left + 0.5) * 320 / width - 0.5, (y - top + 0.5) * 96 / height - 0.5
-        x = 320 - 1 - x if mirrored else x
-    else:
-        x, y = (x - left) * 320 / width, (y - top) * 96 / height
-        x = 320 - x if mirrored else x
-    np.testing.assert_allclose(found, np.stack([x, y, np.ones_like(x)]), atol=1e-9)
 
 
 def test_recommended_pixel_values_are_pillows_resize_then_imagenet_normalisation():
@@ -145,18 +126,18 @@ def test_filter_keeps_what_is_strictly_in_range_and_seen():
     seen = (depth > 0) & (pixels >= 0).all(1) & (pixels[:, 0] <= 249) & (pixels[:, 1] <= 79)
     low, high = np.array([0, -40, -3], np.float32), np.array([70.4, 40, 1], np.float32)
     inside = ((points[:, :3] > low) & (points[:, :3] < high)).all(1)
-    processor = SimIPUPointCloudProcessor()
+    processor = SimIPUFeatureExtractor()
     lidar_to_image = CAMERA_PROJECTION @ LIDAR_TO_CAMERA
     np.testing.assert_array_equal(processor.filter(points, lidar_to_image, (80, 250)), points[seen & inside])
     np.testing.assert_array_equal(processor.filter(points), points[inside])
-    everything = SimIPUPointCloudProcessor(point_cloud_range=None, do_filter_field_of_view=False)
+    everything = SimIPUFeatureExtractor(point_cloud_range=None, do_filter_field_of_view=False)
     assert everything.filter(points, lidar_to_image, (80, 250)) is points
 
 
 def test_drawing_is_without_replacement_where_there_are_enough_points():
     points = make_row(count=50)["points"]
     for num_points, distinct in ((50, 50), (20, 20), (500, 50)):
-        drawn = SimIPUPointCloudProcessor(num_points).draw(points, np.random.default_rng(0))
+        drawn = SimIPUFeatureExtractor(num_points).draw(points, np.random.default_rng(0))
         assert drawn.shape == (num_points, 4)
         assert len(np.unique(drawn[:, 3])) == distinct
         assert np.isin(drawn, points).all()
@@ -164,7 +145,7 @@ def test_drawing_is_without_replacement_where_there_are_enough_points():
 
 def test_point_cloud_processor_alone():
     scans = [make_row(seed=0)["points"], make_row(seed=1)["points"]]
-    processor = SimIPUPointCloudProcessor(num_points=64)
+    processor = SimIPUFeatureExtractor(num_points=64)
     batch = processor([scan.tobytes() for scan in scans])
     assert batch["points"].shape == (2, 64, 4)
     assert torch.equal(batch["points"][1:], processor(scans[1])["points"])
@@ -224,9 +205,9 @@ def test_bad_calls_are_refused():
     with pytest.raises(ValueError, match="image_size"):
         SimIPUProcessor.from_preset("official", (384,))
     with pytest.raises(ValueError, match="num_points"):
-        SimIPUPointCloudProcessor(num_points=0)
+        SimIPUFeatureExtractor(num_points=0)
     with pytest.raises(ValueError, match="point_cloud_range"):
-        SimIPUPointCloudProcessor(point_cloud_range=[0, 0, 0, 1, 1, 0])
+        SimIPUFeatureExtractor(point_cloud_range=[0, 0, 0, 1, 1, 0])
 
 
 @pytest.mark.parametrize("resolution", [1, 2])
@@ -256,7 +237,7 @@ def test_save_and_load(tmp_path, preset):
     row = make_row()
     expected = processor(**row)
     loaded_image = SimIPUImageProcessor.from_pretrained(tmp_path)
-    loaded = SimIPUProcessor(loaded_image, SimIPUPointCloudProcessor.from_pretrained(tmp_path))
+    loaded = SimIPUProcessor(loaded_image, SimIPUFeatureExtractor.from_pretrained(tmp_path))
     found = loaded(**row)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -272,7 +253,7 @@ folder, out = sys.argv[1:]
 classes = [AutoProcessor, AutoImageProcessor, AutoFeatureExtractor]
 processor, image_processor, feature_extractor = (c.from_pretrained(folder, trust_remote_code=True) for c in classes)
 assert type(image_processor).__name__ == "SimIPUImageProcessor", image_processor
-assert type(feature_extractor).__name__ == "SimIPUPointCloudProcessor", feature_extractor
+assert type(feature_extractor).__name__ == "SimIPUFeatureExtractor", feature_extractor
 assert hasattr(image_processor, "post_process_depth_estimation")
 row = dict(np.load(folder + "/row.npz"))
 batch = processor(Image.fromarray(row.pop("image")), **row)
@@ -286,7 +267,7 @@ def test_loads_as_remote_code_without_the_package(tmp_path, monkeypatch):
     for processor_class, auto_class in (
         (SimIPUProcessor, "AutoProcessor"),
         (SimIPUImageProcessor, "AutoImageProcessor"),
-        (SimIPUPointCloudProcessor, "AutoFeatureExtractor"),
+        (SimIPUFeatureExtractor, "AutoFeatureExtractor"),
     ):
         monkeypatch.setattr(processor_class, "_auto_class", auto_class)
     processor = SimIPUProcessor.from_preset("official", (64, 160), num_points=77)
