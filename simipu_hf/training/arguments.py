@@ -13,7 +13,7 @@ import inspect
 import json
 import sys
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -183,6 +183,231 @@ class PreTrainingArguments(RunArguments):
             raise SimIPUError(f"--image_size takes a height and a width, multiples of 32, found {self.image_size}")
 
 
+@dataclass(kw_only=True)
+class FineTuningArguments:
+    """How an encoder is fine-tuned, in every task: AdamW and a one-cycle schedule over all steps."""
+
+    learning_rate: float = 1e-4
+    """Peak of the one-cycle schedule, which starts at 1/25 of it and ends at 1/100 of that."""
+    weight_decay: float = 0.01
+    """Of AdamW."""
+    warmup_ratio: float = 0.3
+    """Share of the steps in which the learning rate rises."""
+    encoder_learning_rate: float | None = None
+    """Peak for the image encoder; as --learning_rate if None."""
+    decoder_first: float = 0.0
+    """Share of the steps, at the start, in which the image encoder's weights are frozen."""
+
+    def check_recipe(self) -> None:
+        check_at_least(self, 0, "learning_rate", "weight_decay", "decoder_first")
+        if not 0 < self.warmup_ratio < 1:
+            raise SimIPUError(f"--warmup_ratio must be above 0 and below 1, found {self.warmup_ratio}")
+        if self.decoder_first >= 1:
+            raise SimIPUError(f"--decoder_first must be below 1, found {self.decoder_first}; see --freeze_image_encoder")
+        if self.encoder_learning_rate is not None:
+            check_at_least(self, 0, "encoder_learning_rate")
+
+
+@dataclass(kw_only=True)
+class DepthTaskArguments:
+    """What a depth model sees and is measured on. The defaults are the published KITTI recipe."""
+
+    kb_crop: bool = True
+    """Keep the bottom centre of 352 x 1216 pixels of every image."""
+    image_size: tuple[int, int] | None = None
+    """Height and width to resize to after that."""
+    crop_size: tuple[int, int] | None = None
+    """Height and width of the random training window; 352 704 or the same share of --image_size if None."""
+    max_depth: float = 80.0
+    """Largest depth that is predicted and evaluated, in metres."""
+    evaluation_crop: Literal["garg", "eigen", "none"] = "garg"
+    """Part of the ground truth that counts."""
+    flip_test: bool = True
+    """Evaluate the mean of the predictions for the image and its mirror image."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """Stop at an invalid frame, or leave it out and count it."""
+
+    def check_protocol(self) -> None:
+        check_choices(self)
+        for name in ("image_size", "crop_size"):
+            size = getattr(self, name)
+            if size is not None and (len(size) != 2 or min(size) < 32):
+                raise SimIPUError(f"--{name} takes a height and a width of at least 32 pixels, found {size}")
+        if self.image_size is None and not self.kb_crop:
+            raise SimIPUError("--no_kb_crop needs --image_size: a batch holds images of one size")
+
+
+@dataclass(kw_only=True)
+class DepthArguments(RunArguments, FineTuningArguments, DepthTaskArguments):
+    """Fine-tune an image encoder for monocular depth, and evaluate it by the published protocol.
+
+    accelerate launch -m simipu_hf.finetune_depth --image_encoder RUN --train_frames KITTI#train \\
+        --test_frames KITTI#val --output_dir OUT
+    accelerate launch -m simipu_hf.finetune_depth --image_encoder resnet50 --train_list eigen_train.txt \\
+        --test_list eigen_test.txt --image_dir KITTI_RAW --depth_dir KITTI_DEPTH --output_dir OUT
+
+    Frames are named SOURCE, SOURCE#SPLIT or SOURCE#SPLIT:ID,ID,... where SOURCE is a KITTI folder, a folder of Parquet
+    files, a save_to_disk folder or a Hub id; the ids may also be lines of a file, written SOURCE#SPLIT:@FILE.
+    """
+
+    image_encoder: str = "random:resnet50"
+    """Run or encoder folder, Hub id, .pth, timm name (its ImageNet weights), or random:<timm name>."""
+    freeze_image_encoder: bool = False
+    """Train the decoder alone, as a probe of the encoder's features."""
+    train_frames: list[str] = field(default_factory=list)
+    """Frames to train on."""
+    test_frames: list[str] = field(default_factory=list)
+    """Frames to evaluate on; none may be a training frame."""
+    train_list: str | None = None
+    """Eigen file list to train on, instead of --train_frames."""
+    test_list: str | None = None
+    """Eigen file list to evaluate on, instead of --test_frames."""
+    image_dir: str | None = None
+    """Folder the image paths of the lists start from (KITTI raw)."""
+    depth_dir: str | None = None
+    """Folder the depth paths of the lists start from (annotated depth)."""
+    keep_frames: bool = False
+    """Keep decoded frames in memory, for small sets."""
+    per_device_train_batch_size: int = 8
+    """Frames per process and forward pass (the recipe: 2 GPUs x 8)."""
+    num_train_epochs: float = 24.0
+    """Passes over the training frames."""
+    max_grad_norm: float = 35.0
+    """Clip gradients to this norm; 0 does not."""
+    adam_beta1: float = 0.95
+    """Of AdamW; the schedule lowers it by 0.1 while the learning rate rises."""
+    adam_beta2: float = 0.99
+    """Of AdamW."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_recipe()
+        self.check_protocol()
+        if bool(self.train_frames) == bool(self.train_list):
+            raise SimIPUError("give the frames to train on: either --train_frames or --train_list")
+        if self.test_frames and self.test_list:
+            raise SimIPUError("give either --test_frames or --test_list, not both")
+        if (self.train_list or self.test_list) and not (self.image_dir and self.depth_dir):
+            raise SimIPUError("--train_list and --test_list need --image_dir and --depth_dir")
+        if self.eval_steps and not (self.test_frames or self.test_list):
+            raise SimIPUError("--eval_steps needs --test_frames or --test_list")
+
+
+@dataclass(kw_only=True)
+class EvaluateDepthArguments:
+    """Evaluate a depth model by the published protocol: nine metrics, overall and by range.
+
+    simipu-hf evaluate-depth --model RUN --test_frames KITTI#val --output_dir OUT
+    simipu-hf evaluate-depth --model RUN --test_list eigen_test.txt --image_dir KITTI_RAW --depth_dir KITTI_DEPTH
+    """
+
+    model: str
+    """Folder or Hub id of a depth model."""
+    test_frames: list[str] = field(default_factory=list)
+    """Frames to evaluate on: SOURCE, SOURCE#SPLIT or SOURCE#SPLIT:ID,ID,..."""
+    test_list: str | None = None
+    """Eigen file list to evaluate on, instead of --test_frames."""
+    image_dir: str | None = None
+    """Folder the image paths of the list start from (KITTI raw)."""
+    depth_dir: str | None = None
+    """Folder the depth paths of the list start from (annotated depth)."""
+    kb_crop: bool = True
+    """Evaluate on the bottom centre of 352 x 1216 pixels of every image; what the model sees is its own matter."""
+    evaluation_crop: Literal["garg", "eigen", "none"] = "garg"
+    """Part of that which counts."""
+    min_depth: float = 1e-3
+    """In metres; smaller depths are not evaluated."""
+    max_depth: float = 80.0
+    """In metres; larger depths are not evaluated."""
+    flip_test: bool = True
+    """Evaluate the mean of the predictions for the image and its mirror image."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """Stop at an invalid frame, or leave it out and count it."""
+    output_dir: str | None = None
+    """Where depth_evaluation.json and pictures are written; nowhere if None."""
+    num_pictures: int = 8
+    """Frames of which a picture is written."""
+    update_card: bool = False
+    """Add the result to the model card of the folder --model."""
+    device: str | None = None
+    """Such as cuda; a GPU where there is one if None."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if bool(self.test_frames) == bool(self.test_list):
+            raise SimIPUError("give the frames to evaluate on: either --test_frames or --test_list")
+        if self.test_list and not (self.image_dir and self.depth_dir):
+            raise SimIPUError("--test_list needs --image_dir and --depth_dir")
+        if self.update_card and not Path(self.model).is_dir():
+            raise SimIPUError(f"--update_card needs a folder, found --model {self.model}")
+
+
+@dataclass(kw_only=True)
+class CompareArguments(FineTuningArguments):
+    """What every comparison of image encoders takes, whatever the task."""
+
+    image_encoders: list[str]
+    """NAME=SOURCE ..., SOURCE being whatever the task's --image_encoder takes. scratch, random weights of the first
+    one's architecture, is added where missing; the others are compared with it."""
+    train_frames: list[str]
+    """Frames with labels: SOURCE, SOURCE#SPLIT or SOURCE#SPLIT:ID,ID,..."""
+    test_frames: list[str]
+    """Frames to evaluate on; none may be a training frame, and no drive should be on both sides."""
+    output_dir: str
+    """Folder of the results; runs that it already holds are not repeated."""
+    modes: list[Literal["full", "frozen"]] = field(default_factory=lambda: ["full"])
+    """full: all weights are trained; frozen: the decoder alone."""
+    label_fractions: list[float] = field(default_factory=lambda: [1.0])
+    """Shares of the training frames; smaller ones are part of larger ones."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """Of the decoder, of random encoders, of frame order and augmentation."""
+    max_steps: int = 400
+    """Optimizer steps of every run."""
+    batch_size: int = 8
+    """Frames per step."""
+    num_evaluations: int = 8
+    """Evaluations during every run, evenly spaced, the last at its end; they are the curve that speed is read from."""
+    device: str | None = None
+    """Such as cuda; a GPU where there is one if None."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        self.check_recipe()
+        for name in ("image_encoders", "train_frames", "test_frames", "modes", "label_fractions", "seeds"):
+            values = getattr(self, name)
+            if not values:
+                raise SimIPUError(f"--{name} is missing")
+            if len(set(values)) < len(values):
+                raise SimIPUError(f"--{name} names something twice: {' '.join(map(str, values))}")
+        for encoder in self.image_encoders:
+            if not all(encoder.partition("=")):
+                raise SimIPUError(f"--image_encoders {encoder}: expected NAME=SOURCE")
+        if not set(self.modes) <= {"full", "frozen"}:
+            raise SimIPUError(f"--modes {' '.join(self.modes)}: choose from full, frozen")
+        if not all(0 < fraction <= 1 for fraction in self.label_fractions):
+            raise SimIPUError(f"--label_fractions must be above 0 and at most 1, found {self.label_fractions}")
+        if min(self.max_steps, self.batch_size) < 1 or not 1 <= self.num_evaluations <= self.max_steps:
+            raise SimIPUError("--max_steps and --batch_size must be at least 1, --num_evaluations 1 to --max_steps")
+
+    def recipe(self) -> dict[str, Any]:
+        """What all runs share; runs of another recipe in the same folder are not reused."""
+        free = ("image_encoders", "output_dir", "modes", "label_fractions", "seeds", "device")
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
+
+
+@dataclass(kw_only=True)
+class CompareDepthArguments(CompareArguments, DepthTaskArguments):
+    """Does pre-training help here? Fine-tune for depth from several encoders, all else being equal.
+
+    simipu-hf compare-depth --image_encoders simipu=RUN imagenet=resnet18 --train_frames KITTI#train \\
+        --test_frames KITTI#val --image_size 96 320 --modes full frozen --label_fractions 0.25 1 --output_dir OUT
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_protocol()
+
+
 def check_choices(arguments: Any) -> None:
     """Raises a `SimIPUError` that lists the choices of the first `Literal` field with another value.
 
@@ -216,14 +441,35 @@ def parse_arguments(cls: type[ArgumentsT], argv: Sequence[str] | None = None, pr
         SimIPUError: a configuration file that is missing or names an unknown flag, or a value that `cls` refuses.
         SystemExit: a flag that is not known or cannot be read (code 2), and `--help`.
     """
-    config_parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
-    config_parser.add_argument("--config")
-    known, flags = config_parser.parse_known_args(list(sys.argv[1:] if argv is None else argv))
-    if known.config is not None:
-        flags = _as_flags(read_config(known.config), cls, known.config) + flags
     about_config = f"--config FILE reads flags from YAML, JSON, a run.yaml, or one of {', '.join(packaged_configs())}."
     description = f"{inspect.cleandoc(cls.__doc__ or '')}\n\n{about_config}"
+    flags = expand_config(sys.argv[1:] if argv is None else argv, cls)
     return tyro.cli(cls, prog=prog, description=description, args=flags, use_underscores=True)
+
+
+def expand_config(argv: Sequence[str], cls: type) -> list[str]:
+    """`argv` with the flags that `--config FILE` holds in front, where the ones that follow win.
+
+    Raises:
+        SimIPUError: as [`read_config`], or the file names a flag that the dataclass `cls` does not have.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    known, flags = parser.parse_known_args(list(argv))
+    if known.config is None:
+        return flags
+    names = [field.name for field in dataclasses.fields(cls)]
+    from_file = []
+    for name, value in read_config(known.config).items():
+        if name not in names:
+            close = difflib.get_close_matches(str(name), names, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise SimIPUError(f"--config {known.config}: unknown flag {name!r}{hint}")
+        if isinstance(value, bool):
+            from_file.append(f"--{name}" if value else f"--no_{name}")
+        else:
+            from_file += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return from_file + flags
 
 
 def packaged_configs() -> list[str]:
@@ -254,23 +500,6 @@ def read_config(name: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise SimIPUError(f"--config {name}: expected names and values of flags, found {type(values).__name__}")
     return values
-
-
-def _as_flags(values: Mapping[str, Any], cls: type, source: str) -> list[str]:
-    """Values of a file as command-line words, so that both are read by the same rules."""
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    flags = []
-    for name, value in values.items():
-        if name not in fields:
-            close = difflib.get_close_matches(str(name), fields, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise SimIPUError(f"--config {source}: unknown flag {name!r}{hint}")
-        if isinstance(value, bool):
-            flags.append(f"--{name}" if value else f"--no_{name}")
-        elif value is not None or fields[name].default is not None:
-            flags.append(f"--{name}")
-            flags += [str(item) for item in (value if isinstance(value, list) else [value])]
-    return flags
 
 
 def parse_overrides(
