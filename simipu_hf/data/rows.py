@@ -7,16 +7,20 @@
 | `points` | binary | little-endian float32, N x 4: x y z reflectance, metres, LiDAR frame |
 | `camera_projection` | 3 x 4 float64 | (rectified) camera frame -> pixels; integer coordinates are pixel centres |
 | `lidar_to_camera` | 4 x 4 float64 | LiDAR frame -> (rectified) camera frame: x right, y down, z forward, metres |
+| `scene` | string | the drive, log or segment, for splits that do not leak; made of `frame_id` where it is absent |
 
 The points are bytes because every other column type is 10 to 2,000 times slower to read. Further columns are allowed.
 """
 
 import os
-import shutil
-import tempfile
+import re
+import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from io import BytesIO
+from pathlib import Path
 from typing import Any, Protocol
 
 import datasets
@@ -25,6 +29,7 @@ from datasets.arrow_writer import ArrowWriter
 from PIL import Image
 
 from ..errors import SimIPUError
+from ..files import atomic_path
 from ..modeling.feature_extraction_simipu import to_point_cloud
 from ..modeling.geometry import to_calibration
 
@@ -44,8 +49,10 @@ ROW_FEATURES = datasets.Features(
         "points": datasets.Value("binary"),
         "camera_projection": datasets.Array2D((3, 4), "float64"),
         "lidar_to_camera": datasets.Array2D((4, 4), "float64"),
+        "scene": datasets.Value("string"),
     }
 )
+REQUIRED_COLUMNS = [column for column in ROW_FEATURES if column != "scene"]
 
 
 def to_row(
@@ -54,8 +61,12 @@ def to_row(
     points: np.ndarray,
     camera_projection: np.ndarray,
     lidar_to_camera: np.ndarray,
+    scene: str | None = None,
 ) -> dict[str, Any]:
     """One row of the contract from one camera image and the LiDAR scan of the same instant.
+
+        rows = (to_row(f.name, f.image_path, f.points, f.projection, f.extrinsics, scene=f.log) for f in my_frames)
+        dataset_from_rows(rows).save_to_disk("my_dataset")   # then: --dataset_name my_dataset
 
     Args:
         frame_id: Unique name of the frame.
@@ -65,17 +76,10 @@ def to_row(
             it is `[K | 0]`.
         lidar_to_camera: (4, 4) matrix from the LiDAR frame to the camera frame (x right, y down, z forward). For
             extrinsics that map camera to LiDAR, pass the inverse.
+        scene: Name of the drive, log or segment; `None` makes it of `frame_id`, see `scene_of`.
 
     Raises:
         SimIPUError: anything that `check_row` refuses.
-
-    Example, for a data set of your own:
-
-        def rows():
-            for log in my_logs:
-                yield to_row(log.name, log.image_path, log.points, log.projection, log.extrinsics)
-
-        dataset_from_rows(rows()).save_to_disk("my_dataset")   # then: --dataset_name my_dataset
     """
     encoded: Any = image
     if isinstance(image, bytes):
@@ -90,9 +94,22 @@ def to_row(
         "points": cloud.astype("<f4", copy=False).tobytes(),
         "camera_projection": np.asarray(camera_projection, dtype=np.float64).tolist(),
         "lidar_to_camera": np.asarray(lidar_to_camera, dtype=np.float64).tolist(),
+        "scene": scene_of(str(frame_id)) if scene is None else str(scene),
     }
     check_row(row)
     return row
+
+
+def scene_of(frame_id: str) -> str:
+    """A scene's name where none is given: what is before the first slash of `frame_id`, or before the number at its
+    end and the camera's.
+
+    >>> [scene_of(name) for name in ("log7/000123/left", "drive_0009_sync_image_02_0000000042", "000123")]
+    ['log7', 'drive_0009_sync', '000123']
+    """
+    if "/" in frame_id.strip("/"):
+        return frame_id.strip("/").partition("/")[0]
+    return re.sub(r"(_image_\d+)?[^0-9A-Za-z]*\d+$", "", frame_id) or frame_id
 
 
 def dataset_from_rows(rows: Iterable[dict[str, Any]], cache_dir: str | os.PathLike | None = None) -> datasets.Dataset:
@@ -101,19 +118,29 @@ def dataset_from_rows(rows: Iterable[dict[str, Any]], cache_dir: str | os.PathLi
     The rows are written to a new file in `cache_dir` (default: the cache of datasets). To keep them, call
     `save_to_disk` or `push_to_hub` on the result.
     """
-    parent = os.fspath(cache_dir or datasets.config.HF_DATASETS_CACHE)
-    os.makedirs(parent, exist_ok=True)
-    folder = tempfile.mkdtemp(prefix="rows-", dir=parent)
-    path = os.path.join(folder, "rows.arrow")
+    path = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / f"rows-{secrets.token_hex(8)}.arrow"
+    write_arrow(path, rows, ROW_FEATURES)
+    return datasets.Dataset.from_file(str(path))
+
+
+def write_arrow(path: Path, rows: Iterable[dict[str, Any]], features: datasets.Features) -> None:
+    """Writes an Arrow file of rows; 16 of them are in memory at a time.
+
+    Raises:
+        SimIPUError: it cannot be written.
+    """
+    with atomic_path(path) as beside, ArrowWriter(path=str(beside), features=features, writer_batch_size=16) as writer:
+        for row in _without_os_errors(rows):
+            writer.write(features.encode_example(row))
+        writer.finalize()
+
+
+def _without_os_errors(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """What the rows' own files raise is not to be taken for an error of the file that is written."""
     try:
-        with ArrowWriter(path=path, features=ROW_FEATURES, writer_batch_size=16) as writer:
-            for row in rows:
-                writer.write(ROW_FEATURES.encode_example(row))
-            writer.finalize()
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    return datasets.Dataset.from_file(path)
+        yield from rows
+    except OSError as error:
+        raise SimIPUError(f"a row cannot be read: {error}") from error
 
 
 def points_from_row(row: Mapping[str, Any]) -> np.ndarray:
@@ -163,6 +190,49 @@ def image_from_row(row: Mapping[str, Any]) -> Image.Image:
         raise _row_error(row, "image", "a readable image", f"{type(error).__name__}: {error}") from error
 
 
+@dataclass(frozen=True)
+class Frame:
+    """One row of the data contract, ready to measure and to draw.
+
+    Args:
+        frame_id: its name.
+        image: `(H, W, 3)` uint8, RGB.
+        points: `(N, 4)`, x y z in metres in the LiDAR frame (x forward, y left, z up), reflectance.
+        lidar_to_image: `(3, 4)`, LiDAR to pixels of `image`; integer coordinates are pixel centres.
+    """
+
+    frame_id: str
+    image: np.ndarray
+    points: np.ndarray
+    lidar_to_image: np.ndarray
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> "Frame":
+        """Reads a row.
+
+        Raises:
+            SimIPUError: its image, points or calibration are damaged.
+        """
+        projection, lidar_to_camera = calibration_from_row(row)
+        image = np.array(image_from_row(row))  # a copy that may be written to, as PyTorch asks
+        return cls(str(row["frame_id"]), image, points_from_row(row), projection @ lidar_to_camera)
+
+    def project(self, coordinates: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where points `(M, 3)` appear: pixels `(M, 2)` (x, y), depth `(M,)` in metres, and which are in the image."""
+        pixels, depth = project_points(coordinates.astype(np.float64), self.lidar_to_image)
+        return pixels, depth, inside_image(pixels, depth, np.array(self.image.shape[:2]))
+
+    @cached_property
+    def view(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`project` of all points of the scan."""
+        return self.project(self.points[:, :3])
+
+    def lift(self, pixels: np.ndarray, depth: float) -> np.ndarray:
+        """The points `(M, 3)` in the LiDAR frame that appear at pixels `(M, 2)` at `depth` metres."""
+        homogeneous = depth * np.column_stack([pixels, np.ones(len(pixels))])
+        return np.linalg.solve(self.lidar_to_image[:, :3], (homogeneous - self.lidar_to_image[:, 3]).T).T
+
+
 def check_row(row: Mapping[str, Any]) -> None:
     """Checks all of a row.
 
@@ -170,9 +240,9 @@ def check_row(row: Mapping[str, Any]) -> None:
         SimIPUError: a column is missing, or anything that `points_from_row`, `calibration_from_row` or
             `image_from_row` refuses; names the frame, what was expected and what was found.
     """
-    missing = [column for column in ROW_FEATURES if column not in row]
+    missing = [column for column in REQUIRED_COLUMNS if column not in row]
     if missing:
-        raise _row_error(row, ", ".join(missing), f"the columns {list(ROW_FEATURES)}", list(row))
+        raise _row_error(row, ", ".join(missing), f"the columns {REQUIRED_COLUMNS}", list(row))
     points_from_row(row)
     calibration_from_row(row)
     image_from_row(row)
@@ -186,6 +256,8 @@ def check_features(features: datasets.Features, source: str) -> None:
     """
     for column, expected in ROW_FEATURES.items():
         found = features.get(column)
+        if found is None and column not in REQUIRED_COLUMNS:
+            continue
         if found is None:
             raise SimIPUError(
                 f"{source}: column {column!r}: expected {_describe(expected)}, found only {list(features)}"
@@ -195,7 +267,7 @@ def check_features(features: datasets.Features, source: str) -> None:
 
 
 def _same_kind(column: str, found: Any) -> bool:
-    if column == "frame_id":
+    if column in ("frame_id", "scene"):
         return getattr(found, "dtype", None) in ("string", "large_string")
     if column == "image":
         return isinstance(found, datasets.Image)
