@@ -13,7 +13,8 @@ from torch import Tensor
 from simipu_hf.grouped_pointnet2 import GroupedPointNet2
 from simipu_hf.modeling.configuration_simipu import SimIPUPointNet2Config
 from simipu_hf.modeling.layers import LinearBlock
-from simipu_hf.modeling.matching import PendingMatch, invert_transform, transform_points
+from simipu_hf.modeling.geometry import invert_transform, transform_points
+from simipu_hf.modeling.matching import PendingMatch
 from simipu_hf.modeling.point_ops import (
     Neighbors,
     ball_query,

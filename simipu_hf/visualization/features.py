@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from simipu_hf.data.augmentation import TwoViewAugmentation, two_view_sample
 from simipu_hf.data.frame import Frame
 from simipu_hf.evaluation.correspondence import cell_centers, dense_image_embeds
-from simipu_hf.modeling.geometry import pixel_transform
+from simipu_hf.modeling.geometry import invert_transform, pixel_transform, transform_points
 from simipu_hf.modeling.image_encoder import TimmModel, image_feature_maps, sorted_stages
 from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
-from simipu_hf.modeling.matching import PendingMatch, invert_transform, transform_points
+from simipu_hf.modeling.matching import PendingMatch
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
