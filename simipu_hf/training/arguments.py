@@ -408,6 +408,91 @@ class CompareDepthArguments(CompareArguments, DepthTaskArguments):
         self.check_protocol()
 
 
+@dataclass(kw_only=True)
+class BenchmarkArguments:
+    """What every benchmark takes."""
+
+    data_dir: str | None = None
+    """Rows to run on: KITTI, Parquet or save_to_disk folder; synthetic frames if neither is given."""
+    dataset_name: str | None = None
+    """Hub id, or a folder."""
+    preset: Literal["recommended", "official"] = "recommended"
+    """Model, processor and augmentation."""
+    batch_size: int = 2
+    """Rows in a batch."""
+    num_points: int = 16384
+    """Points of a scan."""
+    repeats: int = 5
+    """Measurements of which the median counts, at least."""
+    seed: int = 0
+    """Of the weights and the augmentation."""
+    json: bool = False
+    """Print JSON, for programs."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_at_least(self, 1, "batch_size", "num_points", "repeats")
+
+
+@dataclass(kw_only=True)
+class BenchmarkOpsArguments(BenchmarkArguments):
+    """Sampling, ball query, grouped maximum, assignment: every backend against its plain PyTorch definition.
+
+    simipu-hf benchmark ops --data_dir KITTI
+    """
+
+    preset: Literal["recommended", "official"] = "official"
+    """official groups features alone, recommended offsets from the centres as well."""
+    config_overrides: str | None = None
+    """Fields of SimIPUConfig to change, as for pretrain."""
+    device: str | None = None
+    """Such as cuda; a GPU where there is one if None."""
+
+
+@dataclass(kw_only=True)
+class BenchmarkStepArguments(BenchmarkArguments):
+    """A pre-training step beside the forward and backward of its image encoder alone, and where its time goes.
+
+    simipu-hf benchmark step --image_encoder resnet18 --image_size 96 320 --num_points 4096
+    """
+
+    image_encoder: str = "resnet50"
+    """timm model name."""
+    point_encoder: Literal["pointnet2", "sparse_conv"] = "pointnet2"
+    """sparse_conv needs spconv."""
+    image_size: tuple[int, int] = (384, 1248)
+    """Height and width of the images."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """fp16 needs a GPU."""
+    torch_compile: bool = False
+    """Compile the image encoder with torch.compile."""
+    config_overrides: str | None = None
+    """Fields of SimIPUConfig to change, as for pretrain."""
+    device: str | None = None
+    """Such as cuda; a GPU where there is one if None."""
+
+
+@dataclass(kw_only=True)
+class BenchmarkDataArguments(BenchmarkArguments):
+    """Rows a second of the two-view batches, against decoding and resizing their images alone.
+
+    simipu-hf benchmark data --data_dir KITTI
+    """
+
+    image_size: tuple[int, int] = (384, 1248)
+    """Height and width of the images."""
+    num_rows: int = 16
+    """Rows in one pass; a smaller data set is read several times over."""
+    num_workers: int | None = None
+    """Processes of the loader; one per processor if None."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, 1, "num_rows")
+        if self.num_workers is not None:
+            check_at_least(self, 1, "num_workers")
+
+
 def check_choices(arguments: Any) -> None:
     """Raises a `SimIPUError` that lists the choices of the first `Literal` field with another value.
 
