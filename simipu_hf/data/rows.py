@@ -31,7 +31,7 @@ from PIL import Image
 from ..errors import SimIPUError
 from ..files import atomic_path
 from ..modeling.feature_extraction_simipu import to_point_cloud
-from ..modeling.geometry import to_calibration
+from ..modeling.geometry import inside_image, project_points, to_calibration
 
 
 class Rows(Protocol):
