@@ -203,7 +203,9 @@ class FineTuningArguments:
         if not 0 < self.warmup_ratio < 1:
             raise SimIPUError(f"--warmup_ratio must be above 0 and below 1, found {self.warmup_ratio}")
         if self.decoder_first >= 1:
-            raise SimIPUError(f"--decoder_first must be below 1, found {self.decoder_first}; see --freeze_image_encoder")
+            raise SimIPUError(
+                f"--decoder_first must be below 1, found {self.decoder_first}; see --freeze_image_encoder"
+            )
         if self.encoder_learning_rate is not None:
             check_at_least(self, 0, "encoder_learning_rate")
 
@@ -289,6 +291,8 @@ class DepthArguments(RunArguments, FineTuningArguments, DepthTaskArguments):
             raise SimIPUError("give either --test_frames or --test_list, not both")
         if (self.train_list or self.test_list) and not (self.image_dir and self.depth_dir):
             raise SimIPUError("--train_list and --test_list need --image_dir and --depth_dir")
+        if self.freeze_image_encoder and (self.decoder_first or self.encoder_learning_rate is not None):
+            raise SimIPUError("--freeze_image_encoder leaves nothing to --decoder_first and --encoder_learning_rate")
         if self.eval_steps and not (self.test_frames or self.test_list):
             raise SimIPUError("--eval_steps needs --test_frames or --test_list")
 
@@ -331,6 +335,8 @@ class EvaluateDepthArguments:
     """Add the result to the model card of the folder --model."""
     device: str | None = None
     """Such as cuda; a GPU where there is one if None."""
+    json: bool = False
+    """Print the result as JSON."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -369,6 +375,8 @@ class CompareArguments(FineTuningArguments):
     """Evaluations during every run, evenly spaced, the last at its end; they are the curve that speed is read from."""
     device: str | None = None
     """Such as cuda; a GPU where there is one if None."""
+    json: bool = False
+    """Print the result as JSON."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -391,7 +399,7 @@ class CompareArguments(FineTuningArguments):
 
     def recipe(self) -> dict[str, Any]:
         """What all runs share; runs of another recipe in the same folder are not reused."""
-        free = ("image_encoders", "output_dir", "modes", "label_fractions", "seeds", "device")
+        free = ("image_encoders", "output_dir", "modes", "label_fractions", "seeds", "device", "json")
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
 
 

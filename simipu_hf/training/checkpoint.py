@@ -1,17 +1,18 @@
-"""Checkpoints that are complete or absent: written aside, flushed, listed in a manifest, then renamed.
+"""Checkpoints that are complete or absent, and named when they are damaged.
 
 `OUTPUT_DIR/checkpoint-<optimizer step>` holds whatever the model saves (`from_pretrained` reads the folder) and
 
-- `training_state.pt`: optimizers, schedules and the random state of each process; read with `weights_only=True`,
-- `training_state.json`: the step, what the run was (compared on resume), and the logger's unfinished window,
+- `training_state.pt`: optimizers, schedule and the logger's unfinished window; read with `weights_only=True`,
+- `training_state.json`: the step, and what the run was (compared on resume),
 - `manifest.json`: size and SHA-256 of every file, so that damage is noticed before anything is loaded.
+
+accelerate's `save_state` writes in place and from every process; a kill or a full disk then leaves half a checkpoint.
 """
 
 import hashlib
+import itertools
 import json
-import os
 import pickle
-import random
 import re
 import shutil
 from collections.abc import Callable
@@ -19,15 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 
 from simipu_hf.errors import SimIPUError
+from simipu_hf.files import atomic_folder
+
+from .logging import METRICS_FILE
 
 MANIFEST = "manifest.json"
 STATE_TENSORS = "training_state.pt"
 STATE_VALUES = "training_state.json"
+TRAINER_STATE = "trainer_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -64,28 +68,23 @@ def save_checkpoint(
         SimIPUError: it could not be written (full disk, no permission); earlier checkpoints are untouched.
     """
     target = output_dir / f"checkpoint-{step}"
-    partial = output_dir / f".checkpoint-{step}.partial"
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        save_model(partial)
-        torch.save(tensors, partial / STATE_TENSORS)
-        write_text(partial / STATE_VALUES, json.dumps({"step": step, **values}, indent=2))
-        write_text(partial / MANIFEST, json.dumps({"step": step, "files": _describe_files(partial)}, indent=2))
-        _synchronize_folder(partial)
-        if target.exists():  # a damaged one, or this step taken again after a resume from an earlier checkpoint
-            shutil.rmtree(target)
-        partial.rename(target)
-        _synchronize_folder(output_dir)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        # a target that exists is a damaged one, or this step taken again
+        with atomic_folder(target, overwrite=True) as beside:
+            save_model(beside)
+            torch.save(tensors, beside / STATE_TENSORS)
+            (beside / STATE_VALUES).write_text(json.dumps({"step": step, **values}, indent=2), encoding="utf-8")
+            manifest = {"step": step, "files": _describe_files(beside)}
+            (beside / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    except (OSError, SafetensorError, RuntimeError, SimIPUError) as error:
         kept = newest_checkpoint(output_dir)
         raise SimIPUError(
             f"could not write checkpoint {target}: {error}. "
             + (f"The last good checkpoint is {kept}" if kept else "There is no earlier checkpoint")
         ) from error
     for old in list_checkpoints(output_dir)[: -total_limit if total_limit else 0]:
-        shutil.rmtree(old, ignore_errors=True)
+        if old != target:
+            shutil.rmtree(old, ignore_errors=True)
     return target
 
 
@@ -116,6 +115,8 @@ def verify_checkpoint(path: Path) -> None:
         SimIPUError: naming the file, what was expected and what was found.
     """
     manifest_path = path / MANIFEST
+    if (path / TRAINER_STATE).is_file():
+        return _verify_trainer_checkpoint(path)
     if not manifest_path.is_file():
         raise SimIPUError(f"{path} is not a training checkpoint: it has no {MANIFEST}")
     try:
@@ -134,6 +135,14 @@ def verify_checkpoint(path: Path) -> None:
             raise SimIPUError(f"{path} is damaged: {name} has {file.stat().st_size} bytes, expected {size}")
         if _sha256(file) != digest:
             raise SimIPUError(f"{path} is damaged: the contents of {name} differ from what was written")
+
+
+def _verify_trainer_checkpoint(path: Path) -> None:
+    """`transformers.Trainer` writes no manifest, and its state as the last file."""
+    try:
+        json.loads((path / TRAINER_STATE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SimIPUError(f"{path / TRAINER_STATE} is damaged ({error})") from error
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -156,8 +165,29 @@ def newest_checkpoint(output_dir: Path, on_damaged: Callable[[str], None] = lamb
 
 def remove_partial_checkpoints(output_dir: Path) -> None:
     """Delete what a kill during a checkpoint left behind."""
-    for path in output_dir.glob(".checkpoint-*.partial"):
+    for path in output_dir.glob(".checkpoint-*"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def set_aside(output_dir: Path, step: int) -> Path | None:
+    """Move the checkpoints beyond `step` into a folder of their own, with a copy of the metrics that led there.
+
+    A run that goes on from an earlier checkpoint leaves another continuation behind: it is neither deleted nor taken
+    for the newest.
+
+    Returns:
+        that folder; `None` where there are no such checkpoints.
+    """
+    beyond = [path for path in list_checkpoints(output_dir) if int(path.name.split("-")[1]) > step]
+    if not beyond:
+        return None
+    folder = next(f for n in itertools.count(1) if not (f := output_dir / f"set_aside-{n}").exists())
+    folder.mkdir()
+    if (output_dir / METRICS_FILE).is_file():
+        shutil.copyfile(output_dir / METRICS_FILE, folder / METRICS_FILE)
+    for path in beyond:
+        path.rename(folder / path.name)
+    return folder
 
 
 def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
@@ -178,66 +208,17 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -
         )
 
 
-def capture_random_state() -> dict[str, Any]:
-    """This process's random states (Python, NumPy, PyTorch), in types that `weights_only` loading allows."""
-    numpy_state = np.random.get_state(legacy=False)
-    return {
-        "python": random.getstate(),
-        "numpy_key": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
-        "numpy_rest": (numpy_state["state"]["pos"], numpy_state["has_gauss"], numpy_state["gauss"]),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def restore_random_state(state: dict[str, Any]) -> None:
-    """The inverse of [`capture_random_state`]."""
-    random.setstate(state["python"])
-    position, has_gauss, gauss = state["numpy_rest"]
-    key = state["numpy_key"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", key, position, has_gauss, gauss))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all: aside, then renamed."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
-
-
 def _describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    for file in files:
-        _synchronize_file(file)
     return {
-        file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": _sha256(file)} for file in files
+        file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": _sha256(file)}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
     }
 
 
 def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return _digest(stream)
-
-
-def _digest(stream: Any) -> str:
     digest = hashlib.sha256()
-    while block := stream.read(1 << 20):
-        digest.update(block)
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
-
-
-def _synchronize_file(file: Path) -> None:
-    with file.open("rb+") as stream:
-        os.fsync(stream.fileno())
-
-
-def _synchronize_folder(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -1,18 +1,19 @@
-"""What several processes need beyond accelerate: synchronised batch norm, also on the CPU, and agreement."""
+"""What several processes need beyond accelerate: agreement on errors, on stopping, on non-finite values."""
 
 import os
+import signal
+import threading
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from simipu_hf.errors import SimIPUError
-from simipu_hf.modeling.collectives import all_reduce_sum
+
+from .batch_norm import ReducedBatchNorm, synchronize_batch_norm  # noqa: F401 (until all import them from there)
 
 T = TypeVar("T")
 
@@ -45,15 +46,6 @@ def use_all_cores(accelerator: Accelerator) -> None:
         torch.set_num_threads(os.cpu_count() or 1)
 
 
-def sum_over_processes(accelerator: Accelerator, values: list[float]) -> list[float]:
-    """The element-wise sum of `values` over all processes, in float64. Every process gets the same answer."""
-    if accelerator.num_processes == 1:
-        return list(values)
-    # MPS has no float64 and no several processes either
-    total = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
-    return accelerator.reduce(total, reduction="sum").tolist()
-
-
 def on_main_process(accelerator: Accelerator, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """Call `function` on the main process alone; every process gets its result, or its `SimIPUError`.
 
@@ -73,83 +65,76 @@ def on_main_process(accelerator: Accelerator, function: Callable[..., T], *args:
     return outcome[0]
 
 
-def synchronize_batch_norm(model: nn.Module) -> nn.Module:
-    """Make every batch norm of `model` use the statistics of all processes' batches. In place; returns `model`.
+class SharedFlags:
+    """Flags that any process may raise in a step and that all processes see, one step later.
 
-    Modules with an attribute `synchronize` (the point encoder's weighted batch norm, the projection heads') are
-    told to; PyTorch's and timm's own are exchanged: for `SyncBatchNorm` on an accelerator, on the CPU, where that
-    one refuses to run, for an equivalent of ours. Names and shapes in the state dictionary stay as they are.
-    """
-    for module in model.modules():
-        if hasattr(module, "synchronize"):
-            module.synchronize = True  # type: ignore[assignment]  # torch types attributes as tensors or modules
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    return _convert_on_cpu(model) if on_cpu else _convert_on_accelerator(model)
+    flags.put(step, not_finite=~loss.isfinite(), stop=stop.requested)
+    flags.get()             # of the step before: the values have arrived, nothing waits for the device
+    flags.get(wait=True)    # of this step too
 
-
-def _convert_on_accelerator(model: nn.Module) -> nn.Module:
-    from timm.layers import convert_sync_batchnorm  # keeps the activation that timm fuses into its batch norm
-
-    return convert_sync_batchnorm(model)
-
-
-def _convert_on_cpu(module: nn.Module) -> nn.Module:
-    for name, child in module.named_children():
-        setattr(module, name, _convert_on_cpu(child))
-    is_own = hasattr(module, "synchronize") or isinstance(module, ReducedBatchNorm)
-    return ReducedBatchNorm.from_batch_norm(module) if isinstance(module, _BatchNorm) and not is_own else module
-
-
-class ReducedBatchNorm(_BatchNorm):
-    """Batch norm over the batches of all processes, on any device, with the exact gradient.
-
-    Takes the place of `nn.BatchNorm1d/2d` and of timm's `BatchNormAct2d`, whose activation it keeps. Two passes
-    (mean, then squared distances from it), so that it loses no digits.
+    Reading a value of this step at once would stop the host until the device has finished it.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.drop: nn.Module = nn.Identity()
-        self.act: nn.Module = nn.Identity()
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self._pending: list[tuple[int, list[str], torch.Tensor, torch.Event | None]] = []
+        self._raised: dict[str, int] = {}
 
-    @classmethod
-    def from_batch_norm(cls, source: _BatchNorm) -> "ReducedBatchNorm":
-        converted = cls(source.num_features, source.eps, source.momentum, source.affine, source.track_running_stats)
-        converted._parameters, converted._buffers = source._parameters, source._buffers
-        converted.drop = getattr(source, "drop", converted.drop)
-        converted.act = getattr(source, "act", converted.act)
-        return converted.train(source.training)
+    def put(self, step: int, **flags: torch.Tensor | bool) -> None:
+        """Start to exchange the flags of `step`. Every process calls this with the same names."""
+        device = self.accelerator.device
+        values = torch.stack(
+            [
+                flag.float() if isinstance(flag, torch.Tensor) else torch.full((), float(flag), device=device)
+                for flag in flags.values()
+            ]
+        )
+        if self.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(values)
+        arrived = None
+        if device.type != "cpu":
+            values = values.to("cpu", non_blocking=True)  # into pinned memory
+            arrived = torch.Event(device)
+            arrived.record()
+        self._pending.append((step, list(flags), values, arrived))
 
-    def _check_input_dim(self, input: torch.Tensor) -> None:
-        if input.dim() < 2:
-            raise ValueError(f"expected at least 2 dimensions, found {input.dim()}")
+    def get(self, wait: bool = False) -> dict[str, int]:
+        """Name -> the first step in which the flag was raised, for the flags that were raised so far."""
+        while len(self._pending) > (0 if wait else 1):
+            step, names, values, arrived = self._pending.pop(0)
+            if arrived is not None:
+                arrived.synchronize()
+            for name, value in zip(names, values.tolist(), strict=True):
+                if value:
+                    self._raised.setdefault(name, step)
+        return self._raised
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """`input` (B, C, ...) -> the same shape."""
-        self._check_input_dim(input)
-        if not (self.training or self.running_mean is None):
-            output = F.batch_norm(
-                input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
-            )
-            return self.act(self.drop(output))
-        dims = [d for d in range(input.dim()) if d != 1]
-        shape = [1, -1] + [1] * (input.dim() - 2)
-        wide = input.to(torch.promote_types(input.dtype, torch.float32))
-        count = all_reduce_sum(wide.new_tensor(input.numel() // input.shape[1]))
-        mean = all_reduce_sum(wide.sum(dims)) / count
-        centered = wide - mean.view(shape)
-        variance = all_reduce_sum(centered.square().sum(dims)) / count
-        if self.training and self.track_running_stats:
-            self._update_running_statistics(mean.detach(), variance.detach() * count / (count - 1))
-        output = centered * (variance + self.eps).rsqrt().view(shape)
-        if self.affine:
-            output = output * self.weight.view(shape) + self.bias.view(shape)
-        return self.act(self.drop(output.to(input.dtype)))
 
-    def _update_running_statistics(self, mean: torch.Tensor, unbiased_variance: torch.Tensor) -> None:
-        if self.num_batches_tracked is None or self.running_mean is None or self.running_var is None:
-            return
-        self.num_batches_tracked.add_(1)
-        factor = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
-        self.running_var.lerp_(unbiased_variance.to(self.running_var.dtype), factor)
+class StopRequest:
+    """Graceful preemption: `with StopRequest() as stop:` and look at `stop.requested` after every step.
+
+    The first Ctrl-C or SIGTERM only sets `requested`, so that the step can be finished and saved; a second Ctrl-C
+    interrupts at once. Outside the main thread, where Python allows no handlers, nothing is ever requested.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.signal = signal.SIGTERM  # where another process received it
+        self._previous: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+        self.signal = signal.Signals(number)

@@ -4,6 +4,7 @@ What is trained on what comes in as a [`TrainingJob`]; everything here is about 
 """
 
 import math
+import random
 import shutil
 import signal
 import time
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, gather_object, send_to_device
@@ -24,20 +26,17 @@ from simipu_hf.errors import SimIPUError
 
 from .checkpoint import (
     Checkpoint,
-    capture_random_state,
     check_same_run,
     load_checkpoint,
     newest_checkpoint,
-    restore_random_state,
     save_checkpoint,
 )
 from .command import TrainingInterrupted, exit_code_of
-from .distributed import check_processes, on_main_process, sum_over_processes, use_all_cores
+from .distributed import StopRequest, check_processes, on_main_process, use_all_cores
 from .metrics import RunLogger, check_trackers, flatten
 from .optimization import Optimization
-from .run_folder import prepare_run_folder, write_run_file
+from .run_folder import find_checkpoint, prepare_run_folder, write_run_file
 from .sampling import GlobalBatchSampler
-from .signals import StopRequest
 from .watch import Watch
 
 __all__ = [
@@ -189,6 +188,29 @@ def train(accelerator: Accelerator, job: TrainingJob, settings: TrainingSettings
     return settings.output_dir
 
 
+def capture_random_state() -> dict[str, Any]:
+    """This process's random states (Python, NumPy, PyTorch), in types that `weights_only` loading allows."""
+    numpy_state = np.random.get_state(legacy=False)
+    return {
+        "python": random.getstate(),
+        "numpy_key": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
+        "numpy_rest": (numpy_state["state"]["pos"], numpy_state["has_gauss"], numpy_state["gauss"]),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """The inverse of [`capture_random_state`]."""
+    random.setstate(state["python"])
+    position, has_gauss, gauss = state["numpy_rest"]
+    key = state["numpy_key"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", key, position, has_gauss, gauss))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
@@ -301,13 +323,11 @@ def iterate(loader: DataLoader) -> Iterator[Iterator[Batch]]:
 
 
 def _open_run(accelerator: Accelerator, job: TrainingJob, settings: TrainingSettings) -> Checkpoint | None:
-    path = on_main_process(
-        accelerator,
-        prepare_run_folder,
-        settings.output_dir,
-        resume=settings.resume_from_checkpoint,
-        overwrite=settings.overwrite_output_dir,
-    )
+    start = settings.output_dir, settings.resume_from_checkpoint, settings.overwrite_output_dir
+    path = on_main_process(accelerator, find_checkpoint, *start)
+    overwrite = settings.overwrite_output_dir and settings.resume_from_checkpoint is None
+    step = 0 if path is None else load_checkpoint(path).step
+    on_main_process(accelerator, prepare_run_folder, settings.output_dir, step, overwrite)
     checkpoint = None if path is None else load_checkpoint(path)
     if checkpoint is not None:
         check_same_run(checkpoint.values["identity"], job.identity, checkpoint.path)
@@ -382,6 +402,14 @@ def _save(
         return path
 
     return on_main_process(accelerator, write)
+
+
+def sum_over_processes(accelerator: Accelerator, values: list[float]) -> list[float]:
+    """The element-wise sum of `values` over all processes, in float64. Every process gets the same answer."""
+    if accelerator.num_processes == 1:
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
+    return accelerator.reduce(total, reduction="sum").tolist()
 
 
 def _agree(accelerator: Accelerator, values: dict[str, float], stop_requested: bool) -> tuple[dict[str, float], bool]:

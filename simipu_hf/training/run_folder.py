@@ -7,7 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,67 +15,73 @@ import torch
 import yaml
 
 from simipu_hf.errors import SimIPUError
+from simipu_hf.files import atomic_write
 
-from .checkpoint import newest_checkpoint, remove_partial_checkpoints, write_text
+from .checkpoint import newest_checkpoint, remove_partial_checkpoints, set_aside
 
 RUN_FILE = "run.yaml"
 _PACKAGES = ("simipu-hf", "torch", "torchvision", "transformers", "timm", "accelerate", "datasets", "numpy", "scipy")
 
 
-def prepare_run_folder(
-    output_dir: Path, *, resume: str | None, overwrite: bool, message: Callable[[str], None] = print
-) -> Path | None:
-    """Create `output_dir`, or check that an existing one may be used. Main process only.
+def find_checkpoint(output_dir: Path, resume: str | None, overwrite: bool) -> Path | None:
+    """Whether a run may start in `output_dir`, and from which checkpoint. Writes nothing.
 
     Args:
         output_dir: of the run.
         resume: `"latest"`, the path of a checkpoint, or `None`.
-        overwrite: delete what an earlier run left in the folder.
-        message: is told about damaged checkpoints that were passed over.
+        overwrite: a folder that an earlier run left may be replaced.
 
     Returns:
         the checkpoint to resume from; `None` to start at the beginning, also where `"latest"` finds no checkpoint
         yet, so that one command serves the first start and every restart.
 
     Raises:
-        SimIPUError: the folder holds something else or cannot be written to, or the checkpoint does not exist.
+        SimIPUError: the folder holds something else, or the checkpoint does not exist.
     """
-    if resume not in (None, "latest") and not Path(resume).is_dir():
-        raise SimIPUError(f"--resume_from_checkpoint {resume}: no such folder")
     if output_dir.exists() and not output_dir.is_dir():
         raise SimIPUError(f"--output_dir {output_dir} is a file")
-    if output_dir.is_dir() and any(output_dir.iterdir()) and resume is None:
-        if not overwrite:
-            raise SimIPUError(
-                f"--output_dir {output_dir} is not empty: choose another folder, continue the run in it with "
-                "--resume_from_checkpoint latest, or replace it with --overwrite_output_dir"
-            )
-        _clear(output_dir)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_text(output_dir / ".writable", "")
-        (output_dir / ".writable").unlink()
-    except OSError as error:
-        raise SimIPUError(f"--output_dir {output_dir} cannot be written to ({error})") from error
-    remove_partial_checkpoints(output_dir)
-    if resume is None:
-        return None
-    if resume != "latest":
+    if resume not in (None, "latest"):
+        if not Path(resume).is_dir():
+            raise SimIPUError(f"--resume_from_checkpoint {resume}: no such folder")
         return Path(resume)
-    found = newest_checkpoint(output_dir, on_damaged=lambda text: message(f"passed over: {text}"))
-    if found is None:
-        message(f"no checkpoint in {output_dir} yet: starting at the beginning")
-    return found
-
-
-def _clear(output_dir: Path) -> None:
-    if not (output_dir / RUN_FILE).is_file():
+    if resume == "latest":
+        found = newest_checkpoint(output_dir, on_damaged=lambda text: print(f"damaged, not used: {text}"))
+        if found is None:
+            print(f"no checkpoint in {output_dir} yet: starting at the beginning")
+        return found
+    occupied = output_dir.is_dir() and any(output_dir.iterdir())
+    if occupied and not overwrite:
+        raise SimIPUError(
+            f"--output_dir {output_dir} is not empty: choose another folder, continue the run in it with "
+            "--resume_from_checkpoint latest, or replace it with --overwrite_output_dir"
+        )
+    if occupied and not (output_dir / RUN_FILE).is_file():
         raise SimIPUError(
             f"--overwrite_output_dir: {output_dir} does not look like a run (it has no {RUN_FILE}), so nothing in it "
-            "was deleted; choose another folder"
+            "is deleted; choose another folder"
         )
-    for path in output_dir.iterdir():
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    return None
+
+
+def prepare_run_folder(output_dir: Path, step: int = 0, overwrite: bool = False) -> None:
+    """Create `output_dir`, or make an earlier run's ready to go on from `step`. Main process only.
+
+    Raises:
+        SimIPUError: it cannot be written to.
+    """
+    if overwrite and (output_dir / RUN_FILE).is_file():
+        for path in output_dir.iterdir():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    try:
+        with atomic_write(output_dir / ".writable"):
+            pass
+        (output_dir / ".writable").unlink()
+    except (OSError, SimIPUError) as error:
+        raise SimIPUError(f"--output_dir {output_dir} cannot be written to ({error})") from error
+    remove_partial_checkpoints(output_dir)
+    aside = set_aside(output_dir, step)
+    if aside is not None:
+        print(f"the checkpoints beyond step {step} are now in {aside}")
 
 
 def write_run_file(output_dir: Path, arguments: dict[str, Any], data: dict[str, Any]) -> None:
@@ -91,7 +97,8 @@ def write_run_file(output_dir: Path, arguments: dict[str, Any], data: dict[str, 
             "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         },
     }
-    write_text(output_dir / RUN_FILE, yaml.safe_dump(record, sort_keys=False, allow_unicode=True))
+    with atomic_write(output_dir / RUN_FILE) as stream:
+        yaml.safe_dump(record, stream, sort_keys=False, allow_unicode=True)
 
 
 def current_command() -> str:

@@ -1,11 +1,16 @@
 """Which rows make which batch: a pure function of (seed, step), the same for every number of processes."""
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from simipu_hf.errors import SimIPUError
+
+from .distributed import StopRequest
 
 
 class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
@@ -86,3 +91,45 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
         # The generator keeps 64 bits of seed: no two (seed, epoch) below 2**32 share an order.
         generator = torch.Generator().manual_seed(((self.seed & 0xFFFFFFFF) << 31) ^ epoch)
         return torch.randperm(self.num_rows, generator=generator).tolist()
+
+
+def create_loader(
+    dataset: Dataset, batch_sampler: Any, collate: Callable[..., Any], num_workers: int, pin_memory: bool = False
+) -> DataLoader:
+    """A loader whose workers live for the whole run and leave signals and random states alone."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batch_sampler,
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=quiet_worker,
+        generator=torch.Generator(),  # or it would draw from the global random state
+    )
+
+
+def quiet_worker(worker: int) -> None:
+    """Signals to the whole process group are for the main process, which needs its workers to finish the step."""
+    for number in StopRequest.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+@contextmanager
+def iterate(loader: DataLoader) -> Iterator[Iterator[Any]]:
+    """`with iterate(loader) as batches`: ends the workers also after an exception, for they ignore signals."""
+    batches = iter(loader)
+    try:
+        yield batches
+    finally:
+        shutdown = getattr(batches, "_shutdown_workers", None)
+        if shutdown is not None:
+            shutdown()
+
+
+def seed_micro_batch(seed: int, index: int, process_index: int) -> None:
+    """Make what the model draws (drop path) a pure function of (seed, micro-batch, process), as the rows are.
+
+    So a checkpoint needs no random states, and evaluation cannot disturb them.
+    """
+    torch.manual_seed(((seed & 0xFFFF) << 47) ^ (process_index << 34) ^ index)

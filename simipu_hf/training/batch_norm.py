@@ -1,0 +1,115 @@
+"""Batch norm in training: statistics over all processes, and none counted twice."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import convert_sync_batchnorm
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from simipu_hf.modeling.collectives import all_reduce_sum
+
+
+class kept_running_statistics:  # noqa: N801 (a context manager, named like a function)
+    """Keeps batch-norm buffers as they are while gradient checkpointing runs a forward again in the backward pass.
+
+    Does nothing for a model whose image encoder does not checkpoint.
+    """
+
+    def __init__(self, model: nn.Module):
+        recomputes = any(getattr(module, "grad_checkpointing", False) for module in model.modules())
+        self.norms = [m for m in model.modules() if isinstance(m, _BatchNorm)] * recomputes
+        self.counters = [norm.num_batches_tracked for norm in self.norms if norm.num_batches_tracked is not None]
+
+    def __enter__(self) -> None:
+        self.momenta = [norm.momentum for norm in self.norms]
+        self.counts = [counter.clone() for counter in self.counters]
+        for norm in self.norms:
+            norm.momentum = 0.0
+
+    def __exit__(self, *_: object) -> None:
+        for norm, momentum in zip(self.norms, self.momenta, strict=True):
+            norm.momentum = momentum
+        for counter, count in zip(self.counters, self.counts, strict=True):
+            counter.copy_(count)
+
+
+def synchronize_batch_norm(model: nn.Module) -> nn.Module:
+    """Make every batch norm of `model` use the statistics of all processes' batches. In place; returns `model`.
+
+    Modules with an attribute `synchronize` (the point encoder's weighted batch norm, the projection heads') are
+    told to; PyTorch's and timm's own are exchanged: for `SyncBatchNorm` on an accelerator, on the CPU, where that
+    one refuses to run, for an equivalent of ours. Names and shapes in the state dictionary stay as they are.
+    """
+    for module in model.modules():
+        if hasattr(module, "synchronize"):
+            module.synchronize = True  # type: ignore[assignment]  # torch types attributes as tensors or modules
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    return _convert_on_cpu(model) if on_cpu else _convert_on_accelerator(model)
+
+
+def _convert_on_accelerator(model: nn.Module) -> nn.Module:
+    return convert_sync_batchnorm(model)
+
+
+def _convert_on_cpu(module: nn.Module) -> nn.Module:
+    for name, child in module.named_children():
+        setattr(module, name, _convert_on_cpu(child))
+    is_own = hasattr(module, "synchronize") or isinstance(module, ReducedBatchNorm)
+    return ReducedBatchNorm.from_batch_norm(module) if isinstance(module, _BatchNorm) and not is_own else module
+
+
+class ReducedBatchNorm(_BatchNorm):
+    """Batch norm over the batches of all processes, on any device, with the exact gradient.
+
+    Takes the place of `nn.BatchNorm1d/2d` and of timm's `BatchNormAct2d`, whose activation it keeps. Two passes
+    (mean, then squared distances from it), so that it loses no digits.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.drop: nn.Module = nn.Identity()
+        self.act: nn.Module = nn.Identity()
+
+    @classmethod
+    def from_batch_norm(cls, source: _BatchNorm) -> "ReducedBatchNorm":
+        converted = cls(source.num_features, source.eps, source.momentum, source.affine, source.track_running_stats)
+        converted._parameters, converted._buffers = source._parameters, source._buffers
+        converted.drop = getattr(source, "drop", converted.drop)
+        converted.act = getattr(source, "act", converted.act)
+        return converted.train(source.training)
+
+    def _check_input_dim(self, input: torch.Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2 dimensions, found {input.dim()}")
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """`input` (B, C, ...) -> the same shape."""
+        self._check_input_dim(input)
+        if not (self.training or self.running_mean is None):
+            output = F.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+            )
+            return self.act(self.drop(output))
+        dims = [d for d in range(input.dim()) if d != 1]
+        shape = [1, -1] + [1] * (input.dim() - 2)
+        wide = input.to(torch.promote_types(input.dtype, torch.float32))
+        count = all_reduce_sum(wide.new_tensor(input.numel() // input.shape[1]))
+        mean = all_reduce_sum(wide.sum(dims)) / count
+        centered = wide - mean.view(shape)
+        variance = all_reduce_sum(centered.square().sum(dims)) / count
+        if self.training and self.track_running_stats:
+            self._update_running_statistics(mean.detach(), variance.detach() * count / (count - 1))
+        output = centered * (variance + self.eps).rsqrt().view(shape)
+        if self.affine:
+            output = output * self.weight.view(shape) + self.bias.view(shape)
+        return self.act(self.drop(output.to(input.dtype)))
+
+    def _update_running_statistics(self, mean: torch.Tensor, unbiased_variance: torch.Tensor) -> None:
+        if self.num_batches_tracked is None or self.running_mean is None or self.running_var is None:
+            return
+        self.num_batches_tracked.add_(1)
+        factor = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
+        self.running_var.lerp_(unbiased_variance.to(self.running_var.dtype), factor)

@@ -1,0 +1,280 @@
+"""Where the numbers of a run go: `metrics.jsonl`, the trackers, the progress bar, and warnings."""
+
+import importlib.util
+import json
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from simipu_hf.errors import SimIPUError
+from simipu_hf.files import atomic_write
+
+METRICS_FILE = "metrics.jsonl"
+TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow", "comet_ml", "aim", "clearml", "swanlab")
+T = TypeVar("T")
+
+
+def check_trackers(names: list[str]) -> list[str]:
+    """`names` without `"none"`.
+
+    Raises:
+        SimIPUError: an unknown tracker, or one that is not installed (accelerate would drop it silently).
+    """
+    chosen = [name for name in names if name != "none"]
+    for name in chosen:
+        if name not in TRACKERS:
+            raise SimIPUError(f"--report_to {name}: unknown tracker; choose from {', '.join(TRACKERS)}, none")
+        if importlib.util.find_spec(name) is None:
+            raise SimIPUError(
+                f"--report_to {name}: the package is not installed; pip install {name}, or choose another"
+            )
+    return chosen
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`; a last line that was cut short is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Drop the lines beyond `step`, and a line cut short, so that no step appears twice after a resume."""
+    kept = [line for line in read_metrics(path) if line["step"] <= step] if step and path.exists() else []
+    with atomic_write(path) as stream:
+        stream.writelines(json.dumps(line) + "\n" for line in kept)
+
+
+class RunLogger:
+    """Sums up the values of every step on the device, and writes their means every `logging_steps`.
+
+    Nothing is read from the device in between. The unfinished window is part of a checkpoint (`state_dict`), so that
+    a resumed run logs what the uninterrupted one would have. Only the main process writes.
+
+    Args:
+        accelerator: its trackers are used and closed.
+        output_dir: of the run; `metrics.jsonl` lies there.
+        total_steps: for the progress bar.
+        first_step: where the run starts or resumes.
+        rows_per_step: rows of all processes together in one optimizer step.
+        show: which values the bar shows, as name -> label.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        output_dir: Path,
+        *,
+        total_steps: int,
+        first_step: int,
+        rows_per_step: int,
+        show: Mapping[str, str],
+    ) -> None:
+        self.accelerator = accelerator
+        self.rows_per_step = rows_per_step
+        self.show = show
+        self.main = accelerator.is_main_process
+        if self.main:
+            cut_metrics(output_dir / METRICS_FILE, first_step)
+            self._stream = (output_dir / METRICS_FILE).open("a", encoding="utf-8")
+        self.bar = tqdm(
+            total=total_steps, initial=first_step, unit="step", disable=not self.main, smoothing=0.1, desc="pretrain"
+        )
+        self.watch = Watch(lambda text: self.message(f"warning: {text}"))
+        self._sums: dict[str, torch.Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._reset_clock()
+
+    def timed(self, batches: Iterator[T]) -> Iterator[T]:
+        """`batches`, with the time spent waiting for each counted."""
+        started = time.perf_counter()
+        for batch in batches:
+            self._data_wait += time.perf_counter() - started
+            yield batch
+            started = time.perf_counter()
+
+    def add(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Add scalar tensors to the running means, without reading them."""
+        for name, value in values.items():
+            wide = value.detach().to(torch.float32 if value.device.type == "mps" else torch.float64)
+            self._sums[name] = self._sums[name] + wide if name in self._sums else wide
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def step_done(self) -> None:
+        self._timed_steps += 1
+        self.bar.update()
+
+    def write_means(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the means over all processes since the last call, the host's `values`, and the rate."""
+        sums = torch.stack([self._sums[name] / self._counts[name] for name in self._sums])
+        means = dict(zip(self._sums, self.accelerator.reduce(sums, reduction="mean").tolist(), strict=True))
+        throughput = self._throughput()
+        self.write(step, {**means, **values, **throughput})
+        self.watch.look(step, means, throughput["data_wait_share"])
+        self.bar.set_postfix({label: f"{means[n]:.3f}" for n, label in self.show.items() if n in means})
+        self._sums, self._counts = {}, {}
+        self._reset_clock()
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write one line to `metrics.jsonl`, flushed so that a kill loses none, and to the trackers."""
+        if not self.main:
+            return
+        line = {"step": step, **values}
+        # JSON has no NaN: what is not a finite number is written as null
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        self._stream.write(json.dumps(finite) + "\n")
+        self._stream.flush()
+        self.accelerator.log(dict(values), step=step)
+
+    def message(self, text: str) -> None:
+        """Print above the progress bar, on the main process."""
+        if self.main:
+            tqdm.write(text)
+
+    @contextmanager
+    def paused_clock(self) -> Iterator[None]:
+        """Keeps evaluation and saving out of the rate."""
+        started = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - started
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.main:
+            os.fsync(self._stream.fileno())
+            self._stream.close()
+        for tracker in self.accelerator.trackers:  # not end_training: that also takes the process group down
+            tracker.finish()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": {name: value.cpu() for name, value in self._sums.items()}, "counts": self._counts}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._sums = {name: value.to(self.accelerator.device) for name, value in state["sums"].items()}
+        self._counts = dict(state["counts"])
+
+    def _reset_clock(self) -> None:
+        self._start, self._paused, self._data_wait, self._timed_steps = time.perf_counter(), 0.0, 0.0, 0
+
+    def _throughput(self) -> dict[str, float]:
+        elapsed = max(time.perf_counter() - self._start - self._paused, 1e-9)
+        values = {
+            "rows_per_second": self._timed_steps * self.rows_per_step / elapsed,
+            "seconds_per_step": elapsed / max(self._timed_steps, 1),
+            "data_wait_share": min(self._data_wait / elapsed, 1.0),
+            "memory_gb": psutil.Process().memory_info().rss / 1e9,
+        }
+        if self.accelerator.device.type == "cuda":
+            values["device_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        return values
+
+
+class Watch:
+    """Early warning of what goes wrong quietly in contrastive training, once per kind until it recovers.
+
+    - a loss that stays within `chance_margin` of chance level over `patience` steps, after the first `grace` steps,
+    - embeddings whose standard deviation over the batch vanishes (collapse),
+    - a device that spends more than `max_data_wait` of its time waiting for data.
+
+    Args:
+        warn: called with each warning.
+        patience: steps over which a condition must hold.
+        grace: steps at the start in which losses are expected to be at chance.
+        chance_margin: nats.
+        min_spread: of the values named `X_spread`.
+        max_data_wait: share of time, 0 to 1.
+    """
+
+    def __init__(
+        self,
+        warn: Callable[[str], None],
+        *,
+        patience: int = 100,
+        grace: int = 200,
+        chance_margin: float = 0.1,
+        min_spread: float = 0.05,
+        max_data_wait: float = 0.5,
+    ) -> None:
+        self.warn = warn
+        self.patience = patience
+        self.grace = grace
+        self.chance_margin = chance_margin
+        self.min_spread = min_spread
+        self.max_data_wait = max_data_wait
+        self._warned: set[str] = set()
+        self._recent: dict[str, deque[tuple[int, float]]] = {}
+
+    def look(self, step: int, means: Mapping[str, float], data_wait_share: float) -> None:
+        """`means` up to `step`, since the last call; they may hold `X_loss` with `X_chance`, and `X_spread`."""
+        for name in [n.removesuffix("_loss") for n in means if n.endswith("_loss")]:
+            if f"{name}_chance" in means and step > self.grace:
+                below = means[f"{name}_chance"] - means[f"{name}_loss"]
+                self._report(
+                    f"{name}_loss",
+                    self._mean(f"{name}_loss", step, below) < self.chance_margin,
+                    f"step {step}: the {name.replace('_', '-')} loss is still at chance level "
+                    f"({means[f'{name}_chance']:.2f}): nothing is learnt there. Check the learning rates, and with "
+                    "simipu-hf data inspect that points and image belong together",
+                )
+        for name in [n.removesuffix("_spread") for n in means if n.endswith("_spread")]:
+            spread = self._mean(f"{name}_spread", step, means[f"{name}_spread"])
+            self._report(
+                f"{name}_spread",
+                spread < self.min_spread,
+                f"step {step}: the {name.replace('_', ' ')} features are collapsing: their spread is {spread:.3f} "
+                "(1 is uniform, 0 all alike). Lower the learning rate",
+            )
+        waiting = self._mean("data_wait", step, data_wait_share)
+        self._report(
+            "data_wait",
+            waiting > self.max_data_wait,
+            f"step {step}: {waiting:.0%} of the time is spent waiting for data; raise --dataloader_num_workers",
+        )
+
+    def _mean(self, name: str, step: int, value: float) -> float:
+        """The mean over the last `patience` steps; NaN, which compares false, until there are that many."""
+        recent = self._recent.setdefault(name, deque())
+        recent.append((step, value))
+        while len(recent) > 1 and step - recent[1][0] >= self.patience:
+            recent.popleft()
+        return sum(v for _, v in recent) / len(recent) if step - recent[0][0] >= self.patience else math.nan
+
+    def _report(self, kind: str, is_bad: bool, text: str) -> None:
+        if is_bad and kind not in self._warned:
+            self._warned.add(kind)
+            self.warn(text)
+        elif not is_bad:
+            self._warned.discard(kind)
+
+
+@torch.no_grad()
+def feature_spread(embeds: torch.Tensor) -> torch.Tensor:
+    """How different the rows of `embeds` (..., D) are: the standard deviation of the unit vectors' coordinates,
+    averaged over D and times sqrt(D). 1 for directions spread evenly, 0 where all rows point the same way."""
+    unit = torch.nn.functional.normalize(embeds.detach().float().flatten(0, -2), dim=-1)
+    return unit.std(0).mean() * math.sqrt(unit.shape[-1])
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries to one level with dotted names, and what trackers cannot hold to text."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value if isinstance(value, (int, float, str, bool)) else str(value)
+    return flat
