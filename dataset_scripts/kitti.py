@@ -1,4 +1,4 @@
-"""KITTI camera + LiDAR pairs as a Hugging Face data set: the object benchmark and the raw drives.
+"""KITTI camera + LiDAR pairs as a Hugging Face data set: object benchmark, odometry sequences and raw drives.
 
 This one file needs `datasets`, NumPy and Pillow, and gives the same rows in each of these ways:
 
@@ -16,20 +16,24 @@ A row is one camera image with the LiDAR scan of the same instant:
 | column | type | meaning |
 | --- | --- | --- |
 | `frame_id` | string | unique within a split |
+| `scene` | string | the drive (raw), the sequence (odometry); object: the drive where the devkit's `mapping/` is |
+| | | at hand, else the frame itself |
+| `camera` | string | `image_2` (left colour) or `image_3` (right colour) |
 | `image` | Image | the rectified colour image |
-| `points` | binary | little-endian float32, N x 4: x y z reflectance, metres, LiDAR frame |
-| `camera_projection` | 3 x 4 float64 | rectified camera 0 -> pixels: `P2`, `P3` (object), `P_rect_0x` (raw) |
+| `points` | binary | little-endian float32, N x 4: x y z reflectance, metres, LiDAR frame; those in the image, or |
+| | | with `whole_scans=True` all |
+| `camera_projection` | 3 x 4 float64 | rectified camera 0 -> pixels: `P2`, `P3` (raw: `P_rect_0x`) |
 | `lidar_to_camera` | 4 x 4 float64 | LiDAR -> rectified camera 0: `R0_rect @ Tr_velo_to_cam` |
 | `objects` | sequence | `object` only: the 15 label fields of every object; empty where a frame has no label file |
 
-The formats are those of the benchmark's own development kits (`readme.txt` of the object and of the raw data kit):
+The formats are those of the benchmark's own development kits (`readme.txt` of the object, odometry and raw data kits):
 https://www.cvlibs.net/datasets/kitti
 """
 
 import hashlib
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -39,22 +43,26 @@ from PIL import Image
 
 logger = datasets.logging.get_logger(__name__)
 
-VERSION = datasets.Version("1.0.0")
+VERSION = datasets.Version("2.0.0")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 OBJECT_TYPES = ["Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc", "DontCare"]
 OBJECT_SPLITS = {"train": "training", "val": "training", "trainval": "training", "test": "testing"}
 OBJECT_FIELDS = ("type", "truncated", "occluded", "alpha", "bbox", "dimensions", "location", "rotation_y")
+ODOMETRY_SPLITS = {"train": range(11), "test": range(11, 22)}  # with and without published poses
 
 
 class Frame(NamedTuple):
     """The files of one camera + LiDAR pair; absolute paths, not checked to exist."""
 
+    layout: str
+    """"object", "odometry" or "raw"."""
     frame_id: str
+    scene: str
     camera: int
     image: str
     scan: str
     calibration: tuple[str, ...]
-    """object: `calib/ID.txt`; raw: `calib_cam_to_cam.txt`, `calib_velo_to_cam.txt` of the day."""
+    """object: `calib/ID.txt`; odometry: `calib.txt`; raw: `calib_cam_to_cam.txt`, `calib_velo_to_cam.txt`."""
     labels: str | None = None
 
 
@@ -65,10 +73,35 @@ class Listing(NamedTuple):
     problems: list[str]
     """What is wrong with the folder itself: a list that names an absent frame, a drive in another day's folder, …"""
     notes: list[str]
-    """What was left out as the data set itself has it: raw images without a scan, unsynchronised drives."""
+    """What was left out as the data set itself has it: images without a scan, unsynchronised drives."""
 
 
 # --- which frames there are -----------------------------------------------------------------------------------------
+
+
+def configurations(data_dir: str | os.PathLike) -> list[str]:
+    """Those of "object", "odometry" and "raw" whose layout a folder has. Looks at names of folders only."""
+    root = os.fspath(data_dir)
+    layouts = {
+        "object": any(_folders(os.path.join(root, split), "image_[23]") for split in ("training", "testing")),
+        "odometry": bool(_folders(os.path.join(root, "sequences"), r"\d\d")),
+        "raw": any(_folders(os.path.join(root, day), ".*_drive_.*") for day in _folders(root, r"\d{4}_\d\d_\d\d")),
+    }
+    return [name for name, is_there in layouts.items() if is_there]
+
+
+def split_names(name: str, data_dir: str | os.PathLike | None) -> list[str]:
+    """Splits of a KITTI folder.
+
+    Raises:
+        ValueError: the folder does not have the layout of this configuration.
+    """
+    root = _root(data_dir)
+    if name == "object":
+        return list(_object_splits(root))
+    if name == "odometry":
+        return [split for split in ODOMETRY_SPLITS if _sequences(root, split)]
+    return ["train"]
 
 
 def list_frames(
@@ -76,47 +109,46 @@ def list_frames(
     data_dir: str | os.PathLike | None,
     splits: Sequence[str] | None = None,
     cameras: int | Sequence[int] | None = None,
-    drives: Sequence[str] | None = None,
+    scenes: Sequence[str] | None = None,
 ) -> Listing:
-    """Frames of a KITTI folder. Reads folder names and `ImageSets/*.txt` only.
+    """Frames of a KITTI folder. Reads names of folders and files, and lists of frames.
 
     Args:
-        name: "object" or "raw".
-        data_dir: object: the folder with `training/` or `testing/`; raw: the folder with the dated folders.
+        name: "object", "odometry" or "raw".
+        data_dir: object: the folder with `training/` or `testing/`; odometry: the folder with `sequences/`; raw: the
+            folder with the dated folders.
         splits: list only these; default all that are there.
-        cameras: 2 (left colour) and 3 (right colour). Default: object 2, raw those that a drive has.
-        drives: raw only: names like "2011_09_26_drive_0009_sync"; default all.
+        cameras: 2 (left colour) and 3 (right colour). Default: object 2, else those that a drive has.
+        scenes: odometry: names like "00"; raw: like "2011_09_26_drive_0009_sync"; default all.
 
     Raises:
-        ValueError: `data_dir` is no such KITTI folder, or a split, camera or drive asked for isn't there.
+        ValueError: `data_dir` is no such KITTI folder, or a split, camera or scene asked for is not there.
     """
     root = _root(data_dir)
-    chosen = None if cameras is None else (cameras,) if isinstance(cameras, int) else tuple(cameras)
+    chosen = None if cameras is None else (cameras,) if isinstance(cameras, int) else tuple(map(int, cameras))
     if chosen is not None and not set(chosen) <= {2, 3}:
         raise ValueError(f"cameras: expected 2 and / or 3 (KITTI's colour cameras), found {chosen}")
     splits = (splits,) if isinstance(splits, str) else splits
-    drives = (drives,) if isinstance(drives, str) else drives
+    scenes = (scenes,) if isinstance(scenes, str) else scenes
+    _require(splits, split_names(name, root), f"{root}: splits")
+    if name == "odometry":
+        return _list_odometry(root, splits, chosen, scenes)
     if name == "raw":
-        return _list_raw(root, splits, chosen, drives)
-    if drives is not None:
-        raise ValueError("drives can be chosen with the configuration 'raw' only")
+        return _list_raw(root, chosen, scenes)
+    if scenes is not None:
+        raise ValueError("scenes can be chosen with the configurations 'odometry' and 'raw' only")
     return _list_object(root, splits, chosen or (2,))
 
 
-def split_names(name: str, data_dir: str | os.PathLike | None) -> list[str]:
-    """Splits of a KITTI folder. Raises ValueError where it is none."""
-    root = _root(data_dir)
-    return list(_object_splits(root)) if name == "object" else ["train"]
-
-
 def _list_object(root: str, splits: Sequence[str] | None, cameras: Sequence[int]) -> Listing:
-    available = _object_splits(root)
-    _require(splits, available, f"{root}: splits")
+    drives = _object_drives(root)
     frames: dict[str, list[Frame]] = {}
     problems: list[str] = []
-    for split, id_file in available.items():
+    for split, id_file in _object_splits(root).items():
         if splits is None or split in splits:
-            frames[split] = _object_frames(os.path.join(root, OBJECT_SPLITS[split]), id_file, cameras, problems)
+            folder = os.path.join(root, OBJECT_SPLITS[split])
+            known = drives if OBJECT_SPLITS[split] == "training" else {}
+            frames[split] = _object_frames(folder, id_file, cameras, known, problems)
     return Listing({split: found for split, found in frames.items() if found}, problems, [])
 
 
@@ -133,32 +165,47 @@ def _object_splits(root: str) -> dict[str, str | None]:
     return splits
 
 
-def _object_frames(folder: str, id_file: str | None, cameras: Sequence[int], problems: list[str]) -> list[Frame]:
+def _object_drives(root: str) -> dict[str, str]:
+    """Training frame -> drive, where the devkit's `mapping/` lies in the folder: line `train_rand[i]` of
+    `train_mapping.txt` is the raw frame that became training frame i."""
+    for place in ("mapping", "devkit/mapping", "devkit_object/mapping"):
+        paths = [os.path.join(root, place, f"train_{name}.txt") for name in ("rand", "mapping")]
+        if all(map(os.path.isfile, paths)):
+            order, lines = re.findall(r"\d+", " ".join(_lines(paths[0]))), _lines(paths[1])
+            return {f"{index:06d}": lines[int(line) - 1].split()[1] for index, line in enumerate(order)}
+    return {}
+
+
+def _object_frames(
+    folder: str, id_file: str | None, cameras: Sequence[int], drives: dict[str, str], problems: list[str]
+) -> list[Frame]:
     for needed in [f"image_{camera}" for camera in cameras] + ["velodyne", "calib"]:
         if not os.path.isdir(os.path.join(folder, needed)):
+            reduced = needed == "velodyne" and os.path.isdir(os.path.join(folder, "velodyne_reduced"))
+            hint = "velodyne_reduced/ will do: rename it to velodyne. " if reduced else ""
             raise ValueError(
-                f"{folder}: expected the folder {needed}, found {_content(folder)}. "
+                f"{folder}: expected the folder {needed}, found {_content(folder)}. {hint}"
                 'If you need other splits only, choose them: splits=("train",)'
             )
     images = {camera: _files(os.path.join(folder, f"image_{camera}"), IMAGE_SUFFIXES) for camera in cameras}
     scans = _files(os.path.join(folder, "velodyne"), (".bin",))
+    calibrations = _files(os.path.join(folder, "calib"), (".txt",))
     labels = _files(os.path.join(folder, "label_2"), (".txt",))
     known = sorted(set(scans).union(*images.values()))
-    frames = []
-    for frame_id in known if id_file is None else _listed_ids(id_file, known, folder, problems):
-        for camera in cameras:
-            image = os.path.join(folder, f"image_{camera}", f"{frame_id}.png")
-            frames.append(
-                Frame(
-                    frame_id if camera == 2 else f"{frame_id}_image_{camera}",
-                    camera,
-                    images[camera].get(frame_id, image),
-                    os.path.join(folder, "velodyne", f"{frame_id}.bin"),
-                    (os.path.join(folder, "calib", f"{frame_id}.txt"),),
-                    labels.get(frame_id),
-                )
-            )
-    return frames
+    return [
+        Frame(
+            "object",
+            key if camera == 2 else f"{key}_image_{camera}",
+            drives.get(key, key),
+            camera,
+            images[camera].get(key, os.path.join(folder, f"image_{camera}", f"{key}.png")),
+            scans.get(key, os.path.join(folder, "velodyne", f"{key}.bin")),
+            (calibrations.get(key, os.path.join(folder, "calib", f"{key}.txt")),),
+            labels.get(key),
+        )
+        for key in (known if id_file is None else _listed_ids(id_file, known, folder, problems))
+        for camera in cameras
+    ]
 
 
 def _listed_ids(path: str, known: list[str], folder: str, problems: list[str]) -> list[str]:
@@ -178,86 +225,108 @@ def _listed_ids(path: str, known: list[str], folder: str, problems: list[str]) -
     return list(ids)
 
 
-def _list_raw(
-    root: str, splits: Sequence[str] | None, cameras: Sequence[int] | None, drives: Sequence[str] | None
+def _list_odometry(
+    root: str, splits: Sequence[str] | None, cameras: Sequence[int] | None, scenes: Sequence[str] | None
 ) -> Listing:
-    days = [name for name in _folders(root) if re.fullmatch(r"\d{4}_\d\d_\d\d", name)]
+    listing = Listing({}, [], [])
+    wanted = splits or split_names("odometry", root)
+    _require(scenes, [sequence for split in wanted for sequence in _sequences(root, split)], f"{root}: scenes")
+    for split in wanted:
+        for sequence in _sequences(root, split):
+            if scenes is None or sequence in scenes:
+                folder = os.path.join(root, "sequences", sequence)
+                places = [os.path.join(folder, name) for name in ("velodyne", "image_{}")]
+                calibration = (os.path.join(folder, "calib.txt"),)
+                frames = _paired_frames("odometry", sequence, places, calibration, cameras, listing)
+                listing.splits.setdefault(split, []).extend(frames)
+    return listing
+
+
+def _sequences(root: str, split: str) -> list[str]:
+    found = _folders(os.path.join(root, "sequences"), r"\d\d")
+    if not found:
+        raise _not_kitti(root, "sequences/00/ and so on, each with image_2/, velodyne/ and calib.txt")
+    return [sequence for sequence in found if int(sequence) in ODOMETRY_SPLITS[split]]
+
+
+def _list_raw(root: str, cameras: Sequence[int] | None, scenes: Sequence[str] | None) -> Listing:
+    days = _folders(root, r"\d{4}_\d\d_\d\d")
     if not days:
         raise _not_kitti(root, "dated folders such as 2011_09_26/, each with calib_*.txt and *_drive_*_sync/")
-    _require(splits, ["train"], f"{root}: splits")
-    frames: list[Frame] = []
-    problems: list[str] = []
-    notes: list[str] = []
-    found = [(day, drive) for day in days for drive in _folders(os.path.join(root, day)) if "_drive_" in drive]
+    listing = Listing({"train": []}, [], [])
+    found = [(day, drive) for day in days for drive in _folders(os.path.join(root, day), r".*_drive_.*")]
     synced = [(day, drive) for day, drive in found if drive.endswith("_sync")]
-    if drives is not None:
-        wanted = {drive if drive.endswith("_sync") else f"{drive}_sync" for drive in drives}
-        _require(sorted(wanted), [drive for _, drive in synced], f"{root}: drives")
+    if scenes is not None:
+        wanted = {scene if scene.endswith("_sync") else f"{scene}_sync" for scene in scenes}
+        _require(sorted(wanted), [drive for _, drive in synced], f"{root}: scenes")
         synced = [(day, drive) for day, drive in synced if drive in wanted]
     elif len(synced) < len(found):
         left_out = [drive for day, drive in found if (day, drive) not in synced]
-        notes.append(f"{root}: left out {left_out}: only *_sync drives have rectified images and a scan for each")
+        listing.notes.append(
+            f"{root}: left out {left_out}: only *_sync drives have rectified images and a scan for each"
+        )
     for day, drive in synced:
-        if drive.startswith(f"{day}_drive_"):
-            frames += _drive_frames(os.path.join(root, day), drive, cameras, problems, notes)
-        else:
-            problems.append(f"{os.path.join(root, day, drive)}: expected a drive of {day}, found another day's")
-    return Listing({"train": frames} if frames else {}, problems, notes)
+        folder = os.path.join(root, day)
+        if not drive.startswith(f"{day}_drive_"):
+            listing.problems.append(f"{os.path.join(folder, drive)}: expected a drive of {day}, found another day's")
+            continue
+        places = [os.path.join(folder, drive, name, "data") for name in ("velodyne_points", "image_0{}")]
+        calibration = tuple(os.path.join(folder, f"calib_{name}.txt") for name in ("cam_to_cam", "velo_to_cam"))
+        listing.splits["train"].extend(_paired_frames("raw", drive, places, calibration, cameras, listing))
+    return listing if listing.splits["train"] else listing._replace(splits={})
 
 
-def _drive_frames(
-    day: str, drive: str, cameras: Sequence[int] | None, problems: list[str], notes: list[str]
+def _paired_frames(
+    layout: str,
+    scene: str,
+    places: Sequence[str],
+    calibration: tuple[str, ...],
+    cameras: Sequence[int] | None,
+    listing: Listing,
 ) -> list[Frame]:
-    """Every image that has a scan. KITTI itself lacks a few scans: drive 2011_09_26_drive_0009 has 447 images of each
-    camera and 443 scans."""
-    folder = os.path.join(day, drive)
-    scans = _files(os.path.join(folder, "velodyne_points", "data"), (".bin",))
+    """Every image of a drive or sequence that has a scan; `places` are the folders of scans and, by camera, of images.
+
+    KITTI itself lacks a few scans: drive 2011_09_26_drive_0009 has 447 images of each camera and 443 scans.
+    """
+    scans = _files(places[0], (".bin",))
     if not scans:
-        problems.append(f"{os.path.join(folder, 'velodyne_points', 'data')}: expected *.bin scans, found none")
+        listing.problems.append(f"{places[0]}: expected *.bin scans, found none")
         return []
     frames = []
     for camera in cameras or (2, 3):
-        images = _files(os.path.join(folder, f"image_{camera:02d}", "data"), IMAGE_SUFFIXES)
+        folder = places[1].format(camera)
+        images = _files(folder, IMAGE_SUFFIXES)
         if not images and cameras is not None:
-            problems.append(f"{os.path.join(folder, f'image_{camera:02d}', 'data')}: expected images, found none")
+            listing.problems.append(f"{folder}: expected images, found none")
         for kind, here, others in (("images", images, scans), ("scans", scans, images)):
             alone = sorted(set(here) - set(others))
             if images and alone:
-                notes.append(
+                listing.notes.append(
                     f"{folder}: {len(alone)} of {len(here)} {kind} have no partner for camera {camera}, left out: "
                     f"{', '.join(alone[:8])}{', …' if len(alone) > 8 else ''}"
                 )
-        calibration = tuple(os.path.join(day, f"calib_{name}.txt") for name in ("cam_to_cam", "velo_to_cam"))
+        prefix = f"{scene}_image_{camera:02d}" if layout == "raw" else f"{scene}_image_{camera}"
         frames += [
-            Frame(f"{drive}_image_{camera:02d}_{key}", camera, images[key], scans[key], calibration)
+            Frame(layout, f"{prefix}_{key}", scene, camera, images[key], scans[key], calibration)
             for key in sorted(set(images) & set(scans))
         ]
     if not frames:
-        problems.append(f"{folder}: expected image_02/data or image_03/data with a scan for some image, found no pair")
+        listing.problems.append(f"{places[1].format('x')}: expected images with a scan, found no pair")
     return frames
 
 
-def missing_files(listing: Listing) -> list[str]:
-    """A message for each file that a listed frame lacks."""
-    frames = {frame.image: frame for split in listing.splits.values() for frame in split}.values()
-    needed = {path: frame for frame in frames for path in (frame.image, frame.scan, *frame.calibration)}
-    return [
-        f"{path}: expected for frame {frame.frame_id}, found no such file"
-        for path, frame in needed.items()
-        if not os.path.isfile(path)
-    ]
-
-
-def fingerprint(listing: Listing) -> str:
+def fingerprint(frames: Iterable[Frame]) -> str:
     """Changes with every change of the frames' files (by size and time of change), so that a cache can't be stale."""
-    digest = hashlib.sha256()
-    for split, frames in listing.splits.items():
-        for frame in frames:
-            for path in (frame.image, frame.scan, *frame.calibration, frame.labels):
-                found = os.stat(path) if path is not None and os.path.isfile(path) else None
-                state = (split, path, found and found.st_size, found and found.st_mtime_ns)
-                digest.update(repr(state).encode("utf-8"))
-    return digest.hexdigest()
+    states: dict[str, tuple[int, int] | None] = {}  # frames of a drive share their calibration
+    for frame in frames:
+        for path in (frame.image, frame.scan, *frame.calibration, *([frame.labels] if frame.labels else [])):
+            if path not in states:
+                try:
+                    found = os.stat(path)
+                    states[path] = (found.st_size, found.st_mtime_ns)
+                except OSError:
+                    states[path] = None
+    return hashlib.sha256(repr((list(frames), states)).encode("utf-8")).hexdigest()
 
 
 def _root(data_dir: str | os.PathLike | None) -> str:
@@ -266,12 +335,14 @@ def _root(data_dir: str | os.PathLike | None) -> str:
     return os.path.abspath(data_dir)
 
 
-def _folders(path: str) -> list[str]:
-    return sorted(name for name in os.listdir(path) if os.path.isdir(os.path.join(path, name)))
+def _folders(path: str, pattern: str) -> list[str]:
+    """Names of the folders in `path` that match; none where it is absent."""
+    names = sorted(os.listdir(path)) if os.path.isdir(path) else []
+    return [name for name in names if re.fullmatch(pattern, name) and os.path.isdir(os.path.join(path, name))]
 
 
 def _files(folder: str, suffixes: tuple[str, ...]) -> dict[str, str]:
-    """Stem -> path of the files with one of these suffixes; nothing where the folder is absent."""
+    """Stem -> path of the files with one of these suffixes, in upper or lower case; none where the folder is absent."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     names = [name for name in sorted(names) if name.lower().endswith(suffixes) and not name.startswith(".")]
     return {os.path.splitext(name)[0]: os.path.join(folder, name) for name in names}
@@ -297,28 +368,53 @@ def _require(wanted: Iterable[str] | None, available: Collection[str], what: str
 # --- the content of a frame -----------------------------------------------------------------------------------------
 
 
-def read_row(frame: Frame) -> dict:
+def read_row(frame: Frame, whole_scans: bool = False, problems: list[str] | None = None) -> dict[str, Any]:
     """The row of a frame (see the table above); `image` is the path, `objects` there for the object benchmark.
 
+    Args:
+        frame: of `list_frames`.
+        whole_scans: keep all points, not only those in the image.
+        problems: where given, a message for each damaged part is appended here and the part is None.
+
     Raises:
-        ValueError: a file is missing or damaged; names the file, what was expected and what was found.
+        ValueError: a file is missing or damaged; names the file, what was expected and what was found. Labels never
+            are: lines of `label_2` that can't be used are left out (and appended to `problems`).
     """
-    projection, lidar_to_camera, size = read_calibration(frame)
-    check_image(frame, size)
+
+    def part(read: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return read(*arguments)
+        except ValueError as error:
+            if problems is None:
+                raise
+            problems.append(str(error))
+            return None
+
+    projection, lidar_to_camera, expected_size = part(read_calibration, frame) or (None, None, None)
+    size = part(check_image, frame, expected_size)
+    points = part(read_points, frame.scan)
+    if not (whole_scans or points is None or size is None or projection is None):
+        points = points_in_view(points, projection @ lidar_to_camera, size)
     row = {
         "frame_id": frame.frame_id,
-        "image": frame.image,
-        "points": read_points(frame.scan),
-        "camera_projection": projection.tolist(),
-        "lidar_to_camera": lidar_to_camera.tolist(),
+        "scene": frame.scene,
+        "camera": f"image_{frame.camera}",
+        "image": frame.image if size else None,
+        "points": None if points is None else points.tobytes(),
+        "camera_projection": None if projection is None else projection.tolist(),
+        "lidar_to_camera": None if projection is None else lidar_to_camera.tolist(),
     }
-    if _is_object(frame):
-        row["objects"] = read_objects(frame.labels)
+    if frame.layout == "object":
+        row["objects"] = read_objects(frame.labels, problems)
     return row
 
 
-def check_image(frame: Frame, size: tuple[int, int] | None = None) -> None:
-    """Raises ValueError where the image is missing, broken, or not of `size` (width, height). Does not decode it."""
+def check_image(frame: Frame, size: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Width and height of the image, without decoding it.
+
+    Raises:
+        ValueError: it is missing, broken, or not of `size`.
+    """
     try:
         with Image.open(frame.image) as image:
             found = image.size
@@ -330,23 +426,40 @@ def check_image(frame: Frame, size: tuple[int, int] | None = None) -> None:
             f"{frame.image}: expected {size[0]} x {size[1]} pixels, the S_rect_{frame.camera:02d} of "
             f"{frame.calibration[0]}, found {found[0]} x {found[1]}; is it the calibration of another day?"
         )
+    return found
 
 
-def read_points(path: str) -> bytes:
-    """A scan's bytes, little-endian float32 x, y, z (metres, LiDAR frame), reflectance; finite, at least one point."""
+def read_points(path: str) -> np.ndarray:
+    """A scan, (N, 4) float32 x, y, z (metres, LiDAR frame), reflectance; finite, at least one point."""
     if not os.path.isfile(path):
         raise ValueError(f"{path}: expected a LiDAR scan, found no such file")
     with open(path, "rb") as file:
         data = file.read()
     if not data or len(data) % 16:
         raise ValueError(f"{path}: expected whole points of 16 bytes each, found {len(data)} bytes")
-    damaged = ~np.isfinite(np.frombuffer(data, dtype="<f4").reshape(-1, 4)).all(axis=1)
+    points = np.frombuffer(data, dtype="<f4").reshape(-1, 4)
+    damaged = ~np.isfinite(points).all(axis=1)
     if damaged.any():
         raise ValueError(
             f"{path}: expected finite points, found {damaged.sum()} of {len(damaged)} with NaN or infinity, "
             f"the first at index {damaged.argmax()}"
         )
-    return data
+    farthest = np.abs(points[:, :3]).max()
+    if farthest > 1000:
+        raise ValueError(
+            f"{path}: expected x, y, z within 1,000 m, found {farthest:.3g}; are these float32 x, y, z, reflectance?"
+        )
+    return points
+
+
+def points_in_view(points: np.ndarray, lidar_to_image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The points (N, 4) in front of the camera that project into the image of `size` (width, height), or at most a
+    pixel beside it: whoever filters them again, by whatever rule and rounding at the border, gets what the whole scan
+    gives."""
+    u, v, depth = lidar_to_image[:, :3] @ points[:, :3].T.astype(np.float64) + lidar_to_image[:, 3:]
+    width, height = size
+    inside = (u >= -1.5 * depth) & (u <= (width + 0.5) * depth) & (v >= -1.5 * depth) & (v <= (height + 0.5) * depth)
+    return points[inside & (depth > 0)]
 
 
 def read_calibration(frame: Frame) -> tuple[np.ndarray, np.ndarray, tuple[int, int] | None]:
@@ -355,55 +468,49 @@ def read_calibration(frame: Frame) -> tuple[np.ndarray, np.ndarray, tuple[int, i
     Both cameras share `lidar_to_camera`: it leads to the rectified frame of camera 0, and each projection matrix
     holds its own camera's offset.
     """
-    if _is_object(frame):
-        path = frame.calibration[0]
-        values = _read_values(path)
+    values, path = _read_values(frame.calibration[0]), frame.calibration[0]
+    if frame.layout == "odometry":  # Tr leads to the rectified camera 0
+        projection = _matrix(values, path, f"P{frame.camera}", (3, 4))
+        return projection, _homogeneous(_matrix(values, path, "Tr", (3, 4))), None
+    if frame.layout == "object":
         projection = _matrix(values, path, f"P{frame.camera}", (3, 4))
         rectification = _matrix(values, path, "R0_rect", (3, 3))
-        lidar_to_unrectified = _matrix(values, path, "Tr_velo_to_cam", (3, 4))
-        size = None
-    else:
-        cam_path, velo_path = frame.calibration
-        cam, velo = _read_values(cam_path), _read_values(velo_path)
-        projection = _matrix(cam, cam_path, f"P_rect_{frame.camera:02d}", (3, 4))
-        rectification = _matrix(cam, cam_path, "R_rect_00", (3, 3))
-        lidar_to_unrectified = np.hstack(
-            [_matrix(velo, velo_path, "R", (3, 3)), _matrix(velo, velo_path, "T", (3, 1))]
-        )
-        width, height = _matrix(cam, cam_path, f"S_rect_{frame.camera:02d}", (2,))
-        size = (round(width), round(height))
-    return projection, _homogeneous(rectification) @ _homogeneous(lidar_to_unrectified), size
+        return projection, _rectified(rectification, _matrix(values, path, "Tr_velo_to_cam", (3, 4))), None
+    projection = _matrix(values, path, f"P_rect_{frame.camera:02d}", (3, 4))
+    rectification = _matrix(values, path, "R_rect_00", (3, 3))
+    width, height = _matrix(values, path, f"S_rect_{frame.camera:02d}", (2,))
+    values, path = _read_values(frame.calibration[1]), frame.calibration[1]
+    rigid = np.hstack([_matrix(values, path, "R", (3, 3)), _matrix(values, path, "T", (3, 1))])
+    return projection, _rectified(rectification, rigid), (round(width), round(height))
 
 
-def read_objects(path: str | None) -> dict[str, list]:
+def read_objects(path: str | None, problems: list[str] | None = None) -> dict[str, list]:
     """Field -> its value for every object of a label file; the fields are the benchmark's 15, boxes and vectors as
-    lists; empty lists where there is no file (`path` None)."""
+    lists; empty lists where there is no file (`path` None).
+
+    A 16th field, the score of a prediction, is dropped. Lines that can't be used are left out and named in `problems`.
+    """
     objects: dict[str, list] = {field: [] for field in OBJECT_FIELDS}
     for number, line in enumerate(_lines(path) if path else (), start=1):
         values = line.split()
-        if not values:
-            continue
-        if len(values) != 15 or values[0] not in OBJECT_TYPES:
-            raise ValueError(
-                f"{path}, line {number}: expected 15 fields, the first one of {OBJECT_TYPES}, "
-                f"found {len(values)}: {line.strip()!r}"
-            )
         try:
-            truncated, occluded, alpha, *box, rotation_y = [float(value) for value in values[1:]]
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: expected numbers after the type, found: {error}") from error
-        parsed = (values[0], truncated, int(occluded), alpha, box[:4], box[4:7], box[7:10], rotation_y)
+            if not values:
+                continue
+            if len(values) not in (15, 16) or values[0] not in OBJECT_TYPES:
+                raise ValueError(f"expected 15 fields, the first one of {OBJECT_TYPES}, found {len(values)}")
+            truncated, occluded, alpha, *box, rotation_y = [float(value) for value in values[1:15]]
+            parsed = (values[0], truncated, int(occluded), alpha, box[:4], box[4:7], box[7:10], rotation_y)
+        except (ValueError, OverflowError) as error:
+            if problems is not None:
+                problems.append(f"{path}, line {number}: {error}: {line.strip()!r}; this label is left out")
+            continue
         for field, value in zip(OBJECT_FIELDS, parsed, strict=True):
             objects[field].append(value)
     return objects
 
 
-def _is_object(frame: Frame) -> bool:
-    return len(frame.calibration) == 1
-
-
 def _lines(path: str) -> list[str]:
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
         return file.read().splitlines()
 
 
@@ -436,47 +543,54 @@ def _homogeneous(matrix: np.ndarray) -> np.ndarray:
     return result
 
 
+def _rectified(rectification: np.ndarray, rigid: np.ndarray) -> np.ndarray:
+    return _homogeneous(rectification) @ _homogeneous(rigid)
+
+
 # --- the data set ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class KittiConfig(datasets.BuilderConfig):
-    """Configuration of `Kitti`; `splits`, `cameras` and `drives` as in `list_frames`.
+    """Configuration of `Kitti`; `splits`, `cameras` and `scenes` as in `list_frames`, `whole_scans` as in `read_row`.
 
     `on_bad_row`: "error" stops at a missing or damaged file, "skip" leaves that frame out and logs why.
     """
 
     splits: tuple[str, ...] | None = None
     cameras: tuple[int, ...] | None = None
-    drives: tuple[str, ...] | None = None
+    scenes: tuple[str, ...] | None = None
     on_bad_row: str = "error"
+    whole_scans: bool = False
 
     def list_frames(self) -> Listing:
-        return list_frames(self.name, self.data_dir, self.splits, self.cameras, self.drives)
+        return list_frames(self.name, self.data_dir, self.splits, self.cameras, self.scenes)
 
     def create_config_id(self, config_kwargs: dict[str, Any], custom_features: datasets.Features | None = None) -> str:
         # the cache folder's name: rows prepared from files that have changed since must not be found again
         if self.data_dir is not None:
-            config_kwargs = {**config_kwargs, "files": fingerprint(self.list_frames())}
+            frames = [frame for split in self.list_frames().splits.values() for frame in split]
+            config_kwargs = {**config_kwargs, "files": fingerprint(frames)}
         return super().create_config_id(config_kwargs, custom_features)
 
 
 class Kitti(datasets.GeneratorBasedBuilder):
     """KITTI object (`ImageSets/` train, val, trainval, test where there; else train: all of `training/`, test: all of
-    `testing/`) and KITTI raw (train: every image of every drive that has a scan)."""
+    `testing/`), odometry (train: sequences 00 to 10, test: 11 to 21) and raw (train: every image that has a scan)."""
 
     VERSION = VERSION
     BUILDER_CONFIG_CLASS = KittiConfig
     BUILDER_CONFIGS = [  # noqa: RUF012
         KittiConfig(name="object", version=VERSION, description="KITTI object benchmark"),
+        KittiConfig(name="odometry", version=VERSION, description="KITTI odometry sequences"),
         KittiConfig(name="raw", version=VERSION, description="KITTI raw drives, *_sync"),
     ]
     DEFAULT_CONFIG_NAME = "object"
-    DEFAULT_WRITER_BATCH_SIZE = 16  # rows of about 2 MB
+    DEFAULT_WRITER_BATCH_SIZE = 16  # whole scans have 2 MB
 
     def __init__(self, *args: Any, hash: str | None = None, **kwargs: Any) -> None:
         # datasets only hashes code that it loads as a script; with this, rows of an older version are not found again
-        super().__init__(*args, hash=hash or _code_hash(), **kwargs)
+        super().__init__(*args, hash=hash or code_hash(), **kwargs)
 
     def as_dataset(self, split: Any = None, **kwargs: Any) -> Any:
         return super().as_dataset(_kitti_split(split), **kwargs)
@@ -497,16 +611,10 @@ class Kitti(datasets.GeneratorBasedBuilder):
         if self.config.on_bad_row not in ("error", "skip"):
             raise ValueError(f"on_bad_row: expected 'error' or 'skip', found {self.config.on_bad_row!r}")
         listing = self.config.list_frames()
-        for note in listing.notes:
-            logger.warning(note)
-        problems = list(listing.problems)
-        if self.config.on_bad_row == "error":
-            problems += missing_files(listing)
-            if problems:
-                more = f"\nand {len(problems) - 10} more" if len(problems) > 10 else ""
-                raise ValueError("\n".join(problems[:10]) + more)
-        for problem in problems:
-            logger.warning(problem)
+        if listing.problems and self.config.on_bad_row == "error":
+            raise ValueError("\n".join(listing.problems[:10]))
+        for message in listing.notes + listing.problems:
+            logger.warning(message)
         if not listing.splits:
             raise ValueError(f"{self.config.data_dir}: expected images with their scans, found none")
         # a list is what datasets divides among processes and stream shards
@@ -515,19 +623,19 @@ class Kitti(datasets.GeneratorBasedBuilder):
     def _generate_examples(self, frames: Iterable[Frame]) -> Iterator[tuple[str, dict[str, Any]]]:
         for frame in frames:
             try:
-                row = read_row(frame)
+                yield frame.frame_id, read_row(frame, self.config.whole_scans)
             except ValueError as error:
                 if self.config.on_bad_row == "error":
                     raise
                 logger.warning(f"frame {frame.frame_id} skipped: {error}")
-                continue
-            yield frame.frame_id, row
 
 
 def features(name: str) -> datasets.Features:
-    """Columns of the configuration "object" or "raw"."""
+    """Columns of a configuration."""
     columns = {
         "frame_id": datasets.Value("string"),
+        "scene": datasets.Value("string"),
+        "camera": datasets.Value("string"),
         "image": datasets.Image(),
         "points": datasets.Value("binary"),
         "camera_projection": datasets.Array2D((3, 4), "float64"),
@@ -554,6 +662,7 @@ def _kitti_split(split: Any) -> Any:
     return re.sub(r"\bvalidation\b", "val", split) if isinstance(split, str) else split
 
 
-def _code_hash() -> str:
+def code_hash() -> str:
+    """Changes with this file."""
     with open(__file__, "rb") as file:
         return hashlib.sha256(file.read()).hexdigest()

@@ -202,9 +202,13 @@ def data_inspect(rows: Rows, picture_path: str | None = None, as_json: AsJson = 
     Args:
         picture_path: Draw one frame with its points there.
     """
-    from simipu_hf.data.tools import inspect_dataset
+    from simipu_hf.data.inspection import inspect_dataset
 
-    report = inspect_dataset(rows.dataset_name, rows.data_dir, rows.dataset_config_name, rows.split, picture_path)
+    report = inspect_dataset(rows.dataset_name, rows.data_dir, rows.dataset_config_name, rows.split)
+    if picture_path is not None and report.sample is not None:
+        from simipu_hf.visualization import draw_points_on_image, save_figure
+
+        save_figure(draw_points_on_image(report.sample), picture_path)
     show(report, as_json)
     sys.exit(1 if report.problems else 0)
 
@@ -213,21 +217,46 @@ def data_convert(
     output_dir: str,
     rows: Rows,
     to: Literal["parquet"] = "parquet",
-    rows_per_shard: int = 128,
+    rows_per_shard: int | None = None,
+    max_shard_size: str = "500MB",
+    num_shards: int = 1,
+    image_size: tuple[int, int] | None = None,
+    image_format: Literal["jpeg", "png", "webp"] | None = None,
+    quality: int = 90,
+    whole_scans: Switch = False,
     as_json: AsJson = False,
 ) -> None:
     """Pack a data set into Parquet files with the images inside; goes on where it was interrupted.
 
     simipu-hf data convert --to parquet --data_dir KITTI --output_dir kitti_parquet
 
+    simipu-hf data convert --data_dir KITTI --output_dir small --image_size 192 640 --image_format jpeg --num_shards 16
+
     Args:
         output_dir: Folder to write.
         to: The form.
-        rows_per_shard: Rows of a file.
+        rows_per_shard: Rows of a file; by size if None.
+        max_shard_size: About the largest size of a file.
+        num_shards: At least so many files a split; for streaming, as many as processes times workers.
+        image_size: Height and width to resize images to.
+        image_format: Encode images anew; as they are if None.
+        quality: Of JPEG and WebP.
+        whole_scans: Keep all points, not only those in the image.
     """
-    from simipu_hf.data.tools import convert_to_parquet
+    from simipu_hf.data.conversion import convert_to_parquet
 
-    show(convert_to_parquet(output_dir, **vars(rows), rows_per_shard=rows_per_shard), as_json)
+    result = convert_to_parquet(
+        output_dir,
+        **vars(rows),
+        rows_per_shard=rows_per_shard,
+        max_shard_size=max_shard_size,
+        num_shards=num_shards,
+        image_size=image_size,
+        image_format=image_format,
+        quality=quality,
+        whole_scans=whole_scans,
+    )
+    show(result, as_json)
 
 
 def data_push(

@@ -29,8 +29,9 @@ from transformers import AutoModel
 from simipu_hf.compare_depth import estimate_batch_norm, load_encoders
 from simipu_hf.data.depth_samples import DepthFrame, DepthPreprocessing
 from simipu_hf.data.depth_targets import KB_CROP
-from simipu_hf.data.loading import find_source, load_pretraining_dataset, source_splits
+from simipu_hf.data.loading import load_pretraining_dataset
 from simipu_hf.data.rows import ROW_FEATURES, dataset_from_rows
+from simipu_hf.data.sources import find_source
 from simipu_hf.data.synthetic import synthesize_drive
 from simipu_hf.errors import SimIPUError
 from simipu_hf.evaluation.depth import evaluate_maps, write_json
@@ -285,7 +286,7 @@ def copy_frames(data_dir: str | os.PathLike, frames_dir: Path, num_frames: int) 
     Held-out frames come from the validation split, or are the last ones where there is none.
     """
     source = os.fspath(data_dir)
-    splits = source_splits(source, *find_source(source, None))
+    splits = find_source(source).splits
     train = splits[0] if splits and "train" not in splits else "train"
     validation = next((name for name in ("validation", "val") if name in splits), None)
     held_out = max(1, round(VALIDATION_SHARE * num_frames))

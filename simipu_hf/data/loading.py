@@ -1,160 +1,139 @@
-"""Reads a pre-training data set from wherever it is: KITTI files, Parquet, `save_to_disk`, the Hub."""
+"""Reads a pre-training data set from wherever it is: files of known data sets, Parquet, `save_to_disk`, the Hub."""
 
+import hashlib
+import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
 
 import datasets
 
-from ..dataset_scripts import kitti
 from ..errors import SimIPUError
-from .rows import check_features, check_row
+from .preparation import Reading, prepare
+from .rows import ROW_FEATURES, check_features, check_row, scene_of
+from .sources import Source, Sources, find_source, given_sources, named_errors, split_source
 
 AnyDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
+logger = logging.getLogger(__name__)
+
 
 def load_pretraining_dataset(
-    dataset_name: str | None = None,
-    data_dir: str | os.PathLike | None = None,
+    dataset_name: Sources | None = None,
+    data_dir: Sources | None = None,
     dataset_config_name: str | None = None,
     split: str | None = "train",
     streaming: bool = False,
     num_proc: int | None = None,
     cache_dir: str | os.PathLike | None = None,
     *,
-    cameras: Sequence[int] | None = None,
-    drives: Sequence[str] | None = None,
+    cameras: Sequence[int | str] | None = None,
+    scenes: Sequence[str] | None = None,
+    whole_scans: bool = False,
+    validation_share: float | None = None,
     skipped: list[str] | None = None,
 ) -> AnyDataset:
-    """Rows of the data contract (`simipu_hf.data.rows`), whatever the version of `datasets`.
+    """Rows of the data contract (`simipu_hf.data.rows`), whatever the data set and the version of `datasets`.
+
+        rows = load_pretraining_dataset(data_dir="KITTI", split="train")
+        rows = load_pretraining_dataset(data_dir=["KITTI", "drives#train[:50%]"], validation_share=0.1)
+
+    Several processes may call it at once; one of them prepares the rows while the others wait. In a distributed run,
+    call it before the process group exists, whose time limit would end the waiting.
 
     Args:
-        dataset_name: A folder as for `data_dir`, or the id of a data set on the Hub. Give this or `data_dir`.
-        data_dir: A KITTI object or raw root, a folder of Parquet files, or a `save_to_disk` folder.
-        dataset_config_name: "object" or "raw" for KITTI, the name of a configuration otherwise. None: the one it has.
+        dataset_name: A folder as for `data_dir`, the id of a data set on the Hub, or the address of a folder of
+            Parquet files (`s3://`, `gs://`, `hf://datasets/…`). Give this or `data_dir`.
+        data_dir: A folder of KITTI, nuScenes, Waymo or Argoverse 2 as it was published, of Parquet files, or of
+            `save_to_disk`. Both take a list: the rows of all. `SOURCE#SPLIT` takes another split for "train".
+        dataset_config_name: "object", "odometry" or "raw" for KITTI, the name of a configuration otherwise. None: the
+            one it has.
         split: One split or an expression such as "train[:50%]+val" (names only where streaming or saved with
-            `save_to_disk`). "validation" also finds a split named "val". None: "train", or the only split.
+            `save_to_disk`). "validation" and "val" find one another. None: "train", or the only split.
         streaming: Read while iterating, prepare nothing on disk.
-        num_proc: Processes that prepare the rows.
+        num_proc: Processes that prepare the rows; None: one per core.
         cache_dir: Folder of prepared rows; default: the cache of `datasets`.
-        cameras: KITTI only: 2 (left) and 3 (right). Default: object 2, raw all there are.
-        drives: KITTI raw only: such as "2011_09_26_drive_0009_sync". Default: all there are.
+        cameras: Of a published data set; KITTI: 2 (left) and 3 (right).
+        scenes: Of a published data set: its drives, logs or segments. Default: all.
+        whole_scans: Of a published data set: keep all points, not only those that the camera sees.
+        validation_share: For a source without a validation split: "validation" is this share of the scenes of
+            "train", chosen by a hash of their names, and "train" is the rest.
         skipped: Where given, frames that can't become a row and rows with a `frame_id` that came before are left
-            out, and a message for each is appended here (not for KITTI streaming: the builder logs them as it meets
-            them). Otherwise the first of them is an error.
+            out, and a message for each is appended here (while streaming, they are logged). Otherwise the first of
+            them is an error.
 
     Raises:
         SimIPUError: nothing readable is there, a split or configuration doesn't exist, a file is missing or
-            damaged, or a column is missing or of another type.
+            damaged, a column is missing or of another type, or the cache cannot be written.
     """
-    source = one_source(dataset_name, data_dir)
-    kind, name = find_source(source, dataset_config_name, must_be_folder=dataset_name is None)
-    if kind != "kitti" and (cameras is not None or drives is not None):
-        raise SimIPUError(f"{source}: cameras and drives can be chosen for a KITTI folder only")
-    try:
-        split = _resolve_split(split, source_splits(source, kind, name), source)
-        if kind == "kitti":
-            dataset = _load_kitti(source, name, split, streaming, num_proc, cache_dir, cameras, drives, skipped)
-        elif kind == "saved":
-            dataset = _load_saved(source, split, streaming)
-        else:
-            dataset = datasets.load_dataset(
-                source, name, split=split, streaming=streaming, num_proc=num_proc, cache_dir=cache_dir
-            )
-    except SimIPUError:
-        raise
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-        raise SimIPUError(f"{source}: {_root_cause(error)}") from error
-    return _checked(dataset, source, split, skipped)
+    choice = Choice(cameras and tuple(cameras), scenes and tuple(scenes), whole_scans)
+    parts = []
+    for text in given_sources(dataset_name, data_dir):
+        location, own_split = split_source(text)
+        source = find_source(location, dataset_config_name, must_be_folder=dataset_name is None)
+        wanted = (own_split if split in (None, "train") else "") or split
+        with named_errors(location):
+            parts.append(_load(source, wanted, streaming, num_proc, cache_dir, choice, validation_share, skipped))
+    return parts[0] if len(parts) == 1 else join_rows(parts)
 
 
-def one_source(dataset_name: str | None, data_dir: str | os.PathLike | None) -> str:
-    """Whichever of the two is given; SimIPUError for none or both."""
-    given = [place for place in (dataset_name, data_dir) if place is not None]
-    if len(given) != 1:
-        raise SimIPUError(f"expected either dataset_name or data_dir, found {dataset_name=}, {data_dir=}")
-    return os.fspath(given[0])
+@dataclass(frozen=True)
+class Choice:
+    """What is read of a published data set."""
+
+    cameras: tuple[int | str, ...] | None = None
+    scenes: tuple[str, ...] | None = None
+    whole_scans: bool = False
 
 
-def find_source(source: str, dataset_config_name: str | None, must_be_folder: bool = False) -> tuple[str, str | None]:
-    """What `source` is ("kitti", "saved", "parquet" or "hub"), and the name of the configuration to read.
-
-    Raises:
-        SimIPUError: `source` is nothing of the kind, or has no such configuration.
-    """
-    folder = Path(source)
-    if not folder.is_dir():
-        if (
-            must_be_folder
-            or folder.exists()
-            or folder.is_absolute()
-            or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source)
-        ):
-            found = "a file" if folder.exists() else "no such folder"
-            raise SimIPUError(f"{source}: expected the folder of a data set, found {found}")
-        return "hub", _find_config(source, dataset_config_name)
-    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        return "saved", None
-    names = sorted(path.name for path in folder.iterdir())
-    has_object = any((folder / name).is_dir() for name in ("training", "testing"))
-    has_raw = any(re.fullmatch(r"\d{4}_\d\d_\d\d", name) for name in names)
-    if has_object or has_raw:
-        name = dataset_config_name or ("object" if has_object else "raw")
-        if not {"object": has_object, "raw": has_raw}.get(name, False):
-            there = [name for name, is_there in (("object", has_object), ("raw", has_raw)) if is_there]
-            raise SimIPUError(f"{source}: a KITTI folder with the configuration {there}, found {name!r} asked for")
-        return "kitti", name
-    if next(folder.rglob("*.parquet"), None) is not None:
-        return "parquet", _find_config(source, dataset_config_name)
-    hint = ""
-    if {"image_2", "velodyne", "image_02", "velodyne_points"} & set(names) or any("_drive_" in name for name in names):
-        hint = "; it looks like a part of a KITTI data set, give the folder above that holds all of it"
-    listed = ", ".join(names[:10]) + (", …" if len(names) > 10 else "") if names else "an empty folder"
-    raise SimIPUError(
-        f"{source}: expected a KITTI object root (training/, testing/), a KITTI raw root (2011_09_26/, …), "
-        f"a folder of Parquet files, or a save_to_disk folder; found {listed}{hint}"
-    )
+def _load(
+    source: Source,
+    split: str | None,
+    streaming: bool,
+    num_proc: int | None,
+    cache_dir: str | os.PathLike | None,
+    choice: Choice,
+    validation_share: float | None,
+    skipped: list[str] | None,
+) -> AnyDataset:
+    if source.reader is None and (choice.cameras is not None or choice.scenes is not None):
+        raise SimIPUError(f"{source.location}: cameras and scenes can be chosen of a published data set's files only")
+    held_out, split = _plan_split(split, source, validation_share)
+    if source.reader is not None:
+        dataset = _load_files(source, split, streaming, num_proc, cache_dir, choice, skipped)
+    elif source.kind == "saved":
+        dataset = _take(split, source.saved)
+        dataset = dataset.to_iterable_dataset(num_shards=min(len(dataset), 64)) if streaming else dataset
+    else:
+        cache = None if cache_dir is None else os.fspath(cache_dir)
+        options = {"split": split, "streaming": streaming, "num_proc": None if streaming else num_proc}
+        dataset = datasets.load_dataset(*source.load_arguments, **options, cache_dir=cache, **source.load_options)
+    dataset = _with_scene(_checked(dataset, source.location, split, skipped))
+    return dataset if validation_share is None else _share(dataset, held_out, validation_share, source.location)
 
 
-def source_splits(source: str, kind: str, name: str | None) -> list[str]:
-    """Splits of a source that `find_source` has named; [] for a saved data set without splits."""
-    if kind == "kitti":
-        assert name is not None
-        return kitti.split_names(name, source)
-    if kind == "saved":
-        saved = _from_disk(source)
-        return list(saved) if isinstance(saved, datasets.DatasetDict) else []
-    try:
-        return datasets.get_dataset_split_names(source, name)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-        raise SimIPUError(f"{source}: expected a data set with splits, found: {error}") from error
-
-
-def _find_config(source: str, wanted: str | None) -> str:
-    try:
-        names = datasets.get_dataset_config_names(source)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-        raise SimIPUError(f"{source}: neither a folder here nor a data set that can be read: {error}") from error
-    if wanted is None and len(names) == 1:
-        return names[0]
-    if wanted is None or wanted not in names:
-        raise SimIPUError(f"{source}: expected dataset_config_name to be one of {names}, found {wanted!r}")
-    return wanted
-
-
-def _resolve_split(split: str | None, available: list[str], source: str) -> str:
-    if not available:
-        return split or "train"
+def _plan_split(split: str | None, source: Source, validation_share: float | None) -> tuple[bool, str]:
+    """Whether the rows held out of a split are wanted, and the split to read."""
+    available = source.splits
     if split is None:
         split = "train" if "train" in available else available[0] if len(available) == 1 else ""
-    if "val" in available and "validation" not in available:
-        split = re.sub(r"\bvalidation\b", "val", split)
+    held_out = False
+    if validation_share is not None:
+        if {"validation", "val"} & set(available):
+            raise SimIPUError(f"{source.location} has the splits {available}: leave validation_share out")
+        held_out = split in ("validation", "val")
+        split = "train" if held_out else split
+    for name, other in (("validation", "val"), ("val", "validation")):
+        if other in available and name not in available:
+            split = re.sub(rf"\b{name}\b", other, split)
     if not set(_names(split)) <= set(available):
-        raise SimIPUError(f"{source}: split: expected one of {available}, found {split!r}")
-    return split
+        hint = "; validation_share holds a part of train out" if split in ("validation", "val") else ""
+        raise SimIPUError(f"{source.location}: split: expected one of {available}, found {split!r}{hint}")
+    return held_out, split
 
 
 def _names(split: str) -> list[str]:
@@ -162,79 +141,69 @@ def _names(split: str) -> list[str]:
     return [part.partition("[")[0].strip() for part in split.split("+")]
 
 
-def _load_kitti(
-    source: str,
-    name: str | None,
+def list_frames(source: Source, splits: Sequence[str], choice: Choice) -> Any:
+    """The reader's listing of some splits."""
+    assert source.reader is not None
+    return source.reader.list_frames(source.config, source.location, splits, choice.cameras, choice.scenes)
+
+
+def _load_files(
+    source: Source,
     split: str,
     streaming: bool,
     num_proc: int | None,
     cache_dir: str | os.PathLike | None,
-    cameras: Sequence[int] | None,
-    drives: Sequence[str] | None,
+    choice: Choice,
     skipped: list[str] | None,
 ) -> AnyDataset:
-    names = tuple(dict.fromkeys(_names(split)))
-    builder = kitti.Kitti(
-        config_name=name,
-        data_dir=os.path.abspath(source),
-        cache_dir=None if cache_dir is None else os.fspath(cache_dir),
-        splits=names,
-        cameras=None if cameras is None else tuple(cameras),
-        drives=None if drives is None else tuple(drives),
-        on_bad_row="error" if skipped is None else "skip",
-    )
-    if streaming:
-        return builder.as_streaming_dataset(split=split)
-    try:
-        builder.download_and_prepare(num_proc=num_proc)
-    except datasets.exceptions.DatasetGenerationError:
-        if num_proc is not None and num_proc > 1:
-            _raise_first_damage(builder)  # the reason doesn't survive the way from another process
-        raise
+    assert source.reader is not None
+    assert source.config is not None
+    names = list(dict.fromkeys(_names(split)))
+    listing = list_frames(source, names, choice)
+    if listing.problems and skipped is None:
+        raise SimIPUError("\n".join(listing.problems[:10]))
     if skipped is not None:
-        skipped += _left_out(builder, names)
-    return builder.as_dataset(split=split)
+        skipped += listing.problems
+    frames = {name: listing.splits.get(name, []) for name in names}
+    empty = [name for name, found in frames.items() if not found]
+    if empty:
+        raise SimIPUError(f"{source.location}: split {empty[0]!r}: expected images with their scans, found none")
+    reading = Reading(source.reader.__name__, source.config, choice.whole_scans)
+    if not streaming:
+        return _take(split, {name: prepare(reading, frames[name], skipped, num_proc, cache_dir) for name in names})
+    if "[" in split:
+        raise SimIPUError(f"{source.location}: split: expected plain names where streaming, found {split!r}")
+    features, options = source.reader.features(source.config), {"reading": reading, "skip": skipped is not None}
+    streams = [
+        datasets.IterableDataset.from_generator(_stream_rows, features, {"frames": frames[name], **options})
+        for name in _names(split)
+    ]
+    return streams[0] if len(streams) == 1 else datasets.concatenate_datasets(streams)
 
 
-def _raise_first_damage(builder: kitti.Kitti) -> None:
-    for frames in builder.config.list_frames().splits.values():
-        for frame in frames:
-            kitti.read_row(frame)
+def _take(split: str, saved: Mapping[str, datasets.Dataset]) -> datasets.Dataset:
+    """The rows of an expression such as "train[:50%]+val"."""
+    lengths = {name: len(rows) for name, rows in saved.items()}
+    instructions = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+    parts = [
+        saved[part.splitname]
+        if part.to - part.from_ == lengths[part.splitname]
+        else saved[part.splitname].select(range(part.from_, part.to))
+        for part in instructions
+    ]
+    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
 
-def _left_out(builder: kitti.Kitti, names: Sequence[str]) -> list[str]:
-    """Why frames of the listed splits are not among the prepared rows."""
-    listing = builder.config.list_frames()
-    messages = list(listing.problems)
-    for name in names:
-        prepared = set(builder.as_dataset(split=name)["frame_id"])
-        for frame in listing.splits.get(name, ()):
-            if frame.frame_id not in prepared:
-                try:
-                    kitti.read_row(frame)
-                except ValueError as error:
-                    messages.append(f"frame {frame.frame_id}: {error}")
-    return messages
+def _stream_rows(frames: Sequence[Any], reading: Reading, skip: bool) -> Iterator[dict[str, Any]]:
+    skipped: list[str] | None = [] if skip else None
+    yield from reading.rows(frames, skipped)
+    for message in skipped or ():
+        logger.warning(f"skipped: {message}")
 
 
-def _load_saved(source: str, split: str, streaming: bool) -> AnyDataset:
-    if "[" in split or "+" in split:
-        raise SimIPUError(f"{source}: split: expected a plain name for a saved data set, found {split!r}")
-    saved = _from_disk(source)
-    dataset = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
-    return dataset.to_iterable_dataset(num_shards=min(len(dataset), 64)) if streaming else dataset
-
-
-def _from_disk(source: str) -> datasets.Dataset | datasets.DatasetDict:
-    try:
-        return datasets.load_from_disk(source)
-    except Exception as error:  # a folder that lacks a file or has no rows raises IndexError, KeyError and others
-        raise SimIPUError(f"{source}: expected what save_to_disk wrote, with rows, found: {error}") from error
-
-
-def _checked(dataset: AnyDataset, source: str, split: str, skipped: list[str] | None) -> AnyDataset:
+def _checked(dataset: AnyDataset, location: str, split: str, skipped: list[str] | None) -> AnyDataset:
     if dataset.features is not None:
-        check_features(dataset.features, source)
+        check_features(dataset.features, location)
     else:  # some streams have no types before the first row
         first = next(iter(dataset), None)
         if first is not None:
@@ -242,14 +211,14 @@ def _checked(dataset: AnyDataset, source: str, split: str, skipped: list[str] | 
     if isinstance(dataset, datasets.IterableDataset):
         return dataset
     if len(dataset) == 0:
-        raise SimIPUError(f"{source}: split {split!r}: expected rows, found none")
-    return dataset if "+" in split else _without_duplicates(dataset, source, skipped)
+        raise SimIPUError(f"{location}: split {split!r}: expected rows, found none")
+    return dataset if "+" in split else _without_duplicates(dataset, location, skipped)
 
 
-def _without_duplicates(dataset: datasets.Dataset, source: str, skipped: list[str] | None) -> datasets.Dataset:
+def _without_duplicates(dataset: datasets.Dataset, location: str, skipped: list[str] | None) -> datasets.Dataset:
     frame_ids = list(dataset["frame_id"])
     messages = [
-        f"{source}: frame {frame_id}: expected one row, found {count}"
+        f"{location}: frame {frame_id}: expected one row, found {count}"
         for frame_id, count in Counter(frame_ids).items()
         if count > 1
     ]
@@ -262,8 +231,50 @@ def _without_duplicates(dataset: datasets.Dataset, source: str, skipped: list[st
     return dataset.select(sorted(first_rows.values()))
 
 
-def _root_cause(error: BaseException) -> BaseException:
-    """What went wrong beneath `datasets`' "An error occurred while generating the dataset"."""
-    while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
-        error = error.__cause__
-    return error
+def _with_scene(dataset: AnyDataset) -> AnyDataset:
+    if "scene" in (dataset.column_names or ROW_FEATURES):
+        return dataset
+    if isinstance(dataset, datasets.Dataset):
+        return dataset.add_column("scene", [scene_of(frame_id) for frame_id in dataset["frame_id"]])
+    features = datasets.Features({**dataset.features, "scene": ROW_FEATURES["scene"]})
+    return dataset.map(_add_scene, features=features)
+
+
+def _add_scene(row: dict[str, Any]) -> dict[str, Any]:
+    return {"scene": scene_of(row["frame_id"])}
+
+
+def _share(dataset: AnyDataset, held_out: bool, share: float, location: str) -> AnyDataset:
+    """The rows of the scenes that `validation_share` holds out, or of the others."""
+    if not 0 < share < 1:
+        raise SimIPUError(f"validation_share: expected a share between 0 and 1, found {share}")
+    if isinstance(dataset, datasets.IterableDataset):
+        return dataset.filter(partial(_is_on_side, share=share, held_out=held_out), input_columns="scene")
+    scenes = list(dataset["scene"])
+    places = {scene: _place(scene) for scene in set(scenes)}
+    if not min(places.values()) < share <= max(places.values()):
+        raise SimIPUError(
+            f"{location}: validation_share {share} puts all of {len(places)} scenes on one side: choose a value "
+            f"between {min(places.values()):.3f} and {max(places.values()):.3f}"
+        )
+    return dataset.select([index for index, scene in enumerate(scenes) if _is_on_side(scene, share, held_out)])
+
+
+def _is_on_side(scene: str, share: float, held_out: bool) -> bool:
+    return (_place(scene) < share) == held_out
+
+
+def _place(scene: str) -> float:
+    """A number from 0 to 1 that depends on the scene's name alone, so that a scene stays on its side for ever."""
+    return int.from_bytes(hashlib.sha256(scene.encode("utf-8")).digest()[:8], "big") / 2**64
+
+
+def join_rows(parts: Sequence[AnyDataset]) -> AnyDataset:
+    """The rows of all parts one after another, with the columns that all of them have."""
+    columns = [column for column in parts[0].column_names if all(column in part.column_names for part in parts)]
+    selected = [part.select_columns(columns) for part in parts]
+    features = selected[0].features
+    # casting copies the data, and is only needed where another writer stored a column in another way
+    return datasets.concatenate_datasets(
+        [part if part.features == features else part.cast(features) for part in selected]
+    )

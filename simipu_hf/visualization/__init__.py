@@ -4,7 +4,7 @@
 (or, for the 3-D page, HTML), so that reports and notebooks can use each alone.
 """
 
-from simipu_hf.data.frame import Frame
+from simipu_hf.data.rows import Frame
 
 from .curves import draw_training_curves
 from .figures import (

@@ -1,7 +1,7 @@
 """What the pictures show of a model: features as colours, cosine similarities, matches of two views."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -9,16 +9,15 @@ import torch
 import torch.nn.functional as F
 
 from simipu_hf.data.augmentation import TwoViewAugmentation, two_view_sample
-from simipu_hf.data.frame import Frame
+from simipu_hf.data.rows import Frame
 from simipu_hf.evaluation.correspondence import cell_centers, dense_image_embeds
-from simipu_hf.modeling.geometry import invert_transform, pixel_transform, transform_points
+from simipu_hf.modeling.geometry import invert_transform, pixel_transform, project_points, transform_points
 from simipu_hf.modeling.image_encoder import TimmModel, image_feature_maps, sorted_stages
 from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
 from simipu_hf.modeling.matching import PendingMatch
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
-Extent = tuple[float, float, float, float]
 DARKEST = 0.15  # of a colour channel: black would be lost on a dark ground
 
 
@@ -41,18 +40,19 @@ class Principal:
     def fit(cls, rows: np.ndarray) -> "Principal":
         """From rows `(R, D)`; the colours span their 2nd to 98th percentile."""
         rows = rows.astype(np.float64)
-        mean = rows.mean(0)
-        _, _, directions = np.linalg.svd(rows - mean, full_matrices=False)
+        _, _, directions = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
         basis = np.zeros((rows.shape[1], 3))
         basis[:, : len(directions[:3])] = directions[:3].T
         # the sign of a direction is arbitrary: its largest component is made positive
         basis *= np.where(basis[np.abs(basis).argmax(0), range(3)] < 0, -1, 1)
-        return cls(mean, basis, *_range((rows - mean) @ basis))
+        return cls(np.zeros(len(basis)), basis, np.zeros(3), np.zeros(3)).adapted(rows)
 
     def adapted(self, rows: np.ndarray) -> "Principal":
         """The same directions with the mean and range of other rows `(R, D)`."""
         mean = rows.mean(0, dtype=np.float64)
-        return Principal(mean, self.basis, *_range((rows - mean) @ self.basis))
+        low, high = np.percentile((rows - mean) @ self.basis, (2, 98), axis=0)
+        rounding = high - low < 1e-5 * (high - low).max()  # nothing else to show
+        return Principal(mean, self.basis, np.where(rounding, 0, low), np.where(rounding, 0, high))
 
     def colors(self, rows: np.ndarray) -> np.ndarray:
         """Rows `(..., D)` as colours `(..., 3)`, up to 1."""
@@ -61,36 +61,30 @@ class Principal:
         return DARKEST + (1 - DARKEST) * np.where(span > 0, scaled, 0.5).clip(0, 1)
 
 
-def _range(projected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lowest and highest values to show of `(R, 3)`, both 0 where there is nothing but rounding."""
-    low, high = np.percentile(projected, (2, 98), axis=0)
-    rounding = high - low < 1e-5 * (high - low).max()
-    return np.where(rounding, 0, low), np.where(rounding, 0, high)
-
-
 @dataclass(frozen=True)
 class CellMap:
     """A feature map over an image.
 
     Args:
         values: `(h, w, D)`.
-        extent: left, right, bottom and top of the map in pixels of the original image (matplotlib's order).
         pixels: `(h, w, 2)`, x and y of the cells' centres in the original image.
+        cell_size: width and height of a cell in pixels of the original image.
         inside: `(h, w)`, cells that show a part of the image; the others lie in its padding.
     """
 
     values: np.ndarray
-    extent: Extent
     pixels: np.ndarray
+    cell_size: np.ndarray
     inside: np.ndarray
 
     @property
-    def cell_width(self) -> float:
-        """In pixels of the original image."""
-        return (self.extent[1] - self.extent[0]) / self.values.shape[1]
+    def extent(self) -> tuple[float, float, float, float]:
+        """Left, right, bottom and top of the map, as `imshow` takes them."""
+        (left, top), (right, bottom) = self.pixels[0, 0] - self.cell_size / 2, self.pixels[-1, -1] + self.cell_size / 2
+        return left, right, bottom, top
 
     def with_values(self, values: np.ndarray) -> "CellMap":
-        return CellMap(values, self.extent, self.pixels, self.inside)
+        return replace(self, values=values)
 
 
 def cell_map(
@@ -105,19 +99,16 @@ def cell_map(
         frame: the original.
         align_corners: of the model's configuration.
     """
-    size = values.shape[:2]
-    centers = cell_centers(size, padded_size, align_corners).double().numpy().reshape(*size, 2)
+    height, width = values.shape[:2]
+    centers = cell_centers((height, width), padded_size, align_corners).double().numpy().reshape(height, width, 2)
     scale, shift = resize[[0, 1], [0, 1]], resize[:2, 2]
     pixels = (centers - shift) / scale
-    first, last = pixels[0, 0], pixels[-1, -1]
-    # one cell alone covers the image; otherwise cells are as wide as their centres are apart
-    counts = np.array([size[1], size[0]])
-    whole = np.array([padded_size[1], padded_size[0]]) / scale
-    half = np.where(counts > 1, (last - first) / np.maximum(counts - 1, 1), whole) / 2
-    (left, top), (right, bottom) = first - half, last + half
-    height, width = frame.image.shape[:2]
-    inside = (pixels + half > -0.5).all(-1) & (pixels - half < (width - 0.5, height - 0.5)).all(-1)
-    return CellMap(values, (left, right, bottom, top), pixels, inside)
+    # cells are as wide as their centres are apart; one cell alone covers the image
+    counts, whole = np.array([width, height]), np.array(padded_size[::-1]) / scale
+    cell_size = np.where(counts > 1, (pixels[-1, -1] - pixels[0, 0]) / np.maximum(counts - 1, 1), whole)
+    last_edge = np.array(frame.image.shape[1::-1]) - 0.5
+    inside = (pixels + cell_size / 2 > -0.5).all(-1) & (pixels - cell_size / 2 < last_edge).all(-1)
+    return CellMap(values, pixels, cell_size, inside)
 
 
 @dataclass(frozen=True)
@@ -126,7 +117,7 @@ class FrameEmbeds:
 
     Args:
         cells: embeddings of the finest sampled stage's cells, `(h, w, D)`.
-        coordinates: `(M, 3)`, the points the point encoder kept, metres, LiDAR frame.
+        coordinates: `(M, 3)`, the points the point encoder kept, metres, in the frame of the picture.
         points: `(M, D)`, their embeddings.
     """
 
@@ -136,9 +127,10 @@ class FrameEmbeds:
 
 
 @torch.no_grad()
-def embed_frame(model: SimIPUForPreTraining, processor: SimIPUProcessor, row: Mapping[str, Any]) -> FrameEmbeds:
+def embed_frame(
+    model: SimIPUForPreTraining, processor: SimIPUProcessor, row: Mapping[str, Any], frame: Frame
+) -> FrameEmbeds:
     """The inter-modal projections of a row, un-augmented; the model is in evaluation mode."""
-    frame = Frame.from_row(row)
     names = ("points", "camera_projection", "lidar_to_camera")
     batch = processor(images=frame.image, **{name: row[name] for name in names}).to(model.device)
     maps = model.simipu.get_image_features(batch["pixel_values"])
@@ -153,9 +145,12 @@ def embed_frame(model: SimIPUForPreTraining, processor: SimIPUProcessor, row: Ma
     if kept.mask is not None:
         coordinates, features = coordinates[kept.mask[0]], features[kept.mask[0]]
     points = model.inter_point_head(features.to(next(model.inter_point_head.parameters()).dtype))
+    # whatever frame the model works in: where the points appear in the image says where they are
+    pixels, depth = project_points(coordinates.double(), batch["lidar_to_pixel"][0].double())
+    pixels = (pixels.cpu().numpy() - resize[:2, 2]) / resize[[0, 1], [0, 1]]
     return FrameEmbeds(
         cell_map(values, padded_size, resize, frame, model.config.align_corners),
-        coordinates.float().cpu().numpy(),
+        frame.lift(pixels, depth.cpu().numpy()),
         F.normalize(points.float(), dim=-1).cpu().numpy(),
     )
 

@@ -9,7 +9,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch
 
-from simipu_hf.data.frame import Frame
+from simipu_hf.data.rows import Frame
 
 from .features import CellMap, FrameEmbeds, Principal, ViewMatches
 from .style import (

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from simipu_hf.data.augmentation import TwoViewAugmentation
-from simipu_hf.data.frame import Frame
 from simipu_hf.data.loading import load_pretraining_dataset
+from simipu_hf.data.rows import Frame
 from simipu_hf.errors import SimIPUError
 from simipu_hf.hub.card import CURVES
 from simipu_hf.hub.files import written_aside

@@ -11,7 +11,7 @@ from matplotlib.colors import Colormap, to_hex, to_rgb
 from PIL import Image
 from scipy.spatial import cKDTree
 
-from simipu_hf.data.frame import Frame
+from simipu_hf.data.rows import Frame
 
 from .features import FrameEmbeds, Principal
 from .style import DEPTH_RANGE, DEPTH_TICKS, MISSING, depth_colormap, depth_norm, visible_colormap

@@ -1,0 +1,260 @@
+"""Packs a data set into Parquet files with the images inside."""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets.info import DatasetInfosDict
+from datasets.table import embed_table_storage
+from datasets.utils.py_utils import convert_file_size_to_int
+from huggingface_hub import DatasetCardData
+from PIL import Image
+
+from ..dataset_scripts.kitti import points_in_view
+from ..errors import SimIPUError
+from ..files import atomic_path
+from ..modeling.geometry import pixel_transform
+from .inspection import open_source
+from .loading import load_pretraining_dataset
+from .preparation import run_in_processes
+from .rows import Frame, calibration_from_row, image_from_row
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "conversion.json"  # what an unfinished conversion is of
+BATCH = 16  # rows in memory at a time, and in a Parquet row group
+FORMATS = ("jpeg", "png", "webp")
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What happens to each row on its way into a file.
+
+    Args:
+        image_size: height and width to resize images to; `camera_projection` is adjusted. `None` keeps them.
+        image_format: "jpeg", "png" or "webp" to encode images anew; `None` keeps the files byte for byte, and writes
+            PNG where they are resized.
+        quality: of JPEG and WebP, 1 to 100.
+        whole_scans: keep all points, not only those in the image.
+    """
+
+    image_size: tuple[int, int] | None = None
+    image_format: str | None = None
+    quality: int = 90
+    whole_scans: bool = False
+
+    def __post_init__(self) -> None:
+        if self.image_format not in (None, *FORMATS):
+            raise SimIPUError(f"image_format: expected one of {FORMATS}, found {self.image_format!r}")
+        if self.image_size is not None and min(self.image_size) < 1:
+            raise SimIPUError(f"image_size: expected height and width in pixels, found {self.image_size}")
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row (its image undecoded) as it is written."""
+        row = dict(row)
+        if not self.whole_scans:
+            frame = Frame.from_row(row)
+            height, width = frame.image.shape[:2]
+            row["points"] = points_in_view(frame.points, frame.lidar_to_image, (width, height)).tobytes()
+        if self.image_size is not None or self.image_format is not None:
+            image = image_from_row(row)
+            height, width = self.image_size or (image.height, image.width)
+            moved = pixel_transform((0, 0, image.height, image.width), (height, width), False, True)
+            row["camera_projection"] = (moved @ calibration_from_row(row)[0]).tolist()
+            encoded = BytesIO()
+            resized = image.resize((width, height), Image.Resampling.BILINEAR)
+            resized.save(encoded, self.image_format or "png", quality=self.quality)
+            row["image"] = {"bytes": encoded.getvalue(), "path": None}
+        return row
+
+
+def convert_to_parquet(
+    output_dir: str | os.PathLike,
+    dataset_name: str | None = None,
+    data_dir: str | os.PathLike | None = None,
+    dataset_config_name: str | None = None,
+    split: str | Sequence[str] | None = None,
+    rows_per_shard: int | None = None,
+    *,
+    max_shard_size: str = "500MB",
+    num_shards: int = 1,
+    image_size: tuple[int, int] | None = None,
+    image_format: str | None = None,
+    quality: int = 90,
+    whole_scans: bool = False,
+    cameras: Sequence[int | str] | None = None,
+    scenes: Sequence[str] | None = None,
+    num_proc: int | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> dict[str, Any]:
+    """Packs a data set into Parquet files with the images embedded, which plain `datasets.load_dataset(output_dir)`
+    reads, and which may be uploaded to the Hub as they are.
+
+        convert_to_parquet("kitti_parquet", data_dir="KITTI")
+        convert_to_parquet("small", data_dir="KITTI", image_size=(192, 640), image_format="jpeg", num_shards=16)
+
+    Files are written to `<output_dir>.partial` one by one, and the folder is renamed when all are there. After an
+    interruption the same call goes on behind the last whole file and ends with the same bytes.
+
+    Args:
+        output_dir: Folder to make; must not exist or be empty.
+        dataset_name, data_dir, dataset_config_name, cameras, scenes, num_proc, cache_dir: As
+            `load_pretraining_dataset`, one source.
+        split: One split or several; None: all of them (KITTI object's `trainval` holds all of train and val again).
+        rows_per_shard: Rows of a file; None: by `max_shard_size` and `num_shards`.
+        max_shard_size: About the largest size of a file.
+        num_shards: At least so many files a split: for streaming, as many as processes times data-loading workers.
+        image_size, image_format, quality, whole_scans: See `Packing`.
+
+    Returns:
+        `output_dir`, `splits` (rows of each), `shards`, `resumed_shards` (found whole), `bytes`; ready for JSON.
+
+    Raises:
+        SimIPUError: the output folder holds something, a frame is damaged, or the disk is full. What is whole stays
+            in `<output_dir>.partial`.
+    """
+    target, partial_dir = Path(output_dir), Path(f"{os.path.normpath(output_dir)}.partial")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise SimIPUError(f"{target}: expected a new or empty folder to convert into, found something there")
+    if rows_per_shard is not None and rows_per_shard < 1:
+        raise SimIPUError(f"rows_per_shard: expected at least 1, found {rows_per_shard}")
+    packing = Packing(image_size, image_format, quality, whole_scans)
+    source, names = open_source(dataset_name, data_dir, dataset_config_name, split)
+    options = {"cameras": cameras, "scenes": scenes, "num_proc": num_proc, "cache_dir": cache_dir}
+    splits = {
+        name: load_pretraining_dataset(
+            source.location, dataset_config_name=source.config, split=name, whole_scans=whole_scans, **options
+        ).cast_column("image", datasets.Image(decode=False))
+        for name in names
+    }
+    already_cut = source.reader is not None
+    packing = None if (already_cut or whole_scans) and not (image_size or image_format) else packing
+    shards = [
+        shard
+        for name, rows in splits.items()
+        for shard in _plan_shards(name, rows, packing, rows_per_shard, max_shard_size, num_shards)
+    ]
+    _prepare_partial(partial_dir, splits, shards, packing)
+    missing = [shard for shard in shards if not (partial_dir / shard.file).is_file()]
+    try:
+        write = partial(_write_shard, partial_dir, splits, packing)
+        run_in_processes(write, missing, num_proc, "Converting", lambda shard: shard.stop - shard.start, "row")
+    except SimIPUError as error:
+        done = sum((partial_dir / shard.file).is_file() for shard in shards)
+        raise SimIPUError(
+            f"{error}. {done} of {len(shards)} shards are kept in {partial_dir}; the same command goes on from there"
+        ) from error
+    _write_card(partial_dir, splits, source.config or "default")
+    if target.exists():
+        target.rmdir()  # empty; Windows doesn't rename onto a folder
+    partial_dir.rename(target)
+    (target / MANIFEST).unlink()
+    return {
+        "output_dir": str(target),
+        "splits": {name: len(rows) for name, rows in splits.items()},
+        "shards": len(shards),
+        "resumed_shards": len(shards) - len(missing),
+        "bytes": sum(path.stat().st_size for path in target.rglob("*.parquet")),
+    }
+
+
+@dataclass(frozen=True)
+class _Shard:
+    split: str
+    start: int
+    stop: int
+    file: str
+
+
+def _plan_shards(
+    name: str,
+    rows: datasets.Dataset,
+    packing: Packing | None,
+    rows_per_shard: int | None,
+    max_shard_size: str,
+    num_shards: int,
+) -> list[_Shard]:
+    if rows_per_shard is None:
+        sample = rows.select(range(0, len(rows), max(1, len(rows) // 8)))
+        tables = [_table(sample.select([index]), packing) for index in range(len(sample))]
+        row_size = sum(table.nbytes for table in tables) / len(tables)
+        most = max(1, int(convert_file_size_to_int(max_shard_size) / row_size))
+        rows_per_shard = min(most, -(-len(rows) // num_shards))
+    starts = range(0, len(rows), rows_per_shard)
+    return [
+        _Shard(
+            name,
+            start,
+            min(start + rows_per_shard, len(rows)),
+            f"data/{name}-{index:05d}-of-{len(starts):05d}.parquet",
+        )
+        for index, start in enumerate(starts)
+    ]
+
+
+def _prepare_partial(
+    folder: Path, splits: dict[str, datasets.Dataset], shards: list[_Shard], packing: Packing | None
+) -> None:
+    """Makes the folder to work in, or keeps that of an interrupted conversion of the same rows."""
+    manifest = json.dumps(
+        {
+            "rows": {name: rows._fingerprint for name, rows in splits.items()},
+            "shards": [asdict(shard) for shard in shards],
+            "packing": packing and asdict(packing),
+            "pyarrow": pa.__version__,
+        }
+    )
+    path = folder / MANIFEST
+    if path.is_file() and path.read_text(encoding="utf-8") == manifest:
+        return
+    if path.is_file():
+        logger.warning(f"{folder}: another conversion, or its data set has changed since; starting over")
+        shutil.rmtree(folder)
+    elif folder.exists() and any(folder.iterdir()):
+        raise SimIPUError(f"{folder}: expected an interrupted conversion or nothing, found something else")
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    path.write_text(manifest, encoding="utf-8")
+
+
+def _write_shard(folder: Path, splits: dict[str, datasets.Dataset], packing: Packing | None, shard: _Shard) -> None:
+    rows = splits[shard.split]
+    schema = _stored_features(rows).arrow_schema
+    with atomic_path(folder / shard.file) as beside, pq.ParquetWriter(beside, schema) as writer:
+        for start in range(shard.start, shard.stop, BATCH):
+            writer.write_table(_table(rows.select(range(start, min(start + BATCH, shard.stop))), packing))
+
+
+def _stored_features(rows: datasets.Dataset) -> datasets.Features:
+    """Of the rows as they are read again: their images are decoded then."""
+    return datasets.Features({**rows.features, "image": datasets.Image()})
+
+
+def _table(rows: datasets.Dataset, packing: Packing | None) -> pa.Table:
+    features = _stored_features(rows)
+    if packing is not None:
+        rows = datasets.Dataset.from_list([packing(row) for row in rows], features=features)
+    return embed_table_storage(rows.with_format("arrow")[:].cast(features.arrow_schema))
+
+
+def _write_card(folder: Path, splits: dict[str, datasets.Dataset], config_name: str) -> None:
+    """README.md whose header tells `load_dataset` the splits, their sizes and the columns."""
+    infos = datasets.SplitDict()
+    for name, rows in splits.items():
+        size = sum(path.stat().st_size for path in (folder / "data").glob(f"{name}-*.parquet"))
+        infos.add(datasets.SplitInfo(name=name, num_bytes=size, num_examples=len(rows)))
+    files = [{"split": name, "path": f"data/{name}-*"} for name in splits]
+    header = DatasetCardData(configs=[{"config_name": config_name, "data_files": files}])
+    info = datasets.DatasetInfo(features=_stored_features(next(iter(splits.values()))), splits=infos)
+    DatasetInfosDict({config_name: info}).to_dataset_card_data(header)
+    text = f"---\n{header.to_yaml()}\n---\n\nSynchronised camera images and LiDAR scans, one pair a row.\n"
+    (folder / "README.md").write_text(text, encoding="utf-8", newline="\n")

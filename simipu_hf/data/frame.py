@@ -1,1 +1,0 @@
-from .rows import Frame as Frame

@@ -1,0 +1,321 @@
+"""Looks at a data set before training on it: counts, ranges, what each camera sees, and everything that is damaged."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import datasets
+import numpy as np
+from tqdm.auto import tqdm
+
+from .loading import Choice, given_sources, list_frames, load_pretraining_dataset, split_source
+from .rows import Frame, calibration_from_row, image_from_row, points_from_row
+from .sources import Source, find_source
+
+NEXT_TO_NOTHING = 0.02  # of the image's cells with a point, or of the scan's points in the image
+CELL = 32  # pixels
+DEPTH_RANGE = (1.0, 80.0)  # metres
+
+
+@dataclass
+class Problem:
+    """One kind of damage and the frames that have it (empty: the data set as a whole)."""
+
+    message: str
+    frames: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Range:
+    """Smallest, mean and largest of what was seen."""
+
+    min: float
+    mean: float
+    max: float
+
+
+@dataclass
+class Camera:
+    """What one camera of the rig sees, on average."""
+
+    frames: int
+    points: float
+    """Points in its images, 1 to 80 m away, a frame."""
+    share_of_points: float
+    """These among the points of the rows. Rows that were prepared hold only the points in the image: about 1."""
+    share_of_image: float
+    """Cells of 32 x 32 pixels with at least one of them."""
+
+
+@dataclass
+class InspectionReport:
+    """What `inspect_dataset` found; `to_dict` is ready for JSON."""
+
+    source: str
+    splits: dict[str, int]
+    """Rows of each split."""
+    frames: int
+    """Frames looked at, each once however many splits hold it."""
+    scenes: int = 0
+    """Drives, logs or segments that they come from."""
+    image_sizes: dict[str, int] = field(default_factory=dict)
+    """"1242x375" -> number of images."""
+    cameras: dict[str, Camera] = field(default_factory=dict)
+    ranges: dict[str, Range] = field(default_factory=dict)
+    """Of x, y, z (metres, LiDAR frame) and reflectance over all points; and, per frame, of `points_per_scan`,
+    `points_in_view` and their `depth_in_view` (metres)."""
+    objects: dict[str, int] = field(default_factory=dict)
+    """Object type -> number of labels, where the data set has labels."""
+    problems: list[Problem] = field(default_factory=list)
+    """All that is damaged or missing."""
+    notes: list[str] = field(default_factory=list)
+    """What is left out as the data set itself has it, and what may be as it should be but seldom is."""
+    sample: Frame | None = None
+    """The first sound frame, to be drawn."""
+
+    def to_dict(self) -> dict[str, Any]:
+        values = asdict(replace(self, sample=None))
+        del values["sample"]
+        return values
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.source}: {self.frames} frames of {self.scenes} scenes; "
+            + ", ".join(f"{name} {count}" for name, count in self.splits.items()),
+            "image sizes: " + ", ".join(f"{size} ({count})" for size, count in self.image_sizes.items()),
+        ]
+        lines += [
+            f"camera {name}: {camera.frames} frames; {camera.points:,.0f} points in view, "
+            f"{camera.share_of_points:.1%} of the scan, in {camera.share_of_image:.0%} of the image"
+            for name, camera in self.cameras.items()
+        ]
+        lines += [f"{name}: {r.min:.4g} to {r.max:.4g}, mean {r.mean:.4g}" for name, r in self.ranges.items()]
+        if self.objects:
+            lines.append("objects: " + ", ".join(f"{name} {count}" for name, count in self.objects.items()))
+        lines += [f"note: {note}" for note in self.notes]
+        for problem in self.problems:
+            more = f" and {len(problem.frames) - 5} more" if len(problem.frames) > 5 else ""
+            frames = f" [{', '.join(problem.frames[:5])}{more}]" if problem.frames else ""
+            lines.append(f"problem: {problem.message}{frames}")
+        return "\n".join([*lines, f"{len(self.problems)} problems" if self.problems else "no problems"])
+
+
+def inspect_dataset(
+    dataset_name: str | None = None,
+    data_dir: str | os.PathLike | None = None,
+    dataset_config_name: str | None = None,
+    split: str | Sequence[str] | None = None,
+    *,
+    cameras: Sequence[int | str] | None = None,
+    scenes: Sequence[str] | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> InspectionReport:
+    """Reads every frame completely, counts, measures, and lists all damage in one run.
+
+        report = inspect_dataset(data_dir="KITTI")
+        print(report)
+
+    Args:
+        dataset_name, data_dir, dataset_config_name, cameras, scenes, cache_dir: As `load_pretraining_dataset`, one
+            source. Published data sets are read directly, nothing is prepared.
+        split: One split or several; None: all of them.
+
+    Raises:
+        SimIPUError: there is no data set to look at, or a column is missing or of another type. Damage to single
+            frames is reported, not raised.
+    """
+    source, wanted = open_source(dataset_name, data_dir, dataset_config_name, split)
+    inspector = _Inspector()
+    if source.reader is not None:
+        listing = list_frames(source, wanted, Choice(cameras and tuple(cameras), scenes and tuple(scenes)))
+        counts, notes = {name: len(frames) for name, frames in listing.splits.items()}, listing.notes
+        inspector.add_problems(listing.problems)
+        labels: dict[Any, str] = {}
+        for name, frames in listing.splits.items():
+            for frame in frames:  # trainval holds the frames of train and val once more
+                labels.setdefault(frame, f"{name}/{frame.frame_id}")
+        rows, total = _read_files(source, labels), len(labels)
+    else:
+        loaded = {}
+        for name in wanted:
+            repeated: list[str] = []
+            options = {"split": name, "cache_dir": cache_dir, "skipped": repeated}
+            loaded[name] = load_pretraining_dataset(source.location, dataset_config_name=source.config, **options)
+            inspector.add_problems(repeated)
+        counts, notes = {name: len(found) for name, found in loaded.items()}, []
+        rows, total = _read_rows(loaded), sum(counts.values())
+    for label, row, damage in tqdm(rows, total=total, desc="Inspecting", unit="frame"):
+        inspector.look_at(label, row, damage)
+    return inspector.report(source.location, counts, total, notes)
+
+
+def open_source(
+    dataset_name: str | None,
+    data_dir: str | os.PathLike | None,
+    dataset_config_name: str | None,
+    split: str | Sequence[str] | None,
+) -> tuple[Source, list[str]]:
+    """One source and the splits of it that are asked for; `None`: all.
+
+    Raises:
+        SimIPUError: several sources, none, or a split that it does not have.
+    """
+    (text,) = given_sources(dataset_name, data_dir, most=1)
+    location, own_split = split_source(text)
+    source = find_source(location, dataset_config_name, must_be_folder=dataset_name is None)
+    split = split or own_split or None
+    return source, source.require_splits(
+        source.splits if split is None else [split] if isinstance(split, str) else split
+    )
+
+
+def _read_files(source: Source, labels: Mapping[Any, str]) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
+    assert source.reader is not None
+    for frame, label in labels.items():
+        damage: list[str] = []
+        row = source.reader.read_row(frame, whole_scans=True, problems=damage)
+        yield label, {**row, "object_types": row.get("objects", {}).get("type", [])}, damage
+
+
+def _read_rows(loaded: Mapping[str, datasets.Dataset]) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
+    for name, rows in loaded.items():
+        types = _object_names(rows.features)
+        for row in rows.cast_column("image", datasets.Image(decode=False)):
+            found = [types[index] for index in row["objects"]["type"]] if types else []
+            yield f"{name}/{row['frame_id']}", {**row, "object_types": found}, []
+
+
+def _object_names(features: datasets.Features) -> list[str]:
+    """Names of the classes of the column `objects`, in whichever way this version of datasets describes it."""
+    if "objects" not in features:
+        return []
+    objects: Any = features["objects"]
+    kind = objects["type"] if isinstance(objects, dict) else objects.feature["type"]
+    return getattr(kind, "feature", kind).names
+
+
+class _Inspector:
+    """Adds up what the frames hold."""
+
+    def __init__(self) -> None:
+        self.sample: Frame | None = None
+        self.problems: dict[str, dict[str, None]] = {}  # message -> frames, in order
+        self.scenes: set[str] = set()
+        self.sizes: Counter[str] = Counter()
+        self.objects: Counter[str] = Counter()
+        self.one_color: list[str] = []
+        self.ranges: dict[str, tuple[float, float, int, float]] = {}  # name -> min, sum, count, max
+        self.views: dict[str, list[tuple[int, float, float]]] = {}  # camera -> points, share of points and of image
+        self.sizes_of_camera: dict[bytes, dict[tuple[int, int], list[str]]] = {}
+
+    def add_problems(self, messages: Sequence[str], frame: str | None = None) -> None:
+        for message in messages:
+            frames = self.problems.setdefault(message, {})
+            if frame is not None:
+                frames[frame] = None
+
+    def look_at(self, label: str, row: Mapping[str, Any], damage: Sequence[str]) -> None:
+        """`row` holds None for parts that its reader described in `damage`."""
+        self.add_problems(damage, label)
+        self.scenes.add(str(row.get("scene", "")))
+        self.objects.update(row["object_types"])
+        image = self._part(label, row, "image", image_from_row)
+        points = self._part(label, row, "points", points_from_row)
+        calibration = self._part(label, row, "camera_projection", calibration_from_row)
+        if image is not None:
+            self.sizes[f"{image.width}x{image.height}"] += 1
+            if all(low == high for low, high in image.getextrema()):
+                self.one_color.append(label)
+        if points is not None:
+            self._measure("points_per_scan", [len(points)])
+            for column, values in zip(("x", "y", "z", "reflectance"), points.T, strict=True):
+                self._measure(column, values)
+        if image is None or calibration is None:
+            return
+        projection, lidar_to_camera = calibration
+        self.sizes_of_camera.setdefault(projection.tobytes(), {}).setdefault(image.size, []).append(label)
+        if points is not None:
+            camera = str(row.get("camera") or _direction(lidar_to_camera))
+            self._look_at_view(Frame(label, np.asarray(image), points, projection @ lidar_to_camera), camera)
+
+    def _part(self, label: str, row: Mapping[str, Any], column: str, read: Callable[[Any], Any]) -> Any:
+        """Each part is read on its own, so that damage to one doesn't hide damage to another."""
+        if row[column] is None:
+            return None
+        try:
+            return read(row)
+        except ValueError as error:
+            self.add_problems([str(error)], label)
+            return None
+
+    def _look_at_view(self, frame: Frame, camera: str) -> None:
+        pixels, depth, inside = frame.view
+        self._measure("points_in_view", [inside.sum()])
+        if not inside.any():
+            self.add_problems(["expected points of the scan in the image, found none"], frame.frame_id)
+            return
+        self._measure("depth_in_view", depth[inside])
+        near, far = DEPTH_RANGE
+        seen = inside & (depth >= near) & (depth <= far)
+        height, width = frame.image.shape[:2]
+        cells = np.unique(((pixels[seen] + 0.5) // CELL).astype(int), axis=0)
+        total = -(-height // CELL) * -(-width // CELL)
+        self.views.setdefault(camera, []).append((int(seen.sum()), seen.sum() / len(seen), len(cells) / total))
+        self.sample = self.sample or frame
+
+    def _measure(self, name: str, values: Sequence[float] | np.ndarray) -> None:
+        values = np.asarray(values, dtype=np.float64)
+        low, total, count, high = self.ranges.get(name, (np.inf, 0.0, 0, -np.inf))
+        smallest, largest = min(low, values.min()), max(high, values.max())
+        self.ranges[name] = (smallest, total + values.sum(), count + values.size, largest)
+
+    def _compare_sizes(self) -> None:
+        """One camera has one image size: images that differ from most of their camera_projection are suspect."""
+        for by_size in self.sizes_of_camera.values():
+            (usual, _), *others = sorted(by_size.items(), key=lambda item: -len(item[1]))
+            for size, frames in others:
+                message = (
+                    f"expected {usual[0]} x {usual[1]} pixels as other images with this camera_projection, found "
+                    f"{size[0]} x {size[1]}; is it the calibration of another day?"
+                )
+                for frame in frames:
+                    self.add_problems([message], frame)
+
+    def _notes(self, cameras: Mapping[str, Camera]) -> list[str]:
+        notes = [
+            f"camera {name} keeps {camera.share_of_points:.1%} of the points, in {camera.share_of_image:.1%} of its "
+            "image, next to nothing: is lidar_to_camera the way from LiDAR to camera?"
+            for name, camera in cameras.items()
+            if min(camera.share_of_points, camera.share_of_image) < NEXT_TO_NOTHING
+        ]
+        if self.one_color:
+            notes.append(f"{len(self.one_color)} images of one colour, the first {self.one_color[0]}")
+        return notes
+
+    def report(self, source: str, counts: dict[str, int], frames: int, notes: Sequence[str]) -> InspectionReport:
+        self._compare_sizes()
+        cameras = {name: Camera(len(views), *np.mean(views, axis=0).tolist()) for name, views in self.views.items()}
+        return InspectionReport(
+            source=source,
+            splits=counts,
+            frames=frames,
+            scenes=len(self.scenes),
+            image_sizes=dict(self.sizes.most_common()),
+            cameras=cameras,
+            ranges={
+                name: Range(float(low), float(total / count), float(high))
+                for name, (low, total, count, high) in self.ranges.items()
+            },
+            objects=dict(self.objects.most_common()),
+            problems=[Problem(message, list(frames)) for message, frames in self.problems.items()],
+            notes=[*notes, *self._notes(cameras)],
+            sample=self.sample,
+        )
+
+
+def _direction(lidar_to_camera: np.ndarray) -> str:
+    """Where a camera without a name looks: the angle of its optical axis from the LiDAR's x axis, to 30 degrees."""
+    angle = np.degrees(np.arctan2(lidar_to_camera[2, 1], lidar_to_camera[2, 0]))
+    return f"looking at {round(angle / 30) * 30 % 360} degrees"

@@ -1,0 +1,138 @@
+"""Rows of a reader's files, prepared once: read on several processes into Arrow files of the cache.
+
+Own part, beside `datasets`' builders: an Arrow file holds 512 rows and is named by what it was made of. Preparation
+that was interrupted goes on behind the last whole file, and a folder that grew is prepared where it is new.
+"""
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import datasets
+from filelock import FileLock
+from tqdm.auto import tqdm
+
+from ..errors import SimIPUError
+from .rows import write_arrow
+
+CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How frames become rows: the module of `dataset_scripts` that reads them, and its configuration."""
+
+    module: str
+    config: str
+    whole_scans: bool = False
+
+    @property
+    def reader(self) -> ModuleType:
+        return sys.modules[self.module]
+
+    def rows(self, frames: Sequence[Any], skipped: list[str] | None) -> Iterator[dict[str, Any]]:
+        """Rows of the frames; damaged ones end it with a SimIPUError, or are left out and described in `skipped`."""
+        for frame in frames:
+            try:
+                yield self.reader.read_row(frame, self.whole_scans)
+            except ValueError as error:
+                if skipped is None:
+                    raise SimIPUError(str(error)) from error
+                skipped.append(f"frame {frame.frame_id}: {error}")
+
+
+def prepare(
+    reading: Reading,
+    frames: Sequence[Any],
+    skipped: list[str] | None = None,
+    num_proc: int | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> datasets.Dataset:
+    """The rows of frames, from the cache where they were prepared before.
+
+    Several processes may call it at once: the first one prepares, the others wait for it.
+
+    Args:
+        skipped: where given, damaged frames are left out and described here; otherwise the first is an error.
+        num_proc: processes; `None` takes one per core.
+        cache_dir: default: the cache of datasets.
+
+    Raises:
+        SimIPUError: a damaged frame, or a cache that cannot be written.
+    """
+    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "simipu_hf"
+    chunks = [frames[start : start + CHUNK] for start in range(0, len(frames), CHUNK)]
+    files = {folder / f"{reading.module.rpartition('.')[2]}-{_name(reading, chunk)}.arrow": chunk for chunk in chunks}
+    if not all(path.is_file() for path in files):
+        lock = hashlib.sha256("".join(path.name for path in files).encode("utf-8")).hexdigest()[:16]
+        with _writable(folder, lock):
+            missing = {path: chunk for path, chunk in files.items() if not path.is_file()}
+            write = partial(_write_chunk, reading, stop_at_damage=skipped is None)
+            run_in_processes(write, list(missing.items()), num_proc, "Preparing", lambda item: len(item[1]), "row")
+    rows = datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in files])
+    prepared = set(rows["frame_id"])
+    messages: list[str] = []
+    for _ in reading.rows([frame for frame in frames if frame.frame_id not in prepared], messages):
+        pass  # they are read again for the reason why they were left out
+    if messages and skipped is None:
+        raise SimIPUError(messages[0].partition(": ")[2])
+    if skipped is not None:
+        skipped += messages
+    return rows
+
+
+def run_in_processes(
+    work: Callable[[Any], Any],
+    items: Sequence[Any],
+    num_proc: int | None,
+    title: str,
+    weight: Callable[[Any], int],
+    unit: str,
+) -> None:
+    """`work(item)` for every item with a progress bar, on as many processes as are of use; the first error ends it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = min(num_proc or cores, len(items))
+    with tqdm(total=sum(map(weight, items)), desc=title, unit=unit, disable=not items) as progress:
+        if processes <= 1:
+            for item in items:
+                work(item)
+                progress.update(weight(item))
+            return
+        with ProcessPoolExecutor(processes) as pool:
+            running = {pool.submit(work, item): item for item in items}
+            try:
+                for future in as_completed(running):
+                    future.result()
+                    progress.update(weight(running[future]))
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
+
+def _write_chunk(reading: Reading, item: tuple[Path, Sequence[Any]], stop_at_damage: bool) -> None:
+    path, frames = item
+    write_arrow(path, reading.rows(frames, None if stop_at_damage else []), reading.reader.features(reading.config))
+
+
+def _name(reading: Reading, frames: Sequence[Any]) -> str:
+    """Of the files of the frames, the code that reads them, and how it does."""
+    made_of = (reading.reader.fingerprint(frames), reading.reader.code_hash(), reading.config, reading.whole_scans)
+    return hashlib.sha256(repr(made_of).encode("utf-8")).hexdigest()[:32]
+
+
+def _writable(folder: Path, lock: str) -> FileLock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{lock}.lock").touch()
+    except OSError as error:
+        raise SimIPUError(
+            f"{folder}: the cache of prepared rows cannot be written: {error}; name another with HF_DATASETS_CACHE"
+        ) from error
+    return FileLock(folder / f"{lock}.lock")

@@ -1,0 +1,188 @@
+"""Recognises where rows can be read: files of published data sets, Parquet, `save_to_disk`, the Hub."""
+
+import errno
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import TypeAlias
+
+import datasets
+
+from ..dataset_scripts import kitti
+from ..errors import SimIPUError
+
+Sources: TypeAlias = str | os.PathLike | Sequence[str | os.PathLike]
+
+READERS: tuple[ModuleType, ...] = (kitti,)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from: `kind` is "files" (of a data set that `reader` knows), "saved", "parquet" or "hub"."""
+
+    location: str
+    kind: str
+    config: str | None = None
+    reader: ModuleType | None = None
+
+    @cached_property
+    def splits(self) -> list[str]:
+        """Names of its splits; a `save_to_disk` folder without splits is "train".
+
+        Raises:
+            SimIPUError: they cannot be found out.
+        """
+        with named_errors(self.location):
+            if self.reader is not None:
+                return self.reader.split_names(self.config, self.location)
+            if self.kind == "saved":
+                return list(self.saved)
+            return datasets.get_dataset_split_names(*self.load_arguments, **self.load_options)
+
+    def require_splits(self, wanted: Sequence[str]) -> list[str]:
+        """`wanted`.
+
+        Raises:
+            SimIPUError: one of them is not there.
+        """
+        if not set(wanted) <= set(self.splits):
+            raise SimIPUError(f"{self.location}: split: expected some of {self.splits}, found {list(wanted)}")
+        return list(wanted)
+
+    @cached_property
+    def saved(self) -> Mapping[str, datasets.Dataset]:
+        try:
+            saved = datasets.load_from_disk(self.location)
+        except Exception as error:  # a folder that lacks a file or has no rows raises IndexError, KeyError and others
+            raise SimIPUError(
+                f"{self.location}: expected what save_to_disk wrote, with rows, found: {error}"
+            ) from error
+        return saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+
+    @property
+    def load_arguments(self) -> tuple[str | None, ...]:
+        """Of `datasets.load_dataset`."""
+        return ("parquet",) if "://" in self.location else (self.location, self.config)
+
+    @property
+    def load_options(self) -> dict[str, str]:
+        return {"data_dir": self.location} if "://" in self.location else {}
+
+
+def given_sources(dataset_name: Sources | None, data_dir: Sources | None, most: int | None = None) -> list[str]:
+    """The sources of whichever of the two is given; SimIPUError for none, both, or more than `most`."""
+    given = [place for place in (dataset_name, data_dir) if place is not None]
+    if len(given) != 1:
+        raise SimIPUError(f"expected either dataset_name or data_dir, found {dataset_name=}, {data_dir=}")
+    sources = [given[0]] if isinstance(given[0], str | os.PathLike) else list(given[0])
+    if not sources or len(sources) > (most or len(sources)):
+        raise SimIPUError(f"expected {'one data set' if most else 'a data set'}, found {sources}")
+    return [os.fspath(source) for source in sources]
+
+
+def split_source(text: str) -> tuple[str, str]:
+    """ "SOURCE#REST" -> SOURCE, REST. A folder whose own name holds a # is found too.
+
+    >>> split_source("KITTI#train[:50%]")
+    ('KITTI', 'train[:50%]')
+    """
+    marks = [index for index, character in enumerate(text) if character == "#"]
+    for end in (len(text), *reversed(marks)):
+        if os.path.exists(text[:end]):
+            return text[:end], text[end + 1 :]
+    return (text[: marks[0]], text[marks[0] + 1 :]) if marks else (text, "")
+
+
+def find_source(location: str, dataset_config_name: str | None = None, must_be_folder: bool = False) -> Source:
+    """Recognises what `location` is.
+
+    Raises:
+        SimIPUError: it is nothing of the kind, or has no such configuration.
+    """
+    folder = Path(location)
+    if not folder.is_dir():
+        is_address = re.match(r"\w+://", location)
+        is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", location) and not folder.is_absolute()
+        if folder.exists() or (must_be_folder and not is_address) or not (is_address or is_hub_id):
+            raise SimIPUError(f"{location}: expected the folder of a data set, found {_describe_file(folder)}")
+        if is_address:
+            return Source(location.rstrip("/"), "parquet")
+        return Source(location, "hub", _find_config(location, dataset_config_name))
+    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return Source(location, "saved")
+    for reader in READERS:
+        names = reader.configurations(location)
+        if names:
+            config = dataset_config_name or names[0]
+            if config not in names:
+                raise SimIPUError(f"{location}: dataset_config_name: expected one of {names}, found {config!r}")
+            return Source(os.path.abspath(location), "files", config, reader)
+    if next(folder.rglob("*.parquet"), None) is not None:
+        return Source(location, "parquet", _find_config(location, dataset_config_name))
+    raise SimIPUError(
+        f"{location}: expected a data set as published (KITTI, nuScenes, Waymo v2, Argoverse 2), a folder of Parquet "
+        f"files, or a save_to_disk folder; found {_listed(folder)}{_hint(folder)}"
+    )
+
+
+def _find_config(source: str, wanted: str | None) -> str:
+    try:
+        names = datasets.get_dataset_config_names(source)
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        raise SimIPUError(f"{source}: neither a folder here nor a data set that can be read: {error}") from error
+    if wanted is None and len(names) == 1:
+        return names[0]
+    if wanted is None or wanted not in names:
+        raise SimIPUError(f"{source}: expected dataset_config_name to be one of {names}, found {wanted!r}")
+    return wanted
+
+
+def _listed(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    return (", ".join(names[:10]) + (", …" if len(names) > 10 else "")) or "an empty folder"
+
+
+def _describe_file(path: Path) -> str:
+    if not path.exists():
+        return "no such folder"
+    return "an archive: unpack it first" if path.suffix in (".zip", ".tar", ".gz", ".tgz") else "a file"
+
+
+def _hint(folder: Path) -> str:
+    """What to give instead of a folder that nothing can be read from."""
+    near = [folder.absolute().parent, folder.absolute().parent.parent, *sorted(folder.iterdir())]
+    for other in near:
+        if other.is_dir() and any(reader.configurations(other) for reader in READERS):
+            return f"; did you mean {other}?"
+    archives = sorted(path.name for path in folder.iterdir() if path.suffix in (".zip", ".tar", ".tgz"))
+    if archives:
+        return f"; unpack {', '.join(archives[:3])} first"
+    if any((folder / place / "image_02").is_dir() for place in ("training", "testing")):
+        return (
+            "; this is the layout of KITTI's tracking benchmark, which is not read: the same drives are in KITTI raw"
+        )
+    return ""
+
+
+@contextmanager
+def named_errors(location: str) -> Iterator[None]:
+    """Turns what datasets and the readers raise into a SimIPUError that names the source, or the cache."""
+    try:
+        yield
+    except SimIPUError:
+        raise
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        cause: BaseException = error
+        while isinstance(cause, datasets.exceptions.DatasetGenerationError) and cause.__cause__ is not None:
+            cause = cause.__cause__  # what went wrong beneath "An error occurred while generating the dataset"
+        if isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
+            raise SimIPUError(
+                f"{cause.filename or 'the cache of datasets'}: cannot be read or written ({cause}); the cache of "
+                f"prepared rows is {datasets.config.HF_DATASETS_CACHE}, name another with HF_DATASETS_CACHE"
+            ) from error
+        raise SimIPUError(f"{location}: {cause}") from error

@@ -1,0 +1,99 @@
+"""Inspection measures what is there and finds all damage at once."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from simipu_hf.data.inspection import inspect_dataset
+from simipu_hf.data.rows import dataset_from_rows, to_row
+
+
+def test_inspection_counts_and_measures(object_root, tmp_path):
+    report = inspect_dataset(data_dir=object_root, picture_path=tmp_path / "pictures/frame.png")
+    scans = [np.fromfile(path, "<f4").reshape(-1, 4) for path in sorted(object_root.glob("t*ing/velodyne/*.bin"))]
+    points = np.concatenate(scans)
+    assert (report.splits, report.frames) == ({"train": 3, "val": 2, "test": 1}, 6)
+    assert (report.image_sizes, report.objects) == ({"48x16": 6}, {"Car": 2})
+    assert report.problems == report.notes == []
+    for index, column in enumerate(("x", "y", "z", "reflectance")):
+        found = report.ranges[column]
+        np.testing.assert_allclose(
+            [found.min, found.mean, found.max],
+            [points[:, index].min(), points[:, index].mean(), points[:, index].max()],
+            rtol=1e-5,
+            atol=1e-6,
+        )
+    in_view = [sum_in_view(scan) for scan in scans]
+    assert report.ranges["points_in_view"].mean == pytest.approx(np.mean(in_view))
+    assert min(in_view) > 0
+    with Image.open(report.picture) as picture:
+        assert picture.size == (48, 16)
+    assert json.loads(json.dumps(report.to_dict()))["splits"] == {"train": 3, "val": 2, "test": 1}
+    assert "no problems" in str(report)
+
+
+def sum_in_view(scan: np.ndarray) -> int:
+    """Points in the image of the fixture's camera, one by one."""
+    count = 0
+    for x, y, z, _ in scan.astype(float):
+        right, down, forward = -y + 0.1, -z + 0.1, x + 0.1
+        u, v = 40 * right / forward + 23.5, 40 * down / forward + 7.5
+        count += forward > 0 and -0.5 <= u < 47.5 and -0.5 <= v < 15.5
+    return count
+
+
+def test_inspection_lists_all_damage_in_one_run(object_root):
+    training = object_root / "training"
+    (training / "velodyne/000000.bin").write_bytes(b"\0" * 40)
+    (training / "image_2/000000.png").write_bytes((training / "image_2/000000.png").read_bytes()[:200])
+    (training / "velodyne/000001.bin").unlink()
+    (training / "calib/000002.txt").write_text("P2: 1 2 3\n")
+    np.full((2, 4), np.inf, "<f4").tofile(training / "velodyne/000003.bin")
+    np.full((2, 4), -5.0, "<f4").tofile(training / "velodyne/000004.bin")
+    Image.new("RGB", (50, 20)).save(object_root / "testing/image_2/000000.png")
+    with open(object_root / "ImageSets/val.txt", "a") as file:
+        file.write("000003\n000099\n")
+    found = {problem.message: problem.frames for problem in inspect_dataset(data_dir=object_root).problems}
+
+    def frames_with(*parts: str) -> list[str]:
+        return next(frames for message, frames in found.items() if all(part in message for part in parts))
+
+    assert frames_with("000000.bin", "40 bytes") == ["train/000000"]
+    assert frames_with("000000.png", "readable") == ["train/000000"]
+    assert frames_with("000001.bin", "no such file") == ["train/000001"]
+    assert frames_with("000002.txt", "12 finite numbers") == ["train/000002"]
+    assert frames_with("000003.bin", "infinity") == ["val/000003"]
+    assert frames_with("in the image, found none") == ["val/000004"]
+    assert frames_with("expected 48 x 16", "found 50 x 20", "another day") == ["test/000000"]
+    assert frames_with("val.txt, line 3", "000003", "second time") == []
+    assert frames_with("val.txt, line 4", "000099") == []
+    assert len(found) == 9
+
+
+def test_inspection_of_raw_names_another_day_s_calibration(raw_root):
+    path = raw_root / "2011_09_26/calib_cam_to_cam.txt"
+    path.write_text(path.read_text().replace("S_rect_02: 48 16", "S_rect_02: 1224 370"))
+    (raw_root / "2011_09_26/2011_09_26_drive_0001_sync/image_02/data/0000000002.png").touch()
+    report = inspect_dataset(data_dir=raw_root)
+    assert [problem.frames for problem in report.problems] == [
+        ["train/2011_09_26_drive_0001_sync_image_02_0000000000"],
+        ["train/2011_09_26_drive_0001_sync_image_02_0000000001"],
+    ]
+    assert all("1224 x 370" in problem.message for problem in report.problems)
+    assert any("1 of 3 images have no partner" in note for note in report.notes)
+
+
+def test_inspection_of_rows(tmp_path):
+    rows = [to_row(name, np.zeros((4, 6, 3), np.uint8), np.ones((2, 4)), np.eye(3, 4), np.eye(4)) for name in "aabc"]
+    rows[2]["points"] = b"\0" * 10
+    rows[3]["image"] = {"bytes": b"broken", "path": None}
+    dataset_from_rows(rows, tmp_path / "rows").save_to_disk(tmp_path / "saved")
+    report = inspect_dataset(str(tmp_path / "saved"))
+    assert report.splits == {"train": 3}
+    assert [(problem.frames, problem.message.partition(": ")[0]) for problem in report.problems] == [
+        ([], str(tmp_path / "saved")),
+        (["train/b"], "frame b"),
+        (["train/c"], "frame c"),
+    ]
