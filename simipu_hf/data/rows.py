@@ -227,9 +227,9 @@ class Frame:
         """`project` of all points of the scan."""
         return self.project(self.points[:, :3])
 
-    def lift(self, pixels: np.ndarray, depth: float) -> np.ndarray:
-        """The points `(M, 3)` in the LiDAR frame that appear at pixels `(M, 2)` at `depth` metres."""
-        homogeneous = depth * np.column_stack([pixels, np.ones(len(pixels))])
+    def lift(self, pixels: np.ndarray, depth: float | np.ndarray) -> np.ndarray:
+        """The points `(M, 3)` in the LiDAR frame that appear at pixels `(M, 2)` at `depth` metres, one or `(M,)`."""
+        homogeneous = np.reshape(depth, (-1, 1)) * np.column_stack([pixels, np.ones(len(pixels))])
         return np.linalg.solve(self.lidar_to_image[:, :3], (homogeneous - self.lidar_to_image[:, 3]).T).T
 
 
