@@ -45,6 +45,10 @@ class Source:
     """object or raw for KITTI."""
     split: str | None = None
     """A split such as train, or train[:50%]."""
+    cameras: list[int | str] | None = None
+    """Cameras to read, by the data set's names; its default ones if None."""
+    scenes: list[str] | None = None
+    """Drives, logs or segments to read; all if None."""
 
 
 Rows = tyro.conf.OmitArgPrefixes[Source]
@@ -93,7 +97,7 @@ def convert(
         output_dir: Folder to write.
         batch_norm_eps: With which it was trained; read from the checkpoint's configuration if None.
     """
-    from simipu_hf.hub.convert import convert_checkpoint
+    from simipu_hf.hub.export import convert_checkpoint
 
     show(convert_checkpoint(checkpoint, output_dir, batch_norm_eps, overwrite), as_json)
 
@@ -106,7 +110,7 @@ def inspect(model: str, as_json: AsJson = False) -> None:
     Args:
         model: Run, checkpoint, encoder folder, Hub id or .pth.
     """
-    from simipu_hf.hub.image_encoder import find_image_encoder
+    from simipu_hf.hub.sources import find_image_encoder
 
     found = find_image_encoder(model)
     weights = [v for name, v in found.state_dict.items() if not name.endswith(("mean", "var", "tracked"))]
@@ -221,27 +225,27 @@ def data_convert(
     max_shard_size: str = "500MB",
     num_shards: int = 1,
     image_size: tuple[int, int] | None = None,
-    image_format: Literal["jpeg", "png", "webp"] | None = None,
+    image_format: Literal["png", "jpeg"] | None = None,
     quality: int = 90,
     whole_scans: Switch = False,
+    num_proc: int | None = None,
     as_json: AsJson = False,
 ) -> None:
     """Pack a data set into Parquet files with the images inside; goes on where it was interrupted.
 
     simipu-hf data convert --to parquet --data_dir KITTI --output_dir kitti_parquet
 
-    simipu-hf data convert --data_dir KITTI --output_dir small --image_size 192 640 --image_format jpeg --num_shards 16
-
     Args:
         output_dir: Folder to write.
         to: The form.
-        rows_per_shard: Rows of a file; by size if None.
-        max_shard_size: About the largest size of a file.
-        num_shards: At least so many files a split; for streaming, as many as processes times workers.
-        image_size: Height and width to resize images to.
-        image_format: Encode images anew; as they are if None.
-        quality: Of JPEG and WebP.
-        whole_scans: Keep all points, not only those in the image.
+        rows_per_shard: Rows of a file, instead of --max_shard_size.
+        max_shard_size: Size of a file.
+        num_shards: Files of a split, at least; a multiple of the nodes that stream from them.
+        image_size: Resize the images to this height and width.
+        image_format: Encode the images anew.
+        quality: Of jpeg.
+        whole_scans: Keep the points that the camera does not see.
+        num_proc: Processes; one per processor if None.
     """
     from simipu_hf.data.conversion import convert_to_parquet
 
@@ -255,6 +259,7 @@ def data_convert(
         image_format=image_format,
         quality=quality,
         whole_scans=whole_scans,
+        num_proc=num_proc,
     )
     show(result, as_json)
 

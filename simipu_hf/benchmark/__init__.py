@@ -1,4 +1,7 @@
-"""What pre-training costs on this machine: the operations, a whole step, the data. Behind `simipu-hf benchmark`."""
+"""What pre-training costs on this machine: the operations, a whole step, the data. Behind `simipu-hf benchmark`.
+
+>>> print(benchmark_step(BenchmarkStepArguments(image_encoder="resnet18", image_size=(96, 320))))
+"""
 
 from .data import benchmark_data
 from .measure import BenchmarkResult

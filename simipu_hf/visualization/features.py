@@ -8,8 +8,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from simipu_hf.data.augmentation import TwoViewAugmentation, two_view_sample
 from simipu_hf.data.rows import Frame
+from simipu_hf.data.two_views import TwoViewAugmentation, two_view_sample
 from simipu_hf.evaluation.correspondence import cell_centers, dense_image_embeds
 from simipu_hf.modeling.geometry import invert_transform, pixel_transform, project_points, transform_points
 from simipu_hf.modeling.image_encoder import TimmModel, image_feature_maps, sorted_stages

@@ -1,6 +1,7 @@
 """The static pictures: arrays in, a matplotlib `Figure` out."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,43 +13,51 @@ from matplotlib.patches import ConnectionPatch
 from simipu_hf.data.rows import Frame
 
 from .features import CellMap, FrameEmbeds, Principal, ViewMatches
-from .style import (
-    DEPTH_TICKS,
-    FAINT,
-    RED,
-    TEXT,
-    add_colorbar,
-    add_legend,
-    depth_colormap,
-    depth_norm,
-    new_figure,
-    style_axes,
-    visible_colormap,
-)
+from .style import BLUE, FAINT, ORANGE, RED, add_depth_bar, depth_colormap, depth_norm, styled, visible_colormap
 
 WIDTH, NARROW = 12.5, 9.4  # inches
-LEFT, FORWARD = "y, to the left (m)", "x, forward (m)"
+PIXELS = {"xlabel": "column (px)", "ylabel": "row (px)"}
 
 
+@styled
 def draw_points_on_image(frame: Frame) -> Figure:
     """The scan over the image, coloured by depth in metres on a logarithmic scale."""
     pixels, depth, inside = frame.view
-    figure = new_figure(WIDTH, _panel_height(frame, WIDTH, colorbar=True))
+    figure = Figure(figsize=(WIDTH, _panel_height(frame, WIDTH, colorbar=True)))
     axes = figure.subplots()
     _show_image(axes, frame, brightness=0.6)
     far_first = np.flatnonzero(inside)[np.argsort(-depth[inside])]
     x, y = pixels[far_first].T
     dots = axes.scatter(x, y, c=depth[far_first], cmap=depth_colormap(), norm=depth_norm(), s=2.5, linewidths=0)
-    bar = add_colorbar(figure, dots, axes, "depth (m)", ticks=DEPTH_TICKS, extend="both", aspect=30)
-    bar.ax.minorticks_off()
-    bar.set_ticklabels([str(tick) for tick in DEPTH_TICKS])
+    add_depth_bar(figure, dots, axes)
     nearest = f", {depth[inside].min():.1f} to {depth[inside].max():.1f} m" if inside.any() else ""
-    style_axes(
-        axes, f"{frame.frame_id}: {inside.sum():,} of {len(depth):,} LiDAR points in the image{nearest}", *_PIXELS
-    )
+    title = f"{frame.frame_id}: {inside.sum():,} of {len(depth):,} LiDAR points in the image{nearest}"
+    axes.set(title=title, **PIXELS)
     return figure
 
 
+@styled
+def draw_depth(frame_id: str, image: np.ndarray, maps: Mapping[str, np.ndarray]) -> Figure:
+    """The image `(H, W, 3)` and depth maps `(h, w)` of it by title, all on one scale in metres; 0 shows nothing."""
+    height, width = image.shape[:2]
+    rows = (len(maps) + 2) // 2
+    figure = Figure(figsize=(WIDTH, rows * (5.75 * height / width + 0.3) + 0.3))  # a panel is about 5.75 inches wide
+    panels = list(figure.subplots(rows, 2).flat)
+    panels[0].imshow(image, extent=(0, width, height, 0))
+    panels[0].set_title(f"{frame_id}: image")
+    for axes, (title, depth) in zip(panels[1:], maps.items(), strict=False):
+        known = np.ma.masked_less_equal(depth, 0)
+        drawn = axes.imshow(known, cmap=depth_colormap(), norm=depth_norm(), interpolation="nearest")
+        axes.set_title(title)
+    for axes in panels:
+        axes.set(xticks=[], yticks=[])
+    for axes in panels[len(maps) + 1 :]:
+        axes.set_visible(False)
+    add_depth_bar(figure, drawn, panels)
+    return figure
+
+
+@styled
 def draw_matches(matches: ViewMatches, max_match_distance: float | None, title: str = "", lines: int = 100) -> Figure:
     """Two views from above, and some of their matches as lines coloured by distance.
 
@@ -70,7 +79,7 @@ def draw_matches(matches: ViewMatches, max_match_distance: float | None, title: 
         beyond = f"{share:.1%} beyond the limit of {max_match_distance:g} m"
     mean = f"mean distance {distance.mean():.2f} m, " if len(distance) else ""
 
-    figure = new_figure(WIDTH, 6.4)
+    figure = Figure(figsize=(WIDTH, 6.4))
     panels = figure.subplots(1, 2)
     for axes, points, name in zip(
         panels, (matches.view, matches.augmented), ("un-augmented view", "augmented view"), strict=True
@@ -92,15 +101,12 @@ def draw_matches(matches: ViewMatches, max_match_distance: float | None, title: 
         for axes, (y, x) in zip(panels, (start, end), strict=True):
             axes.plot(y, x, ".", color=color, markersize=4)
     label = "distance of the matched points (m)"
-    add_colorbar(figure, ScalarMappable(norm, colors), panels, label, extend="max", aspect=40)
-    figure.suptitle(
-        f"{title}{': ' if title else ''}{len(matched):,} matches, {mean}{beyond} ({len(drawn)} drawn)",
-        color=TEXT,
-        fontsize=11,
-    )
+    figure.colorbar(ScalarMappable(norm, colors), ax=panels, pad=0.01, label=label, extend="max", aspect=40)
+    figure.suptitle(f"{title}{': ' if title else ''}{len(matched):,} matches, {mean}{beyond} ({len(drawn)} drawn)")
     return figure
 
 
+@styled
 def draw_shared_features(frame: Frame, embeds: FrameEmbeds, colors: Principal) -> Figure:
     """Image and points in the space in which the model compares them, as colours.
 
@@ -114,30 +120,27 @@ def draw_shared_features(frame: Frame, embeds: FrameEmbeds, colors: Principal) -
     """
     point_colors = colors.adapted(embeds.points).colors(embeds.points)
     pixels, depth, inside = frame.project(embeds.coordinates)
-    figure = new_figure(WIDTH, max(2 * _panel_height(frame, WIDTH * 0.68) + 0.3, 4.5))
+    figure = Figure(figsize=(WIDTH, max(2 * _panel_height(frame, WIDTH * 0.68) + 0.3, 4.5)))
     panels = figure.subplot_mosaic([["image", "above"], ["points", "above"]], width_ratios=[2.15, 1])
 
     _show_image(panels["image"], frame, brightness=0.45)
     _show_cells(panels["image"], embeds.cells.with_values(colors.colors(embeds.cells.values)), alpha=0.8)
     _stay_within(panels["image"], frame)
-    style_axes(panels["image"], f"{frame.frame_id}: image features", *_PIXELS)
+    panels["image"].set(title=f"{frame.frame_id}: image features", **PIXELS)
 
     _show_image(panels["points"], frame, brightness=0.3)
     order = np.flatnonzero(inside)[np.argsort(-depth[inside])]
     x, y = pixels[order].T
     panels["points"].scatter(x, y, c=point_colors[order], s=14, linewidths=0)
-    style_axes(panels["points"], "point features, where the points project", *_PIXELS)
+    panels["points"].set(title="point features, where the points project", **PIXELS)
 
     panels["above"].scatter(embeds.coordinates[:, 1], embeds.coordinates[:, 0], c=point_colors, s=6, linewidths=0)
     _style_from_above(panels["above"], "point features, from above")
-    figure.suptitle(
-        "Features after the projection heads along the same three principal components (those of the image features)",
-        color=TEXT,
-        fontsize=11,
-    )
+    figure.suptitle("Features after the projection heads, along the three principal components of the image features")
     return figure
 
 
+@styled
 def draw_image_features(frame: Frame, stages: Mapping[str, CellMap], photograph: bool = True) -> Figure:
     """The image, and under it each stage's features as colours: their first three principal components.
 
@@ -146,20 +149,21 @@ def draw_image_features(frame: Frame, stages: Mapping[str, CellMap], photograph:
         photograph: false leaves the image itself out.
     """
     rows = len(stages) + photograph
-    figure = new_figure(NARROW, rows * _panel_height(frame, NARROW))
+    figure = Figure(figsize=(NARROW, rows * _panel_height(frame, NARROW)))
     panels = list(figure.subplots(rows, 1, squeeze=False)[:, 0])
     if photograph:
         axes = panels.pop(0)
         _show_image(axes, frame)
-        style_axes(axes, frame.frame_id, *_PIXELS)
+        axes.set(title=frame.frame_id, **PIXELS)
     for axes, (name, cells) in zip(panels, stages.items(), strict=True):
         colors = Principal.fit(cells.values[cells.inside])
         _show_cells(axes, cells.with_values(colors.colors(cells.values)))
         _stay_within(axes, frame)
-        style_axes(axes, f"image encoder, {name}: first three principal components", *_PIXELS)
+        axes.set(title=f"image encoder, {name}: first three principal components", **PIXELS)
     return figure
 
 
+@styled
 def draw_retrieval(frame: Frame, points: np.ndarray, maps: Sequence[CellMap], names: Sequence[str]) -> Figure:
     """For each of some points, how similar every cell of the image is to it.
 
@@ -169,8 +173,8 @@ def draw_retrieval(frame: Frame, points: np.ndarray, maps: Sequence[CellMap], na
         maps: K maps `(h, w, 1)` of cosine similarities.
         names: K names of the points, for the titles.
     """
-    figure = new_figure(NARROW, len(points) * _panel_height(frame, NARROW, colorbar=True) + 0.3)
-    figure.suptitle(f"{frame.frame_id}: where the image features resemble a point's", color=TEXT, fontsize=11)
+    figure = Figure(figsize=(NARROW, len(points) * _panel_height(frame, NARROW, colorbar=True) + 0.3))
+    figure.suptitle(f"{frame.frame_id}: where the image features resemble a point's")
     pixels, depth, _ = frame.project(points)
     heat = visible_colormap("inferno")
     for row, axes in enumerate(figure.subplots(len(points), 1, squeeze=False)[:, 0]):
@@ -182,20 +186,49 @@ def draw_retrieval(frame: Frame, points: np.ndarray, maps: Sequence[CellMap], na
         _stay_within(axes, frame)
         axes.plot(*best, "s", mfc="none", mec="white", ms=9, mew=1.6, label="most similar cell", zorder=3)
         axes.plot(*pixels[row], "+", color="#4dffea", ms=15, mew=2.2, label="where the point is", zorder=3)
-        add_colorbar(figure, shown, axes, "cosine similarity", aspect=15)
+        figure.colorbar(shown, ax=axes, pad=0.01, label="cosine similarity", aspect=15)
         off = np.linalg.norm(best - pixels[row])
-        style_axes(
-            axes,
-            f"{names[row]}, {depth[row]:.1f} m ahead: most similar cell {off:.0f} px off "
-            f"({off / cells.cell_width:.1f} cells)",
-            *_PIXELS,
-        )
+        where = f"most similar cell {off:.0f} px off ({off / cells.cell_size[0]:.1f} cells)"
+        axes.set(title=f"{names[row]}, {depth[row]:.1f} m ahead: {where}", **PIXELS)
         if row == 0:
-            add_legend(axes, loc="upper right", ncols=2)
+            axes.legend(loc="upper right", ncols=2)
     return figure
 
 
-_PIXELS = ("column (px)", "row (px)")
+@styled
+def draw_training_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """Losses over optimizer steps, each with its chance level as a dashed line and the evaluation's values.
+
+    Args:
+        metrics: lines of a `metrics.jsonl`: `step`, and values under names such as `inter_modal_loss`,
+            `inter_modal_chance` and `eval/inter_modal_loss`.
+
+    Returns:
+        One panel per loss; the total, which has no chance level of its own, only where there is no other. `None`
+        where no loss was logged.
+    """
+    logged = dict.fromkeys(name.removeprefix("eval/") for line in metrics for name in line if name.endswith("loss"))
+    names = [name for name in logged if name != "loss"] or list(logged)
+    if not names:
+        return None
+    figure = Figure(figsize=(5.2 * len(names), 3.4))
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        title = name.replace("_modal", "-modal").replace("_", " ")
+        axes.set(title=title, xlabel="optimizer step", ylabel="nats" if name.endswith("modal_loss") else "loss")
+        axes.grid()
+        _plot(axes, metrics, name, "training", color=BLUE, linewidth=1.6)
+        _plot(axes, metrics, f"eval/{name}", "evaluation", color=ORANGE, marker="o", markersize=3.5)
+        chance = name.removesuffix("loss") + "chance"
+        _plot(axes, metrics, chance, "chance: ln(candidates)", color=FAINT, linestyle="--")
+        axes.legend()
+    return figure
+
+
+def _plot(axes: Axes, metrics: Sequence[Mapping[str, Any]], name: str, label: str, **style: Any) -> None:
+    # a value that was not finite is written as null
+    values = [(line["step"], line[name]) for line in metrics if line.get(name) is not None]
+    if values:
+        axes.plot(*zip(*values, strict=True), label=label, **style)
 
 
 def _panel_height(frame: Frame, width: float, colorbar: bool = False) -> float:
@@ -221,6 +254,7 @@ def _stay_within(axes: Axes, frame: Frame) -> None:
 
 
 def _style_from_above(axes: Axes, title: str) -> None:
-    style_axes(axes, title, LEFT, FORWARD, grid=True)
+    axes.set(title=title, xlabel="y, to the left (m)", ylabel="x, forward (m)")
+    axes.grid()
     axes.set_aspect("equal", adjustable="datalim")
     axes.invert_xaxis()  # left is left

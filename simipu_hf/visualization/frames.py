@@ -3,27 +3,63 @@
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from simipu_hf.data.augmentation import TwoViewAugmentation
 from simipu_hf.data.loading import load_pretraining_dataset
-from simipu_hf.data.rows import Frame
+from simipu_hf.data.rows import Frame, calibration_from_row
+from simipu_hf.data.two_views import TwoViewAugmentation
 from simipu_hf.errors import SimIPUError
+from simipu_hf.files import atomic_write
 from simipu_hf.hub.card import CURVES
-from simipu_hf.hub.files import written_aside
-from simipu_hf.training.metrics import METRICS_FILE, read_metrics
+from simipu_hf.hub.sources import load_image_encoder, model_folder
+from simipu_hf.hub.weights import read_json
+from simipu_hf.modeling.configuration_simipu import SimIPUConfig
+from simipu_hf.modeling.geometry import camera_aligned_frame, transform_points
+from simipu_hf.modeling.image_encoder import TimmModel
+from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
+from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
+from simipu_hf.modeling.processing_simipu import SimIPUProcessor
+from simipu_hf.training.logging import METRICS_FILE, read_metrics
 
-from .curves import draw_training_curves
 from .features import FrameEmbeds, Principal, embed_frame, encode_image, match_views, similarities
-from .figures import draw_image_features, draw_matches, draw_points_on_image, draw_retrieval, draw_shared_features
-from .models import LoadedModel, load_model
+from .figures import (
+    draw_image_features,
+    draw_matches,
+    draw_points_on_image,
+    draw_retrieval,
+    draw_shared_features,
+    draw_training_curves,
+)
 from .scene import scene_html
 from .style import save_figure
+
+LAST_STAGES = (-3, -2, -1)
+LONG_EDGE = 1248  # pixels, for an image encoder that takes any size; a multiple of 32
+
+
+@dataclass
+class LoadedModel:
+    """A model in evaluation mode.
+
+    Args:
+        encoder: its image encoder, a timm model.
+        image_processor: of that encoder.
+        stages: of the image encoder, to draw.
+        simipu, processor: `None` where there is only an image encoder.
+    """
+
+    encoder: TimmModel
+    image_processor: SimIPUImageProcessor
+    stages: Sequence[int] = LAST_STAGES
+    simipu: SimIPUForPreTraining | None = None
+    processor: SimIPUProcessor | None = None
 
 
 def visualize(
@@ -36,6 +72,9 @@ def visualize(
     frames: Sequence[int] = (0,),
     point: int | None = None,
     device: str | None = None,
+    *,
+    cameras: Sequence[str] | None = None,
+    scenes: Sequence[str] | None = None,
 ) -> list[Path]:
     """Draws chosen frames, and what a model makes of them.
 
@@ -48,9 +87,9 @@ def visualize(
     Args:
         output_dir: folder for the pictures; those of an earlier call are replaced.
         model: a run (its final model, else its newest checkpoint), a checkpoint, a Hub id, or anything else that
-            `simipu_hf.hub.image_encoder.load_image_encoder` reads, such as an image encoder alone. `None`: only the
+            `simipu_hf.hub.sources.load_image_encoder` reads, such as an image encoder alone. `None`: only the
             data are drawn.
-        data_dir, dataset_name, dataset_config_name, split: as `load_pretraining_dataset`.
+        data_dir, dataset_name, dataset_config_name, split, cameras, scenes: as `load_pretraining_dataset`.
         frames: indices of rows of the split.
         point: which of the points that the model keeps to look for in the image, by index; `None`: a near, a middle
             and a far one.
@@ -62,7 +101,9 @@ def visualize(
     Raises:
         SimIPUError: no such data set, frame, model or point, or the pictures cannot be written.
     """
-    rows = load_pretraining_dataset(dataset_name, data_dir, dataset_config_name, split)
+    rows = load_pretraining_dataset(
+        dataset_name, data_dir, dataset_config_name, split, cameras=cameras, scenes=scenes
+    )
     for index in frames:
         if not 0 <= index < len(rows):
             raise SimIPUError(f"frames: the split has rows 0 to {len(rows) - 1}, found {index}")
@@ -74,12 +115,77 @@ def visualize(
         name = re.sub(r"[^\w.-]+", "_", str(row["frame_id"]))
         written += [save_figure(figure, folder / f"{name}_{kind}.png") for kind, figure in figures.items()]
         written.append(folder / f"{name}_scene.html")
-        with written_aside(written[-1], overwrite=True) as aside:
-            aside.write_text(html, encoding="utf-8")
-    curves = None if model is None else _training_curves(Path(model))
+        with atomic_write(written[-1]) as stream:
+            stream.write(html)
+    run = None if model is None else Path(model)
+    metrics = next((p / METRICS_FILE for p in (run, run.parent) if (p / METRICS_FILE).is_file()), None) if run else None
+    curves = None if metrics is None else draw_training_curves(read_metrics(metrics))
     if curves is not None:
         written.append(save_figure(curves, folder / CURVES))
     return written
+
+
+def load_model(source: str | os.PathLike, device: str | None = None) -> LoadedModel:
+    """A SimIPU model with its heads, or else the image encoder at `source`.
+
+    Args:
+        source: a run, a checkpoint, a Hub id, or anything else that `load_image_encoder` reads.
+        device: `None`: a GPU if there is one.
+
+    Raises:
+        SimIPUError: there is no model.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = _load_simipu(source)
+    if loaded is None:
+        encoder = load_image_encoder(source, channel_order="rgb", verbose=False)[0].to(device).eval()
+        return LoadedModel(encoder, _image_processor(encoder))
+    simipu, processor = loaded
+    simipu.to(device).eval()  # type: ignore[arg-type]  # transformers' decorator hides the method
+    stages = simipu.config.image_encoder_config.out_indices
+    return LoadedModel(simipu.simipu.image_encoder, processor.image_processor, stages, simipu, processor)
+
+
+def _load_simipu(source: str | os.PathLike) -> tuple[SimIPUForPreTraining, SimIPUProcessor] | None:
+    """`None` for an image encoder alone, or a model saved without the heads that compare images with points."""
+    try:
+        folder = model_folder(source)
+    except SimIPUError:  # a timm name or a file of weights; or nothing, which load_image_encoder explains
+        return None
+    if read_json(folder / "config.json").get("model_type") != SimIPUConfig.model_type:
+        return None
+    try:
+        loaded: Any = SimIPUForPreTraining.from_pretrained(folder, output_loading_info=True)
+        model, info = loaded
+        return None if info["missing_keys"] else (model, SimIPUProcessor.from_pretrained(folder))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SimIPUError(f"{folder}: the model cannot be loaded ({error})") from error
+
+
+def _image_processor(encoder: TimmModel) -> SimIPUImageProcessor:
+    """For an encoder alone: the size it was trained at where it says so, else the image's, reduced if large."""
+    trained = encoder.pretrained_cfg
+    has_size = trained.get("fixed_input_size") or trained.get("crop_mode") == "squash"
+    height, width = trained["input_size"][1:] if has_size else (LONG_EDGE, LONG_EDGE)
+    return SimIPUImageProcessor(
+        size={"height": height, "width": width},
+        keep_aspect_ratio=not has_size,
+        image_mean=trained["mean"],
+        image_std=trained["std"],
+    )
+
+
+def aligned_frame(row: Mapping[str, Any]) -> Frame:
+    """A row whose points are in the camera-aligned frame: x forward, y left, z up, whatever axes its LiDAR has.
+
+    Raises:
+        SimIPUError: its image, points or calibration are damaged.
+    """
+    frame = Frame.from_row(row)
+    lidar_to_aligned, aligned_to_image = camera_aligned_frame(*calibration_from_row(row))
+    points = frame.points.copy()
+    points[:, :3] = transform_points(frame.points, lidar_to_aligned)
+    return Frame(frame.frame_id, frame.image, points, aligned_to_image)
 
 
 def draw_frame(
@@ -90,7 +196,7 @@ def draw_frame(
     Raises:
         SimIPUError: the row cannot be used, or there is no such point in the image.
     """
-    frame = Frame.from_row(row)
+    frame = aligned_frame(row)
     figures = {"points": draw_points_on_image(frame)}
     if model is None:
         return figures, scene_html(frame)
@@ -101,7 +207,7 @@ def draw_frame(
         return figures, scene_html(frame)
     try:
         matches = match_views(model.simipu, model.processor, row, TwoViewAugmentation())
-        embeds = embed_frame(model.simipu, model.processor, row)
+        embeds = embed_frame(model.simipu, model.processor, row, frame)
     except ValueError as error:
         raise SimIPUError(f"frame {frame.frame_id}: {error}") from error
     colors = Principal.fit(embeds.cells.values[embeds.cells.inside])
@@ -138,9 +244,3 @@ def _checked(frame: Frame, embeds: FrameEmbeds, point: int) -> int:
     if not frame.project(embeds.coordinates[[point]])[2][0]:
         raise SimIPUError(f"point: {point} of frame {frame.frame_id} lies outside the image; choose another")
     return point
-
-
-def _training_curves(model: Path) -> Figure | None:
-    """Of the run that `model` is, or is a checkpoint of."""
-    path = next((p / METRICS_FILE for p in (model, model.parent) if (p / METRICS_FILE).is_file()), None)
-    return None if path is None else draw_training_curves(read_metrics(path))

@@ -1,123 +1,122 @@
 """The interactive 3-D page: one HTML file that needs no server and no network."""
 
-import base64
-import json
-from importlib import resources
-from io import BytesIO
-from typing import Any
-
 import numpy as np
-from matplotlib.colors import Colormap, to_hex, to_rgb
+import plotly.graph_objects as go
+from matplotlib.colors import Colormap, to_hex
 from PIL import Image
 from scipy.spatial import cKDTree
 
 from simipu_hf.data.rows import Frame
 
 from .features import FrameEmbeds, Principal
-from .style import DEPTH_RANGE, DEPTH_TICKS, MISSING, depth_colormap, depth_norm, visible_colormap
+from .style import BACKGROUND, DEPTH_RANGE, DEPTH_TICKS, FAINT, MISSING, TEXT, depth_colormap, visible_colormap
 
 FRUSTUM_DEPTH = 6.0  # metres
 NEIGHBOUR_DISTANCE = 2.0  # metres; a point farther than this from every kept point shows no feature
-PLACEHOLDER = "__SCENE__"
+# nothing may be requested; plotly needs the rest to draw
+POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval' blob:; style-src 'unsafe-inline'; "
+    "img-src data: blob:; worker-src blob:"
+)
 
 
 def scene_html(frame: Frame, embeds: FrameEmbeds | None = None, colors: Principal | None = None) -> str:
-    """A page that shows the scan in 3-D, in colours to choose from, with the camera's frustum.
+    """A page that shows the scan in 3-D, in colours to choose from, with the camera's frustum and its image.
 
     Args:
-        frame: the frame; all its points are embedded.
+        frame: the frame, x forward, y left, z up; its points are drawn.
         embeds, colors: where given, the points also show the colour of the nearest point kept by the model.
 
     Returns:
-        HTML without any reference to another file. Its element `#scene` holds the data as JSON: `count`, `in_image`
-        (points that the image shows come first), `positions` (base64 of little-endian float32 x y z, metres), and
-        per mode its `colors` (base64 of uint8 r g b) and legend.
+        HTML without any reference to another file.
     """
-    pixels, depth, inside = frame.view
-    order = np.argsort(~inside, kind="stable")
-    points = frame.points[order]
-    modes = [
-        _depth_mode(depth[order]),
-        _scalar_mode("Height", "height z (m)", points[:, 2], visible_colormap("viridis")),
-        _scalar_mode("Reflectance", "reflectance", points[:, 3], visible_colormap("inferno")),
-        _image_mode(frame, pixels[order], inside[order]),
-    ]
+    modes = _color_modes(frame)
     if embeds is not None and colors is not None:
-        modes.append(_feature_mode(points[:, :3], embeds, colors))
-    visible = points[: inside.sum(), 2] if inside.any() else points[:, 2]
-    scene = {
-        "title": frame.frame_id,
-        "count": len(points),
-        "in_image": int(inside.sum()),
-        "positions": _encode(points[:, :3].astype("<f4")),
-        "modes": modes,
-        "ground": float(np.percentile(visible, 2)),
-        "frustum": _frustum(frame).round(4).tolist(),
-        "image": _thumbnail(frame.image),
-    }
-    text = json.dumps(scene).replace("<", "\\u003c")  # a tag in it could end the element that holds the data
-    template = resources.files(__package__).joinpath("scene.html").read_text(encoding="utf-8")
-    return template.replace(PLACEHOLDER, text)
-
-
-def _depth_mode(depth: np.ndarray) -> dict[str, Any]:
-    norm, colormap = depth_norm(), depth_colormap()
-    colors = colormap(norm(np.maximum(depth, DEPTH_RANGE[0])))[:, :3]
-    colors[depth <= 0] = to_rgb(MISSING)
-    ticks = [[float(norm(tick)), str(tick)] for tick in DEPTH_TICKS]
-    return _mode("Depth", "depth (m); grey: behind the camera", colors, colormap, ticks)
-
-
-def _scalar_mode(name: str, label: str, values: np.ndarray, colormap: Colormap) -> dict[str, Any]:
-    low, high = (float(value) for value in np.percentile(values, (1, 99)))
-    scaled = (values - low) / (high - low) if high > low else np.full(len(values), 0.5)
-    digits = 1 if high - low > 2 else 2
-    ticks = [[share, f"{low + share * (high - low):.{digits}f}"] for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
-    return _mode(name, label, colormap(scaled.clip(0, 1))[:, :3], colormap, ticks)
-
-
-def _image_mode(frame: Frame, pixels: np.ndarray, inside: np.ndarray) -> dict[str, Any]:
-    colors = np.tile(to_rgb(MISSING), (len(pixels), 1))
-    columns, rows = np.floor(pixels[inside] + 0.5).astype(int).T
-    colors[inside] = (frame.image[rows, columns] / 255) ** 0.7  # shadows would be lost on a dark ground
-    return _mode("Image", "colour in the image, brightened; grey: not in it", colors)
-
-
-def _feature_mode(coordinates: np.ndarray, embeds: FrameEmbeds, principal: Principal) -> dict[str, Any]:
-    distance, nearest = cKDTree(embeds.coordinates).query(coordinates)
-    colors = principal.adapted(embeds.points).colors(embeds.points)[nearest]
-    colors[distance > NEIGHBOUR_DISTANCE] = to_rgb(MISSING)
-    label = (
-        f"principal components of the nearest of {len(embeds.points)} point features; "
-        f"grey: none within {NEIGHBOUR_DISTANCE:g} m"
+        modes["Features"] = _feature_mode(frame, embeds, colors)
+    x, y, z = frame.points[:, :3].T.astype(np.float32)
+    figure = go.Figure(
+        [
+            go.Scatter3d(x=x, y=y, z=z, mode="markers", marker={"size": 1.5, **marker}, name=name, hoverinfo="none")
+            for name, marker in modes.items()
+        ]
     )
-    return _mode("Features", label, colors)
+    figure.update_traces(visible=False, showlegend=False)
+    figure.data[0].visible = True
+    figure.add_trace(_frustum(frame))
+    shown = [[name == other for other in modes] + [True] for name in modes]
+    buttons = [
+        {"label": name, "method": "update", "args": [{"visible": visible}]}
+        for name, visible in zip(modes, shown, strict=True)
+    ]
+    axis = {"color": FAINT, "gridcolor": "#343a44", "showbackground": False, "ticksuffix": " m"}
+    figure.update_layout(
+        title={"text": frame.frame_id.replace("<", "&lt;"), "font": {"size": 14}},
+        font={"color": TEXT},
+        paper_bgcolor=BACKGROUND,
+        margin={"l": 0, "r": 0, "t": 40, "b": 0},
+        updatemenus=[{"type": "buttons", "direction": "right", "x": 0, "y": 1, "yanchor": "top", "buttons": buttons}],
+        images=[_picture(frame.image)],
+        scene={
+            "aspectmode": "data",
+            "camera": {"eye": {"x": -1.1, "y": 0.0, "z": 0.5}, "center": {"x": -0.2, "y": 0.0, "z": 0.0}},
+            **{f"{name}axis": {**axis, "title": name} for name in "xyz"},
+        },
+    )
+    page = figure.to_html(include_plotlyjs=True, config={"displaylogo": False})
+    return page.replace("<head>", f'<head><meta http-equiv="Content-Security-Policy" content="{POLICY}">', 1)
 
 
-def _mode(
-    name: str, label: str, colors: np.ndarray, colormap: Colormap | None = None, ticks: list[list[Any]] | None = None
-) -> dict[str, Any]:
-    """One way to colour the points; `ticks` are (share of the legend's width, text)."""
-    stops = [] if colormap is None else [to_hex(colormap(share)) for share in np.linspace(0, 1, 17)]
-    encoded = _encode((colors * 255).round().astype(np.uint8))
-    return {"name": name, "label": label, "colors": encoded, "stops": stops, "ticks": ticks or []}
+def _color_modes(frame: Frame) -> dict[str, dict]:
+    """Plotly's marker for each way to colour the points."""
+    pixels, depth, inside = frame.view
+    bar = {"title": "depth (m)", "tickvals": np.log(DEPTH_TICKS), "ticktext": [str(tick) for tick in DEPTH_TICKS]}
+    shades = np.full((len(depth), 3), 91, dtype=np.uint8)
+    columns, rows = np.floor(pixels[inside] + 0.5).astype(int).T
+    shades[inside] = 255 * (frame.image[rows, columns] / 255) ** 0.7  # shadows would be lost on a dark ground
+    return {
+        "Depth": {
+            "color": np.log(depth.clip(*DEPTH_RANGE)).astype(np.float32),
+            "cmin": np.log(DEPTH_RANGE[0]),
+            "cmax": np.log(DEPTH_RANGE[1]),
+            **_scale(depth_colormap(), bar),
+        },
+        "Height": {"color": frame.points[:, 2], **_scale(visible_colormap("viridis"), {"title": "height z (m)"})},
+        "Reflectance": {"color": frame.points[:, 3], **_scale(visible_colormap("inferno"), {"title": "reflectance"})},
+        "Image": {"color": [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in shades]},
+    }
 
 
-def _frustum(frame: Frame) -> np.ndarray:
-    """The camera's centre and the four corners of its image some metres ahead, `(5, 3)`, in the LiDAR frame."""
+def _scale(colormap: Colormap, bar: dict) -> dict:
+    stops = np.linspace(0, 1, 17)
+    return {
+        "colorscale": [[stop, to_hex(colormap(stop))] for stop in stops],
+        "showscale": True,
+        "colorbar": {"len": 0.5, "thickness": 12, **bar},
+    }
+
+
+def _feature_mode(frame: Frame, embeds: FrameEmbeds, principal: Principal) -> dict:
+    """The principal components of the nearest point feature; grey where none is near."""
+    distance, nearest = cKDTree(embeds.coordinates).query(frame.points[:, :3])
+    colors = principal.adapted(embeds.points).colors(embeds.points)
+    names = np.array([to_hex(color) for color in colors])[nearest]
+    return {"color": np.where(distance > NEIGHBOUR_DISTANCE, MISSING, names).tolist()}
+
+
+def _frustum(frame: Frame) -> go.Scatter3d:
+    """Lines from the camera's centre to the corners of its image some metres ahead, and around these."""
     height, width = frame.image.shape[:2]
     right, bottom = width - 0.5, height - 0.5
     corners = np.array([[-0.5, -0.5], [right, -0.5], [right, bottom], [-0.5, bottom]])
-    return np.concatenate([frame.lift(corners[:1], 0.0), frame.lift(corners, FRUSTUM_DEPTH)])
+    center, (a, b, c, d) = frame.lift(corners[:1], 0.0)[0], frame.lift(corners, FRUSTUM_DEPTH)
+    x, y, z = np.array([center, a, b, center, c, d, center, b, c, d, a]).T
+    line = {"color": TEXT, "width": 3}
+    return go.Scatter3d(x=x, y=y, z=z, mode="lines", line=line, hoverinfo="none", showlegend=False)
 
 
-def _thumbnail(image: np.ndarray, width: int = 640) -> str:
-    picture = Image.fromarray(image)
-    picture.thumbnail((width, width))
-    stream = BytesIO()
-    picture.save(stream, format="JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
-
-
-def _encode(array: np.ndarray) -> str:
-    return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode("ascii")
+def _picture(image: np.ndarray) -> go.layout.Image:
+    """The camera's image, small, in the lower left corner."""
+    thumbnail = Image.fromarray(image)
+    thumbnail.thumbnail((640, 640))
+    place = {"xref": "paper", "yref": "paper", "x": 0, "y": 0, "xanchor": "left", "yanchor": "bottom"}
+    return go.layout.Image(source=thumbnail, sizex=0.33, sizey=0.33, **place)
