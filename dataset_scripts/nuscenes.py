@@ -1,0 +1,617 @@
+"""nuScenes camera + LiDAR pairs as a Hugging Face data set, without the devkit.
+
+This one file needs `datasets`, NumPy, pyarrow and Pillow, and gives the same rows in each of these ways:
+
+    # datasets 3.x reads it as a loading script
+    load_dataset("dataset_scripts/nuscenes.py", "v1.0-mini", data_dir=ROOT, trust_remote_code=True)
+
+    # datasets >= 4 no longer runs scripts: use the class
+    builder = NuScenes(config_name="v1.0-trainval", data_dir=ROOT, cameras=("CAM_FRONT",))
+    builder.download_and_prepare(num_proc=4)
+    train = builder.as_dataset(split="train")
+
+ROOT holds `v1.0-mini/`, `v1.0-trainval/` or `v1.0-test/` with the tables, and `samples/` (and `sweeps/`).
+Configurations are the versions' names; `v1.0-trainval-sweeps` and the like also give the images between key frames.
+A row is one camera image with the scan that the camera saw:
+
+| column | type | meaning |
+| --- | --- | --- |
+| `frame_id` | string | the image's file name without its suffix |
+| `scene` | string | `scene-0061` |
+| `camera` | string | `CAM_FRONT` |
+| `image` | Image | 1600 x 900, undistorted as published |
+| `points` | binary | little-endian float32, N x 4: x y z (metres, LIDAR_TOP: x right, y forward, z up), intensity |
+| | | / 255; those in the image, or with `whole_scans=True` all |
+| `camera_projection` | 3 x 4 float64 | `[K / 0]`, camera -> pixels |
+| `lidar_to_camera` | 4 x 4 float64 | LIDAR_TOP at the scan's time -> camera at the image's, with the car's motion |
+
+LIDAR_TOP's time is the end of a turn, and cameras fire when the beam passes: an image belongs to the first scan that
+ends after it. Published splits by scene: train, val (trainval), test, mini_train, mini_val, and those of a
+`splits.json` beside the tables. mini_train holds scenes 0553 and 0796 of val. Format:
+https://www.nuscenes.org/nuscenes#data-format and docs/schema_nuscenes.md of nutonomy/nuscenes-devkit.
+"""
+
+import bisect
+import hashlib
+import json
+import os
+import pickle
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+logger = datasets.logging.get_logger(__name__)
+
+VERSION = datasets.Version("1.0.0")
+VERSIONS = ("v1.0-mini", "v1.0-trainval", "v1.0-test")
+SWEEPS = "-sweeps"
+CAMERAS = ("CAM_FRONT", "CAM_FRONT_LEFT", "CAM_FRONT_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
+LIDAR = "LIDAR_TOP"
+TURN = 60_000  # microseconds: one turn of the LiDAR, 50 ms, and some tolerance
+
+# numbers of the published scenes (devkit: python-sdk/nuscenes/utils/splits.py)
+VAL = """3,12-18,35-36,38-39,92-110,221,268-278,329-332,344-346,519-524,552-565,625-627,629-630,632-638,770-771,775,
+777-778,780-784,794-800,802,904-917,919-931,962-963,966-969,971-972,1059-1073"""
+MINI_TRAIN = "61,553,655,757,796,1077,1094,1100"
+MINI_VAL = "103,916"
+
+
+class Frame(NamedTuple):
+    """One image and its scan; absolute paths. Poses are qw qx qy qz tx ty tz as in the tables, (7,) each."""
+
+    frame_id: str
+    scene: str
+    camera: str
+    image: str
+    size: tuple[int, int]
+    scan: str
+    intrinsics: np.ndarray
+    camera_to_ego: np.ndarray
+    ego_at_image: np.ndarray
+    lidar_to_ego: np.ndarray
+    ego_at_scan: np.ndarray
+
+
+class Listing(NamedTuple):
+    """What a nuScenes folder holds."""
+
+    splits: dict[str, list[Frame]]
+    problems: list[str]
+    """What is wrong with the tables: tokens without a partner, scenes that are in no split, …"""
+    notes: list[str]
+    """What was left out: files of parts that were not downloaded, images without a scan."""
+
+
+# --- which frames there are -----------------------------------------------------------------------------------------
+
+
+def configurations(data_dir: str | os.PathLike) -> list[str]:
+    """Versions whose tables a folder holds, then the same with sweeps."""
+    there = [v for v in VERSIONS if os.path.isfile(os.path.join(data_dir, v, "sample_data.json"))]
+    return there + [version + SWEEPS for version in there]
+
+
+def split_names(name: str, data_dir: str | os.PathLike | None) -> list[str]:
+    """Splits of which a folder holds scenes. ValueError where its tables are missing."""
+    folder = _tables(name, data_dir)
+    there = {scene["name"] for scene in _records(os.path.join(folder, "scene.json"))}
+    return [split for split, scenes in _published_splits(folder, there).items() if scenes & there]
+
+
+def list_frames(
+    name: str,
+    data_dir: str | os.PathLike | None,
+    splits: Sequence[str] | None = None,
+    cameras: Sequence[str] | None = None,
+    scenes: Sequence[str] | None = None,
+) -> Listing:
+    """Frames of a nuScenes folder. Reads the tables and names of files.
+
+    Args:
+        name: a version, such as "v1.0-mini", or "v1.0-mini-sweeps".
+        data_dir: the folder that holds the version's folder, `samples/` and `sweeps/`.
+        splits: list only these; default all that are there.
+        cameras: such as "CAM_FRONT"; default all six.
+        scenes: such as "scene-0061"; default all.
+
+    Raises:
+        ValueError: a table is missing or damaged, or a split, camera or scene asked for is not there.
+    """
+    folder = _tables(name, data_dir)
+    root = os.path.dirname(folder)
+    cameras = (cameras,) if isinstance(cameras, str) else cameras or CAMERAS
+    scenes = (scenes,) if isinstance(scenes, str) else scenes
+    splits = (splits,) if isinstance(splits, str) else splits
+    scene_names = {row["token"]: row["name"] for row in _records(os.path.join(folder, "scene.json"))}
+    there = set(scene_names.values())
+    published = _published_splits(folder, there)
+    _require(cameras, CAMERAS, f"{folder}: cameras")
+    _require(scenes, there, f"{folder}: scenes")
+    _require(splits, [split for split, names in published.items() if names & there], f"{folder}: splits")
+    wanted = {split: names for split, names in published.items() if splits is None or split in splits}
+
+    tables = _Tables(folder, scene_names)
+    chosen = set().union(*wanted.values()) & (there if scenes is None else set(scenes))
+    frames = _pair(tables, root, cameras, chosen, name.endswith(SWEEPS))
+    by_split = {split: [f for f in frames if f.scene in names] for split, names in wanted.items()}
+    unknown = sorted(there - set().union(*published.values()))
+    if unknown:
+        tables.problems.append(f"{folder}: scenes of no published split: {', '.join(unknown[:8])}")
+    return Listing({split: found for split, found in by_split.items() if found}, tables.problems, tables.notes)
+
+
+class _Tables:
+    """The tables that pairs are made of, joined by their tokens."""
+
+    def __init__(self, folder: str, scene_names: dict[str, str]) -> None:
+        self.folder = folder
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+        self.scene_of_sample: dict[str, Any] = {
+            row["token"]: scene_names.get(row["scene_token"]) for row in _records(os.path.join(folder, "sample.json"))
+        }
+        channels = {row["token"]: row["channel"] for row in _records(os.path.join(folder, "sensor.json"))}
+        self.sensors = {}
+        for row in _records(os.path.join(folder, "calibrated_sensor.json")):
+            intrinsics = np.array(row["camera_intrinsic"] or np.zeros((0, 3)), np.float64)
+            pose = np.array([*row["rotation"], *row["translation"]], np.float64)
+            self.sensors[row["token"]] = channels.get(row["sensor_token"]), pose, intrinsics
+        self.data = _sample_data(folder, {t: s[0] for t, s in self.sensors.items() if s[0] in (*CAMERAS, LIDAR)})
+        self._drop("ego_pose", lambda row: row["pose"] is None)
+        self._drop("sample with a scene", lambda row: self.scene_of_sample.get(row["sample"]) is None)
+
+    def _drop(self, partner: str, is_lost: Callable[[dict[str, Any]], bool]) -> None:
+        lost = [row["filename"] for row in self.data if is_lost(row)]
+        if lost:
+            self.data = [row for row in self.data if not is_lost(row)]
+            path = os.path.join(self.folder, "sample_data.json")
+            self.problems.append(f"{path}: {len(lost)} records have no {partner}, the first is {lost[0]}")
+
+    def scene(self, row: dict[str, Any]) -> str:
+        return self.scene_of_sample[row["sample"]]
+
+
+def _pair(tables: _Tables, root: str, cameras: Sequence[str], scenes: set[str], sweeps: bool) -> list[Frame]:
+    """Every image with the first scan that ends after it, both on disk."""
+    on_disk = _FilesOnDisk(root)
+    missing: Counter[str] = Counter()
+    scans: dict[str, list[tuple[int, dict[str, Any]]]] = defaultdict(list)
+    images = []
+    for row in tables.data:
+        channel, scene = tables.sensors[row["sensor"]][0], tables.scene(row)
+        wanted = scene in scenes and (channel == LIDAR or (channel in cameras and (sweeps or row["key"])))
+        if not wanted:
+            continue
+        if row["filename"] not in on_disk:
+            missing[channel] += channel != LIDAR or row["key"]  # sweeps of the LiDAR are a help, not a need
+        elif channel == LIDAR:
+            scans[scene].append((row["time"], row))
+        else:
+            images.append(row)
+    for found in scans.values():
+        found.sort(key=lambda item: item[0])
+    frames, alone = [], 0
+    for row in sorted(images, key=lambda row: (tables.scene(row), row["time"], row["filename"])):
+        scan = _scan_of(row["time"], scans[tables.scene(row)])
+        if scan is None:
+            alone += 1
+        else:
+            frames.append(_frame(tables, root, row, scan))
+    for channel, count in sorted(missing.items()):
+        if count:
+            tables.notes.append(f"{root}: {count} files of {channel} are not on disk, left out")
+    if alone:
+        tables.notes.append(f"{root}: {alone} images have no scan of the same turn on disk, left out")
+    return frames
+
+
+def _scan_of(time: int, scans: list[tuple[int, dict[str, Any]]]) -> dict[str, Any] | None:
+    """The first scan that ends at `time` or later, else the last before it; None where both are over a turn away."""
+    after = bisect.bisect_left(scans, time, key=lambda item: item[0])
+    for index in (after, after - 1):
+        if 0 <= index < len(scans) and abs(scans[index][0] - time) <= TURN:
+            return scans[index][1]
+    return None
+
+
+def _frame(tables: _Tables, root: str, image: dict[str, Any], scan: dict[str, Any]) -> Frame:
+    channel, camera_to_ego, intrinsics = tables.sensors[image["sensor"]]
+    return Frame(
+        frame_id=os.path.splitext(os.path.basename(image["filename"]))[0],
+        scene=tables.scene(image),
+        camera=channel,
+        image=os.path.join(root, *image["filename"].split("/")),
+        size=(image["width"], image["height"]),
+        scan=os.path.join(root, *scan["filename"].split("/")),
+        intrinsics=intrinsics,
+        camera_to_ego=camera_to_ego,
+        ego_at_image=image["pose"],
+        lidar_to_ego=tables.sensors[scan["sensor"]][1],
+        ego_at_scan=scan["pose"],
+    )
+
+
+class _FilesOnDisk:
+    """Whether files exist, by one listing a folder instead of one question a file."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.folders: dict[str, set[str]] = {}
+
+    def __contains__(self, path: str) -> bool:
+        folder, _, name = path.rpartition("/")
+        if folder not in self.folders:
+            full = os.path.join(self.root, *folder.split("/"))
+            self.folders[folder] = set(os.listdir(full)) if os.path.isdir(full) else set()
+        return name in self.folders[folder]
+
+
+def _published_splits(folder: str, there: set[str]) -> dict[str, set[str]]:
+    version = os.path.basename(folder)
+    if version == "v1.0-test":
+        splits = {"test": there}
+    elif version == "v1.0-mini":
+        splits = {"mini_train": _scene_names(MINI_TRAIN), "mini_val": _scene_names(MINI_VAL)}
+    else:
+        splits = {"train": there - _scene_names(VAL), "val": _scene_names(VAL)}
+    own = os.path.join(folder, "splits.json")
+    if os.path.isfile(own):
+        splits |= {name: set(scenes) for name, scenes in _load_json(own).items()}
+    return splits
+
+
+def _scene_names(numbers: str) -> set[str]:
+    names = set()
+    for part in numbers.split(","):
+        first, _, last = part.strip().partition("-")
+        names |= {f"scene-{number:04d}" for number in range(int(first), int(last or first) + 1)}
+    return names
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def _sample_data(folder: str, channels: dict[str, str]) -> list[dict[str, Any]]:
+    """Records of cameras and LIDAR_TOP with their ego poses, from an index beside the cache of `datasets`.
+
+    The two tables have 2.6 million records each in trainval: they are read record by record, once.
+    """
+    paths = [os.path.join(folder, f"{table}.json") for table in ("sample_data", "ego_pose")]
+    for path in paths:
+        if not os.path.isfile(path):
+            raise ValueError(f"{path}: expected a table of nuScenes, found no such file")
+    state = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
+    key = hashlib.sha256(repr((state, str(VERSION))).encode("utf-8")).hexdigest()[:16]
+    index = os.path.join(datasets.config.HF_DATASETS_CACHE, "nuscenes_index", f"{key}.parquet")
+    try:
+        table = pq.read_table(index)
+    except (OSError, pa.ArrowInvalid):
+        table = _build_index(*paths, channels)
+        _keep(table, index)
+    columns = {name: table[name].to_pylist() for name in table.column_names if name != "pose"}
+    poses = table["pose"].combine_chunks()
+    numbers = np.asarray(poses.flatten(), np.float64).reshape(-1, 7)
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    given = iter(numbers)
+    for row, is_null in zip(rows, poses.is_null().to_pylist(), strict=True):
+        row["pose"] = None if is_null else next(given)
+    return rows
+
+
+def _build_index(sample_data: str, ego_pose: str, channels: dict[str, str]) -> pa.Table:
+    rows: dict[str, list[Any]] = defaultdict(list)
+    for record in _records(sample_data):
+        if record["calibrated_sensor_token"] in channels:
+            rows["sample"].append(record["sample_token"])
+            rows["sensor"].append(record["calibrated_sensor_token"])
+            rows["ego"].append(record["ego_pose_token"])
+            rows["filename"].append(record["filename"])
+            rows["time"].append(int(record["timestamp"]))
+            rows["key"].append(bool(record["is_key_frame"]))
+            rows["width"].append(int(record["width"]))
+            rows["height"].append(int(record["height"]))
+    egos = rows.pop("ego", [])
+    wanted = set(egos)
+    poses = {
+        record["token"]: [*map(float, record["rotation"]), *map(float, record["translation"])]
+        for record in _records(ego_pose)
+        if record["token"] in wanted
+    }
+    pose_type = pa.list_(pa.float64(), 7)
+    return pa.table({**rows, "pose": pa.array([poses.get(ego) for ego in egos], pose_type)})
+
+
+def _keep(table: pa.Table, path: str) -> None:
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        unfinished = f"{path}.{os.getpid()}"
+        pq.write_table(table, unfinished)
+        os.replace(unfinished, path)
+    except OSError as error:
+        logger.warning(f"{path}: the index of the tables could not be kept ({error}); it is made anew each time")
+
+
+def _records(path: str) -> Iterator[dict[str, Any]]:
+    """The records of a table, one JSON list of objects, without holding all of them.
+
+    Raises:
+        ValueError: no such file, or no whole list of objects.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: expected a table of nuScenes, found no such file")
+    decoder = json.JSONDecoder()
+    with open(path, encoding="utf-8-sig") as file:
+        text, position, count = file.read(1 << 20).lstrip(), 1, 0
+        if not text.startswith("["):
+            raise ValueError(f"{path}: expected a JSON list of records, found {text[:20]!r}")
+        while True:
+            position = _skip(text, position)
+            if text[position : position + 1] == "]":
+                return
+            try:
+                record, position = decoder.raw_decode(text, position)
+            except json.JSONDecodeError as error:
+                more = file.read(1 << 20)
+                if not more:
+                    raise ValueError(f"{path}: expected a whole record after {count}, found: {error}") from error
+                text, position = text[position:] + more, 0
+                continue
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}: expected record {count} to be an object, found {record!r}")
+            count += 1
+            yield record
+
+
+def _skip(text: str, position: int) -> int:
+    while position < len(text) and text[position] in " \t\r\n,":
+        position += 1
+    return position
+
+
+def _load_json(path: str) -> Any:
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return json.load(file)
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, found: {error}") from error
+
+
+def _tables(name: str, data_dir: str | os.PathLike | None) -> str:
+    if data_dir is None or not os.path.isdir(data_dir):
+        raise ValueError(f"data_dir must be the folder of nuScenes, found no folder at {data_dir!r}")
+    folder = os.path.join(os.path.abspath(data_dir), name.removesuffix(SWEEPS))
+    if not os.path.isdir(folder):
+        raise ValueError(f"{folder}: expected the folder of nuScenes' tables, found no such folder")
+    return folder
+
+
+def _require(wanted: Iterable[str] | None, available: Iterable[str], what: str) -> None:
+    missing = [name for name in wanted or () if name not in available]
+    if missing:
+        raise ValueError(f"{what}: expected some of {sorted(available)}, found {missing}")
+
+
+def fingerprint(frames: Iterable[Frame]) -> str:
+    """Changes with every change of the frames' files (by size and time of change) and calibration."""
+    digest = hashlib.sha256()
+    for frame in frames:
+        for path in (frame.image, frame.scan):
+            found = os.stat(path) if os.path.isfile(path) else None
+            digest.update(repr((path, found and found.st_size, found and found.st_mtime_ns)).encode("utf-8"))
+        digest.update(pickle.dumps([np.asarray(value).tolist() for value in frame[6:]]))
+    return digest.hexdigest()
+
+
+# --- the content of a frame -----------------------------------------------------------------------------------------
+
+
+def read_row(frame: Frame, whole_scans: bool = False, problems: list[str] | None = None) -> dict[str, Any]:
+    """The row of a frame (see the table above); `image` is the path.
+
+    Args:
+        frame: of `list_frames`.
+        whole_scans: keep all points, not only those in the image.
+        problems: where given, a message for each damaged part is appended here and the part is None.
+
+    Raises:
+        ValueError: a file is missing or damaged; names the file, what was expected and what was found.
+    """
+
+    def part(read: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return read(*arguments)
+        except ValueError as error:
+            if problems is None:
+                raise
+            problems.append(str(error))
+            return None
+
+    projection, lidar_to_camera = part(read_calibration, frame) or (None, None)
+    size = part(check_image, frame.image, frame.size)
+    points = part(read_points, frame.scan)
+    if not (whole_scans or points is None or size is None or projection is None):
+        points = points_in_view(points, projection @ lidar_to_camera, size)
+    return {
+        "frame_id": frame.frame_id,
+        "scene": frame.scene,
+        "camera": frame.camera,
+        "image": frame.image if size else None,
+        "points": None if points is None else points.tobytes(),
+        "camera_projection": None if projection is None else projection.tolist(),
+        "lidar_to_camera": None if projection is None else lidar_to_camera.tolist(),
+    }
+
+
+def read_calibration(frame: Frame) -> tuple[np.ndarray, np.ndarray]:
+    """camera_projection (3, 4) and lidar_to_camera (4, 4), both float64.
+
+    LIDAR_TOP -> ego at the scan -> world -> ego at the image -> camera, in double precision: world coordinates reach
+    thousands of metres.
+    """
+    if frame.intrinsics.shape != (3, 3) or not np.isfinite(frame.intrinsics).all():
+        raise ValueError(
+            f"calibrated_sensor of {frame.frame_id}: expected a 3 x 3 camera_intrinsic, found {frame.intrinsics}"
+        )
+    names = ("camera_to_ego", "ego_at_image", "lidar_to_ego", "ego_at_scan")
+    camera, image_ego, lidar, scan_ego = (_rigid(getattr(frame, n), f"{n} of {frame.frame_id}") for n in names)
+    lidar_to_camera = np.linalg.inv(camera) @ np.linalg.inv(image_ego) @ scan_ego @ lidar
+    return np.hstack([frame.intrinsics, np.zeros((3, 1))]), lidar_to_camera
+
+
+def _rigid(pose: np.ndarray, what: str) -> np.ndarray:
+    """The homogeneous matrix of qw qx qy qz tx ty tz."""
+    length = np.linalg.norm(pose[:4])
+    if not np.isfinite(pose).all() or abs(length - 1) > 0.01:
+        raise ValueError(f"{what}: expected a unit quaternion and a translation, found {pose.tolist()}")
+    w, x, y, z = pose[:4] / length
+    matrix = np.eye(4)
+    matrix[:3, :3] = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+    ]
+    matrix[:3, 3] = pose[4:]
+    return matrix
+
+
+def check_image(path: str, size: tuple[int, int]) -> tuple[int, int]:
+    """Width and height of the image, without decoding it. ValueError where it is missing, broken, or not of `size`."""
+    try:
+        with Image.open(path) as image:
+            found = image.size
+            image.verify()
+    except Exception as error:
+        raise ValueError(f"{path}: expected a readable image, found: {error}") from error
+    if found != size:
+        raise ValueError(f"{path}: expected {size[0]} x {size[1]} pixels as its record, found {found[0]} x {found[1]}")
+    return found
+
+
+def read_points(path: str) -> np.ndarray:
+    """A scan, (N, 4) float32 x, y, z (metres, LIDAR_TOP), intensity from 0 to 1; the file's fifth number, the ring, is
+    left out."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: expected a LiDAR scan, found no such file")
+    with open(path, "rb") as file:
+        data = file.read()
+    if not data or len(data) % 20:
+        raise ValueError(f"{path}: expected whole points of 20 bytes (five float32) each, found {len(data)} bytes")
+    points = np.frombuffer(data, "<f4").reshape(-1, 5)[:, :4].copy()
+    if not np.isfinite(points).all() or np.abs(points[:, :3]).max() > 1000:
+        raise ValueError(f"{path}: expected finite points within 1,000 m; are these float32 x, y, z, intensity, ring?")
+    points[:, 3] /= 255
+    return points
+
+
+def points_in_view(points: np.ndarray, lidar_to_image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The points (N, 4) in front of the camera that project into the image of `size` (width, height), or at most a
+    pixel beside it: whoever filters them again, by whatever rule and rounding at the border, gets what the whole scan
+    gives."""
+    u, v, depth = lidar_to_image[:, :3] @ points[:, :3].T.astype(np.float64) + lidar_to_image[:, 3:]
+    width, height = size
+    inside = (u >= -1.5 * depth) & (u <= (width + 0.5) * depth) & (v >= -1.5 * depth) & (v <= (height + 0.5) * depth)
+    return points[inside & (depth > 0)]
+
+
+# --- the data set ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class NuScenesConfig(datasets.BuilderConfig):
+    """Configuration of `NuScenes`: `splits`, `cameras`, `scenes` as in `list_frames`, `whole_scans` as in `read_row`.
+
+    `on_bad_row`: "error" stops at a missing or damaged file, "skip" leaves that frame out and logs why.
+    """
+
+    splits: tuple[str, ...] | None = None
+    cameras: tuple[str, ...] | None = None
+    scenes: tuple[str, ...] | None = None
+    on_bad_row: str = "error"
+    whole_scans: bool = False
+
+    def list_frames(self) -> Listing:
+        return list_frames(self.name, self.data_dir, self.splits, self.cameras, self.scenes)
+
+    def create_config_id(self, config_kwargs: dict[str, Any], custom_features: datasets.Features | None = None) -> str:
+        # the cache folder's name: rows prepared from files that have changed since must not be found again
+        if self.data_dir is not None:
+            frames = [frame for split in self.list_frames().splits.values() for frame in split]
+            config_kwargs = {**config_kwargs, "files": fingerprint(frames)}
+        return super().create_config_id(config_kwargs, custom_features)
+
+
+class NuScenes(datasets.GeneratorBasedBuilder):
+    """nuScenes: images of six cameras, each with the scan of the same turn."""
+
+    VERSION = VERSION
+    BUILDER_CONFIG_CLASS = NuScenesConfig
+    BUILDER_CONFIGS = [  # noqa: RUF012
+        NuScenesConfig(name=version + suffix, version=VERSION, description=f"nuScenes {version}, {what}")
+        for version in VERSIONS
+        for suffix, what in (("", "key frames"), (SWEEPS, "key frames and sweeps"))
+    ]
+    DEFAULT_CONFIG_NAME = "v1.0-trainval"
+    DEFAULT_WRITER_BATCH_SIZE = 16
+
+    def __init__(self, *args: Any, hash: str | None = None, **kwargs: Any) -> None:
+        # datasets only hashes code that it loads as a script; with this, rows of an older version are not found again
+        super().__init__(*args, hash=hash or code_hash(), **kwargs)
+
+    def _info(self) -> datasets.DatasetInfo:
+        return datasets.DatasetInfo(
+            description=f"{self.config.description}: camera + LiDAR pairs",
+            features=features(self.config.name),
+            homepage="https://www.nuscenes.org",
+            license="CC BY-NC-SA 4.0 and the terms of use of nuScenes",
+            citation="Caesar et al.: nuScenes: A multimodal dataset for autonomous driving. CVPR 2020.",
+        )
+
+    def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
+        if self.config.on_bad_row not in ("error", "skip"):
+            raise ValueError(f"on_bad_row: expected 'error' or 'skip', found {self.config.on_bad_row!r}")
+        listing = self.config.list_frames()
+        if listing.problems and self.config.on_bad_row == "error":
+            raise ValueError("\n".join(listing.problems[:10]))
+        for message in listing.notes + listing.problems:
+            logger.warning(message)
+        if not listing.splits:
+            raise ValueError(f"{self.config.data_dir}: expected images with their scans, found none")
+        # a list is what datasets divides among processes and stream shards
+        return [datasets.SplitGenerator(split, {"frames": frames}) for split, frames in listing.splits.items()]
+
+    def _generate_examples(self, frames: Iterable[Frame]) -> Iterator[tuple[str, dict[str, Any]]]:
+        for frame in frames:
+            try:
+                yield frame.frame_id, read_row(frame, self.config.whole_scans)
+            except ValueError as error:
+                if self.config.on_bad_row == "error":
+                    raise
+                logger.warning(f"frame {frame.frame_id} skipped: {error}")
+
+
+def features(name: str) -> datasets.Features:
+    """Columns, the same for every configuration."""
+    return datasets.Features(
+        {
+            "frame_id": datasets.Value("string"),
+            "scene": datasets.Value("string"),
+            "camera": datasets.Value("string"),
+            "image": datasets.Image(),
+            "points": datasets.Value("binary"),
+            "camera_projection": datasets.Array2D((3, 4), "float64"),
+            "lidar_to_camera": datasets.Array2D((4, 4), "float64"),
+        }
+    )
+
+
+def code_hash() -> str:
+    """Changes with this file."""
+    with open(__file__, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
