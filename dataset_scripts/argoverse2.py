@@ -19,10 +19,10 @@ ROOT holds `train/`, `val/`, `test/` with a folder a log (`sensors/lidar`, `sens
 | `scene` | string | the log |
 | `camera` | string | `ring_front_center` and six more |
 | `image` | Image | undistorted as published; the front camera's is upright, 1550 x 2048 |
-| `points` | binary | little-endian float32, N x 4: x y z (metres, ego frame: x forward, y left, z up, origin near the |
-| | | ground), intensity / 255; those in the image, or with `whole_scans=True` all |
+| `points` | binary | little-endian float32, N x 4: x y z (metres, ego frame: x forward, y left, z up, origin near |
+| | | the ground), intensity / 255; those in the image, or with `whole_scans=True` all |
 | `camera_projection` | 3 x 4 float64 | `[K / 0]`, camera -> pixels |
-| `lidar_to_camera` | 4 x 4 float64 | ego at the sweep's time -> camera (x right, y down, z forward) at the image's time |
+| `lidar_to_camera` | 4 x 4 float64 | ego at the sweep's time -> camera (x right, y down, z forward) at the image's |
 
 Format: argoverse/av2-api (src/av2/datasets/sensor). k1 to k3 of `intrinsics.feather` are left-overs: the published
 images are undistorted. Data: CC BY-NC-SA 4.0.
@@ -372,7 +372,7 @@ def points_in_view(points: np.ndarray, lidar_to_image: np.ndarray, size: tuple[i
 
 @dataclass
 class Argoverse2Config(datasets.BuilderConfig):
-    """Configuration of `Argoverse2`: `splits`, `cameras`, `scenes` as in `list_frames`, `whole_scans` as in `read_row`.
+    """Configuration of `Argoverse2`: `splits`, `cameras`, `scenes` of `list_frames`, `whole_scans` of `read_row`.
 
     `on_bad_row`: "error" stops at a missing or damaged file, "skip" leaves that frame out and logs why.
     """

@@ -11,7 +11,8 @@ This one file needs `datasets`, NumPy, pyarrow and Pillow, and gives the same ro
     train = builder.as_dataset(split="train")
 
 ROOT holds `training/`, `validation/`, `testing/`, each with a folder a component: `camera_image`,
-`camera_calibration`, `lidar`, `lidar_calibration`, `lidar_pose`, `vehicle_pose`. A row is one camera image with the scan of its frame:
+`camera_calibration`, `lidar`, `lidar_calibration`, `lidar_pose`, `vehicle_pose`. A row is one camera image with the
+scan of its frame:
 
 | column | type | meaning |
 | --- | --- | --- |
@@ -19,10 +20,10 @@ ROOT holds `training/`, `validation/`, `testing/`, each with a folder a componen
 | `scene` | string | the segment |
 | `camera` | string | `FRONT`, `FRONT_LEFT`, `FRONT_RIGHT`, `SIDE_LEFT` or `SIDE_RIGHT` |
 | `image` | Image | JPEG with the lens distortion removed, same intrinsics |
-| `points` | binary | little-endian float32, N x 4: x y z (metres, vehicle frame: x forward, y left, z up, origin near |
-| | | the ground), tanh(intensity); all lasers, all returns; those in the image, or with `whole_scans=True` all |
+| `points` | binary | little-endian float32, N x 4: x y z (metres, vehicle frame: x forward, y left, z up, origin |
+| | | near the ground), tanh(intensity); all lasers, all returns; those in the image, or with `whole_scans=True` all |
 | `camera_projection` | 3 x 4 float64 | `[K / 0]`, camera -> pixels, integer coordinates at pixel centres |
-| `lidar_to_camera` | 4 x 4 float64 | vehicle at the frame's pose -> camera (x right, y down, z forward), image's pose |
+| `lidar_to_camera` | 4 x 4 float64 | vehicle at the frame's pose -> camera (x right, y down, z forward) at its own |
 
 Formulas: the published component definitions (waymo-open-dataset, src/waymo_open_dataset/v2/perception). Rolling
 shutter is not modelled: an image has one pose. Licence: Waymo Dataset License Agreement for Non-Commercial Use, which

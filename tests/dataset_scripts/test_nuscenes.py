@@ -1,0 +1,264 @@
+"""The nuScenes reader against published numbers, a real key frame, and a tiny set of tables made here."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from simipu_hf.dataset_scripts import nuscenes
+
+RIGS = os.environ.get("SIMIPU_RIGS")
+needs_rigs = pytest.mark.skipif(RIGS is None, reason="SIMIPU_RIGS does not name a folder of camera rigs")
+UNIT = [1.0, 0.0, 0.0, 0.0]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def pose(rotation: list[float], translation: list[float]) -> np.ndarray:
+    return np.array([*rotation, *translation])
+
+
+def golden_frame() -> nuscenes.Frame:
+    """First sample of scene-0001, CAM_FRONT: values of the published tables."""
+    return nuscenes.Frame(
+        frame_id="golden",
+        scene="scene-0001",
+        camera="CAM_FRONT",
+        image="",
+        size=(1600, 900),
+        scan="",
+        intrinsics=np.array(
+            [[1266.417203046554, 0, 816.2670197447984], [0, 1266.417203046554, 491.50706579294757], [0, 0, 1]]
+        ),
+        camera_to_ego=pose(
+            [0.4998015430569128, -0.5030316162024876, 0.4997798114386805, -0.49737083824542755],
+            [1.70079118954, 0.0159456324149, 1.51095763913],
+        ),
+        ego_at_image=pose(
+            [-0.7530285141171715, -0.007718682910458633, 0.00863090844122062, -0.6578859979358822],
+            [1010.1102882349232, 610.6567106479714, 0.0],
+        ),
+        lidar_to_ego=pose(
+            [0.7077955119163518, -0.006492242056004365, 0.010646214713995808, -0.7063073142877817],
+            [0.943713, 0.0, 1.84023],
+        ),
+        ego_at_scan=pose(
+            [-0.7495886280607293, -0.0077695335695504636, 0.00829759813869316, -0.6618063711504101],
+            [1010.1328353833223, 610.8111652918716, 0.0],
+        ),
+    )
+
+
+def project(projection: np.ndarray, lidar_to_camera: np.ndarray, point: tuple[float, float, float]) -> np.ndarray:
+    u, v, depth = projection @ lidar_to_camera @ np.array([*point, 1.0])
+    return np.array([u / depth, v / depth])
+
+
+def test_chain_of_poses_equals_published_numbers() -> None:
+    projection, lidar_to_camera = nuscenes.read_calibration(golden_frame())
+    expected = [
+        [0.99995012, -0.00694924, 0.00717441, 0.00573034],
+        [0.00730543, 0.01901527, -0.9997925, -0.32185337],
+        [0.00681137, 0.99979504, 0.01906509, -0.60214521],
+    ]
+    np.testing.assert_allclose(lidar_to_camera[:3], expected, atol=1e-8)
+    np.testing.assert_allclose(project(projection, lidar_to_camera, (0, 20, 0)), (807.565, 495.324), atol=1e-3)
+    np.testing.assert_allclose(project(projection, lidar_to_camera, (3, 15, -1)), (1070.865, 578.164), atol=1e-3)
+
+
+@needs_rigs
+def test_real_key_frame_has_the_points_that_the_devkit_counts() -> None:
+    root = os.path.join(str(RIGS), "nuscenes")
+    listing = nuscenes.list_frames("v1.0-mini", root)
+    assert not listing.problems
+    frames = {frame.camera: frame for frame in listing.splits["mini_train"]}
+    assert set(frames) == set(nuscenes.CAMERAS)
+    for camera, expected in (("CAM_FRONT", 3053), ("CAM_BACK", 4820)):  # depth above 1 m, inside by a pixel
+        row = nuscenes.read_row(frames[camera], whole_scans=True)
+        points = np.frombuffer(row["points"], "<f4").reshape(-1, 4).astype(np.float64)
+        matrix = np.array(row["camera_projection"]) @ np.array(row["lidar_to_camera"])
+        u, v, depth = matrix[:, :3] @ points[:, :3].T + matrix[:, 3:]
+        u, v = u / depth, v / depth
+        inside = (depth > 1) & (u > 1) & (u < 1599) & (v > 1) & (v < 899)
+        assert abs(int(inside.sum()) - expected) <= 1  # the devkit computes in single precision
+        cut = np.frombuffer(nuscenes.read_row(frames[camera])["points"], "<f4").reshape(-1, 4)
+        assert len(cut) < len(points) / 5
+        assert {tuple(p) for p in points[inside].astype("<f4")} <= {tuple(p) for p in cut}
+
+
+class TinyTables:
+    """Two scenes, two samples each, CAM_FRONT and LIDAR_TOP, as JSON tables that a test may damage."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.tables: dict[str, list[dict[str, Any]]] = {
+            "sensor": [
+                {"token": "s_cam", "channel": "CAM_FRONT", "modality": "camera"},
+                {"token": "s_lid", "channel": "LIDAR_TOP", "modality": "lidar"},
+            ],
+            "calibrated_sensor": [
+                {
+                    "token": "cs_cam",
+                    "sensor_token": "s_cam",
+                    "translation": [0.0, 0.0, 0.0],
+                    "rotation": [0.5, -0.5, 0.5, -0.5],
+                    "camera_intrinsic": [[50.0, 0, 32], [0, 50.0, 16], [0, 0, 1]],
+                },
+                {
+                    "token": "cs_lid",
+                    "sensor_token": "s_lid",
+                    "translation": [0.0, 0.0, 0.0],
+                    "rotation": UNIT,
+                    "camera_intrinsic": [],
+                },
+            ],
+            "scene": [],
+            "sample": [],
+            "sample_data": [],
+            "ego_pose": [],
+        }
+        for scene in ("scene-0061", "scene-0103"):
+            self.tables["scene"].append({"token": scene, "name": scene})
+            for sample in range(2):
+                token = f"{scene}_{sample}"
+                self.tables["sample"].append({"token": token, "scene_token": scene})
+                time = 1_000_000 + 500_000 * sample
+                self.add(token, "CAM_FRONT", "jpg", time)
+                self.add(token, "LIDAR_TOP", "pcd.bin", time + 30_000)
+
+    def add(self, sample: str, channel: str, suffix: str, time: int, key: bool = True) -> None:
+        is_camera = channel != "LIDAR_TOP"
+        name = f"{'samples' if key else 'sweeps'}/{channel}/{sample}__{channel}__{time}.{suffix}"
+        token = f"{sample}_{channel}_{time}"
+        self.tables["ego_pose"].append(
+            {"token": token, "timestamp": time, "rotation": UNIT, "translation": [time / 1e5, 0.0, 0.0]}
+        )
+        self.tables["sample_data"].append(
+            {
+                "token": token,
+                "sample_token": sample,
+                "ego_pose_token": token,
+                "calibrated_sensor_token": "cs_cam" if is_camera else "cs_lid",
+                "filename": name,
+                "timestamp": time,
+                "is_key_frame": key,
+                "width": 64 if is_camera else 0,
+                "height": 32 if is_camera else 0,
+            }
+        )
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if is_camera:
+            Image.new("RGB", (64, 32), (10, 20, 30)).save(path)
+        else:
+            x, y = np.meshgrid(np.linspace(5, 40, 8), np.linspace(-4, 4, 8))
+            points = np.stack([x.ravel(), y.ravel(), 0 * x.ravel(), 0 * x.ravel() + 51, 0 * x.ravel()], 1)
+            points.astype("<f4").tofile(path)
+
+    def write(self) -> str:
+        for name, records in self.tables.items():
+            path = self.root / "v1.0-mini" / f"{name}.json"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(records), encoding="utf-8")
+        return str(self.root)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> TinyTables:
+    return TinyTables(tmp_path / "nuscenes")
+
+
+def test_published_splits_by_scene_and_builder_rows(tiny: TinyTables, tmp_path: Path) -> None:
+    root = tiny.write()
+    assert nuscenes.configurations(root) == ["v1.0-mini", "v1.0-mini-sweeps"]
+    assert nuscenes.split_names("v1.0-mini", root) == ["mini_train", "mini_val"]
+    builder = nuscenes.NuScenes(config_name="v1.0-mini", data_dir=root, cache_dir=str(tmp_path / "rows"))
+    builder.download_and_prepare()
+    rows = builder.as_dataset(split="mini_val")
+    assert set(rows["scene"]) == {"scene-0103"}
+    points = np.frombuffer(rows[0]["points"], "<f4").reshape(-1, 4)
+    np.testing.assert_allclose(points[:, 3], 51 / 255)
+    # 30 ms at 10 m/s: the car is 0.3 m further when the scan ends
+    np.testing.assert_allclose(np.array(rows[0]["lidar_to_camera"])[:3, 3], (0, 0, 0.3), atol=1e-9)
+
+
+def test_an_image_takes_the_first_scan_that_ends_after_it(tiny: TinyTables) -> None:
+    tiny.add("scene-0061_0", "LIDAR_TOP", "pcd.bin", 1_010_000, key=False)  # ends sooner than the key frame's scan
+    tiny.add("scene-0061_0", "LIDAR_TOP", "pcd.bin", 999_000, key=False)  # nearer in time, but over before
+    tiny.add("scene-0061_0", "CAM_FRONT", "jpg", 1_080_000, key=False)
+    root = tiny.write()
+    frames = nuscenes.list_frames("v1.0-mini", root, scenes="scene-0061").splits["mini_train"]
+    assert [Path(frame.scan).name.split("__")[-1] for frame in frames] == ["1010000.pcd.bin", "1530000.pcd.bin"]
+    sweeps = nuscenes.list_frames("v1.0-mini-sweeps", root, scenes="scene-0061").splits["mini_train"]
+    assert len(sweeps) == 3
+
+
+def test_own_splits_and_choices_that_are_not_there(tiny: TinyTables) -> None:
+    root = tiny.write()
+    (tiny.root / "v1.0-mini" / "splits.json").write_text('{"mine": ["scene-0061"]}', encoding="utf-8")
+    assert nuscenes.list_frames("v1.0-mini", root, splits="mine").splits.keys() == {"mine"}
+    for choice in ({"splits": "train"}, {"cameras": "CAM_TOP"}, {"scenes": "scene-9999"}):
+        with pytest.raises(ValueError, match=r"expected some of"):
+            nuscenes.list_frames("v1.0-mini", root, **choice)
+
+
+def test_parts_that_were_not_downloaded_are_counted(tiny: TinyTables) -> None:
+    root = tiny.write()
+    next(tiny.root.glob("samples/CAM_FRONT/scene-0061_1*")).unlink()
+    listing = nuscenes.list_frames("v1.0-mini", root)
+    assert len(listing.splits["mini_train"]) == 1
+    assert "1 files of CAM_FRONT are not on disk" in listing.notes[0]
+
+
+def test_damaged_tables_are_named(tiny: TinyTables) -> None:
+    tiny.tables["ego_pose"].pop(0)
+    root = tiny.write()
+    listing = nuscenes.list_frames("v1.0-mini", root)
+    assert "1 records have no ego_pose" in listing.problems[0]
+    path = tiny.root / "v1.0-mini" / "sample.json"
+    path.write_text(path.read_text(encoding="utf-8")[:-20], encoding="utf-8")
+    with pytest.raises(ValueError, match=r"sample\.json: expected a whole record"):
+        nuscenes.list_frames("v1.0-mini", root)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"sample\.json: expected a table of nuScenes, found no such file"):
+        nuscenes.list_frames("v1.0-mini", root)
+
+
+def test_damaged_frames_are_named(tiny: TinyTables) -> None:
+    frame = nuscenes.list_frames("v1.0-mini", tiny.write()).splits["mini_train"][0]
+    with pytest.raises(ValueError, match="expected a unit quaternion"):
+        nuscenes.read_calibration(frame._replace(ego_at_scan=np.zeros(7)))
+    problems: list[str] = []
+    Path(frame.scan).write_bytes(b"0" * 50)
+    Image.new("RGB", (32, 32)).save(frame.image)
+    row = nuscenes.read_row(frame, problems=problems)
+    assert row["points"] is None
+    assert row["image"] is None
+    assert "64 x 32 pixels" in problems[0]
+    assert "whole points of 20 bytes" in problems[1]
+
+
+def test_tables_are_read_record_by_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [{"token": f"t{i}", "text": "{[,]}" * 20} for i in range(3000)]
+    path = tmp_path / "table.json"
+    path.write_text("\ufeff" + json.dumps(records, indent=1), encoding="utf-8")  # longer than one part that is read
+    assert list(nuscenes._records(str(path))) == records
+
+
+def test_the_index_is_kept_and_renewed(tiny: TinyTables, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tiny.write()
+    first = nuscenes.list_frames("v1.0-mini", root)
+    with monkeypatch.context() as patch:
+        patch.setattr(nuscenes, "_build_index", lambda *_: pytest.fail("the index is read again"))
+        second = nuscenes.list_frames("v1.0-mini", root)
+    assert nuscenes.fingerprint(first.splits["mini_train"]) == nuscenes.fingerprint(second.splits["mini_train"])
+    tiny.add("scene-0061_1", "CAM_FRONT", "jpg", 1_520_000)
+    assert len(nuscenes.list_frames("v1.0-mini", tiny.write()).splits["mini_train"]) == 3

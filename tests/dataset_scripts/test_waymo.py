@@ -1,0 +1,207 @@
+"""The Waymo v2 reader against published numbers, expected points and pixels, and damaged copies of a tiny segment."""
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from simipu_hf.dataset_scripts import waymo
+
+RIGS = os.environ.get("SIMIPU_RIGS")
+needs_rigs = pytest.mark.skipif(RIGS is None, reason="SIMIPU_RIGS does not name a folder of camera rigs")
+
+
+def test_range_image_equals_the_published_example() -> None:
+    image = np.arange(-12.0, 12.0).reshape(3, 2, 4)
+    poses = np.tile([np.pi / 2, np.pi / 2, np.pi / 2, 1.0, 2.0, 3.0], (3, 2, 1))
+    inclinations = np.array([np.pi / 2, 0.0, -np.pi / 2])
+    points, valid = waymo.range_image_to_points(image[..., 0], inclinations, np.eye(4), poses, np.eye(4))
+    np.testing.assert_allclose(points, [[-3, 2, 3], [-7, 2, 3]], atol=1e-12)
+    assert valid.sum() == 2
+
+
+def test_camera_model_equals_the_published_example() -> None:
+    extrinsic = np.eye(4)
+    extrinsic[:3] = [
+        [0.999892684989, -0.00599320840002, 0.0133678704017, 1.53891424471],
+        [0.00604223652133, 0.999975156055, -0.0036302411765, -0.0236339408393],
+        [-0.0133457814992, 0.00371062343188, 0.999904056092, 2.11527057298],
+    ]
+    x, y, depth, _ = waymo.OPENCV_FROM_WAYMO @ np.linalg.inv(extrinsic) @ np.array([21.44064, 8.32240, -1.62938, 1.0])
+    distortion = (0.032316008498, -0.321412482553, 0.000793258395371, -0.000625749354133, 0.0)
+    u, v = waymo.distort(x / depth, y / depth, distortion)
+    pixel = np.array([u, v]) * 2055.55614936 + (939.657469886, 641.072182194)
+    np.testing.assert_allclose(pixel, (100.0006, 999.9993), atol=1e-4)
+    np.testing.assert_allclose(depth, 19.99999, atol=1e-5)
+
+
+@needs_rigs
+def test_rows_have_the_expected_points_and_pixels() -> None:
+    root = os.path.join(str(RIGS), "waymo_v2_miniature")
+    expected = np.load(os.path.join(root, "expected.npz"))
+    frames = waymo.list_frames("perception", root).splits["train"]
+    assert len(frames) == 4
+    for frame in frames:
+        row = waymo.read_row(frame, whole_scans=True)
+        points = np.frombuffer(row["points"], "<f4").reshape(-1, 4)
+        truth = expected[f"points_{frame.time}"]
+        np.testing.assert_allclose(points[:, :3], truth, atol=1e-5)  # single precision
+        np.testing.assert_allclose(points[:, 3], np.tanh(expected[f"intensity_{frame.time}"]), atol=1e-6)
+        key = f"{frame.time}_{waymo.CAMERAS[frame.camera]}"
+        camera, lidar_to_camera = waymo.read_calibration(frame)
+        chosen = truth[expected[f"index_{key}"]]
+        x, y, depth = lidar_to_camera[:3, :3] @ chosen.T + lidar_to_camera[:3, 3:]
+        distorted = np.stack(waymo.distort(x / depth, y / depth, camera.distortion), 1)
+        pixels = distorted * camera.focal_length + camera.center + 0.5  # from the left edge of the first pixel
+        np.testing.assert_allclose(np.column_stack([pixels, depth]), expected[f"uvd_{key}"], atol=1e-6)
+        u, v, w = np.array(row["camera_projection"]) @ np.array(row["lidar_to_camera"]) @ np.c_[chosen, np.ones(200)].T
+        undistorted = expected[f"uvd_undistorted_{key}"]
+        np.testing.assert_allclose(np.column_stack([u / w + 0.5, v / w + 0.5]), undistorted[:, :2], atol=1e-6)
+        assert Image.open(io.BytesIO(row["image"]["bytes"])).size == camera.size
+        cut = np.frombuffer(waymo.read_row(frame)["points"], "<f4").reshape(-1, 4)
+        assert len(cut) < len(points) / 2
+
+
+def test_undistorting_moves_pixels_to_where_the_projection_looks() -> None:
+    camera = waymo.Camera((60.0, 60.0), (47.5, 31.5), (0.2, -0.1, 0.01, -0.02, 0.05), (96, 64))
+    columns, rows = np.meshgrid(np.arange(96.0), np.arange(64.0))
+    # an image whose colours are the ideal coordinates that each distorted pixel shows, found by fixed-point iteration
+    u, v = (columns - 47.5) / 60, (rows - 31.5) / 60
+    x, y = u.copy(), v.copy()
+    for _ in range(200):
+        distorted_x, distorted_y = waymo.distort(x, y, camera.distortion)
+        x, y = x + (u - distorted_x), y + (v - distorted_y)
+    image = np.stack([x * 60 + 47.5, y * 60 + 31.5, 0 * x], -1)
+    assert image.min() > -20
+    result = waymo.undistort(np.clip(image + 20, 0, 255).astype(np.uint8), camera).astype(float) - 20
+    inner = (slice(8, -8), slice(8, -8))
+    np.testing.assert_allclose(result[..., 0][inner], columns[inner], atol=1.5)  # whole numbers of a colour
+    np.testing.assert_allclose(result[..., 1][inner], rows[inner], atol=1.5)
+
+
+class TinySegment:
+    """One frame, FRONT camera without distortion, SIDE_LEFT laser; components that a test may damage."""
+
+    def __init__(self, root: Path) -> None:
+        self.folder = root / "training"
+        eye = np.eye(4).ravel().tolist()
+        buffer = io.BytesIO()
+        Image.new("RGB", (32, 16), (200, 100, 50)).save(buffer, "JPEG")
+        key = {"key.segment_context_name": "seg", "key.frame_timestamp_micros": 7}
+        camera = {**key, "key.camera_name": 1}
+        intrinsics = dict.fromkeys(("k1", "k2", "p1", "p2", "k3"), 0.0) | {
+            "f_u": 20.0,
+            "f_v": 20.0,
+            "c_u": 16.0,
+            "c_v": 8.0,
+        }
+        values = np.tile([10.0, 0.5, 0.0, -1.0], (4, 36, 1)).astype(np.float32)
+        self.rows: dict[str, dict[str, Any]] = {
+            "camera_image": {
+                **camera,
+                "[CameraImageComponent].image": buffer.getvalue(),
+                "[CameraImageComponent].pose.transform": eye,
+            },
+            "camera_calibration": {
+                "key.segment_context_name": "seg",
+                "key.camera_name": 1,
+                **{f"[CameraCalibrationComponent].intrinsic.{name}": value for name, value in intrinsics.items()},
+                "[CameraCalibrationComponent].extrinsic.transform": eye,
+                "[CameraCalibrationComponent].width": 32,
+                "[CameraCalibrationComponent].height": 16,
+            },
+            "lidar": {
+                **key,
+                "key.laser_name": 3,
+                "[LiDARComponent].range_image_return1.values": values.ravel().tolist(),
+                "[LiDARComponent].range_image_return1.shape": [4, 36, 4],
+                "[LiDARComponent].range_image_return2.values": None,
+                "[LiDARComponent].range_image_return2.shape": None,
+            },
+            "lidar_calibration": {
+                "key.segment_context_name": "seg",
+                "key.laser_name": 3,
+                "[LiDARCalibrationComponent].extrinsic.transform": eye,
+                "[LiDARCalibrationComponent].beam_inclination.min": -0.2,
+                "[LiDARCalibrationComponent].beam_inclination.max": 0.2,
+                "[LiDARCalibrationComponent].beam_inclination.values": None,
+            },
+            "lidar_pose": {**key, "key.laser_name": 1},
+            "vehicle_pose": {**key, "[VehiclePoseComponent].world_from_vehicle.transform": eye},
+        }
+
+    def write(self) -> str:
+        waymo._index.cache_clear()
+        waymo._group.cache_clear()
+        waymo.read_points.cache_clear()
+        lists = {
+            "values": pa.list_(pa.float32()),
+            "shape": pa.list_(pa.int32(), 3),
+            "transform": pa.list_(pa.float64()),
+        }
+        for component, row in self.rows.items():
+            columns = {n: pa.array([v], lists.get(n.rpartition(".")[2])) for n, v in row.items()}
+            path = self.folder / component / "seg.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(pa.table(columns), path)
+        return str(self.folder.parent)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> TinySegment:
+    return TinySegment(tmp_path)
+
+
+def only_frame(root: str) -> waymo.Frame:
+    [frame] = waymo.list_frames("perception", root).splits["train"]
+    return frame
+
+
+def test_builder_rows_of_a_tiny_segment(tiny: TinySegment, tmp_path: Path) -> None:
+    root = tiny.write()
+    assert waymo.configurations(root) == ["perception"]
+    builder = waymo.Waymo(data_dir=root, cache_dir=str(tmp_path / "rows"), whole_scans=True)
+    builder.download_and_prepare()
+    [row] = builder.as_dataset(split="train")
+    points = np.frombuffer(row["points"], "<f4").reshape(-1, 4)
+    assert len(points) == 4 * 36
+    np.testing.assert_allclose(np.linalg.norm(points[:, :3], axis=1), 10, rtol=1e-6)
+    # uniform beams lie at the middles of equal parts of their range, the first row highest
+    np.testing.assert_allclose(np.arcsin(points[::36, 2] / 10), [0.15, 0.05, -0.05, -0.15], atol=1e-6)
+    assert row["image"].size == (32, 16)
+
+
+@pytest.mark.parametrize(
+    ("component", "column", "value", "message"),
+    [
+        ("vehicle_pose", "[VehiclePoseComponent].world_from_vehicle.transform", [1.0] * 16, "expected a rotation"),
+        ("camera_image", "[CameraImageComponent].pose.transform", [1.0] * 4, "expected 16 finite numbers"),
+        ("camera_calibration", "[CameraCalibrationComponent].width", 64, "expected 64 x 16 pixels"),
+        ("lidar", "[LiDARComponent].range_image_return1.shape", [4, 30, 4], r"expected \[4, 30, 4\] values"),
+        ("camera_image", "[CameraImageComponent].image", b"no image", "expected a readable image"),
+    ],
+)
+def test_damage_is_named(tiny: TinySegment, component: str, column: str, value: Any, message: str) -> None:
+    tiny.rows[component][column] = value
+    frame = only_frame(tiny.write())
+    with pytest.raises(ValueError, match=message):
+        waymo.read_row(frame)
+
+
+def test_missing_and_truncated_files_are_named(tiny: TinySegment) -> None:
+    root = tiny.write()
+    path = tiny.folder / "lidar" / "seg.parquet"
+    frame = only_frame(root)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"seg\.parquet: expected a Parquet file"):
+        waymo.read_row(frame)
+    path.unlink()
+    listing = waymo.list_frames("perception", root)
+    assert not listing.splits
+    assert "expected lidar/seg.parquet" in listing.problems[0]
