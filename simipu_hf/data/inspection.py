@@ -10,9 +10,9 @@ import datasets
 import numpy as np
 from tqdm.auto import tqdm
 
-from .loading import Choice, given_sources, list_frames, load_pretraining_dataset, split_source
+from .loading import list_frames, load_pretraining_dataset
 from .rows import Frame, calibration_from_row, image_from_row, points_from_row
-from .sources import Source, find_source
+from .sources import Source, find_source, given_sources, split_source
 
 NEXT_TO_NOTHING = 0.02  # of the image's cells with a point, or of the scan's points in the image
 CELL = 32  # pixels
@@ -129,7 +129,7 @@ def inspect_dataset(
     source, wanted = open_source(dataset_name, data_dir, dataset_config_name, split)
     inspector = _Inspector()
     if source.reader is not None:
-        listing = list_frames(source, wanted, Choice(cameras and tuple(cameras), scenes and tuple(scenes)))
+        listing = list_frames(source, wanted, cameras, scenes)
         counts, notes = {name: len(frames) for name, frames in listing.splits.items()}, listing.notes
         inspector.add_problems(listing.problems)
         labels: dict[Any, str] = {}

@@ -6,13 +6,14 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
 
 import datasets
 
 from ..errors import SimIPUError
+from .mixture import Mixture
 from .preparation import Reading, prepare
 from .rows import ROW_FEATURES, check_features, check_row, scene_of
 from .sources import Source, Sources, find_source, given_sources, named_errors, split_source
@@ -70,50 +71,96 @@ def load_pretraining_dataset(
         SimIPUError: nothing readable is there, a split or configuration doesn't exist, a file is missing or
             damaged, a column is missing or of another type, or the cache cannot be written.
     """
-    choice = Choice(cameras and tuple(cameras), scenes and tuple(scenes), whole_scans)
+    request = Request(split, streaming, num_proc, cache_dir, cameras, scenes, whole_scans, validation_share, skipped)
+    return join_rows(_load_parts(dataset_name, data_dir, dataset_config_name, request))
+
+
+def load_mixture(
+    dataset_name: Sources | None = None,
+    data_dir: Sources | None = None,
+    dataset_config_name: str | None = None,
+    mixture: Sequence[float] | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> tuple[AnyDataset, Mixture | None]:
+    """Rows of several sources, and how they are mixed.
+
+        rows, mixture = load_mixture(data_dir=["KITTI", "drives"], mixture=[1, 2])
+        dataset = TwoViewDataset(rows, processor, augmentation, mixture=mixture)
+
+    Args:
+        dataset_name, data_dir, dataset_config_name: as `load_pretraining_dataset`.
+        mixture: a weight for each source; `None` mixes them by size.
+        seed: of the mixture.
+        options: further arguments of `load_pretraining_dataset`.
+
+    Returns:
+        The rows of all sources one after another, and the `Mixture` that `TwoViewDataset` draws from them with, or
+        `None`. While streaming the rows are mixed already: by `mixture`, or by the number of shards.
+
+    Raises:
+        SimIPUError: as `load_pretraining_dataset`; or another number of weights than of sources.
+    """
+    parts = _load_parts(dataset_name, data_dir, dataset_config_name, Request(**options))
+    if not isinstance(parts[0], datasets.IterableDataset):
+        return join_rows(parts), mixture and Mixture([len(part) for part in parts], mixture, seed)
+    weights = mixture or [part.num_shards for part in parts]
+    Mixture([1] * len(parts), weights)  # checks them
+    probabilities = [weight / sum(weights) for weight in weights]
+    streams = _with_common_columns(parts)
+    if len(streams) == 1:
+        return streams[0], None
+    return datasets.interleave_datasets(streams, probabilities, seed, stopping_strategy="all_exhausted"), None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is read of a source; the arguments of `load_pretraining_dataset`."""
+
+    split: str | None = "train"
+    streaming: bool = False
+    num_proc: int | None = None
+    cache_dir: str | os.PathLike | None = None
+    cameras: Sequence[int | str] | None = None
+    scenes: Sequence[str] | None = None
+    whole_scans: bool = False
+    validation_share: float | None = None
+    skipped: list[str] | None = None
+
+
+def _load_parts(
+    dataset_name: Sources | None, data_dir: Sources | None, dataset_config_name: str | None, request: Request
+) -> list[AnyDataset]:
     parts = []
     for text in given_sources(dataset_name, data_dir):
         location, own_split = split_source(text)
         source = find_source(location, dataset_config_name, must_be_folder=dataset_name is None)
-        wanted = (own_split if split in (None, "train") else "") or split
+        split = own_split if own_split and request.split in (None, "train") else request.split
         with named_errors(location):
-            parts.append(_load(source, wanted, streaming, num_proc, cache_dir, choice, validation_share, skipped))
-    return parts[0] if len(parts) == 1 else join_rows(parts)
+            parts.append(_load(source, replace(request, split=split)))
+    return parts
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What is read of a published data set."""
-
-    cameras: tuple[int | str, ...] | None = None
-    scenes: tuple[str, ...] | None = None
-    whole_scans: bool = False
-
-
-def _load(
-    source: Source,
-    split: str | None,
-    streaming: bool,
-    num_proc: int | None,
-    cache_dir: str | os.PathLike | None,
-    choice: Choice,
-    validation_share: float | None,
-    skipped: list[str] | None,
-) -> AnyDataset:
-    if source.reader is None and (choice.cameras is not None or choice.scenes is not None):
+def _load(source: Source, request: Request) -> AnyDataset:
+    if source.reader is None and (request.cameras is not None or request.scenes is not None):
         raise SimIPUError(f"{source.location}: cameras and scenes can be chosen of a published data set's files only")
-    held_out, split = _plan_split(split, source, validation_share)
+    held_out, split = _plan_split(request.split, source, request.validation_share)
     if source.reader is not None:
-        dataset = _load_files(source, split, streaming, num_proc, cache_dir, choice, skipped)
+        dataset = _load_files(source, split, request)
     elif source.kind == "saved":
         dataset = _take(split, source.saved)
-        dataset = dataset.to_iterable_dataset(num_shards=min(len(dataset), 64)) if streaming else dataset
+        dataset = dataset.to_iterable_dataset(num_shards=min(len(dataset), 64)) if request.streaming else dataset
     else:
-        cache = None if cache_dir is None else os.fspath(cache_dir)
-        options = {"split": split, "streaming": streaming, "num_proc": None if streaming else num_proc}
-        dataset = datasets.load_dataset(*source.load_arguments, **options, cache_dir=cache, **source.load_options)
-    dataset = _with_scene(_checked(dataset, source.location, split, skipped))
-    return dataset if validation_share is None else _share(dataset, held_out, validation_share, source.location)
+        dataset = source.load(
+            split,
+            streaming=request.streaming,
+            num_proc=None if request.streaming else request.num_proc,
+            cache_dir=None if request.cache_dir is None else os.fspath(request.cache_dir),
+        )
+    dataset = _with_scene(_checked(dataset, source.location, split, request.skipped))
+    if request.validation_share is None:
+        return dataset
+    return _share(dataset, held_out, request.validation_share, source.location)
 
 
 def _plan_split(split: str | None, source: Source, validation_share: float | None) -> tuple[bool, str]:
@@ -141,25 +188,22 @@ def _names(split: str) -> list[str]:
     return [part.partition("[")[0].strip() for part in split.split("+")]
 
 
-def list_frames(source: Source, splits: Sequence[str], choice: Choice) -> Any:
-    """The reader's listing of some splits."""
-    assert source.reader is not None
-    return source.reader.list_frames(source.config, source.location, splits, choice.cameras, choice.scenes)
-
-
-def _load_files(
+def list_frames(
     source: Source,
-    split: str,
-    streaming: bool,
-    num_proc: int | None,
-    cache_dir: str | os.PathLike | None,
-    choice: Choice,
-    skipped: list[str] | None,
-) -> AnyDataset:
+    splits: Sequence[str],
+    cameras: Sequence[int | str] | None = None,
+    scenes: Sequence[str] | None = None,
+) -> Any:
+    """The reader's listing of some splits of a published data set."""
+    assert source.reader is not None
+    return source.reader.list_frames(source.config, source.location, splits, cameras, scenes)
+
+
+def _load_files(source: Source, split: str, request: Request) -> AnyDataset:
     assert source.reader is not None
     assert source.config is not None
-    names = list(dict.fromkeys(_names(split)))
-    listing = list_frames(source, names, choice)
+    names, skipped = list(dict.fromkeys(_names(split))), request.skipped
+    listing = list_frames(source, names, request.cameras, request.scenes)
     if listing.problems and skipped is None:
         raise SimIPUError("\n".join(listing.problems[:10]))
     if skipped is not None:
@@ -168,9 +212,13 @@ def _load_files(
     empty = [name for name, found in frames.items() if not found]
     if empty:
         raise SimIPUError(f"{source.location}: split {empty[0]!r}: expected images with their scans, found none")
-    reading = Reading(source.reader.__name__, source.config, choice.whole_scans)
-    if not streaming:
-        return _take(split, {name: prepare(reading, frames[name], skipped, num_proc, cache_dir) for name in names})
+    reading = Reading(source.reader.__name__, source.config, request.whole_scans)
+    if not request.streaming:
+        prepared = {
+            name: prepare(reading, found, skipped, request.num_proc, request.cache_dir)
+            for name, found in frames.items()
+        }
+        return _take(split, prepared)
     if "[" in split:
         raise SimIPUError(f"{source.location}: split: expected plain names where streaming, found {split!r}")
     features, options = source.reader.features(source.config), {"reading": reading, "skip": skipped is not None}
@@ -179,6 +227,13 @@ def _load_files(
         for name in _names(split)
     ]
     return streams[0] if len(streams) == 1 else datasets.concatenate_datasets(streams)
+
+
+def _stream_rows(frames: Sequence[Any], reading: Reading, skip: bool) -> Iterator[dict[str, Any]]:
+    skipped: list[str] | None = [] if skip else None
+    yield from reading.rows(frames, skipped)
+    for message in skipped or ():
+        logger.warning(f"skipped: {message}")
 
 
 def _take(split: str, saved: Mapping[str, datasets.Dataset]) -> datasets.Dataset:
@@ -192,13 +247,6 @@ def _take(split: str, saved: Mapping[str, datasets.Dataset]) -> datasets.Dataset
         for part in instructions
     ]
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
-
-
-def _stream_rows(frames: Sequence[Any], reading: Reading, skip: bool) -> Iterator[dict[str, Any]]:
-    skipped: list[str] | None = [] if skip else None
-    yield from reading.rows(frames, skipped)
-    for message in skipped or ():
-        logger.warning(f"skipped: {message}")
 
 
 def _checked(dataset: AnyDataset, location: str, split: str, skipped: list[str] | None) -> AnyDataset:
@@ -271,10 +319,12 @@ def _place(scene: str) -> float:
 
 def join_rows(parts: Sequence[AnyDataset]) -> AnyDataset:
     """The rows of all parts one after another, with the columns that all of them have."""
+    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(_with_common_columns(parts))
+
+
+def _with_common_columns(parts: Sequence[AnyDataset]) -> list[AnyDataset]:
     columns = [column for column in parts[0].column_names if all(column in part.column_names for part in parts)]
     selected = [part.select_columns(columns) for part in parts]
     features = selected[0].features
     # casting copies the data, and is only needed where another writer stored a column in another way
-    return datasets.concatenate_datasets(
-        [part if part.features == features else part.cast(features) for part in selected]
-    )
+    return [part if part.features == features else part.cast(features) for part in selected]

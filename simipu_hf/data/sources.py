@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import datasets
+import datasets.data_files
 
 from ..dataset_scripts import kitti
 from ..errors import SimIPUError
@@ -30,6 +31,11 @@ class Source:
     config: str | None = None
     reader: ModuleType | None = None
 
+    @property
+    def is_address(self) -> bool:
+        """Of any file system that fsspec knows: `s3://`, `gs://`, `hf://`, …"""
+        return "://" in self.location
+
     @cached_property
     def splits(self) -> list[str]:
         """Names of its splits; a `save_to_disk` folder without splits is "train".
@@ -42,7 +48,9 @@ class Source:
                 return self.reader.split_names(self.config, self.location)
             if self.kind == "saved":
                 return list(self.saved)
-            return datasets.get_dataset_split_names(*self.load_arguments, **self.load_options)
+            if self.is_address:
+                return list(self.remote_files)
+            return datasets.get_dataset_split_names(self.location, self.config)
 
     def require_splits(self, wanted: Sequence[str]) -> list[str]:
         """`wanted`.
@@ -64,14 +72,17 @@ class Source:
             ) from error
         return saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
 
-    @property
-    def load_arguments(self) -> tuple[str | None, ...]:
-        """Of `datasets.load_dataset`."""
-        return ("parquet",) if "://" in self.location else (self.location, self.config)
+    @cached_property
+    def remote_files(self) -> dict[str, list[str]]:
+        """Split -> patterns of its files, of an address."""
+        patterns = datasets.data_files.get_data_patterns(self.location)
+        return {str(split): [f"{self.location}/{pattern}" for pattern in found] for split, found in patterns.items()}
 
-    @property
-    def load_options(self) -> dict[str, str]:
-        return {"data_dir": self.location} if "://" in self.location else {}
+    def load(self, split: str, **options: Any) -> datasets.Dataset | datasets.IterableDataset:
+        """`datasets.load_dataset` of a split of Parquet files or of the Hub."""
+        if self.is_address:
+            return datasets.load_dataset("parquet", data_files=self.remote_files, split=split, **options)
+        return datasets.load_dataset(self.location, self.config, split=split, **options)
 
 
 def given_sources(dataset_name: Sources | None, data_dir: Sources | None, most: int | None = None) -> list[str]:
@@ -106,7 +117,7 @@ def find_source(location: str, dataset_config_name: str | None = None, must_be_f
     """
     folder = Path(location)
     if not folder.is_dir():
-        is_address = re.match(r"\w+://", location)
+        is_address = re.match(r"[\w+-]+://", location)
         is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", location) and not folder.is_absolute()
         if folder.exists() or (must_be_folder and not is_address) or not (is_address or is_hub_id):
             raise SimIPUError(f"{location}: expected the folder of a data set, found {_describe_file(folder)}")

@@ -1,12 +1,17 @@
 """Rows, and one function that loads them from wherever they are."""
 
+import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from simipu_hf.data import preparation
 from simipu_hf.data.loading import load_pretraining_dataset
 from simipu_hf.data.rows import (
     ROW_FEATURES,
@@ -17,11 +22,15 @@ from simipu_hf.data.rows import (
     points_from_row,
     to_row,
 )
+from simipu_hf.data.sources import split_source
+from simipu_hf.data.two_views import TwoViewAugmentation, two_view_sample
+from simipu_hf.dataset_scripts import kitti
 from simipu_hf.errors import SimIPUError
+from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
 POINTS = np.arange(12, dtype=np.float64).reshape(3, 4)
-PROJECTION = np.arange(12.0).reshape(3, 4)
-EXTRINSICS = np.block([[np.eye(3), np.ones((3, 1))], [np.array([[0, 0, 0, 1.0]])]])
+PROJECTION = np.array([[40.0, 0, 3, 1], [0, 50, 2, 2], [0, 0, 1, 3]])
+EXTRINSICS = np.array([[0, -1, 0, 4.0], [0, 0, -1, 5], [1, 0, 0, 6], [0, 0, 0, 1]])
 
 
 def make_row(frame_id: str = "a", **changes) -> dict:
@@ -125,7 +134,7 @@ def test_kitti_raw_is_recognised(raw_root, tmp_path):
         data = load_pretraining_dataset(str(raw_root), dataset_config_name=name, cache_dir=tmp_path / "cache")
         assert len(data) == 2
     with pytest.raises(SimIPUError, match="drive_0009"):
-        load_pretraining_dataset(str(raw_root), cache_dir=tmp_path, drives=["2011_09_26_drive_0009"])
+        load_pretraining_dataset(str(raw_root), cache_dir=tmp_path, scenes=["2011_09_26_drive_0009"])
 
 
 def test_split_expressions(object_root, tmp_path):
@@ -160,13 +169,19 @@ def test_parquet_folder(rows, tmp_path, streaming):
 def test_saved_folder(rows, tmp_path, streaming):
     rows.save_to_disk(tmp_path / "one")
     datasets.DatasetDict(train=rows, val=rows.select([0])).save_to_disk(tmp_path / "many")
-    assert len(list(load_pretraining_dataset(str(tmp_path / "one"), streaming=streaming))) == 4
-    assert len(list(load_pretraining_dataset(tmp_path / "many", split="validation", streaming=streaming))) == 1
-    for folder in ("one", "many"):
-        with pytest.raises(SimIPUError, match="plain name"):
-            load_pretraining_dataset(data_dir=tmp_path / folder, split="train[:2]", streaming=streaming)
-    with pytest.raises(SimIPUError, match=r"expected one of \['train', 'val'\], found 'test'"):
-        load_pretraining_dataset(data_dir=tmp_path / "many", split="test", streaming=streaming)
+
+    def count(folder, split):
+        return len(list(load_pretraining_dataset(tmp_path / folder, split=split, streaming=streaming)))
+
+    assert [count("one", None), count("one", "train"), count("one", "train[:2]")] == [4, 4, 2]
+    assert [count("many", None), count("many", "validation"), count("many", "train[3:]+val")] == [4, 1, 2]
+    for folder, split, there in (
+        ("one", "banana", "'train'"),
+        ("one", "validation", "'train'"),
+        ("many", "test", "'val'"),
+    ):
+        with pytest.raises(SimIPUError, match=rf"split: expected one of \[.*{there}\], found '{split}'"):
+            count(folder, split)
 
 
 @pytest.mark.parametrize(
@@ -232,14 +247,26 @@ def test_damage_while_streaming(object_root, tmp_path):
 def test_what_is_no_data_set_is_named(tmp_path, object_root, raw_root):
     (tmp_path / "holiday").mkdir()
     (tmp_path / "holiday/photo.jpg").touch()
+    (tmp_path / "download").mkdir()
+    (tmp_path / "download/data_object_image_2.zip").touch()
+    (tmp_path / "tracking/training/image_02").mkdir(parents=True)
+    reduced = shutil.copytree(object_root, tmp_path / "reduced/kitti")
+    (reduced / "training/velodyne").rename(reduced / "training/velodyne_reduced")
     cases = [
         ({}, "either dataset_name or data_dir"),
         ({"dataset_name": "a", "data_dir": "b"}, "either dataset_name or data_dir"),
+        ({"data_dir": []}, "expected a data set, found"),
         ({"data_dir": tmp_path / "absent"}, "absent: expected the folder of a data set, found no such folder"),
         ({"data_dir": tmp_path / "holiday/photo.jpg"}, "found a file"),
-        ({"data_dir": tmp_path / "holiday"}, "KITTI object root.*found photo.jpg"),
-        ({"data_dir": object_root / "training"}, "found calib, image_2.*give the folder above"),
-        ({"data_dir": raw_root / "2011_09_26"}, "give the folder above"),
+        ({"data_dir": tmp_path / "download/data_object_image_2.zip"}, "an archive: unpack it first"),
+        ({"data_dir": tmp_path / "download"}, r"unpack data_object_image_2\.zip first"),
+        ({"data_dir": tmp_path / "holiday"}, "as published.*found photo.jpg$"),
+        ({"data_dir": object_root / "training"}, f"did you mean {object_root}"),
+        ({"data_dir": object_root / "training/velodyne"}, f"did you mean {object_root}"),
+        ({"data_dir": raw_root / "2011_09_26"}, f"did you mean {raw_root}"),
+        ({"data_dir": reduced.parent}, f"did you mean {reduced}"),
+        ({"data_dir": reduced}, "rename it to velodyne"),
+        ({"data_dir": tmp_path / "tracking"}, "tracking benchmark, which is not read"),
         ({"data_dir": object_root, "dataset_config_name": "raw"}, r"\['object'\], found 'raw'"),
         (
             {"data_dir": object_root, "split": "nothing"},
@@ -250,3 +277,109 @@ def test_what_is_no_data_set_is_named(tmp_path, object_root, raw_root):
     for options, expected in cases:
         with pytest.raises(SimIPUError, match=expected):
             load_pretraining_dataset(**options, cache_dir=tmp_path / "cache")
+
+
+def test_dated_folders_of_parquet_are_parquet(rows, tmp_path):
+    (tmp_path / "logs/2026_01_02").mkdir(parents=True)
+    rows.to_parquet(tmp_path / "logs/2026_01_02/train.parquet")
+    assert len(load_pretraining_dataset(data_dir=tmp_path / "logs", cache_dir=tmp_path / "cache")) == 4
+
+
+def test_a_folder_s_name_may_hold_the_mark_of_a_split(object_root, tmp_path):
+    folder = object_root.rename(tmp_path / "kitti#2")
+    assert split_source(f"{folder}#val:000003") == (str(folder), "val:000003")
+    assert split_source("absent#val#2") == ("absent", "val#2")
+    rows = load_pretraining_dataset(data_dir=f"{folder}#val", cache_dir=tmp_path / "cache")
+    assert list(rows["frame_id"]) == ["000003", "000004"]
+
+
+def test_an_address_of_parquet_files_is_streamed(rows, tmp_path):
+    (tmp_path / "bucket/data").mkdir(parents=True)
+    rows.to_parquet(tmp_path / "bucket/data/train-00000-of-00001.parquet")
+    rows.select([1]).to_parquet(tmp_path / "bucket/data/val-00000-of-00001.parquet")
+    address = f"file://{tmp_path}/bucket"
+    for split, expected in (("train", 4), ("val", 1), ("validation", 1)):
+        stream = load_pretraining_dataset(address, split=split, streaming=True)
+        assert len([check_row(row) for row in stream]) == expected
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_cache_that_cannot_be_written_is_named(object_root, tmp_path):
+    (tmp_path / "cache").mkdir(mode=0o555)
+    with pytest.raises(SimIPUError, match=r"cache.simipu_hf: the cache of prepared rows cannot be written"):
+        load_pretraining_dataset(data_dir=object_root, cache_dir=tmp_path / "cache")
+
+
+def test_a_file_in_the_cache_s_place_is_named(object_root, tmp_path):
+    (tmp_path / "cache").touch()
+    with pytest.raises(SimIPUError, match=r"cache.simipu_hf: the cache of prepared rows cannot be written"):
+        load_pretraining_dataset(data_dir=object_root, cache_dir=tmp_path / "cache")
+
+
+# --- prepared rows
+
+
+def test_interrupted_preparation_goes_on(object_root, tmp_path, monkeypatch):
+    monkeypatch.setattr(preparation, "CHUNK", 1)
+    options = {"data_dir": object_root, "cache_dir": tmp_path / "cache", "num_proc": 1}
+    sound = (object_root / "training/velodyne/000002.bin").read_bytes()
+    (object_root / "training/velodyne/000002.bin").write_bytes(b"\0" * 20)
+    with pytest.raises(SimIPUError, match=r"000002\.bin"):
+        load_pretraining_dataset(**options)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.arrow")}
+    assert len(before) == 2
+    (object_root / "training/velodyne/000002.bin").write_bytes(sound)
+    assert len(load_pretraining_dataset(**options)) == 3
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+
+
+def test_rows_are_prepared_anew_where_files_or_code_change(object_root, tmp_path, monkeypatch):
+    options = {"data_dir": object_root, "cache_dir": tmp_path / "cache"}
+    first = load_pretraining_dataset(**options)[0]["points"]
+    np.fromfile(object_root / "training/velodyne/000000.bin", "<f4")[:80].tofile(
+        object_root / "training/velodyne/000000.bin"
+    )
+    assert len(load_pretraining_dataset(**options)[0]["points"]) < len(first)
+    prepared = len(list((tmp_path / "cache").rglob("*.arrow")))
+    monkeypatch.setattr(kitti, "code_hash", lambda: "another version")
+    load_pretraining_dataset(**options)
+    assert len(list((tmp_path / "cache").rglob("*.arrow"))) == prepared + 1
+
+
+def test_processes_that_load_at_once_prepare_once(object_root, tmp_path):
+    load = partial(load_pretraining_dataset, data_dir=object_root, cache_dir=tmp_path / "cache", num_proc=1)
+    with ThreadPoolExecutor(3) as pool:
+        loaded = [future.result() for future in [pool.submit(load) for _ in range(3)]]
+    assert [len(rows) for rows in loaded] == [3, 3, 3]
+    assert len(list((tmp_path / "cache").rglob("*.arrow"))) == 1
+
+
+def test_cut_rows_hold_what_the_camera_sees(kitti_mini, tmp_path):
+    cut, whole = (
+        load_pretraining_dataset(data_dir=kitti_mini, split="train[:6]", cache_dir=tmp_path, whole_scans=keep)
+        for keep in (False, True)
+    )
+    for a, b in zip(cut, whole, strict=True):
+        points = points_from_row(b)
+        assert len(a["points"]) < len(b["points"]) / 4
+        height, width = np.asarray(b["image"]).shape[:2]
+        projection, lidar_to_camera = calibration_from_row(b)
+        u, v, depth = projection @ lidar_to_camera @ np.vstack([points[:, :3].T, np.ones(len(points))])
+        seen = (depth > 0) & (u / depth >= -0.5) & (u / depth < width - 0.5)
+        seen &= (v / depth >= -0.5) & (v / depth < height - 0.5)
+        kept = {point.tobytes() for point in points_from_row(a)}
+        assert {point.tobytes() for point in points[seen]} <= kept <= {point.tobytes() for point in points}
+
+
+@pytest.mark.parametrize("preset", ["recommended", "official"])
+def test_cut_and_whole_scans_give_the_same_samples_bit_for_bit(kitti_mini, tmp_path, preset):
+    cut, whole = (
+        load_pretraining_dataset(data_dir=kitti_mini, split="train[:4]", cache_dir=tmp_path, whole_scans=keep)
+        for keep in (False, True)
+    )
+    processor = SimIPUProcessor.from_preset(preset, image_size=(96, 320), num_points=4096)
+    augmentation = TwoViewAugmentation.from_preset(preset)
+    for index, rows in enumerate(zip(cut, whole, strict=True)):
+        samples = [two_view_sample(row, processor, augmentation, seed=1, epoch=2, index=index) for row in rows]
+        for name, tensor in samples[0].items():
+            assert torch.equal(tensor, samples[1][name]), name

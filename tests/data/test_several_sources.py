@@ -1,0 +1,217 @@
+"""Several sources in one run, scenes held out, frames on both sides, and streams that go on where they stopped."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from simipu_hf.data.conversion import convert_to_parquet
+from simipu_hf.data.loading import load_mixture, load_pretraining_dataset
+from simipu_hf.data.mixture import Mixture
+from simipu_hf.data.overlap import frames_on_both_sides, refuse_shared_frames
+from simipu_hf.data.rows import dataset_from_rows, scene_of, to_row
+from simipu_hf.data.streaming import stream_two_views
+from simipu_hf.data.two_views import TwoViewAugmentation, TwoViewCollator
+from simipu_hf.errors import SimIPUError
+from simipu_hf.modeling.processing_simipu import SimIPUProcessor
+
+PROJECTION = np.array([[40.0, 0, 23.5, 0], [0, 40, 7.5, 0], [0, 0, 1, 0]])
+EXTRINSICS = np.array([[0.0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
+
+
+def make_row(frame_id: str, number: int, scene: str | None = None) -> dict:
+    rng = np.random.default_rng(number)
+    points = rng.uniform([5, -5, -2, 0], [50, 5, 2, 1], size=(60, 4))
+    image = rng.integers(0, 256, (16, 48, 3), dtype=np.uint8)
+    return to_row(frame_id, image, points, PROJECTION, EXTRINSICS, scene)
+
+
+def save(folder, frame_ids, first=0) -> str:
+    rows = (make_row(frame_id, first + index) for index, frame_id in enumerate(frame_ids))
+    dataset_from_rows(rows, folder / "rows").save_to_disk(folder / "saved")
+    return str(folder / "saved")
+
+
+# --- several sources
+
+
+def test_sources_are_joined_in_order(object_root, tmp_path):
+    saved = save(tmp_path, ["a/0", "a/1"])
+    options = {"cache_dir": tmp_path / "cache"}
+    rows = load_pretraining_dataset(data_dir=[saved, object_root, f"{object_root}#val"], **options)
+    assert list(rows["frame_id"]) == ["a/0", "a/1", "000000", "000001", "000002", "000003", "000004"]
+    assert list(rows["scene"][:3]) == ["a", "a", "000000"]
+    rows, mixture = load_mixture(data_dir=[saved, object_root], mixture=[1, 1], seed=3, **options)
+    assert (len(rows), mixture.sizes, len(mixture)) == (5, (2, 3), 5)
+    assert load_mixture(data_dir=[saved, object_root], **options)[1] is None
+    for weights in ([1], [1, 0], [1, -1], [1, float("nan")]):
+        with pytest.raises(SimIPUError, match="a weight greater than 0 for each of 2 data sets"):
+            load_mixture(data_dir=[saved, object_root], mixture=weights, **options)
+
+
+def test_a_mixture_keeps_its_proportions_and_reaches_every_row():
+    mixture = Mixture((70, 20, 10), (1, 2, 1), seed=5)
+    counts = Counter()
+    for epoch in range(40):
+        rows = [mixture.row(epoch, index) for index in range(len(mixture))]
+        assert rows == [mixture.row(epoch, index) for index in range(len(mixture))]
+        sources = Counter(np.digitize(rows, [70, 90]).tolist())
+        assert sources == {0: 25, 1: 50, 2: 25}
+        counts.update(rows)
+    assert {counts[row] for row in range(70)} <= {14, 15}  # 40 * 25 / 70
+    assert {counts[row] for row in range(70, 100)} == {100}
+    assert rows != [Mixture((70, 20, 10), (1, 2, 1), seed=6).row(epoch, index) for index in range(100)]
+
+
+def test_scenes_are_held_out_whole(tmp_path):
+    source = save(tmp_path, [f"log{log}/{frame:03d}" for log in range(20) for frame in range(3)])
+    train, held_out = (
+        load_pretraining_dataset(source, split=split, validation_share=0.2) for split in ("train", "validation")
+    )
+    scenes = [set(rows["scene"]) for rows in (train, held_out)]
+    assert not scenes[0] & scenes[1]
+    assert len(train) + len(held_out) == 60
+    assert 1 <= len(scenes[1]) <= 9
+    stream = load_pretraining_dataset(source, split="validation", validation_share=0.2, streaming=True)
+    assert [row["frame_id"] for row in stream] == list(held_out["frame_id"])
+    more = load_pretraining_dataset(source, split="validation", validation_share=0.4)
+    assert scenes[1] <= set(more["scene"])
+    with pytest.raises(SimIPUError, match=r"puts all of 20 scenes on one side: choose a value between 0\.\d+ and"):
+        load_pretraining_dataset(source, validation_share=1e-6)
+    with pytest.raises(SimIPUError, match="between 0 and 1"):
+        load_pretraining_dataset(source, validation_share=2)
+
+
+def test_a_source_with_a_validation_split_keeps_it(object_root, tmp_path):
+    with pytest.raises(SimIPUError, match="leave validation_share out"):
+        load_pretraining_dataset(data_dir=object_root, validation_share=0.5, cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("frame_id", "scene"),
+    [
+        ("log7/000123", "log7"),
+        ("log7/000123/CAM_FRONT", "log7"),
+        ("drive-12", "drive"),
+        ("2011_09_26_drive_0009_sync_image_03_0000000007", "2011_09_26_drive_0009_sync"),
+        ("000123", "000123"),
+        ("first", "first"),
+    ],
+)
+def test_scenes_are_made_of_names(frame_id, scene):
+    assert scene_of(frame_id) == scene
+
+
+# --- frames on both sides
+
+
+def test_shared_frames_are_found_by_content(tmp_path):
+    first = dataset_from_rows([make_row(str(index), index) for index in range(6)], tmp_path)
+    renamed = make_row("other name", 4)
+    same_image = {**make_row("same image", 20), "image": make_row("", 2)["image"]}
+    same_scan = {**make_row("same scan", 21), "points": make_row("", 3)["points"]}
+    second = dataset_from_rows([make_row("3", 30), renamed, same_image, same_scan], tmp_path)
+    expected = [("4", "other name"), ("2", "same image"), ("3", "same scan")]
+    assert frames_on_both_sides(first, second) == expected
+    assert frames_on_both_sides(list(first), second) == expected  # rows of another kind, by their pixels
+    assert frames_on_both_sides(first, first.select([])) == []
+    with pytest.raises(SimIPUError, match=r"--eval: 3 of 4 frames are also trained on.*'other name', '4' among"):
+        refuse_shared_frames(first, second, "--eval")
+    refuse_shared_frames(first, second.select([0]), "--eval")
+
+
+def test_shared_files_are_found(object_root, tmp_path):
+    train, both = (
+        load_pretraining_dataset(data_dir=object_root, split=split, cache_dir=tmp_path / "cache")
+        for split in ("train", "train[2:]+val")
+    )
+    assert frames_on_both_sides(train, both) == [("000002", "000002")]
+
+
+# --- streaming
+
+
+def stream_of(folder, workers=0, rank=0, ranks=1, split="train", **options):
+    rows, _ = load_mixture(folder, split=split, streaming=True, **options)
+    processor = SimIPUProcessor.from_preset("recommended", image_size=(16, 48), num_points=16)
+    return stream_two_views(
+        rows,
+        processor,
+        TwoViewAugmentation(),
+        seed=7,
+        batch_size=2,
+        num_workers=workers,
+        collate=TwoViewCollator(pad_size_divisor=1),
+        process_index=rank,
+        num_processes=ranks,
+        shuffle_buffer=4,
+    )
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stream")
+    source = save(folder, [f"log{index // 5}/{index:03d}" for index in range(45)])
+    convert_to_parquet(folder / "parquet", source, num_shards=9, num_proc=1)
+    return str(folder / "parquet")
+
+
+def take(loader, count) -> list:
+    return [batch for batch, _ in zip(loader, range(count), strict=False)]
+
+
+def digest(batch) -> list:
+    return [batch[name].double().sum().item() for name in sorted(batch)]
+
+
+@pytest.mark.parametrize(("workers", "ranks"), [(0, 1), (2, 1), (2, 2)])
+def test_a_resumed_stream_goes_on_exactly(shards, workers, ranks):
+    for rank in range(ranks):
+        whole = [digest(batch) for batch in take(stream_of(shards, workers, rank, ranks), 26 // ranks)]
+        for stop in (1, 7, 12):
+            loader = stream_of(shards, workers, rank, ranks)
+            batches = iter(loader)
+            first = [digest(next(batches)) for _ in range(stop)]
+            state = json.loads(json.dumps(loader.state_dict(), default=str)) if workers == 0 else loader.state_dict()
+            del batches
+            resumed = stream_of(shards, workers, rank, ranks)
+            resumed.load_state_dict(state)
+            rest = [digest(batch) for batch in take(resumed, len(whole) - stop)]
+            assert first + rest == whole, (rank, stop)
+
+
+@pytest.mark.parametrize(("workers", "ranks"), [(0, 1), (2, 2)])
+def test_a_stream_sees_every_row_of_an_epoch_in_another_order_each_time(shards, workers, ranks, monkeypatch):
+    rows, _ = load_mixture(shards, split="train", streaming=True)
+    seen = [[], []]
+    for rank in range(ranks):
+        stream = stream_of(shards, 0, rank, ranks).dataset
+        for epoch in (0, 1):
+            stream.load_state_dict({"epoch": epoch, "rows": None, "done": 0})
+            seen[epoch] += [row["frame_id"] for row in stream._rows_of_epoch(epoch)]
+    names = sorted(row["frame_id"] for row in rows)
+    assert sorted(seen[0]) == sorted(seen[1]) == names
+    assert seen[0] != seen[1] != names
+
+
+def test_streams_are_mixed_by_weight(shards, tmp_path):
+    other = save(tmp_path, [f"other/{index}" for index in range(40)], first=1000)
+    rows, mixture = load_mixture([shards, other], mixture=[1, 3], streaming=True, seed=1)
+    assert mixture is None
+    names = [row["scene"] for row, _ in zip(rows, range(100), strict=False)]
+    assert 60 < names.count("other") < 90
+
+
+def test_too_few_shards_are_an_error(tmp_path):
+    source = save(tmp_path, ["a/0", "a/1"])
+    with pytest.raises(SimIPUError, match="one shard for each of 3 processes, found 2"):
+        stream_of(source, ranks=3)
+
+
+def test_damage_in_a_stream_is_named_or_left_out(tmp_path):
+    rows = [make_row(f"a/{index}", index) for index in range(4)]
+    rows[2]["points"] = b"\0" * 20
+    dataset_from_rows(rows, tmp_path / "rows").save_to_disk(tmp_path / "saved")
+    with pytest.raises(SimIPUError, match="frame a/2: points"):
+        take(stream_of(str(tmp_path / "saved")), 4)
