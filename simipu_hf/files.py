@@ -41,8 +41,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     beside = path.with_name(f".{secrets.token_hex(4)}-{path.name}")
-    with _named_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _named_errors(path), _parents(path):
         beside.touch(exist_ok=False)
         permissions = beside.stat().st_mode & 0o777
         try:
@@ -74,20 +73,13 @@ def atomic_folder(
         SimIPUError: `path` is occupied, or cannot be written (full disk, no permission); it is untouched.
     """
     path = Path(path)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        if not overwrite:
-            raise SimIPUError(f"{path} exists already: choose another place, or ask to overwrite it")
-        if not (path.is_dir() and is_earlier_output(path)):
-            raise SimIPUError(
-                f"{path} is not overwritten: it holds something else than an earlier output of this command"
-            )
-    created = [folder for folder in path.parents if not folder.exists()]
+    check_target(path, overwrite, lambda there: there.is_dir() and is_earlier_output(there))
     beside, replaced = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.replaced")
-    with _named_errors(path):
+    with _named_errors(path), _parents(path):
         try:
             for leftover in (beside, replaced):  # of a process that was killed
                 shutil.rmtree(leftover, ignore_errors=True)
-            beside.mkdir(parents=True)
+            beside.mkdir()
             yield beside
             _synchronize_tree(beside)
             _take_the_place(beside, path, replaced)
@@ -95,9 +87,33 @@ def atomic_folder(
         finally:
             for leftover in (beside, replaced):
                 shutil.rmtree(leftover, ignore_errors=True)
-            with suppress(OSError):  # stops at the first that is not empty
-                for folder in created:
-                    folder.rmdir()
+
+
+def check_target(path: Path, overwrite: bool, is_earlier_output: Callable[[Path], bool]) -> None:
+    """Raise a SimIPUError unless `path` is free, an empty folder, or to be overwritten and an earlier output."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not overwrite:
+        raise SimIPUError(f"{path} exists already: choose another place, or ask to overwrite it")
+    if not is_earlier_output(path):
+        raise SimIPUError(f"{path} is not overwritten: it holds something else than an earlier output of this command")
+
+
+def check_apart(source: str | Path, target: str | Path) -> None:
+    """Raise a SimIPUError where writing `target` could touch `source`: one is the other or lies in it."""
+    first, second = Path(source).resolve(), Path(target).resolve()
+    if Path(source).exists() and (first == second or first in second.parents or second in first.parents):
+        raise SimIPUError(f"{target} and {source} contain one another: choose a place outside of what is read")
+
+
+def move_into(source: Path, target: Path) -> None:
+    """Move every entry of the folder `source` into the folder `target`, replacing what is there; remove `source`."""
+    for entry in source.iterdir():
+        destination = target / entry.name
+        if destination.is_dir():
+            shutil.rmtree(destination)
+        entry.replace(destination)
+    source.rmdir()
 
 
 def _take_the_place(beside: Path, path: Path, replaced: Path) -> None:
@@ -128,6 +144,19 @@ def _synchronize(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _parents(path: Path) -> Iterator[None]:
+    """The folders above `path` exist inside the block; those that were created and stay empty go again."""
+    created = [folder for folder in path.parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # stops at the first that is not empty
+            for folder in created:
+                folder.rmdir()
 
 
 @contextmanager

@@ -1,26 +1,53 @@
-"""The trained image encoder in the forms that other people's code loads."""
+"""The trained image encoder in the forms that other people's code loads, and official checkpoints as our folders."""
 
+import importlib.util
+import io
 import json
 import re
+import warnings
 from collections import OrderedDict
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import timm
 import torch
 from safetensors.torch import save_file
-from timm.models import PretrainedCfg
 from torch import nn
+from transformers import ResNetConfig, ResNetModel, ViTImageProcessor
 
 from simipu_hf.errors import SimIPUError
-from simipu_hf.hub.files import written_aside
-from simipu_hf.hub.weights import ChannelOrder, EncoderWeights, InputConvention, batch_norm_eps, read_safetensors
-from simipu_hf.modeling.image_encoder import TimmModel
+from simipu_hf.files import atomic_folder, atomic_path, check_apart, check_target
+from simipu_hf.hub.official import (
+    ConversionReport,
+    from_official_state_dict,
+    official_config,
+    read_checkpoint,
+    to_official_state_dict,
+)
+from simipu_hf.hub.sources import TRAINED_STATISTICS, find_image_encoder
+from simipu_hf.hub.weights import (
+    ChannelOrder,
+    EncoderWeights,
+    InputConvention,
+    StateDict,
+    batch_norm_eps,
+    check_state_dict,
+    read_json,
+    read_safetensors,
+    read_weights,
+)
+from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
+from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
-Format = Literal["timm", "transformers", "torchvision", "mmdet", "official"]
+Format = Literal["timm", "transformers", "torchvision", "mmdet", "official", "onnx"]
 
-TRAINED_STATISTICS = "trained_running_var.safetensors"
-"""File beside a timm export whose `running_var` carries an epsilon: the statistics as trained, for a way back."""
+# What an architecture's `pretrained_cfg` says of the network, not of the weights that timm publishes for it.
+ARCHITECTURE_FIELDS = ("first_conv", "classifier", "fixed_input_size", "min_input_size", "interpolation", "input_size")
+
+ONNX_TOLERANCE = 1e-4  # of the largest feature
 
 
 @dataclass
@@ -28,8 +55,8 @@ class ExportReport:
     """What was written where, and how to feed it.
 
     Args:
-        path: the folder, or the `.pth` file.
-        norm_cfg: batch-norm setting for an mmdetection config (mmdet form only).
+        path: the folder, or the file.
+        norm_cfg: batch-norm setting for an mmdetection config (mmdet and official forms only).
     """
 
     format: str
@@ -59,8 +86,12 @@ def export_image_encoder(
     prefix: str = "img_backbone",
     channel_order: ChannelOrder | None = None,
     overwrite: bool = False,
+    image_size: tuple[int, int] | None = None,
 ) -> ExportReport:
     """Write the image encoder of `model` in another form.
+
+    export_image_encoder("RUN", "encoder")
+    export_image_encoder("RUN", "encoder.pth", format="mmdet", prefix="img_backbone")
 
     Evaluation-mode features are those of the trained encoder for the same input tensor. An encoder whose batch
     norms have another epsilon than its architecture (the official one: 1e-3 instead of 1e-5) gets the difference
@@ -68,51 +99,49 @@ def export_image_encoder(
 
     Args:
         model: whatever [`load_image_encoder`] takes: a run, a checkpoint, an encoder folder, a Hub id, a `.pth`.
-        output_dir: folder to create; the torchvision and mmdet forms put `image_encoder.pth` into it, or are
-            written to `output_dir` itself if that ends in `.pth`.
+        output_dir: folder to create; forms that are one file put `image_encoder.pth` (or `.onnx`) into it, or are
+            written to `output_dir` itself if that has the suffix.
         format: `"timm"`, a folder that timm and plain transformers load; `"transformers"`, a native `ResNetModel`;
             `"torchvision"`, a state dict for torchvision's ResNet without `fc`; `"mmdet"`, a checkpoint for
             `load_from` and `init_cfg` of OpenMMLab configs; `"official"`, the whole pre-training model (which
-            `model` must then be) under the names of the official code.
+            `model` must then be) under the names of the official code; `"onnx"`, the feature pyramid as a graph.
         prefix: of the names in the mmdet form, such as `"img_backbone"` or `"backbone"`; empty for none.
         channel_order: reorder the first convolution's input channels so that the encoder takes `"rgb"` (or
             `"bgr"`) tensors; `None` leaves the order it was trained with.
-        overwrite: replace what is at `output_dir`.
+        overwrite: replace an earlier output of the same kind; nothing else is ever replaced.
+        image_size: height, width in pixels of the ONNX graph, where the network fixes them; the size it was trained
+            at if `None`.
 
     Raises:
         SimIPUError: nothing usable at `model`, an unknown format, an architecture that the form cannot express, or
-            `output_dir` is occupied.
+            `output_dir` is occupied, holds `model` or lies in it.
     """
-    from simipu_hf.hub.image_encoder import find_image_encoder
-
-    writers = {
+    writers: dict[str, Callable[[EncoderWeights, Path], list[str] | None]] = {
         "timm": write_timm,
         "transformers": write_transformers,
         "torchvision": write_torchvision,
         "mmdet": lambda weights, target: write_mmdet(weights, target, prefix),
+        "official": lambda weights, target: write_official(weights, target, Path(model)),
+        "onnx": lambda weights, target: write_onnx(weights, target, image_size),
     }
-    if format == "official":
-        writers[format] = lambda weights, target: write_official(weights, target, Path(model))
     if format not in writers:
-        raise SimIPUError(f"unknown export format {format!r}: choose from {', '.join(writers)}, official")
-    weights = find_image_encoder(model)
-    if channel_order is not None:
-        weights = weights.with_channel_order(channel_order)
+        raise SimIPUError(f"unknown export format {format!r}: choose from {', '.join(writers)}")
     target = Path(output_dir)
-    if format in ("torchvision", "mmdet", "official") and target.suffix != ".pth":
-        target = target / "image_encoder.pth"
-    with written_aside(target, overwrite) as path:
-        writers[format](weights, path)
-    notes, norm_cfg = [], None
-    if format in ("mmdet", "official"):
-        norm_cfg = _norm_cfg(weights)
-    elif weights.batch_norm_eps != batch_norm_eps(weights.template()):
-        notes.append("the trained batch-norm epsilon is folded into running_var: equal in evaluation mode")
-    if weights.input.channel_order == "bgr":
-        notes.append(
-            "the first convolution expects BGR, and no loader reorders channels by itself: "
-            "pass image[:, [2, 1, 0]], or export with channel_order='rgb'"
-        )
+    check_apart(model, target)
+    weights = find_image_encoder(model).with_channel_order(channel_order)
+    if not weights.state_dict:
+        raise SimIPUError(f"{model}: random weights are not exported")
+    if format in ("timm", "transformers"):
+        with atomic_folder(target, overwrite=overwrite, is_earlier_output=is_encoder_folder) as path:
+            notes = writers[format](weights, path)
+    else:
+        suffix = ".onnx" if format == "onnx" else ".pth"
+        target = target if target.suffix == suffix else target / f"image_encoder{suffix}"
+        check_target(target, overwrite, _is_exported_file)
+        with atomic_path(target) as path:
+            notes = writers[format](weights, path)
+    norm_cfg = _norm_cfg(weights) if format in ("mmdet", "official") else None
+    notes = [*(notes or []), *_notes(weights, folded=norm_cfg is None)]
     return ExportReport(format, target, weights.architecture, weights.input, weights.description, notes, norm_cfg)
 
 
@@ -129,57 +158,111 @@ def export_timm(
         encoder: a plain timm model, made with `num_classes=0`, whose batch norms may have any epsilon.
         data_config: `mean`, `std`, `input_size` (3, H, W), `crop_pct`, `crop_mode`, `interpolation`, `notes`.
         tag: name of the weights beside the architecture's.
+        overwrite: replace an earlier output; nothing else is ever replaced.
     """
-    weights = weights_of(encoder)
-    with written_aside(output_dir, overwrite) as path:
-        write_timm(weights, path, data_config=data_config, tag=tag)
+    with atomic_folder(output_dir, overwrite=overwrite, is_earlier_output=is_encoder_folder) as path:
+        write_timm(EncoderWeights.of(encoder), path, data_config=data_config, tag=tag)
     return Path(output_dir)
 
 
-def weights_of(encoder: nn.Module, model_args: dict[str, Any] | None = None, **about: Any) -> EncoderWeights:
-    """The weights of a live timm model, on the CPU."""
-    config = getattr(encoder, "pretrained_cfg", None)
-    if not config or not hasattr(encoder, "forward_intermediates"):
-        raise SimIPUError(f"expected a plain timm model, found {type(encoder).__name__}")
-    if model_args is None:
-        model_args = getattr(encoder, "_model_args", {})  # recorded by timm's factory; older versions do not
-    state = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
-    weights = EncoderWeights(config["architecture"], state, batch_norm_eps(encoder), model_args, **about)
-    return weights.check("the encoder")
+def convert_checkpoint(
+    checkpoint: str | Path,
+    output_dir: str | Path,
+    batch_norm_eps: float | None = None,
+    overwrite: bool = False,
+) -> ConversionReport:
+    """Convert an official checkpoint: the full pre-training model, or the image encoder alone.
+
+    report = convert_checkpoint("SimIPU_kitti_50e.pth", "encoder")
+
+    The full model becomes a `SimIPUForPreTraining` folder with the official preset, its processor, and the encoder
+    as `image_encoder/`; an encoder alone becomes a timm folder. Tensors keep their type.
+
+    Args:
+        checkpoint, batch_norm_eps: see [`read_checkpoint`].
+        output_dir: folder to create.
+        overwrite: replace an earlier output of the same kind; nothing else is ever replaced.
+
+    Raises:
+        SimIPUError: unreadable or unsafe file, another network, incomplete encoder, occupied `output_dir`.
+    """
+    check_apart(checkpoint, output_dir)
+    weights, state, report = read_checkpoint(checkpoint, batch_norm_eps)
+    report.output_dir = Path(output_dir)
+    whole = any(name.startswith("pts_backbone.SA_modules.") for name in state)
+    is_earlier_output = is_converted_model if whole else is_encoder_folder
+    with atomic_folder(output_dir, overwrite=overwrite, is_earlier_output=is_earlier_output) as path:
+        if whole:
+            _write_pretraining_model(weights, state, report, path, checkpoint)
+        else:
+            write_timm(weights, path)
+    return report
+
+
+def _write_pretraining_model(
+    weights: EncoderWeights, state: StateDict, report: ConversionReport, path: Path, checkpoint: str | Path
+) -> None:
+    with torch.device("meta"):
+        model = SimIPUForPreTraining(official_config(state, weights, checkpoint))
+    expected = model.state_dict()
+    converted = {f"simipu.image_encoder.{name}": value for name, value in weights.state_dict.items()}
+    report.kind = "pre-training model"
+    report.mapped = {name: f"simipu.image_encoder.{ours}" for name, ours in report.mapped.items()}
+    for ours, (theirs, value) in from_official_state_dict(state, expected).items():
+        converted[ours] = value
+        report.mapped[theirs] = ours
+        report.ignored.pop(theirs, None)
+    report.missing = [name for name in expected if name not in converted]
+    if report.missing:
+        report.notes.append("from_pretrained initialises the missing entries afresh")
+    there = {name: value for name, value in expected.items() if name in converted}
+    check_state_dict(converted, there, f"{checkpoint}: as the official model")
+    model.load_state_dict(converted, strict=False, assign=True)
+    model.config.dtype = next(value.dtype for value in converted.values() if value.is_floating_point())
+    model.save_pretrained(path, state_dict=converted)
+    SimIPUProcessor.from_preset("official").save_pretrained(path)
+    write_timm(weights, path / "image_encoder", tag="simipu_official")
 
 
 def write_timm(
     weights: EncoderWeights, path: Path, data_config: dict[str, Any] | None = None, tag: str = "simipu"
 ) -> None:
-    """`config.json` and `model.safetensors` in a new folder `path`."""
-    plain = weights.with_own_eps()
-    path.mkdir(parents=True)
-    save_file(_contiguous(plain.state_dict), path / "model.safetensors", metadata={"format": "pt"})
-    changed = {
-        name: value for name, value in weights.state_dict.items() if not torch.equal(value, plain.state_dict[name])
-    }
+    """`config.json` and `model.safetensors` in the folder `path`."""
+    plain, template = weights.with_own_eps(), weights.template()
+    path.mkdir(parents=True, exist_ok=True)
+    state = {name: value.contiguous() for name, value in plain.state_dict.items()}
+    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+    changed = {name: value for name, value in weights.state_dict.items() if not torch.equal(value, state[name])}
     if changed:
         save_file(changed, path / TRAINED_STATISTICS, metadata={"eps": json.dumps(weights.batch_norm_eps)})
-    template = weights.template()
-    pretrained_cfg = _pretrained_cfg(template, {**weights.input.data_config(), **(data_config or {})}, tag)
-    if weights.input.channel_order == "bgr":
-        pretrained_cfg["notes"] = ["tensor channels are B, G, R; mean and std are in that order"]
+    kept = {key: template.pretrained_cfg[key] for key in ARCHITECTURE_FIELDS if key in template.pretrained_cfg}
+    bgr = weights.input.channel_order == "bgr"
     config = {
         "architecture": weights.architecture,
         "num_classes": 0,
         "num_features": template.num_features,
         # present even when empty: transformers passes it on together with its own num_classes
         "model_args": weights.model_args,
-        "pretrained_cfg": pretrained_cfg,
+        "pretrained_cfg": {
+            **kept,
+            "tag": tag,
+            "custom_load": False,
+            "num_classes": 0,
+            "paper_ids": "arXiv:2112.04680",
+            "paper_name": "SimIPU",
+            **({"notes": ["tensor channels are B, G, R; mean and std are in that order"]} if bgr else {}),
+            **weights.input.data_config(),
+            **(data_config or {}),
+        },
         "simipu": {"channel_order": weights.input.channel_order},
     }
-    _write_json(path / "config.json", config)
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def write_torchvision(weights: EncoderWeights, path: Path) -> None:
     """A state dict for torchvision's ResNet of the same depth, without `fc`."""
-    plain = weights.with_own_eps()
     _check_resnet(weights, "torchvision")
+    plain = weights.with_own_eps()
     state = OrderedDict(plain.state_dict)
     # where PyTorch keeps the versions of a state dict: loaders skip names that are no modules
     metadata = OrderedDict({"": {"version": 1}, "simipu_hf": _note(plain)})
@@ -197,8 +280,6 @@ def write_mmdet(weights: EncoderWeights, path: Path, prefix: str = "img_backbone
 
 def write_official(weights: EncoderWeights, path: Path, model: Path) -> None:
     """A checkpoint of the whole pre-training model of the folder `model`, as the official code names it."""
-    from simipu_hf.hub.convert import to_official_state_dict
-
     file = model / "model.safetensors"
     if not file.is_file():
         raise SimIPUError(f"{model}: the official form takes a pre-training model's folder; found no {file.name}")
@@ -211,29 +292,116 @@ def write_official(weights: EncoderWeights, path: Path, model: Path) -> None:
 
 def write_transformers(weights: EncoderWeights, path: Path) -> None:
     """A native `ResNetModel` folder with its image processor."""
-    from transformers import ResNetConfig, ResNetModel, ViTImageProcessor
-
-    plain = weights.with_own_eps()
     _check_resnet(weights, "transformers")
-    state = weights.state_dict
-    depths = [len({name.split(".")[1] for name in state if name.startswith(f"layer{s}.")}) for s in range(1, 5)]
+    state = weights.with_own_eps().state_dict
     last_norm = "bn3" if "layer1.0.bn3.weight" in state else "bn2"
     config = ResNetConfig(
-        depths=depths,
+        depths=[len({n.split(".")[1] for n in state if n.startswith(f"layer{stage}.")}) for stage in range(1, 5)],
         layer_type="bottleneck" if last_norm == "bn3" else "basic",
         hidden_sizes=[len(state[f"layer{stage}.0.{last_norm}.weight"]) for stage in range(1, 5)],
         embedding_size=len(state["bn1.weight"]),
+        simipu={"channel_order": weights.input.channel_order},
     )
     with torch.device("meta"):
         model = ResNetModel(config)
-    renamed = {_transformers_name(name): value for name, value in plain.state_dict.items()}
-    model.load_state_dict(renamed, strict=True, assign=True)
-    path.mkdir(parents=True)
+    model.load_state_dict({_transformers_name(name): value for name, value in state.items()}, assign=True)
     model.save_pretrained(path)
     height, width = weights.input.size or (224, 224)
-    ViTImageProcessor(
-        size={"height": height, "width": width}, image_mean=list(weights.input.mean), image_std=list(weights.input.std)
-    ).save_pretrained(path)
+    mean, std = list(weights.input.mean), list(weights.input.std)
+    processor = ViTImageProcessor(size={"height": height, "width": width}, image_mean=mean, image_std=std)
+    processor.save_pretrained(path)
+
+
+def write_onnx(weights: EncoderWeights, path: Path, image_size: tuple[int, int] | None = None) -> list[str]:
+    """The feature pyramid as an ONNX graph: `pixel_values` (N, 3, H, W) -> `features_0`, …, one map a stage.
+
+    N is free, and H and W where the network allows it. The graph is run and compared if onnxruntime is installed.
+
+    Returns:
+        which sizes it takes, and how far its features are from PyTorch's.
+    """
+    if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
+        raise SimIPUError(f'the onnx form needs {" and ".join(missing)}: pip install "simipu-hf[onnx]"')
+    plain = weights.with_own_eps()
+    cfg = {"state_dict": dict(plain.state_dict), "num_classes": 0, "custom_load": False}
+    options = {**weights.model_args, "features_only": True, "pretrained": True, "pretrained_cfg_overlay": cfg}
+    model = timm.create_model(weights.architecture, **options).eval()
+    height, width = image_size or weights.input.size or model.pretrained_cfg["input_size"][1:]
+    example = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+    batch, any_size = {0: torch.export.Dim.DYNAMIC}, {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    try:
+        program = _onnx_program(model, example, {**batch, **any_size})
+        notes = ["takes images of any number and size that the network takes"]
+    except Exception:  # windows, tables of positions: torch names no common class for what it cannot trace
+        try:
+            program = _onnx_program(model, example, batch)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0]
+            raise SimIPUError(f"torch cannot express {weights.architecture} in ONNX: {reason}") from error
+        notes = [f"takes any number of images of {height} x {width} pixels"]
+    program.model.metadata_props["simipu_hf"] = json.dumps(_note(plain))
+    program.save(path)
+    return [*notes, _compare_onnx(path, model, example)]
+
+
+def _onnx_program(model: nn.Module, example: torch.Tensor, dynamic: dict[int, Any]) -> torch.onnx.ONNXProgram:
+    names = [f"features_{index}" for index in range(len(model(example)))]
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):  # the exporter prints and warns of its own ways
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            model,
+            (example,),
+            input_names=["pixel_values"],
+            output_names=names,
+            dynamic_shapes=(dynamic,),
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    return program
+
+
+@torch.no_grad()
+def _compare_onnx(path: Path, model: nn.Module, example: torch.Tensor) -> str:
+    """Run the graph on one image and on several; a SimIPUError where its features are not PyTorch's."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        return "not compared with PyTorch: onnxruntime is not installed"
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    worst = 0.0
+    for pixels in (example, example[:1]):
+        found = session.run(None, {"pixel_values": pixels.numpy()})
+        for actual, expected in zip(found, model(pixels), strict=True):
+            difference = (torch.from_numpy(actual) - expected).abs().max() / expected.abs().max()
+            worst = max(worst, difference.item())
+    if not worst <= ONNX_TOLERANCE:
+        raise SimIPUError(f"the ONNX graph is not the network: features differ by {worst:.1e} of the largest")
+    return f"onnxruntime computes the same features as PyTorch (difference {worst:.1e} of the largest)"
+
+
+def is_encoder_folder(folder: Path) -> bool:
+    """Whether a folder holds what the timm or the transformers form writes, and nothing else."""
+    own = {"config.json", "model.safetensors", "preprocessor_config.json", TRAINED_STATISTICS}
+    names = {path.name for path in folder.iterdir()}
+    return "config.json" in names <= own and "simipu" in read_json(folder / "config.json")
+
+
+def is_converted_model(folder: Path) -> bool:
+    """Whether a folder holds what the conversion of a whole official model writes, and nothing else."""
+    own = re.compile(r"(config|processor_config)\.json|model\.safetensors|image_encoder|\w+\.py")
+    names = {path.name for path in folder.iterdir()}
+    return {"config.json", "image_encoder"} <= names and all(own.fullmatch(name) for name in names)
+
+
+def _is_exported_file(path: Path) -> bool:
+    """Whether an earlier export wrote this file: it carries our note."""
+    try:
+        if path.suffix == ".onnx":
+            return b"simipu_hf" in path.read_bytes()
+        return bool(read_weights(path)[1])
+    except (OSError, SimIPUError):
+        return False
 
 
 def _transformers_name(name: str) -> str:
@@ -276,28 +444,13 @@ def _norm_cfg(weights: EncoderWeights) -> dict[str, Any]:
     return {"type": "BN", "eps": _note(weights)["batch_norm_eps"], "requires_grad": True}
 
 
-def _pretrained_cfg(template: TimmModel, data_config: dict[str, Any], tag: str) -> dict[str, Any]:
-    sources = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "architecture")
-    supervised = ("license", "description", "origin_url", "paper_name", "paper_ids", "notes", "label_offset")
-    about_labels = ("label_names", "label_descriptions", "test_input_size", "test_crop_pct", "test_pool_size")
-    known = {f.name for f in fields(PretrainedCfg)}
-    kept = {
-        key: value
-        for key, value in template.pretrained_cfg.items()
-        if key in known and key not in sources + supervised + about_labels
-    }
-    if unknown := set(data_config) - known:
-        raise SimIPUError(f"data_config: timm has no field {', '.join(sorted(unknown))}")
-    own: dict[str, Any] = {"tag": tag, "custom_load": False, "num_classes": 0}
-    if "input_size" in data_config and tuple(data_config["input_size"]) != tuple(kept.get("input_size", ())):
-        own["pool_size"] = None
-    paper = {"paper_ids": "arXiv:2112.04680", "paper_name": "SimIPU"}
-    return {**kept, **own, **paper, **data_config}
-
-
-def _contiguous(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: value.contiguous() for name, value in state.items()}
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def _notes(weights: EncoderWeights, folded: bool) -> list[str]:
+    notes = []
+    if folded and weights.batch_norm_eps != batch_norm_eps(weights.template()):
+        notes.append("the trained batch-norm epsilon is folded into running_var: equal in evaluation mode")
+    if weights.input.channel_order == "bgr":
+        notes.append(
+            "the first convolution expects BGR, and no loader reorders channels by itself: "
+            "pass image[:, [2, 1, 0]], or export with channel_order='rgb'"
+        )
+    return notes

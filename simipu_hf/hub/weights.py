@@ -22,8 +22,6 @@ ChannelOrder = Literal["rgb", "bgr"]
 # Arguments that belong to whoever builds the network, not to the weights.
 CALLER_ARGS = ("num_classes", "pretrained", "in_chans", "global_pool", "features_only", "out_indices")
 
-OFFICIAL_BATCH_NORM_EPS = 1e-3
-
 
 @dataclass(frozen=True)
 class InputConvention:
@@ -52,8 +50,17 @@ class InputConvention:
         crop_mode = "center" if self.keep_aspect_ratio else "squash"
         return {**size, "mean": self.mean, "std": self.std, "crop_pct": 1.0, "crop_mode": crop_mode}
 
-
-OFFICIAL_INPUT = InputConvention("bgr", (0.406, 0.456, 0.485), (round(1 / 255, 12),) * 3, None, True)
+    @classmethod
+    def from_data_config(cls, config: Mapping[str, Any], channel_order: ChannelOrder = "rgb") -> "InputConvention":
+        """The inverse of [`data_config`], from a `pretrained_cfg`."""
+        size = config.get("input_size")
+        return cls(
+            channel_order,
+            tuple(config.get("mean", cls.mean)),
+            tuple(config.get("std", cls.std)),
+            tuple(size[1:]) if size else None,
+            config.get("crop_mode") != "squash",
+        )
 
 
 @dataclass
@@ -62,9 +69,10 @@ class EncoderWeights:
 
     Args:
         architecture: timm model name.
-        model_args: further arguments of `timm.create_model`.
-        state_dict: under timm's names, `running_var` as trained.
+        state_dict: under timm's names, `running_var` as trained; empty for random weights, which whoever builds the
+            network draws.
         batch_norm_eps: epsilon of every batch norm, by module name.
+        model_args: further arguments of `timm.create_model`.
         input: what it was fed with.
         description: one line that says what was found, and where.
     """
@@ -84,6 +92,16 @@ class EncoderWeights:
             if key not in CALLER_ARGS and not key.endswith("drop_rate") and not key.startswith("drop_")
         }
 
+    @classmethod
+    def of(cls, encoder: nn.Module, **about: Any) -> "EncoderWeights":
+        """The weights of a live timm model made with `num_classes=0`, on the CPU; `about` are further fields."""
+        config = getattr(encoder, "pretrained_cfg", None)
+        if not config or not hasattr(encoder, "forward_intermediates"):
+            raise SimIPUError(f"expected a plain timm model, found {type(encoder).__name__}")
+        about.setdefault("model_args", getattr(encoder, "_model_args", {}))  # recorded by timm's factory
+        state = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
+        return cls(config["architecture"], state, batch_norm_eps(encoder), **about).check("the encoder")
+
     def template(self) -> TimmModel:
         """The timm model of this architecture on the meta device: names, shapes and constants without memory."""
         return timm_template(self.architecture, self.model_args)
@@ -95,27 +113,22 @@ class EncoderWeights:
         difference. Weights whose epsilon is the architecture's own are returned as they are.
         """
         own_eps = batch_norm_eps(self.template())
-        return replace(
-            self,
-            state_dict=fold_batch_norm_eps(self.state_dict, self.batch_norm_eps, own_eps),
-            batch_norm_eps=own_eps,
-        )
+        state = fold_batch_norm_eps(self.state_dict, self.batch_norm_eps, own_eps)
+        return replace(self, state_dict=state, batch_norm_eps=own_eps)
 
-    def with_channel_order(self, channel_order: ChannelOrder) -> "EncoderWeights":
-        """The same function of the same picture, for tensors whose channels are in `channel_order`."""
-        if channel_order not in ("rgb", "bgr"):
+    def with_channel_order(self, channel_order: ChannelOrder | None) -> "EncoderWeights":
+        """The same function of the same picture, for tensors whose channels are in `channel_order` (`None`: as is)."""
+        if channel_order not in ("rgb", "bgr", None):
             raise SimIPUError(f"channel_order must be 'rgb' or 'bgr', found {channel_order!r}")
-        if channel_order == self.input.channel_order:
+        if channel_order in (None, self.input.channel_order):
             return self
         first = self.template().pretrained_cfg.get("first_conv")
         if not isinstance(first, str):
             raise SimIPUError(f"{self.architecture} has no single first convolution whose channels could be reordered")
-        state = dict(self.state_dict)
-        state[f"{first}.weight"] = state[f"{first}.weight"].flip(1).contiguous()
-        flipped = replace(
-            self.input, channel_order=channel_order, mean=self.input.mean[::-1], std=self.input.std[::-1]
-        )
-        return replace(self, state_dict=state, input=flipped)
+        weight = self.state_dict[f"{first}.weight"].flip(1).contiguous()
+        mean, std = self.input.mean[::-1], self.input.std[::-1]
+        flipped = replace(self.input, channel_order=channel_order, mean=mean, std=std)
+        return replace(self, state_dict={**self.state_dict, f"{first}.weight": weight}, input=flipped)
 
     def check(self, where: str) -> "EncoderWeights":
         """These weights, or a SimIPUError if they are not exactly those of the architecture."""
@@ -154,15 +167,14 @@ def fold_batch_norm_eps(state_dict: StateDict, trained: Mapping[str, float], tar
 
 def check_state_dict(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], where: str) -> None:
     """Raise a SimIPUError unless both have the same names and shapes."""
-    shapes = [
-        f"{name} is {tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
-        for name in expected
-        if name in found and found[name].shape != expected[name].shape
-    ]
     problems = {
         "missing": [name for name in expected if name not in found],
         "not expected": [name for name in found if name not in expected],
-        "of another shape": shapes,
+        "of another shape": [
+            f"{name} is {tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
+            for name in expected
+            if name in found and found[name].shape != expected[name].shape
+        ],
     }
     said = [
         f"{len(names)} {what} ({', '.join(names[:3])}{', …' * (len(names) > 3)})"
@@ -190,24 +202,15 @@ def read_weights(path: str | Path) -> tuple[StateDict, dict[str, Any]]:
     loaded = _load_tensors_only(path)
     notes: dict[str, Any] = {}
     if isinstance(loaded, Mapping):
-        meta = loaded.get("meta")
         # a bare state dict keeps the note where PyTorch keeps version numbers
-        versions = getattr(loaded, "_metadata", None)
-        for holder in (meta, versions):
+        for holder in (loaded.get("meta"), getattr(loaded, "_metadata", None)):
             if isinstance(holder, Mapping) and isinstance(holder.get("simipu_hf"), Mapping):
                 notes = dict(holder["simipu_hf"])
-        for key in ("state_dict", "model"):
-            if isinstance(loaded.get(key), Mapping):
-                loaded = loaded[key]
-                break
-    tensors = (
-        {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
-        if isinstance(loaded, Mapping)
-        else {}
-    )
-    if not tensors:
+        loaded = next((loaded[key] for key in ("state_dict", "model") if isinstance(loaded.get(key), Mapping)), loaded)
+        loaded = {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
+    if not isinstance(loaded, Mapping) or not loaded:
         raise SimIPUError(f"{path}: expected a dictionary of named tensors, found none")
-    return tensors, notes
+    return loaded, notes
 
 
 def read_safetensors(path: Path, prefix: str = "") -> StateDict:
@@ -223,8 +226,13 @@ def read_safetensors(path: Path, prefix: str = "") -> StateDict:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        SimIPUError: no such file, no JSON, or something else than an object.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise SimIPUError(f"{path}: no readable JSON: {error}") from error
     if not isinstance(content, dict):
@@ -235,39 +243,13 @@ def read_json(path: Path) -> dict[str, Any]:
 def _load_tensors_only(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        needs = re.search(r"GLOBAL ([\w.]+)", str(error))
+    except Exception as error:
+        needs = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if needs is None:
-            raise SimIPUError(f"{path}: no PyTorch checkpoint, or a damaged one: {_first_line(error)}") from error
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise SimIPUError(f"{path}: no PyTorch checkpoint, or a damaged one: {reason}") from error
         raise SimIPUError(
             f"{path}: refused, because reading it would run code of {needs[1]}, which the file names beside its "
             "tensors. If you trust whoever made it, save its tensors alone: "
             "torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'weights.pth')"
         ) from error
-    except Exception as error:
-        raise SimIPUError(f"{path}: no PyTorch checkpoint, or a truncated one: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-# blocks per stage, whether they are bottlenecks -> timm name
-_RESNETS: dict[tuple[tuple[int, ...], bool], str] = {
-    ((2, 2, 2, 2), False): "resnet18",
-    ((3, 4, 6, 3), False): "resnet34",
-    ((2, 2, 2, 2), True): "resnet26",
-    ((3, 4, 6, 3), True): "resnet50",
-    ((3, 4, 23, 3), True): "resnet101",
-    ((3, 8, 36, 3), True): "resnet152",
-}
-
-
-def resnet_architecture(state_dict: StateDict) -> str | None:
-    """timm name of the ResNet whose depth these names show; `None` if they show none."""
-    blocks: dict[int, set[int]] = {}
-    for name in state_dict:
-        if match := re.match(r"layer(\d)\.(\d+)\.", name):
-            blocks.setdefault(int(match[1]), set()).add(int(match[2]))
-    depths = tuple(len(blocks[stage]) for stage in sorted(blocks))
-    return _RESNETS.get((depths, "layer1.0.conv3.weight" in state_dict))

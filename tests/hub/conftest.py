@@ -141,14 +141,15 @@ versions: {python: 3.11.7, torch: 2.15.0}
 @pytest.fixture(scope="session")
 def run_folder(tmp_path_factory) -> Path:
     """What a finished pre-training leaves: model, processor, code, encoder, metrics, record."""
-    from simipu_hf.hub.export import export_image_encoder
+    from simipu_hf.hub.export import write_timm
+    from simipu_hf.hub.sources import find_image_encoder
     from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
     folder = tmp_path_factory.mktemp("runs") / "run"
     model = small_model()
     model.save_pretrained(folder)
     SimIPUProcessor.from_preset("recommended", image_size=(64, 96), num_points=256).save_pretrained(folder)
-    export_image_encoder(folder, folder / "image_encoder")
+    write_timm(find_image_encoder(folder), folder / "image_encoder")
     (folder / "run.yaml").write_text(RUN, encoding="utf-8")
     lines = [
         {

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from simipu_hf.hub.convert import convert_checkpoint
+from simipu_hf.hub.export import convert_checkpoint
 
 
 def reference_tensor(name: str, shape: list[int]) -> torch.Tensor:

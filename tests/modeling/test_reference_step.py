@@ -39,7 +39,7 @@ def official_tensor(name: str, shape: list[int]) -> torch.Tensor:
 
 
 def official_to_ours(name: str) -> str | None:
-    """Independent of `simipu_hf.hub.convert`: the rule written down a second time."""
+    """Independent of `simipu_hf.hub.official`: the rule written down a second time."""
     heads = {
         "mlp_cross_points": "inter_point_head",
         "mlp_cross_img": "inter_image_head",
@@ -94,7 +94,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
 def step(case: dict, request: pytest.FixtureRequest):
     """The step on the plain PyTorch path, and on the fast path that computes in float64."""
     model = reference_model(case, sampling_backend=request.param, grouping_backend=request.param)
-    output = model(**batch(case))
+    output = model(**batch(case), return_metrics=True)
     output.loss.backward()
     return model, output
 

@@ -1,0 +1,264 @@
+"""Where a model or an image encoder can lie: the one place that resolves what people give as a source."""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+
+from simipu_hf.errors import SimIPUError
+from simipu_hf.hub.official import read_checkpoint
+from simipu_hf.hub.weights import (
+    ChannelOrder,
+    EncoderWeights,
+    InputConvention,
+    StateDict,
+    batch_norm_eps,
+    fold_batch_norm_eps,
+    read_json,
+    read_safetensors,
+    timm_template,
+)
+from simipu_hf.modeling.image_encoder import TimmModel
+from simipu_hf.training.checkpoint import newest_checkpoint
+
+TRAINED_STATISTICS = "trained_running_var.safetensors"
+"""File beside a timm export whose `running_var` carries an epsilon: the statistics as trained, for a way back."""
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+PREFIXES = ("simipu.image_encoder.", "image_encoder.")
+
+
+def load_image_encoder(
+    source: str | os.PathLike[str],
+    features_only: bool = False,
+    revision: str | None = None,
+    channel_order: ChannelOrder | None = None,
+    verbose: bool = True,
+    **kwargs: Any,
+) -> tuple[TimmModel, dict[str, Any]]:
+    """An image encoder as a timm model in training mode, and its data configuration.
+
+    encoder, data_config = load_image_encoder("RUN", features_only=True)
+    transform = timm.data.create_transform(**data_config)
+
+    Args:
+        source: a run folder (its final model, else its newest complete checkpoint), a checkpoint in it, an encoder
+            folder, a Hub id of either kind (`user/name`), an official or exported `.pth` file, a timm name with its
+            published weights (`timm:resnet50`, `resnet50`), or a timm name with random ones (`random:resnet50`).
+        features_only: return the pyramid network of `timm.create_model(…, features_only=True)`.
+        revision: branch, tag or commit of a Hub id.
+        channel_order: reorder the first convolution for `"rgb"` (or `"bgr"`) tensors; `None` leaves it as trained,
+            which for official checkpoints is BGR.
+        verbose: say on standard error what was found.
+        kwargs: further arguments of `timm.create_model`, such as `out_indices`, `in_chans`, `drop_path_rate`.
+
+    Returns:
+        The model, and `timm.data.create_transform`'s arguments for it.
+
+    Raises:
+        SimIPUError: nothing there, or something else than an image encoder; the message says what was found.
+    """
+    # timm's pyramid networks do not take num_classes
+    kwargs = {"features_only": True, **kwargs} if features_only else {"num_classes": 0, **kwargs}
+    if name := _timm_name(source):
+        architecture, description = name, _describe_timm(source)
+        kwargs["pretrained"] = not str(source).startswith("random:")
+    else:
+        weights = find_image_encoder(source, revision).with_channel_order(channel_order).with_own_eps()
+        architecture, description = weights.architecture, weights.description
+        if weights.input.channel_order == "bgr":
+            description += f"\nIt takes {weights.input}, which a data configuration cannot say: channel_order='rgb'"
+        overlay = {"state_dict": dict(weights.state_dict), "num_classes": 0, "custom_load": False, "tag": "simipu"}
+        overlay |= weights.input.data_config()
+        kwargs = {**weights.model_args, **kwargs, "pretrained": True, "pretrained_cfg_overlay": overlay}
+    try:
+        model = cast("TimmModel", timm.create_model(architecture, **kwargs))
+    except Exception as error:
+        raise SimIPUError(f"{source}: timm cannot build {architecture} from it: {error}") from error
+    model.pretrained_cfg.pop("state_dict", None)  # else the model would hold its initial weights for ever
+    if verbose:
+        print(description, file=sys.stderr)
+    return model, timm.data.resolve_model_data_config(model)
+
+
+def find_image_encoder(source: str | os.PathLike[str], revision: str | None = None) -> EncoderWeights:
+    """The image encoder at `source` (see [`load_image_encoder`]) as it was trained."""
+    if name := _timm_name(source):
+        random = str(source).startswith("random:")
+        encoder = timm_template(name) if random else load_image_encoder(name, verbose=False)[0]
+        convention = InputConvention.from_data_config(timm.data.resolve_model_data_config(encoder))
+        about: dict[str, Any] = {"input": convention, "description": _describe_timm(source)}
+        if random:
+            return EncoderWeights(name, {}, batch_norm_eps(encoder), **about)
+        return EncoderWeights.of(encoder, **about)
+    path = Path(source)
+    if path.is_file() and not (path.suffix == ".safetensors" and (path.parent / "config.json").is_file()):
+        return read_checkpoint(path)[0]
+    folder = model_folder(source, revision, encoder_only=True)
+    return _from_folder(folder, str(source) if folder.parent != path else str(folder))
+
+
+def model_folder(source: str | os.PathLike[str], revision: str | None = None, encoder_only: bool = False) -> Path:
+    """The folder with the model that `source` names: a run's final model or its newest complete checkpoint, or a Hub
+    repository in the cache (with `encoder_only`, without what is not its image encoder).
+
+    Raises:
+        SimIPUError: nothing there; the message says what was found.
+    """
+    path = Path(source)
+    path = path.parent if path.is_file() else path  # weights beside the configuration that says what they are
+    if (path / "config.json").is_file():
+        return path
+    if path.is_dir():
+        damaged: list[str] = []
+        if newest := newest_checkpoint(path, on_damaged=damaged.append):
+            return newest
+        found = "; ".join(damaged) or _listing(path)
+        raise SimIPUError(f"{path}: expected config.json or a complete checkpoint-<step>, found {found}")
+    if not HUB_ID.fullmatch(str(source)):
+        raise SimIPUError(f"{source}: no such file or folder, no Hub id (user/name), and no timm model of that name")
+    try:
+        for patterns in (["*.json", "image_encoder/*"], ["*.json", "*.safetensors"]):
+            folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
+            if encoder_only and (folder / "image_encoder" / "config.json").is_file():
+                break
+        return folder
+    except Exception as error:
+        raise hub_error(error, str(source)) from error
+
+
+def hub_error(error: Exception, repo_id: str) -> SimIPUError:
+    """What the Hub's client says, on one line behind the repository's name."""
+    silent = "no answer" if isinstance(error, TimeoutError) else type(error).__name__
+    said = " ".join(str(error).split()) or silent
+    return error if isinstance(error, SimIPUError) else SimIPUError(f"Hub repository {repo_id}: {said}")
+
+
+def _timm_name(source: str | os.PathLike[str]) -> str | None:
+    """The timm name that `source` is, `None` for anything else."""
+    name = re.sub(r"^(timm|random):", "", str(source))
+    if name == str(source) and (Path(source).exists() or not timm.is_model(name)):
+        return None
+    if not timm.is_model(name):
+        raise SimIPUError(f"{source}: timm {timm.__version__} has no model named {name!r}")
+    return name
+
+
+def _describe_timm(source: str | os.PathLike[str]) -> str:
+    kind = "random" if str(source).startswith("random:") else "its published"
+    return f"timm model {_timm_name(source)} with {kind} weights"
+
+
+def _from_folder(folder: Path, where: str) -> EncoderWeights:
+    config = read_json(folder / "config.json")
+    if "image_config" in config:
+        return _from_simipu(folder, config, where)
+    if "architecture" in config:
+        return _from_timm_folder(folder, config, where)
+    raise SimIPUError(
+        f"{where}: config.json is of a {config.get('model_type', 'nameless')!r} model; expected a SimIPU model "
+        "(image_config) or a timm encoder (architecture)"
+    )
+
+
+def _from_simipu(folder: Path, config: dict[str, Any], where: str) -> EncoderWeights:
+    """From a SimIPU (or depth) model; its `image_encoder/` folder is used where its own weights are absent."""
+    files = _weight_files(folder)
+    if not files:
+        if (folder / "image_encoder" / "config.json").is_file():
+            return _from_folder(folder / "image_encoder", f"{where}, image_encoder/")
+        raise SimIPUError(f"{where}: expected model.safetensors, found {_listing(folder)}")
+    image_config = config["image_config"]
+    if not isinstance(image_config, dict) or not isinstance(image_config.get("architecture"), str):
+        raise SimIPUError(f"{where}: config.json names no image_config.architecture")
+    architecture, model_args = image_config["architecture"], image_config.get("model_args") or {}
+    state: StateDict = {}
+    for file in files:
+        state |= next((found for prefix in PREFIXES if (found := read_safetensors(file, prefix))), {})
+    eps = batch_norm_eps(timm_template(architecture, model_args))
+    if image_config.get("batch_norm_eps") is not None:
+        eps = dict.fromkeys(eps, float(image_config["batch_norm_eps"]))
+    description = f"{where}: image encoder ({architecture}) of a {config.get('model_type', 'SimIPU')} model"
+    convention = read_input_convention(folder)
+    return EncoderWeights(architecture, state, eps, model_args, convention, description).check(where)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a transformers folder: one, or the shards that its index names."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = set(read_json(index).get("weight_map", {}).values())
+        if any(Path(name).name != name for name in names):
+            raise SimIPUError(f"{index}: names weight files outside its folder")
+        return [folder / name for name in sorted(names)]
+    return [folder / "model.safetensors"] if (folder / "model.safetensors").is_file() else []
+
+
+def _from_timm_folder(folder: Path, config: dict[str, Any], where: str) -> EncoderWeights:
+    file = folder / "model.safetensors"
+    if not file.is_file():
+        raise SimIPUError(
+            f"{where}: expected model.safetensors (pickled weights are not read), found {_listing(folder)}"
+        )
+    pretrained_cfg, model_args = config.get("pretrained_cfg") or {}, config.get("model_args") or {}
+    if not isinstance(pretrained_cfg, dict) or not isinstance(model_args, dict):
+        raise SimIPUError(f"{where}: config.json: pretrained_cfg and model_args must be objects")
+    state = read_safetensors(file)
+    template = timm_template(config["architecture"], {k: v for k, v in model_args.items() if k != "num_classes"})
+    state, eps = _as_trained(folder / TRAINED_STATISTICS, state, batch_norm_eps(template))
+    keys = template.state_dict().keys()
+    if all(name.split(".")[0] in ("fc", "head", "classifier") for name in state.keys() - keys):
+        state = {name: value for name, value in state.items() if name in keys}
+    order = (config.get("simipu") or {}).get("channel_order", "rgb")
+    convention = InputConvention.from_data_config(pretrained_cfg, order)
+    description = f"{where}: timm encoder {config['architecture']} ({pretrained_cfg.get('tag') or 'untagged'} weights)"
+    return EncoderWeights(config["architecture"], state, eps, model_args, convention, description).check(where)
+
+
+def _as_trained(file: Path, state: StateDict, own_eps: dict[str, float]) -> tuple[StateDict, dict[str, float]]:
+    """State and epsilons as trained, if `file` holds what `state` was folded from and `state` is still that."""
+    if not file.is_file():
+        return state, own_eps
+    raw = read_safetensors(file)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            eps = {name: float(value) for name, value in json.loads(opened.metadata()["eps"]).items()}
+        folded = fold_batch_norm_eps({**state, **raw}, eps, own_eps)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise SimIPUError(f"{file}: expected running variances and their epsilons: {error!r}") from error
+    unchanged = folded.keys() == state.keys() and all(torch.equal(folded[name], state[name]) for name in raw)
+    return ({**state, **raw}, eps) if unchanged else (state, own_eps)
+
+
+def read_input_convention(folder: Path) -> InputConvention:
+    """What the processor files of a SimIPU folder say about the encoder's input; ImageNet's if there are none."""
+    names = ("processor_config.json", "preprocessor_config.json")
+    file = next((folder / name for name in names if (folder / name).is_file()), None)
+    if file is None:
+        return InputConvention()
+    image = read_json(file)
+    image = image.get("image_processor", image)
+    # the processor normalises value * factor; here values run from 0 to 1
+    scale = 1 / (255 * image.get("rescale_factor", 1 / 255)) if image.get("do_rescale", True) else 1 / 255
+    normalizes = image.get("do_normalize", True)
+    mean, std = (image["image_mean"], image["image_std"]) if normalizes else ((0.0,) * 3, (1.0,) * 3)
+    size = image.get("size") or {}
+    return InputConvention(
+        "bgr" if image.get("do_flip_channel_order") else "rgb",
+        tuple(round(float(value) * scale, 12) for value in mean),
+        tuple(round(float(value) * scale, 12) for value in std),
+        (int(size["height"]), int(size["width"])) if {"height", "width"} <= set(size) else None,
+        bool(image.get("keep_aspect_ratio", False)),
+    )
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "") or "nothing"
