@@ -1,14 +1,231 @@
-"""Feature extractor of SimIPU: LiDAR scans in, clouds of a fixed number of points out."""
+"""Feature extractor of SimIPU: LiDAR scans in, clouds of a fixed number of points that the camera sees out."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from transformers import BatchFeature, FeatureExtractionMixin
 
-from .geometry import inside_image, project_points
+from .geometry import camera_aligned_frame, inside_image, project_points, to_calibration, transform_points
+
+# No LiDAR sees 100 km far, and no reflectance is counted beyond 16 bits: larger values are another type of number.
+LARGEST_VALUE = 1e5
+
+
+class SimIPUFeatureExtractor(FeatureExtractionMixin):
+    """Brings LiDAR scans into the frame of the method, keeps what the camera sees and draws points of it.
+
+        >>> extractor = SimIPUFeatureExtractor(depth_range=(1.0, 120.0))
+        >>> batch = extractor(scan, camera_projection, lidar_to_camera, image_size=(375, 1242))
+
+    Args:
+        num_points: points per cloud, drawn without replacement where the cloud has enough, else with.
+        frame: `"camera"` turns every scan into `camera_aligned_frame` (x along the optical axis, y left, z up, origin
+            at the camera), so that nothing depends on the rig; `"lidar"` leaves it in the LiDAR's own axes, as the
+            official code does.
+        depth_range: nearest and farthest depth in metres, both kept. `None` keeps all in front of the camera.
+        point_cloud_range: x, y, z minimum, then maximum, in metres in `frame`; points strictly inside are kept. `None`
+            (the default) has no such box; the official configuration has one, in KITTI's LiDAR axes.
+
+    Raises:
+        ValueError: a value outside its meaning.
+    """
+
+    model_input_names = ["points"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        num_points: int = 16384,
+        frame: Literal["camera", "lidar"] = "camera",
+        depth_range: Sequence[float] | None = (1.0, 80.0),
+        point_cloud_range: Sequence[float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if num_points < 1:
+            raise ValueError(f"num_points: expected at least 1, found {num_points}")
+        if frame not in ("camera", "lidar"):
+            raise ValueError(f"frame: expected 'camera' or 'lidar', found {frame!r}")
+        self.num_points = num_points
+        self.frame = frame
+        self.depth_range = depth_range and [float(depth) for depth in depth_range]
+        self.point_cloud_range = point_cloud_range and [float(bound) for bound in point_cloud_range]
+        if self.depth_range and not (len(self.depth_range) == 2 and 0 <= self.depth_range[0] < self.depth_range[1]):
+            raise ValueError(f"depth_range: expected the nearest and the farthest depth, found {self.depth_range}")
+        box = self.point_cloud_range
+        if box and not (len(box) == 6 and all(a < b for a, b in zip(box[:3], box[3:], strict=True))):
+            raise ValueError(f"point_cloud_range: expected x y z minimum, then maximum, found {box}")
+        super().__init__(**kwargs)
+
+    def visible_points(
+        self, points: Any, camera_projection: Any, lidar_to_camera: Any, image_size: tuple[int, int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The points of a scan that are in range and in the image, in `frame`, and how they project.
+
+        Args:
+            points: bytes of little-endian float32, array or tensor `(N, 4)`.
+            camera_projection: `(3, 4)`, rectified camera to pixels of the original image.
+            lidar_to_camera: `(4, 4)`, LiDAR to rectified camera.
+            image_size: height and width of the original image.
+
+        Returns:
+            `(M, 4)` float32, in the scan's order, and `(3, 4)` float64, from `frame` to pixels of the original image.
+
+        Raises:
+            ValueError: a damaged scan, a wrong calibration, or no point that is in range and in the image.
+        """
+        scan = to_point_cloud(points)
+        projection, extrinsics = to_calibration(camera_projection, lidar_to_camera)
+        if self.frame == "camera":
+            lidar_to_frame, frame_to_pixel = camera_aligned_frame(projection, extrinsics)
+            cloud = np.empty_like(scan)
+            cloud[:, :3] = transform_points(scan, lidar_to_frame)
+            cloud[:, 3] = scan[:, 3]
+        else:
+            cloud, frame_to_pixel = scan, projection @ extrinsics
+        return self._in_view(cloud, frame_to_pixel, image_size), frame_to_pixel
+
+    def _in_view(self, cloud: np.ndarray, frame_to_pixel: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
+        kept = cloud
+        if self.point_cloud_range is not None:
+            bounds = zip(cloud.T, self.point_cloud_range[:3], self.point_cloud_range[3:], strict=False)
+            in_box = np.logical_and.reduce([(x > low) & (x < high) for x, low, high in bounds])
+            kept = cloud.compress(in_box, axis=0)  # several times faster than cloud[in_box]
+        # single precision is good to a thousandth of a pixel
+        pixels, depth = project_points(kept, frame_to_pixel.astype(kept.dtype))
+        # the official code's image ends at the centres of its outermost pixels
+        seen = inside_image(pixels, depth, np.array(image_size), margin=0.5 if self.frame == "camera" else 0.0)
+        if self.depth_range is not None:
+            nearest, farthest = self.depth_range
+            seen &= (depth >= nearest) & (depth <= farthest)
+        if not seen.any():
+            ranges = [f"depth_range {self.depth_range}", f"point_cloud_range {self.point_cloud_range}"]
+            height, width = image_size
+            raise ValueError(
+                f"no usable point: none of {len(cloud)} points is within {' and '.join(ranges)} and projects into the "
+                f"image of {width} x {height} pixels; {np.count_nonzero(depth > 0)} are in front of the camera"
+            )
+        return kept.compress(seen, axis=0)
+
+    def draw(self, points: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """`num_points` of the points `(N, 4)`, in random order: each at most once where there are enough."""
+        enough = len(points) >= self.num_points
+        return points.take(generator.choice(len(points), self.num_points, replace=not enough), axis=0)
+
+    def __call__(
+        self,
+        points: Any,
+        camera_projection: Any,
+        lidar_to_camera: Any,
+        image_size: Any,
+        frame_id: Sequence[str] | None = None,
+        seed: int = 0,
+        return_tensors: str | None = "pt",
+    ) -> BatchFeature:
+        """Clouds of one scan, or of lists of as many scans, calibrations and image sizes.
+
+        Args:
+            points, camera_projection, lidar_to_camera, image_size: as in `visible_points`, or a list of each.
+            frame_id: names used in error messages; by default the number of the row.
+            seed: of the drawing; the same scan gives the same points wherever it stands in the batch.
+
+        Returns:
+            `points` `(B, num_points, 4)` float32 in `frame`, and `lidar_to_pixel` `(B, 3, 4)` float64, from there to
+            pixels of the original images.
+
+        Raises:
+            ValueError: names the row, what was expected and what was found.
+        """
+        rows = [points, camera_projection, lidar_to_camera, image_size]
+        if not isinstance(points, list | tuple):
+            rows = [[value] for value in rows]
+        names = [f"row {row}" for row in range(len(rows[0]))] if frame_id is None else frame_id
+        clouds, projections = [], []
+        for name, *row in zip(names, *rows, strict=True):
+            with naming_row(name):
+                cloud, frame_to_pixel = self.visible_points(*row)
+            clouds.append(self.draw(cloud, np.random.default_rng(seed)))
+            projections.append(frame_to_pixel)
+        batch = {"points": np.stack(clouds), "lidar_to_pixel": np.stack(projections)}
+        return BatchFeature(batch, tensor_type=return_tensors)
+
+
+def to_point_cloud(points: Any) -> np.ndarray:
+    """Points as `(N, 4)` float32, checked: x, y, z in metres and reflectance.
+
+    Args:
+        points: bytes of little-endian float32 records of four, or an array or tensor `(N, 4)`.
+
+    Raises:
+        ValueError: half a record, another shape, NaN or infinite values, or bytes that are not four float32 a point;
+            the message then names the number and type that they are likely to be.
+    """
+    if isinstance(points, bytes | bytearray | memoryview):
+        values = _four_columns(points)
+    else:
+        values = points.detach().cpu().numpy() if isinstance(points, torch.Tensor) else points
+        values = np.asarray(values, dtype=np.float32)
+    if values.ndim != 2 or values.shape[1] != 4:
+        raise ValueError(f"points: expected shape (N, 4), x y z reflectance, found {values.shape}")
+    finite = np.isfinite(values)
+    if not finite.all():
+        bad = ~finite.all(axis=1)
+        raise ValueError(
+            f"points: expected finite values, found {bad.sum()} of {len(values)} with NaN or infinity, the first at "
+            f"index {bad.argmax()}"
+        )
+    return values
+
+
+def _four_columns(data: bytes | bytearray | memoryview) -> np.ndarray:
+    """`(N, 4)` of the bytes of a scan, unless they look like other columns or another type."""
+    size = memoryview(data).nbytes
+    likely = _likely_layout(data)
+    if likely is not None:
+        raise ValueError(f"points: expected four float32 (x y z reflectance) a point, found what looks like {likely}")
+    if size % 16:
+        raise ValueError(f"points: expected the bytes of whole points, 16 (four float32) each, found {size} bytes")
+    return np.frombuffer(data, dtype="<f4").reshape(-1, 4)
+
+
+def _likely_layout(data: bytes | bytearray | memoryview) -> str | None:
+    """What the bytes of a scan look like where that is not four float32 a point, such as `"5 columns of float32"`."""
+    size = memoryview(data).nbytes
+    largest = {}
+    for dtype in ("<f4", "<f8"):
+        values = np.frombuffer(data, dtype, count=size // np.dtype(dtype).itemsize)
+        sizes = np.abs(values)
+        largest[dtype] = sizes.max(initial=0)
+        if np.isnan(largest[dtype]):  # NaN is no evidence of another type, and slow to look beyond
+            largest[dtype] = np.fmax.reduce(sizes, initial=0)
+        if largest[dtype] <= LARGEST_VALUE:
+            columns = _likely_columns(values)
+            return None if (dtype, columns) == ("<f4", 4) else f"{columns} columns of {values.dtype.name}"
+    return f"another type: as float32 its values reach {largest['<f4']:.2g}"
+
+
+def _likely_columns(values: np.ndarray) -> int:
+    """How many columns a flat array of points has, 3 to 7: 4 unless another number is clearly more likely.
+
+    Coordinates, reflectance, ring and time have magnitudes of their own. Cut at the wrong length the columns are
+    mixtures of all of them, so the share of the variance that lies between columns tells the right length.
+    """
+    blocks = values[: values.size // 420 * 420].reshape(-1, 420)  # 420 is a multiple of every length
+    if not len(blocks):
+        return 4
+    magnitudes = np.log(np.abs(blocks[:: len(blocks) // 16 + 1], dtype=np.float32) + 0.01)
+    total = magnitudes.var()
+
+    def share_between(columns: int) -> float:
+        return magnitudes.reshape(-1, columns).mean(axis=0).var() / max(total, 1e-6)
+
+    four = share_between(4)
+    if not four < 0.5:
+        return 4
+    shares = {columns: share_between(columns) for columns in (3, 5, 6, 7)}
+    best = max(shares, key=lambda columns: round(shares[columns], 2))
+    return best if shares[best] > four + 0.1 else 4
 
 
 @contextmanager
@@ -18,134 +235,6 @@ def naming_row(row: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{row}: {error}") from error
-
-
-def to_point_cloud(points: Any) -> np.ndarray:
-    """Points as (N, 4) float32, checked: x, y, z in metres and reflectance.
-
-    Args:
-        points: bytes of little-endian float32 records of four, or an array or tensor (N, 4).
-
-    Raises:
-        ValueError: half a record, another shape, or NaN or infinite values.
-    """
-    if isinstance(points, bytes | bytearray | memoryview):
-        size = memoryview(points).nbytes
-        if size % 16:
-            raise ValueError(f"points: expected the bytes of whole points, 16 (four float32) each, found {size} bytes")
-        cloud = np.frombuffer(points, dtype="<f4").reshape(-1, 4)
-    else:
-        if isinstance(points, torch.Tensor):
-            points = points.detach().cpu().numpy()
-        cloud = np.asarray(points, dtype=np.float32)
-    if cloud.ndim != 2 or cloud.shape[1] != 4:
-        raise ValueError(f"points: expected shape (N, 4), x y z reflectance, found {cloud.shape}")
-    finite = np.isfinite(cloud)
-    if not finite.all():
-        bad = ~finite.all(axis=1)
-        raise ValueError(
-            f"points: expected finite values, found {bad.sum()} of {len(cloud)} with NaN or infinity, the first at "
-            f"index {bad.argmax()}"
-        )
-    return cloud
-
-
-class SimIPUFeatureExtractor(FeatureExtractionMixin):
-    """Filters LiDAR scans and draws a fixed number of points.
-
-    Args:
-        num_points: points per cloud, drawn without replacement where the cloud has enough, else with.
-        point_cloud_range: x, y, z minimum, then maximum, in metres in the LiDAR frame; points strictly inside are
-            kept. `None` keeps all. The default is the official configuration's.
-        do_filter_field_of_view: keep only points that the camera sees: in front of it and between the centres of the
-            outermost pixels of the original image.
-    """
-
-    model_input_names = ["points"]  # noqa: RUF012
-
-    def __init__(
-        self,
-        num_points: int = 16384,
-        point_cloud_range: Sequence[float] | None = (0.0, -40.0, -3.0, 70.4, 40.0, 1.0),
-        do_filter_field_of_view: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        if num_points < 1:
-            raise ValueError(f"num_points: expected at least 1, found {num_points}")
-        if point_cloud_range is not None:
-            low, high = point_cloud_range[:3], point_cloud_range[3:]
-            if len(point_cloud_range) != 6 or any(a >= b for a, b in zip(low, high, strict=True)):
-                raise ValueError(
-                    f"point_cloud_range: expected x y z minimum, then maximum, found {list(point_cloud_range)}"
-                )
-            point_cloud_range = [float(bound) for bound in point_cloud_range]
-        self.num_points = num_points
-        self.point_cloud_range = point_cloud_range
-        self.do_filter_field_of_view = do_filter_field_of_view
-        super().__init__(**kwargs)
-
-    def filter(
-        self,
-        points: np.ndarray,
-        lidar_to_image: np.ndarray | None = None,
-        image_size: tuple[int, int] | None = None,
-    ) -> np.ndarray:
-        """Points inside the range and, where `lidar_to_image` is given, seen by the camera; their order is kept.
-
-        Args:
-            points: (N, 4).
-            lidar_to_image: (3, 4), LiDAR to pixels of the original image.
-            image_size: height and width of the original image.
-
-        Raises:
-            ValueError: no point is left, or `lidar_to_image` comes without `image_size`.
-        """
-        kept = points
-        if self.point_cloud_range is not None:
-            x, y, z = points[:, 0], points[:, 1], points[:, 2]
-            x_min, y_min, z_min, x_max, y_max, z_max = self.point_cloud_range
-            inside = (x > x_min) & (x < x_max) & (y > y_min) & (y < y_max) & (z > z_min) & (z < z_max)
-            kept = points.compress(inside, axis=0)  # several times faster than points[inside]
-        in_range = len(kept)
-        if self.do_filter_field_of_view and lidar_to_image is not None:
-            if image_size is None:
-                raise ValueError("image_size: expected height and width beside lidar_to_image, found None")
-            # single precision is good to a thousandth of a pixel
-            pixels, depth = project_points(kept, np.asarray(lidar_to_image, kept.dtype))
-            kept = kept.compress(inside_image(pixels, depth, np.array(image_size), margin=0), axis=0)
-        if len(kept) == 0:
-            raise ValueError(
-                f"no usable point: of {len(points)} points {in_range} are inside point_cloud_range "
-                f"{self.point_cloud_range} and none of these projects into the image"
-                if in_range
-                else f"no usable point: none of {len(points)} points is inside point_cloud_range "
-                f"{self.point_cloud_range}"
-            )
-        return kept
-
-    def draw(self, points: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        """`num_points` of the points (N, 4), in random order: each at most once where there are enough."""
-        enough = len(points) >= self.num_points
-        return points.take(generator.choice(len(points), self.num_points, replace=not enough), axis=0)
-
-    def __call__(self, points: Any, seed: int = 0, return_tensors: str | None = "pt") -> BatchFeature:
-        """Range filter and drawing for one scan or a list of scans (the field of view needs `SimIPUProcessor`).
-
-        Args:
-            points: bytes, array or tensor (N, 4), or a list of these.
-            seed: of the drawing; the same scan gives the same points wherever it stands in the batch.
-
-        Returns:
-            `points` (B, num_points, 4) float32.
-
-        Raises:
-            ValueError: names the row, what was expected and what was found.
-        """
-        clouds = []
-        for row, scan in enumerate(points if isinstance(points, list | tuple) else [points]):
-            with naming_row(f"row {row}"):
-                clouds.append(self.draw(self.filter(to_point_cloud(scan)), np.random.default_rng(seed)))
-        return BatchFeature({"points": torch.from_numpy(np.stack(clouds))}, tensor_type=return_tensors)
 
 
 SimIPUFeatureExtractor.register_for_auto_class("AutoFeatureExtractor")

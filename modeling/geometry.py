@@ -8,7 +8,7 @@ Functions of an `Array` take NumPy arrays and torch tensors alike and return wha
 """
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ import torch.nn.functional as F
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
 MIN_DEPTH = 1e-5
+# Published calibrations are rounded: four decimals of a rotation are 1e-4 off.
+ROTATION_TOLERANCE = 1e-3
 
 
 def transform_points(points: Array, matrix: Array) -> Array:
@@ -69,6 +71,39 @@ def inside_image(pixels: Array, depth: Array, image_sizes: Array, margin: float 
     return (depth > MIN_DEPTH) & in_columns & in_rows
 
 
+# Rows: x ahead, y left and z up of the camera-aligned frame, in the camera's own x right, y down, z ahead.
+CAMERA_TO_ALIGNED = np.array([[0.0, 0.0, 1.0], [-1.0, 0.0, 0.0], [0.0, -1.0, 0.0]])
+
+
+def camera_aligned_frame(camera_projection: np.ndarray, lidar_to_camera: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The frame that follows from the camera alone: x along the optical axis, y left, z up, metres.
+
+    Its origin is the camera's centre, the point that `camera_projection` sends to depth 0 and to no pixel. That takes
+    in the projection's last column (in KITTI the offset of a camera from camera 0), so x is the depth exactly and the
+    projection out of this frame has no offset: it knows nothing of where the LiDAR is or how its axes are named.
+
+    Args:
+        camera_projection, lidar_to_camera: as `to_calibration` returns them.
+
+    Returns:
+        `lidar_to_aligned` (4, 4) and `aligned_to_pixel` (3, 4), float64.
+
+    Raises:
+        ValueError: `camera_projection` has no centre, its left 3 x 3 being singular.
+    """
+    intrinsics = camera_projection[:, :3]
+    try:
+        offset = np.linalg.solve(intrinsics, camera_projection[:, 3])
+    except np.linalg.LinAlgError as error:
+        raise ValueError(
+            f"camera_projection: expected an invertible left 3 x 3, found {intrinsics.tolist()}"
+        ) from error
+    lidar_to_aligned = np.eye(4)
+    lidar_to_aligned[:3, :3] = CAMERA_TO_ALIGNED @ lidar_to_camera[:3, :3]
+    lidar_to_aligned[:3, 3] = CAMERA_TO_ALIGNED @ (lidar_to_camera[:3, 3] + offset)
+    return lidar_to_aligned, np.column_stack([intrinsics @ CAMERA_TO_ALIGNED.T, np.zeros(3)])
+
+
 def content_mask(image_sizes: torch.Tensor, padded_size: tuple[int, int]) -> torch.Tensor:
     """`(B, 1, H, W)` bool: which pixels of padded images belong to the images of `image_sizes` `(B, 2)`."""
     rows, columns = (torch.arange(length, device=image_sizes.device) for length in padded_size)
@@ -116,7 +151,8 @@ def to_calibration(camera_projection: Any, lidar_to_camera: Any) -> tuple[np.nda
         lidar_to_camera: (4, 4), LiDAR to rectified camera, homogeneous.
 
     Raises:
-        ValueError: no numbers, a wrong shape, values that are not finite, or a last row that is not 0 0 0 1.
+        ValueError: no numbers, a wrong shape, values that are not finite, a projection whose last row is not 0 0 1 and
+            a distance, or a `lidar_to_camera` that is not a rotation and a shift.
     """
     matrices = []
     for name, matrix, shape in (
@@ -134,37 +170,64 @@ def to_calibration(camera_projection: Any, lidar_to_camera: Any) -> tuple[np.nda
         if not np.isfinite(matrix).all():
             raise ValueError(f"{name}: expected finite values, found NaN or infinity")
         matrices.append(matrix)
-    if not np.allclose(matrices[1][3], (0, 0, 0, 1)):
-        raise ValueError(f"lidar_to_camera: expected the last row 0 0 0 1, found {matrices[1][3].tolist()}")
-    return matrices[0], matrices[1]
+    projection, extrinsics = matrices
+    if not np.allclose(projection[2, :3], (0, 0, 1)):
+        raise ValueError(
+            f"camera_projection: expected the last row 0 0 1 and a distance, found {projection[2].tolist()}"
+        )
+    if not np.allclose(extrinsics[3], (0, 0, 0, 1)):
+        raise ValueError(f"lidar_to_camera: expected the last row 0 0 0 1, found {extrinsics[3].tolist()}")
+    rotation = extrinsics[:3, :3]
+    error = np.abs(rotation @ rotation.T - np.eye(3)).max()
+    if error > ROTATION_TOLERANCE or np.linalg.det(rotation) < 0:
+        raise ValueError(
+            "lidar_to_camera: expected a rotation in the left 3 x 3, orthonormal and not mirrored, found "
+            f"{rotation.round(4).tolist()}, {error:.2g} off"
+        )
+    return projection, extrinsics
 
 
-def sample_feature_maps(
-    maps: Sequence[torch.Tensor],
-    pixels: torch.Tensor,
-    sizes: torch.Tensor,
-    align_corners: bool,
-    padding_mode: str = "zeros",
-) -> torch.Tensor:
-    """Bilinear samples of several feature maps, concatenated: `(B, M, sum of C_s)`.
+class FeatureGrid(NamedTuple):
+    """Where the cells of a feature map look: cell (row, column) is centred on pixel offset + index * stride."""
+
+    stride_y: float
+    stride_x: float
+    offset_y: float
+    offset_x: float
+
+    def cells(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels `(..., 2)` as fractional cell coordinates, x and y; an integer is the centre of a cell."""
+        x, y = pixels.unbind(-1)
+        return torch.stack([(x - self.offset_x) / self.stride_x, (y - self.offset_y) / self.stride_y], dim=-1)
+
+    def pixels(self, map_size: tuple[int, int], device: torch.device | None = None) -> torch.Tensor:
+        """The pixel `(H * W, 2)`, x and y, on which each cell of a map of height and width `map_size` is centred."""
+        y = torch.arange(map_size[0], device=device) * self.stride_y + self.offset_y
+        x = torch.arange(map_size[1], device=device) * self.stride_x + self.offset_x
+        return torch.cartesian_prod(y, x).flip(-1)
+
+
+def aligned_corners_grid(map_size: Sequence[int], image_size: Sequence[int]) -> FeatureGrid:
+    """The grid that puts the outermost cells on pixel 0 and on the image's height and width, as the official code."""
+    stride_y, stride_x = (length / max(cells - 1, 1e-9) for length, cells in zip(image_size, map_size, strict=True))
+    return FeatureGrid(stride_y, stride_x, 0.0, 0.0)
+
+
+def sample_feature_map(feature_map: torch.Tensor, cells: torch.Tensor, padding_mode: str = "border") -> torch.Tensor:
+    """Bilinear samples `(B, M, C)` of a feature map.
 
     Args:
-        maps: `(B, C_s, H_s, W_s)` each.
-        pixels: `(B, M, 2)`, x and y in pixels of the image.
-        sizes: `(B, 2)`, the height and width in pixels that the maps are taken to cover.
-        align_corners: true maps 0 and `sizes` to the outermost cell centres; false takes integer pixels as pixel
-            centres and samples cells at theirs.
-        padding_mode: `"zeros"` outside the outermost cell centres, or `"border"`, the nearest cell.
+        feature_map: `(B, C, H, W)`.
+        cells: `(B, M, 2)`, x and y in cells, as [`FeatureGrid.cells`] gives them.
+        padding_mode: beyond the outermost cells `"border"`, the nearest one, or `"zeros"`.
     """
-    width_height = sizes.flip(-1).unsqueeze(1).to(pixels.dtype)
-    grid = (pixels if align_corners else pixels + 0.5) / width_height * 2 - 1
-    sampled = [
-        F.grid_sample(
-            m.to(grid.dtype), grid.unsqueeze(2), padding_mode=padding_mode, align_corners=align_corners
-        ).squeeze(-1)
-        for m in maps
-    ]
-    return torch.cat(sampled, dim=1).transpose(1, 2)
+    height, width = feature_map.shape[-2:]
+    x, y = cells.unbind(-1)
+    grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1)
+    sampled = F.grid_sample(
+        feature_map.to(grid.dtype), grid.unsqueeze(2), padding_mode=padding_mode, align_corners=False
+    )
+    return sampled.squeeze(-1).transpose(1, 2)
 
 
 def _apply_rows(matrix: Array, points: Array) -> list[Array]:

@@ -1,5 +1,6 @@
 """Image processor of SimIPU: the image pipeline of pre-training, fine-tuning and inference."""
 
+import copy
 import functools
 import math
 from collections.abc import Sequence
@@ -13,24 +14,10 @@ from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs, Unpack
 
-from .geometry import content_mask
+from .geometry import content_mask, pixel_transform
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-# Only what differs from the class attributes below, which are the recommended preset.
-IMAGE_PRESETS: dict[str, dict[str, Any]] = {
-    "recommended": {},
-    "official": {
-        "size": {"height": 384, "width": 1280},
-        "keep_aspect_ratio": True,
-        "do_flip_channel_order": True,
-        "do_rescale": False,
-        "image_mean": [103.53, 116.28, 123.675],
-        "image_std": [1.0, 1.0, 1.0],
-        "half_pixel_centers": False,
-    },
-}
 
 
 def size_within(image_size: tuple[int, int], bounds: tuple[int, int]) -> tuple[int, int]:
@@ -53,6 +40,21 @@ def pad_to_largest(images: Sequence[torch.Tensor], divisor: int = 32) -> torch.T
     return batch
 
 
+def to_8_bits(image: Any) -> Any:
+    """The image with 8 bits a channel; 16 bits are scaled to them, anything else is returned as it is.
+
+    Raises:
+        ValueError: 32-bit integers, which say nothing about what is white, or floats in a file.
+    """
+    mode = image.mode if isinstance(image, Image) else str(getattr(image, "dtype", "")).removeprefix("torch.")
+    if mode.startswith("I;16") or mode == "uint16":
+        values = image.numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
+        return (values / 257).round().astype(np.uint8)
+    if mode in ("I", "F", "int8", "int16", "uint32", "int32", "uint64", "int64"):
+        raise ValueError(f"expected 8 or 16 bits a channel, found mode {mode!r}: convert it first")
+    return image
+
+
 class SimIPUImageProcessorKwargs(ImagesKwargs, total=False):
     """
     keep_aspect_ratio (`bool`): resize within `size` instead of to `size`.
@@ -68,18 +70,24 @@ class SimIPUImageProcessorKwargs(ImagesKwargs, total=False):
 
 
 class SimIPUImageProcessor(TorchvisionBackend):
-    """Resizes, normalises and pads camera images.
+    """Crops, resizes, normalises and pads camera images.
 
-    Calling it on one image or many (PIL, arrays or tensors, 0 to 255) returns `pixel_values` (B, 3, H, W) float32,
-    zero-padded on the right and at the bottom to the batch's largest image and to multiples of `pad_size_divisor`,
-    and `image_sizes` (B, 2) int64, height and width of each image before padding. Images that are not RGB are
-    converted. Values are those of the recommended preset; `SimIPUProcessor.from_preset` has the official ones.
+        >>> image_processor = SimIPUImageProcessor(size={"height": 352, "width": 1216})
+        >>> pixel_values = image_processor(image, return_tensors="pt")["pixel_values"]
+
+    Calling it on one image or many (PIL, arrays or tensors, 0 to 255; 16-bit ones are scaled) returns `pixel_values`
+    (B, 3, H, W) float32, zero-padded on the right and at the bottom to the batch's largest image and to multiples of
+    `pad_size_divisor`, and `image_sizes` (B, 2) int64, height and width of each image before padding. Images that are
+    not RGB are converted. `crop_size` keeps the window of that height and width at the bottom centre of every image,
+    where the road is (KITTI's depth benchmark: 352 x 1216), and comes before the resize. Values are those of the
+    recommended preset; `SimIPUProcessor.from_preset` has the official ones.
     """
 
     valid_kwargs = SimIPUImageProcessorKwargs
     model_input_names = ["pixel_values", "image_sizes"]  # noqa: RUF012
 
     do_convert_rgb = True
+    crop_size: Any = None
     do_resize = True
     size: Any = {"height": 384, "width": 1248}  # noqa: RUF012 (an instance's is a SizeDict)
     keep_aspect_ratio = False
@@ -96,71 +104,107 @@ class SimIPUImageProcessor(TorchvisionBackend):
 
     def __init__(self, **kwargs: Unpack[SimIPUImageProcessorKwargs]) -> None:
         super().__init__(**kwargs)
+        if self.pad_size_divisor < 1:
+            raise ValueError(f"pad_size_divisor: expected at least 1, found {self.pad_size_divisor}")
+
+    def with_settings(self, **settings: Any) -> "SimIPUImageProcessor":
+        """A copy of this processor with some settings changed."""
+        changed = copy.copy(self)
+        current = {name: getattr(self, name) for name in self._valid_kwargs_names}
+        vars(changed).update(self._standardize_kwargs(**(current | settings)))
+        return changed
 
     def load_image(self, image: Any) -> torch.Tensor:
-        """An image, decoded and in RGB: (3, height, width), in its own data type.
+        """An image, decoded and in RGB: (3, height, width), in its own data type (16 bits become 8).
 
         Raises:
             ValueError: the image cannot be read.
         """
         try:
-            if isinstance(image, Image) and image.mode == "RGB":
-                # Left channels-last in memory: torchvision resizes that three times as fast.
-                return torch.from_numpy(np.array(image)).permute(2, 0, 1)
             return self.process_image(self.fetch_images(image), do_convert_rgb=True)
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and errors of its own
             raise ValueError(f"image: cannot be read as RGB ({type(error).__name__}: {error})") from error
 
-    def output_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """Height and width, before padding, to which an image of height and width `image_size` is resized."""
-        if not self.do_resize:
-            return image_size
-        return _resized_size(image_size, self.size, self.keep_aspect_ratio)
+    def process_image(self, image: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """transformers' conversion of one image to a tensor (C, height, width), of 16-bit images as well."""
+        image = to_8_bits(image)
+        if isinstance(image, Image) and image.mode == "RGB":
+            # left channels-last in memory: torchvision resizes that three times as fast
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return super().process_image(image, *args, **kwargs)
 
-    def _preprocess(  # type: ignore[override]  # called by name, with the values of valid_kwargs
+    def crop_window(self, image_size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """Top, left, height and width of the part of an image of height and width `image_size` that is kept.
+
+        Raises:
+            ValueError: the image is smaller than `crop_size`.
+        """
+        if self.crop_size is None:
+            return 0, 0, *image_size
+        height, width = self.crop_size.height, self.crop_size.width
+        top, left = image_size[0] - height, (image_size[1] - width) // 2
+        if top < 0 or left < 0:
+            raise ValueError(
+                f"crop_size: expected an image of at least {height} x {width} pixels (height x width), found "
+                f"{image_size[0]} x {image_size[1]}"
+            )
+        return top, left, height, width
+
+    def output_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width, before padding, that an image of height and width `image_size` gets."""
+        return self._resized_size(self.crop_window(image_size)[2:])
+
+    def _resized_size(self, window_size: tuple[int, int]) -> tuple[int, int]:
+        if not self.do_resize:
+            return window_size
+        if not (self.size.height and self.size.width):
+            raise ValueError(f"size: expected height and width, found {dict(self.size)}")
+        bounds = (self.size.height, self.size.width)
+        return size_within(window_size, bounds) if self.keep_aspect_ratio else bounds
+
+    def resize_image(
         self,
-        images: list[torch.Tensor],
-        do_resize: bool,
-        size: SizeDict,
-        keep_aspect_ratio: bool,
-        resample: Any,
-        do_flip_channel_order: bool,
-        do_rescale: bool,
-        rescale_factor: float,
-        do_normalize: bool,
-        image_mean: list[float],
-        image_std: list[float],
-        do_pad: bool,
-        pad_size_divisor: int,
-        return_tensors: str | None = None,
-        **kwargs: Any,
+        image: torch.Tensor,
+        window: tuple[int, int, int, int] | None = None,
+        output_size: tuple[int, int] | None = None,
+    ) -> torch.Tensor:
+        """A window of an image (C, H, W), resized.
+
+        Args:
+            image: 0 to 255, in any data type.
+            window: top, left, height and width; `None` takes this processor's crop.
+            output_size: height and width; `None` takes those that this processor gives the window.
+        """
+        top, left, height, width = window or self.crop_window((image.shape[-2], image.shape[-1]))
+        image = image[:, top : top + height, left : left + width]
+        new_height, new_width = output_size or self._resized_size((height, width))
+        if (new_height, new_width) == (height, width):
+            return image
+        return self.resize(image, SizeDict(height=new_height, width=new_width), self.resample)
+
+    def pixel_transform(self, image_size: tuple[int, int]) -> np.ndarray:
+        """What this processor does to the pixel coordinates of an image of height and width `image_size`, (3, 3)."""
+        window = self.crop_window(image_size)
+        return pixel_transform(window, self._resized_size(window[2:]), False, self.half_pixel_centers)
+
+    def _preprocess(  # type: ignore[override]
+        self, images: list[torch.Tensor], return_tensors: str | None = None, **settings: Any
     ) -> BatchFeature:
-        resized = []
-        for image in images:
-            if do_resize:
-                height, width = _resized_size((image.shape[-2], image.shape[-1]), size, keep_aspect_ratio)
-                image = self.resize(image, SizeDict(height=height, width=width), resample)
-            resized.append(image)
+        processor = self.with_settings(**settings)
+        resized = [processor.resize_image(image) for image in images]
         image_sizes = torch.tensor([image.shape[-2:] for image in resized], device=resized[0].device)
-        settings = {
-            "do_flip_channel_order": do_flip_channel_order,
-            "do_rescale": do_rescale,
-            "rescale_factor": rescale_factor,
-            "do_normalize": do_normalize,
-            "image_mean": image_mean,
-            "image_std": image_std,
-        }
-        pixel_values = (
-            self.normalize_images(pad_to_largest(resized, pad_size_divisor), image_sizes, **settings)
-            if do_pad
-            else [
-                self.normalize_images(image[None], size[None], **settings)[0]
+        pixel_values: torch.Tensor | list[torch.Tensor]
+        if processor.do_pad:
+            padded = pad_to_largest(resized, processor.pad_size_divisor)
+            pixel_values = processor.normalize_images(padded, image_sizes)
+        else:
+            pixel_values = [
+                processor.normalize_images(image[None], size[None])[0]
                 for image, size in zip(resized, image_sizes, strict=True)
             ]
-        )
         return BatchFeature({"pixel_values": pixel_values, "image_sizes": image_sizes}, tensor_type=return_tensors)
 
-    def normalize_images(self, images: torch.Tensor, image_sizes: torch.Tensor, **settings: Any) -> torch.Tensor:
+    def normalize_images(self, images: torch.Tensor, image_sizes: torch.Tensor) -> torch.Tensor:
         """The `pixel_values` of images that are resized and padded, computed where they are.
 
         A data loader's workers can then leave it to the training device: bytes are a quarter of the size.
@@ -168,24 +212,21 @@ class SimIPUImageProcessor(TorchvisionBackend):
         Args:
             images: (B, 3, H, W) RGB, 0 to 255.
             image_sizes: (B, 2), height and width of each image before padding.
-            settings: what to change of this processor's own for this call.
 
         Returns:
             (B, 3, H, W) float32, zero outside the images.
         """
-        names = ("do_flip_channel_order", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
-        settings = {name: getattr(self, name) for name in names} | settings
-        if settings.pop("do_flip_channel_order"):
+        if self.do_flip_channel_order:
             images = images.flip(1)
-        pixels = self.rescale_and_normalize(images, **settings)
-        padded_size = (images.shape[-2], images.shape[-1])
-        inside = content_mask(image_sizes, padded_size)
+        names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+        pixels = self.rescale_and_normalize(images, **{name: getattr(self, name) for name in names})
+        inside = content_mask(image_sizes, (images.shape[-2], images.shape[-1]))
         return pixels.to(torch.float32).masked_fill(~inside, 0).contiguous()
 
     def post_process_depth_estimation(
         self, outputs: Any, target_sizes: torch.Tensor | Sequence[tuple[int, int]] | None = None
     ) -> list[dict[str, torch.Tensor]]:
-        """Depth maps in the size of the original images, padding removed.
+        """Depth maps in the size of the original images, padding removed and the crop put back in its place.
 
         Args:
             outputs: a model output whose `predicted_depth` (B, H, W) covers the padded `pixel_values` of images that
@@ -193,10 +234,11 @@ class SimIPUImageProcessor(TorchvisionBackend):
             target_sizes: height and width of each original image; without them the maps are returned as they are.
 
         Returns:
-            One dictionary per image with `predicted_depth` (height, width), in the unit of the model.
+            One dictionary per image with `predicted_depth` (height, width), in the unit of the model; 0, which stands
+            for no depth in every depth map, outside the window that `crop_size` keeps.
 
         Raises:
-            ValueError: as many target sizes as depth maps are needed.
+            ValueError: as many target sizes as depth maps are needed, none smaller than `crop_size`.
         """
         depths = outputs.predicted_depth
         if target_sizes is None:
@@ -213,18 +255,13 @@ class SimIPUImageProcessor(TorchvisionBackend):
                 max(1, round(cells * length / whole))
                 for cells, length, whole in zip(depth.shape, content, padded, strict=True)
             )
-            depth = torch.nn.functional.interpolate(
-                depth[None, None, :rows, :columns], size=target, mode="bilinear", align_corners=False
-            )
-            results.append({"predicted_depth": depth[0, 0]})
+            top, left, height, width = self.crop_window(target)
+            window = torch.nn.functional.interpolate(
+                depth[None, None, :rows, :columns], size=(height, width), mode="bilinear", align_corners=False
+            )[0, 0]
+            placed = (left, target[1] - left - width, top, target[0] - top - height)
+            results.append({"predicted_depth": torch.nn.functional.pad(window, placed)})
         return results
-
-
-def _resized_size(image_size: tuple[int, int], size: SizeDict, keep_aspect_ratio: bool) -> tuple[int, int]:
-    if not (size.height and size.width):
-        raise ValueError(f"size: expected height and width, found {dict(size)}")
-    bounds = (size.height, size.width)
-    return size_within(image_size, bounds) if keep_aspect_ratio else bounds
 
 
 SimIPUImageProcessor.register_for_auto_class("AutoImageProcessor")

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 from simipu_hf.data.rows import Frame
 from simipu_hf.data.two_views import TwoViewAugmentation, two_view_sample
-from simipu_hf.evaluation.correspondence import cell_centers, dense_image_embeds
-from simipu_hf.modeling.geometry import invert_transform, pixel_transform, project_points, transform_points
-from simipu_hf.modeling.image_encoder import TimmModel, image_feature_maps, sorted_stages
+from simipu_hf.evaluation.correspondence import dense_image_embeds
+from simipu_hf.modeling.geometry import FeatureGrid, invert_transform, pixel_transform, project_points, transform_points
+from simipu_hf.modeling.image_encoder import TimmModel, feature_grids, image_feature_maps, sorted_stages
 from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
 from simipu_hf.modeling.matching import PendingMatch
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
@@ -87,25 +87,20 @@ class CellMap:
         return replace(self, values=values)
 
 
-def cell_map(
-    values: np.ndarray, padded_size: tuple[int, int], resize: np.ndarray, frame: Frame, align_corners: bool = False
-) -> CellMap:
+def cell_map(values: np.ndarray, grid: FeatureGrid, resize: np.ndarray, frame: Frame) -> CellMap:
     """Places a map of the processed image over the original image.
 
     Args:
         values: `(h, w, D)`.
-        padded_size: height and width of the processed image, padding included.
+        grid: where its cells lie in the processed image.
         resize: `(3, 3)`, pixels of the original to those of the processed image.
         frame: the original.
-        align_corners: of the model's configuration.
     """
     height, width = values.shape[:2]
-    centers = cell_centers((height, width), padded_size, align_corners).double().numpy().reshape(height, width, 2)
+    centers = grid.pixels((height, width)).double().numpy().reshape(height, width, 2)
     scale, shift = resize[[0, 1], [0, 1]], resize[:2, 2]
     pixels = (centers - shift) / scale
-    # cells are as wide as their centres are apart; one cell alone covers the image
-    counts, whole = np.array([width, height]), np.array(padded_size[::-1]) / scale
-    cell_size = np.where(counts > 1, (pixels[-1, -1] - pixels[0, 0]) / np.maximum(counts - 1, 1), whole)
+    cell_size = np.array([grid.stride_x, grid.stride_y]) / scale
     last_edge = np.array(frame.image.shape[1::-1]) - 0.5
     inside = (pixels + cell_size / 2 > -0.5).all(-1) & (pixels - cell_size / 2 < last_edge).all(-1)
     return CellMap(values, pixels, cell_size, inside)
@@ -135,9 +130,8 @@ def embed_frame(
     batch = processor(images=frame.image, **{name: row[name] for name in names}).to(model.device)
     maps = model.simipu.get_image_features(batch["pixel_values"])
     padded_size = tuple(batch["pixel_values"].shape[-2:])
-    embeds, _ = dense_image_embeds(model, maps, padded_size)
-    finest = max(maps, key=lambda feature: feature.shape[-1])
-    values = embeds[0].unflatten(0, tuple(finest.shape[-2:])).cpu().numpy()
+    embeds, grid = dense_image_embeds(model, maps, padded_size)
+    values = embeds[0].unflatten(0, tuple(maps[0].shape[-2:])).cpu().numpy()
     resize = _resize_transform(frame, batch["image_sizes"][0].tolist(), processor.image_processor)
 
     kept = model.simipu.get_point_features(batch["points"])
@@ -149,7 +143,7 @@ def embed_frame(
     pixels, depth = project_points(coordinates.double(), batch["lidar_to_pixel"][0].double())
     pixels = (pixels.cpu().numpy() - resize[:2, 2]) / resize[[0, 1], [0, 1]]
     return FrameEmbeds(
-        cell_map(values, padded_size, resize, frame, model.config.align_corners),
+        cell_map(values, grid, resize, frame),
         frame.lift(pixels, depth.cpu().numpy()),
         F.normalize(points.float(), dim=-1).cpu().numpy(),
     )
@@ -159,17 +153,20 @@ def embed_frame(
 def encode_image(
     encoder: TimmModel, image_processor: SimIPUImageProcessor, frame: Frame, stages: Sequence[int]
 ) -> dict[str, CellMap]:
-    """Feature maps of a timm model's stages, named `"stage 2, stride 8"`; the encoder is in evaluation mode."""
+    """Feature maps of a timm model's stages, named `"stage 2, stride 8"`; the encoder is in evaluation mode.
+
+    Raises:
+        ValueError: it is not known where the cells of a stage look.
+    """
     device = next(encoder.parameters()).device
     batch = image_processor(frame.image, return_tensors="pt").to(device)
-    padded_size = tuple(batch["pixel_values"].shape[-2:])
     resize = _resize_transform(frame, batch["image_sizes"][0].tolist(), image_processor)
-    maps = image_feature_maps(encoder, batch["pixel_values"], stages)
+    maps, grids = image_feature_maps(encoder, batch["pixel_values"], stages), feature_grids(encoder, stages)
     return {
-        f"stage {stage}, stride {round(padded_size[0] / feature.shape[-2])}": cell_map(
-            feature[0].permute(1, 2, 0).float().cpu().numpy(), padded_size, resize, frame
+        f"stage {stage}, stride {round(grid.stride_y)}": cell_map(
+            feature[0].permute(1, 2, 0).float().cpu().numpy(), grid, resize, frame
         )
-        for stage, feature in zip(sorted_stages(encoder, stages), maps, strict=True)
+        for stage, feature, grid in zip(sorted_stages(encoder, stages), maps, grids, strict=True)
     }
 
 

@@ -4,6 +4,7 @@ import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -341,7 +342,9 @@ def test_rows_are_prepared_anew_where_files_or_code_change(object_root, tmp_path
     )
     assert len(load_pretraining_dataset(**options)[0]["points"]) < len(first)
     prepared = len(list((tmp_path / "cache").rglob("*.arrow")))
-    monkeypatch.setattr(kitti, "code_hash", lambda: "another version")
+    changed = tmp_path / "kitti.py"
+    changed.write_bytes(Path(kitti.__file__).read_bytes() + b"\n# changed\n")
+    monkeypatch.setattr(kitti, "__file__", str(changed))
     load_pretraining_dataset(**options)
     assert len(list((tmp_path / "cache").rglob("*.arrow"))) == prepared + 1
 

@@ -1,4 +1,4 @@
-"""Two-view augmentation and its data set: geometry against the image itself and written-out formulae; purity."""
+"""Two views of a row and their batch: geometry against the image itself and written-out formulae; purity."""
 
 import io
 import math
@@ -7,11 +7,19 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from scipy.spatial.transform import Rotation
 
-from simipu_hf.data.augmentation import TwoViewAugmentation, two_view_sample, view_transform
-from simipu_hf.data.collate import TwoViewCollator
-from simipu_hf.data.pretraining_dataset import TwoViewDataset
+from simipu_hf.data.two_views import (
+    TwoViewAugmentation,
+    TwoViewCollator,
+    TwoViewDataset,
+    to_model_inputs,
+    two_view_sample,
+    view_transform,
+)
 from simipu_hf.errors import SimIPUError
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 from simipu_hf.training.sampling import GlobalBatchSampler
@@ -48,6 +56,15 @@ def project(matrix, points):
     return (homogeneous[:2] / homogeneous[2]).T
 
 
+def original_pixels(points, preset="recommended", projection=CAMERA_PROJECTION, lidar_to_camera=LIDAR_TO_CAMERA):
+    """Where points of a sample are in the row's image: from the camera-aligned frame, or from the LiDAR's."""
+    if preset == "official":
+        return project(projection @ lidar_to_camera, points)
+    x, y, z = np.asarray(points, np.float64)[:, :3].T
+    center = np.linalg.inv(projection[:, :3]) @ projection[:, 3]
+    return project(projection, np.column_stack([-y, -z, x]) - center)
+
+
 AUGMENTATIONS = {
     "plain": {"flip_probability": 0.0},
     "flip": {"flip_probability": 1.0},
@@ -61,6 +78,9 @@ AUGMENTATIONS = {
         "translation_std": 1.0,
     },
 }
+
+
+EVERYTHING = TwoViewAugmentation(**AUGMENTATIONS["everything"])
 
 
 @pytest.mark.parametrize("size", [(96, 320), (64, 96)])
@@ -79,7 +99,7 @@ def test_lidar_to_pixel_agrees_with_the_image_itself(name, size):
         # least squares: pixel of the processed image as an affine function of the source pixel
         columns = np.column_stack([*source, np.ones(source.shape[1])])
         fitted = np.linalg.lstsq(columns, np.column_stack([u, v]), rcond=None)[0]
-        original = project(CAMERA_PROJECTION @ LIDAR_TO_CAMERA, sample["points"])
+        original = original_pixels(sample["points"])
         expected = np.column_stack([original, np.ones(len(original))]) @ fitted
         assert np.abs(project(sample["lidar_to_pixel"], sample["points"]) - expected).max() < 1e-2
 
@@ -93,7 +113,7 @@ def test_lidar_to_pixel_equals_the_formula(preset, mirrored, random_resize):
     for index in range(5):
         sample = make_sample(make_row(), processor, augmentation, index=index)
         height, width = sample["image"].shape[-2:]
-        u, v = project(CAMERA_PROJECTION @ LIDAR_TO_CAMERA, sample["points"]).T
+        u, v = original_pixels(sample["points"], preset).T
         half = 0.5 if preset == "recommended" else 0.0
         u, v = (u + half) * width / WIDTH - half, (v + half) * height / HEIGHT - half
         if mirrored:
@@ -120,7 +140,7 @@ def test_a_dot_painted_at_a_point_is_found_where_the_point_projects(size):
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_both_views_hold_the_same_physical_points_in_separate_orders(name):
-    processor = SimIPUProcessor.from_preset("recommended", (32, 64), num_points=400)
+    processor = SimIPUProcessor.from_preset("official", (32, 64), num_points=400)
     row = make_row()
     sample = make_sample(row, processor, TwoViewAugmentation(**AUGMENTATIONS[name]))
     points, moved = sample["points"].numpy(), sample["points_aug"].numpy()
@@ -135,6 +155,53 @@ def test_both_views_hold_the_same_physical_points_in_separate_orders(name):
     np.testing.assert_array_equal(matrix[3], [0, 0, 0, 1])
     expected = np.column_stack([points[first, :3], np.ones(400)]) @ matrix.T
     assert np.abs(moved[second, :3] - expected[:, :3]).max() < 1e-4
+
+
+unit = st.floats(-1, 1, allow_subnormal=False)
+
+
+@settings(deadline=None, max_examples=25)
+@given(axis=st.tuples(unit, unit, unit), angle=st.floats(0, math.pi), shift=st.tuples(*[st.floats(-10, 10)] * 3))
+def test_the_sample_does_not_know_the_rig(axis, angle, shift):
+    """Turning and shifting the LiDAR's frame, extrinsics with it, changes nothing that training sees."""
+    motion = np.eye(4)
+    length = max(np.linalg.norm(axis), 1e-6)
+    motion[:3, :3] = Rotation.from_rotvec(np.array(axis) / length * angle).as_matrix()
+    motion[:3, 3] = shift
+    row = make_row(count=600)
+    scan = np.frombuffer(row["points"], "<f4").reshape(-1, 4)
+    pixels = project(CAMERA_PROJECTION @ LIDAR_TO_CAMERA, scan)
+    scan = scan[(np.minimum(pixels, (WIDTH, HEIGHT) - pixels) > 2).all(axis=1)]  # the border is as exact as float32
+    moved = np.column_stack([scan[:, :3] @ motion[:3, :3].T + motion[:3, 3], scan[:, 3]])
+    extrinsics = LIDAR_TO_CAMERA @ np.linalg.inv(motion)
+    processor = SimIPUProcessor.from_preset("recommended", (32, 64), num_points=200)
+    first, second = (
+        make_sample(
+            {**row, "points": points.astype("<f4").tobytes(), "lidar_to_camera": matrix}, processor, EVERYTHING
+        )
+        for points, matrix in ((scan, LIDAR_TO_CAMERA), (moved, extrinsics))
+    )
+    assert torch.equal(first["image"], second["image"])
+    for name in ("points", "points_aug", "lidar_to_aug", "lidar_to_pixel"):
+        assert (first[name] - second[name]).abs().max() <= 1e-5, name
+    apart = project(first["lidar_to_pixel"], first["points"]) - project(second["lidar_to_pixel"], second["points"])
+    assert np.abs(apart).max() <= 1e-4
+
+
+def test_points_are_kept_between_two_depths_whatever_the_axes():
+    near, far = 10.0, 30.0
+    processor = SimIPUProcessor.from_preset("recommended", (32, 64), num_points=50000, depth_range=(near, far))
+    row = make_row()
+    sample = make_sample(row, processor, TwoViewAugmentation())
+    kept = np.unique(sample["points"][:, 3].numpy())
+    scan = np.frombuffer(row["points"], "<f4").reshape(-1, 4).astype(np.float64)
+    homogeneous = CAMERA_PROJECTION @ LIDAR_TO_CAMERA @ np.column_stack([scan[:, :3], np.ones(len(scan))]).T
+    (u, v), depth = homogeneous[:2] / homogeneous[2], homogeneous[2]
+    seen = (u > -0.5) & (u < WIDTH - 0.5) & (v > -0.5) & (v < HEIGHT - 0.5) & (depth > near) & (depth < far)
+    np.testing.assert_array_equal(kept, np.unique(scan[seen, 3].astype(np.float32)))
+    expected = dict(zip(scan[:, 3].astype(np.float32), depth, strict=True))
+    for x, _, _, name in sample["points"].numpy():
+        assert abs(x - expected[name]) < 1e-4
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
@@ -158,7 +225,9 @@ def test_view_transform_reproduces_the_official_matrices(reference):
         unmirrored = np.diag([1, -1 if mirrored else 1, 1]) @ matrix[:3, :3]
         scale = np.cbrt(np.linalg.det(unmirrored))
         angle = math.atan2(unmirrored[0, 1], unmirrored[0, 0])
-        found = view_transform(angle, scale, np.zeros(3), TwoViewAugmentation().rotation_center, mirrored)
+        found = view_transform(
+            angle, scale, np.zeros(3), TwoViewAugmentation.from_preset("official").rotation_center, mirrored
+        )
         np.testing.assert_allclose(found, matrix, atol=1e-9)
 
 
@@ -228,6 +297,76 @@ def test_wrong_values_are_refused(values):
 def test_unknown_preset_is_refused():
     with pytest.raises(SimIPUError, match="unknown preset 'best': choose from recommended, official"):
         TwoViewAugmentation.from_preset("best")
+
+
+def make_item(height, width, value):
+    generator = torch.Generator().manual_seed(value)
+    return {
+        "image": torch.randint(256, (3, height, width), generator=generator, dtype=torch.uint8),
+        "points": torch.full((5, 4), float(value)),
+        "points_aug": torch.full((5, 4), -float(value)),
+        "lidar_to_aug": torch.eye(4) * value,
+        "lidar_to_pixel": torch.ones(3, 4) * value,
+    }
+
+
+@pytest.mark.parametrize("preset", ["recommended", "official"])
+def test_images_of_several_sizes_are_padded_to_the_largest_multiple_of_32_and_normalised(preset):
+    processor = SimIPUProcessor.from_preset(preset).image_processor
+    samples = [make_item(40, 90, 1), make_item(33, 128, 2), make_item(64, 20, 3)]
+    batch = TwoViewCollator(processor.pad_size_divisor)(samples)
+    assert batch["images"].shape == (3, 3, 64, 128)
+    assert batch["images"].dtype == torch.uint8
+    assert batch["image_sizes"].tolist() == [[40, 90], [33, 128], [64, 20]]
+    inputs = to_model_inputs(batch, processor)
+    assert sorted(inputs) == sorted({*batch, "pixel_values"} - {"images"})
+    assert inputs["pixel_values"].dtype == torch.float32
+    mean, std = (torch.tensor(value)[:, None, None] for value in (processor.image_mean, processor.image_std))
+    for pixels, sample, (height, width) in zip(inputs["pixel_values"], samples, batch["image_sizes"], strict=True):
+        levels = sample["image"].double() / (255 if processor.do_rescale else 1)
+        expected = ((levels.flip(0) if preset == "official" else levels) - mean) / std
+        torch.testing.assert_close(pixels[:, :height, :width].double(), expected, rtol=1e-6, atol=1e-6)
+        assert not pixels[:, height:].any()
+        assert not pixels[:, :, width:].any()
+
+
+@pytest.mark.parametrize("preset", ["recommended", "official"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_model_inputs_are_those_of_the_processor_alone(preset, channels_last):
+    processor = SimIPUProcessor.from_preset(preset).image_processor
+    samples = [make_item(40, 90, 1), make_item(33, 128, 2)]
+    if channels_last:  # in memory, as Pillow decodes
+        samples = [{**s, "image": s["image"].permute(1, 2, 0).contiguous().permute(2, 0, 1)} for s in samples]
+    batch = TwoViewCollator()(samples)
+    before = batch["images"].clone()
+    inputs = to_model_inputs(batch, processor)
+    assert torch.equal(batch["images"], before)
+    assert inputs["pixel_values"].is_contiguous()
+    expected = processor([sample["image"] for sample in samples], do_resize=False, return_tensors="pt")
+    assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
+    assert torch.equal(inputs["image_sizes"], expected["image_sizes"])
+
+
+def test_images_of_bytes_and_of_floats_share_a_batch():
+    samples = [make_item(32, 64, 1), make_item(32, 64, 2)]
+    samples[1]["image"] = samples[1]["image"] + 0.5
+    together = TwoViewCollator()(samples)["images"]
+    assert all(torch.equal(pixels, sample["image"]) for pixels, sample in zip(together, samples, strict=True))
+
+
+def test_the_rest_is_stacked_with_the_contracts_shapes():
+    batch = TwoViewCollator()([make_item(32, 64, value) for value in (1, 2)])
+    shapes = {name: tuple(tensor.shape) for name, tensor in batch.items()}
+    assert shapes == {
+        "images": (2, 3, 32, 64),
+        "image_sizes": (2, 2),
+        "points": (2, 5, 4),
+        "points_aug": (2, 5, 4),
+        "lidar_to_aug": (2, 4, 4),
+        "lidar_to_pixel": (2, 3, 4),
+    }
+    assert batch["points"][1].unique().item() == 2
+    assert TwoViewCollator(50)([make_item(32, 64, 1)])["images"].shape == (1, 3, 50, 100)
 
 
 def to_dataset(rows):
@@ -337,28 +476,33 @@ def test_a_data_set_that_cannot_work_is_refused():
         broken[1]
 
 
+def real_row(folder, index):
+    text = (folder / "calib" / f"{index:06d}.txt").read_text(encoding="utf-8")
+    calib = {k: np.array(v.split(), float) for k, v in (line.split(":") for line in text.splitlines() if line)}
+    rectify, extrinsic = np.eye(4), np.eye(4)
+    rectify[:3, :3], extrinsic[:3] = calib["R0_rect"].reshape(3, 3), calib["Tr_velo_to_cam"].reshape(3, 4)
+    return {
+        "image": Image.open(folder / "image_2" / f"{index:06d}.png"),
+        "points": (folder / "velodyne" / f"{index:06d}.bin").read_bytes(),
+        "camera_projection": calib["P2"].reshape(3, 4),
+        "lidar_to_camera": rectify @ extrinsic,
+    }
+
+
 @pytest.mark.parametrize("preset", ["recommended", "official"])
 def test_real_frames(kitti_mini, preset):
     processor = SimIPUProcessor.from_preset(preset, num_points=4096)
     augmentation = TwoViewAugmentation.from_preset(preset, flip_probability=1.0)
-    folder = kitti_mini / "training"
     for index in (0, 7):
-        text = (folder / "calib" / f"{index:06d}.txt").read_text(encoding="utf-8")
-        calib = {k: np.array(v.split(), float) for k, v in (line.split(":") for line in text.splitlines() if line)}
-        rectify, extrinsic = np.eye(4), np.eye(4)
-        rectify[:3, :3], extrinsic[:3] = calib["R0_rect"].reshape(3, 3), calib["Tr_velo_to_cam"].reshape(3, 4)
-        row = {
-            "image": Image.open(folder / "image_2" / f"{index:06d}.png"),
-            "points": (folder / "velodyne" / f"{index:06d}.bin").read_bytes(),
-            "camera_projection": calib["P2"].reshape(3, 4),
-            "lidar_to_camera": rectify @ extrinsic,
-        }
+        row = real_row(kitti_mini / "training", index)
         sample = make_sample(row, processor, augmentation, index=index)
-        u, v = project(calib["P2"].reshape(3, 4) @ rectify @ extrinsic, sample["points"]).T
+        pixels = original_pixels(sample["points"], preset, row["camera_projection"], row["lidar_to_camera"])
+        u, v = pixels.T
         width, height = row["image"].size
-        assert u.min() >= -1e-6
-        assert u.max() <= width - 1 + 1e-6
-        assert v.max() <= height - 1 + 1e-6
+        margin = 0.5 if preset == "recommended" else 0
+        assert pixels.min() >= -margin - 1e-3
+        assert u.max() <= width - 1 + margin + 1e-3
+        assert v.max() <= height - 1 + margin + 1e-3
         new_height, new_width = sample["image"].shape[-2:]
         if preset == "recommended":
             u, v = (u + 0.5) * new_width / width - 0.5, (v + 0.5) * new_height / height - 0.5
@@ -367,3 +511,19 @@ def test_real_frames(kitti_mini, preset):
             u, v = new_width - u * new_width / width, v * new_height / height
         assert np.abs(project(sample["lidar_to_pixel"], sample["points"]) - np.column_stack([u, v])).max() < 1e-2
         assert len(np.unique(sample["points"].numpy(), axis=0)) > 4000
+
+
+@pytest.mark.parametrize("preset", ["recommended", "official"])
+def test_rows_that_hold_only_the_points_in_view_give_equal_samples(kitti_mini, preset):
+    processor = SimIPUProcessor.from_preset(preset, (64, 208), num_points=2048)
+    row = real_row(kitti_mini / "training", 3)
+    scan = np.frombuffer(row["points"], "<f4").reshape(-1, 4)
+    homogeneous = (
+        row["camera_projection"] @ row["lidar_to_camera"] @ np.column_stack([scan[:, :3], np.ones(len(scan))]).T
+    )
+    pixels, size = homogeneous[:2] / homogeneous[2], np.array(row["image"].size)[:, None]
+    seen = (homogeneous[2] > 0) & (pixels > -1.5).all(0) & (pixels < size + 0.5).all(0)
+    cut = {**row, "points": scan[seen].tobytes()}
+    augmentation = TwoViewAugmentation.from_preset(preset)
+    assert seen.mean() < 0.3
+    assert equal(make_sample(cut, processor, augmentation), make_sample(row, processor, augmentation))
