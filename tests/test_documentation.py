@@ -36,7 +36,8 @@ from simipu_hf.compare_depth import CompareDepthArguments
 from simipu_hf.data.synthetic import synthesize_drive
 from simipu_hf.evaluate_depth import EvaluateDepthArguments
 from simipu_hf.finetune_depth import DepthArguments
-from simipu_hf.hub.export import export_image_encoder
+from simipu_hf.hub.export import write_timm
+from simipu_hf.hub.sources import find_image_encoder
 from simipu_hf.modeling.configuration_simipu import (
     PRESETS,
     SimIPUConfig,
@@ -126,7 +127,7 @@ def workspace(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     SimIPUForPreTraining(tiny_config(architecture="resnet18")).save_pretrained(folder / "OUT")
     SimIPUProcessor.from_preset("recommended", image_size=(64, 96), num_points=256).save_pretrained(folder / "OUT")
-    export_image_encoder(folder / "OUT", folder / "OUT" / "image_encoder")
+    write_timm(find_image_encoder(folder / "OUT"), folder / "OUT" / "image_encoder")
     flags = {"data_dir": "KITTI", "output_dir": "OUT2"}
     (folder / "OUT" / "run.yaml").write_text(json.dumps({"arguments": flags}), encoding="utf-8")
     (folder / "my.yaml").write_text(json.dumps(flags), encoding="utf-8")

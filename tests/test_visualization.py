@@ -19,7 +19,7 @@ from simipu_hf.data.rows import Frame, dataset_from_rows, to_row
 from simipu_hf.errors import SimIPUError
 from simipu_hf.hub.export import write_timm
 from simipu_hf.hub.sources import find_image_encoder
-from simipu_hf.modeling.geometry import pixel_transform, project_points, sample_feature_maps
+from simipu_hf.modeling.geometry import pixel_transform, project_points
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 from simipu_hf.visualization import (
@@ -414,10 +414,8 @@ def test_embeddings_are_those_of_the_training_loss(run_folder):
     )
     with torch.no_grad():
         maps = model.simipu.simipu.get_image_features(batch["pixel_values"])
-        size = torch.tensor([[64, 192]])
         pixels, _ = project_points(coordinates, batch["lidar_to_pixel"])
-        sampled = sample_feature_maps(maps, pixels, size, align_corners=False, padding_mode="border")
-        expected = torch.nn.functional.normalize(model.simipu.inter_image_head(sampled[0]), dim=-1)
+        expected = torch.nn.functional.normalize(model.simipu.embed_pixels(maps, pixels, (64, 192))[0], dim=-1)
     np.testing.assert_allclose(embeds.cells.values[row, column], expected[0].numpy(), atol=2e-4)
     np.testing.assert_allclose(np.linalg.norm(embeds.points, axis=-1), 1, atol=1e-5)
 
