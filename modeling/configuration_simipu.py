@@ -1,10 +1,11 @@
-"""Configuration of SimIPU: one image encoder, one point encoder, and how their features are compared.
+"""Every configuration and every preset of SimIPU: the encoders, how their features are compared, depth.
 
 Every difference between the official implementation and the recommended setting is one field here, so that
 an ablation is a flag. `SimIPUConfig.from_preset("official")` reproduces the official configuration
 (`simipu_kitti.py` of github.com/zhyever/SimIPU); the defaults are the recommended preset.
 """
 
+import copy
 from typing import Any, Literal, cast
 
 from huggingface_hub.dataclasses import strict
@@ -18,10 +19,18 @@ class SimIPUImageConfig(PreTrainedConfig):
     """The image encoder: any timm model that has `forward_intermediates`.
 
     Args:
-        architecture: timm model name, such as `"resnet50"` or `"convnext_tiny"`.
+        architecture: timm model name, such as `"resnet50"` or `"vit_small_patch14_dinov2"`.
         out_indices: feature stages sampled for the inter-modal loss, in timm's numbering (for a ResNet 0 is
-            the stem and 4 the last stage); negative values count from the end. Several are concatenated.
+            the stem and 4 the last stage); negative values count from the end. `None` takes the three coarsest
+            resolutions, or three evenly spaced layers of an encoder with one resolution (a plain ViT); the model
+            writes down which.
+        image_size: height and width for which an encoder with position embeddings or fixed windows is built;
+            `None` takes the architecture's own.
         model_args: further keyword arguments of `timm.create_model`, such as `{"drop_path_rate": 0.1}`.
+        frozen: modules or parameters of the encoder, by timm's names (`conv1`, `layer1`, `blocks.0`), that are not
+            trained: no gradient, evaluation mode.
+        feature_grids: where the cells of each stage look, in pixels: `[stride_y, stride_x, offset_y, offset_x]` a
+            stage, `None` for one whose cells lie on no grid. `None` lets the model measure them and write them down.
         batch_norm_eps: epsilon of every batch norm; `None` keeps the architecture's own, which is the only
             one that timm, torchvision and transformers can express (official: 1e-3).
         batch_norm_momentum: momentum of every batch norm; `None` keeps the architecture's (official: 0.01).
@@ -31,16 +40,31 @@ class SimIPUImageConfig(PreTrainedConfig):
     base_config_key = "image_config"
 
     architecture: str = "resnet50"
-    out_indices: list[int] | tuple[int, ...] = (-3, -2, -1)
+    out_indices: list[int] | tuple[int, ...] | None = None
+    image_size: list[int] | tuple[int, ...] | None = None
     model_args: dict[str, Any] | None = None
+    frozen: list[str] | tuple[str, ...] = ()
+    feature_grids: list | tuple | None = None
     batch_norm_eps: Number | None = None
     batch_norm_momentum: Number | None = None
 
+    @property
+    def stages(self) -> list[int]:
+        """`out_indices` of a configuration whose encoder was built: counted from the front, finest first."""
+        if self.out_indices is None:
+            raise ValueError("image_config.out_indices: build the encoder first, it chooses its default stages")
+        return list(self.out_indices)
+
     def validate_architecture(self) -> None:
-        if not self.out_indices:
+        if self.out_indices is not None and not self.out_indices:
             raise ValueError("image_config.out_indices is empty: name at least one stage, such as [-1]")
-        if len(set(self.out_indices)) != len(self.out_indices):
-            raise ValueError(f"image_config.out_indices names a stage twice: {list(self.out_indices)}")
+        if self.image_size is not None and (len(self.image_size) != 2 or min(self.image_size) < 1):
+            raise ValueError(f"image_config.image_size: expected height and width, found {list(self.image_size)}")
+        if any(grid is not None and (len(grid) != 4 or min(grid[:2]) <= 0) for grid in self.feature_grids or ()):
+            raise ValueError(
+                "image_config.feature_grids: expected stride_y, stride_x, offset_y and offset_x of each stage, found "
+                f"{self.feature_grids}"
+            )
 
 
 @strict
@@ -66,8 +90,7 @@ class SimIPUPointNet2Config(PreTrainedConfig):
         xyz_layer: the layer of each scale's MLP that sees the offset: `"first"`, as PointNet++ has it, whose every
             later layer then runs per (centre, neighbour) pair, or `"last"`, which costs little more than no offset.
         batch_norm_eps, batch_norm_momentum: of the MLPs; the aggregation keeps PyTorch's 1e-5 and 0.1.
-        sampling_backend: `"auto"`, `"torch"`, `"quickfps"`, `"numba"` or `"triton"`.
-        grouping_backend: `"auto"`, `"torch"`, `"numba"` or `"triton"`.
+        sampling_backend, grouping_backend: `"auto"`, `"torch"`, `"numba"` or `"triton"`.
     """
 
     model_type = "simipu_pointnet2"
@@ -89,7 +112,7 @@ class SimIPUPointNet2Config(PreTrainedConfig):
     xyz_layer: Literal["first", "last"] = "last"
     batch_norm_eps: Number = 1e-3
     batch_norm_momentum: Number = 0.1
-    sampling_backend: Literal["auto", "torch", "quickfps", "numba", "triton"] = "auto"
+    sampling_backend: Literal["auto", "torch", "numba", "triton"] = "auto"
     grouping_backend: Literal["auto", "torch", "numba", "triton"] = "auto"
 
     @property
@@ -138,8 +161,9 @@ class SimIPUSparseConvConfig(PreTrainedConfig):
 
     Args:
         voxel_size: edge lengths x, y, z in metres.
-        point_cloud_range: x, y, z minimum, then maximum, in metres; points outside are dropped. It covers the
-            augmented view as well, which is rotated by up to 90 degrees.
+        point_cloud_range: x, y, z minimum, then maximum, in metres, in the frame of the points (camera-aligned in
+            the recommended preset); points outside are dropped. It covers the augmented view as well, which is
+            rotated about the camera by up to 90 degrees.
         channels: width of each stage; every stage after the first halves the resolution.
         blocks_per_stage: submanifold blocks in each stage.
         residual: residual blocks (two convolutions and a shortcut) instead of plain ones.
@@ -151,8 +175,8 @@ class SimIPUSparseConvConfig(PreTrainedConfig):
     model_type = "simipu_sparse_conv"
     base_config_key = "point_config"
 
-    voxel_size: list[Number] | tuple[Number, ...] = (0.1, 0.1, 0.1)
-    point_cloud_range: list[Number] | tuple[Number, ...] = (-72.0, -72.0, -5.0, 72.0, 72.0, 3.0)
+    voxel_size: list[Number] | tuple[Number, ...] = (0.1, 0.1, 0.2)
+    point_cloud_range: list[Number] | tuple[Number, ...] = (-80.0, -80.0, -6.0, 80.0, 80.0, 12.0)
     channels: list[int] | tuple[int, ...] = (16, 32, 64, 128)
     blocks_per_stage: list[int] | tuple[int, ...] = (1, 2, 2, 2)
     residual: bool = True
@@ -181,22 +205,51 @@ POINT_CONFIGS: dict[str, type[PointConfig]] = {
     "sparse_conv": SimIPUSparseConvConfig,
 }
 
-# Only what differs from the defaults; the defaults are the recommended preset.
-PRESETS: dict[str, dict[str, Any]] = {
-    "recommended": {},
+# Only what differs from the defaults of each class; the defaults are the recommended preset. `model` goes to
+# SimIPUConfig, the others to SimIPUImageProcessor, SimIPUFeatureExtractor and TwoViewAugmentation.
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "recommended": {"model": {}, "image_processor": {}, "feature_extractor": {}, "augmentation": {}},
     "official": {
-        "image_config": {"out_indices": (-1,), "batch_norm_eps": 1e-3, "batch_norm_momentum": 0.01},
-        "point_config": {"use_xyz": False},
-        "projection_hidden_dim": None,
-        "max_match_distance": None,
-        "mask_out_of_image": False,
-        "projection_normalization": "sample",
-        "align_corners": True,
-        "inter_modal_point_gradient": "none",
-        "symmetric_inter_modal_loss": False,
-        "gather_negatives": False,
+        "model": {
+            "image_config": {"out_indices": (-1,), "batch_norm_eps": 1e-3, "batch_norm_momentum": 0.01},
+            "point_config": {"use_xyz": False},
+            "projection_hidden_dim": None,
+            "max_match_distance": None,
+            "mask_out_of_image": False,
+            "projection_normalization": "sample",
+            "cell_sampling": "aligned_corners",
+            "inter_modal_point_gradient": "none",
+            "symmetric_inter_modal_loss": False,
+            "gather_negatives": False,
+        },
+        "image_processor": {
+            "size": {"height": 384, "width": 1280},
+            "keep_aspect_ratio": True,
+            "do_flip_channel_order": True,
+            "do_rescale": False,
+            "image_mean": [103.53, 116.28, 123.675],
+            "image_std": [1.0, 1.0, 1.0],
+            "half_pixel_centers": False,
+        },
+        "feature_extractor": {
+            "frame": "lidar",
+            "depth_range": None,
+            "point_cloud_range": (0.0, -40.0, -3.0, 70.4, 40.0, 1.0),
+        },
+        "augmentation": {"rotation_center": (35.2, 0.0, -1.0), "random_resize": ((640, 192), (2400, 720))},
     },
 }
+
+
+def preset_values(preset: str, part: str) -> dict[str, Any]:
+    """A copy of the values of one part of a preset: `"model"`, `"image_processor"`, and so on.
+
+    Raises:
+        ValueError: an unknown preset; the message lists the known ones.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
+    return copy.deepcopy(PRESETS[preset][part])
 
 
 @strict
@@ -204,6 +257,7 @@ class SimIPUConfig(PreTrainedConfig):
     """Configuration of [`SimIPUModel`] and [`SimIPUForPreTraining`].
 
     Args:
+        preset: the preset these values started from, for what else belongs to it (processor, augmentation).
         image_config: `SimIPUImageConfig` or a dictionary of its fields.
         point_config: `SimIPUPointNet2Config`, `SimIPUSparseConvConfig`, or a dictionary of the fields of one,
             chosen by its `model_type` (PointNet++ where it names none).
@@ -216,15 +270,23 @@ class SimIPUConfig(PreTrainedConfig):
         mask_out_of_image: leave points that project outside the image out of the inter-modal pairs; if
             false they stay, with a zero image feature, as positives and as negatives, and features fade to
             zero over the outer half of the border cells.
-        projection_normalization: what pixel coordinates are divided by before sampling: `"batch"`, the
-            padded size that the image encoder really saw; `"sample"`, each image's own size rounded up to a
-            multiple of 32, which stretches every image but the batch's largest.
-        align_corners: false samples feature cells at their centres, integer pixel coordinates being pixel
-            centres; true maps 0 and the image width to the outermost cell centres.
+        cell_sampling: where the cells of a feature map lie: `"grid"`, where the encoder's cells look
+            (`image_config.feature_grids`), integer pixel coordinates being pixel centres; `"aligned_corners"`, pixel
+            0 and the image width at the outermost cells, whatever the encoder.
+        projection_normalization: the size that pixel coordinates are relative to: `"batch"`, the padded size that
+            the image encoder really saw; `"sample"`, each image's own size rounded up to a multiple of 32, which
+            stretches every image but the batch's largest.
         inter_modal_point_gradient: how far the inter-modal loss reaches into the point branch: `"none"` (the
             point projection head stays at its initialisation), `"head"` (the head learns), `"encoder"`.
         symmetric_inter_modal_loss: average the image-to-point and point-to-image directions.
         gather_negatives: take negatives from every process instead of this one's batch alone.
+        negative_exclusion_distance: points of the same cloud within so many metres of an anchor are no negatives of
+            it, in both losses; `None` keeps every other point as one.
+        loss_per_stage: an image head and an inter-modal loss for each stage, averaged, instead of one for all stages
+            concatenated.
+        anchor_weight: weight of a term that keeps the image features close to those of the encoder that the training
+            started from (1 - cosine similarity, averaged over cells); see
+            [`SimIPUForPreTraining.anchor_image_encoder`].
     """
 
     model_type = "simipu"
@@ -233,6 +295,7 @@ class SimIPUConfig(PreTrainedConfig):
         "point_config": SimIPUPointNet2Config,  # type: ignore[dict-item]
     }
 
+    preset: str = "recommended"
     image_config: dict | PreTrainedConfig | None = None
     point_config: dict | PreTrainedConfig | None = None
     projection_dim: int = 128
@@ -242,13 +305,18 @@ class SimIPUConfig(PreTrainedConfig):
     inter_modal_weight: Number = 1.0
     max_match_distance: Number | None = 2.0
     mask_out_of_image: bool = True
+    cell_sampling: Literal["grid", "aligned_corners"] = "grid"
     projection_normalization: Literal["batch", "sample"] = "batch"
-    align_corners: bool = False
     inter_modal_point_gradient: Literal["none", "head", "encoder"] = "head"
     symmetric_inter_modal_loss: bool = True
     gather_negatives: bool = True
+    negative_exclusion_distance: Number | None = None
+    loss_per_stage: bool = False
+    anchor_weight: Number = 0.0
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if kwargs.pop("align_corners", False):  # written before cells had a place of their own
+            self.cell_sampling = "aligned_corners"
         if isinstance(self.point_config, dict):
             self.point_config = _point_config_from_dict(self.point_config)
         super().__post_init__(**kwargs)
@@ -270,13 +338,13 @@ class SimIPUConfig(PreTrainedConfig):
             width = getattr(self, name)
             if width is not None and width < 1:
                 raise ValueError(f"{name} must be at least 1, found {width}")
-        if self.intra_modal_weight < 0 or self.inter_modal_weight < 0:
-            raise ValueError("intra_modal_weight and inter_modal_weight must not be negative")
-        if self.max_match_distance is not None and self.max_match_distance <= 0:
-            raise ValueError(
-                f"max_match_distance must be above 0 metres, found {self.max_match_distance}; "
-                "use None to keep every match"
-            )
+        for name in ("intra_modal_weight", "inter_modal_weight", "anchor_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, found {getattr(self, name)}")
+        for name in ("max_match_distance", "negative_exclusion_distance"):
+            distance = getattr(self, name)
+            if distance is not None and distance <= 0:
+                raise ValueError(f"{name} must be above 0 metres, found {distance}; use None for no limit")
 
     @classmethod
     def from_preset(
@@ -293,11 +361,9 @@ class SimIPUConfig(PreTrainedConfig):
         Raises:
             ValueError: an unknown preset or point encoder; the message lists the known ones.
         """
-        if preset not in PRESETS:
-            raise ValueError(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
+        fields = preset_values(preset, "model")
         if point_encoder not in POINT_CONFIGS:
             raise ValueError(f"unknown point encoder {point_encoder!r}: choose from {', '.join(POINT_CONFIGS)}")
-        fields = dict(PRESETS[preset])
         # the presets' point fields are PointNet++'s
         point_fields = fields.pop("point_config", {}) if point_encoder == "pointnet2" else {}
         point_fields = {"model_type": POINT_CONFIGS[point_encoder].model_type, **point_fields}
@@ -306,7 +372,7 @@ class SimIPUConfig(PreTrainedConfig):
         return cls(
             image_config={**image_fields, **overrides.pop("image_config", {})},
             point_config={**point_fields, **overrides.pop("point_config", {})},
-            **{**fields, **overrides},
+            **{"preset": preset, **fields, **overrides},
         )
 
 
@@ -318,4 +384,50 @@ def _point_config_from_dict(fields: dict[str, Any]) -> PointConfig:
     return by_model_type[model_type](**{key: value for key, value in fields.items() if key != "model_type"})
 
 
+@strict
+class SimIPUDepthConfig(PreTrainedConfig):
+    """Configuration of [`SimIPUForDepthEstimation`].
+
+    Args:
+        image_config: `SimIPUImageConfig` or a dictionary of its fields; its `out_indices` concern pre-training
+            and are not used here.
+        out_indices: stages given to the decoder, in timm's numbering; `None` takes the last stage of every
+            resolution, or four evenly spaced ones where the encoder has a single resolution (a plain ViT).
+        decoder_channels: widths of the decoder's upsampling blocks, one fewer than stages; `None` halves the last
+            stage's width at each block (2048 of a ResNet-50: 1024, 512, 256, 128), never below 16.
+        max_depth: the largest depth that can be predicted, in metres (80 for KITTI, 10 for indoors).
+        silog_epsilon: added to both depths before the logarithm, in metres.
+        silog_mean_weight: weight of the squared mean log error in the loss; 0 makes it fully scale-invariant.
+    """
+
+    model_type = "simipu_depth"
+    sub_configs_defaults = {  # noqa: RUF012
+        "image_config": SimIPUImageConfig,  # type: ignore[dict-item]  # transformers takes the class alone, too
+    }
+
+    image_config: dict | PreTrainedConfig | None = None
+    out_indices: list[int] | tuple[int, ...] | None = None
+    decoder_channels: list[int] | tuple[int, ...] | None = None
+    max_depth: Number = 80.0
+    silog_epsilon: Number = 1e-3
+    silog_mean_weight: Number = 0.15
+
+    @property
+    def image_encoder_config(self) -> SimIPUImageConfig:
+        """`image_config`, whatever form it was given in."""
+        return cast("SimIPUImageConfig", self.image_config)
+
+    def validate_architecture(self) -> None:
+        if self.max_depth <= 0:
+            raise ValueError(f"max_depth must be above 0 metres, found {self.max_depth}")
+        if self.out_indices is not None and len(self.out_indices) == 0:
+            raise ValueError("out_indices is empty: name the stages given to the decoder, or use None")
+        if self.silog_epsilon <= 0 or self.silog_mean_weight < 0:
+            raise ValueError(
+                f"silog_epsilon must be above 0 and silog_mean_weight not negative, found {self.silog_epsilon} "
+                f"and {self.silog_mean_weight}"
+            )
+
+
 SimIPUConfig.register_for_auto_class()
+SimIPUDepthConfig.register_for_auto_class()

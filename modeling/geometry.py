@@ -234,9 +234,13 @@ def _apply_rows(matrix: Array, points: Array) -> list[Array]:
     """Rows 0 to 2 of `matrix` `(..., R, 4)` applied to `points` `(..., M, 3)`: three arrays `(..., M)`.
 
     Without a matrix product: NumPy's starts threads in every worker of a data loader, which halves what several
-    workers reach together, and autocast would run torch's in half precision.
+    workers reach together, and autocast would run torch's in half precision. A point's result depends on no other
+    point, to the bit, so that a scan may be cut to the points in view before.
     """
-    x, y, z = points[..., 0], points[..., 1], points[..., 2]
+    columns: list[Any] = [points[..., axis] for axis in range(3)]
+    if isinstance(points, np.ndarray):  # NumPy is several times slower on strided or mixed input
+        columns = [np.ascontiguousarray(column, dtype=matrix.dtype) for column in columns]
+    x, y, z = columns
     results = []
     for row in range(3):
         a, b, c, d = (matrix[..., row, column, None] for column in range(4))
@@ -245,4 +249,6 @@ def _apply_rows(matrix: Array, points: Array) -> list[Array]:
 
 
 def _stack(like: Array, columns: list[Array]) -> Array:
-    return torch.stack(columns, -1) if isinstance(like, torch.Tensor) else np.stack(columns, -1)
+    if isinstance(like, torch.Tensor):
+        return torch.stack(columns, -1)
+    return np.moveaxis(np.stack(columns), 0, -1)  # every column stays contiguous in memory

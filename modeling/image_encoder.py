@@ -1,14 +1,24 @@
-"""The image encoder: a plain timm model, its stages read through `forward_intermediates`."""
+"""The image encoder: a plain timm model of any family, its stages read through `forward_intermediates`."""
 
 import difflib
-from collections.abc import Callable, Sequence
+import functools
+import inspect
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import timm
 import torch
-from torch import nn
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
 
 from .configuration_simipu import SimIPUImageConfig
+from .feature_grids import measure_feature_grids
+from .geometry import FeatureGrid
+
+# the image with which grids are measured: so many cells of the coarsest stage a side
+CELLS = 7
 
 
 class TimmModel(nn.Module):
@@ -22,58 +32,341 @@ class TimmModel(nn.Module):
 
 
 def build_image_encoder(config: SimIPUImageConfig) -> TimmModel:
-    """A timm model without classifier, random weights, with the batch-norm constants of `config`.
+    """A timm model without classifier, random weights; what `config` left open is written into it.
+
+    That is `out_indices`, counted from the front, and `feature_grids`.
 
     Raises:
-        ValueError: timm does not know the architecture, or the architecture has no such stage.
+        ValueError: timm does not know the architecture, it has no such stage, the same stage is named twice, or
+            there is no module to freeze of a name in `config.frozen`.
     """
-    if not timm.is_model(config.architecture):
-        close = difflib.get_close_matches(config.architecture, timm.list_models(), n=3)
-        hint = f"; did you mean {', '.join(close)}?" if close else ""
-        raise ValueError(f"timm {timm.__version__} has no model named {config.architecture!r}{hint}")
-    encoder = timm.create_model(config.architecture, pretrained=False, num_classes=0, **(config.model_args or {}))
-    if not hasattr(encoder, "forward_intermediates"):
-        raise ValueError(f"timm model {config.architecture!r} has no forward_intermediates: choose another encoder")
-    encoder = cast("TimmModel", encoder)
-    stages = len(encoder.feature_info)
-    for index in config.out_indices:
-        if not -stages <= index < stages:
-            raise ValueError(
-                f"image_config.out_indices: {config.architecture} has stages 0 to {stages - 1} "
-                f"(or -{stages} to -1), found {index}"
-            )
+    encoder = _create(config.architecture, timm_arguments(config))
+    config.out_indices = _resolve_stages(encoder, config.out_indices)
+    if config.feature_grids is None:
+        grids = _measured_grids(config.architecture, _as_json(config.model_args))
+        config.feature_grids = [grid and list(grid) for grid in grids]
     for module in encoder.modules():
         if isinstance(module, nn.BatchNorm2d):
             if config.batch_norm_eps is not None:
                 module.eps = config.batch_norm_eps
             if config.batch_norm_momentum is not None:
                 module.momentum = config.batch_norm_momentum
+    for name in config.frozen:
+        _frozen_part(encoder, name).requires_grad_(False)
+    for tensor in (*encoder.parameters(), *encoder.buffers()):
+        if not tensor.is_meta:
+            # timm has just initialised it by the architecture's own scheme: transformers leaves it as it is
+            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
     return encoder
 
 
-def feature_channels(encoder: TimmModel, out_indices: Sequence[int]) -> list[int]:
-    """Channels of each of the stages `out_indices`."""
-    return [
-        encoder.feature_info[_position(encoder, index)]["num_chs"] for index in sorted_stages(encoder, out_indices)
-    ]
+def timm_arguments(config: SimIPUImageConfig) -> dict[str, Any]:
+    """The arguments with which `timm.create_model` builds the encoder of `config`, those about image sizes included.
+
+    Where timm can interpolate position embeddings as an image comes, it is told to (`dynamic_img_size`), and the
+    weights fit every size. Other encoders with embeddings or windows of a fixed size are built for
+    `config.image_size`, rounded up to what they can take (`img_size`).
+    """
+    arguments = dict(config.model_args or {})
+    template = _template(config.architecture, _as_json(arguments))
+    return arguments | _size_arguments(template, config.image_size)
 
 
-def image_feature_maps(
-    encoder: TimmModel, pixel_values: torch.Tensor, out_indices: Sequence[int]
-) -> tuple[torch.Tensor, ...]:
-    """Feature maps `(B, C_s, H_s, W_s)` of the stages `out_indices`, finest first.
+def pad_divisor(encoder: nn.Module | str) -> int:
+    """What height and width of an image must be multiples of: the encoder's largest stride, a ViT's patch.
+
+    Args:
+        encoder: a timm model, or the name of one.
+    """
+    model = _template(encoder) if isinstance(encoder, str) else encoder
+    return max(_reductions(cast("TimmModel", model)))
+
+
+def feature_grids(encoder: TimmModel, stages: Sequence[int]) -> list[FeatureGrid]:
+    """Where the cells of `stages` of a plain timm model look, finest first.
+
+        >>> feature_grids(timm.create_model("resnet18"), [-1])
+        [FeatureGrid(stride_y=32.0, stride_x=32.0, offset_y=0.0, offset_x=0.0)]
+
+    Raises:
+        ValueError: a model that was made with other strides than its architecture's, or the cells of a stage lie on no
+            regular grid.
+    """
+    architecture = encoder.pretrained_cfg["architecture"]
+    own, expected = _reductions(encoder), _reductions(_template(architecture))
+    if own != expected:
+        raise ValueError(f"this {architecture} has strides {own}, not {expected}: where its cells look is not known")
+    return _grids_of_stages(architecture, _measured_grids(architecture), sorted_stages(encoder, stages))
+
+
+def configured_grids(config: SimIPUImageConfig) -> list[FeatureGrid]:
+    """The same of the stages `config.out_indices` of an encoder built by [`build_image_encoder`]."""
+    assert config.feature_grids is not None
+    return _grids_of_stages(config.architecture, config.feature_grids, config.stages)
+
+
+def feature_channels(encoder: TimmModel, stages: Sequence[int]) -> list[int]:
+    """Channels of each of `stages`, in their order."""
+    return [encoder.feature_info[stage]["num_chs"] for stage in sorted_stages(encoder, stages)]
+
+
+def image_feature_maps(encoder: TimmModel, pixel_values: Tensor, stages: Sequence[int]) -> tuple[Tensor, ...]:
+    """Feature maps `(B, C_s, H_s, W_s)` of `stages`, finest first; what lies behind the last of them does not run.
 
     Args:
         pixel_values: `(B, 3, H, W)`, normalised.
     """
+    indices = sorted_stages(encoder, stages)
+    maps = encoder.forward_intermediates(pixel_values, indices=indices, intermediates_only=True, stop_early=True)
+    return tuple(maps)
+
+
+def pad_to_divisor(pixel_values: Tensor, encoder: nn.Module) -> Tensor:
+    """Zeros at the bottom and on the right up to a size `(B, 3, H, W)` that the encoder takes; nothing moves."""
+    divisor = pad_divisor(encoder)
+    height, width = pixel_values.shape[-2:]
+    return nn.functional.pad(pixel_values, (0, -width % divisor, 0, -height % divisor))
+
+
+def sorted_stages(encoder: TimmModel, stages: Sequence[int]) -> list[int]:
+    """`stages` counted from the front, in the order in which timm returns them."""
+    return sorted(stage % len(encoder.feature_info) for stage in stages)
+
+
+def pyramid_stages(encoder: TimmModel, count: int | None = None) -> list[int]:
+    """Stages of a timm model that make a pyramid: the last of every resolution, finest first.
+
+    Where all have one resolution, as in a plain ViT, `count` (or four) evenly spaced ones, the last among them.
+
+    Args:
+        count: keep the coarsest so many.
+    """
+    reductions = _reductions(encoder)
+    stages = [i for i, reduction in enumerate(reductions) if reduction not in reductions[i + 1 :]]
+    if len(stages) == 1:
+        count = min(count or 4, len(reductions))
+        stages = [len(reductions) * (step + 1) // count - 1 for step in range(count)]
+    return stages[-(count or 0) :]
+
+
+class FeaturePyramid(nn.Module):
+    """An encoder's stages as feature maps of growing strides, finest first.
+
+    A plain ViT has one stride s: its maps are brought to s / 4, s / 2, s and 2 s by transposed convolutions and a
+    maximum, as in ViTDet's simple pyramid (Li et al., ECCV 2022), but from evenly spaced layers.
+
+    Args:
+        encoder: a timm model.
+        out_indices: stages, in timm's numbering; `None` as in [`pyramid_stages`].
+
+    Attributes:
+        stages: counted from the front.
+        channels, strides: of each map.
+    """
+
+    def __init__(self, encoder: TimmModel, out_indices: Sequence[int] | None = None) -> None:
+        super().__init__()
+        self.stages = pyramid_stages(encoder) if out_indices is None else sorted_stages(encoder, out_indices)
+        self.channels = feature_channels(encoder, self.stages)
+        self.strides = [_reductions(encoder)[stage] for stage in self.stages]
+        single = len(self.stages) > 1 and len(set(self.strides)) == 1
+        levels = range(2, 2 - len(self.stages), -1) if single else [0] * len(self.stages)
+        self.strides = [stride * 2.0**-level for stride, level in zip(self.strides, levels, strict=True)]
+        self.resample = nn.ModuleList(
+            _resample(width, level) for width, level in zip(self.channels, levels, strict=True)
+        )
+
+    def forward(self, encoder: TimmModel, pixel_values: Tensor) -> list[Tensor]:
+        """`(B, C_s, H / stride_s, W / stride_s)` each."""
+        maps = image_feature_maps(encoder, pixel_values, self.stages)
+        return [resample(feature_map) for resample, feature_map in zip(self.resample, maps, strict=True)]
+
+
+def _resample(channels: int, level: int) -> nn.Module:
+    """Enlarge a map 2^level times, or reduce it where `level` is negative."""
+    if level < 0:
+        return nn.MaxPool2d(2**-level, ceil_mode=True)
+    layers: list[nn.Module] = []
+    for step in range(level):
+        layers += [nn.GELU()] if step else []
+        layers.append(nn.ConvTranspose2d(channels, channels, 2, stride=2))
+    return nn.Sequential(*layers) if layers else nn.Identity()
+
+
+def with_image_size(encoder: TimmModel, config: SimIPUImageConfig, image_size: Sequence[int]) -> TimmModel:
+    """The encoder for images of another size, its position embeddings interpolated; the size is written to `config`.
+
+    Args:
+        encoder: built from `config`; it may be changed in place.
+        image_size: height and width.
+
+    Raises:
+        ValueError: an encoder of a fixed size that cannot be changed.
+    """
+    before = timm_arguments(config).get("img_size")
+    config.image_size = list(image_size)
+    size = timm_arguments(config).get("img_size")
+    if size == before:  # also of an encoder that takes any size
+        return encoder
+    if hasattr(encoder, "set_input_size"):
+        encoder.set_input_size(img_size=size)  # type: ignore[operator]
+        return encoder
+    resized, state = build_image_encoder(config), encoder.state_dict()
+    for name, value in resized.state_dict().items():
+        if state[name].shape != value.shape:
+            if name != "pos_embed" or not hasattr(encoder, "tokens_spatial_shape"):
+                raise ValueError(f"{config.architecture} cannot change its image size: {name} depends on it")
+            grids = (model.tokens_spatial_shape for model in (resized, encoder))  # Hiera's, which timm leaves to us
+            state[name] = resample_abs_pos_embed(state[name], *grids, num_prefix_tokens=0)
+    resized.load_state_dict(state)
+    return resized.to(next(encoder.parameters()).device).train(encoder.training)
+
+
+def load_image_encoder_weights(encoder: TimmModel, state_dict: Mapping[str, Tensor], source: str) -> None:
+    """Load the weights of a timm model of the same architecture and size, a classifier among them left out.
+
+    Args:
+        source: what they come from, for the message.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    expected = encoder.state_dict()
+    missing = [name for name in expected if name not in state_dict]
+    surplus = [name for name in state_dict if name not in expected]
+    surplus = [name for name in surplus if not name.startswith(("fc.", "head.", "head_dist.", "classifier."))]
+    shapes = [
+        f"{name} {tuple(state_dict[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in state_dict and state_dict[name].shape != value.shape
+    ]
+    if missing or surplus or shapes:
+        raise ValueError(
+            f"{source}: these weights do not fit {encoder.pretrained_cfg['architecture']}: missing {missing[:3]}, "
+            f"unexpected {surplus[:3]}, other shapes {shapes[:3]}; give their model_args and image_size"
+        )
+    encoder.load_state_dict({name: state_dict[name] for name in expected})
+
+
+def hold_frozen(encoder: TimmModel, config: SimIPUImageConfig) -> None:
+    """Put the frozen modules into evaluation mode again, after `train()`."""
+    for name in config.frozen:
+        part = _frozen_part(encoder, name)
+        if isinstance(part, nn.Module):
+            part.eval()
+
+
+def freeze_unused_parameters(encoder: TimmModel, stages: Sequence[int]) -> list[str]:
+    """Stop training what lies behind the last of `stages`: parameters that no gradient reaches; their names.
+
+    DistributedDataParallel then needs no search for unused parameters.
+    """
+    template = _template(encoder.pretrained_cfg["architecture"])
+    indices = sorted_stages(encoder, stages)
+    size = template.pretrained_cfg["input_size"][1:]
+    with torch.enable_grad():
+        image = torch.empty(2, 3, *size, device="meta")
+        maps = template.train().forward_intermediates(image, indices=indices, intermediates_only=True, stop_early=True)
+        names, parameters = zip(*template.named_parameters(), strict=True)
+        gradients = torch.autograd.grad(sum(m.sum() for m in maps), parameters, allow_unused=True)
+    unused = [name for name, gradient in zip(names, gradients, strict=True) if gradient is None]
+    for name in unused:
+        encoder.get_parameter(name).requires_grad_(False)
+    return unused
+
+
+@functools.cache
+def _template(architecture: str, model_args: str = "{}") -> TimmModel:
+    """A timm model without memory, to look at its class, stages and names."""
+    with torch.device("meta"):
+        return _create(architecture, json.loads(model_args))
+
+
+@functools.cache
+def _measured_grids(architecture: str, model_args: str = "{}") -> tuple[FeatureGrid | None, ...]:
+    template = _template(architecture, model_args)
+    side = CELLS * pad_divisor(template)
+    sizes = _size_arguments(template, (side, side))
+    size = (side, side)
+    if template.pretrained_cfg.get("fixed_input_size") and not sizes:
+        size = template.pretrained_cfg["input_size"][1:]
+    # whatever device and random state the caller builds its own model with
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        return measure_feature_grids(_create(architecture, json.loads(model_args) | sizes), size)
+
+
+def _grids_of_stages(
+    architecture: str, grids: Sequence[Sequence[float] | None], stages: Sequence[int]
+) -> list[FeatureGrid]:
+    chosen = []
+    for stage in stages:
+        grid = grids[stage]
+        if grid is None:
+            raise ValueError(
+                f"the cells of stage {stage} of {architecture} do not lie on a regular grid of pixels, so no "
+                "pixel can be looked up in it: choose other stages (out_indices) or another encoder"
+            )
+        chosen.append(FeatureGrid(*grid))
+    return chosen
+
+
+def _size_arguments(template: TimmModel, image_size: Sequence[int] | None) -> dict[str, Any]:
+    parameters = inspect.signature(type(template).__init__).parameters
+    if "dynamic_img_size" in parameters:
+        return {"dynamic_img_size": True}
+    if image_size is None or "img_size" not in parameters or not template.pretrained_cfg.get("fixed_input_size"):
+        return {}
+    divisor = pad_divisor(template)
+    return {"img_size": tuple(math.ceil(length / divisor) * divisor for length in image_size)}
+
+
+def _as_json(model_args: Mapping[str, Any] | None) -> str:
+    return json.dumps(model_args or {}, sort_keys=True)
+
+
+def _reductions(encoder: TimmModel) -> list[int]:
+    return [stage["reduction"] for stage in encoder.feature_info]
+
+
+def _create(architecture: str, arguments: Mapping[str, Any]) -> TimmModel:
+    if not timm.is_model(architecture):
+        close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+        hint = f"; did you mean {', '.join(close)}?" if close else ""
+        raise ValueError(f"timm {timm.__version__} has no model named {architecture!r}{hint}")
+    try:
+        encoder = timm.create_model(architecture, pretrained=False, num_classes=0, **arguments)
+    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+        raise ValueError(f"timm cannot build {architecture} with {dict(arguments)}: {error}") from error
+    if not hasattr(encoder, "forward_intermediates"):
+        raise ValueError(f"timm model {architecture!r} has no forward_intermediates: choose another encoder")
+    return cast("TimmModel", encoder)
+
+
+def _resolve_stages(encoder: TimmModel, out_indices: Sequence[int] | None) -> list[int]:
+    """`image_config.out_indices` counted from the front, in order, checked; by default the three coarsest."""
+    if out_indices is None:
+        return pyramid_stages(encoder, count=3)
+    count = len(encoder.feature_info)
+    for index in out_indices:
+        if not -count <= index < count:
+            raise ValueError(
+                f"image_config.out_indices: {encoder.pretrained_cfg['architecture']} has stages 0 to {count - 1} "
+                f"(or -{count} to -1), found {index}"
+            )
     stages = sorted_stages(encoder, out_indices)
-    return tuple(encoder.forward_intermediates(pixel_values, indices=stages, intermediates_only=True))
+    if len(set(stages)) != len(stages):
+        raise ValueError(
+            f"image_config.out_indices: {list(out_indices)} names a stage twice: counted from the front, {stages}"
+        )
+    return stages
 
 
-def sorted_stages(encoder: TimmModel, out_indices: Sequence[int]) -> list[int]:
-    """`out_indices` counted from the front, in the order in which timm returns them."""
-    return sorted(_position(encoder, index) for index in out_indices)
-
-
-def _position(encoder: TimmModel, index: int) -> int:
-    return index % len(encoder.feature_info)
+def _frozen_part(encoder: TimmModel, name: str) -> nn.Module | nn.Parameter:
+    """The module or parameter of that name."""
+    modules, parameters = dict(encoder.named_modules()), dict(encoder.named_parameters())
+    if not name or (name not in modules and name not in parameters):
+        raise ValueError(
+            f"image_config.frozen: {encoder.pretrained_cfg['architecture']} has no module {name!r}; it has "
+            f"{', '.join(child for child, _ in encoder.named_children())} and their parts"
+        )
+    return modules[name] if name in modules else parameters[name]

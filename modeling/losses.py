@@ -1,14 +1,16 @@
 """InfoNCE between two sets of paired rows, with masks and negatives from every process."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from .collectives import all_gather_rows, all_reduce_sum, rank, world_size
+from .layers import all_gather_rows, all_reduce_sum, rank, world_size
 
-# logit of a candidate that does not count: its exponential is 0, and unlike -inf it leaves no NaN in gradients
+# logit of a pair that does not count: its exponential is 0, and unlike -inf it leaves no NaN in gradients
 NEVER = -1e4
 # similarities held at a time: 16 MiB in single precision
 MAX_SIMILARITIES = 2**22
@@ -20,39 +22,40 @@ class ContrastiveResult:
 
     Args:
         loss: scalar.
-        positions (`(R,)`): how many candidates rank before each anchor's positive; 0 is best. Equally similar
-            candidates rank by index, as in a stable sort.
+        chance: the loss of a uniform guess, ln(number of candidates), the mean over the anchors where they differ.
         valid (`(R,)`): which anchors count.
-        num_candidates: scalar tensor, how many candidates each anchor chose from.
+        num_candidates: scalar tensor, how many rows anchors choose from.
+        positions (`(R,)`, *optional*): how many candidates rank before each anchor's positive; 0 is best. Equally
+            similar candidates rank by index, as in a stable sort.
     """
 
-    loss: torch.Tensor
-    positions: torch.Tensor
-    valid: torch.Tensor
-    num_candidates: torch.Tensor
+    loss: Tensor
+    chance: Tensor
+    valid: Tensor
+    num_candidates: Tensor
+    positions: Tensor | None = None
 
-    @property
-    def chance(self) -> torch.Tensor:
-        """The loss of a uniform guess."""
-        return self.num_candidates.float().log()
-
-    def accuracy(self, k: int | torch.Tensor) -> torch.Tensor:
+    def accuracy(self, k: int | Tensor) -> Tensor | None:
         """Share of valid anchors, 0 to 1, whose positive is among the k most similar candidates."""
+        if self.positions is None:
+            return None
         hits = (self.positions < k) & self.valid
         return hits.sum() / self.valid.sum().clamp(min=1)
 
-    def accuracy_percent(self, percent: float) -> torch.Tensor:
+    def accuracy_percent(self, percent: float) -> Tensor | None:
         """The same for the most similar `percent` % of the candidates."""
         return self.accuracy((self.num_candidates * percent / 100).floor())
 
 
 def contrastive_loss(
-    anchors: torch.Tensor,
-    positives: torch.Tensor,
+    anchors: Tensor,
+    positives: Tensor,
     temperature: float,
-    valid: torch.Tensor,
+    valid: Tensor,
     symmetric: bool = False,
     gather: bool = False,
+    excluded: Tensor | None = None,
+    return_positions: bool = False,
 ) -> ContrastiveResult:
     """Mean cross-entropy of picking each anchor's positive among the positives of all rows.
 
@@ -63,84 +66,151 @@ def contrastive_loss(
         positives: `(R, D)`, row i belongs to anchor i. Detach it where it must not learn.
         temperature: T.
         valid: `(R,)` bool; rows that are false are neither anchors nor candidates.
-        symmetric: average with the loss of anchors and positives exchanged.
+        symmetric: average with the loss of anchors and positives exchanged, from the same similarities.
         gather: candidates come from every process. Each process must bring the same R.
+        excluded: `(B, M, M)` bool with B * M = R: within cloud b candidate j is no negative of anchor i. Pairs
+            themselves (i = j) always count.
+        return_positions: rank the positives as well, which costs another pass over all similarities.
     """
-    precision = torch.promote_types(anchors.dtype, torch.float32)
+    # exp(similarity / T - 1 / T) is formed, which single precision holds down to -80
+    precision = torch.promote_types(anchors.dtype, torch.float32 if temperature > 2 / 80 else torch.float64)
     anchors = F.normalize(anchors.to(precision), dim=1)
     positives = F.normalize(positives.to(precision), dim=1)
     gather = gather and world_size() > 1
+    candidates = all_gather_rows(positives) if gather else positives
     candidate_valid = all_gather_rows(valid.to(torch.uint8)).bool() if gather else valid
-    first = rank() * len(anchors) if gather else 0
-    own = torch.arange(first, first + len(anchors), device=anchors.device)
-
-    penalty = torch.where(candidate_valid, 0.0, NEVER).to(precision)
+    near = None if excluded is None else _without_diagonal(excluded).flatten(0, 1)
 
     with torch.autocast(anchors.device.type, enabled=False):
-        candidates = all_gather_rows(positives) if gather else positives
-        per_row, positions = _InfoNCE.apply(anchors / temperature, candidates, penalty, own)
-        loss = _mean_over_valid(per_row, valid)
-        if symmetric:
-            exchanged = all_gather_rows(anchors) if gather else anchors
-            reverse, _ = _InfoNCE.apply(positives / temperature, exchanged, penalty, own)
-            loss = (loss + _mean_over_valid(reverse, valid)) / 2
-    return ContrastiveResult(loss, positions, valid, candidate_valid.sum())
+        forward, reverse, positions = _InfoNCE.apply(
+            anchors, candidates, valid, candidate_valid, near, temperature, symmetric, gather, return_positions
+        )
+    loss = _mean_over_valid(forward, valid)
+    if symmetric:
+        loss = (loss + _mean_over_valid(reverse, valid)) / 2
+    count = candidate_valid.sum()
+    counts = count.to(precision).expand(len(valid))
+    if near is not None:
+        counts = counts - (near & valid.view(len(excluded), 1, -1).expand_as(excluded).flatten(0, 1)).sum(1)
+    chance = (counts.clamp(min=1).log() * valid).sum() / valid.sum().clamp(min=1)
+    return ContrastiveResult(loss, chance, valid, count, positions)
 
 
 class _InfoNCE(torch.autograd.Function):
-    """Cross-entropy and position of each anchor's positive, without ever holding all similarities.
+    """Cross-entropies of each anchor's positive, and of each positive's anchor, without ever holding all similarities.
 
     They are formed for some anchors at a time, and again in the backward pass, so that memory grows linearly with
     the number of candidates; with every process's points as candidates the full matrix would be the largest tensor.
 
     Args:
-        anchors: `(R, D)`, divided by the temperature.
-        candidates: `(N, D)`.
-        penalty: `(N,)`, added to each candidate's logit.
-        targets: `(R,)` int64, which candidate is each anchor's positive.
+        anchors: `(R, D)`, unit length.
+        candidates: `(N, D)`, unit length; from row `rank * R` on they are the anchors' positives.
+        valid, candidate_valid: `(R,)` and `(N,)` bool.
+        near: `(R, M)` bool or `None`, which candidates of an anchor's own cloud of M do not count.
+        temperature, symmetric, gathered, rank_positives: as in `contrastive_loss`.
+
+    Returns:
+        losses of the anchors `(R,)`, of their positives `(R,)` (zeros unless symmetric), and positions `(R,)` or None.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, anchors: torch.Tensor, candidates: torch.Tensor, penalty: torch.Tensor, targets: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        losses, ranks, normalizers = [], [], []
-        index = torch.arange(len(candidates), device=candidates.device)
-        for some, own in zip(*_chunks(len(candidates), anchors, targets), strict=True):
-            logits = torch.addmm(penalty, some, candidates.T)
-            positive = logits.gather(1, own.unsqueeze(1))
-            normalizers.append(logits.logsumexp(1))
-            losses.append(normalizers[-1] - positive.squeeze(1))
-            # equal logits are common: official clouds hold the same centre several times
-            earlier = torch.where(index < own.unsqueeze(1), logits >= positive, logits > positive)
-            ranks.append(earlier.sum(1))
-        ctx.save_for_backward(anchors, candidates, penalty, targets, torch.cat(normalizers))
-        positions = torch.cat(ranks)
-        ctx.mark_non_differentiable(positions)
-        return torch.cat(losses), positions
+        ctx: Any,
+        anchors: Tensor,
+        candidates: Tensor,
+        valid: Tensor,
+        candidate_valid: Tensor,
+        near: Tensor | None,
+        temperature: float,
+        symmetric: bool,
+        gathered: bool,
+        rank_positives: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        ctx.first = rank() * len(anchors) if gathered else 0
+        ctx.temperature, ctx.symmetric, ctx.gathered = temperature, symmetric, gathered
+        left = torch.cat([anchors / temperature, _penalty(valid, anchors), torch.ones_like(anchors[:, :1])], dim=1)
+        right = torch.cat([candidates, torch.ones_like(candidates[:, :1]), _penalty(candidate_valid, candidates)], 1)
+        row_sums, positives, positions = [], [], []
+        column_sums = right.new_zeros(len(right))
+        for logits, own in _logits_in_parts(left, right, near, ctx.first):
+            positive = logits.gather(1, own[:, None])
+            positives.append(positive.squeeze(1))
+            if rank_positives:
+                positions.append(_positions(logits, positive, own))
+            exponentials = logits.sub_(1 / temperature).exp_()
+            row_sums.append(exponentials.sum(1))
+            if symmetric:
+                column_sums += exponentials.sum(0)
+        tiny = torch.finfo(right.dtype).tiny  # what invalid rows are left with
+        row_sum, positive = torch.cat(row_sums).clamp(min=tiny), torch.cat(positives)
+        if gathered and symmetric:
+            column_sums = all_reduce_sum(column_sums)
+        column_sums = column_sums.clamp(min=tiny)
+        ctx.save_for_backward(left, right, near, row_sum, column_sums)
+        forward = row_sum.log() + 1 / temperature - positive
+        reverse = torch.zeros_like(forward)
+        if symmetric:
+            reverse = column_sums.narrow(0, ctx.first, len(left)).log() + 1 / temperature - positive
+        if not rank_positives:
+            return forward, reverse, None
+        ranks = torch.cat(positions)
+        ctx.mark_non_differentiable(ranks)
+        return forward, reverse, ranks
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
-        anchors, candidates, penalty, targets, normalizers = ctx.saved_tensors
-        anchor_grads, candidate_grad = [], torch.zeros_like(candidates)
-        for some, own, normalizer, upstream in zip(
-            *_chunks(len(candidates), anchors, targets, normalizers.unsqueeze(1), grad.unsqueeze(1)), strict=True
-        ):
-            slopes = torch.addmm(penalty, some, candidates.T).sub_(normalizer).exp_().mul_(upstream)
-            slopes.scatter_add_(1, own.unsqueeze(1), -upstream)
-            anchor_grads.append(slopes @ candidates)
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, forward_grad: Tensor, reverse_grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        left, right, near, row_sum, column_sums = ctx.saved_tensors
+        row_slopes = forward_grad / row_sum
+        column_grad = all_gather_rows(reverse_grad) if ctx.gathered and ctx.symmetric else reverse_grad
+        own_grad = forward_grad + reverse_grad if ctx.symmetric else forward_grad
+        width = left.shape[1] - 2
+        anchor_grads, candidate_grad = [], torch.zeros_like(right[:, :width])
+        start = 0
+        for logits, own in _logits_in_parts(left, right, near, ctx.first):
+            rows = slice(start, start + len(logits))
+            start += len(logits)
+            slopes = row_slopes[rows, None]
+            if ctx.symmetric:
+                slopes = slopes + column_grad / column_sums
+            weights = logits.sub_(1 / ctx.temperature).exp_().mul_(slopes)
+            weights.scatter_add_(1, own[:, None], -own_grad[rows, None])
+            anchor_grads.append(weights @ right[:, :width])
             if ctx.needs_input_grad[1]:
-                candidate_grad.addmm_(slopes.T, some)
-        return torch.cat(anchor_grads), candidate_grad if ctx.needs_input_grad[1] else None, None, None
+                candidate_grad.addmm_(weights.T, left[rows, :width])
+        anchor_grad = torch.cat(anchor_grads) / ctx.temperature
+        return anchor_grad, candidate_grad if ctx.needs_input_grad[1] else None, *[None] * 7
 
 
-def _chunks(num_candidates: int, *tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
-    """Each tensor `(R, ...)` in parts of so many rows that a part's similarities stay small."""
-    rows = max(1, MAX_SIMILARITIES // max(1, num_candidates))
-    return [tensor.split(rows) for tensor in tensors]
+def _logits_in_parts(left: Tensor, right: Tensor, near: Tensor | None, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits `(r, N)` of some anchors at a time, and which candidate is the positive of each `(r,)`."""
+    rows = max(1, MAX_SIMILARITIES // max(1, len(right)))
+    for part, start in zip(left.split(rows), range(0, len(left), rows), strict=True):
+        logits = part @ right.T
+        row = torch.arange(start, start + len(part), device=left.device)
+        if near is not None:
+            size = near.shape[1]
+            columns = (first + row // size * size)[:, None] + torch.arange(size, device=left.device)
+            logits.scatter_add_(1, columns, near[row].to(logits.dtype) * NEVER)
+        yield logits, row + first
 
 
-def _mean_over_valid(per_row: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+def _positions(logits: Tensor, positive: Tensor, own: Tensor) -> Tensor:
+    index = torch.arange(logits.shape[1], device=logits.device)
+    # equal logits are common: official clouds hold the same centre several times
+    return torch.where(index < own[:, None], logits >= positive, logits > positive).sum(1)
+
+
+def _penalty(valid: Tensor, like: Tensor) -> Tensor:
+    """A column `(R, 1)`, added to the logits of each row."""
+    return torch.where(valid, 0.0, NEVER).to(like.dtype)[:, None]
+
+
+def _without_diagonal(excluded: Tensor) -> Tensor:
+    return excluded & ~torch.eye(excluded.shape[1], dtype=torch.bool, device=excluded.device)
+
+
+def _mean_over_valid(per_row: Tensor, valid: Tensor) -> Tensor:
     """Mean over the valid rows of all processes, as this process's share of an average over processes."""
     count = valid.sum().to(per_row.dtype)
     mean_count = all_reduce_sum(count) / world_size()

@@ -21,6 +21,9 @@ class PendingMatch:
         coordinates: `(B, M, 3)`, metres.
         other: `(B, M, 3)`, in the same frame.
         mask, other_mask: `(B, M)`, false for slots that hold no point.
+
+    Attributes:
+        cost: `(B, M, M)`, the distance of each point to each of the other view, metres.
     """
 
     def __init__(
@@ -32,8 +35,8 @@ class PendingMatch:
     ) -> None:
         if linear_sum_assignment is None:
             raise ImportError("matching two views needs SciPy: pip install scipy")
-        self._cost = torch.cdist(coordinates, other, compute_mode="donot_use_mm_for_euclid_dist")
-        host = _HostCopy(self._cost, mask, other_mask)
+        self.cost = pairwise_distances(coordinates, other)
+        host = _HostCopy(self.cost, mask, other_mask)
         self._jobs: list[Future[np.ndarray]] = [
             _SOLVERS.submit(_solve, host, item) for item in range(len(coordinates))
         ]
@@ -41,9 +44,16 @@ class PendingMatch:
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Matches `(B, M)` int64 and their distances `(B, M)` in metres, infinite where nothing was matched."""
         match = torch.from_numpy(np.stack([job.result() for job in self._jobs]))
-        match = match.to(self._cost.device, non_blocking=True)
-        distance = self._cost.gather(2, match.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        if self.cost.is_cuda:
+            match = match.pin_memory()
+        match = match.to(self.cost.device, non_blocking=True)
+        distance = self.cost.gather(2, match.clamp(min=0).unsqueeze(-1)).squeeze(-1)
         return match.clamp(min=0), distance.masked_fill(match < 0, torch.inf)
+
+
+def pairwise_distances(points: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Distances `(B, M, K)` of points `(B, M, 3)` to others `(B, K, 3)`, exact where they coincide."""
+    return torch.cdist(points, other, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 class _HostCopy:

@@ -1,6 +1,8 @@
 """SimIPU (Li et al., AAAI 2022): spatial-aware visual features from unlabelled camera + LiDAR pairs."""
 
+import copy
 import os
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -12,16 +14,18 @@ from transformers.utils import can_return_tuple
 
 from .configuration_simipu import PointConfig, SimIPUConfig, SimIPUPointNet2Config
 from .geometry import (
+    FeatureGrid,
+    aligned_corners_grid,
     inside_image,
     invert_transform,
     project_points,
-    sample_feature_maps,
+    sample_feature_map,
     transform_points,
 )
-from .image_encoder import build_image_encoder, feature_channels, image_feature_maps
+from .image_encoder import build_image_encoder, configured_grids, feature_channels, hold_frozen, image_feature_maps
 from .layers import LinearBlock, ProjectionHead, WeightedBatchNorm, linear, run_blocks
 from .losses import ContrastiveResult, contrastive_loss
-from .matching import PendingMatch
+from .matching import PendingMatch, pairwise_distances
 from .outputs_simipu import PointEncoderOutput, SimIPUForPreTrainingOutput, SimIPUModelOutput
 from .pointnet2 import PointNet2Encoder, gather_rows
 
@@ -93,8 +97,12 @@ class SimIPUModel(SimIPUPreTrainedModel):
         super().__init__(config)
         self.image_encoder = build_image_encoder(config.image_encoder_config)
         self.point_encoder = build_point_encoder(config.point_encoder_config)
-        keep_initialization(self.image_encoder)
         self.post_init()
+
+    def train(self, mode: bool = True) -> "SimIPUModel":
+        super().train(mode)
+        hold_frozen(self.image_encoder, self.config.image_encoder_config)
+        return self
 
     def get_image_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Feature maps of the configured stages, finest first.
@@ -105,7 +113,7 @@ class SimIPUModel(SimIPUPreTrainedModel):
         Returns:
             One `(B, C_s, H_s, W_s)` a stage.
         """
-        return image_feature_maps(self.image_encoder, pixel_values, self.config.image_encoder_config.out_indices)
+        return image_feature_maps(self.image_encoder, pixel_values, self.config.image_encoder_config.stages)
 
     def get_point_features(self, points: torch.Tensor) -> PointEncoderOutput:
         """Features of the points that the point encoder keeps.
@@ -146,19 +154,33 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
 
     Every other point of the batch is a negative. Source: Li et al. (2022) and the official
     `inter_intro_decorator_moco_better.py`.
+
+        >>> model = SimIPUForPreTraining(SimIPUConfig.from_preset("recommended"))
+        >>> model(**batch).loss.backward()
     """
+
+    # Trainer: the loss is a mean over the batch, to be divided by the accumulation steps
+    accepts_loss_kwargs = False
 
     def __init__(self, config: SimIPUConfig) -> None:
         super().__init__(config)
         self.simipu = SimIPUModel(config)
-        image_channels = sum(feature_channels(self.simipu.image_encoder, config.image_encoder_config.out_indices))
+        image_channels = feature_channels(self.simipu.image_encoder, config.image_encoder_config.stages)
         point_channels = config.point_encoder_config.output_channels
         widths = (config.projection_dim, config.projection_hidden_dim)
         self.intra_point_head = ProjectionHead(point_channels, *widths)
-        self.inter_image_head = ProjectionHead(image_channels, *widths)
         self.inter_point_head = ProjectionHead(point_channels, *widths)
+        self.inter_image_head = (
+            nn.ModuleList(FeatureMapHead(channels, *widths) for channels in image_channels)
+            if config.loss_per_stage
+            else FeatureMapHead(sum(image_channels), *widths)
+        )
         if config.inter_modal_point_gradient == "none":
             self.inter_point_head.requires_grad_(False)
+        if config.cell_sampling == "grid":
+            configured_grids(config.image_encoder_config)  # refuses stages without one before the first step
+        # the encoder that training started from is no part of the model: neither saved nor trained
+        object.__setattr__(self, "_anchor", None)
         self.post_init()
 
     @can_return_tuple
@@ -170,6 +192,7 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
         lidar_to_aug: torch.Tensor,
         lidar_to_pixel: torch.Tensor,
         image_sizes: torch.Tensor | None = None,
+        return_metrics: bool = False,
         **kwargs: Any,
     ) -> SimIPUForPreTrainingOutput | tuple:
         """One pre-training step's losses.
@@ -182,30 +205,38 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
             lidar_to_pixel: `(B, 3, 4)`, un-augmented coordinates to pixels of `pixel_values`.
             image_sizes: `(B, 2)` int, height and width of each image before padding; the whole of
                 `pixel_values` where omitted.
+            return_metrics: compute the accuracies as well, which need the rank of every positive.
         """
-        point_output = self.simipu.get_point_features(points)
+        view = self.simipu.get_point_features(points)
         # the augmented view only yields detached keys: without gradient it costs a third and changes nothing
         with torch.no_grad():
-            point_aug_output = self.simipu.get_point_features(points_aug)
-            pending_match = self._start_matching(point_output, point_aug_output, lidar_to_aug)
+            augmented = self.simipu.get_point_features(points_aug)
+            pending_match = _start_matching(view, augmented, lidar_to_aug)
 
         image_features = self.simipu.get_image_features(pixel_values)
-        padded_sizes = _padded_sizes(pixel_values)
-        inter, in_image, image_embeds, point_embeds = self._inter_modal(
-            image_features,
-            point_output,
-            lidar_to_pixel,
-            padded_sizes,
-            padded_sizes if image_sizes is None else image_sizes,
+        padded_size = (pixel_values.shape[-2], pixel_values.shape[-1])
+        if image_sizes is None:
+            image_sizes = _whole_images(pixel_values)
+        pixels, depth = project_points(view.coordinates, lidar_to_pixel.to(view.coordinates.dtype))
+        in_image = inside_image(pixels, depth, image_sizes)
+        inter, image_embeds, point_embeds = self._inter_modal(
+            image_features, view, pixels, in_image, image_sizes, padded_size, return_metrics
         )
-        match, distance = pending_match.result()
-        intra = self._intra_modal(point_output, point_aug_output, match, distance)
+
+        match, match_distance = pending_match.result()
+        intra = self._intra_modal(view, augmented, pending_match.cost, match, match_distance, return_metrics)
 
         config = self.config
+        loss = config.intra_modal_weight * intra.loss + config.inter_modal_weight * inter.loss
+        anchor_loss = None
+        if config.anchor_weight > 0 and (self.training or self._anchor is not None):
+            anchor_loss = self._anchor_loss(pixel_values, image_features)
+            loss = loss + config.anchor_weight * anchor_loss
         return SimIPUForPreTrainingOutput(
-            loss=config.intra_modal_weight * intra.loss + config.inter_modal_weight * inter.loss,
+            loss=loss,
             intra_modal_loss=intra.loss,
             inter_modal_loss=inter.loss,
+            anchor_loss=anchor_loss,
             intra_modal_chance=intra.chance,
             inter_modal_chance=inter.chance,
             intra_modal_top1=intra.accuracy(1),
@@ -214,106 +245,190 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
             inter_modal_top5=inter.accuracy(5),
             inter_modal_top10_percent=inter.accuracy_percent(10),
             inter_modal_top50_percent=inter.accuracy_percent(50),
-            match_distance=_masked_mean(distance, distance.isfinite()),
-            pairs_in_image=_masked_mean(in_image.float(), _slots(point_output)),
+            match_distance=_masked_mean(match_distance, match_distance.isfinite()),
+            pairs_in_image=_masked_mean(in_image.float(), _slots(view)),
             image_embeds=image_embeds,
             point_embeds=point_embeds,
             match=match,
             image_features=image_features,
-            point_output=point_output,
-            point_aug_output=point_aug_output,
+            point_output=view,
+            point_aug_output=augmented,
         )
-
-    def _start_matching(
-        self, view: PointEncoderOutput, augmented: PointEncoderOutput, lidar_to_aug: torch.Tensor
-    ) -> PendingMatch:
-        back = invert_transform(lidar_to_aug).to(augmented.coordinates.dtype)
-        brought_back = transform_points(augmented.coordinates, back)
-        return PendingMatch(view.coordinates, brought_back, view.mask, augmented.mask)
-
-    def _inter_modal(
-        self,
-        image_features: tuple[torch.Tensor, ...],
-        point_output: PointEncoderOutput,
-        lidar_to_pixel: torch.Tensor,
-        padded_sizes: torch.Tensor,
-        image_sizes: torch.Tensor,
-    ) -> tuple[ContrastiveResult, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The loss, which points project into their image `(B, M)`, and both embeddings `(B, M, D)`."""
-        config = self.config
-        coordinates = point_output.coordinates
-        pixels, depth = project_points(coordinates, lidar_to_pixel.to(coordinates.dtype))
-        in_image = inside_image(pixels, depth, image_sizes)
-        valid = _slots(point_output)
-        if config.mask_out_of_image:
-            valid = valid & in_image
-        per_sample = config.projection_normalization == "sample"
-        covered = (image_sizes + 31) // 32 * 32 if per_sample else padded_sizes
-        image_embeds = self._project_image(image_features, pixels, covered, valid)
-        point_rows = point_output.features
-        if config.inter_modal_point_gradient != "encoder":
-            point_rows = point_rows.detach()
-        point_embeds = _project(self.inter_point_head, point_rows, valid)
-        result = contrastive_loss(
-            image_embeds.flatten(0, 1),
-            point_embeds.flatten(0, 1),
-            config.temperature,
-            valid.flatten(),
-            symmetric=config.symmetric_inter_modal_loss,
-            gather=config.gather_negatives,
-        )
-        return result, in_image, image_embeds, point_embeds
-
-    def _project_image(
-        self,
-        image_features: tuple[torch.Tensor, ...],
-        pixels: torch.Tensor,
-        covered: torch.Tensor,
-        valid: torch.Tensor,
-    ) -> torch.Tensor:
-        """Image head `(B, M, D)` on the features sampled at `pixels`, of maps that cover `covered` pixels.
-
-        Sampling is linear: of a map with fewer cells than there are points, the head's first layer runs on the cells.
-        """
-        first, *others = self.inter_image_head.layers
-        assert isinstance(first, LinearBlock)
-        weights = first.linear.weight.split([m.shape[1] for m in image_features], dim=1)
-        # where points outside are left out, the outer half of the border cells must not fade to zero
-        padding_mode = "border" if self.config.mask_out_of_image else "zeros"
-        sampling = pixels, covered, self.config.align_corners, padding_mode
-        rows: torch.Tensor = first.linear.bias
-        for feature_map, weight in zip(image_features, weights, strict=True):
-            if feature_map[0, 0].numel() < pixels.shape[1]:
-                projected = F.conv2d(feature_map.to(weight.dtype), weight[..., None, None])
-                rows = rows + sample_feature_maps([projected], *sampling).flatten(0, 1)
-            else:
-                sampled = sample_feature_maps([feature_map], *sampling).flatten(0, 1)
-                rows = rows + linear(sampled.to(weight.dtype), weight)
-        counts = valid.flatten()
-        rows = first.normalize(rows.to(first.linear.weight.dtype), counts)
-        return run_blocks(others, rows, counts).unflatten(0, valid.shape)
 
     def _intra_modal(
-        self, view: PointEncoderOutput, augmented: PointEncoderOutput, match: torch.Tensor, distance: torch.Tensor
+        self,
+        view: PointEncoderOutput,
+        augmented: PointEncoderOutput,
+        cost: torch.Tensor,
+        match: torch.Tensor,
+        distance: torch.Tensor,
+        return_metrics: bool,
     ) -> ContrastiveResult:
+        """The loss; `cost` `(B, M, M)` are the distances between the points of the two views."""
         limit = self.config.max_match_distance
         valid = distance.isfinite() if limit is None else distance <= limit
         queries = _project(self.intra_point_head, view.features, valid)
         with torch.no_grad():
             keys = _project(self.intra_point_head, gather_rows(augmented.features, match), valid)
+        excluded = None
+        if self.config.negative_exclusion_distance is not None:
+            # candidate j is the key that point j was matched with
+            distances = cost.gather(2, match[:, None].expand_as(cost))
+            excluded = distances <= self.config.negative_exclusion_distance
+        return self._contrast(queries, keys, valid, excluded, return_metrics)
+
+    def _inter_modal(
+        self,
+        image_features: tuple[torch.Tensor, ...],
+        view: PointEncoderOutput,
+        pixels: torch.Tensor,
+        in_image: torch.Tensor,
+        image_sizes: torch.Tensor,
+        padded_size: tuple[int, int],
+        return_metrics: bool,
+    ) -> tuple[ContrastiveResult, torch.Tensor, torch.Tensor]:
+        """The loss and both embeddings `(B, M, D)`."""
+        config = self.config
+        valid = _slots(view)
+        if config.mask_out_of_image:
+            valid = valid & in_image
+        if config.projection_normalization == "sample":
+            covered = ((image_sizes + 31) // 32 * 32).to(pixels.dtype)
+            stretch = torch.stack([padded_size[1] / covered[:, 1], padded_size[0] / covered[:, 0]], dim=-1)
+            pixels = pixels * stretch[:, None]
+        embeds = self._project_image(image_features, pixels, padded_size, valid)
+        point_rows = view.features if config.inter_modal_point_gradient == "encoder" else view.features.detach()
+        point_embeds = _project(self.inter_point_head, point_rows, valid)
+        excluded = None
+        if config.negative_exclusion_distance is not None:
+            excluded = pairwise_distances(view.coordinates, view.coordinates) <= config.negative_exclusion_distance
+        symmetric = config.symmetric_inter_modal_loss
+        results = [self._contrast(e, point_embeds, valid, excluded, return_metrics, symmetric) for e in embeds]
+        result = results[-1]  # the accuracies are those of the coarsest stage
+        result.loss = torch.stack([stage.loss for stage in results]).mean()
+        return result, _combine(embeds), point_embeds
+
+    def _contrast(
+        self,
+        anchors: torch.Tensor,
+        positives: torch.Tensor,
+        valid: torch.Tensor,
+        excluded: torch.Tensor | None,
+        return_metrics: bool,
+        symmetric: bool = False,
+    ) -> ContrastiveResult:
+        """The contrastive loss of embeddings `(B, M, D)`."""
         return contrastive_loss(
-            queries.flatten(0, 1),
-            keys.flatten(0, 1),
+            anchors.flatten(0, 1),
+            positives.flatten(0, 1),
             self.config.temperature,
             valid.flatten(),
+            symmetric=symmetric,
             gather=self.config.gather_negatives,
+            excluded=excluded,
+            return_positions=return_metrics,
         )
+
+    def _project_image(
+        self,
+        image_features: tuple[torch.Tensor, ...],
+        pixels: torch.Tensor,
+        padded_size: tuple[int, int],
+        valid: torch.Tensor,
+    ) -> list[torch.Tensor]:
+        """Image projections `(B, M, D)` at `pixels` `(B, M, 2)`: one, or one a stage with `loss_per_stage`."""
+        grids = self.stage_grids(image_features, padded_size)
+        cells = [grid.cells(pixels) for grid in grids]
+        # where points outside are left out, the outer half of the border cells must not fade to zero
+        padding_mode = "border" if self.config.mask_out_of_image else "zeros"
+        if isinstance(self.inter_image_head, nn.ModuleList):
+            stages = zip(self.inter_image_head, image_features, cells, strict=True)
+            return [head([feature], [where], valid, padding_mode) for head, feature, where in stages]
+        return [self.inter_image_head(image_features, cells, valid, padding_mode)]
+
+    def stage_grids(self, image_features: tuple[torch.Tensor, ...], padded_size: tuple[int, int]) -> list[FeatureGrid]:
+        """Where the model takes the cells of each of `image_features` to look, in pixels of `pixel_values`.
+
+        Args:
+            padded_size: height and width of `pixel_values`.
+        """
+        if self.config.cell_sampling == "grid":
+            return configured_grids(self.config.image_encoder_config)
+        return [aligned_corners_grid(feature.shape[-2:], padded_size) for feature in image_features]
+
+    def embed_pixels(
+        self, image_features: tuple[torch.Tensor, ...], pixels: torch.Tensor, padded_size: tuple[int, int]
+    ) -> torch.Tensor:
+        """The inter-modal image projection at any pixels, `(B, K, projection_dim)`, not normalised.
+
+        Args:
+            image_features: of this model's output.
+            pixels: `(B, K, 2)`, x and y.
+            padded_size: height and width of `pixel_values`.
+        """
+        everywhere = torch.ones(pixels.shape[:2], dtype=torch.bool, device=pixels.device)
+        return _combine(self._project_image(image_features, pixels, padded_size, everywhere))
+
+    def anchor_image_encoder(self) -> None:
+        """Keep a frozen copy of the image encoder as it is now, for the term of `config.anchor_weight`.
+
+        The copy is in no state dictionary: call this before the first step and, when training is resumed, after the
+        same start weights are in place and before the checkpoint is loaded.
+        """
+        anchor = copy.deepcopy(self.simipu.image_encoder).eval().requires_grad_(False)
+        object.__setattr__(self, "_anchor", anchor)
+
+    def _anchor_loss(self, pixel_values: torch.Tensor, image_features: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """1 - cosine similarity to the features of the start, averaged over cells and stages."""
+        if self._anchor is None:
+            raise ValueError("anchor_weight is set: call anchor_image_encoder() on the model with its start weights")
+        self._anchor.to(pixel_values.device)
+        with torch.no_grad():
+            targets = image_feature_maps(self._anchor, pixel_values, self.config.image_encoder_config.stages)
+        similar = [F.cosine_similarity(a.float(), b.float()) for a, b in zip(image_features, targets, strict=True)]
+        return torch.stack([1 - stage.mean() for stage in similar]).mean()
+
+
+class FeatureMapHead(ProjectionHead):
+    """A projection head on image features sampled from one or several maps, their channels concatenated."""
+
+    def forward(  # type: ignore[override]
+        self,
+        feature_maps: Sequence[torch.Tensor],
+        cells: Sequence[torch.Tensor],
+        valid: torch.Tensor,
+        padding_mode: str,
+    ) -> torch.Tensor:
+        """`(B, M, D)`.
+
+        Sampling is linear: of a map with fewer cells than there are points, the first layer runs on the cells.
+
+        Args:
+            feature_maps: `(B, C_s, H_s, W_s)` each.
+            cells: `(B, M, 2)` each, where to sample that map.
+            valid: `(B, M)` bool, which rows count in the batch statistics.
+            padding_mode: see [`sample_feature_map`].
+        """
+        first, *others = self.layers
+        assert isinstance(first, LinearBlock)
+        weights = first.linear.weight.split([feature_map.shape[1] for feature_map in feature_maps], dim=1)
+        rows: torch.Tensor = first.linear.bias
+        for feature_map, where, weight in zip(feature_maps, cells, weights, strict=True):
+            if feature_map[0, 0].numel() < where.shape[1]:
+                projected = F.conv2d(feature_map.to(weight.dtype), weight[..., None, None])
+                rows = rows + sample_feature_map(projected, where, padding_mode).flatten(0, 1)
+            else:
+                sampled = sample_feature_map(feature_map, where, padding_mode).flatten(0, 1)
+                rows = rows + linear(sampled.to(weight.dtype), weight)
+        counts = valid.flatten()
+        rows = first.normalize(rows.to(first.linear.weight.dtype), counts)
+        return run_blocks(others, rows, counts).unflatten(0, valid.shape)
 
 
 def build_point_encoder(config: PointConfig) -> nn.Module:
     """The point encoder of a configuration.
 
-    It is told by its `model_type`: remote code loaded from a folder has its own copies of the classes.
+    Chosen by `model_type`, not by class: remote code loaded from a folder has its own copies of the classes.
 
     Raises:
         ImportError: the sparse encoder is asked for and spconv is not installed.
@@ -325,13 +440,6 @@ def build_point_encoder(config: PointConfig) -> nn.Module:
     return PointNet2Encoder(cast("SimIPUPointNet2Config", config))
 
 
-def keep_initialization(module: nn.Module) -> None:
-    """Marks the tensors of `module` as initialised, unless it was built on the meta device."""
-    for tensor in (*module.parameters(), *module.buffers()):
-        if not tensor.is_meta:
-            tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' own mark
-
-
 def _slots(point_output: PointEncoderOutput) -> torch.Tensor:
     """`(B, M)` bool, which slots hold a point."""
     if point_output.mask is not None:
@@ -339,12 +447,19 @@ def _slots(point_output: PointEncoderOutput) -> torch.Tensor:
     return torch.ones(point_output.features.shape[:2], dtype=torch.bool, device=point_output.features.device)
 
 
-def _padded_sizes(pixel_values: torch.Tensor) -> torch.Tensor:
+def _start_matching(
+    view: PointEncoderOutput, augmented: PointEncoderOutput, lidar_to_aug: torch.Tensor
+) -> PendingMatch:
+    back = invert_transform(lidar_to_aug).to(augmented.coordinates.dtype)
+    brought_back = transform_points(augmented.coordinates, back)
+    return PendingMatch(view.coordinates, brought_back, view.mask, augmented.mask)
+
+
+def _whole_images(pixel_values: torch.Tensor) -> torch.Tensor:
     """`(B, 2)`, the height and width of `pixel_values` for each image."""
-    batch, _, height, width = pixel_values.shape
-    size = torch.full((batch, 2), height, device=pixel_values.device)
-    size[:, 1] = width
-    return size
+    sizes = torch.full((len(pixel_values), 2), pixel_values.shape[-2], device=pixel_values.device)
+    sizes[:, 1] = pixel_values.shape[-1]
+    return sizes
 
 
 def _project(head: ProjectionHead, features: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -352,6 +467,11 @@ def _project(head: ProjectionHead, features: torch.Tensor, valid: torch.Tensor) 
     dtype = next(head.parameters()).dtype
     rows = head(features.flatten(0, 1).to(dtype), valid.flatten())
     return rows.unflatten(0, valid.shape)
+
+
+def _combine(embeds: list[torch.Tensor]) -> torch.Tensor:
+    """One embedding of several: the product with another unit vector is the mean of theirs."""
+    return embeds[0] if len(embeds) == 1 else torch.stack([F.normalize(e, dim=-1) for e in embeds]).mean(0)
 
 
 def _masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

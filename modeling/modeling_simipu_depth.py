@@ -5,7 +5,7 @@ Wonka 2018 and Eigen et al. 2014).
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,9 +14,8 @@ from transformers import initialization as init
 from transformers.modeling_outputs import DepthEstimatorOutput
 from transformers.utils import can_return_tuple
 
-from .configuration_simipu import SimIPUImageConfig
-from .configuration_simipu_depth import SimIPUDepthConfig
-from .image_encoder import TimmModel, build_image_encoder, feature_channels, image_feature_maps
+from .configuration_simipu import SimIPUDepthConfig
+from .image_encoder import FeaturePyramid, build_image_encoder, hold_frozen, pad_to_divisor, with_image_size
 
 
 class UpSample(nn.Module):
@@ -65,11 +64,14 @@ class SimIPUForDepthEstimation(PreTrainedModel):
 
     Attributes:
         image_encoder: the plain timm model, as in pre-training.
+        pyramid: [`FeaturePyramid`], its stages at several resolutions.
         decoder: [`DenseDepthDecoder`].
-        out_indices: the stages given to the decoder, counted from the front.
 
     Raises:
         ValueError: the configuration names stages or decoder widths that do not fit the encoder.
+
+        >>> model = SimIPUForDepthEstimation(SimIPUDepthConfig(image_config={"architecture": "resnet50"}))
+        >>> model(pixel_values).predicted_depth  # (B, H, W), metres
     """
 
     config: SimIPUDepthConfig
@@ -77,20 +79,14 @@ class SimIPUForDepthEstimation(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = "image"
     supports_gradient_checkpointing = True
+    # Trainer: the loss is a mean over the batch, to be divided by the accumulation steps
+    accepts_loss_kwargs = False
 
     def __init__(self, config: SimIPUDepthConfig):
         super().__init__(config)
         self.image_encoder = build_image_encoder(config.image_encoder_config)
-        if next(self.image_encoder.parameters()).device.type != "meta":
-            # timm has just initialised it by the architecture's own scheme: post_init leaves it as it is
-            for module in self.image_encoder.modules():
-                module._is_hf_initialized = True  # type: ignore[assignment]  # transformers' own mark
-        self.out_indices = (
-            pyramid_stages(self.image_encoder)
-            if config.out_indices is None
-            else sorted(index % len(self.image_encoder.feature_info) for index in config.out_indices)
-        )
-        in_channels = feature_channels(self.image_encoder, self.out_indices)
+        self.pyramid = FeaturePyramid(self.image_encoder, config.out_indices)
+        in_channels = self.pyramid.channels
         channels = config.decoder_channels
         if channels is None:
             channels = [max(in_channels[-1] // 2**step, 16) for step in range(1, len(in_channels))]
@@ -103,42 +99,10 @@ class SimIPUForDepthEstimation(PreTrainedModel):
         self._freeze = False
         self.post_init()
 
-    @classmethod
-    def from_image_encoder(cls, image_encoder: nn.Module, **config_fields: Any) -> "SimIPUForDepthEstimation":
-        """A depth model with the weights of a timm model and a new decoder.
-
-        Args:
-            image_encoder: a plain timm model, such as `timm.create_model("resnet50", pretrained=True)`.
-            config_fields: fields of [`SimIPUDepthConfig`]; `image_config` adds `model_args` where the timm model was
-                created with some.
-
-        Raises:
-            ValueError: not a timm model, or its weights do not fit a newly built model of its architecture.
-        """
-        timm_config = getattr(image_encoder, "pretrained_cfg", None) or {}
-        if "architecture" not in timm_config:
-            raise ValueError(f"expected a model made by timm.create_model, found {type(image_encoder).__name__}")
-        norms = [module for module in image_encoder.modules() if isinstance(module, nn.BatchNorm2d)]
-        image_fields = {
-            "architecture": timm_config["architecture"],
-            # the weights were trained with these, which need not be the architecture's defaults
-            "batch_norm_eps": norms[0].eps if norms else None,
-            "batch_norm_momentum": norms[0].momentum if norms else None,
-            **config_fields.pop("image_config", {}),
-        }
-        model = cls(SimIPUDepthConfig(image_config=SimIPUImageConfig(**image_fields), **config_fields))
-        weights = image_encoder.state_dict()
-        expected = model.image_encoder.state_dict()
-        # a classifier is no part of the encoder
-        surplus = {name for name in weights if name not in expected}
-        missing = [name for name in expected if name not in weights]
-        if missing or any(not name.startswith(("fc.", "head.", "classifier.")) for name in surplus):
-            raise ValueError(
-                f"the weights do not fit {timm_config['architecture']}: missing {missing[:3]}, unexpected "
-                f"{sorted(surplus)[:3]}; pass the model_args it was created with as image_config"
-            )
-        model.image_encoder.load_state_dict({name: weights[name] for name in expected})
-        return model
+    def set_image_size(self, image_size: Sequence[int]) -> None:
+        """Make the encoder take images of another height and width, its position embeddings interpolated."""
+        config = cast("SimIPUDepthConfig", self.config).image_encoder_config
+        self.image_encoder = with_image_size(self.image_encoder, config, image_size)
 
     def freeze_image_encoder(self, freeze: bool = True) -> None:
         """Train the decoder alone: the encoder gets no gradient and stays in evaluation mode (a probe)."""
@@ -148,6 +112,7 @@ class SimIPUForDepthEstimation(PreTrainedModel):
 
     def train(self, mode: bool = True) -> "SimIPUForDepthEstimation":
         super().train(mode)
+        hold_frozen(self.image_encoder, self.config.image_encoder_config)
         if self._freeze:
             self.image_encoder.eval()
         return self
@@ -169,9 +134,12 @@ class SimIPUForDepthEstimation(PreTrainedModel):
         Returns:
             `predicted_depth` is `(B, H, W)`, or `(B, H', W')` with labels, in metres; `loss` as in [`silog_loss`].
         """
-        pyramid = image_feature_maps(self.image_encoder, pixel_values, self.out_indices)
-        size = pixel_values.shape[-2:] if labels is None else labels.shape[-2:]
-        depth = _resize(self.decoder(pyramid), size)[:, 0]
+        padded = pad_to_divisor(pixel_values, self.image_encoder)
+        depth = self.decoder(self.pyramid(self.image_encoder, padded))
+        if padded.shape != pixel_values.shape:
+            height, width = pixel_values.shape[-2:]
+            depth = _resize(depth, padded.shape[-2:])[..., :height, :width]
+        depth = _resize(depth, pixel_values.shape[-2:] if labels is None else labels.shape[-2:])[:, 0]
         loss = None
         if labels is not None:
             loss = silog_loss(depth, labels, self.config.silog_epsilon, self.config.silog_mean_weight)
@@ -183,7 +151,7 @@ class SimIPUForDepthEstimation(PreTrainedModel):
             # starts near half the depth range everywhere: a larger spread saturates the sigmoid
             init.normal_(module.weight, std=0.01)
             init.zeros_(module.bias)
-        elif isinstance(module, nn.Conv2d):
+        elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
                 init.zeros_(module.bias)
@@ -218,19 +186,6 @@ def silog_loss(
     squared = variance + mean_weight * mean.square()
     # the square root has no finite gradient at 0
     return torch.where((count > 1) & (squared > 0), squared, 1).sqrt() * ((count > 1) & (squared > 0))
-
-
-def pyramid_stages(encoder: TimmModel) -> list[int]:
-    """Stages of a timm model that make a pyramid: the last of every resolution, finest first.
-
-    Four evenly spaced stages, the last among them, where all have one resolution.
-    """
-    reductions = [stage["reduction"] for stage in encoder.feature_info]
-    stages = [i for i, reduction in enumerate(reductions) if reduction not in reductions[i + 1 :]]
-    if len(stages) > 1:
-        return stages
-    count = min(4, len(reductions))
-    return [len(reductions) * (step + 1) // count - 1 for step in range(count)]
 
 
 def _resize(maps: torch.Tensor, size: Sequence[int]) -> torch.Tensor:

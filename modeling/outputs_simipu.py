@@ -43,14 +43,16 @@ class SimIPUForPreTrainingOutput(ModelOutput):
     Args:
         loss: weighted sum of the two losses.
         intra_modal_loss, inter_modal_loss: each unweighted.
+        anchor_loss: unweighted; `None` without `config.anchor_weight`.
         intra_modal_chance, inter_modal_chance: ln(number of candidates), the loss of a uniform guess.
         intra_modal_top1, intra_modal_top5, inter_modal_top1, inter_modal_top5: share of anchors, 0 to 1, whose
-            positive is among the 1 or 5 most similar candidates.
+            positive is among the 1 or 5 most similar candidates; these and the next two only with `return_metrics`.
         inter_modal_top10_percent, inter_modal_top50_percent: the same for the most similar 10 % and 50 % (the
             official log's `cross_acc_top1` and `cross_acc_top5`).
         match_distance: mean distance of the matched pairs in metres.
         pairs_in_image: share of points that project into their image.
-        image_embeds, point_embeds (`(B, M, projection_dim)`): inter-modal projections before normalisation.
+        image_embeds, point_embeds (`(B, M, projection_dim)`): inter-modal projections before normalisation (with
+            `loss_per_stage` the mean of the stages' unit vectors).
         match (`(B, M)`, int64): for each un-augmented point the index of its match in the augmented view.
         image_features: as in [`SimIPUModelOutput`].
         point_output, point_aug_output ([`PointEncoderOutput`]): un-augmented and augmented view.
@@ -59,6 +61,7 @@ class SimIPUForPreTrainingOutput(ModelOutput):
     loss: torch.Tensor | None = None
     intra_modal_loss: torch.Tensor | None = None
     inter_modal_loss: torch.Tensor | None = None
+    anchor_loss: torch.Tensor | None = None
     intra_modal_chance: torch.Tensor | None = None
     inter_modal_chance: torch.Tensor | None = None
     intra_modal_top1: torch.Tensor | None = None

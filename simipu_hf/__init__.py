@@ -21,9 +21,8 @@ if (_checkout / "modeling" / "modeling_simipu.py").is_file():
     __path__.append(str(_checkout))
 
 if TYPE_CHECKING:
-    from .hub.image_encoder import load_image_encoder
-    from .modeling.configuration_simipu import SimIPUConfig
-    from .modeling.configuration_simipu_depth import SimIPUDepthConfig
+    from .hub.sources import load_image_encoder
+    from .modeling.configuration_simipu import SimIPUConfig, SimIPUDepthConfig
     from .modeling.feature_extraction_simipu import SimIPUFeatureExtractor
     from .modeling.image_processing_simipu import SimIPUImageProcessor
     from .modeling.modeling_simipu import SimIPUForPreTraining, SimIPUModel
@@ -45,14 +44,14 @@ __all__ = [
 
 _MODULES = {
     "SimIPUConfig": "modeling.configuration_simipu",
-    "SimIPUDepthConfig": "modeling.configuration_simipu_depth",
+    "SimIPUDepthConfig": "modeling.configuration_simipu",
     "SimIPUFeatureExtractor": "modeling.feature_extraction_simipu",
     "SimIPUForDepthEstimation": "modeling.modeling_simipu_depth",
     "SimIPUForPreTraining": "modeling.modeling_simipu",
     "SimIPUImageProcessor": "modeling.image_processing_simipu",
     "SimIPUModel": "modeling.modeling_simipu",
     "SimIPUProcessor": "modeling.processing_simipu",
-    "load_image_encoder": "hub.image_encoder",
+    "load_image_encoder": "hub.sources",
 }
 
 
@@ -71,8 +70,7 @@ def __dir__() -> list[str]:
 # One hook for each module of transformers, importing no more than it registers: these modules import each other.
 @when_imported("transformers.models.auto.configuration_auto")
 def _register_configurations(auto: Any) -> None:
-    from .modeling.configuration_simipu import SimIPUConfig
-    from .modeling.configuration_simipu_depth import SimIPUDepthConfig
+    from .modeling.configuration_simipu import SimIPUConfig, SimIPUDepthConfig
 
     for config in (SimIPUConfig, SimIPUDepthConfig):
         auto.AutoConfig.register(config.model_type, config, exist_ok=True)
@@ -88,8 +86,7 @@ def _register_feature_extractor(auto: Any) -> None:
 
 @when_imported("transformers.models.auto.image_processing_auto")
 def _register_image_processor(auto: Any) -> None:
-    from .modeling.configuration_simipu import SimIPUConfig
-    from .modeling.configuration_simipu_depth import SimIPUDepthConfig
+    from .modeling.configuration_simipu import SimIPUConfig, SimIPUDepthConfig
     from .modeling.image_processing_simipu import SimIPUImageProcessor
 
     classes = {"torchvision": SimIPUImageProcessor}

@@ -19,7 +19,7 @@ from simipu_hf.data.rows import Frame, dataset_from_rows, to_row
 from simipu_hf.errors import SimIPUError
 from simipu_hf.hub.export import write_timm
 from simipu_hf.hub.sources import find_image_encoder
-from simipu_hf.modeling.geometry import pixel_transform, project_points
+from simipu_hf.modeling.geometry import FeatureGrid, pixel_transform, project_points
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 from simipu_hf.visualization import (
@@ -37,6 +37,7 @@ from simipu_hf.visualization.frames import aligned_frame, choose_points, load_mo
 from simipu_hf.visualization.style import RED
 
 WIDTH, HEIGHT = 96, 32
+PATCHES = FeatureGrid(stride_y=8.0, stride_x=8.0, offset_y=3.5, offset_x=3.5)
 PROJECTION = np.array([[40.0, 0, 47.5, 0], [0, 40.0, 15.5, 0], [0, 0, 1, 0]])
 # camera x right = -y, y down = -z, z forward = x of the LiDAR
 LIDAR_TO_CAMERA = np.array([[0.0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
@@ -138,15 +139,16 @@ def test_cells_lie_over_the_pixels_that_they_saw():
     frame = make_frame()
     # twice as large, 64 x 192, then padded to 96 x 224; stride 8
     resize = pixel_transform((0, 0, HEIGHT, WIDTH), (2 * HEIGHT, 2 * WIDTH), False, True)
-    cells = cell_map(np.zeros((12, 28, 1)), (96, 224), resize, frame)
+    cells = cell_map(np.zeros((12, 28, 1)), PATCHES, resize, frame)
     np.testing.assert_allclose(cells.pixels[0, 0], 1.5)  # the mean of pixels 0 to 3
     np.testing.assert_allclose(cells.pixels[3, 10], [41.5, 13.5])
     np.testing.assert_allclose(cells.extent, (-0.5, 111.5, 47.5, -0.5))
     assert cells.inside[:8, :24].all()
     assert cells.inside.sum() == 8 * 24
     assert cells.cell_size.tolist() == [4, 4]
-    one = cell_map(np.zeros((1, 1, 1)), (64, 192), resize, frame)
-    np.testing.assert_allclose(one.extent, (-0.5, 95.5, 31.5, -0.5))
+    strided = cell_map(np.zeros((12, 28, 1)), FeatureGrid(8.0, 8.0, 0.0, 0.0), resize, frame)
+    np.testing.assert_allclose(strided.pixels[0, 0], -0.25)  # a convolution of stride 8 sees around pixel 0
+    assert strided.extent == pytest.approx((-2.25, 109.75, 45.75, -2.25))
 
 
 def test_image_features_are_drawn_over_the_image_stage_by_stage():
@@ -154,7 +156,7 @@ def test_image_features_are_drawn_over_the_image_stage_by_stage():
     resize = np.eye(3)
     values = np.zeros((4, 12, 8))
     values[:, 6:] = 1
-    stages = {"stage 2, stride 8": cell_map(values, (HEIGHT, WIDTH), resize, frame)}
+    stages = {"stage 2, stride 8": cell_map(values, PATCHES, resize, frame)}
     figure = draw_image_features(frame, stages)
     shown = figure.axes[1].images[0]
     assert tuple(shown.get_extent()) == (-0.5, 95.5, 31.5, -0.5)
@@ -198,7 +200,7 @@ def test_retrieval_marks_the_true_pixel_and_the_most_similar_cell():
     point = np.array([10.0, 1.0, 0.2])  # at pixel (43.5, 14.7)
     values = np.zeros((4, 12, 1))
     values[2, 7] = 0.9  # centre: column 59.5, row 19.5
-    cells = cell_map(values, (HEIGHT, WIDTH), np.eye(3), frame)
+    cells = cell_map(values, PATCHES, np.eye(3), frame)
     figure = draw_retrieval(frame, point[None], [cells], ["point 5"])
     marks = {line.get_label(): line.get_xydata()[0] for line in figure.axes[0].lines}
     np.testing.assert_allclose(marks["where the point is"], [43.5, 14.7], atol=1e-5)
@@ -213,7 +215,7 @@ def test_similarity_is_the_cosine_and_padding_is_never_the_best_cell():
     frame = make_frame()
     cells = np.random.default_rng(0).normal(size=(4, 16, 5))
     cells /= np.linalg.norm(cells, axis=-1, keepdims=True)
-    placed = cell_map(cells, (HEIGHT, 128), np.eye(3), frame)  # 32 columns of padding
+    placed = cell_map(cells, PATCHES, np.eye(3), frame)  # 32 columns of padding
     embeds = FrameEmbeds(placed, frame.points[:3, :3], np.array([cells[1, 3], cells[2, 14], cells[0, 0]]))
     found = similarities(embeds, 0).values[..., 0]
     assert found[1, 3] == pytest.approx(1)
@@ -279,7 +281,7 @@ def hex_colors(colors: np.ndarray) -> list[str]:
 def make_embeds(frame: Frame) -> tuple[FrameEmbeds, Principal]:
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(48, 6))
-    cells = cell_map(rows.reshape(4, 12, 6), (HEIGHT, WIDTH), np.eye(3), frame)
+    cells = cell_map(rows.reshape(4, 12, 6), PATCHES, np.eye(3), frame)
     return FrameEmbeds(cells, frame.points[:20, :3], rng.normal(size=(20, 6))), Principal.fit(rows)
 
 

@@ -5,37 +5,16 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 
-from simipu_hf.modeling.geometry import inside_image, project_points, sample_feature_maps
+from simipu_hf.modeling.geometry import FeatureGrid, inside_image, project_points
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.outputs_simipu import SimIPUForPreTrainingOutput
 
 RADII = (1, 2, 5)
 
 
-def cell_centers(
-    map_size: tuple[int, int], image_size: tuple[int, int], align_corners: bool, device: torch.device | None = None
-) -> torch.Tensor:
-    """Pixel coordinates (H*W, 2), x then y, at which the model samples exactly one cell of a feature map.
-
-    Args:
-        map_size: height and width of the map, in cells.
-        image_size: height and width, in pixels, that it covers.
-        align_corners: of the model's configuration.
-    """
-    axes = []
-    for cells, length in zip(map_size, image_size, strict=True):
-        index = torch.arange(cells, device=device, dtype=torch.float32)
-        if align_corners:
-            axes.append(index / max(cells - 1, 1) * length)
-        else:
-            axes.append((index + 0.5) / cells * length - 0.5)
-    y, x = torch.meshgrid(*axes, indexing="ij")
-    return torch.stack([x, y], dim=-1).flatten(0, 1)
-
-
 def dense_image_embeds(
     model: SimIPUForPreTraining, image_features: tuple[torch.Tensor, ...], image_size: tuple[int, int]
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, FeatureGrid]:
     """The inter-modal image projection at every cell of the finest sampled stage.
 
     Args:
@@ -44,17 +23,13 @@ def dense_image_embeds(
         image_size: height and width of `pixel_values`.
 
     Returns:
-        unit vectors (B, H*W, D), and the cells' pixel coordinates (H*W, 2).
+        unit vectors (B, H*W, D), and where the cells lie.
     """
-    finest = max(image_features, key=lambda feature: feature.shape[-1])
-    batch = finest.shape[0]
-    align_corners = model.config.align_corners
-    pixels = cell_centers((finest.shape[-2], finest.shape[-1]), image_size, align_corners, finest.device)
-    sizes = torch.tensor([image_size], device=finest.device).expand(batch, 2)
-    rows = sample_feature_maps(image_features, pixels.expand(batch, -1, -1), sizes, align_corners)
-    dtype = next(model.inter_image_head.parameters()).dtype
-    embeds = model.inter_image_head(rows.flatten(0, 1).to(dtype)).unflatten(0, rows.shape[:2])
-    return F.normalize(embeds.float(), dim=-1), pixels
+    finest = image_features[0]
+    grid = model.stage_grids(image_features, image_size)[0]
+    pixels = grid.pixels((finest.shape[-2], finest.shape[-1]), finest.device)
+    embeds = model.embed_pixels(image_features, pixels.expand(len(finest), -1, -1), image_size)
+    return F.normalize(embeds.float(), dim=-1), grid
 
 
 def pixel_recall(
@@ -95,7 +70,7 @@ def correspondence_recall(
     assert output.point_output is not None
     assert output.point_embeds is not None
     image_size = (batch["pixel_values"].shape[-2], batch["pixel_values"].shape[-1])
-    cell_embeds, cell_pixels = dense_image_embeds(model, output.image_features, image_size)
+    cell_embeds, grid = dense_image_embeds(model, output.image_features, image_size)
     coordinates = output.point_output.coordinates
     pixels, depth = project_points(coordinates, batch["lidar_to_pixel"].to(coordinates.dtype))
     sizes = batch.get("image_sizes")
@@ -104,7 +79,7 @@ def correspondence_recall(
     valid = inside_image(pixels, depth, sizes)
     if output.point_output.mask is not None:
         valid &= output.point_output.mask
-    finest = max(output.image_features, key=lambda feature: feature.shape[-1])
-    cell_size = (image_size[1] / finest.shape[-1], image_size[0] / finest.shape[-2])
+    finest = output.image_features[0]
+    cell_pixels = grid.pixels((finest.shape[-2], finest.shape[-1]), finest.device)
     embeds = F.normalize(output.point_embeds.float(), dim=-1)
-    return pixel_recall(embeds, cell_embeds, pixels.float(), cell_pixels, valid, cell_size)
+    return pixel_recall(embeds, cell_embeds, pixels.float(), cell_pixels, valid, (grid.stride_x, grid.stride_y))

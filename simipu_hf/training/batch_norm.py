@@ -8,7 +8,7 @@ from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from simipu_hf.modeling.collectives import all_reduce_sum
+from simipu_hf.modeling.layers import all_reduce_sum
 
 
 class kept_running_statistics:  # noqa: N801 (a context manager, named like a function)

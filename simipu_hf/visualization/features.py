@@ -11,7 +11,13 @@ import torch.nn.functional as F
 from simipu_hf.data.rows import Frame
 from simipu_hf.data.two_views import TwoViewAugmentation, two_view_sample
 from simipu_hf.evaluation.correspondence import dense_image_embeds
-from simipu_hf.modeling.geometry import FeatureGrid, invert_transform, pixel_transform, project_points, transform_points
+from simipu_hf.modeling.geometry import (
+    FeatureGrid,
+    invert_transform,
+    pixel_transform,
+    project_points,
+    transform_points,
+)
 from simipu_hf.modeling.image_encoder import TimmModel, feature_grids, image_feature_maps, sorted_stages
 from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
 from simipu_hf.modeling.matching import PendingMatch

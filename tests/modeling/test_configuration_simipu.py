@@ -61,7 +61,8 @@ def test_sub_configs_are_chosen_by_their_model_type():
         (lambda: SimIPUConfig(projection_normalization="image"), "projection_normalization"),
         (lambda: SimIPUConfig(point_config={"model_type": "kpconv"}), "unknown model_type 'kpconv'"),
         (lambda: SimIPUImageConfig(out_indices=[]), "out_indices is empty"),
-        (lambda: SimIPUImageConfig(out_indices=[1, 1]), "names a stage twice"),
+        (lambda: SimIPUImageConfig(image_size=[96]), r"expected height and width, found \[96\]"),
+        (lambda: SimIPUImageConfig(feature_grids=[[8, 8, 0]]), "expected stride_y, stride_x, offset_y"),
         (lambda: SimIPUPointNet2Config(radii=((0.2,),)), "radii has 1 levels, num_points has 3"),
         (lambda: SimIPUPointNet2Config(fps_mods=(("FPS",), ("FS",), ("F-FPS", "D-FPS"))), "unknown .'FPS'."),
         (

@@ -3,13 +3,16 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from simipu_hf.modeling.geometry import (
+    FeatureGrid,
+    aligned_corners_grid,
     inside_image,
     invert_transform,
     pixel_transform,
     project_points,
-    sample_feature_maps,
+    sample_feature_map,
     transform_points,
 )
 
@@ -59,27 +62,30 @@ def test_image_borders_are_half_a_pixel_beyond_the_outermost_centres(pixel, insi
     assert found.item() is inside
 
 
-def test_sampling_at_cell_centres_returns_the_cells():
-    """A cell of stride 8 covers pixels 0 to 7, its centre lies at pixel 3.5."""
+@pytest.mark.parametrize("grid", [FeatureGrid(8, 8, 3.5, 3.5), FeatureGrid(16, 32, 0.0, 14.0)])
+def test_sampling_where_cells_look_returns_the_cells(grid):
     cells = torch.arange(2 * 3 * 4.0).reshape(1, 2, 3, 4)
     rows, columns = torch.meshgrid(torch.arange(3), torch.arange(4), indexing="ij")
-    pixels = torch.stack([columns, rows], dim=-1).reshape(1, 12, 2) * 8 + 3.5
-    sampled = sample_feature_maps([cells], pixels, torch.tensor([[24, 32]]), align_corners=False)
-    torch.testing.assert_close(sampled, cells.flatten(2).transpose(1, 2))
+    x, y = columns * grid.stride_x + grid.offset_x, rows * grid.stride_y + grid.offset_y
+    pixels = torch.stack([x, y], dim=-1).reshape(1, 12, 2)
+    assert torch.equal(grid.pixels((3, 4)), pixels[0])
+    sampled = sample_feature_map(cells, grid.cells(pixels))
+    torch.testing.assert_close(sampled, cells.flatten(2).transpose(1, 2), rtol=1e-5, atol=1e-5)
 
 
 def test_aligned_corners_map_the_image_border_to_the_outermost_cells():
-    cells = torch.arange(12.0).reshape(1, 1, 3, 4)
-    pixels = torch.tensor([[[0.0, 0.0], [32.0, 24.0], [16.0, 12.0]]])
-    sampled = sample_feature_maps([cells], pixels, torch.tensor([[24, 32]]), align_corners=True)
-    assert sampled.flatten().tolist() == [0.0, 11.0, 5.5]
+    cells = torch.arange(12.0, dtype=torch.float64).reshape(1, 1, 3, 4)
+    pixels = torch.tensor([[[0.0, 0.0], [32.0, 24.0], [16.0, 12.0]]], dtype=torch.float64)
+    grid = aligned_corners_grid((3, 4), (24, 32))
+    np.testing.assert_allclose(sample_feature_map(cells, grid.cells(pixels)).flatten(), [0.0, 11.0, 5.5])
+    normalized = (pixels / torch.tensor([32.0, 24.0]) * 2 - 1)[:, :, None]
+    expected = F.grid_sample(cells, normalized, align_corners=True)
+    np.testing.assert_allclose(sample_feature_map(cells, grid.cells(pixels), "zeros").flatten(), expected.flatten())
+    assert aligned_corners_grid((1, 4), (24, 32)).cells(pixels)[..., 1].max() < 1e-6
 
 
-def test_several_maps_are_concatenated_and_zero_outside():
-    maps = [torch.ones(1, 2, 3, 4), torch.full((1, 3, 6, 8), 2.0)]
-    pixels = torch.tensor([[[15.0, 11.0], [400.0, 11.0]]])
-    sampled = sample_feature_maps(maps, pixels, torch.tensor([[24, 32]]), align_corners=False)
-    assert sampled[0, 0].tolist() == [1, 1, 2, 2, 2]
-    assert sampled[0, 1].abs().max() == 0
-    border = sample_feature_maps(maps, pixels, torch.tensor([[24, 32]]), align_corners=False, padding_mode="border")
-    assert border[0, 1].tolist() == [1, 1, 2, 2, 2]
+def test_beyond_the_outermost_cells_lies_the_nearest_one_or_nothing():
+    cells = torch.ones(1, 2, 3, 4)
+    far = torch.tensor([[[15.0, 1.0], [1.0, 1.0]]])
+    assert sample_feature_map(cells, far, "border").unique().tolist() == [1.0]
+    assert sample_feature_map(cells, far, "zeros")[0].tolist() == [[0, 0], [1, 1]]

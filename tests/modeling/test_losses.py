@@ -22,12 +22,16 @@ def everything() -> torch.Tensor:
     return torch.ones(ROWS, dtype=torch.bool)
 
 
-def by_definition(anchors: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
+def by_definition(
+    anchors: torch.Tensor, positives: torch.Tensor, excluded: torch.Tensor | None = None
+) -> torch.Tensor:
     """-log of the positive's share of exp(cosine similarity / T), written out."""
     total = 0.0
     for i in range(len(anchors)):
         similarity = F.cosine_similarity(anchors[i], positives) / TEMPERATURE
-        total = total - torch.log(torch.exp(similarity[i]) / torch.exp(similarity).sum())
+        counts = torch.ones(len(positives), dtype=torch.bool) if excluded is None else ~excluded[i]
+        counts[i] = True
+        total = total - torch.log(torch.exp(similarity[i]) / torch.exp(similarity[counts]).sum())
     return total / len(anchors)
 
 
@@ -79,7 +83,7 @@ def test_gradient_equals_the_definitions_whatever_is_held_at_a_time(pairs, most,
 
 def test_accuracies_equal_top_k(pairs):
     anchors, positives = pairs
-    result = contrastive_loss(anchors, positives, TEMPERATURE, everything())
+    result = contrastive_loss(anchors, positives, TEMPERATURE, everything(), return_positions=True)
     similarity = F.normalize(anchors, dim=1) @ F.normalize(positives, dim=1).T
     for k, accuracy in ((1, result.accuracy(1)), (5, result.accuracy(5)), (15, result.accuracy_percent(50))):
         hits = (similarity.topk(k).indices == torch.arange(ROWS)[:, None]).any(1)
@@ -88,5 +92,38 @@ def test_accuracies_equal_top_k(pairs):
 
 def test_equally_similar_candidates_rank_by_index():
     same = torch.ones(4, 2, dtype=torch.float64)
-    result = contrastive_loss(same, same, TEMPERATURE, torch.ones(4, dtype=torch.bool))
+    result = contrastive_loss(same, same, TEMPERATURE, torch.ones(4, dtype=torch.bool), return_positions=True)
     assert result.positions.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("most", [1, 10**6])
+def test_excluded_candidates_leave_the_denominator_within_their_cloud(pairs, most, monkeypatch):
+    monkeypatch.setattr(losses, "MAX_SIMILARITIES", most)
+    anchors, positives = pairs
+    excluded = torch.rand(3, 10, 10) < 0.4
+    everywhere = torch.block_diag(*excluded)
+    result = contrastive_loss(
+        *pairs, TEMPERATURE, everything(), symmetric=True, excluded=excluded, return_positions=True
+    )
+    forward = by_definition(anchors, positives, everywhere)
+    expected = (forward + by_definition(positives, anchors, everywhere.T)) / 2
+    torch.testing.assert_close(result.loss, expected, rtol=1e-12, atol=0)
+    ours = torch.autograd.grad(result.loss, pairs)
+    for actual, wanted in zip(ours, torch.autograd.grad(expected, pairs), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-12)
+    kept = [(~row).sum().item() + row[i].item() for i, row in enumerate(everywhere)]
+    assert result.chance.item() == pytest.approx(sum(math.log(count) for count in kept) / ROWS)
+    alone = F.normalize(anchors, dim=1) @ F.normalize(positives, dim=1).T
+    better = (alone > alone.diagonal()[:, None]) & ~everywhere
+    assert result.positions.tolist() == better.sum(1).tolist()
+
+
+def test_a_low_temperature_keeps_its_digits():
+    torch.manual_seed(0)
+    anchors, positives = torch.randn(20, 4), torch.randn(20, 4)
+    everything = torch.ones(20, dtype=torch.bool)
+    loss = contrastive_loss(anchors, positives, 0.005, everything, symmetric=True).loss
+    logits = F.normalize(anchors.double()) @ F.normalize(positives.double()).T / 0.005
+    target = torch.arange(20)
+    expected = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)

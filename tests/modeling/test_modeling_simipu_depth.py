@@ -11,8 +11,9 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from simipu_hf.modeling.configuration_simipu_depth import SimIPUDepthConfig
-from simipu_hf.modeling.modeling_simipu_depth import SimIPUForDepthEstimation, pyramid_stages, silog_loss
+from simipu_hf.modeling.configuration_simipu import SimIPUDepthConfig
+from simipu_hf.modeling.image_encoder import pyramid_stages
+from simipu_hf.modeling.modeling_simipu_depth import SimIPUForDepthEstimation, silog_loss
 
 
 def tiny(**fields) -> SimIPUForDepthEstimation:
