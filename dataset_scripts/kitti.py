@@ -590,7 +590,7 @@ class Kitti(datasets.GeneratorBasedBuilder):
 
     def __init__(self, *args: Any, hash: str | None = None, **kwargs: Any) -> None:
         # datasets only hashes code that it loads as a script; with this, rows of an older version are not found again
-        super().__init__(*args, hash=hash or code_hash(), **kwargs)
+        super().__init__(*args, hash=hash or _code_hash(), **kwargs)
 
     def as_dataset(self, split: Any = None, **kwargs: Any) -> Any:
         return super().as_dataset(_kitti_split(split), **kwargs)
@@ -662,7 +662,6 @@ def _kitti_split(split: Any) -> Any:
     return re.sub(r"\bvalidation\b", "val", split) if isinstance(split, str) else split
 
 
-def code_hash() -> str:
-    """Changes with this file."""
+def _code_hash() -> str:
     with open(__file__, "rb") as file:
         return hashlib.sha256(file.read()).hexdigest()

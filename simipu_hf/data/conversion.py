@@ -27,7 +27,7 @@ from ..modeling.geometry import pixel_transform
 from .inspection import open_source
 from .loading import load_pretraining_dataset
 from .preparation import run_in_processes
-from .rows import Frame, calibration_from_row, image_from_row
+from .rows import calibration_from_row, image_from_row, points_from_row
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +63,9 @@ class Packing:
         """The row (its image undecoded) as it is written."""
         row = dict(row)
         if not self.whole_scans:
-            frame = Frame.from_row(row)
-            height, width = frame.image.shape[:2]
-            row["points"] = points_in_view(frame.points, frame.lidar_to_image, (width, height)).tobytes()
+            projection, lidar_to_camera = calibration_from_row(row)
+            size = image_from_row(row).size
+            row["points"] = points_in_view(points_from_row(row), projection @ lidar_to_camera, size).tobytes()
         if self.image_size is not None or self.image_format is not None:
             image = image_from_row(row)
             height, width = self.image_size or (image.height, image.width)

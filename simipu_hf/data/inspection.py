@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..modeling.geometry import inside_image, project_points
 from .loading import list_frames, load_pretraining_dataset
 from .rows import Frame, calibration_from_row, image_from_row, points_from_row
 from .sources import Source, find_source, given_sources, split_source
@@ -132,11 +133,11 @@ def inspect_dataset(
         listing = list_frames(source, wanted, cameras, scenes)
         counts, notes = {name: len(frames) for name, frames in listing.splits.items()}, listing.notes
         inspector.add_problems(listing.problems)
-        labels: dict[Any, str] = {}
-        for name, frames in listing.splits.items():
-            for frame in frames:  # trainval holds the frames of train and val once more
-                labels.setdefault(frame, f"{name}/{frame.frame_id}")
-        rows, total = _read_files(source, labels), len(labels)
+        frames: dict[str, tuple[str, Any]] = {}
+        for name, found in listing.splits.items():
+            for frame in found:  # trainval holds the frames of train and val once more
+                frames.setdefault(repr(frame), (f"{name}/{frame.frame_id}", frame))
+        rows, total = _read_files(source, frames.values()), len(frames)
     else:
         loaded = {}
         for name in wanted:
@@ -171,9 +172,9 @@ def open_source(
     )
 
 
-def _read_files(source: Source, labels: Mapping[Any, str]) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
+def _read_files(source: Source, frames: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
     assert source.reader is not None
-    for frame, label in labels.items():
+    for label, frame in frames:
         damage: list[str] = []
         row = source.reader.read_row(frame, whole_scans=True, problems=damage)
         yield label, {**row, "object_types": row.get("objects", {}).get("type", [])}, damage
@@ -202,6 +203,7 @@ class _Inspector:
     def __init__(self) -> None:
         self.sample: Frame | None = None
         self.problems: dict[str, dict[str, None]] = {}  # message -> frames, in order
+        self.damaged: set[str] = set()
         self.scenes: set[str] = set()
         self.sizes: Counter[str] = Counter()
         self.objects: Counter[str] = Counter()
@@ -215,6 +217,7 @@ class _Inspector:
             frames = self.problems.setdefault(message, {})
             if frame is not None:
                 frames[frame] = None
+                self.damaged.add(frame)
 
     def look_at(self, label: str, row: Mapping[str, Any], damage: Sequence[str]) -> None:
         """`row` holds None for parts that its reader described in `damage`."""
@@ -238,7 +241,10 @@ class _Inspector:
         self.sizes_of_camera.setdefault(projection.tobytes(), {}).setdefault(image.size, []).append(label)
         if points is not None:
             camera = str(row.get("camera") or _direction(lidar_to_camera))
-            self._look_at_view(Frame(label, np.asarray(image), points, projection @ lidar_to_camera), camera)
+            pixels, depth = project_points(points.astype(np.float64), projection @ lidar_to_camera)
+            self._look_at_view(label, camera, pixels, depth, np.array(image.size[::-1]))
+            if self.sample is None and label not in self.damaged:
+                self.sample = Frame.from_row(row)
 
     def _part(self, label: str, row: Mapping[str, Any], column: str, read: Callable[[Any], Any]) -> Any:
         """Each part is read on its own, so that damage to one doesn't hide damage to another."""
@@ -250,20 +256,20 @@ class _Inspector:
             self.add_problems([str(error)], label)
             return None
 
-    def _look_at_view(self, frame: Frame, camera: str) -> None:
-        pixels, depth, inside = frame.view
+    def _look_at_view(
+        self, label: str, camera: str, pixels: np.ndarray, depth: np.ndarray, image_size: np.ndarray
+    ) -> None:
+        inside = inside_image(pixels, depth, image_size)
         self._measure("points_in_view", [inside.sum()])
         if not inside.any():
-            self.add_problems(["expected points of the scan in the image, found none"], frame.frame_id)
+            self.add_problems(["expected points of the scan in the image, found none"], label)
             return
         self._measure("depth_in_view", depth[inside])
         near, far = DEPTH_RANGE
         seen = inside & (depth >= near) & (depth <= far)
-        height, width = frame.image.shape[:2]
         cells = np.unique(((pixels[seen] + 0.5) // CELL).astype(int), axis=0)
-        total = -(-height // CELL) * -(-width // CELL)
+        total = np.prod(-(-image_size // CELL))
         self.views.setdefault(camera, []).append((int(seen.sum()), seen.sum() / len(seen), len(cells) / total))
-        self.sample = self.sample or frame
 
     def _measure(self, name: str, values: Sequence[float] | np.ndarray) -> None:
         values = np.asarray(values, dtype=np.float64)

@@ -165,21 +165,16 @@ def _load(source: Source, request: Request) -> AnyDataset:
 
 def _plan_split(split: str | None, source: Source, validation_share: float | None) -> tuple[bool, str]:
     """Whether the rows held out of a split are wanted, and the split to read."""
-    available = source.splits
-    if split is None:
-        split = "train" if "train" in available else available[0] if len(available) == 1 else ""
     held_out = False
     if validation_share is not None:
-        if {"validation", "val"} & set(available):
-            raise SimIPUError(f"{source.location} has the splits {available}: leave validation_share out")
+        if any(re.fullmatch(r"(.*_)?val(idation)?", name) for name in source.splits):
+            raise SimIPUError(f"{source.location} has the splits {source.splits}: leave validation_share out")
         held_out = split in ("validation", "val")
-        split = "train" if held_out else split
-    for name, other in (("validation", "val"), ("val", "validation")):
-        if other in available and name not in available:
-            split = re.sub(rf"\b{name}\b", other, split)
-    if not set(_names(split)) <= set(available):
-        hint = "; validation_share holds a part of train out" if split in ("validation", "val") else ""
-        raise SimIPUError(f"{source.location}: split: expected one of {available}, found {split!r}{hint}")
+    if split is None and len(source.splits) == 1:
+        split = source.splits[0]
+    split = "train" if split is None or held_out else split
+    for name in set(_names(split)):
+        split = re.sub(rf"(?<![\w.-]){re.escape(name)}(?![\w.-])", source.find_split(name), split)
     return held_out, split
 
 

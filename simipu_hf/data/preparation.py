@@ -123,7 +123,8 @@ def _write_chunk(reading: Reading, item: tuple[Path, Sequence[Any]], stop_at_dam
 
 def _name(reading: Reading, frames: Sequence[Any]) -> str:
     """Of the files of the frames, the code that reads them, and how it does."""
-    made_of = (reading.reader.fingerprint(frames), reading.reader.code_hash(), reading.config, reading.whole_scans)
+    code = Path(str(reading.reader.__file__)).read_bytes()
+    made_of = (reading.reader.fingerprint(frames), code, reading.config, reading.whole_scans)
     return hashlib.sha256(repr(made_of).encode("utf-8")).hexdigest()[:32]
 
 

@@ -32,6 +32,7 @@ from ..errors import SimIPUError
 from ..files import atomic_path
 from ..modeling.feature_extraction_simipu import to_point_cloud
 from ..modeling.geometry import inside_image, project_points, to_calibration
+from ..modeling.image_processing_simipu import to_8_bits
 
 
 class Rows(Protocol):
@@ -178,14 +179,11 @@ def image_from_row(row: Mapping[str, Any]) -> Image.Image:
     """
     image = row["image"]
     try:
-        if isinstance(image, np.ndarray):
-            return Image.fromarray(image).convert("RGB")
-        if isinstance(image, Image.Image):
-            return image.convert("RGB")
-        encoded = image if isinstance(image, dict) else {"bytes": None, "path": image}
-        source = encoded["path"] if encoded["bytes"] is None else BytesIO(encoded["bytes"])
-        with Image.open(source) as opened:
-            return opened.convert("RGB")
+        if not isinstance(image, np.ndarray | Image.Image):
+            encoded = image if isinstance(image, dict) else {"bytes": None, "path": image}
+            image = Image.open(encoded["path"] if encoded["bytes"] is None else BytesIO(encoded["bytes"]))
+        image = to_8_bits(image)
+        return (Image.fromarray(image) if isinstance(image, np.ndarray) else image).convert("RGB")
     except Exception as error:
         raise _row_error(row, "image", "a readable image", f"{type(error).__name__}: {error}") from error
 

@@ -14,12 +14,12 @@ from typing import Any, TypeAlias
 import datasets
 import datasets.data_files
 
-from ..dataset_scripts import kitti
+from ..dataset_scripts import argoverse2, kitti, nuscenes, waymo
 from ..errors import SimIPUError
 
 Sources: TypeAlias = str | os.PathLike | Sequence[str | os.PathLike]
 
-READERS: tuple[ModuleType, ...] = (kitti,)
+READERS: tuple[ModuleType, ...] = (kitti, nuscenes, waymo, argoverse2)
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,19 @@ class Source:
             if self.is_address:
                 return list(self.remote_files)
             return datasets.get_dataset_split_names(self.location, self.config)
+
+    def find_split(self, name: str) -> str:
+        """The split that is meant: "validation" and "val" find one another, "train" finds "mini_train".
+
+        Raises:
+            SimIPUError: there is none, or several.
+        """
+        names = ("validation", "val") if name in ("validation", "val") else (name,)
+        found = [split for split in (name, *names) if split in self.splits]
+        found = found or [split for split in self.splits if split.endswith(tuple(f"_{name}" for name in names))]
+        if not found or (len(found) > 1 and found[0] not in names):
+            raise SimIPUError(f"{self.location}: split: expected one of {self.splits}, found {name!r}")
+        return found[0]
 
     def require_splits(self, wanted: Sequence[str]) -> list[str]:
         """`wanted`.

@@ -2,15 +2,17 @@
 
 import errno
 from pathlib import Path
+from unittest.mock import Mock
 
 import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from simipu_hf.data import conversion
 from simipu_hf.data.conversion import convert_to_parquet
 from simipu_hf.data.loading import load_pretraining_dataset
-from simipu_hf.data.rows import dataset_from_rows, to_row
+from simipu_hf.data.rows import dataset_from_rows, points_from_row, to_row
 from simipu_hf.errors import SimIPUError
 
 
@@ -52,9 +54,9 @@ def test_rows_of_any_source_can_be_converted(tmp_path):
 def test_an_interrupted_conversion_goes_on_and_ends_equal(object_root, tmp_path, monkeypatch, kind):
     if kind == "rows":
         load_pretraining_dataset(data_dir=object_root, cache_dir=tmp_path / "c").save_to_disk(tmp_path / "saved")
-        options = {"data_dir": tmp_path / "saved", "rows_per_shard": 1}
+        options = {"data_dir": tmp_path / "saved", "rows_per_shard": 1, "num_proc": 1}
     else:
-        options = {"data_dir": object_root, "rows_per_shard": 1, "split": ["train", "val"]}
+        options = {"data_dir": object_root, "rows_per_shard": 1, "num_proc": 1, "split": ["train", "val"]}
     convert_to_parquet(tmp_path / "whole", **options)
 
     written = 0
@@ -79,17 +81,19 @@ def test_an_interrupted_conversion_goes_on_and_ends_equal(object_root, tmp_path,
     assert read_folder(tmp_path / "whole") == read_folder(tmp_path / "resumed")
 
 
-def test_what_changed_since_the_interruption_is_converted_again(object_root, tmp_path):
-    scan = object_root / "training/velodyne/000002.bin"
-    sound = scan.read_bytes()
-    scan.write_bytes(b"\0" * 20)
-    options = {"data_dir": object_root, "split": "train", "rows_per_shard": 1}
-    with pytest.raises(SimIPUError, match=r"000002\.bin: expected whole points"):
-        convert_to_parquet(tmp_path / "parquet", **options)
-    scan.write_bytes(sound[:32])
+def test_what_changed_since_the_interruption_is_converted_again(object_root, tmp_path, monkeypatch):
+    options = {"data_dir": object_root, "split": "train", "rows_per_shard": 1, "cache_dir": tmp_path / "cache"}
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "_write_card", Mock(side_effect=SimIPUError("interrupted")))
+        with pytest.raises(SimIPUError, match="interrupted"):
+            convert_to_parquet(tmp_path / "parquet", **options)
+    scan = np.fromfile(object_root / "training/velodyne/000002.bin", "<f4")
+    scan[:-4].tofile(object_root / "training/velodyne/000002.bin")
     assert convert_to_parquet(tmp_path / "parquet", **options)["resumed_shards"] == 0
     data = load_pretraining_dataset(str(tmp_path / "parquet"), cache_dir=tmp_path / "cache")
-    assert data[2]["points"] == sound[:32]
+    assert (
+        data[2]["points"] == load_pretraining_dataset(data_dir=object_root, cache_dir=tmp_path / "cache")[2]["points"]
+    )
 
 
 def test_nothing_of_others_is_overwritten(object_root, tmp_path):
@@ -102,8 +106,43 @@ def test_nothing_of_others_is_overwritten(object_root, tmp_path):
     assert (tmp_path / "other.partial/mine.txt").read_text() == (tmp_path / "parquet/mine.txt").read_text() == "mine"
 
 
-def test_a_missing_file_is_found_before_converting(object_root, tmp_path):
+def test_damage_ends_it_before_anything_is_written(object_root, tmp_path):
     (object_root / "testing/velodyne/000000.bin").unlink()
-    with pytest.raises(SimIPUError, match=r"testing.velodyne.000000\.bin: expected for frame 000000"):
+    with pytest.raises(SimIPUError, match=r"testing.velodyne.000000\.bin: expected a LiDAR scan, found no such file"):
         convert_to_parquet(tmp_path / "parquet", data_dir=object_root)
     assert not (tmp_path / "parquet.partial").exists()
+
+
+def test_files_are_as_large_and_as_many_as_asked_for(object_root, tmp_path):
+    options = {"data_dir": object_root, "split": "train", "cache_dir": tmp_path / "cache", "num_proc": 2}
+    assert convert_to_parquet(tmp_path / "one", **options)["shards"] == 1
+    assert convert_to_parquet(tmp_path / "two", num_shards=2, **options)["shards"] == 2
+    assert convert_to_parquet(tmp_path / "small", max_shard_size="1KB", **options)["shards"] == 3
+    for wrong in ({"image_format": "gif"}, {"image_size": (0, 5)}, {"rows_per_shard": 0}):
+        with pytest.raises(SimIPUError, match=f"{next(iter(wrong))}: expected"):
+            convert_to_parquet(tmp_path / "wrong", **options, **wrong)
+
+
+def test_images_are_resized_and_encoded_anew(tmp_path):
+    """A white square stays where its corners project to, by the map of Pillow's own resize."""
+    image = np.zeros((60, 80, 3), np.uint8)
+    image[20:40, 30:50] = 255
+    depth, focal = 10.0, 50.0
+    corners = np.array([[29.5, 19.5], [49.5, 39.5]])  # edges of the square; integers are centres of pixels
+    points = np.ones((2, 4))
+    points[:, :3] = np.column_stack([(corners - [39.5, 29.5]) / focal * depth, [depth, depth]])
+    projection = np.array([[focal, 0, 39.5, 0], [0, focal, 29.5, 0], [0, 0, 1, 0]])
+    behind = np.array([[0, 0, -5.0, 0]])
+    rows = [to_row("log/0", image, np.vstack([points, behind]), projection, np.eye(4))]
+    dataset_from_rows(rows, tmp_path / "rows").save_to_disk(tmp_path / "saved")
+    convert_to_parquet(
+        tmp_path / "parquet", str(tmp_path / "saved"), image_size=(30, 20), image_format="jpeg", quality=100
+    )
+    row = load_pretraining_dataset(str(tmp_path / "parquet"), cache_dir=tmp_path / "cache")[0]
+    assert (row["image"].format, row["image"].size) == ("JPEG", (20, 30))
+    np.testing.assert_array_equal(points_from_row(row), points.astype(np.float32))  # the one behind is cut
+    pixels = np.asarray(row["camera_projection"]) @ np.vstack([points[:, :3].T, [1, 1]])
+    np.testing.assert_allclose(pixels[:2] / pixels[2], [[30 / 4 - 0.5, 50 / 4 - 0.5], [9.5, 19.5]])
+    mass = np.asarray(row["image"].convert("L"), float)
+    assert np.average(np.arange(20), weights=mass.sum(0)) == pytest.approx(40 / 4 - 0.5, abs=0.05)
+    assert np.average(np.arange(30), weights=mass.sum(1)) == pytest.approx(30 / 2 - 0.5, abs=0.05)

@@ -10,8 +10,8 @@ from simipu_hf.data.inspection import inspect_dataset
 from simipu_hf.data.rows import dataset_from_rows, to_row
 
 
-def test_inspection_counts_and_measures(object_root, tmp_path):
-    report = inspect_dataset(data_dir=object_root, picture_path=tmp_path / "pictures/frame.png")
+def test_inspection_counts_and_measures(object_root):
+    report = inspect_dataset(data_dir=object_root)
     scans = [np.fromfile(path, "<f4").reshape(-1, 4) for path in sorted(object_root.glob("t*ing/velodyne/*.bin"))]
     points = np.concatenate(scans)
     assert (report.splits, report.frames) == ({"train": 3, "val": 2, "test": 1}, 6)
@@ -28,8 +28,11 @@ def test_inspection_counts_and_measures(object_root, tmp_path):
     in_view = [sum_in_view(scan) for scan in scans]
     assert report.ranges["points_in_view"].mean == pytest.approx(np.mean(in_view))
     assert min(in_view) > 0
-    with Image.open(report.picture) as picture:
-        assert picture.size == (48, 16)
+    assert report.sample.frame_id == "000000"
+    camera = report.cameras["image_2"]
+    assert (camera.frames, camera.points) == (6, pytest.approx(np.mean(in_view)))
+    assert camera.share_of_points == pytest.approx(np.mean(in_view) / 60)
+    assert camera.share_of_image == 1  # two cells of 32 x 32 pixels
     assert json.loads(json.dumps(report.to_dict()))["splits"] == {"train": 3, "val": 2, "test": 1}
     assert "no problems" in str(report)
 
@@ -97,3 +100,38 @@ def test_inspection_of_rows(tmp_path):
         (["train/b"], "frame b"),
         (["train/c"], "frame c"),
     ]
+
+
+def test_what_is_seldom_as_it_should_be_is_noted(tmp_path):
+    points = np.tile([[10.0, 0, 0, 0.5]], (100, 1))
+    points[1:] = [10.0, 90, 0, 0.5]  # one of a hundred is in the image
+    forward = np.array([[0.0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
+    turned = np.diag([-1.0, 1, -1, 1]) @ forward
+    projection = np.array([[40.0, 0, 31.5, 0], [0, 40, 31.5, 0], [0, 0, 1, 0]])
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    rows = [to_row(f"log/{i}", image, points, projection, forward) for i in range(2)]
+    rows.append(to_row("log/2", np.full((64, 64, 3), 255, np.uint8), -points, projection, turned))
+    dataset_from_rows(rows, tmp_path / "rows").save_to_disk(tmp_path / "saved")
+    report = inspect_dataset(str(tmp_path / "saved"))
+    assert (report.scenes, report.problems) == (1, [])
+    assert {name: camera.frames for name, camera in report.cameras.items()} == {
+        "looking at 0 degrees": 2,
+        "looking at 180 degrees": 1,
+    }
+    assert report.cameras["looking at 0 degrees"].share_of_points == pytest.approx(0.01)
+    assert report.cameras["looking at 0 degrees"].share_of_image == pytest.approx(0.25)
+    assert report.notes[0].startswith("camera looking at 0 degrees keeps 1.0% of the points, in 25.0% of its image")
+    assert report.notes[-1] == "1 images of one colour, the first train/log/2"
+
+
+def test_scans_of_other_columns_and_labels_that_cannot_be_used_are_named(object_root):
+    training = object_root / "training"
+    scan = np.fromfile(training / "velodyne/000000.bin", "<f4")
+    scan.astype("<f8").tofile(training / "velodyne/000000.bin")
+    (training / "label_2/000001.txt").write_text(
+        "Boat 0 0 0 1 1 5 5 1 1 1 0 0 9 0\nCar 0 0 0 1 1 5 5 1 1 1 0 0 9 0 0.9\n"
+    )
+    report = inspect_dataset(data_dir=object_root, split="train")
+    assert [problem.frames for problem in report.problems] == [["train/000000"], ["train/000001"]]
+    assert "000001.txt, line 1" in report.problems[1].message
+    assert report.objects == {"Car": 3}
