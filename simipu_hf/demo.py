@@ -14,47 +14,35 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import timm
 import torch
-from matplotlib.figure import Figure
+from torch.optim.swa_utils import update_bn
 from tqdm.auto import tqdm
 from transformers import AutoModel
 
-from simipu_hf.compare_depth import estimate_batch_norm, load_encoders
-from simipu_hf.data.depth_samples import DepthFrame, DepthPreprocessing
-from simipu_hf.data.depth_targets import KB_CROP
+from simipu_hf.data.depth import DepthFrame, to_pixel_values
 from simipu_hf.data.loading import load_pretraining_dataset
 from simipu_hf.data.rows import ROW_FEATURES, dataset_from_rows
 from simipu_hf.data.sources import find_source
 from simipu_hf.data.synthetic import synthesize_drive
-from simipu_hf.errors import SimIPUError
+from simipu_hf.errors import SimIPUError, TrainingInterrupted
 from simipu_hf.evaluation.depth import evaluate_maps, write_json
 from simipu_hf.evaluation.linear_probe import fit_linear_depth_probe
-from simipu_hf.finetune_depth import build_depth_model
-from simipu_hf.hub.files import written_aside
+from simipu_hf.files import atomic_folder
+from simipu_hf.hub.sources import load_image_encoder
 from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.pretrain import pretrain
-from simipu_hf.report import write_report
-from simipu_hf.training.command import TrainingInterrupted
-from simipu_hf.training.legacy_arguments import DataArguments, ModelArguments, PreTrainingArguments, TrainingArguments
-from simipu_hf.training.metrics import METRICS_FILE, read_metrics
+from simipu_hf.training.arguments import PreTrainingArguments
+from simipu_hf.training.logging import METRICS_FILE, read_metrics
 from simipu_hf.training.run_folder import versions
-from simipu_hf.visualization import save_figure, visualize
-from simipu_hf.visualization.style import (
-    DEPTH_TICKS,
-    add_colorbar,
-    depth_colormap,
-    depth_norm,
-    new_figure,
-    style_axes,
-)
+from simipu_hf.visualization import draw_depth, save_figure, visualize
+from simipu_hf.visualization.report import write_report
 
 REPORT, RESULTS = "report.html", "results.json"
 DRIVE, FRAMES, RUN, PICTURES = "drive", "frames", "run", "pictures"
@@ -120,51 +108,41 @@ def demo(
         SimIPUError: a stage failed, the message says which; no report was written.
         TrainingInterrupted: Ctrl-C or SIGTERM; likewise.
     """
-    settings = settings or DemoSettings()
-    output_dir = Path(output_dir)
-    prepare_output_dir(output_dir, data_dir, overwrite_output_dir)
-    with a_core_for_loading():
-        results = run_stages(output_dir, data_dir, seed, settings)
+    settings, folder = settings or DemoSettings(), Path(output_dir)
+    prepare_output_dir(folder, data_dir, overwrite_output_dir)
+    frames, run, pictures = folder / FRAMES, folder / RUN, folder / PICTURES
+    stages: dict[str, dict[str, Any]] = {}
+
+    with one_core_for_loading():
+        with stage(stages, folder, "data", "Copying frames" if data_dir else "Generating a synthetic drive") as result:
+            result |= make_frames(frames, data_dir, settings, seed)
+        with stage(stages, folder, "pretraining", "Pre-training on camera + LiDAR pairs, without labels") as result:
+            pretrain(pretraining_arguments(frames, run, settings, seed))
+            result |= summarize_pretraining(run, settings)
+        with stage(stages, folder, "encoder", "Loading the image encoder in plain timm and transformers") as result:
+            result |= check_encoder(run, load_rows(frames, "validation")[0])
+        with stage(stages, folder, "depth", "Probing the features for depth, against random weights") as result:
+            result |= probe_depth(run, frames, pictures / "depth.png", settings, seed)
+        with stage(stages, folder, "pictures", "Drawing what was learnt") as result:
+            middle = len(load_rows(frames, "validation")) // 2
+            drawn = visualize(pictures, model=run, data_dir=frames, split="validation", frames=[middle])
+            result |= {"files": [path.relative_to(folder).as_posix() for path in drawn]}
+    results = {
+        "output_dir": folder.as_posix(),
+        "data_dir": None if data_dir is None else os.fspath(data_dir),
+        "seed": seed,
+        "settings": asdict(settings),
+        "versions": versions(),
+        "stages": stages,
+    }
+    write_json(folder / RESULTS, results)
+    report = write_report(results, folder / REPORT)
     print(closing_words(results), flush=True)
-    return output_dir / REPORT
-
-
-def run_stages(
-    output_dir: Path, data_dir: str | os.PathLike | None, seed: int, settings: DemoSettings
-) -> dict[str, Any]:
-    """All stages, in a folder that is empty; returns what `results.json` holds."""
-    stages = Stages(output_dir, total=6)
-    frames_dir, run_dir, pictures_dir = output_dir / FRAMES, output_dir / RUN, output_dir / PICTURES
-
-    with stages.stage("data", "Copying frames" if data_dir else "Generating a synthetic drive") as result:
-        result |= make_frames(frames_dir, data_dir, settings, seed)
-    with stages.stage("pretraining", "Pre-training on camera + LiDAR pairs, without labels") as result:
-        pretrain(pretraining_arguments(frames_dir, run_dir, settings, seed))
-        result |= summarize_pretraining(run_dir, settings)
-    with stages.stage("encoder", "Loading the image encoder with plain timm and plain transformers") as result:
-        result |= check_encoder(run_dir, load_rows(frames_dir, "validation")[0])
-    with stages.stage("depth", "Probing the features for depth, against random weights") as result:
-        result |= probe_depth(run_dir, frames_dir, pictures_dir / "depth.png", settings, seed)
-    with stages.stage("pictures", "Drawing what was learnt") as result:
-        held_out = len(load_rows(frames_dir, "validation")) // 2
-        drawn = visualize(pictures_dir, model=run_dir, data_dir=frames_dir, split="validation", frames=(held_out,))
-        result |= {"files": [path.relative_to(output_dir).as_posix() for path in drawn]}
-    with stages.stage("report", "Writing the report"):
-        results = {
-            "output_dir": output_dir.as_posix(),
-            "data_dir": None if data_dir is None else os.fspath(data_dir),
-            "seed": seed,
-            "settings": vars(settings),
-            "versions": versions(),
-            "stages": {name: result for name, result in stages.results.items() if "seconds" in result},  # not this one
-        }
-        write_json(output_dir / RESULTS, results)
-        write_report(results, output_dir / REPORT)
-    return results
+    return report
 
 
 @contextlib.contextmanager
-def a_core_for_loading() -> Iterator[None]:
+def one_core_for_loading() -> Iterator[None]:
     """Keeps PyTorch off one processor: threads that wait for one that a loading process holds up waste both."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, before - 1))
@@ -174,43 +152,30 @@ def a_core_for_loading() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class Stages:
-    """Announces the stages, times them, and says which one failed.
+@contextlib.contextmanager
+def stage(stages: dict[str, dict[str, Any]], folder: Path, name: str, title: str) -> Iterator[dict[str, Any]]:
+    """Announces a stage, times it, says which one failed.
 
-    Attributes:
-        results: per stage `title`, `seconds`, and what it found.
+    What the block puts into the dictionary becomes the stage's result in `stages`; `message` is printed at its end.
     """
-
-    def __init__(self, output_dir: Path, total: int):
-        self.output_dir = output_dir
-        self.total = total
-        self.results: dict[str, dict[str, Any]] = {}
-
-    @contextlib.contextmanager
-    def stage(self, name: str, title: str) -> Iterator[dict[str, Any]]:
-        """A stage; what it puts into the dictionary is its result, and `message` is printed at its end."""
-        number = len(self.results) + 1
-        print(f"[{number}/{self.total}] {title}", flush=True)
-        started = time.perf_counter()
-        result = self.results[name] = {"title": title}
-        where = f"stage {number} of {self.total} ({title[0].lower()}{title[1:]})"
-        kept = (
-            f"No report was written; {self.output_dir} holds what was made so far, --overwrite_output_dir starts anew"
-        )
-        try:
-            yield result
-        except SimIPUError as error:
-            raise SimIPUError(f"{where} failed: {error}. {kept}") from error
-        except TrainingInterrupted as stopped:
-            raise TrainingInterrupted(f"stopped in {where}. {kept}", stopped.exit_code) from stopped
-        except KeyboardInterrupt as stopped:
-            raise TrainingInterrupted(f"stopped in {where}. {kept}", 130) from stopped
-        except Exception:
-            print(f"{where} failed, with an error that is not yours. {kept}", file=sys.stderr)
-            raise
-        result["seconds"] = round(time.perf_counter() - started, 1)
-        message = result.pop("message", "")
-        print(f"      {result['seconds']:.0f} s{': ' if message else ''}{message}", flush=True)
+    print(f"[{len(stages) + 1}/5] {title}", flush=True)
+    started, result = time.perf_counter(), {"title": title}
+    where = f"stage {len(stages) + 1} of 5 ({title[0].lower()}{title[1:]})"
+    kept = f"No report was written; {folder} holds what was made so far, --overwrite_output_dir starts anew"
+    try:
+        yield result
+    except SimIPUError as error:
+        raise SimIPUError(f"{where} failed: {error}. {kept}") from error
+    except TrainingInterrupted as stopped:
+        raise TrainingInterrupted(f"stopped in {where}. {kept}", stopped.exit_code) from stopped
+    except KeyboardInterrupt as stopped:
+        raise TrainingInterrupted(f"stopped in {where}. {kept}", 130) from stopped
+    except Exception:
+        print(f"{where} failed, with an error that is not yours. {kept}", file=sys.stderr)
+        raise
+    message = result.pop("message", "")
+    stages[name] = result | {"seconds": round(time.perf_counter() - started, 1)}
+    print(f"      {stages[name]['seconds']:.0f} s{': ' if message else ''}{message}", flush=True)
 
 
 def prepare_output_dir(output_dir: Path, data_dir: str | os.PathLike | None, overwrite: bool) -> None:
@@ -220,7 +185,7 @@ def prepare_output_dir(output_dir: Path, data_dir: str | os.PathLike | None, ove
         SimIPUError: `data_dir` cannot be read, or the folder is in use by something else.
     """
     if data_dir is not None:
-        find_source(os.fspath(data_dir), None, must_be_folder=True)
+        find_source(os.fspath(data_dir), must_be_folder=True)
         if output_dir.resolve() in (Path(data_dir).resolve(), *Path(data_dir).resolve().parents):
             raise SimIPUError(f"--data_dir {data_dir} lies in --output_dir {output_dir}: choose another output folder")
     if output_dir.exists() and not output_dir.is_dir():
@@ -232,10 +197,9 @@ def prepare_output_dir(output_dir: Path, data_dir: str | os.PathLike | None, ove
             "--overwrite_output_dir"
         )
     ours = (DRIVE, FRAMES, RUN, PICTURES, REPORT, RESULTS)
-    # a stage that was killed may have left a hidden file beside what it was writing
-    strangers = [
-        path.name for path in found if path.name not in ours and not path.name.startswith(tuple("." + n for n in ours))
-    ]
+    # a stage that was killed may have left a hidden folder beside what it was writing
+    hidden = tuple(f".{name}" for name in ours)
+    strangers = [path.name for path in found if path.name not in ours and not path.name.startswith(hidden)]
     if strangers:
         raise SimIPUError(
             f"--overwrite_output_dir: {output_dir} holds more than a demo ({', '.join(strangers[:3])}), so nothing "
@@ -243,17 +207,16 @@ def prepare_output_dir(output_dir: Path, data_dir: str | os.PathLike | None, ove
         )
     for path in found:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SimIPUError(f"--output_dir {output_dir} cannot be created ({error})") from error
+    output_dir.mkdir(parents=True, exist_ok=True)
 
 
 def make_frames(
     frames_dir: Path, data_dir: str | os.PathLike | None, settings: DemoSettings, seed: int
 ) -> dict[str, Any]:
     """Copy the first frames of a data set, of a generated drive where there is none, into `frames_dir`."""
+    source = f"the first frames of {data_dir}"
     if data_dir is None:
+        source = "synthetic streets in KITTI layout, each with its own light and calibration"
         data_dir = synthesize_drive(
             frames_dir.with_name(DRIVE),
             num_frames=settings.num_frames,
@@ -261,12 +224,8 @@ def make_frames(
             seed=seed,
             val_fraction=VALIDATION_SHARE,
             test_fraction=0,
-            frames_per_drive=10,
             azimuth_steps=1024,  # half of KITTI's: the pictures are a quarter as wide
         )
-        source = "synthetic streets in KITTI layout, each with its own light and calibration"
-    else:
-        source = f"the first frames of {os.fspath(data_dir)}"
     copy_frames(data_dir, frames_dir, settings.num_frames)
     train, held_out = load_rows(frames_dir, "train"), load_rows(frames_dir, "validation")
     width, height = held_out[0]["image"].size
@@ -291,24 +250,21 @@ def copy_frames(data_dir: str | os.PathLike, frames_dir: Path, num_frames: int) 
     validation = next((name for name in ("validation", "val") if name in splits), None)
     held_out = max(1, round(VALIDATION_SHARE * num_frames))
     # beside the folder, not in the cache of datasets, where every demo would leave its frames
-    with (
-        written_aside(frames_dir) as aside,
-        tempfile.TemporaryDirectory(
-            prefix=f".{FRAMES}-", dir=frames_dir.parent, ignore_cleanup_errors=True
-        ) as scratch,
-    ):
+    scratch = tempfile.TemporaryDirectory(prefix=f".{FRAMES}-", dir=frames_dir.parent, ignore_cleanup_errors=True)
+    with atomic_folder(frames_dir) as beside, scratch as cache:
         if validation is None:
-            rows = dataset_from_rows(read_first(source, train, num_frames), scratch)
+            rows = dataset_from_rows(read_first(source, train, num_frames), cache)
             if len(rows) < 2:
                 raise SimIPUError(f"{source}: expected frames to train on and to hold out, found {len(rows)}")
             parts = rows.train_test_split(VALIDATION_SHARE, shuffle=False)
-            parts = {"train": parts["train"], "validation": parts["test"]}
+            parts["validation"] = parts.pop("test")
         else:
+            counts = {"train": (train, num_frames - held_out), "validation": (validation, held_out)}
             parts = {
-                "train": dataset_from_rows(read_first(source, train, num_frames - held_out), scratch),
-                "validation": dataset_from_rows(read_first(source, validation, held_out), scratch),
+                name: dataset_from_rows(read_first(source, split, count), cache)
+                for name, (split, count) in counts.items()
             }
-        datasets.DatasetDict(parts).save_to_disk(aside)
+        datasets.DatasetDict(parts).save_to_disk(beside)
 
 
 def read_first(source: str, split: str, count: int) -> Iterator[dict[str, Any]]:
@@ -325,29 +281,25 @@ def load_rows(frames_dir: Path, split: str) -> datasets.Dataset:
 
 def pretraining_arguments(frames_dir: Path, run_dir: Path, settings: DemoSettings, seed: int) -> PreTrainingArguments:
     """The recommended recipe on a small model."""
+    batch_size = settings.per_device_train_batch_size
     return PreTrainingArguments(
-        model=ModelArguments(image_encoder=settings.image_encoder, config_overrides=SMALL_POINT_ENCODER),
-        data=DataArguments(
-            data_dir=str(frames_dir),
-            train_split="train",
-            validation_split="validation",
-            image_size=list(settings.image_size),
-            num_points=settings.num_points,
-        ),
-        training=TrainingArguments(
-            output_dir=str(run_dir),
-            per_device_train_batch_size=settings.per_device_train_batch_size,
-            per_device_eval_batch_size=min(
-                settings.per_device_train_batch_size, len(load_rows(frames_dir, "validation"))
-            ),
-            max_steps=settings.max_steps,
-            seed=seed,
-            dataloader_num_workers=1,
-            logging_steps=max(1, settings.max_steps // 24),
-            eval_steps=math.ceil(settings.max_steps / 2),
-            checkpointing_steps=0,
-            report_to=["none"],
-        ),
+        output_dir=str(run_dir),
+        data_dir=str(frames_dir),
+        train_split="train",
+        validation_split="validation",
+        image_encoder=settings.image_encoder,
+        config_overrides=SMALL_POINT_ENCODER,
+        image_size=settings.image_size,
+        num_points=settings.num_points,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=min(batch_size, len(load_rows(frames_dir, "validation"))),
+        max_steps=settings.max_steps,
+        seed=seed,
+        dataloader_num_workers=1,
+        logging_steps=max(1, settings.max_steps // 24),
+        eval_steps=math.ceil(settings.max_steps / 2),
+        checkpointing_steps=0,
+        report_to=["none"],
     )
 
 
@@ -355,21 +307,16 @@ def summarize_pretraining(run_dir: Path, settings: DemoSettings) -> dict[str, An
     """Where the held-out losses and recall ended, each with its chance level."""
     metrics = read_metrics(run_dir / METRICS_FILE)
     last = {name.removeprefix("eval/"): value for name, value in metrics[-1].items() if name.startswith("eval/")}
-    names = (
-        "intra_modal_loss",
-        "intra_modal_chance",
-        "inter_modal_loss",
-        "inter_modal_chance",
-        "recall_within_2_cells",
-    )
-    result = {
+    losses = [f"{kind}_modal_{value}" for kind in ("intra", "inter") for value in ("loss", "chance")]
+    held_out = {name: last.get(name) for name in (*losses, "recall_within_2_cells")}
+    loss, chance = held_out["inter_modal_loss"], held_out["inter_modal_chance"]
+    return {
         "steps": settings.max_steps,
         "rows_per_step": settings.per_device_train_batch_size,
-        "held_out": {name: last.get(name) for name in names},
+        "held_out": held_out,
         "seconds_per_step": next(line["seconds_per_step"] for line in reversed(metrics) if "seconds_per_step" in line),
+        "message": f"inter-modal loss {loss:.2f} on held-out frames (random guess {chance:.2f})",
     }
-    loss, chance = result["held_out"]["inter_modal_loss"], result["held_out"]["inter_modal_chance"]
-    return result | {"message": f"inter-modal loss {loss:.2f} on held-out frames (chance {chance:.2f})"}
 
 
 @torch.no_grad()
@@ -392,11 +339,11 @@ def check_encoder(run_dir: Path, row: dict[str, Any]) -> dict[str, Any]:
     weights = trained.state_dict()
     for loader, state in (("timm", pyramid.state_dict()), ("transformers", wrapped.timm_model.state_dict())):
         common = state.keys() & weights.keys()
-        different = sorted(
-            (state.keys() ^ weights.keys()) | {name for name in common if not torch.equal(state[name], weights[name])}
-        )
+        different = {name for name in common if not torch.equal(state[name], weights[name])}
+        different |= state.keys() ^ weights.keys()
         if different:
-            raise SimIPUError(f"{folder}: {loader} loaded other weights than were trained: {', '.join(different[:3])}")
+            names = ", ".join(sorted(different)[:3])
+            raise SimIPUError(f"{folder}: {loader} loaded other weights than were trained: {names}")
     differences = [(a - b).abs().max().item() for a, b in zip(expected_maps, maps, strict=True)]
     difference = max(*differences, (expected_maps[-1] - last).abs().max().item())
     if difference > 1e-5:
@@ -418,77 +365,51 @@ def probe_depth(run_dir: Path, frames_dir: Path, picture: Path, settings: DemoSe
     The targets are the LiDAR points in the image. The random encoder's batch norms get the statistics of the training
     frames: without, it would be an unfairly weak baseline.
     """
-    encoders = load_encoders([f"{PRETRAINED}={run_dir / 'image_encoder'}"])
-    train_rows, test_rows = load_rows(frames_dir, "train"), load_rows(frames_dir, "validation")
-    first = test_rows[0]["image"]
-    kb_crop = first.height >= KB_CROP[0] and first.width >= KB_CROP[1]
-    about = encoders[-1].about
-    preprocessing = DepthPreprocessing(kb_crop, settings.image_size, about["image_mean"], about["image_std"])
-    train, test = ([preprocessing.load(row) for row in rows] for rows in (train_rows, test_rows))
+    processor = SimIPUImageProcessor.from_pretrained(run_dir)
+    train, test = (
+        [DepthFrame.from_row(row, processor) for row in load_rows(frames_dir, split)]
+        for split in ("train", "validation")
+    )
+    torch.manual_seed(seed)
+    random = timm.create_model(settings.image_encoder, num_classes=0)
+    batches = (to_pixel_values([frame.image for frame in train[i::8]], processor) for i in range(4))
+    update_bn(batches, random)
+    encoders = {RANDOM: random, PRETRAINED: load_image_encoder(run_dir / "image_encoder", verbose=False)[0]}
 
-    metrics, predictions = {}, {}
-    for encoder in tqdm(encoders, desc="encoders", unit="encoder"):
-        model = build_depth_model(encoder.image_fields, encoder.weights, seed)
-        if encoder.weights is None:
-            estimate_batch_norm(model, train[::4], preprocessing)
-        probe = fit_linear_depth_probe(model.image_encoder, train, preprocessing, seed=seed)
-        maps = [(frame.frame_id, probe.predict(frame, preprocessing), frame.full_depth) for frame in test]
-        metrics[encoder.name] = evaluate_maps(maps)["metrics"]
-        predictions[encoder.name] = maps[len(maps) // 2][1]
-    shown = {"random weights": predictions[RANDOM], "pre-trained": predictions[PRETRAINED]}
-    save_figure(draw_depth(test[len(test) // 2], shown), picture)
-    change = 100 * (metrics[PRETRAINED]["abs_rel"] / metrics[RANDOM]["abs_rel"] - 1)
+    metrics, shown = {}, {"LiDAR, the target": test[len(test) // 2].depth}
+    for name, encoder in encoders.items():
+        probe = fit_linear_depth_probe(encoder, train, processor, seed=seed)
+        maps = [(frame.frame_id, probe.predict(frame, processor), frame.depth) for frame in test]
+        metrics[name] = evaluate_maps(maps)["metrics"]
+        shown[f"predicted, {'random weights' if name == RANDOM else 'pre-trained'}"] = maps[len(maps) // 2][1]
+    middle = test[len(test) // 2]
+    save_figure(draw_depth(middle.frame_id, middle.image, shown), picture)
+    error, random_error = metrics[PRETRAINED]["abs_rel"], metrics[RANDOM]["abs_rel"]
+    change = 100 * (error / random_error - 1)
     return {
         "train_frames": len(train),
         "test_frames": len(test),
         "metrics": metrics,
         "abs_rel_change_percent": change,
-        "message": f"AbsRel {metrics[PRETRAINED]['abs_rel']:.3f} pre-trained, {metrics[RANDOM]['abs_rel']:.3f} random "
-        f"({change:+.0f} %)",
+        "message": f"AbsRel {error:.3f} pre-trained, {random_error:.3f} random ({change:+.0f} %)",
     }
-
-
-def draw_depth(frame: DepthFrame, predictions: dict[str, np.ndarray]) -> Figure:
-    """The image, its LiDAR depth, and predictions, all on one scale in metres."""
-    height, width = frame.full_depth.shape
-    figure = new_figure(12.5, 2 * 5.75 * height / width + 0.9)  # each panel is about 5.75 inches wide
-    panels = list(figure.subplots(2, 2).flat)
-    style_axes(panels[0], f"{frame.frame_id}: image").imshow(frame.image, extent=(0, width, height, 0))
-    known = np.ma.masked_equal(frame.full_depth, 0)
-    maps = {"LiDAR, the target": known, **{f"predicted, {name}": depth for name, depth in predictions.items()}}
-    for axes, (title, depth) in zip(panels[1:], maps.items(), strict=True):
-        drawn = style_axes(axes, title).imshow(
-            depth, cmap=depth_colormap(), norm=depth_norm(), interpolation="nearest"
-        )
-    for axes in panels:
-        axes.set(xticks=[], yticks=[])
-    bar = add_colorbar(figure, drawn, panels, "depth (m)", ticks=DEPTH_TICKS, extend="both", aspect=30)
-    bar.ax.minorticks_off()
-    bar.set_ticklabels([str(tick) for tick in DEPTH_TICKS])
-    return figure
 
 
 def closing_words(results: dict[str, Any]) -> str:
     """What was made, where, and what to do next."""
     folder, stages = results["output_dir"], results["stages"]
-    encoder = stages["encoder"]["path"]
-    seconds = sum(stage["seconds"] for stage in stages.values())
-    metrics = stages["depth"]["metrics"]
-    return "\n".join(
-        [
-            "",
-            f"Done in {seconds / 60:.1f} minutes. Depth AbsRel on held-out frames, lower is better: "
-            f"{metrics[PRETRAINED]['abs_rel']:.3f} with the pre-trained encoder, {metrics[RANDOM]['abs_rel']:.3f} "
-            "with random weights.",
-            "",
-            f"  {folder}/{REPORT}   the report: open it in a browser",
-            f"  {encoder}   the image encoder:",
-            f'      timm.create_model("local-dir:{encoder}", pretrained=True, features_only=True)',
-            f'      AutoModel.from_pretrained("{encoder}")',
-            f"  {folder}/{RESULTS}   the numbers",
-            "",
-            "Next:",
-            *(["  simipu-hf demo --data_dir KITTI --output_dir kitti_demo"] if results["data_dir"] is None else []),
-            "  simipu-hf pretrain --data_dir KITTI --output_dir my_run",
-        ]
-    )
+    encoder, metrics = stages["encoder"]["path"], stages["depth"]["metrics"]
+    minutes = sum(stage["seconds"] for stage in stages.values()) / 60
+    on_your_data = "" if results["data_dir"] else "\n  simipu-hf demo --data_dir KITTI --output_dir kitti_demo"
+    return f"""
+Done in {minutes:.1f} minutes. Depth AbsRel on held-out frames, lower is better: {metrics[PRETRAINED]["abs_rel"]:.3f} \
+with the pre-trained encoder, {metrics[RANDOM]["abs_rel"]:.3f} with random weights.
+
+  {folder}/{REPORT}   the report: open it in a browser
+  {encoder}   the image encoder:
+      timm.create_model("local-dir:{encoder}", pretrained=True, features_only=True)
+      AutoModel.from_pretrained("{encoder}")
+  {folder}/{RESULTS}   the numbers
+
+Next:{on_your_data}
+  simipu-hf pretrain --data_dir KITTI --output_dir my_run"""

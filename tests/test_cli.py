@@ -1,16 +1,31 @@
-"""The command line: its map, its exit codes, and that each command hands its flags to its function unchanged."""
+"""The command line: its map, exit codes, start-up, terminals, and that commands hand their flags on unchanged."""
 
+import inspect
 import json
+import os
+import re
+import subprocess
+import sys
 
 import pytest
-import typer
+from tiny_simipu import tiny_config
 
 from simipu_hf import cli
 from simipu_hf.errors import SimIPUError
+from simipu_hf.modeling.configuration_simipu import SimIPUDepthConfig
+from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
+from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
-COMMANDS = sorted(c.name or c.callback.__name__ for c in cli.app.registered_commands)
-DATA_COMMANDS = sorted(c.name for c in cli.data_app.registered_commands)
-BENCHMARK_COMMANDS = sorted(c.name for c in cli.benchmark_app.registered_commands)
+
+def flatten(commands: dict, prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], object]:
+    """Commands by their words."""
+    flat = {}
+    for name, command in commands.items():
+        flat |= flatten(command, (*prefix, name)) if isinstance(command, dict) else {(*prefix, name): command}
+    return flat
+
+
+COMMANDS = flatten(cli.COMMANDS)
 
 
 @pytest.fixture
@@ -29,56 +44,39 @@ def run(capsys):
 def test_map(run):
     code, out, _ = run("--help")
     assert code == 0
-    assert all(name in out for name in (*COMMANDS, "data", "benchmark"))
+    assert all(name in out for name in cli.COMMANDS)
     assert run("--version")[:2] == (0, f"{cli.__version__}\n")
 
 
-@pytest.mark.parametrize(
-    "command",
-    [[name] for name in COMMANDS]
-    + [["data", n] for n in DATA_COMMANDS]
-    + [["benchmark", n] for n in BENCHMARK_COMMANDS],
-    ids=" ".join,
-)
-def test_every_command_has_help_and_an_example(run, command):
-    code, out, err = run(*command, "--help")
-    assert code == 0
-    assert not err
-    callback = next(
-        c.callback
-        for group in (cli.app, cli.data_app, cli.benchmark_app)
-        for c in group.registered_commands
-        if (c.name or c.callback.__name__) == command[-1]
-        and (group is cli.app) == (len(command) == 1)
-        and (len(command) == 1 or (group is cli.data_app) == (command[0] == "data"))
-    )
-    assert f"simipu-hf {' '.join(command)} --" in callback.__doc__
-    assert "--" in out
-
-
-def test_options_are_spelled_with_underscores():
-    for group in (cli.app, cli.data_app, cli.benchmark_app):
-        for command in typer.main.get_command(group).commands.values():
-            for option in command.params:
-                assert "-" not in option.opts[0].removeprefix("--"), (command.name, option.opts)
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_every_command_has_help_an_example_and_a_function(run, words):
+    code, out, err = run(*words, "--help")
+    assert (code, err) == (0, "")
+    module = f"simipu_hf.{'_'.join(words).replace('-', '_')}"
+    assert re.search(rf"simipu-hf {' '.join(words)} --|launch -m {module} --", inspect.getdoc(COMMANDS[words]))
+    flags = re.findall(r"^\W*(--\w\S*)", out, flags=re.M)
+    assert flags
+    assert not [flag for flag in flags if "-" in flag.removeprefix("--")]  # underscores, as in transformers' examples
 
 
 @pytest.mark.parametrize(
     ("argv", "code", "message"),
     [
         (["export", "--output_dir", "x"], 2, "--model"),
-        (["export", "--model", "x", "--output_dir", "x", "--format", "onnx"], 2, "onnx"),
+        (["export", "--model", "x", "--output_dir", "x", "--format", "caffe"], 2, "caffe"),
         (["bogus"], 2, "bogus"),
-        (["pretrain", "--data_dir", "x"], 1, "error: --output_dir is missing"),
-        (["pretrain", "--learnin_rate", "1"], 2, "did you mean --learning_rate?"),
-        (["data", "convert", "--to", "csv", "--output_dir", "x"], 1, "error: --to csv"),
+        ([], 2, "pretrain"),
+        (["data"], 2, "synthesize"),
+        (["pretrain", "--data_dir", "x"], 2, "--output_dir"),
+        (["pretrain", "--data_dir", "x", "--output_dir", "y", "--learnin_rate", "1"], 2, "--learning_rate"),
+        (["pretrain", "--config", "nowhere.yaml"], 1, "error: --config nowhere.yaml: no such file"),
         (["visualize", "--output_dir", "x", "--frames", "one"], 1, "error: --frames 'one'"),
     ],
 )
 def test_mistakes_end_with_a_message_and_no_traceback(run, argv, code, message):
-    found, _, err = run(*argv)
+    found, out, err = run(*argv)
     assert found == code
-    assert message in err
+    assert message in out + err
     assert "Traceback" not in err
     if code == 1:
         assert len(err.splitlines()) == 1
@@ -87,10 +85,10 @@ def test_mistakes_end_with_a_message_and_no_traceback(run, argv, code, message):
 def test_a_debug_switch_shows_the_traceback(monkeypatch):
     monkeypatch.setenv("SIMIPU_DEBUG", "1")
     with pytest.raises(SimIPUError):
-        cli.main(["data", "convert", "--to", "csv", "--output_dir", "x"])
+        cli.main(["visualize", "--output_dir", "x", "--frames", "one"])
 
 
-def test_flags_reach_the_functions(run, monkeypatch):
+def test_flags_reach_the_functions(run, monkeypatch, tmp_path):
     calls = []
 
     def record(name, result):
@@ -102,20 +100,24 @@ def test_flags_reach_the_functions(run, monkeypatch):
 
     monkeypatch.setattr("simipu_hf.hub.export.export_image_encoder", record("export", {"path": "y"}))
     monkeypatch.setattr("simipu_hf.data.synthetic.synthesize_drive", record("synthesize", "drive"))
-    monkeypatch.setattr("simipu_hf.pretrain.main", record("pretrain", 130))
+    monkeypatch.setattr("simipu_hf.benchmark.step.benchmark_step", record("step", {"seconds": 1}))
+    monkeypatch.setattr("simipu_hf.pretrain.pretrain", record("pretrain", None))
     code, out, _ = run("export", "--model", "a", "--output_dir", "y", "--channel_order", "rgb", "--json")
-    assert code == 0
-    assert json.loads(out) == {"path": "y"}
-    assert (
-        run("data", "synthesize", "--output_dir", "d", "--image_size", "96", "320", "--num_frames", "3")[1]
-        == "drive\n"
-    )
-    assert run("pretrain", "--image_size", "96", "320", "--no_sync_batch_norm")[0] == 130
-    assert calls == [
-        ("export", ("a", "y", "timm", "img_backbone", "rgb", False), {}),
-        ("synthesize", ("d", 3, (96, 320), 0, None), {}),
-        ("pretrain", (["--image_size", "96", "320", "--no_sync_batch_norm"],), {}),
-    ]
+    assert (code, json.loads(out)) == (0, {"path": "y"})
+    drive = ("data", "synthesize", "--output_dir", "d", "--image_size", "96", "320", "--num_frames", "3")
+    assert run(*drive)[1] == "drive\n"
+    assert json.loads(run("benchmark", "step", "--image_size", "96", "320", "--json")[1]) == {"seconds": 1}
+    config = tmp_path / "flags.yaml"
+    config.write_text("data_dir: KITTI\nseed: 3\nmax_steps: 9\n", encoding="utf-8")
+    run("pretrain", "--config", str(config), "--output_dir", "o", "--no_sync_batch_norm", "--seed", "4")
+
+    export, synthesize, step, pretrain = calls
+    assert export == ("export", ("a", "y", "timm", "img_backbone", "rgb", False), {})
+    assert synthesize == ("synthesize", ("d", 3, (96, 320), 0, None), {})
+    assert step[1][0].image_size == (96, 320)
+    arguments = pretrain[1][0]
+    assert (arguments.data_dir, arguments.seed, arguments.max_steps) == ("KITTI", 4, 9)
+    assert arguments.sync_batch_norm is False
 
 
 def test_inspecting_damaged_data_exits_with_one(run, tmp_path):
@@ -123,3 +125,93 @@ def test_inspecting_damaged_data_exits_with_one(run, tmp_path):
     code, out, err = run("data", "inspect", "--data_dir", str(tmp_path), "--json")
     assert code == 1
     assert json.loads(out)["problems"] if out else err.startswith("error: ")
+
+
+# --- in a process of its own ---
+
+
+def python(program: str, *argv: str, **environment: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, **environment}
+    return subprocess.run([sys.executable, "-c", program, *argv], capture_output=True, env=env, check=False)
+
+
+HEAVY = """
+import sys
+from simipu_hf.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    print(sorted({"torch", "transformers", "matplotlib", "datasets", "numpy"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["pretrain", "--help"], ["export", "--bogus"]], ids=" ".join)
+def test_a_help_text_imports_nothing_heavy(argv):
+    """Time is not asserted; what takes it is."""
+    assert python(HEAVY, *argv).stdout.decode().splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp437"])
+def test_output_survives_terminals_that_cannot_encode_it(encoding):
+    text = "≤ 1.25 ↓ Δ – ✓ 日本"
+    program = f"from simipu_hf.errors import *; raise SystemExit(exit_code_of(lambda: print({text!r})))"
+    result = python(program, PYTHONIOENCODING=encoding, PYTHONUTF8="0")
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert b"1.25" in result.stdout
+    for argv in (["compare-depth", "--help"], ["inspect", "--model", "日本/Δ ≤"]):
+        result = python("import sys; from simipu_hf.cli import main; main(sys.argv[1:])", *argv, PYTHONIOENCODING=encoding)
+        assert result.returncode == (0 if "--help" in argv else 1), result.stderr
+        assert b"Traceback" not in result.stderr
+
+
+def test_completion_knows_commands_and_flags(run):
+    script = run("--tyro-print-completion", "bash")[1]
+    assert all(word in script for word in ("finetune-depth", "synthesize", "--per_device_train_batch_size"))
+
+
+AUTO = """
+import sys
+{imports}
+config = AutoConfig.from_pretrained(sys.argv[1])
+model = AutoModel.from_pretrained(sys.argv[1])
+processor = AutoProcessor.from_pretrained(sys.argv[1])
+images, points = AutoImageProcessor.from_pretrained(sys.argv[1]), AutoFeatureExtractor.from_pretrained(sys.argv[1])
+depth = AutoConfig.from_pretrained(sys.argv[2])
+found = (config, model, processor, images, points, depth)
+print(*(f"{{type(one).__module__}}.{{type(one).__name__}}" for one in found))
+assert "SimIPUModel" in dir(simipu_hf)
+"""
+NAMES = "AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoModel, AutoProcessor"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> list[str]:
+    """A model folder without code in it, and a depth model's configuration."""
+    folder = tmp_path_factory.mktemp("auto")
+    SimIPUForPreTraining(tiny_config()).save_pretrained(folder / "model")
+    SimIPUProcessor.from_preset("recommended", num_points=256).save_pretrained(folder / "model")
+    SimIPUDepthConfig().save_pretrained(folder / "depth")
+    for file in folder.rglob("*.json"):
+        values = {name: value for name, value in json.loads(file.read_text("utf-8")).items() if name != "auto_map"}
+        file.write_text(json.dumps(values), encoding="utf-8")
+    return [str(folder / "model"), str(folder / "depth")]
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        f"import simipu_hf\nfrom transformers import {NAMES}",
+        f"from transformers import {NAMES}\nimport simipu_hf",
+        f"import simipu_hf\nfrom transformers import pipeline, Trainer, {NAMES}",
+        f"from simipu_hf import SimIPUModel\nimport simipu_hf\nfrom transformers import {NAMES}",
+    ],
+)
+def test_auto_classes_know_simipu_in_either_order_of_imports(imports, folders):
+    result = python(AUTO.format(imports=imports), *folders)
+    assert result.returncode == 0, result.stderr.decode()
+    names = [name.rpartition(".")[2] for name in result.stdout.decode().split()]
+    assert names == [
+        *("SimIPUConfig", "SimIPUModel", "SimIPUProcessor", "SimIPUImageProcessor", "SimIPUFeatureExtractor"),
+        "SimIPUDepthConfig",
+    ]
+    assert "transformers_modules" not in result.stdout.decode()

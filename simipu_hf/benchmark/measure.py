@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import pandas
 import torch
 from torch.utils.benchmark import Measurement, Timer
 
@@ -41,8 +42,8 @@ class BenchmarkResult:
         return asdict(self)
 
     def __str__(self) -> str:
-        head = f"{self.name}. {_facts(self.settings)}\n{_facts(self.machine)}"
-        return "\n\n".join([head, _table(self.rows), _facts(self.summary)])
+        table = pandas.DataFrame(self.rows).to_string(index=False, na_rep="", float_format="{:.4g}".format)
+        return f"{self.name}. {_facts(self.settings)}\n{_facts(self.machine)}\n\n{table}\n\n{_facts(self.summary)}"
 
 
 def median_seconds(functions: Mapping[str, Function], repeats: int) -> dict[str, float]:
@@ -106,31 +107,6 @@ def machine_facts() -> dict[str, Any]:
     }
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
-    """Rows as aligned text; a column for every key that some row has."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [[_heading(column) for column in columns]]
-    cells += [[_value(column, row[column]) if column in row else "" for column in columns] for row in rows]
-    widths = [max(len(line[c]) for line in cells) for c in range(len(columns))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
 def _facts(facts: dict[str, Any]) -> str:
-    return ", ".join(f"{_heading(name)} {_value(name, value)}" for name, value in facts.items())
-
-
-def _heading(column: str) -> str:
-    return column.removesuffix("_seconds").removesuffix("_bytes").replace("_", " ").replace("seconds", "time")
-
-
-def _value(column: str, value: Any) -> str:
-    if value is None:
-        return "none"
-    if column.endswith("seconds"):
-        return f"{value:.3f} s" if value >= 1 else f"{1e3 * value:.2f} ms"
-    if column.endswith("bytes"):
-        return f"{value / 2**20:.1f} MiB"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return " x ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    values = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in facts.items()}
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
