@@ -372,7 +372,7 @@ def choice(commands: dict[str, Any]) -> Any:
         else:
             about = {"constructor": command, "description": getdoc(command).partition("\n")[0]}
         options.append(Annotated[Any, tyro.conf.subcommand(name, **about)])
-    return Union[tuple(options)]
+    return Union[tuple(options)]  # noqa: UP007 (as many as there are)
 
 
 def show(result: Any, as_json: bool) -> None:

@@ -159,7 +159,9 @@ def test_output_survives_terminals_that_cannot_encode_it(encoding):
     assert (result.returncode, result.stderr) == (0, b"")
     assert b"1.25" in result.stdout
     for argv in (["compare-depth", "--help"], ["inspect", "--model", "日本/Δ ≤"]):
-        result = python("import sys; from simipu_hf.cli import main; main(sys.argv[1:])", *argv, PYTHONIOENCODING=encoding)
+        result = python(
+            "import sys; from simipu_hf.cli import main; main(sys.argv[1:])", *argv, PYTHONIOENCODING=encoding
+        )
         assert result.returncode == (0 if "--help" in argv else 1), result.stderr
         assert b"Traceback" not in result.stderr
 

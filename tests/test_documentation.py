@@ -11,9 +11,8 @@ A Python snippet behind `<!-- test: NAME -->` runs as printed, in a folder that 
 """
 
 import ast
-import contextlib
 import dataclasses
-import io
+import functools
 import json
 import re
 import shlex
@@ -26,16 +25,13 @@ import datasets
 import pytest
 import timm
 import torch
-import typer.main
+import tyro
 from accelerate.commands.launch import launch_command_parser
 from tiny_run import reset_accelerate
 from tiny_simipu import tiny_config
 
-from simipu_hf.cli import app
-from simipu_hf.compare_depth import CompareDepthArguments
+from simipu_hf import cli
 from simipu_hf.data.synthetic import synthesize_drive
-from simipu_hf.evaluate_depth import EvaluateDepthArguments
-from simipu_hf.finetune_depth import DepthArguments
 from simipu_hf.hub.export import write_timm
 from simipu_hf.hub.sources import find_image_encoder
 from simipu_hf.modeling.configuration_simipu import (
@@ -47,7 +43,7 @@ from simipu_hf.modeling.configuration_simipu import (
 )
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
-from simipu_hf.training.legacy_arguments import parse_flags, parse_pretraining_arguments
+from simipu_hf.training.arguments import parse_arguments
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
@@ -56,12 +52,6 @@ DOCUMENTS = [
     ROOT / "CHANGELOG.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-FLAG_PARSERS = {
-    "pretrain": parse_pretraining_arguments,
-    "finetune-depth": lambda argv: parse_flags((DepthArguments,), argv),
-    "compare-depth": lambda argv: parse_flags((CompareDepthArguments,), argv),
-    "evaluate-depth": lambda argv: parse_flags((EvaluateDepthArguments,), argv),
-}
 # flags of other people's commands that the texts name
 OTHER_FLAGS = {"--index-url", "--logdir", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--signal"}
 
@@ -119,7 +109,6 @@ def workspace(tmp_path_factory) -> Path:
         folder / "KITTI",
         num_frames=6,
         image_size=(96, 320),
-        frames_per_drive=2,
         azimuth_steps=512,
         num_workers=0,
         progress=False,
@@ -237,25 +226,27 @@ def check_command(command: list[str]) -> None:
 def check_module(module: str, argv: list[str]) -> None:
     package, name = module.split(".")
     assert package == "simipu_hf"
-    FLAG_PARSERS[name.replace("_", "-")](argv)
+    parse_arguments(cli.COMMANDS[name.replace("_", "-")], argv)
 
 
 def check_cli(argv: list[str]) -> None:
-    """Parse the command line as typer would, without running it."""
-    name, command, argv = find_command(argv)
-    command.make_context(name, list(argv))  # it empties the list
-    if name in FLAG_PARSERS:
-        FLAG_PARSERS[name](argv)
+    """Parse a command line as `simipu-hf` does, without running it."""
+    command, argv = find_command(argv)
+    assert not isinstance(command, dict), "a command is missing"
+    if dataclasses.is_dataclass(command):
+        parse_arguments(command, argv)
+    else:
+        without_effect = functools.wraps(command)(lambda *args, **kwargs: None)
+        tyro.cli(without_effect, args=argv, use_underscores=True)
 
 
-def find_command(words: list[str]) -> tuple[str, Any, list[str]]:
-    """The name and the command that the words begin with, and the words behind it."""
-    name, command = "simipu-hf", typer.main.get_command(app)
-    while words and hasattr(command, "commands"):
-        assert words[0] in command.commands, f"{name} has no command {words[0]}"
-        name, *words = words
-        command = command.commands[name]
-    return name, command, list(words)
+def find_command(words: list[str]) -> tuple[Any, list[str]]:
+    """The command that the words begin with, and the words behind it."""
+    command = cli.COMMANDS
+    while words and isinstance(command, dict):
+        assert words[0] in command, f"no command {words[0]} among {', '.join(command)}"
+        command, words = command[words[0]], words[1:]
+    return command, words
 
 
 def test_commands_in_the_text_exist():
@@ -265,28 +256,21 @@ def test_commands_in_the_text_exist():
                 find_command(re.match(r"[a-z-]+((?: [a-z][\w-]*)*)", code)[1].split())
 
 
-def flags_of(command: Any) -> set[str]:
-    flags = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
-    for inner in getattr(command, "commands", {}).values():
-        flags |= flags_of(inner)
-    return flags
-
-
-def test_flags_in_the_text_exist():
-    known = flags_of(typer.main.get_command(app)) | OTHER_FLAGS | set(launch_command_parser()._option_string_actions)
-    for parse in (parse_pretraining_arguments, *FLAG_PARSERS.values()):
-        known |= flags_in_help(parse)
+def test_flags_in_the_text_exist(capsys):
+    known = OTHER_FLAGS | {"--config", "--version"} | set(launch_command_parser()._option_string_actions)
+    for words in all_commands(cli.COMMANDS):
+        with pytest.raises(SystemExit):
+            cli.main([*words, "--help"])
+        known |= set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out))
     for document in DOCUMENTS:
         for code in inline_code(document):
             named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", code))
             assert named <= known, f"{document.name}: `{code}`"
 
 
-def flags_in_help(parse) -> set[str]:
-    text = io.StringIO()
-    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-        parse(["--help"])
-    return set(re.findall(r"--\w+", text.getvalue()))
+def all_commands(commands: dict[str, Any], words: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for name, command in commands.items():
+        yield from all_commands(command, (*words, name)) if isinstance(command, dict) else [(*words, name)]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)

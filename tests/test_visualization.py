@@ -89,7 +89,11 @@ def test_depth_maps_share_one_scale_and_leave_out_what_is_unknown():
     assert target.images[0].get_array().mask.tolist() == [[True, False], [False, False]]
     assert target.images[0].norm.vmax == predicted.images[0].norm.vmax == 80
     assert not hidden.get_visible()
-    assert [axes.get_title(loc="left") for axes in (image, target, predicted)] == ["frame: image", "target", "predicted"]
+    assert [axes.get_title(loc="left") for axes in (image, target, predicted)] == [
+        "frame: image",
+        "target",
+        "predicted",
+    ]
 
 
 def test_points_of_any_lidar_are_drawn_ahead_of_the_camera():

@@ -2,7 +2,8 @@
 
 >>> visualize("pictures", model="RUN", data_dir="KITTI", split="val", frames=[0, 3])
 
-The functions beneath it take arrays and return a matplotlib `Figure` (for the 3-D page HTML), for reports and notebooks.
+The functions beneath it take arrays and return a matplotlib `Figure` (for the 3-D page HTML), for reports and
+notebooks.
 """
 
 from .figures import (

@@ -101,9 +101,7 @@ def visualize(
     Raises:
         SimIPUError: no such data set, frame, model or point, or the pictures cannot be written.
     """
-    rows = load_pretraining_dataset(
-        dataset_name, data_dir, dataset_config_name, split, cameras=cameras, scenes=scenes
-    )
+    rows = load_pretraining_dataset(dataset_name, data_dir, dataset_config_name, split, cameras=cameras, scenes=scenes)
     for index in frames:
         if not 0 <= index < len(rows):
             raise SimIPUError(f"frames: the split has rows 0 to {len(rows) - 1}, found {index}")
@@ -118,7 +116,9 @@ def visualize(
         with atomic_write(written[-1]) as stream:
             stream.write(html)
     run = None if model is None else Path(model)
-    metrics = next((p / METRICS_FILE for p in (run, run.parent) if (p / METRICS_FILE).is_file()), None) if run else None
+    metrics = (
+        next((p / METRICS_FILE for p in (run, run.parent) if (p / METRICS_FILE).is_file()), None) if run else None
+    )
     curves = None if metrics is None else draw_training_curves(read_metrics(metrics))
     if curves is not None:
         written.append(save_figure(curves, folder / CURVES))
