@@ -1,6 +1,7 @@
 """A synthetic drive in KITTI object layout, generated on the machine: streets seen by a camera and a 64-beam LiDAR.
 
-`meshes` shapes, `materials` looks, `street` composes, `sensors` observe, `frame` labels, `writer` writes.
+`shapes` and `appearance` are what a `street` is made of; `scene` casts rays, `sensors` record, `frame` adds labels,
+`writer` writes folders.
 """
 
 from .frame import ObjectLabel, SyntheticFrame, synthesize_frame
