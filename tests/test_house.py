@@ -97,7 +97,5 @@ def test_contributing_draws_these_floors():
     picture = next(block for block in re.findall(r"```.*?```", text, flags=re.S) if "cli" in block)
     order = [min(picture.index(room) for room in rooms if room in picture) for rooms in reversed(FLOORS)]
     assert order == sorted(order), "CONTRIBUTING's picture has the floors in another order"
-    drawn = [room for rooms in FLOORS for room in rooms if room.rstrip("_") in picture]
-    assert {"modeling", "data", "training", "evaluation", "hub", "visualization", "benchmark", "pretrain"} <= set(
-        drawn
-    )
+    for room in ("pretrain", "hub", "visualization", "benchmark", "data", "training", "evaluation", "modeling"):
+        assert room in picture

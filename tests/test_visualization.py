@@ -85,7 +85,7 @@ def test_points_are_drawn_where_they_project_far_ones_first():
 def test_depth_maps_share_one_scale_and_leave_out_what_is_unknown():
     known = np.array([[0, 5.0], [80, 20]])
     figure = draw_depth("frame", np.zeros((2, 2, 3), np.uint8), {"target": known, "predicted": known + 1})
-    image, target, predicted, hidden, bar = figure.axes
+    image, target, predicted, hidden, _ = figure.axes
     assert target.images[0].get_array().mask.tolist() == [[True, False], [False, False]]
     assert target.images[0].norm.vmax == predicted.images[0].norm.vmax == 80
     assert not hidden.get_visible()

@@ -115,11 +115,9 @@ def visualize(
         written.append(folder / f"{name}_scene.html")
         with atomic_write(written[-1]) as stream:
             stream.write(html)
-    run = None if model is None else Path(model)
-    metrics = (
-        next((p / METRICS_FILE for p in (run, run.parent) if (p / METRICS_FILE).is_file()), None) if run else None
-    )
-    curves = None if metrics is None else draw_training_curves(read_metrics(metrics))
+    runs = [] if model is None else [Path(model), Path(model).parent]
+    logs = [run / METRICS_FILE for run in runs if (run / METRICS_FILE).is_file()]
+    curves = draw_training_curves(read_metrics(logs[0])) if logs else None
     if curves is not None:
         written.append(save_figure(curves, folder / CURVES))
     return written

@@ -33,7 +33,7 @@ def write_report(results: dict[str, Any], path: Path) -> Path:
         lstrip_blocks=True,
     )
     environment.tests["endswith"] = str.endswith
-    # 13 cells have their centre within two cells of another's, on the finest of the stages that are compared with points
+    # 13 cells have their centre within two cells of another's; on the finest of the stages compared with points
     _, height, width = results["stages"]["encoder"]["feature_shapes"][-3]
     page = environment.get_template("report.html.j2").render(
         results=results, image=image, html=html, policy=POLICY, recall_of_chance=min(1.0, 13 / (height * width))
