@@ -191,7 +191,8 @@ def list_frames(
 ) -> Any:
     """The reader's listing of some splits of a published data set."""
     assert source.reader is not None
-    return source.reader.list_frames(source.config, source.location, splits, cameras, scenes)
+    with named_errors(source.location):
+        return source.reader.list_frames(source.config, source.location, splits, cameras, scenes)
 
 
 def _load_files(source: Source, split: str, request: Request) -> AnyDataset:

@@ -10,6 +10,8 @@ from PIL import Image
 
 from simipu_hf.dataset_scripts import kitti
 
+LABEL = "Car 0.50 1 -1.25 10.00 2.50 30.00 12.75 1.50 1.60 3.70 -2.10 1.65 12.30 -1.45\n"
+
 
 def build(root: Path, name: str, cache: Path, **options):
     builder = kitti.Kitti(config_name=name, data_dir=str(root), cache_dir=str(cache), **options)
@@ -82,7 +84,7 @@ def test_raw_pairs_every_image_that_has_a_scan(raw_root, tmp_path):
 
 @pytest.mark.parametrize("drive", ["2011_09_26_drive_0001_sync", "2011_09_26_drive_0001"])
 def test_raw_drive_and_camera_are_selectable(raw_root, tmp_path, drive):
-    rows = build(raw_root, "raw", tmp_path / "cache", drives=(drive,), cameras=(3,))["train"]
+    rows = build(raw_root, "raw", tmp_path / "cache", scenes=(drive,), cameras=(3,))["train"]
     assert list(rows["frame_id"]) == [f"2011_09_26_drive_0001_sync_image_03_{index:010d}" for index in (0, 2)]
 
 
@@ -92,8 +94,8 @@ def test_each_camera_uses_its_own_projection(object_root, raw_root, tmp_path, na
     path = root / ("training/calib/000000.txt" if name == "object" else "2011_09_26/calib_cam_to_cam.txt")
     lines = dict(line.split(": ") for line in path.read_text().splitlines() if line)
     for camera, key in zip((2, 3), keys, strict=True):
-        drives = ("2011_09_26_drive_0001",) if name == "raw" else None
-        row = build(root, name, tmp_path / "cache", cameras=(camera,), drives=drives)["train"][0]
+        scenes = ("2011_09_26_drive_0001",) if name == "raw" else None
+        row = build(root, name, tmp_path / "cache", cameras=(camera,), scenes=scenes)["train"][0]
         np.testing.assert_array_equal(np.ravel(row["camera_projection"]), np.array(lines[key].split(), dtype=float))
 
 
@@ -166,7 +168,7 @@ SCAN, IMAGE, CALIB = "training/velodyne/000001.bin", "training/image_2/000001.pn
 LABELS = "training/label_2/000000.txt"
 OBJECT_DAMAGE = {
     "scan missing": (delete(SCAN), [SCAN, "no such file"]),
-    "image missing": (delete(IMAGE), [IMAGE, "no such file"]),
+    "image missing": (delete(IMAGE), [IMAGE, "No such file"]),
     "calibration missing": (delete(CALIB), [CALIB, "no such file"]),
     "scan truncated": (overwrite(SCAN, b"\0" * 40), [SCAN, "16 bytes", "40 bytes"]),
     "scan empty": (overwrite(SCAN, b""), [SCAN, "0 bytes"]),
@@ -177,8 +179,7 @@ OBJECT_DAMAGE = {
     "calibration line too long": (rewrite(CALIB, "R0_rect:", "R0_rect: 1.0"), [CALIB, "'R0_rect:'", "9", "10"]),
     "calibration not numeric": (rewrite(CALIB, "Tr_velo_to_cam:", "Tr_velo_to_cam: x"), [CALIB, "'x'"]),
     "calibration with NaN": (rewrite(CALIB, "R0_rect: ", "R0_rect: nan nan nan 0 0 0 0 0 0\nX: "), [CALIB, "finite"]),
-    "label too short": (overwrite(LABELS, b"Car 0 0\n"), [LABELS, "line 1", "15 fields", "found 3"]),
-    "label of unknown type": (rewrite(LABELS, "Car", "Boat"), [LABELS, "'Boat"]),
+    "scan of float64": (lambda root: np.linspace(-9, 9, 8).tofile(root / SCAN), [SCAN, "within 1,000 m", "float32"]),
     "ImageSets names an absent frame": (
         overwrite("ImageSets/train.txt", b"000000\n000077\n"),
         ["ImageSets/train.txt, line 2", "000077"],
@@ -214,7 +215,87 @@ def test_object_damage_can_be_skipped(object_root, tmp_path, case):
     root = object_root({"train": "000000\n000001\n"})
     OBJECT_DAMAGE[case][0](root)
     rows = build(root, "object", tmp_path / "cache", on_bad_row="skip")["train"]
-    assert list(rows["frame_id"]) == (["000001"] if case.startswith("label") else ["000000"])
+    assert list(rows["frame_id"]) == ["000000"]
+
+
+def test_labels_never_decide_whether_a_frame_can_be_used(object_root, tmp_path):
+    root = object_root({"train": "000000\n"})
+    lines = [
+        "Car 0 0",
+        LABEL.strip() + " 0.75",
+        LABEL.strip().replace("Car", "Boat"),
+        LABEL.strip().replace("1.60", "x"),
+    ]
+    (root / LABELS).write_text("\n".join(lines))
+    objects = build(root, "object", tmp_path / "cache")["train"][0]["objects"]
+    assert (objects["type"], objects["rotation_y"]) == ([0], [-1.45])
+    problems = []
+    kitti.read_row(kitti.list_frames("object", root).splits["train"][0], problems=problems)
+    assert [problem.partition(":")[0].rpartition(", ")[2] for problem in problems] == ["line 1", "line 3", "line 4"]
+
+
+def test_each_damaged_part_of_a_frame_is_named(object_root):
+    root = object_root({"train": "000001\n"})
+    for damage in (overwrite(SCAN, b""), overwrite(IMAGE, b""), overwrite(CALIB, b"")):
+        damage(root)
+    problems = []
+    row = kitti.read_row(kitti.list_frames("object", root).splits["train"][0], problems=problems)
+    found = [os.path.relpath(problem.partition(":")[0], root) for problem in problems]
+    assert found == [os.path.normpath(path) for path in (CALIB, IMAGE, SCAN)]
+    assert row["image"] is row["points"] is row["camera_projection"] is None
+
+
+def test_file_names_may_be_in_upper_case_and_lists_may_begin_with_a_mark(object_root, tmp_path):
+    root = object_root({"train": "\ufeff000001\n000002\n"})
+    for path in (SCAN, IMAGE, CALIB):
+        (root / path).rename((root / path).with_suffix((root / path).suffix.upper()))
+    (root / CALIB).with_suffix(".TXT").write_text("\ufeff" + (root / CALIB).with_suffix(".TXT").read_text())
+    assert list(build(root, "object", tmp_path / "cache")["train"]["frame_id"]) == ["000001", "000002"]
+
+
+def test_object_frames_know_their_drive_where_the_devkit_is_at_hand(object_root, tmp_path):
+    root = object_root()
+    assert build(root, "object", tmp_path / "cache")["train"]["scene"][2] == "000002"
+    (root / "devkit_object/mapping").mkdir(parents=True)
+    mapping = "".join(f"2011_09_26 2011_09_26_drive_000{index}_sync 0000000000\n" for index in range(1, 5))
+    (root / "devkit_object/mapping/train_mapping.txt").write_text(mapping)
+    (root / "devkit_object/mapping/train_rand.txt").write_text("3,1,4,2\n")
+    frames = kitti.list_frames("object", root).splits
+    assert [frame.scene[-6] for frame in frames["train"]] == ["3", "1", "4", "2"]
+    assert [frame.scene for frame in frames["test"]] == ["000000", "000001"]
+
+
+@pytest.fixture
+def odometry_root(object_root, tmp_path):
+    """Sequences 03 and 12 of the object fixture's first frames; image_3 of 12 is absent."""
+    training = object_root() / "training"
+    root = tmp_path / "odometry"
+    for sequence in ("03", "12"):
+        folder = root / "sequences" / sequence
+        for name in ("image_2", "image_3", "velodyne"):
+            shutil.copytree(training / name, folder / name)
+        calib = (training / "calib/000000.txt").read_text().replace("Tr_velo_to_cam", "Tr")
+        (folder / "calib.txt").write_text(calib.replace("R0_rect", "unused"))
+    shutil.rmtree(root / "sequences/12/image_3")
+    return root
+
+
+def test_odometry_sequences(odometry_root, tmp_path):
+    assert kitti.configurations(odometry_root) == ["odometry"]
+    data = build(odometry_root, "odometry", tmp_path / "cache", whole_scans=True)
+    assert {name: len(rows) for name, rows in data.items()} == {"train": 8, "test": 4}
+    row = data["train"][5]
+    assert (row["frame_id"], row["scene"], row["camera"]) == ("03_image_3_000001", "03", "image_3")
+    values = dict(
+        line.split(": ") for line in (odometry_root / "sequences/03/calib.txt").read_text().splitlines() if line
+    )
+    np.testing.assert_array_equal(np.ravel(row["camera_projection"]), np.array(values["P3"].split(), float))
+    np.testing.assert_array_equal(np.ravel(row["lidar_to_camera"])[:12], np.array(values["Tr"].split(), float))
+    assert row["points"] == (odometry_root / "sequences/03/velodyne/000001.bin").read_bytes()
+    some = build(odometry_root, "odometry", tmp_path / "cache", scenes=("12",), cameras=(2,))
+    assert {name: len(rows) for name, rows in some.items()} == {"test": 4}
+    with pytest.raises(ValueError, match=r"scenes: expected some of \['03', '12'\]"):
+        kitti.list_frames("odometry", odometry_root, scenes=["05"])
 
 
 DRIVE = "2011_09_26/2011_09_26_drive_0002_sync"
@@ -248,7 +329,7 @@ def test_raw_damage_is_named(raw_root, tmp_path, case):
     [
         ("object", {"splits": ("valid",)}, "'train'"),
         ("object", {"cameras": (1,)}, "cameras"),
-        ("object", {"drives": ("2011_09_26_drive_0001_sync",)}, "'raw' only"),
+        ("object", {"scenes": ("2011_09_26_drive_0001_sync",)}, "'raw' only"),
         ("object", {"on_bad_row": "ignore"}, "on_bad_row"),
     ],
 )
@@ -259,7 +340,7 @@ def test_impossible_choices_are_errors(object_root, tmp_path, name, options, exp
 
 def test_an_unknown_drive_is_an_error(raw_root, tmp_path):
     with pytest.raises(ValueError, match=r"2011_09_26_drive_0001_sync.*found.*drive_0077"):
-        build(raw_root, "raw", tmp_path / "cache", drives=("2011_09_26_drive_0077_sync",))
+        build(raw_root, "raw", tmp_path / "cache", scenes=("2011_09_26_drive_0077_sync",))
 
 
 @pytest.mark.parametrize("name", ["object", "raw"])

@@ -67,7 +67,7 @@ def read_here(name: str, root: Path, tmp_path: Path) -> dict:
 
 
 def test_object_rows_and_their_parquet(object_root, tmp_path):
-    from simipu_hf.data.tools import convert_to_parquet
+    from simipu_hf.data.conversion import convert_to_parquet
 
     root = object_root({"train": "000000\n000001\n", "val": "000002\n"})
     convert_to_parquet(tmp_path / "parquet", data_dir=root)

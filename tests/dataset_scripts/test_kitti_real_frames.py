@@ -33,14 +33,24 @@ def padded(matrix: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def object_splits(kitti_mini, tmp_path_factory):
-    builder = Kitti(config_name="object", data_dir=str(kitti_mini), cache_dir=str(tmp_path_factory.mktemp("cache")))
+    builder = Kitti(
+        config_name="object",
+        data_dir=str(kitti_mini),
+        cache_dir=str(tmp_path_factory.mktemp("cache")),
+        whole_scans=True,
+    )
     builder.download_and_prepare()
     return builder.as_dataset()
 
 
 @pytest.fixture(scope="module")
 def raw_rows(kitti_raw_mini, tmp_path_factory):
-    builder = Kitti(config_name="raw", data_dir=str(kitti_raw_mini), cache_dir=str(tmp_path_factory.mktemp("cache")))
+    builder = Kitti(
+        config_name="raw",
+        data_dir=str(kitti_raw_mini),
+        cache_dir=str(tmp_path_factory.mktemp("cache")),
+        whole_scans=True,
+    )
     builder.download_and_prepare()
     return builder.as_dataset(split="train")
 
