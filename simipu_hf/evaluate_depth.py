@@ -3,61 +3,36 @@
 python -m simipu_hf.evaluate_depth --model RUN --test_frames KITTI#val --output_dir OUT
 """
 
-# ruff: noqa: RUF009 (`flag` returns a dataclass field)
-
+import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from .data.selection import select_depth_rows
-from .errors import SimIPUError
-from .evaluation.depth import evaluate_frames, format_metrics, load_depth_model, write_json
+from .data.depth import DepthFrame, select_depth_rows, usable_frames
+from .data.sources import split_source
+from .errors import SimIPUError, exit_code_of
+from .evaluation.depth import DepthProtocol, evaluate_frames, format_metrics, write_json
 from .hub.card import add_evaluation, write_model_card
-from .training.fields import flag
-from .training.legacy_arguments import check_choice, parse_flags
-from .training.loop import exit_code_of
+from .modeling.configuration_simipu import SimIPUDepthConfig
+from .modeling.image_processing_simipu import SimIPUImageProcessor
+from .modeling.modeling_simipu_depth import SimIPUForDepthEstimation
+from .training.arguments import EvaluateDepthArguments, parse_arguments
 
 EVALUATION_FILE = "depth_evaluation.json"
 
 
-@dataclass
-class EvaluateDepthArguments:
-    """Everything [`evaluate_depth`] needs."""
-
-    model: str = flag("", "Folder or Hub id of a depth model.")
-    test_frames: list[str] = flag([], "Frames to evaluate on: SOURCE[#SPLIT[:IDS]] ...", metavar="FRAMES")
-    test_list: str | None = flag(None, "Eigen file list to evaluate on, instead of --test_frames.")
-    image_dir: str | None = flag(None, "Folder the image paths of the list start from (KITTI raw).")
-    depth_dir: str | None = flag(None, "Folder the depth paths of the list start from (annotated depth).")
-    kb_crop: bool = flag(True, "Evaluate on the bottom centre of 352 x 1216 pixels of every image.")
-    evaluation_crop: str = flag("garg", "garg, eigen or none.")
-    min_depth: float = flag(1e-3, "In metres; smaller depths are not evaluated.")
-    max_depth: float = flag(80.0, "In metres; larger depths are not evaluated.")
-    flip_test: bool = flag(True, "Evaluate the mean of the predictions for the image and its mirror image.")
-    output_dir: str | None = flag(None, "Where depth_evaluation.json and pictures are written; nowhere if empty.")
-    num_pictures: int = flag(8, "Frames of which a picture is written.")
-    update_card: bool = flag(False, "Add the result to the model card of the folder --model.")
-    device: str | None = flag(None, "Such as cuda; a GPU where there is one if empty.")
-
-    def __post_init__(self) -> None:
-        if not self.model:
-            raise SimIPUError("--model is missing: the folder or Hub id of a depth model")
-        if bool(self.test_frames) == bool(self.test_list):
-            raise SimIPUError("give the frames to evaluate on: either --test_frames or --test_list")
-        if self.test_list and not (self.image_dir and self.depth_dir):
-            raise SimIPUError("--test_list needs --image_dir and --depth_dir")
-        if self.update_card and not Path(self.model).is_dir():
-            raise SimIPUError(f"--update_card needs a folder, found --model {self.model}")
-        check_choice("--evaluation_crop", self.evaluation_crop, ("garg", "eigen", "none"))
-
-
 def evaluate_depth(arguments: EvaluateDepthArguments) -> dict[str, Any]:
-    """Evaluate a saved depth model, on the resolution of the ground truth, per image and then averaged.
+    """Evaluate a saved depth model at the resolution of the ground truth, per image and then averaged.
+
+    evaluate_depth(EvaluateDepthArguments(model="DEPTH", test_frames=["KITTI#val"]))["metrics"]["abs_rel"]
+
+    What is evaluated is what `pipeline("depth-estimation")` returns for the images (with `flip_test` its mean with
+    that of the mirror images): the model's image processor decides what the model sees.
 
     Returns:
         As `evaluate_maps`, with `model`.
@@ -65,32 +40,81 @@ def evaluate_depth(arguments: EvaluateDepthArguments) -> dict[str, Any]:
     Raises:
         SimIPUError: no such model or frames, or frames that cannot be used.
     """
-    network, preprocessing = load_depth_model(arguments.model, arguments.kb_crop)
-    rows = select_depth_rows(arguments.test_frames, arguments.test_list, arguments.image_dir, arguments.depth_dir)
+    network, processor = load_depth_model(arguments.model)
+    if processor.crop_size is not None and not arguments.kb_crop:
+        raise SimIPUError(f"{arguments.model} predicts the KITTI crop alone: evaluate it without --no_kb_crop")
+    rows = select_depth_rows(
+        arguments.test_frames, arguments.test_list, arguments.image_dir, arguments.depth_dir, arguments.on_bad_row
+    )
     assert rows is not None
-    output_dir = None if arguments.output_dir is None else Path(arguments.output_dir)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     network.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the method
+    output_dir = None if arguments.output_dir is None else Path(arguments.output_dir)
     result = evaluate_frames(
         network,
-        (preprocessing.load(rows[index]) for index in range(len(rows))),
-        preprocessing,
-        flip_test=arguments.flip_test,
-        picture_dir=None if output_dir is None else output_dir / "pictures",
-        num_pictures=arguments.num_pictures,
-        crop=arguments.evaluation_crop,
-        min_depth=arguments.min_depth,
-        max_depth=arguments.max_depth,
+        usable_frames(rows, processor, arguments.on_bad_row),
+        processor,
+        DepthProtocol(
+            arguments.evaluation_crop,
+            arguments.min_depth,
+            arguments.max_depth,
+            arguments.kb_crop,
+            arguments.flip_test,
+        ),
+        show=PictureWriter(None if output_dir is None else output_dir / "pictures", arguments.num_pictures),
     )
     result = {"model": arguments.model, **result}
-    result["protocol"]["kb_crop"] = arguments.kb_crop
     if output_dir is not None:
         write_json(output_dir / EVALUATION_FILE, result)
     if arguments.update_card:
         record_in_card(Path(arguments.model), arguments.test_frames or [str(arguments.test_list)], result)
         write_model_card(arguments.model)
-    print(format_metrics(result["metrics"]))
+    if not arguments.json:
+        print(format_metrics(result["metrics"]))
     return result
+
+
+class PictureWriter:
+    """Draws image, prediction and ground truth of the first `count` frames that it is given into a folder.
+
+    Args:
+        folder: `None` draws nothing.
+    """
+
+    def __init__(self, folder: Path | None, count: int = 8):
+        self.folder = folder
+        self.count = count
+        self.drawn = 0
+
+    def __call__(self, frame: DepthFrame, prediction: np.ndarray) -> None:
+        if self.folder is None or self.drawn == self.count:
+            return
+        from .visualization import draw_depth, save_figure  # importing matplotlib takes seconds
+
+        top, left, height, width = frame.window
+        seen = (slice(top, top + height), slice(left, left + width))
+        maps = {"LiDAR, the ground truth": frame.depth[seen], "predicted": prediction[seen]}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = re.sub(r"[^A-Za-z0-9]+", "_", frame.frame_id)
+        save_figure(draw_depth(frame.frame_id, frame.image, maps), self.folder / f"{self.drawn:03d}_{name}.png")
+        self.drawn += 1
+
+
+def load_depth_model(model: str | os.PathLike) -> tuple[SimIPUForDepthEstimation, SimIPUImageProcessor]:
+    """A saved depth model and its image processor.
+
+    Raises:
+        SimIPUError: no SimIPU depth model there, or no image processor beside it.
+    """
+    try:
+        fields, _ = SimIPUDepthConfig.get_config_dict(model)
+        if fields.get("model_type") != SimIPUDepthConfig.model_type:
+            raise SimIPUError(
+                f"{model}: expected a {SimIPUDepthConfig.model_type!r} model, found {fields.get('model_type')!r}"
+            )
+        return SimIPUForDepthEstimation.from_pretrained(model), SimIPUImageProcessor.from_pretrained(model)
+    except OSError as error:
+        raise SimIPUError(f"{model}: no depth model with its image processor ({error})") from error
 
 
 def record_in_card(folder: Path, frames: Sequence[str], result: dict[str, Any]) -> None:
@@ -106,22 +130,16 @@ def record_in_card(folder: Path, frames: Sequence[str], result: dict[str, Any]) 
 
 def describe_frames(frames: Sequence[str]) -> tuple[str, str]:
     """Names of the data sets and of their splits, without folders and without lists of ids."""
-    sources = dict.fromkeys(re.split(r"[/\\]", frame.partition("#")[0].rstrip("/\\"))[-1] for frame in frames)
-    splits = dict.fromkeys(re.split(r":(?![^\[]*\])", frame.partition("#")[2])[0] or "all" for frame in frames)
-    return " + ".join(sources), " + ".join(splits)
-
-
-_DESCRIPTION = """Evaluate a depth model by the published protocol: nine metrics, overall and by range.
-
-python -m simipu_hf.evaluate_depth --model RUN --test_frames KITTI#val --output_dir OUT
-python -m simipu_hf.evaluate_depth --model RUN --test_list eigen_test.txt --image_dir KITTI_RAW \\
-    --depth_dir KITTI_DEPTH"""
+    sources, rests = zip(*map(split_source, frames), strict=True)
+    names = dict.fromkeys(re.split(r"[/\\]", source.rstrip("/\\"))[-1] for source in sources)
+    splits = dict.fromkeys(re.split(r":(?![^\[]*\])", rest)[0] or "all" for rest in rests)
+    return " + ".join(names), " + ".join(splits)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: parse the flags and run; returns the exit code."""
     return exit_code_of(
-        lambda: evaluate_depth(*parse_flags((EvaluateDepthArguments,), argv, "simipu-hf evaluate-depth", _DESCRIPTION))
+        lambda: evaluate_depth(parse_arguments(EvaluateDepthArguments, argv, "simipu-hf evaluate-depth"))
     )
 
 

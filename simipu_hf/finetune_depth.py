@@ -1,310 +1,429 @@
-"""Fine-tune an image encoder for monocular depth by the published recipe, and evaluate it.
+"""Fine-tune an image encoder for monocular depth by the published recipe, on the stock `transformers.Trainer`.
 
     accelerate launch -m simipu_hf.finetune_depth --image_encoder RUN_OR_TIMM_NAME \
         --train_frames KITTI#train --test_frames KITTI#val --output_dir OUT
 
-Read `finetune_depth` first; the loop itself is `simipu_hf.training.loop.train`, as in pre-training.
+Read `finetune_depth` first. `DepthTrainer` is the Trainer with the recipe's optimizer, schedule, order of frames and
+evaluation; everything else is the Trainer's own.
 """
 
-# ruff: noqa: RUF009 (`flag` returns a dataclass field)
-
+import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, cast
+from tempfile import TemporaryDirectory
+from traceback import clear_frames
+from typing import Any
 
-import timm
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-from torch import nn
+import yaml
+from accelerate.utils import gather_object
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from .data.depth_samples import DepthAugmentation, DepthDataset, DepthPreprocessing, default_crop_size
-from .data.depth_targets import EigenDataset
-from .data.rows import Rows
-from .data.selection import select_depth_rows
-from .errors import SimIPUError
-from .evaluate_depth import EVALUATION_FILE, describe_frames, record_in_card
-from .evaluation.depth import evaluate_frames, format_metrics, write_json
+from .data.depth import (
+    KB_CROP,
+    DepthAugmentation,
+    DepthDataset,
+    default_crop_size,
+    frame_ids,
+    select_depth_rows,
+    to_pixel_values,
+    usable_frames,
+)
+from .data.overlap import refuse_shared_frames
+from .errors import SimIPUError, TrainingInterrupted, exit_code_of
+from .evaluate_depth import EVALUATION_FILE, PictureWriter, describe_frames, record_in_card
+from .evaluation.depth import DepthProtocol, evaluate_frames, format_metrics, write_json
+from .files import atomic_write
 from .hub.card import write_model_card
-from .hub.image_encoder import find_image_encoder, load_image_encoder
-from .hub.push import HubUploader, Strategy
-from .modeling.configuration_simipu_depth import SimIPUDepthConfig
+from .hub.push import HubUploader
+from .hub.sources import find_image_encoder
+from .hub.weights import EncoderWeights, InputConvention
+from .modeling.configuration_simipu import SimIPUDepthConfig
+from .modeling.image_encoder import load_image_encoder_weights
 from .modeling.image_processing_simipu import SimIPUImageProcessor
 from .modeling.modeling_simipu_depth import SimIPUForDepthEstimation
-from .training.distributed import on_main_process, synchronize_batch_norm
-from .training.fields import flag
-from .training.legacy_arguments import as_size, check_choice, parse_flags
-from .training.loop import (
-    Batch,
-    TrainingJob,
-    TrainingSettings,
-    create_accelerator,
-    exit_code_of,
-    move_into,
-    train,
-)
-from .training.optimization import Optimization
-from .training.run_folder import data_fingerprint
-from .training.sampling import GlobalBatchSampler
+from .training.arguments import DepthArguments, DepthTaskArguments, parse_arguments
+from .training.batch_norm import kept_running_statistics, synchronize_batch_norm
+from .training.checkpoint import check_same_run
+from .training.distributed import StopRequest, check_processes, on_main_process, use_all_cores
+from .training.logging import METRICS_FILE, check_trackers
+from .training.run_folder import RUN_FILE, data_fingerprint, find_checkpoint, prepare_run_folder, write_run_file
+from .training.sampling import GlobalBatchSampler, quiet_worker
 
 
-@dataclass
-class DepthArguments:
-    """Everything [`finetune_depth`] needs. The defaults are the published KITTI recipe."""
-
-    image_encoder: str = flag(
-        "random:resnet50",
-        "Weights to start from: a run or encoder folder, a Hub id, a .pth, a timm name (its ImageNet weights), or "
-        "random:<timm name>.",
-    )
-    freeze_image_encoder: bool = flag(False, "Train the decoder alone, as a probe of the encoder's features.")
-    max_depth: float = flag(80.0, "Largest depth that is predicted and evaluated, in metres.")
-
-    train_frames: list[str] = flag([], "Frames to train on: SOURCE[#SPLIT[:IDS]] ...", metavar="FRAMES")
-    test_frames: list[str] = flag([], "Frames to evaluate on, written the same way.", metavar="FRAMES")
-    train_list: str | None = flag(None, "Eigen file list to train on, instead of --train_frames.")
-    test_list: str | None = flag(None, "Eigen file list to evaluate on, instead of --test_frames.")
-    image_dir: str | None = flag(None, "Folder the image paths of the lists start from (KITTI raw).")
-    depth_dir: str | None = flag(None, "Folder the depth paths of the lists start from (annotated depth).")
-    kb_crop: bool = flag(True, "Keep the bottom centre of 352 x 1216 pixels of every image.")
-    image_size: list[int] | None = flag(None, "Height and width to resize to after that.", metavar="PIXELS")
-    crop_size: list[int] | None = flag(
-        None, "Height and width of the random training window; 352 704 or the same share if empty.", metavar="PIXELS"
-    )
-    keep_frames: bool = flag(False, "Keep decoded frames in memory, for small sets.")
-
-    output_dir: str = flag("", "Folder of the run.")
-    overwrite_output_dir: bool = flag(False, "Delete what an earlier run left in --output_dir.")
-    resume_from_checkpoint: str | None = flag(None, "latest, or the path of a checkpoint.", metavar="latest|PATH")
-    per_device_train_batch_size: int = flag(8, "Frames per process and forward pass (the recipe: 2 GPUs x 8).")
-    gradient_accumulation_steps: int = flag(1, "Forward passes per optimizer step.")
-    num_train_epochs: float = flag(24.0, "Passes over the frames.")
-    max_steps: int = flag(-1, "Optimizer steps; overrides --num_train_epochs when above 0.")
-    learning_rate: float = flag(1e-4, "Peak of the one-cycle schedule.")
-    weight_decay: float = flag(0.01, "Of AdamW.")
-    adam_beta1: float = flag(0.95, "Of AdamW.")
-    adam_beta2: float = flag(0.99, "Of AdamW.")
-    max_grad_norm: float = flag(35.0, "Clip gradients to this norm; 0 does not.")
-    mixed_precision: str = flag("no", "no, bf16, or fp16 (GPU only).")
-    gradient_checkpointing: bool = flag(False, "Recompute the encoder's activations in the backward pass.")
-    sync_batch_norm: bool = flag(True, "Batch statistics over all processes; nothing changes on one.")
-    seed: int = flag(0, "Of new weights, frame order and augmentation.")
-    dataloader_num_workers: int = flag(2, "Processes that load data; the result does not depend on it.")
-    logging_steps: int = flag(10, "Optimizer steps per logged line.")
-    eval_steps: int = flag(0, "Evaluate every so many steps; 0 at the end alone.")
-    checkpointing_steps: int = flag(500, "Optimizer steps per checkpoint; 0 only at the end.")
-    save_total_limit: int = flag(2, "Checkpoints to keep, the newest; 0 keeps all.")
-    report_to: list[str] = flag(["tensorboard"], "Trackers: tensorboard, trackio, wandb, …, or none.")
-    evaluation_crop: str = flag("garg", "garg, eigen or none.")
-    flip_test: bool = flag(True, "Evaluate the mean of the predictions for the image and its mirror image.")
-    push_to_hub: bool = flag(False, "Publish checkpoints and the result on the Hub.")
-    hub_model_id: str | None = flag(None, "Repository, user/name.")
-    hub_private_repo: bool = flag(False, "Create it private.")
-    hub_strategy: str = flag("every_save", "end, every_save, or checkpoint.")
-    hub_token: str | None = flag(None, "Token; the logged-in user's if empty.")
-
-    def __post_init__(self) -> None:
-        if not self.output_dir:
-            raise SimIPUError("--output_dir is missing: the folder to write the run to")
-        if bool(self.train_frames) == bool(self.train_list):
-            raise SimIPUError("give the frames to train on: either --train_frames or --train_list")
-        if self.test_frames and self.test_list:
-            raise SimIPUError("give either --test_frames or --test_list, not both")
-        if (self.train_list or self.test_list) and not (self.image_dir and self.depth_dir):
-            raise SimIPUError("--train_list and --test_list need --image_dir and --depth_dir")
-        for name in ("image_size", "crop_size"):
-            size = getattr(self, name)
-            if size is not None and (len(size) != 2 or min(size) < 32):
-                raise SimIPUError(f"--{name} takes a height and a width of at least 32 pixels, found {size}")
-        if self.image_size is None and not self.kb_crop:
-            raise SimIPUError("--no_kb_crop needs --image_size: a batch holds images of one size")
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
-            if getattr(self, name) < 1:
-                raise SimIPUError(f"--{name} must be at least 1, found {getattr(self, name)}")
-        if self.max_steps <= 0 and self.num_train_epochs <= 0:
-            raise SimIPUError(f"--num_train_epochs must be above 0, found {self.num_train_epochs}")
-        check_choice("--mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
-        check_choice("--evaluation_crop", self.evaluation_crop, ("garg", "eigen", "none"))
-        check_choice("--hub_strategy", self.hub_strategy, ("end", "every_save", "checkpoint"))
-        if self.push_to_hub and not self.hub_model_id:
-            raise SimIPUError("--push_to_hub needs --hub_model_id user/name")
-
-    def to_dict(self) -> dict[str, Any]:
-        """All flags that make the run what it is, for `run.yaml`."""
-        left_out = ("hub_token", "resume_from_checkpoint", "overwrite_output_dir")
-        return {name: value for name, value in vars(self).items() if name not in left_out}
-
-    def augmentation(self) -> DepthAugmentation:
-        return DepthAugmentation(crop_size=as_size(self.crop_size) or default_crop_size(as_size(self.image_size)))
-
-    def preprocessing(self, about: dict[str, Any]) -> DepthPreprocessing:
-        return DepthPreprocessing(self.kb_crop, as_size(self.image_size), about["image_mean"], about["image_std"])
-
-    def optimization(
-        self, accelerator: Accelerator, model: SimIPUForDepthEstimation, total_steps: int
-    ) -> Optimization:
-        optimizer, schedule = create_optimization(
-            model,
-            total_steps,
-            learning_rate=self.learning_rate,
-            weight_decay=self.weight_decay,
-            betas=(self.adam_beta1, self.adam_beta2),
-        )
-        return Optimization(accelerator, [optimizer], [schedule], self.max_grad_norm)
-
-    def rows(self, part: str) -> Rows | None:
-        """The rows of `"train"` or `"test"`; `None` where none are asked for."""
-        frames, file_list = getattr(self, f"{part}_frames"), getattr(self, f"{part}_list")
-        return select_depth_rows(frames, file_list, self.image_dir, self.depth_dir)
-
-
-def load_encoder_for_depth(
-    source: str | os.PathLike,
-) -> tuple[dict[str, Any], dict[str, torch.Tensor] | None, dict[str, Any]]:
-    """Where the image encoder of a depth model comes from.
-
-    Args:
-        source: a run or encoder folder, a Hub id, a `.pth`, a timm name (its published weights), or
-            `random:<timm name>`.
-
-    Returns:
-        Fields of `SimIPUImageConfig`; the weights, `None` for random ones; and `description`, `image_mean`,
-        `image_std` (of RGB values from 0 to 1).
-
-    Raises:
-        SimIPUError: nothing usable there.
-    """
-    name = str(source)
-    about: dict[str, Any]
-    if name.startswith("random:"):
-        architecture = name.removeprefix("random:")
-        if not timm.is_model(architecture):
-            raise SimIPUError(f"{name}: timm {timm.__version__} has no model named {architecture!r}")
-        about = {"description": f"timm model {architecture} with random weights"}
-        imagenet = DepthPreprocessing()
-        about |= {"image_mean": imagenet.image_mean, "image_std": imagenet.image_std}
-        return {"architecture": architecture.split(".")[0]}, None, about
-    if name.startswith("timm:") or (not Path(name).exists() and timm.is_model(name)):
-        model, data_config = load_image_encoder(name, verbose=False)
-        about = {
-            "description": f"timm model {name} with its published weights ({model.pretrained_cfg.get('tag')})",
-            "image_mean": tuple(data_config["mean"]),
-            "image_std": tuple(data_config["std"]),
-        }
-        return {"architecture": model.pretrained_cfg["architecture"]}, model.state_dict(), about
-    weights = find_image_encoder(source).with_channel_order("rgb").with_own_eps()
-    about = {
-        "description": weights.description,
-        "image_mean": tuple(weights.input.mean),
-        "image_std": tuple(weights.input.std),
-    }
-    image_fields = {"architecture": weights.architecture, "model_args": weights.model_args or None}
-    return image_fields, weights.state_dict, about
+def find_rgb_encoder(source: str | os.PathLike) -> EncoderWeights:
+    """The image encoder at `source` (a run or encoder folder, a Hub id, a `.pth`, a timm name, `random:<timm name>`)
+    for RGB images and with the architecture's own batch-norm epsilon, as the depth model is built."""
+    return find_image_encoder(source).with_channel_order("rgb").with_own_eps()
 
 
 def create_depth_model(
-    source: str | os.PathLike, seed: int = 0, **config_fields: Any
-) -> tuple[SimIPUForDepthEstimation, dict[str, Any]]:
-    """A depth model whose image encoder has the weights of `source`, and whose decoder is new.
+    encoder: EncoderWeights, image_size: tuple[int, int] | None = None, seed: int = 0, **config_fields: Any
+) -> SimIPUForDepthEstimation:
+    """A depth model with the encoder's weights and a new decoder, which depends on `seed` and architecture alone.
 
-    The decoder depends on `seed` and the architecture alone, whatever the weights.
+    model = create_depth_model(find_rgb_encoder("OUT"), max_depth=80.0)
 
     Args:
-        source: see [`load_encoder_for_depth`].
+        encoder: what to start from; random weights where it holds none.
+        image_size: height and width of the images, for encoders that are built for one size.
         seed: of the new weights.
         config_fields: of `SimIPUDepthConfig`.
 
-    Returns:
-        The model, and what was loaded: `description`, `image_mean`, `image_std`.
+    Raises:
+        SimIPUError: the weights do not fit, or the encoder cannot be built for that size.
     """
-    image_fields, weights, about = load_encoder_for_depth(source)
-    return build_depth_model(image_fields, weights, seed, **config_fields), about
-
-
-def build_depth_model(
-    image_fields: dict[str, Any], weights: dict[str, torch.Tensor] | None, seed: int, **config_fields: Any
-) -> SimIPUForDepthEstimation:
-    """The model of [`create_depth_model`] from weights already in memory."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = SimIPUForDepthEstimation(SimIPUDepthConfig(image_config=image_fields, **config_fields))
-    if weights is not None:
-        model.image_encoder.load_state_dict(weights)
+    image_config = {"architecture": encoder.architecture, "model_args": encoder.model_args or None}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = SimIPUForDepthEstimation(SimIPUDepthConfig(image_config=image_config, **config_fields))
+        if encoder.state_dict:
+            load_image_encoder_weights(model.image_encoder, encoder.state_dict, encoder.description)
+        if image_size is not None:
+            model.set_image_size(image_size)
+    except ValueError as error:
+        raise SimIPUError(f"{encoder.description}: {error}") from error
     return model
 
 
-def create_optimization(
-    model: SimIPUForDepthEstimation,
-    total_steps: int,
-    *,
-    learning_rate: float = 1e-4,
-    weight_decay: float = 0.01,
-    betas: tuple[float, float] = (0.95, 0.99),
-) -> tuple[AdamW, OneCycleLR]:
-    """AdamW over all trainable parameters alike, and a one-cycle schedule stepped once per optimizer step.
-
-    As published: the rate starts at 1/25 of its peak and ends at 1/100 of that; the first beta is cycled as well.
-    """
-    parts = {"image_encoder": model.image_encoder, "decoder": model.decoder}
-    groups = [
-        {"name": name, "params": trainable}
-        for name, part in parts.items()
-        if (trainable := [p for p in part.parameters() if p.requires_grad])
-    ]
-    optimizer = AdamW(groups, lr=learning_rate, betas=betas, weight_decay=weight_decay)
-    # the schedule is asked once more after the last step
-    schedule = OneCycleLR(optimizer, learning_rate, total_steps + 1, div_factor=25, final_div_factor=100)
-    return optimizer, schedule
-
-
-def fit(
-    model: SimIPUForDepthEstimation,
-    dataset: DepthDataset,
-    *,
-    total_steps: int,
-    batch_size: int,
-    seed: int = 0,
-    max_grad_norm: float = 35.0,
-    on_step: Callable[[int], None] = lambda step: None,
-    **optimization: Any,
-) -> list[float]:
-    """Train in this process, on the model's device and without a run folder, as `compare_depth` does many times.
+def create_image_processor(
+    arguments: DepthTaskArguments, convention: InputConvention | None = None
+) -> SimIPUImageProcessor:
+    """The image pipeline of a depth model: in training, in evaluation and, saved with it, wherever it is used.
 
     Args:
-        dataset: best with `keep_frames`, so that nothing is decoded twice.
-        batch_size: frames per step; all of them where there are fewer.
-        on_step: called with the number of steps taken, after each.
-        optimization: keywords of [`create_optimization`].
-
-    Returns:
-        The loss of every step.
+        arguments: crop and size.
+        convention: mean and deviation that the encoder was trained with; ImageNet's if `None`.
     """
-    device = next(model.parameters()).device
-    optimizer, schedule = create_optimization(model, total_steps, **optimization)
-    sampler = GlobalBatchSampler(len(dataset), min(batch_size, len(dataset)), seed=seed, last_step=total_steps)
-    losses = []
-    model.train()
-    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=default_collate)
-    for step, batch in enumerate(loader, start=1):
-        loss = model(**{name: value.to(device) for name, value in batch.items()}).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.detach())
-        on_step(step)
-    return torch.stack(losses).tolist()
+    convention = convention or InputConvention()
+    height, width = arguments.image_size or KB_CROP
+    return SimIPUImageProcessor(
+        crop_size={"height": KB_CROP[0], "width": KB_CROP[1]} if arguments.kb_crop else None,
+        size={"height": height, "width": width},
+        image_mean=list(convention.mean),
+        image_std=list(convention.std),
+        pad_size_divisor=1,
+    )
+
+
+class DepthTrainer(Trainer):
+    """`transformers.Trainer` with the published recipe: AdamW, one-cycle schedule, depth metrics.
+
+        trainer = DepthTrainer(model, recipe("OUT", max_steps=500), train_dataset=DepthDataset(rows, processor))
+        trainer.train()
+
+    The order of frames is a function of the seed, their augmentation of (seed, epoch, row), so a resumed run goes on
+    exactly as the uninterrupted one. A whole run is one pass over the loader, whose workers live as long.
+
+    Args:
+        args, kwargs: the Trainer's; both data sets are [`DepthDataset`]s. `warmup_steps` is the part of the schedule
+            in which the learning rate rises.
+        protocol: of `evaluate`.
+        encoder_learning_rate: peak for the image encoder; `learning_rate` if `None`.
+        decoder_first: share of the steps, at the start, in which the image encoder's weights are frozen.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        protocol: DepthProtocol | None = None,
+        encoder_learning_rate: float | None = None,
+        decoder_first: float = 0.0,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self.protocol = protocol or DepthProtocol()
+        self.encoder_learning_rate = encoder_learning_rate
+        self.evaluation: dict[str, Any] = {}  # the latest, whole
+        if decoder_first:
+            self.add_callback(DecoderFirst(decoder_first))
+        self._after_backward = ExitStack()
+        self._learning_rates: dict[str, float] = {}
+        if self.args.max_steps <= 0 and self.train_dataset is not None:
+            steps_per_epoch = self._sampler(1).steps_per_epoch
+            self.args.max_steps = max(1, round(self.args.num_train_epochs * steps_per_epoch))
+
+    def _sampler(self, last_step: int) -> GlobalBatchSampler:
+        return GlobalBatchSampler(
+            len(self.train_dataset),
+            self.args.per_device_train_batch_size,
+            accumulation_steps=self.args.gradient_accumulation_steps,
+            num_processes=self.args.world_size,
+            process_index=self.args.process_index,
+            seed=self.args.seed,
+            last_step=last_step,
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self._sampler(self.args.max_steps),
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.device.type == "cuda",
+            worker_init_fn=quiet_worker,
+            generator=torch.Generator().manual_seed(self.args.seed),  # or it would draw from the global random state
+        )
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            rate, encoder_rate = self.args.learning_rate, self.encoder_learning_rate
+            encoder = set(self.model.image_encoder.parameters())
+            trainable = [p for p in self.model.parameters() if p.requires_grad]
+            groups = [
+                {"name": name, "lr": peak, "params": params}
+                for name, peak, params in (
+                    (
+                        "image_encoder",
+                        rate if encoder_rate is None else encoder_rate,
+                        [p for p in trainable if p in encoder],
+                    ),
+                    ("decoder", rate, [p for p in trainable if p not in encoder]),
+                )
+                if params
+            ]
+            betas = (self.args.adam_beta1, self.args.adam_beta2)
+            self.optimizer = AdamW(groups, rate, betas=betas, weight_decay=self.args.weight_decay)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> OneCycleLR:
+        """As published: the rate starts at 1/25 of its peak and ends at 1/100 of that; the first beta is cycled."""
+        self.lr_scheduler = OneCycleLR(
+            self.optimizer,
+            [group["lr"] for group in self.optimizer.param_groups],
+            num_training_steps + 1,  # it is asked once more after the last step
+            pct_start=max(1, self.args.get_warmup_steps(num_training_steps)) / num_training_steps,
+            base_momentum=self.args.adam_beta1 - 0.1,
+            max_momentum=self.args.adam_beta1,
+            div_factor=25,
+            final_div_factor=100,
+        )
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().compute_loss(*args, **kwargs)
+        self._after_backward.enter_context(kept_running_statistics(self.model))
+        return result
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        self._learning_rates = {f"learning_rate/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
+        with self._after_backward:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):  # before the optimizer spreads it
+            keys = self._sampler(self.args.max_steps).step_keys(self.state.global_step)
+            names = [self.train_dataset.frame(row).frame_id for batch in keys for _, row in batch]
+            raise SimIPUError(
+                f"step {self.state.global_step + 1}: the loss is {loss.item()}. Frames of the step: "
+                f"{', '.join(names)}. The weights were not updated: lower --learning_rate, or look at the frames, "
+                "and go on from the last checkpoint"
+            )
+        return loss
+
+    def evaluate_frames(self, picture_dir: Path | None = None) -> dict[str, Any]:
+        """Evaluate on `eval_dataset`, every process on its share of the frames; as `evaluate_maps`."""
+        data = self.eval_dataset
+        share = range(self.args.process_index, len(data), self.args.world_size)
+        return evaluate_frames(
+            self.model,
+            usable_frames(data.rows, data.processor, data.on_bad_row, share),
+            data.processor,
+            self.protocol,
+            gather=gather_object,
+            show=PictureWriter(picture_dir if self.is_world_process_zero() else None),
+        )
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
+        self.evaluation = self.evaluate_frames()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluation["metrics"].items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self._learning_rates
+        self.state.epoch = self.state.global_step / self._sampler(1).steps_per_epoch
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Without the Trainer's pickle of its arguments, which would hold secrets and cannot be loaded safely."""
+        if self.args.should_save:
+            self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
+            self.processing_class.save_pretrained(output_dir or self.args.output_dir)
+
+
+class DecoderFirst(TrainerCallback):
+    """Freezes the image encoder's weights for the first `share` of the steps; its batch statistics go on adapting."""
+
+    def __init__(self, share: float):
+        self.share = share
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        model.image_encoder.requires_grad_(state.global_step >= self.share * state.max_steps)
+
+
+class RunFolder(TrainerCallback):
+    """Keeps `metrics.jsonl`, publishes checkpoints, and ends the run after a signal, when a checkpoint is written.
+
+    Args:
+        stop: whether a signal has come.
+        uploader: publishes checkpoints; `None` publishes none.
+    """
+
+    def __init__(self, output_dir: Path, stop: StopRequest, uploader: HubUploader | None = None):
+        self.output_dir = output_dir
+        self.stop = stop
+        self.uploader = uploader
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:  # a resumed run drops what was logged beyond its checkpoint
+            lines = [metrics_line(entry) for entry in state.log_history]
+            with atomic_write(self.output_dir / METRICS_FILE) as stream:
+                stream.writelines(json.dumps(line) + "\n" for line in lines if line)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        line = metrics_line(state.log_history[-1])
+        if state.is_world_process_zero and line:
+            with (self.output_dir / METRICS_FILE).open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line) + "\n")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if any(gather_object([self.stop.requested])):
+            control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.uploader is not None and state.is_world_process_zero:
+            self.uploader.checkpoint_saved(self.output_dir / f"checkpoint-{state.global_step}")
+
+
+def metrics_line(entry: dict[str, float]) -> dict[str, float]:
+    """An entry of the Trainer's log as a line of `metrics.jsonl`; empty for its summary at the end."""
+    if "train_runtime" in entry:
+        return {}
+    values = {name.replace("eval_", "eval/", 1): value for name, value in entry.items() if name != "epoch"}
+    return {"step": values.pop("step"), **values}
+
+
+def recipe(output_dir: str | os.PathLike, **changes: Any) -> TrainingArguments:
+    """The published recipe as arguments of the Trainer, with `changes`."""
+    settings = {
+        "per_device_train_batch_size": 8,
+        "num_train_epochs": 24.0,
+        "learning_rate": 1e-4,
+        "weight_decay": 0.01,
+        "adam_beta1": 0.95,
+        "adam_beta2": 0.99,
+        "max_grad_norm": 35.0,
+        "warmup_steps": 0.3,
+        "logging_nan_inf_filter": False,
+        "remove_unused_columns": False,
+        "report_to": "none",
+    }
+    arguments = TrainingArguments(str(output_dir), **{**settings, **changes})
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are several processes, never nn.DataParallel
+    return arguments
+
+
+def create_trainer(arguments: DepthArguments, callbacks: Sequence[TrainerCallback] = ()) -> DepthTrainer:
+    """The trainer of `finetune_depth`, for use from Python: `train`, `evaluate`, `hyperparameter_search`, callbacks.
+
+    Raises:
+        SimIPUError: unusable arguments, encoder or frames, or a frame that is trained and tested on.
+    """
+    train_rows, test_rows = (
+        select_depth_rows(frames, file_list, arguments.image_dir, arguments.depth_dir, arguments.on_bad_row)
+        for frames, file_list in (
+            (arguments.train_frames, arguments.train_list),
+            (arguments.test_frames, arguments.test_list),
+        )
+    )
+    if test_rows is not None:
+        refuse_shared_frames(train_rows, test_rows, "test frames")
+    encoder = find_rgb_encoder(arguments.image_encoder)
+    size = arguments.image_size or KB_CROP
+    model = create_depth_model(encoder, size, arguments.seed, max_depth=arguments.max_depth)
+    model.freeze_image_encoder(arguments.freeze_image_encoder)
+    if arguments.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    processor = create_image_processor(arguments, encoder.input)
+    augmentation = DepthAugmentation(crop_size=arguments.crop_size or default_crop_size(arguments.image_size))
+    dataset = DepthDataset(
+        train_rows, processor, augmentation, arguments.seed, arguments.keep_frames, arguments.on_bad_row
+    )
+    check_image_sizes(model, dataset)
+    test_set = None if test_rows is None else DepthDataset(test_rows, processor, on_bad_row=arguments.on_bad_row)
+    settings = trainer_settings(arguments)
+    if settings.world_size > 1 and arguments.sync_batch_norm:
+        synchronize_batch_norm(model.to(settings.device))
+    print(f"image encoder: {encoder.description}", file=sys.stderr)
+    return DepthTrainer(
+        model,
+        settings,
+        train_dataset=dataset,
+        eval_dataset=test_set,
+        processing_class=processor,
+        callbacks=list(callbacks),
+        protocol=DepthProtocol(
+            arguments.evaluation_crop,
+            max_depth=arguments.max_depth,
+            kb_crop=arguments.kb_crop,
+            flip_test=arguments.flip_test,
+        ),
+        encoder_learning_rate=arguments.encoder_learning_rate,
+        decoder_first=arguments.decoder_first,
+    )
+
+
+def trainer_settings(arguments: DepthArguments) -> TrainingArguments:
+    """The flags as arguments of the Trainer."""
+    same = (
+        "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "learning_rate",
+        "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "seed", "dataloader_num_workers", "logging_steps",
+    )  # fmt: skip
+    return recipe(
+        arguments.output_dir,
+        **{name: getattr(arguments, name) for name in same},
+        warmup_steps=arguments.warmup_ratio,
+        bf16=arguments.mixed_precision == "bf16",
+        fp16=arguments.mixed_precision == "fp16",
+        report_to=check_trackers(arguments.report_to),
+        eval_strategy="steps" if arguments.eval_steps else "no",
+        eval_steps=arguments.eval_steps or None,
+        save_strategy="steps",
+        save_steps=arguments.checkpointing_steps or sys.maxsize,  # the last step is saved in any case
+        save_total_limit=arguments.save_total_limit or None,
+    )
+
+
+def check_image_sizes(model: SimIPUForDepthEstimation, dataset: DepthDataset) -> None:
+    """One forward of a training window and of a whole image, so that nothing is written for an encoder that takes
+    other sizes."""
+    whole = to_pixel_values([dataset.frame(0).image], dataset.processor)[0]
+    for pixel_values in (dataset[0]["pixel_values"], whole):
+        try:
+            with torch.no_grad():
+                model.eval()(pixel_values=pixel_values[None])
+        except (RuntimeError, ValueError, AssertionError) as error:
+            height, width = pixel_values.shape[-2:]
+            architecture = model.config.image_encoder_config.architecture
+            raise SimIPUError(
+                f"--image_encoder: {architecture} does not take images of {height} x {width} pixels ({error}); choose "
+                "another --image_size or --crop_size"
+            ) from error
 
 
 def finetune_depth(arguments: DepthArguments) -> Path:
     """Fine-tune as the arguments say, in as many processes as were launched, and evaluate.
+
+    finetune_depth(DepthArguments(image_encoder="OUT", train_frames=["KITTI#train"], output_dir="DEPTH"))
 
     Returns:
         The output folder, which `pipeline("depth-estimation")` loads: the model with its image processor and code,
@@ -314,87 +433,101 @@ def finetune_depth(arguments: DepthArguments) -> Path:
         SimIPUError: unusable arguments, data or checkpoint, or a loss that is no number.
         TrainingInterrupted: Ctrl-C or SIGTERM, after saving a checkpoint.
     """
-    accelerator = create_accelerator(
-        arguments.output_dir,
-        mixed_precision=arguments.mixed_precision,
-        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-        report_to=arguments.report_to,
-    )
-    set_seed(arguments.seed)
-    model, about = create_depth_model(arguments.image_encoder, arguments.seed, max_depth=arguments.max_depth)
-    accelerator.print(f"image encoder: {about['description']}")
-    model.freeze_image_encoder(arguments.freeze_image_encoder)
-    if arguments.gradient_checkpointing:
-        model.activation_checkpointing_enable()
-    if accelerator.num_processes > 1 and arguments.sync_batch_norm:
-        synchronize_batch_norm(model.to(accelerator.device))
-
-    preprocessing = arguments.preprocessing(about)
-    with accelerator.main_process_first():
-        train_rows, test_rows = arguments.rows("train"), arguments.rows("test")
-    assert train_rows is not None
-    dataset = DepthDataset(
-        train_rows, preprocessing, arguments.augmentation(), arguments.seed, keep_frames=arguments.keep_frames
-    )
-    settings = resolve_settings(accelerator, len(dataset), arguments)
-
-    def evaluate(picture_dir: Path | None = None) -> dict[str, Any]:
-        assert test_rows is not None
-        return evaluate_frames(
-            accelerator.unwrap_model(model),
-            (preprocessing.load(test_rows[index]) for index in range(len(test_rows))),
-            preprocessing,
-            flip_test=arguments.flip_test,
-            picture_dir=picture_dir,
-            crop=arguments.evaluation_crop,
-            max_depth=arguments.max_depth,
-        )
-
-    def save_model(folder: Path) -> None:
-        accelerator.unwrap_model(model).save_pretrained(folder)
-        size = preprocessing.image_size or dataset.frame(0).image.shape[:2]
-        save_image_processor(folder, size, preprocessing)
-
+    output_dir = Path(arguments.output_dir)
+    trainer = create_trainer(arguments)
+    accelerator = trainer.accelerator
+    check_processes(accelerator)
+    use_all_cores(accelerator)
+    checkpoint = on_main_process(accelerator, open_run, arguments, trainer)
     uploader = create_uploader(arguments) if arguments.push_to_hub and accelerator.is_main_process else None
-
-    def finish(output_dir: Path) -> None:
-        aside = output_dir / ".final.partial"
-        save_model(aside)
-        if test_rows is not None:
-            result = {"image_encoder": about["description"], **evaluate(aside / "pictures")}
-            result["protocol"]["kb_crop"] = arguments.kb_crop
-            write_json(aside / EVALUATION_FILE, result)
-            record_in_card(aside, arguments.test_frames or [str(arguments.test_list)], result)
-            print(format_metrics(result["metrics"]))
-        move_into(aside, output_dir)
+    with StopRequest() as stop:
+        trainer.add_callback(RunFolder(output_dir, stop, uploader))
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except BaseException as error:
+            clear_frames(error.__traceback__)  # ends the loader's workers, which ignore the signals that end a process
+            raise
+    step, last_step = trainer.state.global_step, trainer.args.max_steps
+    if step < last_step:
+        raise TrainingInterrupted(
+            f"stopped by {stop.signal.name} after step {step} of {last_step}, saved checkpoint-{step}. Continue with "
+            "the same command and --resume_from_checkpoint latest",
+            exit_code=128 + stop.signal,
+        )
+    on_main_process(accelerator, save_final_model, trainer, output_dir)
+    if trainer.eval_dataset is not None:
+        evaluate_final_model(trainer, arguments)
+    if accelerator.is_main_process:
         write_model_card(output_dir, arguments.hub_model_id)
-        if uploader is not None:
-            uploader.finish()
+    if uploader is not None:
+        uploader.finish()
+    return output_dir
 
-    job = TrainingJob(
-        name="finetune_depth",
-        model=model,
-        create_optimization=lambda m: arguments.optimization(accelerator, m, settings.total_steps),
-        dataset=dataset,
-        collate=default_collate,
-        compute_loss=compute_loss,
-        frame_ids=frame_ids(train_rows),
-        save_model=save_model,
-        finish=finish,
-        evaluate=None if test_rows is None else lambda: on_main_process(accelerator, lambda: evaluate()["metrics"]),
-        identity=run_identity(accelerator, arguments, settings, train_rows),
-        run_record={
-            "arguments": arguments.to_dict(),
-            "data": {
-                "source": describe_frames(arguments.train_frames or [str(arguments.image_dir)])[0],
-                "train": describe_rows(train_rows),
-                "test": describe_rows(test_rows),
-            },
-        },
-        on_saved=(lambda path: None) if uploader is None else uploader.checkpoint_saved,
-        show={"loss": "loss"},
-    )
-    return train(accelerator, job, settings)
+
+def open_run(arguments: DepthArguments, trainer: DepthTrainer) -> str | None:
+    """Prepare the run folder and write `run.yaml`; the checkpoint to resume from, `None` to start at the beginning."""
+    output_dir, resume = Path(arguments.output_dir), arguments.resume_from_checkpoint
+    checkpoint = find_checkpoint(output_dir, resume, arguments.overwrite_output_dir)
+    rows, test_rows = trainer.train_dataset.rows, trainer.eval_dataset and trainer.eval_dataset.rows
+    record = {
+        "source": describe_frames(arguments.train_frames or [str(arguments.image_dir)])[0],
+        "train": {"rows": len(rows), "fingerprint": data_fingerprint(frame_ids(rows))},
+        "test": test_rows and {"rows": len(test_rows), "fingerprint": data_fingerprint(frame_ids(test_rows))},
+        "total_steps": trainer.args.max_steps,
+        "rows_per_step": trainer.args.train_batch_size * trainer.args.world_size,
+    }
+    if checkpoint is not None:
+        with (checkpoint.parent / RUN_FILE).open(encoding="utf-8") as file:
+            saved = yaml.safe_load(file)
+        check_same_run(
+            run_identity(saved["arguments"], saved["data"]), run_identity(arguments.to_dict(), record), checkpoint
+        )
+    step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+    prepare_run_folder(output_dir, step, arguments.overwrite_output_dir and resume is None)
+    write_run_file(output_dir, arguments.to_dict(), record)
+    return None if checkpoint is None else str(checkpoint)
+
+
+# what a resumed run may change; the frames and the schedule are identified by `data` in run.yaml
+FREE = {
+    "output_dir", "train_frames", "train_list", "test_frames", "test_list", "image_dir", "depth_dir", "keep_frames",
+    "evaluation_crop", "flip_test", "num_train_epochs", "max_steps", "per_device_train_batch_size", "hub_model_id",
+    "dataloader_num_workers", "logging_steps", "eval_steps", "checkpointing_steps", "save_total_limit", "report_to",
+    "push_to_hub", "hub_private_repo", "hub_strategy",
+}  # fmt: skip
+
+
+def run_identity(arguments: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """What has to be the same for a run to continue, as plain values."""
+    fixed = {name: value for name, value in arguments.items() if name not in FREE}
+    fixed |= {name: data.get(name) for name in ("train", "total_steps", "rows_per_step")}
+    return json.loads(json.dumps(fixed))
+
+
+def save_final_model(trainer: DepthTrainer, output_dir: Path) -> None:
+    """The model beside the checkpoints; each file atomically."""
+    with TemporaryDirectory(dir=output_dir, prefix=".final-") as beside:
+        trainer.model.save_pretrained(beside)
+        trainer.processing_class.save_pretrained(beside)
+        for file in Path(beside).iterdir():
+            file.replace(output_dir / file.name)
+
+
+def evaluate_final_model(trainer: DepthTrainer, arguments: DepthArguments) -> None:
+    """`depth_evaluation.json`, pictures and the card's entry; a failure leaves the model where it is, and says so."""
+    output_dir = Path(arguments.output_dir)
+    try:
+        result = trainer.evaluate_frames(output_dir / "pictures")
+    except SimIPUError as error:
+        raise SimIPUError(
+            f"the model is saved in {output_dir}, but could not be evaluated: {error}. Evaluate it later with "
+            f"simipu-hf evaluate-depth --model {output_dir}"
+        ) from error
+    if trainer.is_world_process_zero():
+        description = {"image_encoder": trainer.model.config.image_encoder_config.architecture}
+        write_json(output_dir / EVALUATION_FILE, {**description, **result})
+        record_in_card(output_dir, arguments.test_frames or [str(arguments.test_list)], result)
+        print(format_metrics(result["metrics"]))
 
 
 def create_uploader(arguments: DepthArguments) -> HubUploader:
@@ -403,86 +536,15 @@ def create_uploader(arguments: DepthArguments) -> HubUploader:
     return HubUploader(
         arguments.hub_model_id,
         arguments.output_dir,
-        strategy=cast("Strategy", arguments.hub_strategy),
+        strategy=arguments.hub_strategy,
         private=arguments.hub_private_repo or None,
         token=arguments.hub_token,
     )
 
 
-def compute_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss, and the values to log."""
-    loss = model(**batch).loss
-    return loss, {"loss": loss}
-
-
-def resolve_settings(accelerator: Accelerator, num_rows: int, arguments: DepthArguments) -> TrainingSettings:
-    """The loop's settings, with epochs turned into optimizer steps."""
-    frames_per_step = (
-        arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
-    )
-    steps_per_epoch = max(num_rows // frames_per_step, 1)
-    epochs_in_steps = max(1, round(arguments.num_train_epochs * steps_per_epoch))
-    names = [name for name in TrainingSettings.__dataclass_fields__ if name not in ("output_dir", "total_steps")]
-    return TrainingSettings(
-        output_dir=Path(arguments.output_dir),
-        total_steps=arguments.max_steps if arguments.max_steps > 0 else epochs_in_steps,
-        **{name: getattr(arguments, name) for name in names},
-    )
-
-
-def run_identity(
-    accelerator: Accelerator, arguments: DepthArguments, settings: TrainingSettings, rows: Any
-) -> dict[str, Any]:
-    """What has to be the same for a run to continue; the schedule's length is part of it."""
-    names = (
-        "image_encoder", "freeze_image_encoder", "max_depth", "kb_crop", "image_size", "crop_size", "learning_rate",
-        "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "mixed_precision", "gradient_accumulation_steps",
-        "seed",
-    )  # fmt: skip
-    return {
-        **{name: getattr(arguments, name) for name in names},
-        "total_steps": settings.total_steps,
-        "rows_per_forward": arguments.per_device_train_batch_size * accelerator.num_processes,
-        "data_fingerprint": data_fingerprint(frame_ids(rows)),
-    }
-
-
-def frame_ids(rows: Any) -> list[str]:
-    """Names of the frames, read without decoding them."""
-    return [entry.image for entry in rows.entries] if isinstance(rows, EigenDataset) else list(rows["frame_id"])
-
-
-def describe_rows(rows: Any) -> dict[str, Any] | None:
-    """Number and fingerprint of the frames, for `run.yaml`."""
-    return None if rows is None else {"rows": len(rows), "fingerprint": data_fingerprint(frame_ids(rows))}
-
-
-def save_image_processor(folder: Path, size: tuple[int, int], preprocessing: DepthPreprocessing) -> None:
-    """The image processor of a depth model: resizes whole images to `size` (height, width) and normalises them."""
-    SimIPUImageProcessor.register_for_auto_class("AutoImageProcessor")
-    SimIPUImageProcessor(
-        size={"height": int(size[0]), "width": int(size[1])},
-        image_mean=list(preprocessing.image_mean),
-        image_std=list(preprocessing.image_std),
-    ).save_pretrained(folder)
-
-
-_DESCRIPTION = """Fine-tune an image encoder for monocular depth, and evaluate it by the published protocol.
-
-accelerate launch -m simipu_hf.finetune_depth --image_encoder RUN --train_frames KITTI#train --test_frames KITTI#val \\
-    --output_dir OUT
-accelerate launch -m simipu_hf.finetune_depth --image_encoder resnet50 --train_list eigen_train.txt \\
-    --test_list eigen_test.txt --image_dir KITTI_RAW --depth_dir KITTI_DEPTH --output_dir OUT
-
-FRAMES is SOURCE, SOURCE#SPLIT or SOURCE#SPLIT:ID,ID,... where SOURCE is a KITTI folder, a folder of Parquet files, a
-save_to_disk folder or a Hub id; the ids may also be lines of a file, written SOURCE#SPLIT:@FILE."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: parse the flags and run; returns the exit code."""
-    return exit_code_of(
-        lambda: finetune_depth(*parse_flags((DepthArguments,), argv, "simipu-hf finetune-depth", _DESCRIPTION))
-    )
+    return exit_code_of(lambda: finetune_depth(parse_arguments(DepthArguments, argv, "simipu-hf finetune-depth")))
 
 
 if __name__ == "__main__":

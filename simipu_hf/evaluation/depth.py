@@ -6,28 +6,24 @@ of its pixels are valid. No median scaling: the predictions are metric.
 """
 
 import json
-import math
-import os
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
+from transformers.modeling_outputs import DepthEstimatorOutput
 
-from ..data.depth_samples import DepthFrame, DepthPreprocessing
+from ..data.depth import KB_CROP, DepthFrame, crop_window, to_pixel_values
 from ..errors import SimIPUError
-from ..modeling.configuration_simipu_depth import SimIPUDepthConfig
+from ..files import atomic_write
 from ..modeling.image_processing_simipu import SimIPUImageProcessor
-from ..modeling.modeling_simipu_depth import SimIPUForDepthEstimation
 
 METRICS = ("a1", "a2", "a3", "abs_rel", "rmse", "log10", "rmse_log", "silog", "sq_rel")
 HIGHER_IS_BETTER = ("a1", "a2", "a3")
-
-Crop = Literal["garg", "eigen", "none"]
+RANGES = ((0.0, 20.0), (20.0, 40.0), (40.0, 60.0), (60.0, 80.0))
 
 # top, bottom, left, right as shares of the ground truth's height and width
 CROPS: dict[str, tuple[float, float, float, float]] = {
@@ -37,11 +33,42 @@ CROPS: dict[str, tuple[float, float, float, float]] = {
 }
 
 
-def crop_box(crop: Crop, height: int, width: int) -> tuple[int, int, int, int]:
-    """Top, bottom, left and right pixel of an evaluation crop; bottom and right are exclusive.
+@dataclass(frozen=True)
+class DepthProtocol:
+    """Which pixels count, and how they are predicted.
 
     Args:
         crop: `"garg"` (Garg et al. 2016, the KITTI default), `"eigen"` (Eigen et al. 2014) or `"none"`.
+        min_depth, max_depth: metres; ground truth strictly between them counts, predictions are clamped to them.
+        kb_crop: only the bottom centre of 352 x 1216 pixels counts, and `crop` is a part of that, as published.
+        flip_test: predictions are the mean of those for the image and for its mirror image, as published.
+    """
+
+    crop: Literal["garg", "eigen", "none"] = "garg"
+    min_depth: float = 1e-3
+    max_depth: float = 80.0
+    kb_crop: bool = False
+    flip_test: bool = False
+
+    def mask(self, target: np.ndarray, name: str = "the image") -> np.ndarray:
+        """Which pixels of a ground truth (`(H, W)`, metres) count.
+
+        Raises:
+            SimIPUError: the image is smaller than the KITTI crop; `name` says which.
+        """
+        kept = {"height": KB_CROP[0], "width": KB_CROP[1]} if self.kb_crop else None
+        top, left, height, width = crop_window(SimIPUImageProcessor(crop_size=kept), target.shape, name)
+        first_row, last_row, first_column, last_column = crop_box(self.crop, height, width)
+        inside = np.zeros(target.shape, dtype=bool)
+        inside[top + first_row : top + last_row, left + first_column : left + last_column] = True
+        return inside & (target > self.min_depth) & (target < self.max_depth)
+
+
+def crop_box(crop: str, height: int, width: int) -> tuple[int, int, int, int]:
+    """Top, bottom, left and right pixel of an evaluation crop; bottom and right are exclusive.
+
+    Args:
+        crop: see [`DepthProtocol`].
         height, width: size of the ground truth, 352 x 1216 in the published protocol.
 
     Raises:
@@ -51,16 +78,6 @@ def crop_box(crop: Crop, height: int, width: int) -> tuple[int, int, int, int]:
         raise SimIPUError(f"unknown evaluation crop {crop!r}: choose from {', '.join(CROPS)}")
     top, bottom, left, right = CROPS[crop]
     return int(top * height), int(bottom * height), int(left * width), int(right * width)
-
-
-def evaluation_mask(
-    target: np.ndarray, crop: Crop = "garg", min_depth: float = 1e-3, max_depth: float = 80.0
-) -> np.ndarray:
-    """Which pixels of a ground truth (`(H, W)`, metres) count: inside the crop and strictly within the range."""
-    top, bottom, left, right = crop_box(crop, *target.shape)
-    mask = np.zeros(target.shape, dtype=bool)
-    mask[top:bottom, left:right] = True
-    return mask & (target > min_depth) & (target < max_depth)
 
 
 def depth_metrics(prediction: np.ndarray, target: np.ndarray) -> dict[str, float]:
@@ -95,56 +112,51 @@ def depth_metrics(prediction: np.ndarray, target: np.ndarray) -> dict[str, float
     return {name: float(values[name]) for name in METRICS}
 
 
-def image_metrics(
-    prediction: np.ndarray,
-    target: np.ndarray,
-    crop: Crop = "garg",
-    min_depth: float = 1e-3,
-    max_depth: float = 80.0,
-    name: str = "the image",
-) -> dict[str, float]:
-    """[`depth_metrics`] of one image, the prediction clamped to the depth range as published.
+def map_metrics(
+    name: str, prediction: np.ndarray, target: np.ndarray, protocol: DepthProtocol
+) -> dict[str, dict[str, float]]:
+    """[`depth_metrics`] of one image: of all its pixels that count (`"all"`), and of each range of true depth.
 
     Args:
-        prediction, target (`(H, W)`): metres; the target is 0 where there is no ground truth.
-        crop, min_depth, max_depth: which pixels count, see [`evaluation_mask`].
         name: what errors call the image.
+        prediction, target (`(H, W)`): metres; the target is 0 where there is no ground truth.
 
     Raises:
         SimIPUError: the shapes differ, or the prediction holds NaN where it counts.
     """
     if prediction.shape != target.shape:
         raise SimIPUError(f"{name}: predicted depth has shape {prediction.shape}, ground truth {target.shape}")
-    mask = evaluation_mask(target, crop, min_depth, max_depth)
-    values = prediction[mask]
-    if np.isnan(values).any():
-        raise SimIPUError(f"{name}: the predicted depth is NaN at {int(np.isnan(values).sum())} evaluated pixels")
-    return depth_metrics(np.clip(values.astype(np.float64), min_depth, max_depth), target[mask])
+    mask = protocol.mask(target, name)
+    predicted, true = prediction[mask].astype(np.float64), target[mask]
+    if np.isnan(predicted).any():
+        raise SimIPUError(f"{name}: the predicted depth is NaN at {int(np.isnan(predicted).sum())} evaluated pixels")
+    predicted = predicted.clip(protocol.min_depth, protocol.max_depth)
+    metrics = {"all": depth_metrics(predicted, true)}
+    for low, high in RANGES:
+        part = (true >= low) & (true < high)
+        metrics[f"{low:g}-{high:g} m"] = depth_metrics(predicted[part], true[part])
+    return metrics
 
 
-def mean_metrics(per_image: Sequence[dict[str, float]]) -> dict[str, float]:
+def mean_metrics(per_image: Iterable[dict[str, float]]) -> dict[str, float]:
     """Mean over images, leaving out images without a valid pixel; NaN where no image has one."""
-    means = {}
-    for name in METRICS:
-        values = np.array([metrics[name] for metrics in per_image], dtype=np.float64)
-        values = values[~np.isnan(values)]
-        means[name] = float(values.mean()) if values.size else float("nan")
-    return means
+    valid = [metrics for metrics in per_image if not np.isnan(metrics["abs_rel"])]
+    return {name: float(np.mean([m[name] for m in valid])) if valid else float("nan") for name in METRICS}
 
 
 def evaluate_maps(
-    pairs: Iterable[tuple[str, np.ndarray, np.ndarray]],
-    crop: Crop = "garg",
-    min_depth: float = 1e-3,
-    max_depth: float = 80.0,
-    ranges: Sequence[tuple[float, float]] = ((0.0, 20.0), (20.0, 40.0), (40.0, 60.0), (60.0, 80.0)),
-) -> dict:
+    maps: Iterable[tuple[str, np.ndarray, np.ndarray]],
+    protocol: DepthProtocol | None = None,
+    gather: Callable[[list], list] = lambda results: results,
+) -> dict[str, Any]:
     """Evaluate predicted depth maps against their ground truth.
 
+    evaluate_maps([("000001", prediction, target)])["metrics"]["abs_rel"]
+
     Args:
-        pairs: frame name, prediction and target of each image, both maps `(H, W)` in metres.
-        crop, min_depth, max_depth: the protocol, see [`evaluation_mask`].
-        ranges: intervals of true depth, in metres, evaluated on their own as well (lower bound included).
+        maps: frame name, prediction and target of each image, both `(H, W)` in metres.
+        protocol: which pixels count.
+        gather: collects the results of all processes, where each has a share of the images.
 
     Returns:
         A dictionary ready for JSON: `metrics` (means over images), `per_range`, `per_image`, `num_images`,
@@ -153,147 +165,74 @@ def evaluate_maps(
     Raises:
         SimIPUError: no image has a valid pixel, shapes differ, or a prediction is NaN.
     """
-    per_image: list[dict[str, float]] = []
-    names: list[str] = []
-    per_range: dict[tuple[float, float], list[dict[str, float]]] = {(low, high): [] for low, high in ranges}
-    for name, prediction, target in pairs:
-        names.append(name)
-        per_image.append(image_metrics(prediction, target, crop, min_depth, max_depth, name))
-        for (low, high), results in per_range.items():
-            part = np.where((target >= low) & (target < high), target, 0)
-            results.append(image_metrics(prediction, part, crop, min_depth, max_depth, name))
-    without_target = sum(np.isnan(metrics["abs_rel"]) for metrics in per_image)
-    if without_target == len(per_image):
+    protocol = protocol or DepthProtocol()
+    results = gather([(name, map_metrics(name, prediction, target, protocol)) for name, prediction, target in maps])
+    without_target = sum(np.isnan(metrics["all"]["abs_rel"]) for _, metrics in results)
+    if without_target == len(results):
         raise SimIPUError(
-            f"none of {len(per_image)} images has a target within {min_depth} to {max_depth} m in the {crop} crop"
+            f"none of {len(results)} images has a target within {protocol.min_depth} to {protocol.max_depth} m in the "
+            f"{protocol.crop} crop"
         )
+    parts = {part: mean_metrics(metrics[part] for _, metrics in results) for part in results[0][1]}
     return {
-        "metrics": mean_metrics(per_image),
-        "per_range": {f"{low:g}-{high:g} m": mean_metrics(results) for (low, high), results in per_range.items()},
-        "num_images": len(per_image),
+        "metrics": parts.pop("all"),
+        "per_range": parts,
+        "num_images": len(results),
         "num_images_without_target": int(without_target),
-        "protocol": {"crop": crop, "min_depth": min_depth, "max_depth": max_depth, "average": "per image, then mean"},
-        "per_image": [{"frame_id": name, **metrics} for name, metrics in zip(names, per_image, strict=True)],
+        "protocol": {**asdict(protocol), "average": "per image, then mean"},
+        "per_image": [{"frame_id": name, **metrics["all"]} for name, metrics in results],
     }
 
 
 @torch.no_grad()
 def predict_depth(
-    model: nn.Module, pixel_values: torch.Tensor, size: tuple[int, int] | None = None, flip_test: bool = True
-) -> torch.Tensor:
-    """Predicted depth of a batch, averaged with that of the mirrored images if `flip_test`.
+    model: nn.Module, frame: DepthFrame, processor: SimIPUImageProcessor, flip_test: bool = False
+) -> np.ndarray:
+    """Predicted depth of a frame's original image, `(H, W)` float32, metres: what the depth pipeline returns for it.
 
     Args:
-        model: maps `pixel_values` to an output with `predicted_depth` (`(B, H, W)`, metres).
-        pixel_values (`(B, 3, H, W)`): normalised images.
-        size: height and width of the result (bilinear); `None` keeps the model's.
-
-    Returns:
-        `(B, height, width)`, metres, float32.
+        model: maps `pixel_values` to an output with `predicted_depth`.
+        flip_test: the mean of the predictions for the image and its mirror image.
     """
-    depth = model(pixel_values=pixel_values).predicted_depth.float()
+    pixel_values = to_pixel_values([frame.image], processor).to(next(model.parameters()).device)
+    depth = model(pixel_values=pixel_values).predicted_depth
     if flip_test:
-        mirrored = model(pixel_values=pixel_values.flip(-1)).predicted_depth.float().flip(-1)
-        depth = (depth + mirrored) / 2
-    if size is not None and tuple(depth.shape[-2:]) != tuple(size):
-        depth = nn.functional.interpolate(depth[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
-    return depth
+        depth = (depth + model(pixel_values=pixel_values.flip(-1)).predicted_depth.flip(-1)) / 2
+    output = DepthEstimatorOutput(predicted_depth=depth)
+    (result,) = processor.post_process_depth_estimation(output, [frame.depth.shape])
+    return result["predicted_depth"].float().cpu().numpy()
 
 
 def evaluate_frames(
     model: nn.Module,
     frames: Iterable[DepthFrame],
-    preprocessing: DepthPreprocessing,
-    *,
-    flip_test: bool = True,
-    picture_dir: str | os.PathLike | None = None,
-    num_pictures: int = 8,
-    **protocol: Any,
+    processor: SimIPUImageProcessor,
+    protocol: DepthProtocol,
+    gather: Callable[[list], list] = lambda results: results,
+    show: Callable[[DepthFrame, np.ndarray], None] = lambda frame, prediction: None,
 ) -> dict[str, Any]:
-    """Evaluate a model on frames, at the resolution of their ground truth.
+    """Evaluate a model on frames, at the resolution of their ground truth; as [`evaluate_maps`].
 
     Args:
         model: maps `pixel_values` to an output with `predicted_depth`; it is left in the mode it was in.
-        frames: what `preprocessing.load` returns.
-        preprocessing: normalises the images.
-        flip_test: average with the prediction of the mirrored image, as published.
-        picture_dir: write a picture of each of the first `num_pictures` frames there, see [`depth_picture`].
-        protocol: `crop`, `min_depth`, `max_depth` and `ranges` of [`evaluate_maps`].
-
-    Returns:
-        As [`evaluate_maps`].
+        frames: prepared with `processor`, the model's.
+        protocol: which pixels count, and whether predictions are averaged with those of the mirror image.
+        gather: see [`evaluate_maps`].
+        show: is given every frame and its predicted depth, for pictures.
     """
-    device = next(model.parameters()).device
-    max_depth = protocol.get("max_depth", 80.0)
 
-    def pairs() -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-        for number, frame in enumerate(frames):
-            pixel_values = preprocessing.normalize(frame.image)[None].to(device)
-            prediction = predict_depth(model, pixel_values, frame.full_depth.shape, flip_test)[0].cpu().numpy()
-            if picture_dir is not None and number < num_pictures:
-                path = Path(picture_dir) / f"{number:03d}_{re.sub(r'[^A-Za-z0-9]+', '_', frame.frame_id)}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                depth_picture(frame.image, prediction, frame.full_depth, max_depth).save(path)
-            yield frame.frame_id, prediction, frame.full_depth
+    def maps() -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        for frame in frames:
+            prediction = predict_depth(model, frame, processor, protocol.flip_test)
+            show(frame, prediction)
+            yield frame.frame_id, prediction, frame.depth
 
     was_training = model.training
     model.eval()
     try:
-        result = evaluate_maps(pairs(), **protocol)
+        return evaluate_maps(maps(), protocol, gather)
     finally:
         model.train(was_training)
-    result["protocol"]["flip_test"] = flip_test
-    return result
-
-
-def load_depth_model(
-    model: str | os.PathLike, kb_crop: bool = True
-) -> tuple[SimIPUForDepthEstimation, DepthPreprocessing]:
-    """A saved depth model, and how its frames are prepared: as its image processor says, after the crop.
-
-    Raises:
-        SimIPUError: no SimIPU depth model there, or no image processor beside it.
-    """
-    try:
-        fields, _ = SimIPUDepthConfig.get_config_dict(model)
-        if fields.get("model_type") != SimIPUDepthConfig.model_type:
-            raise SimIPUError(
-                f"{model}: expected a {SimIPUDepthConfig.model_type!r} model, found {fields.get('model_type')!r}"
-            )
-        network = SimIPUForDepthEstimation.from_pretrained(model)
-        processor = SimIPUImageProcessor.from_pretrained(model)
-    except OSError as error:
-        raise SimIPUError(f"{model}: no depth model with its image processor ({error})") from error
-    size = (processor.size["height"], processor.size["width"])
-    return network, DepthPreprocessing(kb_crop, size, tuple(processor.image_mean), tuple(processor.image_std))
-
-
-def depth_picture(image: np.ndarray, prediction: np.ndarray, target: np.ndarray, max_depth: float) -> Image.Image:
-    """Image, predicted depth, and where the prediction is wrong, one below the other.
-
-    Depth runs from red (near) to blue (`max_depth`) on a logarithmic scale from 1 m; the error map shows the relative
-    error at every pixel of the target, from green (0) over yellow (10 %) to red (20 % and more).
-
-    Args:
-        image: `(h, w, 3)` uint8.
-        prediction, target: `(H, W)`, metres, the target 0 where unknown.
-    """
-    height, width = prediction.shape
-    share = np.log(np.clip(prediction, 1, max_depth)) / np.log(max_depth)
-    depth = _hue(share * 170, np.full_like(share, 255))
-    known = target > 0
-    error = np.abs(prediction - target) / np.where(known, target, 1)
-    errors = _hue(85 * (1 - np.clip(error / 0.2, 0, 1)), np.where(known, 255, 0))
-    picture = Image.new("RGB", (width, 3 * height))
-    for row, panel in enumerate((Image.fromarray(image).resize((width, height)), depth, errors)):
-        picture.paste(panel, (0, row * height))
-    return picture
-
-
-def _hue(hue: np.ndarray, value: np.ndarray) -> Image.Image:
-    """Fully saturated colours; `hue` from 0 (red) over 85 (green) to 170 (blue), `value` from 0 (black) to 255."""
-    channels = np.stack([hue, np.full_like(hue, 255), value], axis=-1)
-    return Image.fromarray(channels.astype(np.uint8), mode="HSV").convert("RGB")
 
 
 def format_metrics(metrics: dict[str, float]) -> str:
@@ -303,16 +242,7 @@ def format_metrics(metrics: dict[str, float]) -> str:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON whole or not at all; NaN, which JSON does not have, becomes null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(json.dumps(_without_nan(content), indent=2), encoding="utf-8")
-    aside.replace(path)
-
-
-def _without_nan(content: Any) -> Any:
-    if isinstance(content, dict):
-        return {key: _without_nan(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [_without_nan(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
+    """Write JSON atomically; NaN, which JSON does not have, becomes null."""
+    finite = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    with atomic_write(path) as stream:
+        stream.write(json.dumps(finite, indent=2) + "\n")

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import tyro
 import yaml
@@ -40,8 +40,6 @@ class RunArguments:
     """latest, or the path of a checkpoint."""
     per_device_train_batch_size: int = 4
     """Rows per process and forward pass."""
-    per_device_eval_batch_size: int | None = None
-    """As --per_device_train_batch_size if None."""
     gradient_accumulation_steps: int = 1
     """Forward passes per optimizer step."""
     num_train_epochs: float = 100.0
@@ -88,12 +86,12 @@ class RunArguments:
             self, 0, "max_grad_norm", "seed", "dataloader_num_workers", "eval_steps", "checkpointing_steps",
             "save_total_limit",
         )  # fmt: skip
-        if self.per_device_eval_batch_size is not None:
-            check_at_least(self, 1, "per_device_eval_batch_size")
         if self.max_steps <= 0 and not self.num_train_epochs > 0:
             raise SimIPUError(f"--num_train_epochs must be above 0, found {self.num_train_epochs}")
         if self.push_to_hub and not self.hub_model_id:
             raise SimIPUError("--push_to_hub needs --hub_model_id user/name")
+        if not self.push_to_hub and (self.hub_model_id or self.hub_private_repo):
+            raise SimIPUError("--hub_model_id and --hub_private_repo do nothing without --push_to_hub")
 
     def to_dict(self) -> dict[str, Any]:
         """All flags for `run.yaml`, but for the Hub token and what belongs to one start of the run."""
@@ -110,48 +108,66 @@ class PreTrainingArguments(RunArguments):
     accelerate launch -m simipu_hf.pretrain --config two_cores --data_dir KITTI --output_dir OUT
     """
 
-    preset: Literal["recommended", "official"] = "recommended"
-    """Model, processor and augmentation to start from."""
-    image_encoder: str = "resnet50"
-    """timm model name of the image encoder."""
-    point_encoder: Literal["pointnet2", "sparse_conv"] = "pointnet2"
-    """sparse_conv needs spconv."""
+    preset: Literal["recommended", "official"] | None = None
+    """Model, processor and augmentation to start from; recommended, or that of --model_name_or_path, if None."""
+    image_encoder: str | None = None
+    """timm model name of the image encoder; resnet50 if None."""
+    point_encoder: Literal["pointnet2", "sparse_conv"] | None = None
+    """pointnet2 if None; sparse_conv needs spconv."""
     pretrained_image_encoder: bool = False
     """Start from timm's pretrained weights instead of random ones."""
+    anchor_weight: float | None = None
+    """Weight of a term that keeps the image features close to those at the start; 0 if None."""
+    freeze: list[str] | None = None
+    """Parts of the image encoder to keep as they are, by timm's names: conv1 layer1, or patch_embed blocks.0."""
     model_name_or_path: str | None = None
-    """Start from the weights and configuration of this SimIPU folder or Hub id instead of a preset's."""
+    """Start from the weights, configuration and processor of this SimIPU folder or Hub id."""
     config_overrides: str | None = None
     """Fields of SimIPUConfig to change: 'max_match_distance=2.0,image_config.out_indices=[-1]'."""
     torch_compile: bool = False
     """Compile the image encoder with torch.compile."""
 
-    data_dir: str | None = None
-    """KITTI object or raw folder, folder of Parquet files, or save_to_disk folder."""
-    dataset_name: str | None = None
-    """Hub id, or a folder as for --data_dir."""
+    data_dir: str | list[str] | None = None
+    """Folders of KITTI, nuScenes, Waymo, Argoverse 2, Parquet files or save_to_disk; SOURCE#SPLIT takes a split."""
+    dataset_name: str | list[str] | None = None
+    """Hub ids, addresses of Parquet files (s3://, gs://, hf://), or folders as for --data_dir."""
     dataset_config_name: str | None = None
-    """Configuration of the data set: object or raw for KITTI."""
+    """Configuration of the data set: object, odometry or raw for KITTI."""
+    mixture: list[float] | None = None
+    """Weight of each of several data sets; by size if None."""
+    streaming: bool = False
+    """Read while training, prepare nothing on disk; needs --max_steps."""
     train_split: str | None = None
     """Split to train on, such as trainval or train[:50%]; train, or the only one, if None."""
     validation_split: str = "validation"
-    """Split for --eval_steps."""
+    """Split for --eval_steps; none of its frames may be a training frame."""
+    validation_share: float | None = None
+    """Hold this share of the scenes of a data set without validation split out of training, as its validation split."""
+    per_device_eval_batch_size: int | None = None
+    """As --per_device_train_batch_size if None."""
     image_size: tuple[int, int] | None = None
     """Height and width of all images; what the preset says if None: official draws sizes."""
-    num_points: int = 16384
-    """Points drawn from each scan."""
+    num_points: int | None = None
+    """Points drawn from each scan; 16384, or as saved with --model_name_or_path, if None."""
+    depth_range: tuple[float, float] | None = None
+    """Nearest and farthest depth of the points that are used, in metres; 1 80 with the recommended preset if None."""
     augmentation_overrides: str | None = None
     """Fields of TwoViewAugmentation to change: 'random_zoom=[1.0,1.5],brightness=0.4,hue=0.1'."""
     on_bad_row: Literal["error", "skip"] = "error"
     """Stop at an invalid row, or take another one and count it."""
 
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """Of image encoder and heads."""
-    learning_rate: float = 0.03
-    """Of image encoder and heads. Used as it is; the default belongs to 32 rows per optimizer step in all."""
+    optimizer: Literal["sgd", "adamw"] | None = None
+    """Of image encoder and heads; sgd for encoders with batch norm (ResNets), adamw for the others, if None."""
+    learning_rate: float | None = None
+    """Of image encoder and heads, for 32 rows per optimizer step in all; sgd 0.03, adamw 1e-3 (1e-4 where the image
+    encoder starts from pretrained weights) if None."""
+    weight_decay: float | None = None
+    """Of image encoder and heads; sgd 1e-4, adamw 0.05 without norms, biases and embeddings, if None."""
+    layer_decay: float | None = None
+    """adamw: factor on the learning rate for each layer of the image encoder further from its output; 0.75 for
+    pretrained starts, else 1, if None."""
     momentum: float = 0.9
     """Of sgd."""
-    weight_decay: float = 1e-4
-    """Of image encoder and heads."""
     point_optimizer: Literal["sgd", "adamw"] = "adamw"
     """Of the point encoder."""
     point_learning_rate: float = 1e-3
@@ -166,21 +182,45 @@ class PreTrainingArguments(RunArguments):
     """exponential multiplies by --lr_decay_per_epoch; the others are those of transformers.get_scheduler."""
     lr_decay_per_epoch: float = 0.99
     """Factor per epoch of the schedule exponential."""
-    warmup_steps: int = 0
-    """Optimizer steps of linear warm-up."""
+    warmup_steps: int | None = None
+    """Optimizer steps of linear warm-up; sgd 0, adamw 5 % of all steps, if None."""
     encoder_repo_id: str | None = None
     """At the end, also publish the image encoder in this repository, alone."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(self, 1, "num_points")
+        check_at_least(self, 1, "num_points", "per_device_eval_batch_size")
+        check_at_least(self, 0, "anchor_weight")
         check_at_least(
-            self, 0, "learning_rate", "weight_decay", "point_learning_rate", "point_weight_decay", "warmup_steps"
-        )
+            self, 0, "learning_rate", "weight_decay", "layer_decay", "point_learning_rate", "point_weight_decay",
+            "warmup_steps",
+        )  # fmt: skip
         if not (self.data_dir or self.dataset_name):
             raise SimIPUError("no data: give --data_dir, a KITTI folder, or --dataset_name")
         if self.image_size is not None and any(length < 32 or length % 32 for length in self.image_size):
             raise SimIPUError(f"--image_size takes a height and a width, multiples of 32, found {self.image_size}")
+        if self.validation_share is not None and not 0 < self.validation_share < 1:
+            raise SimIPUError(f"--validation_share must be above 0 and below 1, found {self.validation_share}")
+        if self.depth_range is not None and not 0 <= self.depth_range[0] < self.depth_range[1]:
+            raise SimIPUError(f"--depth_range takes the nearest and the farthest depth, found {self.depth_range}")
+        if self.streaming and (self.max_steps <= 0 or self.lr_scheduler_type == "exponential"):
+            raise SimIPUError(
+                "--streaming does not know the length of an epoch: it needs --max_steps and a --lr_scheduler_type "
+                "other than exponential, such as cosine"
+            )
+        self._refuse_flags_without_effect()
+
+    def _refuse_flags_without_effect(self) -> None:
+        for name, has_effect, reason in (
+            ("encoder_repo_id", self.push_to_hub, "without --push_to_hub"),
+            ("per_device_eval_batch_size", self.eval_steps, "without --eval_steps"),
+            ("pretrained_image_encoder", not self.model_name_or_path, "with --model_name_or_path"),
+            ("warmup_steps", self.lr_scheduler_type != "constant", "with --lr_scheduler_type constant"),
+        ):
+            if getattr(self, name) and not has_effect:
+                raise SimIPUError(f"--{name} does nothing {reason}")
+        if self.lr_decay_per_epoch != 0.99 and self.lr_scheduler_type != "exponential":
+            raise SimIPUError("--lr_decay_per_epoch does nothing without --lr_scheduler_type exponential")
 
 
 @dataclass(kw_only=True)
@@ -507,17 +547,18 @@ def check_choices(arguments: Any) -> None:
     The command line refuses those itself; this is for arguments that come from Python.
     """
     for name, hint in typing.get_type_hints(type(arguments)).items():
-        choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else None
+        choices = [c for h in (hint, *typing.get_args(hint)) if typing.get_origin(h) is Literal for c in get_args(h)]
         value = getattr(arguments, name)
-        if choices is not None and value not in choices:
+        if choices and value not in choices and not (value is None and type(None) in typing.get_args(hint)):
             raise SimIPUError(f"--{name} {value!r}: choose from {', '.join(choices)}")
 
 
 def check_at_least(arguments: Any, lowest: float, *names: str) -> None:
     """Raises a `SimIPUError` that names the first of the fields `names` whose value is below `lowest`."""
     for name in names:
-        if not getattr(arguments, name) >= lowest:
-            raise SimIPUError(f"--{name} must be at least {lowest}, found {getattr(arguments, name)}")
+        value = getattr(arguments, name)
+        if value is not None and not value >= lowest:
+            raise SimIPUError(f"--{name} must be at least {lowest}, found {value}")
 
 
 def parse_arguments(cls: type[ArgumentsT], argv: Sequence[str] | None = None, prog: str | None = None) -> ArgumentsT:
@@ -537,7 +578,10 @@ def parse_arguments(cls: type[ArgumentsT], argv: Sequence[str] | None = None, pr
     about_config = f"--config FILE reads flags from YAML, JSON, a run.yaml, or one of {', '.join(packaged_configs())}."
     description = f"{inspect.cleandoc(cls.__doc__ or '')}\n\n{about_config}"
     flags = expand_config(sys.argv[1:] if argv is None else argv, cls)
-    return tyro.cli(cls, prog=prog, description=description, args=flags, use_underscores=True)
+    # what `cls` refuses is for the caller: tyro would print it in a form of its own
+    unchecked = type(cls.__name__, (cls,), {"__post_init__": lambda self: None, "__doc__": cls.__doc__})
+    values = tyro.cli(unchecked, prog=prog, description=description, args=flags, use_underscores=True)
+    return cls(**vars(values))
 
 
 def expand_config(argv: Sequence[str], cls: type) -> list[str]:

@@ -1,5 +1,6 @@
 """The depth protocol: metrics against a scalar computation, crops pixel by pixel."""
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -7,17 +8,22 @@ import numpy as np
 import pytest
 import torch
 
+from simipu_hf.data.depth import DepthFrame
 from simipu_hf.errors import SimIPUError
 from simipu_hf.evaluation.depth import (
     METRICS,
+    DepthProtocol,
     crop_box,
     depth_metrics,
     evaluate_maps,
-    evaluation_mask,
-    image_metrics,
+    map_metrics,
     mean_metrics,
     predict_depth,
+    write_json,
 )
+from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
+
+WHOLE = DepthProtocol(crop="none")
 
 
 def scalar_metrics(prediction: list[float], target: list[float]) -> dict[str, float]:
@@ -84,28 +90,36 @@ def test_common_scale_leaves_silog_at_zero():
 )
 def test_crops_select_exactly_the_published_pixels(crop, height, width, box):
     assert crop_box(crop, height, width) == box
-    mask = evaluation_mask(np.full((height, width), 10.0, np.float32), crop)
+    mask = DepthProtocol(crop).mask(np.full((height, width), 10.0, np.float32))
     rows, columns = np.nonzero(mask)
     top, bottom, left, right = box
     assert (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1) == box
     assert mask.sum() == (bottom - top) * (right - left)
 
 
+def test_kb_crop_comes_before_the_evaluation_crop():
+    depth = np.full((375, 1242), 10.0)
+    whole, part = DepthProtocol(kb_crop=True).mask(depth), DepthProtocol().mask(depth[23:, 13:-13])
+    assert np.array_equal(whole, np.pad(part, ((23, 0), (13, 13))))
+    with pytest.raises(SimIPUError, match=r"frame 3.*352 x 1216.*320"):
+        DepthProtocol(kb_crop=True).mask(np.ones((96, 320)), "frame 3")
+
+
 def test_depth_range_is_open_at_both_ends():
     target = np.array([[0.0, 1e-3, 2e-3, 79.9, 80.0, 90.0]])
-    assert evaluation_mask(target, "none", 1e-3, 80.0).tolist() == [[False, False, True, True, False, False]]
+    assert WHOLE.mask(target).tolist() == [[False, False, True, True, False, False]]
 
 
 def test_predictions_are_clamped_and_nan_is_named():
     target = np.full((4, 4), 8.0)
-    far = image_metrics(np.full((4, 4), np.inf), target, crop="none", max_depth=80.0)
-    assert far["abs_rel"] == pytest.approx(9.0)
+    far = map_metrics("far", np.full((4, 4), np.inf), target, WHOLE)
+    assert far["all"]["abs_rel"] == pytest.approx(9.0)
     prediction = np.full((4, 4), 8.0)
     prediction[1, 2] = np.nan
     with pytest.raises(SimIPUError, match=r"frame 7.*NaN at 1"):
-        image_metrics(prediction, target, crop="none", name="frame 7")
+        map_metrics("frame 7", prediction, target, WHOLE)
     with pytest.raises(SimIPUError, match="shape"):
-        image_metrics(prediction[:3], target)
+        map_metrics("frame 7", prediction[:3], target, WHOLE)
     with pytest.raises(SimIPUError, match="garg, eigen, none"):
         crop_box("center", 3, 3)
 
@@ -115,41 +129,51 @@ def test_images_count_the_same_and_empty_ones_do_not_count():
     one[0, 0] = 10.0
     empty = np.zeros((4, 4))
     pairs = [("a", np.full((4, 4), 15.0), one), ("b", np.full((4, 4), 11.0), many), ("c", many, empty)]
-    result = evaluate_maps(pairs, crop="none", ranges=((0, 20), (20, 80)))
+    result = evaluate_maps(pairs, WHOLE)
     assert result["metrics"]["abs_rel"] == pytest.approx((0.5 + 0.1) / 2, rel=1e-12)
     assert result["num_images"] == 3
     assert result["num_images_without_target"] == 1
     assert result["per_range"]["0-20 m"]["abs_rel"] == pytest.approx(0.3, rel=1e-12)
-    assert math.isnan(result["per_range"]["20-80 m"]["abs_rel"])
+    assert math.isnan(result["per_range"]["20-40 m"]["abs_rel"])
     assert result["per_image"][1]["rmse"] == pytest.approx(1.0)
     with pytest.raises(SimIPUError, match="none of 1 images"):
-        evaluate_maps([("c", many, empty)], crop="none")
+        evaluate_maps([("c", many, empty)], WHOLE)
 
 
 def test_ranges_partition_the_pixels():
     rng = np.random.default_rng(3)
     target = rng.uniform(1, 79, (20, 30))
     prediction = target + rng.normal(0, 1, target.shape)
-    result = evaluate_maps([("a", prediction, target)], crop="none", ranges=((0, 40), (40, 80)))
+    result = evaluate_maps([("a", prediction, target)], WHOLE)
     clamped = np.clip(prediction, 1e-3, 80)
-    for name, part in (("0-40 m", target < 40), ("40-80 m", target >= 40)):
+    for low in (0, 20, 40, 60):
+        name, part = f"{low}-{low + 20} m", (target >= low) & (target < low + 20)
         expected = scalar_metrics(clamped[part].tolist(), target[part].tolist())
         assert result["per_range"][name]["rmse"] == pytest.approx(expected["rmse"], rel=1e-12)
 
 
-def test_mean_of_nothing_is_nan():
-    assert math.isnan(mean_metrics([dict.fromkeys(METRICS, math.nan)])["a1"])
+def test_mean_of_nothing_is_nan_and_null_in_json(tmp_path):
+    mean = mean_metrics([dict.fromkeys(METRICS, math.nan)])
+    assert math.isnan(mean["a1"])
+    write_json(tmp_path / "mean.json", {"metrics": mean, "name": "Zürich"})
+    assert json.loads((tmp_path / "mean.json").read_text(encoding="utf-8"))["metrics"]["a1"] is None
 
 
 def test_flip_test_averages_with_the_mirrored_prediction():
-    def model(pixel_values):
-        # looks at the column, so that mirroring matters
-        return SimpleNamespace(predicted_depth=pixel_values[:, 0] + torch.arange(4.0))
+    class Columns(torch.nn.Module):
+        """Looks at the column, so that mirroring matters."""
 
-    pixel_values = torch.rand(2, 3, 3, 4, generator=torch.Generator().manual_seed(0))
-    expected = pixel_values[:, 0] + (torch.arange(4.0) + torch.arange(4.0).flip(0)) / 2
-    torch.testing.assert_close(predict_depth(model, pixel_values), expected)
-    torch.testing.assert_close(
-        predict_depth(model, pixel_values, flip_test=False), pixel_values[:, 0] + torch.arange(4.0)
-    )
-    assert predict_depth(model, pixel_values, size=(6, 8)).shape == (2, 6, 8)
+        def __init__(self):
+            super().__init__()
+            self.slope = torch.nn.Parameter(torch.arange(64.0))
+
+        def forward(self, pixel_values):
+            return SimpleNamespace(predicted_depth=pixel_values[:, 0] + self.slope)
+
+    image = np.random.default_rng(0).integers(0, 255, (32, 64, 3), dtype=np.uint8)
+    processor = SimIPUImageProcessor(size={"height": 32, "width": 64}, do_normalize=False, pad_size_divisor=1)
+    frame = DepthFrame("a", image, np.zeros((32, 64)), np.zeros((32, 64)), (0, 0, 32, 64))
+    red, columns = image[..., 0] / 255, np.arange(64.0)
+    np.testing.assert_allclose(predict_depth(Columns(), frame, processor), red + columns, rtol=1e-5)
+    mean = predict_depth(Columns(), frame, processor, flip_test=True)
+    np.testing.assert_allclose(mean, red + (columns + columns[::-1]) / 2, rtol=1e-5)

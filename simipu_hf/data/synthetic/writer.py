@@ -60,7 +60,7 @@ def synthesize_drive(
         ("azimuth_steps", azimuth_steps >= 1, "at least 1", azimuth_steps),
         ("seed", seed >= 0, "at least 0", seed),
         ("val_fraction", 0 <= val_fraction < 1, "at least 0 and less than 1", val_fraction),
-        ("test_fraction", 0 <= test_fraction and val_fraction + test_fraction < 1, "0 to the rest", test_fraction),
+        ("test_fraction", test_fraction >= 0 and val_fraction + test_fraction < 1, "0 to the rest", test_fraction),
     )
     for name, correct, expected, found in checks:
         if not correct:

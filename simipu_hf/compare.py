@@ -1,0 +1,328 @@
+"""Which image encoder is the better start? What the comparisons of all tasks share.
+
+Every combination of encoder, mode (all weights trained, or the decoder alone), share of the labels and seed is one run
+of the task's recipe on the same frames with the same number of steps. Each encoder is compared with `scratch`, random
+weights of its architecture, seed by seed, and two claims are kept apart:
+
+- speed: the share of scratch's steps after which the encoder reaches scratch's final value;
+- level: the difference at the end, which says what the encoder is worth where scratch has stopped improving, and what
+  it saves where scratch has not.
+"""
+
+import hashlib
+import itertools
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from tqdm.auto import tqdm
+
+from .files import atomic_path, atomic_write
+from .hub.sources import find_image_encoder
+from .hub.weights import EncoderWeights
+from .training.arguments import CompareArguments
+
+RUNS_FILE, RESULT_FILE, TABLE_FILE, PLOT_FILE = "runs.jsonl", "comparison.json", "comparison.md", "comparison.png"
+BASELINE = "scratch"
+# scratch has converged when its mean improves by less than this share over the last quarter of the steps
+CONVERGED = 0.01
+
+
+class Task(Protocol):
+    """What is compared on.
+
+    Attributes:
+        metrics: names of what every run measures.
+        shown: those in the table, the first being the one that the claims are about.
+        higher_is_better: the metrics of which that is true.
+        num_test_frames: how many frames are evaluated.
+    """
+
+    metrics: Sequence[str]
+    shown: Sequence[str]
+    higher_is_better: Sequence[str]
+    num_test_frames: int
+
+    def run(self, encoder: EncoderWeights, mode: str, fraction: float, seed: int) -> dict[str, Any]:
+        """One run: `metrics` at its end, `num_frames` it was trained on, and `curve`, a list of `step` and the value
+        of the first metric; further entries are kept."""
+        ...
+
+
+def compare(arguments: CompareArguments, task: Task) -> dict[str, Any]:
+    """Run every combination and compare; runs that `output_dir` already holds are not repeated.
+
+    Writes `runs.jsonl` (a line per run, as it ends), `comparison.json`, `comparison.md` (table and claims) and
+    `comparison.png`.
+
+    Returns:
+        `table`: see [`summarize`]; `runs`: every run; `encoders`: what was loaded; `recipe` and `num_test_frames`.
+    """
+    output_dir = Path(arguments.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    encoders = load_encoders(arguments.image_encoders)
+    recipe = hashlib.sha256(json.dumps(arguments.recipe(), sort_keys=True).encode()).hexdigest()[:16]
+    known = read_runs(output_dir / RUNS_FILE)
+    fractions = sorted(arguments.label_fractions, reverse=True)
+    finished = []
+    plan = list(itertools.product(encoders, arguments.modes, fractions, arguments.seeds))
+    for name, mode, fraction, seed in tqdm(plan, desc="runs", unit="run"):
+        key = {"encoder": name, "mode": mode, "label_fraction": fraction, "seed": seed, "recipe": recipe}
+        key["weights"] = fingerprint(encoders[name])
+        run = next((run for run in known if key.items() <= run.items()), None)
+        if run is None:
+            run = key | task.run(encoders[name], mode, fraction, seed)
+            with (output_dir / RUNS_FILE).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(run) + "\n")
+        finished.append(run)
+    result = {
+        "recipe": arguments.recipe(),
+        "encoders": {name: encoder.description for name, encoder in encoders.items()},
+        "num_test_frames": task.num_test_frames,
+        "table": summarize(finished, task),
+        "runs": finished,
+    }
+    with atomic_write(output_dir / RESULT_FILE) as stream:
+        json.dump(result, stream, indent=2)
+    with atomic_write(output_dir / TABLE_FILE) as stream:
+        stream.write(format_table(result, task))
+    plot_comparison(result, task, output_dir / PLOT_FILE)
+    return result
+
+
+def load_encoders(named_sources: Iterable[str]) -> dict[str, EncoderWeights]:
+    """The encoders of `NAME=SOURCE` arguments by name, `scratch` first; it is added where it is missing."""
+    sources = dict(entry.split("=", 1) for entry in named_sources)
+    encoders = {name: _find(source) for name, source in sources.items()}
+    if BASELINE not in encoders:
+        encoders[BASELINE] = _find(f"random:{next(iter(encoders.values())).architecture}")
+    return {BASELINE: encoders.pop(BASELINE), **encoders}
+
+
+def _find(source: str) -> EncoderWeights:
+    return find_image_encoder(source).with_channel_order("rgb").with_own_eps()
+
+
+def fingerprint(encoder: EncoderWeights) -> str:
+    """Of architecture and weights."""
+    digest = hashlib.sha256(json.dumps([encoder.architecture, encoder.model_args], default=str).encode())
+    for name, value in encoder.state_dict.items():
+        digest.update(name.encode() + value.detach().cpu().contiguous().view(-1).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def label_subset(num_frames: int, fraction: float, seed: int) -> list[int]:
+    """A random share of the frames, at least one; for one seed a smaller share is part of every larger one."""
+    order = torch.randperm(num_frames, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order[: max(1, round(fraction * num_frames))]
+
+
+def read_runs(path: Path) -> list[dict[str, Any]]:
+    """Finished runs of an earlier call; a last line that was cut short is left out."""
+    runs = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            runs.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return runs
+
+
+# --- what the runs say ----------------------------------------------------------------------------------------------
+
+
+def summarize(runs: Sequence[dict[str, Any]], task: Task) -> list[dict[str, Any]]:
+    """Mean and spread over seeds per encoder, mode and label fraction, and the two claims against `scratch`.
+
+    Returns:
+        One entry each, with `num_frames`, `num_seeds`, `mean` and `std` of every metric and `curve` (`step`, mean and
+        all values of the first metric). Beside `scratch` also `level` and `speed`, see [`level`] and [`speed`];
+        `scratch` itself has `late_improvement`, its relative improvement over the last quarter of the steps, and
+        `converged` (`None` where it was evaluated less than twice).
+    """
+    groups: dict[tuple, dict[int, dict[str, Any]]] = {}
+    for run in runs:
+        groups.setdefault((run["mode"], run["label_fraction"], run["encoder"]), {})[run["seed"]] = run
+    metric = task.shown[0]
+    sign = -1 if metric in task.higher_is_better else 1
+    table = []
+    for (mode, fraction, encoder), group in groups.items():
+        values = {name: [run["metrics"][name] for run in group.values()] for name in task.metrics}
+        points = zip(*(run["curve"] for run in group.values()), strict=True)
+        entry = {
+            "encoder": encoder,
+            "mode": mode,
+            "label_fraction": fraction,
+            "num_frames": next(iter(group.values()))["num_frames"],
+            "num_seeds": len(group),
+            "mean": {name: statistics.fmean(of_metric) for name, of_metric in values.items()},
+            "std": {name: spread(of_metric) for name, of_metric in values.items()},
+            "curve": [{"step": point[0]["step"], "values": [p[metric] for p in point]} for point in points],
+        }
+        baseline = groups.get((mode, fraction, BASELINE), {})
+        pairs = [(group[seed], baseline[seed]) for seed in group if seed in baseline]
+        if encoder == BASELINE:
+            entry |= late_improvement(entry["curve"], sign)
+        elif pairs:
+            entry["level"] = level([(run["metrics"][metric], base["metrics"][metric]) for run, base in pairs], sign)
+            entry["speed"] = speed([(run["curve"], base["curve"][-1]) for run, base in pairs], metric, sign)
+        table.append(entry)
+    return sorted(table, key=lambda entry: (entry["mode"] != "full", -entry["label_fraction"]))
+
+
+def spread(values: Sequence[float]) -> float | None:
+    """Standard deviation of the sample; `None` for a single value."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def level(pairs: Sequence[tuple[float, float]], sign: int = 1) -> dict[str, Any]:
+    """The difference at the end, in percent of scratch's value of the same seed.
+
+    Args:
+        pairs: value of the encoder and of scratch, for each seed.
+        sign: 1 where lower values are better, else -1.
+    """
+    percent = [100 * (value / base - 1) for value, base in pairs]
+    better = sum(sign * value < sign * base for value, base in pairs)
+    return {"percent": percent, "mean": statistics.fmean(percent), "std": spread(percent), "seeds_better": better}
+
+
+def speed(
+    curves: Sequence[tuple[Sequence[dict[str, float]], dict[str, float]]], metric: str, sign: int = 1
+) -> dict[str, Any]:
+    """After which share of scratch's steps its final value is reached, between two evaluations by interpolation.
+
+    Args:
+        curves: the encoder's curve and the last point of scratch's, for each seed.
+        metric: name of the value in a point.
+        sign: 1 where lower values are better, else -1.
+
+    Returns:
+        `share` of each seed, `None` where it is not reached; `mean` and `std` of those that reach it; `seeds_reached`.
+    """
+    shares: list[float | None] = []
+    for curve, last in curves:
+        target, crossing = sign * last[metric], None
+        for before, point in itertools.pairwise([None, *curve]):
+            value = sign * point[metric]
+            if value <= target:
+                crossing = point["step"]
+                if before is not None and value < sign * before[metric]:
+                    part = (sign * before[metric] - target) / (sign * before[metric] - value)
+                    crossing = before["step"] + part * (point["step"] - before["step"])
+                break
+        shares.append(None if crossing is None else crossing / last["step"])
+    reached = [share for share in shares if share is not None]
+    mean = statistics.fmean(reached) if reached else None
+    return {"share": shares, "mean": mean, "std": spread(reached), "seeds_reached": len(reached)}
+
+
+def late_improvement(curve: Sequence[dict[str, Any]], sign: int = 1) -> dict[str, Any]:
+    """How much scratch's mean still improves over the last quarter of the steps, and whether that is convergence."""
+    if len(curve) < 2:
+        return {"late_improvement": None, "converged": None}
+    start = 0.75 * curve[-1]["step"]
+    earlier = [point for point in curve if point["step"] <= start] or curve[:1]
+    before, after = (statistics.fmean(point["values"]) for point in (earlier[-1], curve[-1]))
+    improvement = sign * (before - after) / before
+    return {"late_improvement": improvement, "converged": improvement < CONVERGED}
+
+
+def format_table(result: dict[str, Any], task: Task) -> str:
+    """Table and claims as Markdown."""
+    shown = task.shown
+    heads = [f"{name} {'↑' if name in task.higher_is_better else '↓'}" for name in shown]
+    lines = [
+        "| weights trained | labelled frames | image encoder | " + " | ".join(heads) + " |",
+        "| --- " * (3 + len(shown)) + "|",
+    ]
+    for entry in result["table"]:
+        cells = [f"{entry['mean'][name]:.4f}{_plus_minus(entry['std'][name], '.4f')}" for name in shown]
+        lines.append(f"| {_MODES[entry['mode']]} | {entry['num_frames']} | {entry['encoder']} | {' | '.join(cells)} |")
+    recipe = result["recipe"]
+    about = (
+        f"{result['num_test_frames']} test frames, {recipe['max_steps']} steps of {recipe['batch_size']} frames, "
+        f"mean ± standard deviation over {max(entry['num_seeds'] for entry in result['table'])} seeds."
+    )
+    claims = [f"- {claim}" for claim in describe_claims(result["table"], shown[0])]
+    encoders = [f"- {name}: {description}" for name, description in result["encoders"].items()]
+    return "\n".join([*lines, "", about, "", *claims, "", *encoders, ""])
+
+
+_MODES = {"full": "all", "frozen": "decoder"}
+
+
+def describe_claims(table: Sequence[dict[str, Any]], metric: str) -> list[str]:
+    """Speed and level of every encoder in words, and whether scratch had converged."""
+    claims = []
+    for entry in table:
+        what = f"{_MODES[entry['mode']]} weights, {entry['num_frames']} frames"
+        if entry["encoder"] == BASELINE and entry["late_improvement"] is not None:
+            state = "converged" if entry["converged"] else "not converged: the level says what this budget gives"
+            claims.append(
+                f"{BASELINE} ({what}) improved by {100 * entry['late_improvement']:.1f} % over the last quarter of "
+                f"the steps, {state} (rule: less than {CONVERGED:.0%})."
+            )
+        if "speed" in entry:
+            claims.append(f"{entry['encoder']} ({what}): {_speed_in_words(entry, metric)} {_level_in_words(entry)}")
+    return claims
+
+
+def _speed_in_words(entry: dict[str, Any], metric: str) -> str:
+    speed = entry["speed"]
+    if len(entry["curve"]) < 2:
+        return "SPEED is not known from one evaluation (--num_evaluations)."
+    if speed["mean"] is None:
+        return f"SPEED: {BASELINE}'s final {metric} is not reached."
+    std = None if speed["std"] is None else 100 * speed["std"]
+    return (
+        f"SPEED: {BASELINE}'s final {metric} after {100 * speed['mean']:.0f}{_plus_minus(std, '.0f')} % of its steps "
+        f"({speed['seeds_reached']} of {entry['num_seeds']} seeds reach it)."
+    )
+
+
+def _level_in_words(entry: dict[str, Any]) -> str:
+    level = entry["level"]
+    seeds = ", ".join(f"{percent:+.1f}" for percent in level["percent"])
+    return (
+        f"LEVEL at the end: {level['mean']:+.1f}{_plus_minus(level['std'], '.1f')} % (by seed {seeds}; better for "
+        f"{level['seeds_better']} of {len(level['percent'])})."
+    )
+
+
+def _plus_minus(std: float | None, form: str) -> str:
+    return "" if std is None else f" ± {std:{form}}"
+
+
+def plot_comparison(result: dict[str, Any], task: Task, path: Path) -> None:
+    """Above, the first metric against the number of labelled frames; below, against the steps, with all labels."""
+    from matplotlib.figure import Figure  # importing it takes seconds
+
+    metric, table = task.shown[0], result["table"]
+    modes = list(dict.fromkeys(entry["mode"] for entry in table))
+    ticks = sorted({entry["num_frames"] for entry in table})
+    figure = Figure(figsize=(5 * len(modes), 8), layout="constrained")
+    for mode, (upper, lower) in zip(modes, figure.subplots(2, len(modes), squeeze=False).T, strict=True):
+        for position, name in enumerate(result["encoders"]):
+            entries = [entry for entry in table if (entry["mode"], entry["encoder"]) == (mode, name)]
+            # a little apart, so that the bars do not hide each other
+            frames = [entry["num_frames"] * (1 + 0.02 * position) for entry in entries]
+            means = [entry["mean"][metric] for entry in entries]
+            upper.errorbar(frames, means, [e["std"][metric] or 0 for e in entries], marker="o", capsize=3, label=name)
+            steps, values = zip(*((point["step"], point["values"]) for point in entries[0]["curve"]), strict=True)
+            (line,) = lower.plot(steps, [statistics.fmean(v) for v in values], marker=".", label=name)
+            low, high = [min(v) for v in values], [max(v) for v in values]
+            lower.fill_between(steps, low, high, color=line.get_color(), alpha=0.2)
+        upper.set(title=f"weights trained: {_MODES[mode]}", xlabel="labelled frames", ylabel=metric, xscale="log")
+        upper.set_xticks(ticks, [str(tick) for tick in ticks])
+        upper.set_xlim(ticks[0] / 1.2, ticks[-1] * 1.2)
+        upper.minorticks_off()
+        lower.set(xlabel="optimizer step", ylabel=metric)
+        for axes in (upper, lower):
+            axes.grid(alpha=0.3)
+            axes.legend()
+    with atomic_path(path) as beside:
+        figure.savefig(beside, dpi=150)

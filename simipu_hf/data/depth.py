@@ -1,0 +1,472 @@
+"""Frames with depth: where they come from, their ground truth, and the training samples of the published recipe.
+
+A depth map is float32 `(H, W)`, metres along the optical axis of the rectified camera; 0 where nothing is known.
+Integer pixel coordinates are pixel centres.
+"""
+
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+
+from ..errors import SimIPUError
+from ..modeling.geometry import inside_image, project_points
+from ..modeling.image_processing_simipu import SimIPUImageProcessor
+from .loading import load_pretraining_dataset
+from .rows import ROW_FEATURES, Rows, calibration_from_row, image_from_row, points_from_row
+from .sources import split_source
+
+# KITTI Eigen training and evaluation use the bottom centre of every image (the "KB" crop): height, width.
+KB_CROP = (352, 1216)
+
+OnBadRow = Literal["error", "skip"]
+
+
+# --- frames by name -------------------------------------------------------------------------------------------------
+
+
+def select_frames(specifications: Sequence[str]) -> datasets.Dataset:
+    """The rows that the specifications name, in their order.
+
+    rows = select_frames(["KITTI#train", "my_parquet#val:000001,000007"])
+
+    Args:
+        specifications: each `SOURCE`, `SOURCE#SPLIT` or `SOURCE#SPLIT:IDS`. SOURCE is whatever
+            `load_pretraining_dataset` reads; SPLIT is one of its splits (its default where empty), such as
+            `train` or `train[:50%]`; IDS is a list of `frame_id`s separated by commas, or `@FILE` with one a line.
+
+    Returns:
+        A data set with the columns of the data contract, images not decoded, and `depth` where every source has it.
+
+    Raises:
+        SimIPUError: a source that cannot be read, an id it does not have, or a frame named twice.
+    """
+    parts = [_select(specification) for specification in specifications]
+    if not parts:
+        raise SimIPUError("no frames were named: expected SOURCE[#SPLIT[:IDS]]")
+    columns = [*ROW_FEATURES, *(["depth"] if all("depth" in part.column_names for part in parts) else [])]
+    # images are decoded where a damaged one is reported by its frame
+    parts = [part.select_columns(columns).cast_column("image", datasets.Image(decode=False)) for part in parts]
+    # casting copies the data, and is only needed where another writer stored a column in another way
+    parts = [part if part.features == parts[0].features else part.cast(parts[0].features) for part in parts]
+    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+
+
+def _select(specification: str) -> datasets.Dataset:
+    source, rest = split_source(specification)
+    # a split may hold colons of its own inside brackets, as in train[:50%]
+    end = rest.find(":", rest.find("]") + 1)
+    split, ids = (rest, "") if end < 0 else (rest[:end], rest[end + 1 :])
+    rows = load_pretraining_dataset(source, split=split or None)
+    if not ids:
+        return rows
+    wanted = _read_ids(ids, specification)
+    position = {frame_id: index for index, frame_id in enumerate(rows["frame_id"])}
+    missing = [frame_id for frame_id in wanted if frame_id not in position]
+    if missing:
+        raise SimIPUError(f"{specification}: {len(missing)} frames are not there, the first {missing[0]!r}")
+    if len(set(wanted)) < len(wanted):
+        raise SimIPUError(f"{specification}: a frame is named twice")
+    return rows.select([position[frame_id] for frame_id in wanted])
+
+
+def _read_ids(ids: str, specification: str) -> list[str]:
+    if not ids.startswith("@"):
+        return [name.strip() for name in ids.split(",") if name.strip()]
+    try:
+        lines = Path(ids[1:]).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SimIPUError(f"{specification}: the file of ids cannot be read ({error})") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+class EigenFrames:
+    """The frames of an Eigen file list that have ground truth, as rows with `frame_id` and the paths `image`, `depth`.
+
+    A line is `image_path depth_path`, with or without a focal length behind it (which nothing needs), and `None` for
+    a missing depth. The published test list has 697 lines, 652 of them with ground truth.
+
+    Args:
+        file_list: the list.
+        image_root: folder the image paths start from (KITTI raw).
+        depth_root: folder the depth paths start from (KITTI's annotated depth maps).
+        on_bad_row: what to do where a listed file is not there: `"skip"` leaves the line out and says how many.
+
+    Raises:
+        SimIPUError: no such list, a line of another form, no line with ground truth, or a listed file is missing.
+    """
+
+    def __init__(
+        self,
+        file_list: str | os.PathLike,
+        image_root: str | os.PathLike,
+        depth_root: str | os.PathLike,
+        on_bad_row: OnBadRow = "error",
+    ):
+        self.image_root, self.depth_root = Path(image_root), Path(depth_root)
+        self.entries = _read_eigen_list(file_list)
+        missing = {
+            entry: path
+            for entry in self.entries
+            for path in (self.image_root / entry[0], self.depth_root / entry[1])
+            if not path.is_file()
+        }
+        if missing:
+            found = (
+                f"{file_list}: the files of {len(missing)} of {len(self.entries)} frames are missing, the first "
+                f"{next(iter(missing.values()))}"
+            )
+            if on_bad_row == "error":
+                raise SimIPUError(f"{found}; --on_bad_row skip leaves such frames out")
+            print(f"{found}; they are left out", file=sys.stderr)
+        self.entries = [entry for entry in self.entries if entry not in missing]
+        if not self.entries:
+            raise SimIPUError(f"{file_list}: no line has ground truth")
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image, depth = self.entries[index]
+        path = {"bytes": None, "path": str(self.image_root / image)}  # as `datasets` has an image that is not decoded
+        return {"frame_id": image, "image": path, "depth": str(self.depth_root / depth)}
+
+
+def _read_eigen_list(path: str | os.PathLike) -> list[tuple[str, str]]:
+    """Image and depth path of every line with ground truth, relative to their roots."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SimIPUError(f"{path}: cannot be read as a file list ({error})") from error
+    entries = []
+    for number, line in enumerate(lines, start=1):
+        fields = line.split()
+        if not fields:
+            continue
+        if len(fields) not in (2, 3):
+            raise SimIPUError(f"{path}, line {number}: expected 'image depth [focal_length]', found {line!r}")
+        # some published lists begin every path with a separator, which would drop the root
+        image, depth = (field.replace("\\", "/").lstrip("/") for field in fields[:2])
+        if depth != "None":
+            entries.append((image, depth))
+    return entries
+
+
+def select_depth_rows(
+    frames: Sequence[str],
+    file_list: str | None = None,
+    image_dir: str | None = None,
+    depth_dir: str | None = None,
+    on_bad_row: OnBadRow = "error",
+) -> Rows | None:
+    """The rows that a depth command is asked for: named ones, or those of an Eigen file list; `None` for neither.
+
+    Raises:
+        SimIPUError: as [`select_frames`] and [`EigenFrames`], or a list without its two folders.
+    """
+    if not file_list:
+        return select_frames(frames) if frames else None
+    if not (image_dir and depth_dir):
+        raise SimIPUError(f"{file_list}: a file list needs --image_dir and --depth_dir")
+    return EigenFrames(file_list, image_dir, depth_dir, on_bad_row)
+
+
+def frame_ids(rows: Rows) -> list[str]:
+    """Names of the frames, read without decoding them."""
+    if isinstance(rows, EigenFrames):
+        return [image for image, _ in rows.entries]
+    return list(rows["frame_id"]) if isinstance(rows, datasets.Dataset) else [row["frame_id"] for row in rows]
+
+
+# --- ground truth ---------------------------------------------------------------------------------------------------
+
+
+def project_to_depth_map(
+    points: np.ndarray, camera_projection: np.ndarray, lidar_to_camera: np.ndarray, height: int, width: int
+) -> np.ndarray:
+    """Project a LiDAR scan into the image; where several points fall in one pixel, the nearest wins.
+
+    Args:
+        points (`(N, 3)` or more columns): x y z in metres, LiDAR frame; non-finite points are left out.
+        camera_projection (`(3, 4)`): rectified camera to pixels.
+        lidar_to_camera (`(4, 4)`): LiDAR to rectified camera.
+        height, width: size of the image in pixels.
+
+    Returns:
+        `(height, width)` float32, metres; 0 where no point falls.
+    """
+    xyz = np.asarray(points, dtype=np.float64)[:, :3]
+    xyz = xyz[np.isfinite(xyz).all(axis=1)]
+    lidar_to_pixel = np.asarray(camera_projection, np.float64) @ np.asarray(lidar_to_camera, np.float64)
+    pixels, depth = project_points(xyz, lidar_to_pixel)
+    inside = inside_image(pixels, depth, np.array([height, width]))
+    column, row = np.floor(pixels[inside].T + 0.5)
+    return _nearest_wins(row, column, depth[inside], height, width)
+
+
+def resize_depth_map(depth: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Move every known depth to the pixel it falls in at another size; the nearest wins.
+
+    Unlike interpolation this never mixes depths of two surfaces, and keeps sparse points when shrinking.
+    """
+    if depth.shape == (height, width):
+        return depth
+    row, column = np.nonzero(depth)
+    scaled_row = (row + 0.5) * (height / depth.shape[0])
+    scaled_column = (column + 0.5) * (width / depth.shape[1])
+    return _nearest_wins(scaled_row, scaled_column, depth[row, column], height, width)
+
+
+def _nearest_wins(row: np.ndarray, column: np.ndarray, depth: np.ndarray, height: int, width: int) -> np.ndarray:
+    nearest = np.full(height * width, np.inf)
+    np.minimum.at(nearest, row.astype(np.int64) * width + column.astype(np.int64), depth)
+    nearest[np.isinf(nearest)] = 0
+    return nearest.reshape(height, width).astype(np.float32)
+
+
+def read_depth_png(source: Image.Image | str | os.PathLike, name: str | None = None) -> np.ndarray:
+    """Metres of a KITTI depth PNG, opened or by its path: 16-bit grey, value / 256, 0 where unknown.
+
+    Raises:
+        SimIPUError: the file is missing, no image, or not 16-bit grey; `name` says which.
+    """
+    if not isinstance(source, Image.Image):
+        try:
+            with Image.open(source) as image:
+                image.load()
+                return read_depth_png(image, str(source))
+        except OSError as error:
+            raise SimIPUError(f"{source}: cannot be read as a depth PNG ({error})") from error
+    if source.mode not in ("I;16", "I;16B", "I;16L", "I"):
+        raise SimIPUError(f"{name}: expected a 16-bit grey depth PNG, found mode {source.mode!r}")
+    return np.asarray(source).astype(np.float32) / 256.0
+
+
+def image_and_depth(row: Mapping[str, Any]) -> tuple[Image.Image, np.ndarray]:
+    """The image of a row and its ground truth: its `depth` where it has one, else its LiDAR scan projected.
+
+    Args:
+        row: a row of the data contract (`frame_id`, `image`, `points`, `camera_projection`, `lidar_to_camera`),
+            or one with `image` and `depth`: a KITTI-style 16-bit PNG, opened or its path.
+
+    Returns:
+        The RGB image, and `(H, W)` float32 of its size, metres.
+
+    Raises:
+        SimIPUError: something cannot be read, or the depth has another size than the image; names the frame.
+    """
+    name = f"frame {row.get('frame_id', '?')}"
+    image = image_from_row(row)
+    if row.get("depth") is None:
+        return image, project_to_depth_map(points_from_row(row), *calibration_from_row(row), image.height, image.width)
+    depth = read_depth_png(row["depth"], name)
+    if depth.shape != (image.height, image.width):
+        raise SimIPUError(
+            f"{name}: depth is {depth.shape[1]} x {depth.shape[0]}, its image {image.width} x {image.height}"
+        )
+    return image, depth
+
+
+# --- what a model sees ----------------------------------------------------------------------------------------------
+
+
+def crop_window(processor: SimIPUImageProcessor, image_size: tuple[int, ...], name: str) -> tuple[int, int, int, int]:
+    """Top, left, height and width of the part of an image that a processor keeps.
+
+    Raises:
+        SimIPUError: the image is smaller; `name` says which.
+    """
+    try:
+        return processor.crop_window((image_size[0], image_size[1]))
+    except ValueError as error:
+        raise SimIPUError(f"{name}: {error}; --no_kb_crop trains and evaluates without the KITTI crop") from error
+
+
+@dataclass(frozen=True)
+class DepthFrame:
+    """One frame as a model sees it before normalisation, and its ground truth; nothing random has happened to it.
+
+    Args:
+        frame_id: its name.
+        image: `(h, w, 3)` uint8 RGB, cropped and resized by the image processor.
+        target: `(h, w)` float32, metres, 0 where unknown: what training compares the prediction with.
+        depth: `(H, W)`, the ground truth of the whole original image: what evaluation compares it with.
+        window: top, left, height and width of the part of the original image that `image` shows.
+    """
+
+    frame_id: str
+    image: np.ndarray
+    target: np.ndarray
+    depth: np.ndarray
+    window: tuple[int, int, int, int]
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any], processor: SimIPUImageProcessor) -> "DepthFrame":
+        """Decode a row, crop and resize it.
+
+        Raises:
+            SimIPUError: the row cannot be used, or nothing is known of its depth; names the frame.
+        """
+        name = f"frame {row.get('frame_id', '?')}"
+        image, depth = image_and_depth(row)
+        window = top, left, height, width = crop_window(processor, depth.shape, name)
+        known = depth[top : top + height, left : left + width]
+        if not known.any():
+            raise SimIPUError(f"{name}: no pixel with known depth")
+        pixels = processor.resize_image(torch.from_numpy(np.array(image)).permute(2, 0, 1)).permute(1, 2, 0).numpy()
+        target = resize_depth_map(known, *pixels.shape[:2])
+        return cls(str(row.get("frame_id", "?")), pixels, target, depth, window)
+
+
+def usable_frames(
+    rows: Rows | Sequence[DepthFrame],
+    processor: SimIPUImageProcessor,
+    on_bad_row: OnBadRow = "error",
+    indices: Iterable[int] | None = None,
+) -> Iterator[DepthFrame]:
+    """The frames of rows, one by one; with `"skip"` those that cannot be used are named and left out."""
+    for index in range(len(rows)) if indices is None else indices:
+        row = rows[index]
+        try:
+            frame = row if isinstance(row, DepthFrame) else DepthFrame.from_row(row, processor)
+        except SimIPUError as error:
+            if on_bad_row == "error":
+                raise
+            print(f"left out: {error}", file=sys.stderr)
+        else:
+            yield frame
+
+
+def to_pixel_values(images: Sequence[np.ndarray], processor: SimIPUImageProcessor) -> torch.Tensor:
+    """Normalise images `(h, w, 3)` of one size, values 0 to 255: `(B, 3, h, w)` float32."""
+    pixels = torch.stack([torch.from_numpy(np.ascontiguousarray(image)) for image in images]).permute(0, 3, 1, 2)
+    return processor.normalize_images(pixels, torch.tensor([pixels.shape[-2:]] * len(images)))
+
+
+# --- training samples -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DepthAugmentation:
+    """The published augmentation (depth toolbox, `configs/_base_/datasets/kitti.py`), in its order.
+
+    Args:
+        rotation: largest angle in degrees, and how often an image is rotated (0 to 1).
+        flip: how often an image is mirrored.
+        crop_size: height and width of the random window; `None` keeps the whole image.
+        color: how often gamma, brightness and the three channels are each scaled by a factor of `color_range`.
+    """
+
+    rotation: tuple[float, float] = (2.5, 0.5)
+    flip: float = 0.5
+    crop_size: tuple[int, int] | None = (352, 704)
+    color: float = 0.5
+    color_range: tuple[float, float] = (0.9, 1.1)
+
+    def __call__(
+        self, image: np.ndarray, depth: np.ndarray, generator: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Augment `image` (`(h, w, 3)` uint8) and `depth` (`(h, w)`) together; the image comes back as float32."""
+        limit, probability = self.rotation
+        if generator.random() < probability:
+            angle = generator.uniform(-limit, limit)
+            image = np.asarray(Image.fromarray(image).rotate(angle, Image.Resampling.BILINEAR))
+            # nearest: depths must not be mixed with each other nor with "unknown"
+            depth = np.asarray(Image.fromarray(depth).rotate(angle, Image.Resampling.NEAREST))
+        if generator.random() < self.flip:
+            image, depth = image[:, ::-1], depth[:, ::-1]
+        if self.crop_size is not None:
+            height, width = self.crop_size
+            top = generator.integers(image.shape[0] - height + 1)
+            left = generator.integers(image.shape[1] - width + 1)
+            window = (slice(top, top + height), slice(left, left + width))
+            image, depth = image[window], depth[window]
+        image = image.astype(np.float32)
+        if generator.random() < self.color:
+            image = 255 * (image / 255) ** np.float32(generator.uniform(*self.color_range))
+            image = image * np.float32(generator.uniform(*self.color_range))
+            image = image * generator.uniform(*self.color_range, size=3).astype(np.float32)
+            image = image.clip(0, 255)
+        return image, depth
+
+
+def default_crop_size(image_size: tuple[int, int] | None) -> tuple[int, int]:
+    """The training window: 352 x 704 of 352 x 1216, or the same share of a smaller image, a multiple of 32 wide."""
+    if image_size is None:
+        return 352, 704
+    height, width = image_size
+    return height, min(width, max(32, round(width * 704 / 1216 / 32) * 32))
+
+
+class DepthDataset(torch.utils.data.Dataset):
+    """Training samples: `pixel_values` (`(3, h, w)`) and `labels` (`(h, w)`, metres) of a row.
+
+    A key is `(epoch, row)`, or a row alone for epoch 0. The augmentation is a pure function of (seed, epoch, row), so
+    that neither workers nor a resume change it.
+
+    Args:
+        rows: rows that [`image_and_depth`] takes, or frames.
+        processor: the model's image processor.
+        augmentation: of training samples; `None` for none.
+        seed: of the augmentation.
+        keep_frames: keep every decoded frame in memory, for small sets that are gone through many times.
+        on_bad_row: `"skip"` takes the next usable row instead of one that cannot be used.
+
+    Raises:
+        SimIPUError: no rows, or (at the first sample) a window larger than the images.
+    """
+
+    def __init__(
+        self,
+        rows: Rows | Sequence[DepthFrame],
+        processor: SimIPUImageProcessor,
+        augmentation: DepthAugmentation | None = None,
+        seed: int = 0,
+        keep_frames: bool = False,
+        on_bad_row: OnBadRow = "error",
+    ):
+        if len(rows) == 0:
+            raise SimIPUError("the data set has no rows")
+        self.rows = rows
+        self.processor = processor
+        self.augmentation = augmentation
+        self.seed = seed
+        self.kept: dict[int, DepthFrame] | None = {} if keep_frames else None
+        self.on_bad_row = on_bad_row
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def frame(self, index: int) -> DepthFrame:
+        """The frame of a row before augmentation, or of the next usable one."""
+        if self.kept is not None and index in self.kept:
+            return self.kept[index]
+        following = ((index + step) % len(self) for step in range(len(self)))
+        frame = next(usable_frames(self.rows, self.processor, self.on_bad_row, following), None)
+        if frame is None:
+            raise SimIPUError(f"none of the {len(self)} training frames can be used")
+        if self.kept is not None:
+            self.kept[index] = frame
+        return frame
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, torch.Tensor]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        frame = self.frame(index)
+        image, depth = frame.image, frame.target
+        if self.augmentation is not None:
+            size = self.augmentation.crop_size
+            if size is not None and (size[0] > depth.shape[0] or size[1] > depth.shape[1]):
+                raise SimIPUError(
+                    f"frame {frame.frame_id}: the random window {size[1]} x {size[0]} is larger than the image "
+                    f"{depth.shape[1]} x {depth.shape[0]}: choose a smaller --crop_size"
+                )
+            image, depth = self.augmentation(image, depth, np.random.default_rng([self.seed, epoch, index]))
+        # a copy: the depth may be a kept frame's, or memory of PIL that cannot be written to
+        return {"pixel_values": to_pixel_values([image], self.processor)[0], "labels": torch.from_numpy(depth.copy())}

@@ -1,0 +1,228 @@
+"""Frames with depth: selection, sparse targets against hand-made projections, Eigen lists, training samples."""
+
+import numpy as np
+import pytest
+import torch
+from depth_rows import FOCAL, LIDAR_TO_CAMERA, lidar_points, make_rows, save_rows
+from PIL import Image
+
+from simipu_hf.data.depth import (
+    DepthAugmentation,
+    DepthDataset,
+    DepthFrame,
+    EigenFrames,
+    default_crop_size,
+    image_and_depth,
+    project_to_depth_map,
+    read_depth_png,
+    resize_depth_map,
+    select_frames,
+    usable_frames,
+)
+from simipu_hf.errors import SimIPUError
+from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
+
+PROJECTION = np.array([[FOCAL, 0, 32, 0], [0, FOCAL, 16, 0], [0, 0, 1, 0]])
+PROCESSOR = SimIPUImageProcessor(size={"height": 32, "width": 64}, pad_size_divisor=1)
+WHOLE = SimIPUImageProcessor(do_resize=False)
+
+
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory) -> str:
+    return save_rows(tmp_path_factory.mktemp("depth_frames"))
+
+
+# --- frames by name -------------------------------------------------------------------------------------------------
+
+
+def test_frames_are_selected_by_split_and_id(frames, tmp_path):
+    assert select_frames([frames])["frame_id"][:2] == ["000000", "000001"]
+    rows = select_frames([f"{frames}#train:000003,000001", f"{frames}#test"])
+    assert list(rows["frame_id"]) == ["000003", "000001", "000006", "000007"]
+    (tmp_path / "ids.txt").write_text("000002\n000000\n", encoding="utf-8-sig")
+    assert list(select_frames([f"{frames}#:@{tmp_path / 'ids.txt'}"])["frame_id"]) == ["000002", "000000"]
+    with pytest.raises(SimIPUError, match="'000009'"):
+        select_frames([f"{frames}#train:000001,000009"])
+    with pytest.raises(SimIPUError, match="twice"):
+        select_frames([f"{frames}#train:000001,000001"])
+    with pytest.raises(SimIPUError, match="banana"):
+        select_frames([f"{frames}#banana"])
+
+
+def eigen_list(folder, *lines, encoding="utf-8"):
+    for name in ("raw", "depth"):
+        (folder / name).mkdir(exist_ok=True)
+    Image.new("RGB", (64, 32)).save(folder / "raw" / "a.png")
+    Image.fromarray(np.full((32, 64), 512, np.uint16)).save(folder / "depth" / "a.png")
+    (folder / "list.txt").write_text("\n".join(lines), encoding=encoding)
+    return folder / "list.txt", folder / "raw", folder / "depth"
+
+
+@pytest.mark.parametrize(
+    "line", ["a.png a.png 721.5377", "a.png a.png", "/a.png /a.png 721.5", "\\a.png \\a.png", "//a.png a.png"]
+)
+def test_eigen_lists_in_every_published_form(tmp_path, line):
+    rows = EigenFrames(*eigen_list(tmp_path, line, "", "b.png None 721.5377", encoding="utf-8-sig"))
+    assert len(rows) == 1
+    assert rows[0]["frame_id"] == "a.png"
+    assert (image_and_depth(rows[0])[1] == 2.0).all()
+
+
+def test_faults_of_eigen_lists_are_named(tmp_path, capsys):
+    with pytest.raises(SimIPUError, match="line 2"):
+        EigenFrames(*eigen_list(tmp_path, "a.png a.png", "b.png"))
+    with pytest.raises(SimIPUError, match="no line has ground truth"):
+        EigenFrames(*eigen_list(tmp_path, "a.png None"))
+    missing = eigen_list(tmp_path, "a.png a.png", "a.png x.png", "y.png a.png")
+    with pytest.raises(SimIPUError, match=r"files of 2 of 3 frames are missing, the first .*x\.png"):
+        EigenFrames(*missing)
+    assert len(EigenFrames(*missing, on_bad_row="skip")) == 1
+    assert "2 of 3" in capsys.readouterr().err
+
+
+# --- ground truth ---------------------------------------------------------------------------------------------------
+
+
+def test_every_point_lands_on_its_pixel_and_the_nearest_wins():
+    u, v, depth = np.array(
+        [
+            (10, 5, 20.0),
+            (10.4, 5.4, 8.0),  # same pixel, nearer
+            (9.6, 4.6, 30.0),  # same pixel, farther
+            (0, 0, 3.0),
+            (63.4, 31.4, 4.0),  # the last pixel's cell reaches to 63.5, 31.5
+            (63.6, 10, 5.0),  # outside
+            (-0.6, 10, 5.0),
+            (20, 20, -7.0),  # behind the camera
+            (20, 20, np.nan),
+        ]
+    ).T
+    points = lidar_points(u, v, depth, 32, 64).astype(np.float32)
+    target = project_to_depth_map(points, PROJECTION, LIDAR_TO_CAMERA, 32, 64)
+    assert target.dtype == np.float32
+    known = {(int(r), int(c)): float(target[r, c]) for r, c in zip(*np.nonzero(target), strict=True)}
+    assert known == {(5, 10): 8.0, (0, 0): 3.0, (31, 63): 4.0}
+
+
+def test_projection_of_a_random_scan_equals_a_loop():
+    rng = np.random.default_rng(0)
+    points = rng.uniform([-5, -20, -3, 0], [60, 20, 3, 1], size=(3000, 4)).astype(np.float32)
+    expected = np.zeros((32, 64))
+    for x, y, z, _ in points.astype(np.float64):
+        u, v, depth = PROJECTION @ (LIDAR_TO_CAMERA @ [x, y, z, 1])
+        if depth <= 0:
+            continue
+        column, row = round(u / depth), round(v / depth)
+        if 0 <= column < 64 and 0 <= row < 32 and (expected[row, column] == 0 or depth < expected[row, column]):
+            expected[row, column] = depth
+    actual = project_to_depth_map(points, PROJECTION, LIDAR_TO_CAMERA, 32, 64)
+    np.testing.assert_array_equal(actual, expected.astype(np.float32))
+
+
+def test_resizing_keeps_depths_and_the_nearest_wins():
+    depth = np.zeros((4, 8), np.float32)
+    depth[0, 0], depth[1, 1], depth[3, 7], depth[2, 4] = 9.0, 4.0, 30.0, 7.0
+    resized = resize_depth_map(depth, 2, 4)
+    assert resized.tolist() == [[4.0, 0, 0, 0], [0, 0, 7.0, 30.0]]
+    assert resize_depth_map(depth, 4, 8) is depth
+
+
+def test_depth_png_round_trip(tmp_path):
+    stored = np.array([[0, 256, 65535], [1, 512, 20480]], dtype=np.uint16)
+    Image.fromarray(stored).save(tmp_path / "depth.png")
+    np.testing.assert_array_equal(read_depth_png(tmp_path / "depth.png"), stored.astype(np.float32) / 256)
+    Image.new("RGB", (3, 2)).save(tmp_path / "colour.png")
+    with pytest.raises(SimIPUError, match=r"colour\.png.*16-bit"):
+        read_depth_png(tmp_path / "colour.png")
+    with pytest.raises(SimIPUError, match=r"missing\.png"):
+        read_depth_png(tmp_path / "missing.png")
+
+
+def test_target_of_a_row_comes_from_its_depth_or_its_points():
+    row = next(make_rows(range(7, 8)))
+    _, depth = image_and_depth(row)
+    rows, _ = np.nonzero(depth)
+    # the plane at a pixel's row is 75 m + row / 4, a point lies within half a pixel of it
+    assert np.abs(depth[depth > 0] - (75 + rows / 4)).max() <= 0.125 + 1e-4
+    assert len(rows) > 1000
+    stored = np.full((64, 96), 256, dtype=np.uint16)
+    assert (image_and_depth({**row, "depth": Image.fromarray(stored)})[1] == 1.0).all()
+    with pytest.raises(SimIPUError, match=r"000007.*points"):
+        image_and_depth({**row, "points": b"\0" * 17})
+    with pytest.raises(SimIPUError, match="depth is 96 x 63, its image 96 x 64"):
+        image_and_depth({**row, "depth": Image.fromarray(stored[1:])})
+
+
+def test_real_frame_has_the_density_of_a_64_beam_scan(kitti_mini):
+    row = select_frames([f"{kitti_mini}#trainval"])[1]
+    depth = DepthFrame.from_row(row, WHOLE).depth
+    known = depth > 0
+    assert 15_000 < known.sum() < 25_000
+    assert not known[: len(depth) // 4].any()  # the scanner sees at most 2 degrees above the horizon
+    assert 4 < np.median(depth[-20:][known[-20:]]) < 9  # road in front of the car
+
+
+# --- what a model sees ----------------------------------------------------------------------------------------------
+
+
+def test_frame_is_cropped_and_resized_with_its_target():
+    row = next(make_rows(range(1), 375, 1242))
+    crop = {"height": 352, "width": 1216}
+    frame = DepthFrame.from_row(row, SimIPUImageProcessor(crop_size=crop, size={"height": 88, "width": 304}))
+    assert frame.window == (23, 13, 352, 1216)
+    assert frame.image.shape == (88, 304, 3)
+    np.testing.assert_array_equal(frame.target, resize_depth_map(frame.depth[23:, 13:-13], 88, 304))
+    with pytest.raises(SimIPUError, match=r"frame 000000.*352 x 1216.*--no_kb_crop"):
+        DepthFrame.from_row(next(make_rows(range(1))), SimIPUImageProcessor(crop_size=crop))
+
+
+def test_frames_that_cannot_be_used_stop_or_are_left_out(capsys):
+    rows = list(make_rows(range(3)))
+    rows[1] = {**rows[1], "points": rows[1]["points"][:16] * 5 + b"\0"}
+    with pytest.raises(SimIPUError, match="frame 000001"):
+        list(usable_frames(rows, PROCESSOR))
+    assert [frame.frame_id for frame in usable_frames(rows, PROCESSOR, "skip")] == ["000000", "000002"]
+    assert "left out: frame 000001" in capsys.readouterr().err
+    assert DepthDataset(rows, PROCESSOR, on_bad_row="skip").frame(1).frame_id == "000002"
+
+
+# --- training samples -----------------------------------------------------------------------------------------------
+
+
+def test_samples_depend_on_seed_epoch_and_row_alone(frames):
+    rows, augmentation = select_frames([frames]), DepthAugmentation(crop_size=(32, 32))
+    first, second = (DepthDataset(rows, PROCESSOR, augmentation, seed=3, keep_frames=keep) for keep in (False, True))
+    before = second[2]
+    for name in ("pixel_values", "labels"):
+        assert torch.equal(first[0, 2][name], before[name])
+        assert torch.equal(first[1, 2][name], second[1, 2][name])
+    assert not torch.equal(first[1, 2]["pixel_values"], second[2, 2]["pixel_values"])
+
+
+def test_augmentation_moves_image_and_depth_together():
+    """Depth is written into the image, so that every known depth can be checked against its pixel."""
+    rng = np.random.default_rng(0)
+    depth = np.zeros((40, 60), np.float32)
+    depth[::3, ::3] = rng.integers(1, 80, depth[::3, ::3].shape)
+    image = np.repeat(depth[..., None], 3, axis=2).astype(np.uint8)
+    augmentation = DepthAugmentation(rotation=(2.5, 0.0), flip=0.5, crop_size=(30, 32), color=0.0)
+    seen = set()
+    for seed in range(20):
+        moved, target = augmentation(image, depth, np.random.default_rng(seed))
+        assert target.shape == (30, 32)
+        np.testing.assert_array_equal(moved[..., 0], target)
+        seen.add(moved.tobytes())
+    assert len(seen) > 15
+    rotated = DepthAugmentation(rotation=(2.5, 1.0), flip=0.0, crop_size=None, color=0.0)
+    _, target = rotated(image, depth, np.random.default_rng(0))
+    assert set(np.unique(target)) <= set(np.unique(depth))  # no depth is mixed with another
+
+
+def test_windows(frames):
+    assert default_crop_size(None) == (352, 704)
+    assert default_crop_size((352, 1216)) == (352, 704)
+    assert default_crop_size((96, 320)) == (96, 192)
+    assert default_crop_size((32, 32)) == (32, 32)
+    dataset = DepthDataset(select_frames([frames]), PROCESSOR, DepthAugmentation(crop_size=(64, 64)))
+    with pytest.raises(SimIPUError, match=r"frame 000000.*64 x 64 is larger than the image 64 x 32"):
+        dataset[0]
