@@ -1,0 +1,157 @@
+"""Objects of a frame as KITTI describes them: the column `objects` of rows, and the benchmark's text files.
+
+A line of a file is one object (https://www.cvlibs.net/datasets/kitti, `readme.txt` of the object development kit):
+
+    type truncated occluded alpha left top right bottom height width length x y z rotation_y [score]
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simipu_hf.errors import SimIPUError
+from simipu_hf.files import atomic_folder
+
+OBJECT_TYPES = ("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc", "DontCare")
+
+
+@dataclass(frozen=True)
+class KittiObjects:
+    """N objects of one frame; predictions have scores.
+
+    labels = KittiObjects.from_row(rows[0]["objects"])
+    labels.location[labels.type == "Car"]  # metres, in the rectified camera frame
+
+    type: (N,) names. truncated: (N,) 0 to 1. occluded: (N,) 0 fully visible, 1 partly, 2 largely occluded, 3 unknown.
+    alpha: (N,) observation angle, radians. bbox: (N, 4) left, top, right, bottom, pixels.
+    dimensions: (N, 3) height, width, length, metres. location: (N, 3) x right, y down, z forward of the middle of the
+    bottom, metres, rectified camera frame. rotation_y: (N,) radians. score: (N,) or None.
+
+    DontCare regions have a box in the image only; the other numbers are -1, -10 and -1000.
+    """
+
+    type: np.ndarray
+    truncated: np.ndarray
+    occluded: np.ndarray
+    alpha: np.ndarray
+    bbox: np.ndarray
+    dimensions: np.ndarray
+    location: np.ndarray
+    rotation_y: np.ndarray
+    score: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.type)
+
+    def __getitem__(self, rows: Any) -> KittiObjects:
+        """Some of the objects: a boolean mask (N,), indices or a slice."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return KittiObjects(*(None if value is None else value[rows] for value in values))
+
+    @classmethod
+    def from_row(cls, objects: Mapping[str, Sequence], names: Sequence[str] = OBJECT_TYPES) -> KittiObjects:
+        """From the column `objects` of a row; `names` are those that the numbers of its `type` stand for."""
+        count = len(objects["type"])
+        types = [kind if isinstance(kind, str) else names[kind] for kind in objects["type"]]
+        return cls(
+            type=np.array(types, dtype="U14"),
+            bbox=np.array(objects["bbox"], float).reshape(count, 4),
+            dimensions=np.array(objects["dimensions"], float).reshape(count, 3),
+            location=np.array(objects["location"], float).reshape(count, 3),
+            **{name: np.array(objects[name], float) for name in ("truncated", "occluded", "alpha", "rotation_y")},
+            score=np.array(objects["score"], float) if "score" in objects else None,
+        )
+
+    @classmethod
+    def read(cls, path: str | os.PathLike, with_scores: bool = False) -> KittiObjects:
+        """From a text file; empty lines count for nothing.
+
+        Raises:
+            SimIPUError: a line is not an object; names file and line, what was expected and what was found.
+        """
+        try:
+            lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise SimIPUError(f"{path}: expected a text file of objects, found: {error}") from error
+        parsed = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                parsed += [_parse(line.split(), with_scores)] if line.strip() else []
+            except ValueError as error:
+                raise SimIPUError(f"{path}, line {number}: {error}: {line.strip()!r}") from error
+        numbers = np.array([values for _, values in parsed], float).reshape(len(parsed), 14 + with_scores)
+        return cls(
+            type=np.array([kind for kind, _ in parsed], dtype="U14"),
+            truncated=numbers[:, 0],
+            occluded=numbers[:, 1],
+            alpha=numbers[:, 2],
+            bbox=numbers[:, 3:7],
+            dimensions=numbers[:, 7:10],
+            location=numbers[:, 10:13],
+            rotation_y=numbers[:, 13],
+            score=numbers[:, 14] if with_scores else None,
+        )
+
+    def to_text(self) -> str:
+        """The lines of a text file, with four decimals; scores with six."""
+        lines = []
+        for index, kind in enumerate(self.type):
+            numbers = [self.alpha[index], *self.bbox[index], *self.dimensions[index], *self.location[index]]
+            numbers = [f"{number:.4f}" for number in (*numbers, self.rotation_y[index])]
+            score = [] if self.score is None else [f"{self.score[index]:.6f}"]
+            head = [str(kind), f"{self.truncated[index]:.2f}", str(int(self.occluded[index]))]
+            lines.append(" ".join([*head, *numbers, *score]) + "\n")
+        return "".join(lines)
+
+
+def _parse(values: list[str], with_score: bool) -> tuple[str, list[float]]:
+    """Type and the 14 (with score 15) numbers of a line; labels may have a score, which is dropped."""
+    if len(values) == 15 and with_score:
+        raise ValueError("expected 16 fields, the last one a score, found 15")
+    if len(values) not in (15, 16):
+        raise ValueError(f"expected {16 if with_score else 15} fields, found {len(values)}")
+    kind = {name.lower(): name for name in OBJECT_TYPES}.get(values[0].lower())
+    if kind is None:
+        raise ValueError(f"expected a class of {', '.join(OBJECT_TYPES)}, found {values[0]!r}")
+    numbers = [float(value) for value in values[1 : 16 if with_score else 15]]
+    if not np.isfinite(numbers).all():
+        raise ValueError("expected finite numbers")
+    left, top, right, bottom, *size = numbers[3:10]
+    if right < left or bottom < top:
+        raise ValueError(f"expected left <= right and top <= bottom, found {left}, {top}, {right}, {bottom}")
+    # -1: unknown, as in DontCare regions and in detections of images alone
+    if min(size) < 0 and size != [-1, -1, -1]:
+        raise ValueError(f"expected height, width and length of at least 0, found {size}")
+    return kind, numbers
+
+
+def read_objects_folder(folder: str | os.PathLike, with_scores: bool = False) -> dict[str, KittiObjects]:
+    """Name of a frame (`000042`) -> its objects, of every `.txt` file in `folder`, sorted by name.
+
+    Raises:
+        SimIPUError: there is none, or a line is damaged.
+    """
+    paths = sorted(Path(folder).glob("*.txt"))
+    if not paths:
+        raise SimIPUError(f"{folder}: expected files like 000042.txt, one for each frame, found none")
+    return {path.stem: KittiObjects.read(path, with_scores) for path in paths}
+
+
+def write_objects_folder(
+    folder: str | os.PathLike, objects: Mapping[str, KittiObjects], overwrite: bool = False
+) -> None:
+    """Write one text file for each frame, also where it has no objects: the benchmark asks for all.
+
+    Raises:
+        SimIPUError: the folder is in use and not to be overwritten, or can't be written.
+    """
+    is_ours = lambda found: all(path.suffix == ".txt" for path in found.iterdir())  # noqa: E731
+    with atomic_folder(folder, overwrite=overwrite, is_earlier_output=is_ours) as beside:
+        for name, of_frame in objects.items():
+            (beside / f"{name}.txt").write_text(of_frame.to_text(), encoding="utf-8")
