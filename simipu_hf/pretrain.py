@@ -8,23 +8,68 @@ Read top-down: `pretrain` makes the objects of the arguments, `train` is the loo
 """
 
 import contextlib
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import datasets
+import timm
 import torch
-from accelerate.utils import set_seed
+from accelerate import Accelerator
+from accelerate.utils import gather_object, send_to_device, set_seed
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm.auto import tqdm
+from transformers.image_utils import SizeDict
 from transformers.utils.logging import disable_progress_bar
 
-from simipu_hf.data.two_views import TwoViewDataset
-from simipu_hf.training.arguments import PreTrainingArguments
+from simipu_hf.data.loading import AnyDataset, load_mixture, load_pretraining_dataset
+from simipu_hf.data.mixture import Mixture
+from simipu_hf.data.overlap import refuse_shared_frames
+from simipu_hf.data.rows import Frame, image_from_row
+from simipu_hf.data.two_views import TwoViewAugmentation, TwoViewCollator, TwoViewDataset, to_model_inputs
+from simipu_hf.errors import SimIPUError, TrainingInterrupted, exit_code_of
+from simipu_hf.evaluation.correspondence import correspondence_recall
+from simipu_hf.files import atomic_folder, move_into
+from simipu_hf.hub.export import write_timm
+from simipu_hf.hub.push import HubUploader
+from simipu_hf.hub.sources import find_image_encoder
+from simipu_hf.modeling.configuration_simipu import POINT_CONFIGS, SimIPUConfig
+from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
+from simipu_hf.modeling.processing_simipu import SimIPUProcessor
+from simipu_hf.training.arguments import PreTrainingArguments, parse_arguments, parse_overrides
+from simipu_hf.training.batch_norm import kept_running_statistics, synchronize_batch_norm
 from simipu_hf.training.checkpoint import (
+    Checkpoint,
     TrainingState,
+    check_same_run,
+    load_checkpoint,
+    newest_checkpoint,
 )
-from simipu_hf.training.distributed import create_accelerator, on_main_process
+from simipu_hf.training.distributed import SharedFlags, StopRequest, create_accelerator, on_main_process
+from simipu_hf.training.logging import RunLogger, feature_spread, flatten
 from simipu_hf.training.optimizers import (
+    ChainedOptimizer,
+    Recipe,
     choose_recipe,
+    clip_gradients,
+    create_optimizer,
+    create_schedule,
+    learning_rates,
+)
+from simipu_hf.training.run_folder import data_fingerprint, find_checkpoint, prepare_run_folder, write_run_file
+from simipu_hf.training.sampling import (
+    Steps,
+    StoredBatches,
+    StreamedBatches,
+    create_loader,
+    iterate,
+    seed_micro_batch,
 )
 
-Batch = dict[str, torch.Tensor]
 LOGGED = (
     *("loss", "intra_modal_loss", "intra_modal_chance", "intra_modal_top1", "intra_modal_top5"),
     *("inter_modal_loss", "inter_modal_chance", "inter_modal_top1", "inter_modal_top5"),
@@ -44,6 +89,7 @@ IDENTIFIED_BY_RESULT = {
     *("preset", "image_encoder", "point_encoder", "pretrained_image_encoder", "model_name_or_path"),
     *("config_overrides", "augmentation_overrides", "image_size", "num_points"),
     *("optimizer", "learning_rate", "weight_decay", "layer_decay", "warmup_steps"),
+    *("depth_range", "freeze", "anchor_weight", "validation_share"),
     *("data_dir", "dataset_name", "dataset_config_name", "train_split", "per_device_train_batch_size"),
 }
 
@@ -61,32 +107,637 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
     """
     disable_progress_bar()  # of every save; the run has one bar
     skipped: list[str] = []
-    rows, held_out_rows = load_rows(arguments, skipped)  # before the processes join: it may take hours
+    rows, mixture, held_out_rows = load_rows(arguments, skipped)  # before the processes join: it may take hours
     accelerator = create_accelerator(arguments)
     set_seed(arguments.seed)
     model, processor = create_model(arguments)
-    augmentation = create_augmentation(arguments, model)
-    dataset = TwoViewDataset(rows, processor, augmentation, arguments.seed, arguments.on_bad_row)
-    held_out = create_held_out(accelerator, arguments, processor, augmentation, held_out_rows)
-    sampler = create_sampler(accelerator, arguments, len(dataset))
-    recipe = choose_recipe(arguments, model.simipu.image_encoder, sampler.last_step)
-    identity = run_identity(accelerator, arguments, recipe, sampler, rows, [model.config, processor, augmentation])
-    checkpoint = open_checkpoint(accelerator, arguments, identity, sampler)
-
+    augmentation = create_augmentation(arguments, model.config)
+    batches = create_batches(accelerator, arguments, rows, mixture, processor, augmentation)
+    held_out = create_held_out(accelerator, arguments, held_out_rows, processor, augmentation)
+    steps = Steps(0, count_steps(arguments, batches.steps_per_epoch))
+    recipe = choose_recipe(arguments, model.simipu.image_encoder, steps.last)
+    identity = run_identity(accelerator, arguments, rows, steps, recipe, model, processor, augmentation)
+    checkpoint = open_checkpoint(accelerator, arguments, identity, steps)
     prepare_model(accelerator, arguments, model)
-    try_first_step(accelerator, model, dataset, sampler)
-    logger = open_run_folder(accelerator, arguments, recipe, sampler, rows)
-    optimizer, schedule = create_optimization(arguments, recipe, model, sampler)
-    wrapped, prepared = accelerator.prepare(model, optimizer)
-    state = TrainingState(accelerator, model, processor, optimizer, schedule, logger, identity)
-    if checkpoint is not None:
-        state.restore(checkpoint)
-        logger.message(f"resumed from {checkpoint.path}")
-    uploader = create_uploader(arguments) if arguments.push_to_hub and accelerator.is_main_process else None
-    loader = create_training_loader(accelerator, arguments, dataset, sampler)
+    try_first_step(accelerator, model, processor, batches)
+
+    record = {"arguments": arguments.to_dict(), "data": describe_data(rows), "recipe": dataclasses.asdict(recipe)}
+    logger = open_run_folder(accelerator, arguments, record, steps)
     with contextlib.closing(logger):
-        train(accelerator, arguments, wrapped, prepared, state, sampler, loader, held_out, uploader)
-    on_main_process(accelerator, finish, Path(arguments.output_dir), state, dataset, skipped)
+        optimizer, schedule = create_optimization(arguments, recipe, model, batches.steps_per_epoch, steps.last)
+        wrapped, optimizer = accelerator.prepare(model, optimizer)
+        state = TrainingState(accelerator, wrapped, processor, optimizer, schedule, logger, batches, identity)
+        if checkpoint is not None:
+            state.restore(checkpoint)
+            logger.message(f"resumed from {checkpoint.path}")
+        uploader = create_uploader(arguments) if arguments.push_to_hub and accelerator.is_main_process else None
+        train(accelerator, arguments, state, steps, batches, held_out, uploader)
+    on_main_process(accelerator, finish, Path(arguments.output_dir), model, processor, batches, skipped)
     if uploader:
         uploader.finish()
     return Path(arguments.output_dir)
+
+
+def train(
+    accelerator: Accelerator,
+    arguments: PreTrainingArguments,
+    state: TrainingState,
+    steps: Steps,
+    batches: StoredBatches | StreamedBatches,
+    held_out: TwoViewDataset | None,
+    uploader: HubUploader | None,
+) -> None:
+    """The loop, from `steps.first` to `steps.last`.
+
+    Between logged steps the host reads nothing from the device but the assignment of points (and fp16's overflows).
+    So a value that is not finite is noticed one step late on a device, before anything is logged or saved.
+    """
+    model, optimizer, logger = state.model, state.optimizer, state.logger
+    image_processor, output_dir = state.processor.image_processor, Path(arguments.output_dir)
+    accumulation = arguments.gradient_accumulation_steps
+    flags, recomputing = SharedFlags(accelerator), kept_running_statistics(model)
+    model.train()
+    with StopRequest() as stop, iterate(batches.loader(steps.first, steps.last)) as loader:
+        for index, batch in enumerate(logger.timed(loader), start=steps.first * accumulation):
+            step = index // accumulation + 1
+            is_logged = steps.is_due(step, arguments.logging_steps)
+            seed_micro_batch(arguments.seed, index, accelerator.process_index)
+            with accelerator.accumulate(model):
+                batch = send_to_device(batch, accelerator.device, non_blocking=True)
+                output = model(**to_model_inputs(batch, image_processor), return_metrics=is_logged)
+                with recomputing:
+                    accelerator.backward(output.loss)
+                logger.add(scalars(output))
+                if accelerator.sync_gradients:
+                    logger.add(clip_gradients(accelerator, optimizer, arguments.max_grad_norm))
+                    rates = learning_rates(optimizer)
+                optimizer.step()
+                if accelerator.sync_gradients and not optimizer.step_was_skipped:
+                    state.schedule.step()
+                optimizer.zero_grad()
+            if not accelerator.sync_gradients:
+                continue
+
+            logger.step_done()
+            is_evaluated = held_out is not None and steps.is_due(step, arguments.eval_steps)
+            is_saved = steps.is_due(step, arguments.checkpointing_steps)
+            flags.put(step, stop=stop.requested, **logger.not_finite())
+            raised = flags.get(wait=is_logged or is_evaluated or is_saved)
+            if raised:
+                raised = flags.get(wait=True)
+                refuse_values_that_are_not_finite(raised, batches, output_dir)
+            if is_logged:
+                logger.write_means(step, rates)
+            if is_evaluated:
+                with logger.paused_clock():
+                    logger.write(step, evaluate(accelerator, arguments, state.unwrapped_model, held_out))
+            if is_saved or "stop" in raised:
+                with logger.paused_clock():
+                    saved = state.save(output_dir, step, arguments.save_total_limit)
+                if uploader:
+                    uploader.checkpoint_saved(saved)
+            if step == steps.last:
+                break
+            if "stop" in raised:
+                raise interrupted(step, steps.last, stop, saved)
+
+
+def scalars(output: Any) -> dict[str, torch.Tensor]:
+    """What is logged of a forward pass; accuracies only where they were computed."""
+    values = {name: getattr(output, name) for name in LOGGED if getattr(output, name) is not None}
+    values["image_spread"] = feature_spread(output.image_embeds)
+    values["point_spread"] = feature_spread(output.point_embeds)
+    return values
+
+
+def refuse_values_that_are_not_finite(
+    raised: dict[str, int], batches: StoredBatches | StreamedBatches, output_dir: Path
+) -> None:
+    """Raises a `SimIPUError` that names the values, the step and its rows, unless only a stop was requested.
+
+    `raised` is equal on all processes, so all of them stop.
+    """
+    broken = {name: step for name, step in raised.items() if name != "stop"}
+    if not broken:
+        return
+    step = min(broken.values())
+    names = [name for name in broken if broken[name] == step]
+    rows = gather_object(batches.frame_ids(step)) or ["not known while streaming"]
+    kept = newest_checkpoint(output_dir)
+    raise SimIPUError(
+        f"step {step}: {', '.join(names)} not finite (NaN or infinite). Rows of the step: {', '.join(rows)}. "
+        "Nothing was saved since; "
+        + (f"the last good checkpoint is {kept}. " if kept else "there is no checkpoint yet. ")
+        + "Lower the learning rate of that part, clip with --max_grad_norm, or look at the rows"
+    )
+
+
+def interrupted(step: int, last_step: int, stop: StopRequest, saved: Path) -> TrainingInterrupted:
+    """Says how to go on, with the exit code that a shell gives a process ended by that signal."""
+    return TrainingInterrupted(
+        f"stopped by {stop.signal.name} after step {step} of {last_step}, saved {saved}. "
+        "Continue with the same command and --resume_from_checkpoint latest",
+        exit_code=128 + stop.signal,
+    )
+
+
+@torch.no_grad()
+def evaluate(
+    accelerator: Accelerator, arguments: PreTrainingArguments, model: SimIPUForPreTraining, held_out: TwoViewDataset
+) -> dict[str, float]:
+    """`eval/` losses, accuracies and recall of the right pixel, means over the held-out rows of all processes.
+
+    Always the same views of the same rows. Gathering negatives needs equal batches on every process, so the rows that
+    do not fill one of all processes are left out.
+    """
+    batch_size = eval_batch_size(arguments)
+    keys = range(accelerator.process_index * batch_size, len(held_out), batch_size * accelerator.num_processes)
+    batches = [list(range(first, first + batch_size)) for first in keys]
+    batches = batches[: len(held_out) // (batch_size * accelerator.num_processes)]
+    image_processor = held_out.processor.image_processor
+    collate = TwoViewCollator(image_processor.pad_size_divisor)
+    loader = create_loader(held_out, batches, collate, arguments.dataloader_num_workers)
+    sums: dict[str, float] = {}
+    model.eval()
+    with accelerator.autocast(), iterate(loader) as loaded:
+        for batch in loaded:
+            inputs = to_model_inputs(send_to_device(batch, accelerator.device), image_processor)
+            output = model(**inputs)
+            values = {name: float(getattr(output, name)) for name in LOGGED}
+            for name, value in (values | correspondence_recall(model, inputs, output)).items():
+                sums[name] = sums.get(name, 0.0) + value / len(batches)
+    model.train()
+    means = accelerator.reduce(torch.tensor(list(sums.values()), device=accelerator.device), reduction="mean")
+    return {f"eval/{name}": value for name, value in zip(sums, means.tolist(), strict=True)}
+
+
+def eval_batch_size(arguments: PreTrainingArguments) -> int:
+    return arguments.per_device_eval_batch_size or arguments.per_device_train_batch_size
+
+
+# What `pretrain` is made of, in its order.
+
+
+def load_rows(
+    arguments: PreTrainingArguments, skipped: list[str]
+) -> tuple[AnyDataset, Mixture | None, datasets.Dataset | None]:
+    """The rows to train on, how several data sets are mixed, and the rows to evaluate on where `--eval_steps` asks.
+
+    Damaged frames end the run, or are left out and described in `skipped`, as `--on_bad_row` says.
+
+    Raises:
+        SimIPUError: nothing to read, no such split, or frames that are trained on among those to evaluate on.
+    """
+    source: dict[str, Any] = {
+        "dataset_name": arguments.dataset_name,
+        "data_dir": arguments.data_dir,
+        "dataset_config_name": arguments.dataset_config_name,
+        "validation_share": arguments.validation_share,
+        "streaming": arguments.streaming,
+        "skipped": skipped if arguments.on_bad_row == "skip" else None,
+    }
+    rows, mixture = load_mixture(mixture=arguments.mixture, seed=arguments.seed, split=arguments.train_split, **source)
+    if not arguments.eval_steps:
+        return rows, mixture, None
+    held_out = load_pretraining_dataset(split=arguments.validation_split, **source)
+    if isinstance(held_out, datasets.IterableDataset):
+        held_out = datasets.Dataset.from_generator(held_out.__iter__, features=held_out.features)
+    else:
+        refuse_shared_frames(rows, held_out, f"--validation_split {arguments.validation_split}")
+    return rows, mixture, held_out
+
+
+def create_model(arguments: PreTrainingArguments) -> tuple[SimIPUForPreTraining, SimIPUProcessor]:
+    """The model and its processor, from a preset or from an earlier model.
+
+    Raises:
+        SimIPUError: an unknown encoder, stage or configuration field, too few points for the sampler, or flags that
+            contradict the earlier model.
+    """
+    start = arguments.model_name_or_path
+    try:
+        config = create_config(arguments)
+        model = SimIPUForPreTraining.from_pretrained(start, config=config) if start else SimIPUForPreTraining(config)
+        processor = create_processor(arguments)
+    except SimIPUError:
+        raise
+    except (ValueError, ImportError, OSError, RuntimeError) as error:
+        raise SimIPUError(f"--model_name_or_path {start}: {error}" if start else str(error)) from error
+    needed = sum(getattr(model.config.point_config, "num_points", [[0]])[0])
+    if processor.feature_extractor.num_points < needed:
+        raise SimIPUError(
+            f"--num_points {processor.feature_extractor.num_points}: the point encoder's first level samples {needed} "
+            "points; raise it, or lower point_config.num_points with --config_overrides"
+        )
+    if arguments.pretrained_image_encoder:
+        load_pretrained_image_encoder(model)
+    return model, processor
+
+
+def create_config(arguments: PreTrainingArguments) -> SimIPUConfig:
+    """The configuration of the preset or of the earlier model, with the encoder flags and `--config_overrides`."""
+    overrides = parse_overrides(arguments.config_overrides)
+    if arguments.model_name_or_path is not None:
+        config = SimIPUConfig.from_pretrained(arguments.model_name_or_path)
+        refuse_contradictions(arguments, config)
+        fields = config.to_dict()
+        for section in ("image_config", "point_config"):
+            fields[section] |= overrides.pop(section, {})
+        changed = SimIPUConfig.from_dict({**fields, **overrides})
+    else:
+        architecture = arguments.image_encoder or "resnet50"
+        image_fields = {"architecture": architecture, **overrides.pop("image_config", {})}
+        changed = SimIPUConfig.from_preset(
+            arguments.preset or "recommended", arguments.point_encoder or "pointnet2", image_config=image_fields,
+            **overrides,
+        )  # fmt: skip
+    given = parse_overrides(arguments.config_overrides)
+    sections = {"image_config": changed.image_encoder_config, "point_config": changed.point_encoder_config}
+    for names, known in ((given, changed), *((given.get(name, {}), known) for name, known in sections.items())):
+        unknown = [name for name in names if name not in type(known).__dataclass_fields__]
+        if unknown:
+            raise SimIPUError(f"--config_overrides: {type(known).__name__} has no field {', '.join(unknown)}")
+    return changed
+
+
+def refuse_contradictions(arguments: PreTrainingArguments, config: SimIPUConfig) -> None:
+    """Raises a `SimIPUError` for a flag that asks for something else than the model of `--model_name_or_path` is."""
+    kinds = {config_class.model_type: name for name, config_class in POINT_CONFIGS.items()}
+    found = {
+        "preset": preset_of(config),
+        "image_encoder": config.image_encoder_config.architecture,
+        "point_encoder": kinds[config.point_encoder_config.model_type],
+    }
+    for name, value in found.items():
+        wanted = getattr(arguments, name)
+        if wanted not in (None, value):
+            raise SimIPUError(f"--{name} {wanted}: {arguments.model_name_or_path} has {value}; leave the flag out")
+
+
+def preset_of(config: SimIPUConfig) -> str:
+    """The preset a configuration was made from; those written before it was recorded show it by how they project."""
+    found = getattr(config, "preset", None)
+    return found or ("official" if config.projection_normalization == "sample" else "recommended")
+
+
+def create_processor(arguments: PreTrainingArguments) -> SimIPUProcessor:
+    """The processor of the preset or of the earlier model, with the flags that are given."""
+    if arguments.model_name_or_path is not None:
+        processor = SimIPUProcessor.from_pretrained(arguments.model_name_or_path)
+    else:
+        processor = SimIPUProcessor.from_preset(arguments.preset or "recommended")
+    if arguments.num_points is not None:
+        processor.feature_extractor.num_points = arguments.num_points
+    if arguments.image_size is not None:
+        height, width = arguments.image_size
+        processor.image_processor.size = SizeDict(height=height, width=width)
+    if arguments.depth_range is not None:
+        if processor.feature_extractor.frame != "camera":
+            raise SimIPUError("--depth_range does nothing with the official preset, whose range is in LiDAR axes")
+        processor.feature_extractor.depth_range = list(arguments.depth_range)
+    return processor
+
+
+def load_pretrained_image_encoder(model: SimIPUForPreTraining) -> None:
+    """Replace the image encoder's weights by timm's pretrained ones.
+
+    Raises:
+        SimIPUError: timm has none for this architecture, or they cannot be downloaded.
+    """
+    config = model.config.image_encoder_config
+    try:
+        source = timm.create_model(config.architecture, pretrained=True, num_classes=0, **(config.model_args or {}))
+    except Exception as error:  # timm and the Hub client raise their own, by version
+        raise SimIPUError(f"--pretrained_image_encoder: no weights for {config.architecture} ({error})") from error
+    model.simipu.image_encoder.load_state_dict(source.state_dict())
+
+
+def create_augmentation(arguments: PreTrainingArguments, config: SimIPUConfig) -> TwoViewAugmentation:
+    """The augmentation of the model's preset, its images in one size where `--image_size` asks for it."""
+    overrides = parse_overrides(arguments.augmentation_overrides, "--augmentation_overrides", sections=())
+    if arguments.image_size is not None:
+        overrides = {"random_resize": None, **overrides}
+    try:
+        return TwoViewAugmentation.from_preset(preset_of(config), **overrides)
+    except TypeError as error:  # an unknown field, or one number where a range is needed
+        known = ", ".join(TwoViewAugmentation.__dataclass_fields__)
+        raise SimIPUError(f"--augmentation_overrides: {error}; the fields are {known}") from error
+
+
+def create_held_out(
+    accelerator: Accelerator,
+    arguments: PreTrainingArguments,
+    rows: datasets.Dataset | None,
+    processor: SimIPUProcessor,
+    augmentation: TwoViewAugmentation,
+) -> TwoViewDataset | None:
+    """The rows of [`evaluate`].
+
+    Raises:
+        SimIPUError: fewer rows than one batch of all processes.
+    """
+    if rows is None:
+        return None
+    if len(rows) < eval_batch_size(arguments) * accelerator.num_processes:
+        raise SimIPUError(
+            f"--validation_split {arguments.validation_split} has {len(rows)} rows, fewer than one batch of "
+            f"{eval_batch_size(arguments)} on {accelerator.num_processes} processes: lower "
+            "--per_device_eval_batch_size"
+        )
+    return TwoViewDataset(rows, processor, augmentation)
+
+
+def create_batches(
+    accelerator: Accelerator,
+    arguments: PreTrainingArguments,
+    rows: AnyDataset,
+    mixture: Mixture | None,
+    processor: SimIPUProcessor,
+    augmentation: TwoViewAugmentation,
+) -> StoredBatches | StreamedBatches:
+    """What the loop trains on."""
+    if isinstance(rows, datasets.IterableDataset):
+        return StreamedBatches(accelerator, arguments, rows, processor, augmentation)
+    dataset = TwoViewDataset(rows, processor, augmentation, arguments.seed, arguments.on_bad_row, mixture)
+    if accelerator.is_main_process:
+        warn_of_squeezed_images(dataset)
+    return StoredBatches(accelerator, arguments, dataset)
+
+
+def warn_of_squeezed_images(dataset: TwoViewDataset) -> None:
+    """Say so where the resize changes the images' shape by a fifth: the preset's size is that of KITTI's camera."""
+    try:
+        width, height = image_from_row(dataset.read_row(0)).size
+    except ValueError:  # a damaged row is reported when it is used
+        return
+    new_height, new_width = dataset.processor.image_processor.output_size((height, width))
+    squeeze = (new_width / width) / (new_height / height)
+    if not 5 / 6 < squeeze < 6 / 5:
+        fitting = max(32, round(new_height * width / height / 32) * 32)
+        print(
+            f"warning: images of {width} x {height} are resized to {new_width} x {new_height}, which changes their "
+            f"shape by a factor of {squeeze:.2f}: --image_size {new_height} {fitting} would keep it",
+            file=sys.stderr,
+        )
+
+
+def count_steps(arguments: PreTrainingArguments, steps_per_epoch: int) -> int:
+    """Optimizer steps of the whole run."""
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    return math.ceil(arguments.num_train_epochs * steps_per_epoch)
+
+
+def run_identity(
+    accelerator: Accelerator,
+    arguments: PreTrainingArguments,
+    rows: AnyDataset,
+    steps: Steps,
+    recipe: Recipe,
+    model: SimIPUForPreTraining,
+    processor: SimIPUProcessor,
+    augmentation: TwoViewAugmentation,
+) -> dict[str, Any]:
+    """What has to be the same for a run to continue: every flag but the listed ones, and what follows from those.
+
+    The number of processes may change as long as processes x batch size does not; that of a stream may not.
+    """
+    not_counted = ("transformers_version", "_name_or_path", "dtype", "auto_map", "architectures")
+    config = {name: value for name, value in model.config.to_dict().items() if name not in not_counted}
+    flags = arguments.to_dict()
+    identity = {name: flags[name] for name in flags if name not in MAY_CHANGE | IDENTIFIED_BY_RESULT}
+    identity |= {
+        "rows_per_forward": arguments.per_device_train_batch_size * accelerator.num_processes,
+        "recipe": dataclasses.asdict(recipe),
+        "augmentation": dataclasses.asdict(augmentation),
+        "image_processor": processor.image_processor.to_dict(),
+        "feature_extractor": processor.feature_extractor.to_dict(),
+        "model_config": config,
+    }
+    if isinstance(rows, datasets.IterableDataset):
+        identity |= {name: flags[name] for name in ("data_dir", "dataset_name", "train_split")}
+        identity |= {"num_processes": accelerator.num_processes, "num_workers": arguments.dataloader_num_workers}
+    else:
+        identity["data_fingerprint"] = data_fingerprint(rows["frame_id"])
+    if arguments.lr_scheduler_type not in ("exponential", "constant", "constant_with_warmup"):
+        identity["total_steps"] = steps.last
+    return json.loads(json.dumps(identity, default=str))
+
+
+def open_checkpoint(
+    accelerator: Accelerator, arguments: PreTrainingArguments, identity: dict[str, Any], steps: Steps
+) -> Checkpoint | None:
+    """The checkpoint to resume from, after which `steps` then begin; nothing is written."""
+    path = on_main_process(
+        accelerator,
+        find_checkpoint,
+        Path(arguments.output_dir),
+        arguments.resume_from_checkpoint,
+        arguments.overwrite_output_dir,
+    )
+    if path is None:
+        return None
+    checkpoint = load_checkpoint(path)
+    check_same_run(checkpoint.values["identity"], identity, path)
+    if checkpoint.step > steps.last:
+        raise SimIPUError(f"{path} is beyond the last step, {steps.last}: raise --max_steps")
+    steps.first = checkpoint.step
+    return checkpoint
+
+
+def prepare_model(accelerator: Accelerator, arguments: PreTrainingArguments, model: SimIPUForPreTraining) -> None:
+    """Batch norm over all processes, gradient checkpointing and compilation, as the flags say; on the device.
+
+    Raises:
+        SimIPUError: the encoder or this machine cannot do it.
+    """
+    model.to(accelerator.device)
+    if accelerator.num_processes > 1 and arguments.sync_batch_norm:
+        synchronize_batch_norm(model)
+    if arguments.gradient_checkpointing and arguments.torch_compile:
+        # the second forward pass of the compiled encoder would count the batch statistics twice
+        raise SimIPUError("--torch_compile and --gradient_checkpointing exclude each other: leave one out")
+    if arguments.gradient_checkpointing:
+        try:
+            model.gradient_checkpointing_enable()
+        except (AttributeError, AssertionError) as error:
+            name = model.config.image_encoder_config.architecture
+            raise SimIPUError(f"--gradient_checkpointing: timm does not support it for {name}") from error
+    if arguments.torch_compile:  # the point branch's index operations gain nothing from it
+        encoder = model.simipu.image_encoder
+        encoder.forward_intermediates = torch.compile(encoder.forward_intermediates)
+
+
+def try_first_step(
+    accelerator: Accelerator,
+    model: SimIPUForPreTraining,
+    processor: SimIPUProcessor,
+    batches: StoredBatches | StreamedBatches,
+) -> None:
+    """Forward and backward of one batch, and everything as before: what cannot work fails before anything is written.
+
+    Parameters that the loss does not reach (stages beyond the sampled ones) are frozen, so that several processes need
+    not look for them in every step.
+
+    Raises:
+        SimIPUError: a row that cannot be used, an image size that the encoder does not take, too little memory, or a
+            machine that cannot compile.
+    """
+    batch = send_to_device(batches.example(), accelerator.device)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.train()
+    try:
+        with accelerator.autocast():
+            output = model(**to_model_inputs(batch, processor.image_processor))
+        output.loss.backward()
+    except (ValueError, RuntimeError) as error:
+        hint = "; lower --per_device_train_batch_size" if isinstance(error, torch.OutOfMemoryError) else ""
+        raise SimIPUError(f"the first step failed: {error}{hint}") from error
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+    model.zero_grad(set_to_none=True)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+
+
+def create_optimization(
+    arguments: PreTrainingArguments,
+    recipe: Recipe,
+    model: SimIPUForPreTraining,
+    steps_per_epoch: int,
+    total_steps: int,
+) -> tuple[ChainedOptimizer, LRScheduler]:
+    """One optimizer for the image encoder and the heads, one for the point encoder, as the official run has them."""
+    shared: dict[str, Any] = {
+        "betas": (arguments.adam_beta1, arguments.adam_beta2),
+        "momentum": arguments.momentum,
+    }
+    image_optimizer = create_optimizer(
+        recipe.optimizer,
+        {
+            "image_encoder": [model.simipu.image_encoder],
+            "heads": [model.intra_point_head, model.inter_image_head, model.inter_point_head],
+        },
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        layer_decay=recipe.layer_decay,
+        **shared,
+    )
+    point_optimizer = create_optimizer(
+        arguments.point_optimizer,
+        {"point_encoder": [model.simipu.point_encoder]},
+        learning_rate=arguments.point_learning_rate,
+        weight_decay=arguments.point_weight_decay,
+        **shared,
+    )
+    optimizer = ChainedOptimizer([image_optimizer, point_optimizer])
+    schedule = create_schedule(
+        arguments.lr_scheduler_type,
+        optimizer,
+        warmup_steps=recipe.warmup_steps,
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
+        decay_per_epoch=arguments.lr_decay_per_epoch,
+    )
+    return optimizer, schedule
+
+
+def open_run_folder(
+    accelerator: Accelerator, arguments: PreTrainingArguments, record: dict[str, Any], steps: Steps
+) -> RunLogger:
+    """The output folder with `run.yaml`, and the logger that writes into it."""
+    output_dir = Path(arguments.output_dir)
+    rows_per_micro_batch = arguments.per_device_train_batch_size * accelerator.num_processes
+    overwrite = arguments.overwrite_output_dir and arguments.resume_from_checkpoint is None
+    on_main_process(accelerator, prepare_run_folder, output_dir, steps.first, overwrite)
+    on_main_process(accelerator, write_run_file, output_dir, **record)
+    accelerator.init_trackers(
+        "pretrain",
+        config=flatten(record),
+        init_kwargs={"tensorboard": {"purge_step": steps.first + 1}} if steps.first else {},
+    )
+    return RunLogger(
+        accelerator,
+        output_dir,
+        total_steps=steps.last,
+        first_step=steps.first,
+        rows_per_step=rows_per_micro_batch * arguments.gradient_accumulation_steps,
+        show=SHOWN,
+    )
+
+
+def create_uploader(arguments: PreTrainingArguments) -> HubUploader:
+    """What publishes the run in the background."""
+    assert arguments.hub_model_id is not None
+    return HubUploader(
+        arguments.hub_model_id,
+        arguments.output_dir,
+        arguments.hub_strategy,
+        private=arguments.hub_private_repo or None,
+        token=arguments.hub_token,
+        encoder_repo_id=arguments.encoder_repo_id,
+        report=tqdm.write,
+    )
+
+
+def describe_data(rows: AnyDataset) -> dict[str, Any]:
+    """What `run.yaml` says about the data; of a stream neither the number of rows nor their names are known."""
+    info = rows.info
+    about = {
+        "dataset": info.builder_name or "",
+        "config": info.config_name or "",
+        "split": str(rows.split or ""),
+    }
+    if isinstance(rows, datasets.Dataset):
+        about |= {"rows": len(rows), "fingerprint": data_fingerprint(rows["frame_id"])}
+    return about
+
+
+# What is left behind.
+
+
+def finish(
+    output_dir: Path,
+    model: SimIPUForPreTraining,
+    processor: SimIPUProcessor,
+    batches: StoredBatches | StreamedBatches,
+    skipped: list[str],
+) -> None:
+    """Write the final model, its image encoder (`image_encoder/`) and pictures into `output_dir`."""
+    with atomic_folder(output_dir / ".final", overwrite=True) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        write_timm(find_image_encoder(folder), folder / "image_encoder")
+    move_into(output_dir / ".final", output_dir)
+    if isinstance(batches, StoredBatches):
+        with contextlib.suppress(ValueError):  # the first frame may be a damaged one
+            row = batches.dataset.read_row(0)
+            draw_features(model, processor, row, output_dir / "pictures" / "image_features.png")
+        skipped = skipped + [f"row {row}" for row in batches.dataset.bad_rows]
+    if skipped:
+        print(f"{len(skipped)} damaged rows were skipped:", *skipped, sep="\n  ", file=sys.stderr)
+    encoder = (output_dir / "image_encoder").as_posix()
+    print(f'{encoder}: load it with timm.create_model("local-dir:{encoder}", pretrained=True)')
+
+
+def draw_features(model: SimIPUForPreTraining, processor: SimIPUProcessor, row: Mapping[str, Any], path: Path) -> None:
+    """What the image encoder makes of a frame, as colours.
+
+    Without the photograph: the picture goes to the Hub with the model, which is no reason to publish the data.
+    """
+    from .visualization import draw_image_features, save_figure  # importing matplotlib takes seconds
+    from .visualization.features import encode_image
+
+    frame, stages = Frame.from_row(row), model.config.image_encoder_config.out_indices
+    maps = encode_image(model.simipu.image_encoder.eval(), processor.image_processor, frame, stages)
+    path.parent.mkdir(exist_ok=True)
+    save_figure(draw_image_features(frame, maps, photograph=False), path)
+
+
+def main() -> int:
+    """`python -m simipu_hf.pretrain`; returns the exit code."""
+    return exit_code_of(lambda: pretrain(parse_arguments(PreTrainingArguments, prog="simipu_hf.pretrain")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,7 +1,9 @@
 """Frames and flags for training runs small enough for tests, which run in the test's own process."""
 
 from pathlib import Path
+from typing import Any
 
+import datasets
 import numpy as np
 from accelerate.state import AcceleratorState, GradientState
 
@@ -14,19 +16,27 @@ OVERRIDES = (
 )
 
 
-def write_frames(folder: Path) -> None:
-    """Ten made-up rows in a `save_to_disk` folder: images of 96 x 32 pixels, scans of 500 points."""
-    generator = np.random.default_rng(0)
+def make_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Made-up rows in scenes of two: images of 96 x 32 pixels, scans of 500 points."""
+    generator = np.random.default_rng(seed)
     projection = np.array([[100.0, 0, 48, 0], [0, 100, 16, 0], [0, 0, 1, 0]])
     extrinsics = np.array([[0.0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
     rows = []
-    for frame in range(10):
+    for frame in range(count):
         depth = generator.uniform(3, 40, 500)
         spread = generator.uniform(-1, 1, (2, 500)) * depth * np.array([[0.4], [0.12]])
         points = np.stack([depth, *spread, generator.uniform(0, 1, 500)], axis=1)
         image = generator.integers(0, 255, (32, 96, 3), dtype=np.uint8)
-        rows.append(to_row(f"frame-{frame}", image, points, projection, extrinsics))
-    dataset_from_rows(rows).save_to_disk(folder)
+        name, scene = f"frame-{seed}-{frame}", f"scene-{seed}-{frame // 2}"
+        rows.append(to_row(name, image, points, projection, extrinsics, scene=scene))
+    return rows
+
+
+def write_frames(folder: Path, **splits: int) -> None:
+    """A `save_to_disk` folder with so many made-up rows in each split; ten and six by default."""
+    sizes = splits or {"train": 10, "validation": 6}
+    rows = {name: dataset_from_rows(make_rows(size, seed)) for seed, (name, size) in enumerate(sizes.items())}
+    datasets.DatasetDict(rows).save_to_disk(folder)
 
 
 def reset_accelerate() -> None:

@@ -430,8 +430,6 @@ class CompareArguments(FineTuningArguments):
         for encoder in self.image_encoders:
             if not all(encoder.partition("=")):
                 raise SimIPUError(f"--image_encoders {encoder}: expected NAME=SOURCE")
-        if not set(self.modes) <= {"full", "frozen"}:
-            raise SimIPUError(f"--modes {' '.join(self.modes)}: choose from full, frozen")
         if not all(0 < fraction <= 1 for fraction in self.label_fractions):
             raise SimIPUError(f"--label_fractions must be above 0 and at most 1, found {self.label_fractions}")
         if min(self.max_steps, self.batch_size) < 1 or not 1 <= self.num_evaluations <= self.max_steps:
@@ -549,7 +547,9 @@ def check_choices(arguments: Any) -> None:
     for name, hint in typing.get_type_hints(type(arguments)).items():
         choices = [c for h in (hint, *typing.get_args(hint)) if typing.get_origin(h) is Literal for c in get_args(h)]
         value = getattr(arguments, name)
-        if choices and value not in choices and not (value is None and type(None) in typing.get_args(hint)):
+        if not choices or (value is None and type(None) in typing.get_args(hint)):
+            continue
+        if any(item not in choices for item in (value if isinstance(value, list) else [value])):
             raise SimIPUError(f"--{name} {value!r}: choose from {', '.join(choices)}")
 
 

@@ -21,12 +21,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import ProcessorMixin
 
 from simipu_hf.errors import SimIPUError
 from simipu_hf.files import atomic_folder
 
-from .logging import METRICS_FILE
+from .distributed import on_main_process
+from .logging import METRICS_FILE, RunLogger
 
 MANIFEST = "manifest.json"
 STATE_TENSORS = "training_state.pt"
@@ -188,6 +197,76 @@ def set_aside(output_dir: Path, step: int) -> Path | None:
     for path in beyond:
         path.rename(folder / path.name)
     return folder
+
+
+@dataclass
+class TrainingState:
+    """What a run saves and takes up again: model, optimizer, schedule, loss scale, the logger's unfinished window, and
+    where each process stands in a stream.
+
+    Args:
+        model, optimizer: as accelerate prepared them.
+        identity: what must be the same for a run to continue, as JSON.
+    """
+
+    accelerator: Accelerator
+    model: nn.Module
+    processor: ProcessorMixin
+    optimizer: Optimizer
+    schedule: LRScheduler
+    logger: RunLogger
+    batches: Stateful
+    identity: dict[str, Any]
+
+    @property
+    def unwrapped_model(self) -> Any:
+        """The model itself, without what accelerate wraps it in for several processes."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def save(self, output_dir: Path, step: int, total_limit: int) -> Path:
+        """Every process calls it; the main one writes, see [`save_checkpoint`]."""
+        scaler = self.accelerator.scaler
+        tensors = {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": scaler and scaler.state_dict(),
+            "logger": self.logger.state_dict(),
+            "batches": gather_object([self.batches.state_dict()]),
+        }
+        values = {"identity": self.identity}
+        return on_main_process(
+            self.accelerator,
+            save_checkpoint,
+            output_dir,
+            step,
+            save_model=self.save_model,
+            tensors=tensors,
+            values=values,
+            total_limit=total_limit or None,
+        )
+
+    def save_model(self, folder: Path) -> None:
+        """Everything that `from_pretrained` needs, remote code included."""
+        self.unwrapped_model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """
+        Raises:
+            SimIPUError: the checkpoint does not fit the model or the optimizers.
+        """
+        try:
+            self.unwrapped_model.load_state_dict(load_file(checkpoint.path / "model.safetensors"))
+            self.optimizer.load_state_dict(checkpoint.tensors["optimizer"])
+            self.schedule.load_state_dict(checkpoint.tensors["schedule"])
+            if self.accelerator.scaler is not None and checkpoint.tensors["scaler"] is not None:
+                self.accelerator.scaler.load_state_dict(checkpoint.tensors["scaler"])
+            self.logger.load_state_dict(checkpoint.tensors["logger"])
+            positions = checkpoint.tensors["batches"]
+            if self.accelerator.process_index < len(positions):  # a stream is resumed by as many processes
+                self.batches.load_state_dict(positions[self.accelerator.process_index])
+        except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+            raise SimIPUError(f"{checkpoint.path} does not fit the model or its optimizers ({error})") from error
 
 
 def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:

@@ -4,18 +4,55 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+)
 
 from simipu_hf.errors import SimIPUError
 
+from .arguments import RunArguments
 from .batch_norm import ReducedBatchNorm, synchronize_batch_norm  # noqa: F401 (until all import them from there)
+from .logging import check_trackers
 
 T = TypeVar("T")
+
+
+def create_accelerator(arguments: RunArguments) -> Accelerator:
+    """The accelerator of a run; it writes nothing yet. The flags count, not the launcher's environment.
+
+    Raises:
+        SimIPUError: a tracker that is not installed, a precision that this device lacks, or a launch gone wrong.
+    """
+    precision = arguments.mixed_precision
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise SimIPUError("--mixed_precision fp16 needs a GPU: without one PyTorch would compute in full precision")
+    if precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise SimIPUError(f"--mixed_precision bf16: {torch.cuda.get_device_name()} does not have it; use fp16")
+    output_dir = arguments.output_dir
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        dynamo_backend="no",
+        # the plugin, because ACCELERATE_GRADIENT_ACCUMULATION_STEPS overrides the plain argument
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=arguments.gradient_accumulation_steps),
+        step_scheduler_with_optimizer=False,
+        log_with=check_trackers(arguments.report_to) or None,
+        project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=str(Path(output_dir) / "logs")),
+        # the others wait while the main process writes checkpoints and the final folder, on a slow disk for long
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+    )
+    check_processes(accelerator)
+    use_all_cores(accelerator)
+    return accelerator
 
 
 def check_processes(accelerator: Accelerator) -> None:
@@ -66,13 +103,14 @@ def on_main_process(accelerator: Accelerator, function: Callable[..., T], *args:
 
 
 class SharedFlags:
-    """Flags that any process may raise in a step and that all processes see, one step later.
+    """Flags that any process may raise in a step and that all processes see together, one step later.
 
     flags.put(step, not_finite=~loss.isfinite(), stop=stop.requested)
     flags.get()             # of the step before: the values have arrived, nothing waits for the device
     flags.get(wait=True)    # of this step too
 
-    Reading a value of this step at once would stop the host until the device has finished it.
+    Reading this step's values at once would stop the host until the device has finished the step. On the CPU there is
+    nothing to wait for, and they are read at once.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -100,7 +138,8 @@ class SharedFlags:
 
     def get(self, wait: bool = False) -> dict[str, int]:
         """Name -> the first step in which the flag was raised, for the flags that were raised so far."""
-        while len(self._pending) > (0 if wait else 1):
+        late = 0 if wait or self.accelerator.device.type == "cpu" else 1
+        while len(self._pending) > late:
             step, names, values, arrived = self._pending.pop(0)
             if arrived is not None:
                 arrived.synchronize()

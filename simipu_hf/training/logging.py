@@ -114,6 +114,14 @@ class RunLogger:
             self._sums[name] = self._sums[name] + wide if name in self._sums else wide
             self._counts[name] = self._counts.get(name, 0) + 1
 
+    def not_finite(self) -> dict[str, torch.Tensor]:
+        """Name -> a flag on the device, whether a NaN or an infinity was added since the last written line.
+
+        Without gradient norms in fp16: the loss scaler finds its scale by overflowing them.
+        """
+        names = [n for n in self._sums if self.accelerator.scaler is None or not n.startswith("grad_norm/")]
+        return dict(zip(names, ~torch.stack([self._sums[name] for name in names]).isfinite(), strict=True))
+
     def step_done(self) -> None:
         self._timed_steps += 1
         self.bar.update()

@@ -1,19 +1,59 @@
 """Optimizers and schedules: which parameters follow which rule, and how fast."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_scheduler
 
+from simipu_hf.errors import SimIPUError
+
+from .arguments import PreTrainingArguments
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How image encoder and heads are optimised, with every default resolved."""
+
+    optimizer: str
+    learning_rate: float
+    weight_decay: float
+    layer_decay: float
+    warmup_steps: int
+
+
+def choose_recipe(arguments: PreTrainingArguments, image_encoder: nn.Module, total_steps: int) -> Recipe:
+    """The flags, and where they are `None` the values that suit the encoder's family.
+
+    Networks with batch norm (ResNet, RegNet, EfficientNet) take the official SGD. The others (ViT, Swin, ConvNeXt)
+    take AdamW with warm-up, as they were published, and from pretrained weights a tenth of the learning rate with
+    layer-wise decay (BEiT's fine-tuning recipe, Bao et al. 2022).
+    """
+    has_batch_norm = any(isinstance(module, _BatchNorm) for module in image_encoder.modules())
+    optimizer = arguments.optimizer or ("sgd" if has_batch_norm else "adamw")
+    if optimizer == "sgd":
+        defaults = Recipe("sgd", learning_rate=0.03, weight_decay=1e-4, layer_decay=1.0, warmup_steps=0)
+    elif arguments.pretrained_image_encoder:
+        defaults = Recipe("adamw", 1e-4, weight_decay=0.05, layer_decay=0.75, warmup_steps=total_steps // 20)
+    else:
+        defaults = Recipe("adamw", 1e-3, weight_decay=0.05, layer_decay=1.0, warmup_steps=total_steps // 20)
+    if arguments.lr_scheduler_type == "constant":
+        defaults = replace(defaults, warmup_steps=0)
+    given = {name: value for name in vars(defaults) if (value := getattr(arguments, name)) is not None}
+    if optimizer == "sgd" and given.get("layer_decay", 1.0) != 1.0:
+        raise SimIPUError("--layer_decay does nothing with sgd: add --optimizer adamw")
+    return replace(defaults, **given)
+
 
 class ChainedOptimizer(Optimizer):
-    """Several optimizers over disjoint parameters as one; every parameter group has a `"name"`.
+    """Several optimizers over disjoint parameters as one.
 
     accelerate updates the fp16 loss scale after each optimizer that it steps, and would unscale the gradients of a
     second one twice. So it gets one, and one schedule serves all groups.
@@ -35,18 +75,22 @@ class ChainedOptimizer(Optimizer):
             optimizer.load_state_dict(saved)
         self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
-    def parts(self) -> dict[str, list[nn.Parameter]]:
-        """Name -> the parameters of all groups of that name."""
-        parts: dict[str, list[nn.Parameter]] = {}
-        for group in self.param_groups:
-            parts.setdefault(group["name"], []).extend(group["params"])
-        return parts
 
-    def learning_rates(self) -> dict[str, float]:
-        """Name -> the highest learning rate of the groups of that name in the coming step."""
-        return {
-            name: max(group["lr"] for group in self.param_groups if group["name"] == name) for name in self.parts()
-        }
+def named_parts(optimizer: Optimizer) -> dict[str, list[nn.Parameter]]:
+    """Name -> the parameters of all groups of that name."""
+    parts: dict[str, list[nn.Parameter]] = {}
+    for group in optimizer.param_groups:
+        parts.setdefault(group["name"], []).extend(group["params"])
+    return parts
+
+
+def learning_rates(optimizer: Optimizer) -> dict[str, float]:
+    """`learning_rate/<name>` -> the highest one of the groups of that name in the coming step."""
+    rates: dict[str, float] = {}
+    for group in optimizer.param_groups:
+        name = f"learning_rate/{group['name']}"
+        rates[name] = max(group["lr"], rates.get(name, 0.0))
+    return rates
 
 
 def create_optimizer(
@@ -64,32 +108,21 @@ def create_optimizer(
     AdamW decays no norms, biases and embeddings, and multiplies the learning rate by `layer_decay` for every layer
     that lies further from the output, both by timm's rules. SGD treats all parameters alike, as the official code.
     """
-    if kind == "sgd":
-        groups = [
-            {"name": name, "params": [p for m in parts for p in m.parameters() if p.requires_grad]}
-            for name, parts in modules.items()
-        ]
-        groups = [group for group in groups if group["params"]]
-        return torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, weight_decay=weight_decay)
-    groups = []
+    groups: list[dict[str, Any]] = []
     for name, parts in modules.items():
         for module in parts:
-            if layer_decay < 1 and hasattr(module, "group_matcher"):
+            if kind == "sgd":
+                found = [{"params": [p for p in module.parameters() if p.requires_grad]}]
+            elif layer_decay < 1 and hasattr(module, "group_matcher"):
                 found = param_groups_layer_decay(module, weight_decay=weight_decay, layer_decay=layer_decay)
             else:
                 kept = getattr(module, "no_weight_decay", set)()
                 found = param_groups_weight_decay(module, weight_decay=weight_decay, no_weight_decay_list=kept)
-            for group in found:
-                scale = group.get("lr_scale", 1.0)
-                groups.append(
-                    {
-                        "name": name,
-                        "params": group["params"],
-                        "lr": learning_rate * scale,
-                        "weight_decay": group["weight_decay"],
-                    }
-                )
-    return AdamW([group for group in groups if group["params"]], betas=betas)
+            groups += [{**group, "name": name, "lr": learning_rate * group.get("lr_scale", 1.0)} for group in found]
+    groups = [group for group in groups if group["params"]]
+    if kind == "sgd":
+        return torch.optim.SGD(groups, momentum=momentum, weight_decay=weight_decay)
+    return AdamW(groups, betas=betas, weight_decay=weight_decay)
 
 
 def create_schedule(
@@ -120,12 +153,13 @@ def clip_gradients(accelerator: Accelerator, optimizer: ChainedOptimizer, max_no
     """Clip all gradients together to `max_norm` (0 does not), after removing the loss scale of fp16.
 
     Returns:
-        name -> the L2 norm of the part's gradient before clipping, a scalar on the device: nothing waits for it.
+        `grad_norm/<name>` -> the L2 norm of the part's gradient before clipping, a scalar on the device.
     """
     accelerator.unscale_gradients()
-    parts = optimizer.parts()
+    parts = named_parts(optimizer)
     norms = {
-        name: nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]) for name, part in parts.items()
+        f"grad_norm/{name}": nn.utils.get_total_norm([p.grad for p in part if p.grad is not None])
+        for name, part in parts.items()
     }
     if max_norm:
         total = torch.linalg.vector_norm(torch.stack(list(norms.values())))

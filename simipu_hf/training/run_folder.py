@@ -84,12 +84,13 @@ def prepare_run_folder(output_dir: Path, step: int = 0, overwrite: bool = False)
         print(f"the checkpoints beyond step {step} are now in {aside}")
 
 
-def write_run_file(output_dir: Path, arguments: dict[str, Any], data: dict[str, Any]) -> None:
-    """Write `run.yaml`: the resolved arguments (it can be given to `--config`), versions, data, command, git state."""
+def write_run_file(output_dir: Path, arguments: dict[str, Any], data: dict[str, Any], **more: Any) -> None:
+    """Write `run.yaml`: the arguments (it can be given to `--config`), versions, data, command, git state, `more`."""
     record = {
         "command": current_command(),
         "arguments": arguments,
         "data": data,
+        **more,
         "versions": versions(),
         "git": git_state(),
         "machine": {

@@ -1,16 +1,125 @@
-"""Which rows make which batch: a pure function of (seed, step), the same for every number of processes."""
+"""Which rows make which batch, and the loaders that make them."""
 
+import functools
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import datasets
 import torch
+from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from simipu_hf.data.streaming import stream_two_views
+from simipu_hf.data.two_views import TwoViewAugmentation, TwoViewCollator, TwoViewDataset
 from simipu_hf.errors import SimIPUError
+from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
+from .arguments import PreTrainingArguments
 from .distributed import StopRequest
+
+
+@dataclass
+class Steps:
+    """Optimizer steps, counted from 1: those after `first` are to be taken, up to `last`."""
+
+    first: int
+    last: int
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Every so many steps (never where that is 0), and at the end."""
+        return step == self.last or (every > 0 and step % every == 0)
+
+
+class StoredBatches:
+    """The training batches of this process, of rows on the disk.
+
+    Where a run stands in them is nothing but the step: they have no state of their own.
+    """
+
+    def __init__(self, accelerator: Accelerator, arguments: PreTrainingArguments, dataset: TwoViewDataset) -> None:
+        self.dataset = dataset
+        self.collate = TwoViewCollator(dataset.processor.image_processor.pad_size_divisor)
+        self.pin_memory = accelerator.device.type != "cpu"
+        self.num_workers = arguments.dataloader_num_workers
+        self.sampler = GlobalBatchSampler(
+            len(dataset),
+            arguments.per_device_train_batch_size,
+            accumulation_steps=arguments.gradient_accumulation_steps,
+            num_processes=accelerator.num_processes,
+            process_index=accelerator.process_index,
+            seed=arguments.seed,
+        )
+        self.steps_per_epoch = self.sampler.steps_per_epoch
+
+    def loader(self, first_step: int, last_step: int) -> DataLoader:
+        """One loader for the whole run: its workers live through all epochs."""
+        self.sampler.first_step, self.sampler.last_step = first_step, last_step
+        return create_loader(self.dataset, self.sampler, self.collate, self.num_workers, self.pin_memory)
+
+    def example(self) -> dict[str, torch.Tensor]:
+        """A first batch, to try."""
+        return self.collate([self.dataset[key] for key in self.sampler.step_keys(0)[0]])
+
+    def frame_ids(self, step: int) -> list[str]:
+        """The rows of this process in `step`, counted from 1."""
+        keys = [key for batch in self.sampler.step_keys(step - 1) for key in batch]
+        mixture = self.dataset.mixture
+        rows = [index if mixture is None else mixture.row(epoch, index) for epoch, index in keys]
+        return self.dataset.rows.select_columns("frame_id")[rows]["frame_id"]  # this does not decode images
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class StreamedBatches:
+    """The training batches of this process, of rows that are read as they are needed."""
+
+    steps_per_epoch = 0  # not known
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        arguments: PreTrainingArguments,
+        rows: datasets.IterableDataset,
+        processor: SimIPUProcessor,
+        augmentation: TwoViewAugmentation,
+    ) -> None:
+        self.create_loader = functools.partial(
+            stream_two_views,
+            rows,
+            processor,
+            augmentation,
+            seed=arguments.seed,
+            batch_size=arguments.per_device_train_batch_size,
+            collate=TwoViewCollator(processor.image_processor.pad_size_divisor),
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+            on_bad_row=arguments.on_bad_row,
+        )
+        self.stream = self.create_loader(num_workers=arguments.dataloader_num_workers)
+        self.stream.worker_init_fn = quiet_worker
+
+    def loader(self, first_step: int, last_step: int) -> DataLoader:
+        return self.stream
+
+    def example(self) -> dict[str, torch.Tensor]:
+        """A first batch, to try."""
+        return next(iter(self.create_loader(num_workers=0)))
+
+    def frame_ids(self, step: int) -> list[str]:
+        return []  # not known
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stream.load_state_dict(state)
 
 
 class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
