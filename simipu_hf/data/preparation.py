@@ -5,6 +5,7 @@ that was interrupted goes on behind the last whole file, and a folder that grew 
 """
 
 import hashlib
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -69,14 +70,17 @@ def prepare(
     """
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "simipu_hf"
     chunks = [frames[start : start + CHUNK] for start in range(0, len(frames), CHUNK)]
-    files = {folder / f"{reading.module.rpartition('.')[2]}-{_name(reading, chunk)}.arrow": chunk for chunk in chunks}
-    if not all(path.is_file() for path in files):
-        lock = hashlib.sha256("".join(path.name for path in files).encode("utf-8")).hexdigest()[:16]
-        with _writable(folder, lock):
-            missing = {path: chunk for path, chunk in files.items() if not path.is_file()}
+    names = "\n".join(frame.frame_id for frame in frames)
+    note = folder / f"{_digest(reading, frames[0], names)}.json"
+    with _lock(note):
+        paths = _files_of_this_launch(note)
+        if paths is None:
+            paths = [folder / f"{reading.module.rpartition('.')[2]}-{_name(reading, chunk)}.arrow" for chunk in chunks]
+            missing = [item for item in zip(paths, chunks, strict=True) if not item[0].is_file()]
             write = partial(_write_chunk, reading, stop_at_damage=skipped is None)
-            run_in_processes(write, list(missing.items()), num_proc, "Preparing", lambda item: len(item[1]), "row")
-    rows = datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in files])
+            run_in_processes(write, missing, num_proc, "Preparing", lambda item: len(item[1]), "row")
+            note.write_text(json.dumps([_launch(), *map(str, paths)]), encoding="utf-8")
+    rows = datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in paths])
     prepared = set(rows["frame_id"])
     messages: list[str] = []
     for _ in reading.rows([frame for frame in frames if frame.frame_id not in prepared], messages):
@@ -123,17 +127,36 @@ def _write_chunk(reading: Reading, item: tuple[Path, Sequence[Any]], stop_at_dam
 
 def _name(reading: Reading, frames: Sequence[Any]) -> str:
     """Of the files of the frames, the code that reads them, and how it does."""
-    code = Path(str(reading.reader.__file__)).read_bytes()
-    made_of = (reading.reader.fingerprint(frames), code, reading.config, reading.whole_scans)
+    return _digest(reading.reader.fingerprint(frames), Path(str(reading.reader.__file__)).read_bytes(), reading)
+
+
+def _digest(*made_of: Any) -> str:
     return hashlib.sha256(repr(made_of).encode("utf-8")).hexdigest()[:32]
 
 
-def _writable(folder: Path, lock: str) -> FileLock:
+def _files_of_this_launch(note: Path) -> list[Path] | None:
+    """What another process of this launch found: the files of a large data set are not looked at by every rank."""
+    if _launch() is None or not note.is_file():
+        return None
+    launch, *paths = json.loads(note.read_text(encoding="utf-8"))
+    return [Path(path) for path in paths] if launch == _launch() else None
+
+
+def _launch() -> str | None:
+    """Names the launch that this process is a rank of; `None` where it is no part of one."""
+    if "LOCAL_RANK" not in os.environ:
+        return None
+    places = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")]
+    return " ".join([str(os.getppid()), *places])
+
+
+def _lock(note: Path) -> FileLock:
+    path = note.with_suffix(".lock")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{lock}.lock").touch()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
     except OSError as error:
         raise SimIPUError(
-            f"{folder}: the cache of prepared rows cannot be written: {error}; name another with HF_DATASETS_CACHE"
+            f"{path.parent}: the cache of prepared rows cannot be written: {error}; set HF_DATASETS_CACHE to another"
         ) from error
-    return FileLock(folder / f"{lock}.lock")
+    return FileLock(path)
