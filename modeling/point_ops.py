@@ -1,13 +1,16 @@
 """Index operations on point clouds: furthest point sampling, ball query, and the maximum over groups.
 
 Each operation has one definition in plain PyTorch (backend `"torch"`), which works for every dtype and device,
-and faster backends that compute the same function. `"auto"` picks the fastest that is installed and applies; a
-backend asked for by name raises ImportError where its package is missing and ValueError where it does not apply.
+and faster backends that compute the same function. `"auto"` picks the fastest that is installed and applies, and tries
+a Triton kernel once on the device before it relies on it; a backend asked for by name raises ImportError where its
+package is missing and ValueError where it does not apply.
 No gradient flows through indices; half precision inputs are compared in float32. On CUDA nothing waits for the device.
 
 Shapes: B clouds, N points each, M samples or centres, K slots of a group, G = B * M groups.
 """
 
+import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,11 +26,6 @@ from .point_ops_triton import ball_query_padded as triton_ball_query_padded
 from .point_ops_triton import furthest_point_sample as triton_sample
 from .point_ops_triton import furthest_point_sample_features as triton_sample_features
 from .point_ops_triton import triton
-
-try:
-    import torch_quickfps
-except Exception:
-    torch_quickfps = None
 
 
 class Neighbors(NamedTuple):
@@ -53,13 +51,12 @@ def furthest_point_sample(points: Tensor, num_samples: int, backend: str = "auto
     """Furthest point sampling on coordinates (D-FPS).
 
     Starts at index 0; every next sample is the point with the largest squared distance to its nearest sample,
-    the lowest index among equals (`"quickfps"` alone chooses otherwise among equals).
+    the lowest index among equals.
 
     Args:
         points: (B, N, C), metres, any frame.
         num_samples: M. If M > N all distances end at zero and index 0 repeats.
-        backend: `"auto"`, `"torch"`, `"numba"` (CPU), `"quickfps"` (CPU, at most float32, M <= N) or `"triton"`
-            (CUDA, at most float32); the last three take C = 3.
+        backend: `"auto"`, `"torch"`, `"numba"` (CPU) or `"triton"` (CUDA, at most float32); the last two take C = 3.
 
     Returns:
         (B, M) int64, rows of each cloud.
@@ -68,25 +65,18 @@ def furthest_point_sample(points: Tensor, num_samples: int, backend: str = "auto
     """
     _check_sampling(points, num_samples)
     values = _at_least_float32(points).contiguous()
-    on_cpu, single, spatial = values.device.type == "cpu", values.dtype == torch.float32, values.shape[2] == 3
+    single, spatial = values.dtype == torch.float32, values.shape[2] == 3
     backend = _choose(
+        "furthest_point_sample",
         backend,
         triton=_obstacle(triton, "triton", values.is_cuda and single and spatial, "3 coordinates in float32 on CUDA"),
-        numba=_obstacle(numba, "numba", on_cpu and spatial, "3 coordinates on the CPU"),
-        quickfps=_obstacle(
-            torch_quickfps,
-            "torch-quickfps",
-            on_cpu and single and spatial and num_samples <= values.shape[1],
-            "3 coordinates in float32 on the CPU, and no more samples than points",
-        ),
+        numba=_obstacle(numba, "numba", values.device.type == "cpu" and spatial, "3 coordinates on the CPU"),
         torch=None,
     )
     if backend == "triton":
         return triton_sample(values, num_samples)
     if backend == "numba":
         return numba_sample(values, num_samples)
-    if backend == "quickfps":
-        return torch_quickfps.sample_idx(values, num_samples, start_idx=0)
 
     axes = values.permute(2, 0, 1).contiguous()  # (C, B, N)
 
@@ -117,6 +107,7 @@ def furthest_point_sample_features(features: Tensor, num_samples: int, backend: 
     _check_sampling(features, num_samples)
     values = _at_least_float32(features).contiguous()
     backend = _choose(
+        "furthest_point_sample_features",
         backend,
         triton=_obstacle(
             triton, "triton", values.is_cuda and values.dtype == torch.float32, "features in float32 on CUDA"
@@ -167,6 +158,7 @@ def ball_query(
     dtype = points.dtype
     points, centers = _at_least_float32(points).contiguous(), _at_least_float32(centers).contiguous()
     backend = _choose(
+        "ball_query",
         backend,
         triton=_obstacle(
             triton, "triton", points.is_cuda and points.dtype == torch.float32, "points in float32 on CUDA"
@@ -223,9 +215,8 @@ def group_max(rows: Tensor, neighbors: Neighbors, backend: str = "auto") -> Tens
     Returns:
         (G, C). The gradient goes to the first entry that attains the maximum.
     """
-    backend = _choose(
-        backend, numba=_obstacle(numba, "numba", rows.device.type == "cpu", "rows on the CPU"), torch=None
-    )
+    on_cpu = rows.device.type == "cpu"
+    backend = _choose("group_max", backend, numba=_obstacle(numba, "numba", on_cpu, "rows on the CPU"), torch=None)
     if backend == "numba":
         values = _at_least_float32(rows).contiguous()
         return GroupMax.apply(values, neighbors.index, neighbors.offsets).to(rows.dtype)
@@ -282,10 +273,47 @@ def _obstacle(package: Any, name: str, applies: bool, takes: str) -> Exception |
     return None if applies else ValueError(f"this backend takes {takes}")
 
 
-def _choose(backend: str, **obstacles: Exception | None) -> str:
+@functools.cache
+def triton_works(operation: str, device: str = "cuda") -> bool:
+    """Whether the Triton kernel of an operation compiles, runs and agrees with the definition on a few points.
+
+    Warns where it does not; a kernel that cannot run must not end a training that `"auto"` chose it for.
+    """
+    points = (torch.arange(48.0).square() % 17).view(1, 16, 3).to(device)
+    ring = [(0.0, 5.0)], [4]
+    kernel, definition = {
+        "furthest_point_sample": (
+            lambda: triton_sample(points, 8),
+            lambda: furthest_point_sample(points, 8, backend="torch"),
+        ),
+        "furthest_point_sample_features": (
+            lambda: triton_sample_features(points, 8),
+            lambda: furthest_point_sample_features(points, 8, backend="torch"),
+        ),
+        "ball_query": (
+            lambda: triton_ball_query_padded(points, points, _squared_radii(ring[0], points.dtype), ring[1])[0],
+            lambda: ball_query_padded(points, points, *ring)[0],
+        ),
+    }[operation]
+    try:
+        problem = "" if torch.equal(kernel(), definition()) else "its result is not the definition's"
+    except Exception as error:  # compilers fail in many ways
+        problem = f"{type(error).__name__}: {error}"
+    if problem:
+        warnings.warn(
+            f"{operation}: the Triton kernel does not work on this device ({problem}); plain PyTorch is used, which "
+            "gives the same result many times slower. `simipu-hf check` says more.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return not problem
+
+
+def _choose(operation: str, backend: str, **obstacles: Exception | None) -> str:
     """The backend to run. `obstacles` name the known ones, the fastest first."""
     if backend == "auto":
-        return next(name for name, obstacle in obstacles.items() if obstacle is None)
+        possible = [name for name, obstacle in obstacles.items() if obstacle is None]
+        return next(name for name in possible if name != "triton" or triton_works(operation))
     if backend not in obstacles:
         raise ValueError(f"unknown backend {backend!r}: choose from auto, {', '.join(obstacles)}")
     obstacle = obstacles[backend]

@@ -50,8 +50,6 @@ class SetAbstraction(nn.Module):
         self.num_samples = config.num_samples[level]
         self.xyz_layer = config.xyz_layer if config.use_xyz else None
         self.sampling_backend = config.sampling_backend
-        # quickfps takes coordinates alone
-        self.feature_sampling_backend = "auto" if config.sampling_backend == "quickfps" else config.sampling_backend
         self.grouping_backend = config.grouping_backend
         # Triton has the query alone
         self.pooling_backend = "auto" if config.grouping_backend == "triton" else config.grouping_backend
@@ -123,7 +121,7 @@ class SetAbstraction(nn.Module):
         samples = []
         if mod in ("F-FPS", "FS"):
             joint = torch.cat([coordinates, features.to(coordinates.dtype)], dim=-1)
-            samples.append(furthest_point_sample_features(joint, num_points, self.feature_sampling_backend))
+            samples.append(furthest_point_sample_features(joint, num_points, self.sampling_backend))
         if mod in ("D-FPS", "FS"):
             samples.append(furthest_point_sample(coordinates, num_points, self.sampling_backend))
         return torch.cat(samples, dim=1)

@@ -1,5 +1,6 @@
 """Point operations: the definitions against brute force in NumPy, every backend against the definition."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -118,13 +119,6 @@ class TestFurthestPointSample:
         expected = furthest_point_sample(points, num_samples, backend="torch")
         assert torch.equal(furthest_point_sample(points, num_samples, backend="numba"), expected)
         assert torch.equal(furthest_point_sample(points, num_samples), expected)
-
-    @properties
-    @given(clouds(max_points=300, dtypes=[torch.float32]), st.floats(0.01, 1.0))
-    def test_quickfps_differs_by_ties_alone(self, points, share):
-        pytest.importorskip("torch_quickfps")
-        samples = furthest_point_sample(points, max(1, int(share * points.shape[1])), backend="quickfps")
-        assert_greedy(points, samples, tolerance=1e-3)
 
     def test_real_frame(self, kitti_mini):
         points = np.fromfile(kitti_mini / "training" / "velodyne" / "000000.bin", dtype="<f4").reshape(-1, 4)
@@ -342,17 +336,52 @@ class TestGroupMax:
 
 class TestBackendChoice:
     def test_unknown_name_lists_the_known_ones(self):
-        with pytest.raises(
-            ValueError, match="unknown backend 'cuda': choose from auto, triton, numba, quickfps, torch"
-        ):
+        with pytest.raises(ValueError, match="unknown backend 'cuda': choose from auto, triton, numba, torch"):
             furthest_point_sample(torch.zeros(1, 4, 3), 2, backend="cuda")
 
     def test_backend_that_does_not_apply(self):
-        pytest.importorskip("torch_quickfps")
-        with pytest.raises(ValueError, match="float32"):
-            furthest_point_sample(torch.zeros(1, 4, 3, dtype=torch.float64), 2, backend="quickfps")
-        with pytest.raises(ValueError, match="no more samples than points"):
-            furthest_point_sample(torch.zeros(1, 4, 3), 5, backend="quickfps")
+        with pytest.raises(ValueError, match="backend 'numba': this backend takes 3 coordinates on the CPU"):
+            furthest_point_sample(torch.zeros(1, 4, 2), 2, backend="numba")
+
+    @pytest.mark.parametrize(
+        ("operation", "kernel"),
+        [
+            ("furthest_point_sample", "triton_sample"),
+            ("furthest_point_sample_features", "triton_sample_features"),
+            ("ball_query", "triton_ball_query_padded"),
+        ],
+    )
+    def test_auto_leaves_a_triton_kernel_that_does_not_work(self, operation, kernel, monkeypatch):
+        """Triton's kernels stood in for on the CPU: one that fails to compile, one that is wrong, one that works."""
+        definition = getattr(point_ops, kernel.removeprefix("triton_").replace("sample", "furthest_point_sample"))
+
+        def broken(*_):
+            raise RuntimeError("no PTX for you")
+
+        def wrong(points, *_):
+            return [torch.zeros(1, 16, 4, dtype=torch.long)] if operation == "ball_query" else points[..., 0].long()
+
+        def right(*arguments):
+            if operation == "ball_query":
+                points, centers, squared, slots = arguments
+                rings = [tuple(value**0.5 for value in ring) for ring in squared]
+                return definition(points, centers, rings, slots)
+            return definition(*arguments, backend="torch")
+
+        for stand_in, message in ((broken, "RuntimeError: no PTX"), (wrong, "not the definition's"), (right, None)):
+            point_ops.triton_works.cache_clear()
+            monkeypatch.setattr(point_ops, kernel, stand_in)
+            obstacles = {"triton": None, "numba": ValueError("not here"), "torch": None}
+            monkeypatch.setattr(
+                point_ops, "triton_works", functools.partial(point_ops.triton_works.__wrapped__, device="cpu")
+            )
+            if message is None:
+                assert point_ops._choose(operation, "auto", **obstacles) == "triton"
+            else:
+                with pytest.warns(RuntimeWarning, match=message):
+                    assert point_ops._choose(operation, "auto", **obstacles) == "torch"
+            assert point_ops._choose(operation, "triton", **obstacles) == "triton"
+            monkeypatch.undo()
 
     def test_triton_needs_cuda(self, monkeypatch):
         monkeypatch.setattr(point_ops, "triton", object())
@@ -361,12 +390,10 @@ class TestBackendChoice:
 
     def test_missing_package_is_named_and_auto_goes_on(self, monkeypatch):
         points = torch.randn(1, 40, 3, generator=torch.Generator().manual_seed(0))
-        for package in ("numba", "torch_quickfps", "triton"):
+        for package in ("numba", "triton"):
             monkeypatch.setattr(point_ops, package, None)
         with pytest.raises(ImportError, match="pip install numba"):
             furthest_point_sample(points, 5, backend="numba")
-        with pytest.raises(ImportError, match="pip install torch-quickfps"):
-            furthest_point_sample(points, 5, backend="quickfps")
         assert torch.equal(furthest_point_sample(points, 5), furthest_point_sample(points, 5, backend="torch"))
         (ring,) = ball_query(points, points, [(0.0, 1.0)], [4])
         assert len(ring.index) == 160

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles.grouped_pointnet2 import GroupedPointNet2
 from tiny_simipu import TINY_POINTNET2
 
-from simipu_hf.grouped_pointnet2 import GroupedPointNet2
 from simipu_hf.modeling.configuration_simipu import SimIPUPointNet2Config
 from simipu_hf.modeling.pointnet2 import PointNet2Encoder
 
