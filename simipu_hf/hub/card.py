@@ -21,13 +21,9 @@ CURVES = "training_curves.png"
 EVALUATIONS = "eval_results.json"
 KITTI_LICENSE = "cc-by-nc-sa-3.0"
 
-# model_type of a configuration -> template and the Hub's pipeline tag; a timm encoder has no model_type
-KINDS = {
-    None: ("encoder", "image-feature-extraction"),
-    "simipu": ("simipu", "image-feature-extraction"),
-    "simipu_depth": ("depth", "depth-estimation"),
-    "simipu_detection": ("detection", "object-detection"),
-}
+# model_type of a configuration -> template
+KINDS = {"simipu": "simipu", "simipu_depth": "depth", "simipu_detection": "detection"}
+TASKS = {"depth": "depth-estimation", "detection": "object-detection"}
 
 
 def write_model_card(folder: str | Path, repo_id: str | None = None, encoder_repo_id: str | None = None) -> Path:
@@ -52,33 +48,22 @@ def write_model_card(folder: str | Path, repo_id: str | None = None, encoder_rep
 def model_card(folder: str | Path, repo_id: str | None = None, encoder_repo_id: str | None = None) -> str:
     """The text of the card of a model or encoder folder (see [`write_model_card`])."""
     folder = Path(folder)
-    config, run = read_json(folder / "config.json"), _run(folder)
+    config, run, evaluations = read_json(folder / "config.json"), _run(folder), _evaluations(folder)
     name = repo_id or folder.name
-    is_encoder = "architecture" in config
-    if not is_encoder and "image_config" not in config:
-        raise SimIPUError(f"{folder / 'config.json'}: neither a SimIPU model nor a timm encoder")
-    kind, pipeline_tag = KINDS[None if is_encoder else config.get("model_type", "simipu")]
-    architecture = config["architecture"] if is_encoder else config["image_config"]["architecture"]
-    evaluations, data = _evaluations(folder), run.get("data") or {}
-    metadata = ModelCardData(
-        model_name=name.split("/")[-1],
-        library_name="timm" if is_encoder else "transformers",
-        pipeline_tag=pipeline_tag,
-        license=KITTI_LICENSE if _trained_on_kitti(run) else data.get("license"),
-        tags=["simipu", "self-supervised", "lidar", "autonomous-driving", "timm" if is_encoder else "custom_code"],
-        datasets=_repositories((run.get("arguments") or {}).get("dataset_name")),
-        base_model=_base_model(run, architecture),
-        eval_results=_eval_results(evaluations),
-    )
-    if is_encoder:
+    if "architecture" in config:
+        kind, architecture = "encoder", config["architecture"]
         order = (config.get("simipu") or {}).get("channel_order", "rgb")
         convention = InputConvention.from_data_config(config.get("pretrained_cfg") or {}, order)
-    else:
+    elif "image_config" in config:
+        kind, architecture = KINDS[config.get("model_type")], config["image_config"]["architecture"]
         convention = read_input_convention(folder)
+    else:
+        raise SimIPUError(f"{folder / 'config.json'}: neither a SimIPU model nor a timm encoder")
+    hidden = ("hub_", "push_", "report_", "output_", "overwrite")
     text = _render(
         ModelCard,
         kind,
-        metadata,
+        _metadata(name, kind, architecture, run, evaluations),
         name=name,
         architecture=architecture,
         encoder_repo_id=encoder_repo_id,
@@ -86,16 +71,13 @@ def model_card(folder: str | Path, repo_id: str | None = None, encoder_repo_id: 
         image_size=convention.size or (384, 1248),
         has_encoder=(folder / "image_encoder" / "config.json").is_file(),
         has_heads="AutoModelForPreTraining" in (config.get("auto_map") or {}),
-        data=_said(data),
-        command=run.get("command"),
-        recipe=_recipe(run),
+        run=run,
+        settings={key: value for key, value in _arguments(run).items() if not key.startswith(hidden)},
         metrics=_last_metrics(folder),
         curves=CURVES if (folder / CURVES).is_file() else None,
         pictures=_pictures(folder),
         evaluations=evaluations,
         kitti=_trained_on_kitti(run),
-        kitti_layout="kitti" in str(data.get("dataset")).lower(),
-        versions=run.get("versions"),
     )
     return redact(text)
 
@@ -154,8 +136,12 @@ def _render(card: type[ModelCard] | type[DatasetCard], template: str, metadata: 
     return re.sub(r"\n{3,}", "\n\n", str(rendered)).rstrip() + "\n"
 
 
-def _eval_results(evaluations: list[dict[str, Any]]) -> list[EvalResult] | None:
-    return [
+def _metadata(
+    name: str, kind: str, architecture: str, run: dict[str, Any], evaluations: list[dict[str, Any]]
+) -> ModelCardData:
+    arguments, is_encoder = _arguments(run), kind == "encoder"
+    base = arguments.get("model_name_or_path") or arguments.get("image_encoder")
+    results = [
         EvalResult(
             task_type=entry["task"],
             dataset_type=re.sub(r"\W+", "-", entry["dataset"].lower()),
@@ -167,29 +153,27 @@ def _eval_results(evaluations: list[dict[str, Any]]) -> list[EvalResult] | None:
         )
         for entry in evaluations
         for metric, value in entry["metrics"].items()
-    ] or None
-
-
-def _base_model(run: dict[str, Any], architecture: str) -> list[str] | None:
-    arguments = run.get("arguments") or {}
-    if arguments.get("pretrained_image_encoder"):
-        return [f"timm/{architecture}"]
-    return _repositories(arguments.get("model_name_or_path") or arguments.get("image_encoder"))
+    ]
+    return ModelCardData(
+        model_name=name.split("/")[-1],
+        library_name="timm" if is_encoder else "transformers",
+        pipeline_tag=TASKS.get(kind, "image-feature-extraction"),
+        license=KITTI_LICENSE if _trained_on_kitti(run) else (run.get("data") or {}).get("license"),
+        tags=["simipu", "self-supervised", "lidar", "autonomous-driving", "timm" if is_encoder else "custom_code"],
+        datasets=_repositories(arguments.get("dataset_name")),
+        base_model=_repositories(f"timm/{architecture}" if arguments.get("pretrained_image_encoder") else base),
+        eval_results=results or None,
+    )
 
 
 def _repositories(names: Any) -> list[str] | None:
-    """Those of `names` that can be repositories on the Hub."""
+    """Those of `names`, one or several, that can be repositories on the Hub."""
     names = names if isinstance(names, list) else [names]
-    return [n for n in names if n and re.fullmatch(r"[\w.-]+/[\w.-]+", str(n)) and not Path(n).exists()] or None
+    return [n for n in names if re.fullmatch(r"[\w.-]+/[\w.-]+", str(n)) and not Path(n).exists()] or None
 
 
-def _said(facts: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in facts.items() if value not in (None, "", [], {})}
-
-
-def _recipe(run: dict[str, Any]) -> dict[str, Any]:
-    private = ("hub_", "push_", "report_", "output_", "overwrite")
-    return {key: value for key, value in _said(run.get("arguments") or {}).items() if not key.startswith(private)}
+def _arguments(run: dict[str, Any]) -> dict[str, Any]:
+    return run.get("arguments") or {}
 
 
 def _last_metrics(folder: Path) -> dict[str, float]:
@@ -205,7 +189,7 @@ def _pictures(folder: Path) -> list[str]:
 
 
 def _trained_on_kitti(run: dict[str, Any]) -> bool:
-    arguments, data = run.get("arguments") or {}, run.get("data") or {}
+    arguments, data = _arguments(run), run.get("data") or {}
     if data.get("license"):
         return data["license"] == KITTI_LICENSE
     # not by the builder's name: it also reads other data in KITTI's layout

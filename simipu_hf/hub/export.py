@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,8 +23,8 @@ from simipu_hf.errors import SimIPUError
 from simipu_hf.files import atomic_folder, atomic_path, check_apart, check_target
 from simipu_hf.hub.official import (
     ConversionReport,
-    from_official_state_dict,
-    official_config,
+    official_fields,
+    official_name,
     read_checkpoint,
     to_official_state_dict,
 )
@@ -39,6 +40,8 @@ from simipu_hf.hub.weights import (
     read_safetensors,
     read_weights,
 )
+from simipu_hf.modeling.configuration_simipu import SimIPUConfig
+from simipu_hf.modeling.image_encoder import TimmModel, feature_grids
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
@@ -132,12 +135,12 @@ def export_image_encoder(
     if not weights.state_dict:
         raise SimIPUError(f"{model}: random weights are not exported")
     if format in ("timm", "transformers"):
-        with atomic_folder(target, overwrite=overwrite, is_earlier_output=is_encoder_folder) as path:
+        with atomic_folder(target, overwrite=overwrite, is_earlier_output=is_export) as path:
             notes = writers[format](weights, path)
     else:
         suffix = ".onnx" if format == "onnx" else ".pth"
         target = target if target.suffix == suffix else target / f"image_encoder{suffix}"
-        check_target(target, overwrite, _is_exported_file)
+        check_target(target, overwrite, is_export)
         with atomic_path(target) as path:
             notes = writers[format](weights, path)
     norm_cfg = _norm_cfg(weights) if format in ("mmdet", "official") else None
@@ -160,7 +163,7 @@ def export_timm(
         tag: name of the weights beside the architecture's.
         overwrite: replace an earlier output; nothing else is ever replaced.
     """
-    with atomic_folder(output_dir, overwrite=overwrite, is_earlier_output=is_encoder_folder) as path:
+    with atomic_folder(output_dir, overwrite=overwrite, is_earlier_output=is_export) as path:
         write_timm(EncoderWeights.of(encoder), path, data_config=data_config, tag=tag)
     return Path(output_dir)
 
@@ -190,8 +193,8 @@ def convert_checkpoint(
     weights, state, report = read_checkpoint(checkpoint, batch_norm_eps)
     report.output_dir = Path(output_dir)
     whole = any(name.startswith("pts_backbone.SA_modules.") for name in state)
-    is_earlier_output = is_converted_model if whole else is_encoder_folder
-    with atomic_folder(output_dir, overwrite=overwrite, is_earlier_output=is_earlier_output) as path:
+    earlier = partial(is_export, whole_model=whole)
+    with atomic_folder(output_dir, overwrite=overwrite, is_earlier_output=earlier) as path:
         if whole:
             _write_pretraining_model(weights, state, report, path, checkpoint)
         else:
@@ -203,15 +206,18 @@ def _write_pretraining_model(
     weights: EncoderWeights, state: StateDict, report: ConversionReport, path: Path, checkpoint: str | Path
 ) -> None:
     with torch.device("meta"):
-        model = SimIPUForPreTraining(official_config(state, weights, checkpoint))
+        model = SimIPUForPreTraining(SimIPUConfig.from_preset("official", **official_fields(state, weights)))
     expected = model.state_dict()
     converted = {f"simipu.image_encoder.{name}": value for name, value in weights.state_dict.items()}
     report.kind = "pre-training model"
     report.mapped = {name: f"simipu.image_encoder.{ours}" for name, ours in report.mapped.items()}
-    for ours, (theirs, value) in from_official_state_dict(state, expected).items():
-        converted[ours] = value
-        report.mapped[theirs] = ours
-        report.ignored.pop(theirs, None)
+    for ours in expected.keys() - converted.keys():
+        theirs = official_name(ours) or ""
+        if theirs in state:
+            # the official code's linear layers are 1 x 1 convolutions
+            converted[ours] = state[theirs].flatten(1) if theirs.endswith("conv.weight") else state[theirs]
+            report.mapped[theirs] = ours
+            report.ignored.pop(theirs)
     report.missing = [name for name in expected if name not in converted]
     if report.missing:
         report.notes.append("from_pretrained initialises the missing entries afresh")
@@ -254,7 +260,7 @@ def write_timm(
             **weights.input.data_config(),
             **(data_config or {}),
         },
-        "simipu": {"channel_order": weights.input.channel_order},
+        "simipu": {"channel_order": weights.input.channel_order, "feature_grids": _grids(template)},
     }
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -380,28 +386,32 @@ def _compare_onnx(path: Path, model: nn.Module, example: torch.Tensor) -> str:
     return f"onnxruntime computes the same features as PyTorch (difference {worst:.1e} of the largest)"
 
 
-def is_encoder_folder(folder: Path) -> bool:
-    """Whether a folder holds what the timm or the transformers form writes, and nothing else."""
-    own = {"config.json", "model.safetensors", "preprocessor_config.json", TRAINED_STATISTICS}
-    names = {path.name for path in folder.iterdir()}
-    return "config.json" in names <= own and "simipu" in read_json(folder / "config.json")
-
-
-def is_converted_model(folder: Path) -> bool:
-    """Whether a folder holds what the conversion of a whole official model writes, and nothing else."""
-    own = re.compile(r"(config|processor_config)\.json|model\.safetensors|image_encoder|\w+\.py")
-    names = {path.name for path in folder.iterdir()}
-    return {"config.json", "image_encoder"} <= names and all(own.fullmatch(name) for name in names)
-
-
-def _is_exported_file(path: Path) -> bool:
-    """Whether an earlier export wrote this file: it carries our note."""
+def is_export(path: Path, whole_model: bool = False) -> bool:
+    """Whether something is what an earlier export (or the conversion of a whole model) wrote, and nothing else."""
     try:
         if path.suffix == ".onnx":
             return b"simipu_hf" in path.read_bytes()
-        return bool(read_weights(path)[1])
+        if path.is_file():
+            return bool(read_weights(path)[1])
+        config = read_json(path / "config.json")
     except (OSError, SimIPUError):
         return False
+    own = {"config.json", "model.safetensors", "preprocessor_config.json", TRAINED_STATISTICS}
+    if whole_model:
+        own |= {"processor_config.json", "image_encoder", *(file.name for file in path.glob("*.py"))}
+    marked = config.get("model_type") == "simipu" if whole_model else "simipu" in config
+    return marked and {entry.name for entry in path.iterdir()} <= own
+
+
+def _grids(encoder: TimmModel) -> list[list[float] | None]:
+    """Where the cells of each stage look: `[stride_y, stride_x, offset_y, offset_x]`, `None` where on no grid."""
+    grids: list[list[float] | None] = []
+    for stage in range(len(encoder.feature_info)):
+        try:
+            grids.append(list(feature_grids(encoder, [stage])[0]))
+        except ValueError:
+            grids.append(None)
+    return grids
 
 
 def _transformers_name(name: str) -> str:

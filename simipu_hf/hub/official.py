@@ -2,7 +2,6 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,17 +18,16 @@ from simipu_hf.hub.weights import (
     read_weights,
     timm_template,
 )
-from simipu_hf.modeling.configuration_simipu import SimIPUConfig, SimIPUPointNet2Config
 
 OFFICIAL_BATCH_NORM_EPS = 1e-3
 OFFICIAL_INPUT = InputConvention("bgr", (0.406, 0.456, 0.485), (round(1 / 255, 12),) * 3, None, True)
 
+RESNETS = ("resnet18", "resnet34", "resnet26", "resnet50", "resnet101", "resnet152")
 HEADS = {
     "inter_point_head": "mlp_cross_points",
     "inter_image_head": "mlp_cross_img",
     "intra_point_head": "mlp_intro_points",
 }
-
 IGNORED = {
     r"img_conv1x1_\d\.": "never used by the official forward pass",
     r"queue(_ptr)?$": "negatives of the MoCo branch",
@@ -37,16 +35,6 @@ IGNORED = {
     r"mlp_cross_(img|pts)_pred\.": "predictor of the SimSiam branch",
     r"fc\.": "classifier",
     r"": "no part of the official pre-training model",
-}
-
-# blocks per stage, whether they are bottlenecks -> timm name
-RESNETS = {
-    ((2, 2, 2, 2), False): "resnet18",
-    ((3, 4, 6, 3), False): "resnet34",
-    ((2, 2, 2, 2), True): "resnet26",
-    ((3, 4, 6, 3), True): "resnet50",
-    ((3, 4, 23, 3), True): "resnet101",
-    ((3, 8, 36, 3), True): "resnet152",
 }
 
 
@@ -71,24 +59,18 @@ class ConversionReport:
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        parts = Counter(name.split(".")[0] for name in self.mapped.values())
-        said = f" ({', '.join(f'{n} {part}' for part, n in parts.items())})"
-        lines = [
-            f"found    {self.kind}, {self.architecture}",
-            f"mapped   {len(self.mapped)} entries{said if self.kind == 'pre-training model' else ''}",
-        ]
+        lines = [f"found    {self.kind}, {self.architecture}", f"mapped   {len(self.mapped)} entries"]
         for reason, count in Counter(self.ignored.values()).items():
             names = [name for name, why in self.ignored.items() if why == reason]
             lines.append(f"ignored  {count} entries: {reason} ({', '.join(names[:3])}{', …' * (count > 3)})")
         lines.append(f"missing  {len(self.missing)} entries{': ' * bool(self.missing)}{', '.join(self.missing[:5])}")
-        lines += [f"note     {note}" for note in self.notes]
-        return "\n".join([*lines, f"wrote    {self.output_dir}"])
+        return "\n".join([*lines, *(f"note     {note}" for note in self.notes), f"wrote    {self.output_dir}"])
 
 
 def read_checkpoint(
     checkpoint: str | Path, eps: float | None = None
 ) -> tuple[EncoderWeights, StateDict, ConversionReport]:
-    """The image encoder of a checkpoint as it was trained, and the whole checkpoint.
+    """The image encoder of a checkpoint as it was trained, the whole checkpoint, and what becomes of its entries.
 
     The names of the image encoder, a ResNet, may carry the prefixes `module.`, `img_backbone.`, `backbone.`, or none.
 
@@ -102,51 +84,36 @@ def read_checkpoint(
     """
     state, notes = read_weights(checkpoint)
     state = {name.removeprefix("module."): value for name, value in state.items()}
-    prefix = next((p for p in ("img_backbone.", "backbone.", "") if f"{p}conv1.weight" in state), "")
-    encoder = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    architecture = resnet_architecture(encoder)
-    if architecture is None:
+    prefix = next((p for p in ("img_backbone.", "backbone.", "") if f"{p}layer1.0.conv1.weight" in state), None)
+    if prefix is None:
         raise SimIPUError(
             f"{checkpoint}: nothing in it matches the image encoder of SimIPU, a ResNet named "
             "img_backbone.conv1.weight, backbone.conv1.weight or conv1.weight and so on; "
             f"found {len(state)} entries: {', '.join(list(state)[:5])}"
         )
-    template = timm_template(architecture)
-    expected = template.state_dict()
+    encoder = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    templates = {name: timm_template(name) for name in RESNETS}
+    architecture = min(RESNETS, key=lambda name: len(templates[name].state_dict().keys() ^ encoder.keys()))
+    template, expected = templates[architecture], templates[architecture].state_dict()
     report = ConversionReport("image encoder", architecture)
     report.mapped = {prefix + name: name for name in encoder if name in expected}
-    report.ignored = {name: _why_ignored(name) for name in state if name not in report.mapped}
-    counters = [name for name in expected if name not in encoder and name.endswith("num_batches_tracked")]
-    if counters:
+    for name in state.keys() - report.mapped.keys():
+        report.ignored[name] = next(reason for pattern, reason in IGNORED.items() if re.match(pattern, name))
+    if counters := [name for name in expected if name not in encoder and name.endswith("num_batches_tracked")]:
         encoder |= {name: torch.tensor(0) for name in counters}
         report.notes.append(f"{len(counters)} batch counters were absent and are set to 0")
     found = {name: encoder[name] for name in expected if name in encoder}
     check_state_dict(found, expected, f"{checkpoint}: as {architecture}")
     imagenet = "fc.weight" in encoder
     stated = eps or notes.get("batch_norm_eps")
-    eps = stated or (1e-5 if imagenet else OFFICIAL_BATCH_NORM_EPS)
+    eps = float(stated or (1e-5 if imagenet else OFFICIAL_BATCH_NORM_EPS))
     why = "as stated" if stated else "assumed (the official pre-training's is 0.001, ImageNet models' 1e-05)"
+    convention = _input_convention(notes, imagenet)
     report.notes.append(f"batch-norm epsilon of the image encoder: {eps:g}, {why}")
-    weights = EncoderWeights(
-        architecture,
-        found,
-        dict.fromkeys(batch_norm_eps(template), float(eps)),
-        input=_input_convention(notes, imagenet),
-        description=f"{checkpoint}: {architecture}, {len(found)} entries under {prefix + 'conv1.weight'!r} and so on, "
-        f"batch-norm epsilon {eps:g}",
-    )
-    report.notes.append(f"input of the image encoder: {weights.input}")
-    return weights, state, report
-
-
-def resnet_architecture(names: Mapping[str, torch.Tensor]) -> str | None:
-    """timm name of the ResNet whose depth these names show; `None` if they show none."""
-    blocks: dict[int, set[int]] = {}
-    for name in names:
-        if match := re.match(r"layer(\d)\.(\d+)\.", name):
-            blocks.setdefault(int(match[1]), set()).add(int(match[2]))
-    depths = tuple(len(blocks[stage]) for stage in sorted(blocks))
-    return RESNETS.get((depths, "layer1.0.conv3.weight" in names)) if "conv1.weight" in names else None
+    report.notes.append(f"input of the image encoder: {convention}")
+    description = f"{checkpoint}: {architecture} under {prefix + 'conv1.weight'!r} …, batch-norm epsilon {eps:g}"
+    all_eps = dict.fromkeys(batch_norm_eps(template), eps)
+    return EncoderWeights(architecture, found, all_eps, {}, convention, description), state, report
 
 
 def _input_convention(notes: dict[str, Any], imagenet: bool) -> InputConvention:
@@ -157,51 +124,23 @@ def _input_convention(notes: dict[str, Any], imagenet: bool) -> InputConvention:
     return InputConvention(notes["channel_order"], mean, std, size, notes["keep_aspect_ratio"])
 
 
-def _why_ignored(name: str) -> str:
-    return next(reason for pattern, reason in IGNORED.items() if re.match(pattern, name))
-
-
-def official_config(state: StateDict, weights: EncoderWeights, where: str | Path) -> SimIPUConfig:
-    """The official preset with the widths that the tensors of an official checkpoint show."""
-
-    def width(name: str, axis: int = 0) -> int:
-        if name not in state:
-            raise SimIPUError(f"{where}: a point encoder without {name} is not the official one")
-        return state[name].shape[axis]
-
-    sa = "pts_backbone.SA_modules"
-    channels = [
-        [
-            [width(f"{sa}.{i}.mlps.{s}.layer{k}.conv.weight") for k in range(len(scale))]
-            for s, scale in enumerate(level)
-        ]
-        for i, level in enumerate(SimIPUPointNet2Config().mlp_channels)
-    ]
-    point_config = {
-        # reflectance alone, or the offset from the group's centre and reflectance
-        "use_xyz": width(f"{sa}.0.mlps.0.layer0.conv.weight", axis=1) == 4,
-        "xyz_layer": "first",
-        "mlp_channels": channels,
-        "aggregation_channels": [
-            width(f"pts_backbone.aggregation_mlps.{i}.conv.weight") for i in range(len(channels))
-        ],
-    }
-    head = "mlp_cross_img.layer3.0.weight"
-    projection: dict[str, Any] = {"projection_dim": state[head].shape[0]} if head in state else {}
+def official_fields(state: StateDict, weights: EncoderWeights) -> dict[str, Any]:
+    """What an official checkpoint says of its configuration, as fields of `SimIPUConfig` beside the preset's."""
+    first, head = "pts_backbone.SA_modules.0.mlps.0.layer0.conv.weight", "mlp_cross_img.layer3.0.weight"
     eps = set(weights.batch_norm_eps.values()).pop()
-    return SimIPUConfig.from_preset(
-        "official",
-        image_config={"architecture": weights.architecture, "batch_norm_eps": eps},
-        point_config=point_config,
-        **projection,
-    )
+    return {
+        "image_config": {"architecture": weights.architecture, "batch_norm_eps": eps},
+        # a point's features are its reflectance alone, or the offset from the group's centre as well
+        "point_config": {"use_xyz": first in state and state[first].shape[1] == 4, "xyz_layer": "first"},
+        **({"projection_dim": len(state[head])} if head in state else {}),
+    }
 
 
 def official_name(ours: str) -> str | None:
     """The official code's name of an entry of `SimIPUForPreTraining`; `None` if it has none."""
+    conv = {"linear": "conv", "norm": "bn"}
     if ours.startswith("simipu.image_encoder."):
         return ours.replace("simipu.image_encoder.", "img_backbone.", 1)
-    conv = {"linear": "conv", "norm": "bn"}
     if match := re.fullmatch(r"simipu\.point_encoder\.levels\.(\d)\.mlps\.(\d)\.(\d)\.(linear|norm)\.(\w+)", ours):
         level, scale, layer, kind, rest = match.groups()
         return f"pts_backbone.SA_modules.{level}.mlps.{scale}.layer{layer}.{conv[kind]}.{rest}"
@@ -212,16 +151,6 @@ def official_name(ours: str) -> str | None:
         head, layer, kind, rest = match.groups()
         return f"{HEADS[head]}.layer{int(layer) + 1}.{'0' if kind == 'linear' else '1'}.{rest}"
     return None
-
-
-def from_official_state_dict(state: StateDict, names: Mapping[str, Any]) -> dict[str, tuple[str, torch.Tensor]]:
-    """For each of our `names` beside the image encoder's: the official one, and its tensor without 1 x 1 kernels."""
-    found = {}
-    for ours in names:
-        theirs = official_name(ours) or ""
-        if theirs in state and not theirs.startswith("img_backbone."):
-            found[ours] = theirs, state[theirs].flatten(1) if theirs.endswith("conv.weight") else state[theirs]
-    return found
 
 
 def to_official_state_dict(state_dict: StateDict) -> StateDict:

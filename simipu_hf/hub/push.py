@@ -35,6 +35,8 @@ RESUME = re.compile(
     r"training_state\.(pt|json)|manifest\.json"
     r"|trainer_state\.json|(optimizer|scheduler|scaler)\.pt|rng_state\w*\.pth"
 )
+# What of a run belongs to each of its checkpoints, and to its encoder.
+RECORDS = ("run.yaml", "metrics.jsonl", CURVES)
 STAGED = ".hub-upload-"
 SHORTEST_LIMIT, SLOWEST_UPLOAD = 60, 250_000  # seconds, bytes a second: an attempt that takes longer counts as hung
 
@@ -130,23 +132,26 @@ def push_folder(
     Raises:
         SimIPUError: no complete model in the folder, or the upload failed; the message says why.
     """
-    if not Path(model).is_dir():
+    repository = _Repository(repo_id, token, private, revision, retries, report)
+    return _push(Path(model), repository, encoder_repo_id, commit_message)
+
+
+def _push(model: Path, repository: "_Repository", encoder_repo_id: str | None, message: str) -> PushReport:
+    if not model.is_dir():
         raise SimIPUError(f"{model}: no such folder")
     folder = model_folder(model)
-    _check_complete(folder)
-    repository = _Repository(repo_id, token, private, revision, retries, report)
     staged = _snapshot(folder, folder)
     try:
-        _complete(staged, repo_id, encoder_repo_id)
-        result = PushReport(repository.url, repository.upload(staged, commit_message))
+        _complete(staged, repository.repo_id, encoder_repo_id)
+        result = PushReport(repository.url, repository.upload(staged, message))
         if encoder_repo_id is not None:
             encoder = replace(repository, repo_id=encoder_repo_id)
             write_timm(find_image_encoder(folder).with_channel_order("rgb"), staged / "rgb")
-            for name in ("run.yaml", "metrics.jsonl", CURVES):
+            for name in RECORDS:
                 if (staged / name).is_file():
                     shutil.copyfile(staged / name, staged / "rgb" / name)
             write_model_card(staged / "rgb", encoder_repo_id)
-            encoder.upload(staged / "rgb", commit_message)
+            encoder.upload(staged / "rgb", message)
             result.encoder_url = encoder.url
     finally:
         shutil.rmtree(staged, ignore_errors=True)
@@ -160,14 +165,11 @@ class HubUploader:
     folder is written. A checkpoint that is written while an upload still runs is skipped, as the next one follows.
 
     Args:
-        repo_id: `user/name`.
+        repo_id, private, token, retries: as in [`push_folder`].
         output_dir: of the run.
         strategy: as transformers' Trainer names them: `"end"` publishes the final model; `"every_save"` also each
             checkpoint, at the repository's root; `"checkpoint"` also what resumes the run, in `last-checkpoint/`.
-        private: of a repository that is created.
-        token: the logged-in user's if `None`.
         encoder_repo_id: at the end, also publish the image encoder there.
-        retries: attempts after a failure that may pass.
         report: is told what was published, what failed and why.
     """
 
@@ -182,12 +184,8 @@ class HubUploader:
         retries: int = 4,
         report: Callable[[str], None] = print,
     ) -> None:
-        if strategy not in ("end", "every_save", "checkpoint"):
-            raise SimIPUError(f"--hub_strategy {strategy}: choose from end, every_save, checkpoint")
         self.repository = _Repository(repo_id, token, private, None, retries, report)
-        self.output_dir = Path(output_dir)
-        self.strategy = strategy
-        self.encoder_repo_id = encoder_repo_id
+        self.output_dir, self.strategy, self.encoder_repo_id = Path(output_dir), strategy, encoder_repo_id
         self.report = report
         self.running: Future[None] | None = None
         for leftover in self.output_dir.glob(f"{STAGED}*"):
@@ -199,7 +197,6 @@ class HubUploader:
         if self.strategy == "end" or (self.running is not None and not self.running.done()):
             return False
         try:
-            _check_complete(checkpoint)
             staged = _snapshot(checkpoint, self.output_dir, self.strategy == "checkpoint")
         except (OSError, SimIPUError) as error:
             self.report(f"Hub: {checkpoint.name} was not published: {error}")
@@ -211,23 +208,13 @@ class HubUploader:
         """Wait for the background, publish the final folder; `None` if that failed, after reporting why."""
         if self.running is not None:
             self.running.result()
-        to = self.repository
         try:
-            result = push_folder(
-                self.output_dir,
-                to.repo_id,
-                to.private,
-                self.encoder_repo_id,
-                to.token,
-                commit_message="End of training",
-                retries=to.retries,
-                report=self.report,
-            )
+            result = _push(self.output_dir, self.repository, self.encoder_repo_id, "End of training")
         except Exception as error:
             encoder = f" --encoder_repo_id {self.encoder_repo_id}" if self.encoder_repo_id else ""
             self.report(
                 f"Hub: the model was not published: {error}\nIt is in {self.output_dir}; publish it later with\n"
-                f"  simipu-hf push --model {self.output_dir} --repo_id {to.repo_id}{encoder}"
+                f"  simipu-hf push --model {self.output_dir} --repo_id {self.repository.repo_id}{encoder}"
             )
             return None
         self.report(f"Hub: {result}")
@@ -267,7 +254,7 @@ def push_dataset(
         SimIPUError: no Parquet files, or the upload failed.
     """
     folder = Path(data)
-    files = sorted(folder.rglob("*.parquet")) if folder.is_dir() else []
+    files = sorted(folder.rglob("*.parquet"))
     if not files:
         raise SimIPUError(f"{folder}: expected a folder of Parquet files, found none")
     splits: dict[str, int] = {}
@@ -315,43 +302,36 @@ def _is_final(error: Exception) -> bool:
     return isinstance(error, (HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled))
 
 
-def _check_complete(folder: Path) -> None:
-    """Raise a SimIPUError unless `folder` holds a model whose weights can be read."""
-    config = read_json(folder / "config.json")
-    if "image_config" not in config and "architecture" not in config:
-        raise SimIPUError(f"{folder / 'config.json'}: neither a SimIPU model nor a timm encoder")
+def _snapshot(folder: Path, run: Path, resumable: bool = False) -> Path:
+    """What may be published of `folder`, in a hidden folder of `run`: whatever happens to the originals meanwhile.
+
+    Raises:
+        SimIPUError: no model, or one whose weights cannot be read.
+    """
     weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise SimIPUError(f"{folder}: expected safetensors weights, found none")
+    if not weights or not (folder / "config.json").is_file():
+        raise SimIPUError(f"{folder}: expected a model's config.json and safetensors weights, found none")
     for file in weights:
         read_safetensors(file, prefix="\0")  # reads the header and the file's length, no tensor
-
-
-def _snapshot(folder: Path, run: Path, resumable: bool = False) -> Path:
-    """What may be published of `folder`, in a hidden folder of `run`: whatever happens to the originals meanwhile."""
+    public = list(_public_files(folder))
+    files = {file.relative_to(folder): file for file in public}
+    files = {Path(name): run / name for name in RECORDS if (run / name).is_file()} | files
+    if resumable:
+        last = [*public, *(file for file in folder.iterdir() if RESUME.fullmatch(file.name))]
+        files |= {Path("last-checkpoint") / file.relative_to(folder): file for file in last}
     try:
         staged = Path(tempfile.mkdtemp(prefix=STAGED, dir=run))
     except OSError:  # a read-only folder can still be published
         staged = Path(tempfile.mkdtemp(prefix=STAGED))
-    try:
-        for file in _public_files(folder):
-            _place(file, staged / file.relative_to(folder))
-        for name in ("run.yaml", "metrics.jsonl", CURVES):
-            if (run / name).is_file() and not (staged / name).exists():
-                _place(run / name, staged / name)
-        if resumable:
-            for file in [*_public_files(folder), *(f for f in folder.iterdir() if RESUME.fullmatch(f.name))]:
-                _place(file, staged / "last-checkpoint" / file.relative_to(folder))
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise
+    for name, file in files.items():
+        _place(file, staged / name)
     return staged
 
 
 def _public_files(folder: Path) -> Iterator[Path]:
     for sub in ("", "image_encoder", "pictures"):
-        for file in sorted((folder / sub).glob("*")):
-            if file.is_file() and file.suffix in PUBLIC and not RESUME.fullmatch(file.name) and file.name[0] != ".":
+        for file in sorted((folder / sub).glob("[!.]*")):
+            if file.is_file() and file.suffix in PUBLIC and not RESUME.fullmatch(file.name):
                 yield file
     yield from sorted(folder.glob("logs/**/events.out.tfevents.*"))
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,8 +26,9 @@ from simipu_hf.hub.weights import (
     read_safetensors,
     timm_template,
 )
-from simipu_hf.modeling.image_encoder import TimmModel
-from simipu_hf.training.checkpoint import newest_checkpoint
+from simipu_hf.modeling.configuration_simipu import SimIPUImageConfig
+from simipu_hf.modeling.image_encoder import TimmModel, timm_arguments
+from simipu_hf.training.checkpoint import list_checkpoints, newest_checkpoint
 
 TRAINED_STATISTICS = "trained_running_var.safetensors"
 """File beside a timm export whose `running_var` carries an epsilon: the statistics as trained, for a way back."""
@@ -118,7 +120,7 @@ def model_folder(source: str | os.PathLike[str], revision: str | None = None, en
         return path
     if path.is_dir():
         damaged: list[str] = []
-        if newest := newest_checkpoint(path, on_damaged=damaged.append):
+        if newest := newest_checkpoint(path, on_damaged=damaged.append) or _newest_of_trainer(path):
             return newest
         found = "; ".join(damaged) or _listing(path)
         raise SimIPUError(f"{path}: expected config.json or a complete checkpoint-<step>, found {found}")
@@ -132,6 +134,15 @@ def model_folder(source: str | os.PathLike[str], revision: str | None = None, en
         return folder
     except Exception as error:
         raise hub_error(error, str(source)) from error
+
+
+def _newest_of_trainer(run: Path) -> Path | None:
+    """The newest checkpoint of a transformers.Trainer that is whole: `trainer_state.json` is written last."""
+    for path in reversed(list_checkpoints(run)):
+        with suppress(SimIPUError):
+            read_json(path / "trainer_state.json")
+            return path
+    return None
 
 
 def hub_error(error: Exception, repo_id: str) -> SimIPUError:
@@ -175,16 +186,18 @@ def _from_simipu(folder: Path, config: dict[str, Any], where: str) -> EncoderWei
         if (folder / "image_encoder" / "config.json").is_file():
             return _from_folder(folder / "image_encoder", f"{where}, image_encoder/")
         raise SimIPUError(f"{where}: expected model.safetensors, found {_listing(folder)}")
-    image_config = config["image_config"]
-    if not isinstance(image_config, dict) or not isinstance(image_config.get("architecture"), str):
-        raise SimIPUError(f"{where}: config.json names no image_config.architecture")
-    architecture, model_args = image_config["architecture"], image_config.get("model_args") or {}
+    try:
+        image_config = SimIPUImageConfig(**config["image_config"])
+        model_args = timm_arguments(image_config)
+    except (TypeError, ValueError) as error:
+        raise SimIPUError(f"{where}: config.json: image_config: {error}") from error
+    architecture = image_config.architecture
     state: StateDict = {}
     for file in files:
         state |= next((found for prefix in PREFIXES if (found := read_safetensors(file, prefix))), {})
     eps = batch_norm_eps(timm_template(architecture, model_args))
-    if image_config.get("batch_norm_eps") is not None:
-        eps = dict.fromkeys(eps, float(image_config["batch_norm_eps"]))
+    if image_config.batch_norm_eps is not None:
+        eps = dict.fromkeys(eps, float(image_config.batch_norm_eps))
     description = f"{where}: image encoder ({architecture}) of a {config.get('model_type', 'SimIPU')} model"
     convention = read_input_convention(folder)
     return EncoderWeights(architecture, state, eps, model_args, convention, description).check(where)

@@ -6,7 +6,9 @@ import pytest
 import timm
 import torch
 import torchvision
-from safetensors.torch import load_file
+from conftest import randomize
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoImageProcessor, AutoModel, ResNetBackbone, TimmBackbone
 
@@ -69,18 +71,74 @@ def test_own_epsilon_changes_no_bit(tmp_path):
     assert all(torch.equal(saved[name], value) for name, value in encoder.state_dict().items())
 
 
-@pytest.mark.parametrize("architecture", ["convnext_atto", "vit_tiny_patch16_224", "mobilenetv3_small_050"])
+FAMILIES = {
+    "resnet18": {},
+    "vit_tiny_patch16_224": {"depth": 3, "dynamic_img_size": True},
+    "vit_small_patch14_dinov2": {"depth": 3, "dynamic_img_size": True},
+    "vit_small_patch16_dinov3": {"depth": 3, "dynamic_img_size": True},
+    "swin_tiny_patch4_window7_224": {"depths": (1, 1, 1, 1), "img_size": (96, 320)},
+    "swinv2_tiny_window8_256": {"depths": (1, 1, 1, 1), "img_size": (96, 320)},
+    "convnext_atto": {},
+    "hiera_tiny_224": {"stages": (1, 1, 1, 1), "img_size": (96, 320)},
+    "maxvit_pico_rw_256": {"img_size": (96, 320)},
+    "efficientnet_b0": {},
+    "mobilenetv4_conv_small": {},
+    "regnety_002": {},
+    "efficientvit_m0": {"img_size": (128, 320)},
+}
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
 @torch.no_grad()
-def test_other_architectures(architecture, tmp_path, pixels):
-    arguments = {"img_size": (64, 96)} if architecture.startswith("vit") else {}
+def test_every_loading_line_for_every_family_at_another_size(architecture, tmp_path):
+    """The sizes are not the architecture's own, so that what depends on the size has to be in the folder."""
+    arguments = FAMILIES[architecture]
+    size = {"vit_small_patch14_dinov2": (98, 322)}.get(architecture, arguments.get("img_size", (96, 320)))
     encoder = timm.create_model(architecture, num_classes=0, **arguments).eval()
-    folder = export_timm(encoder, tmp_path / "encoder", {"input_size": (3, 64, 96)})
-    loaded, _ = load_image_encoder(folder, verbose=False)
-    torch.testing.assert_close(loaded.eval().forward_features(pixels), encoder.forward_features(pixels))
-    pyramid, _ = load_image_encoder(folder, features_only=True, verbose=False)
-    expected = encoder.forward_intermediates(pixels, intermediates_only=True)
-    torch.testing.assert_close(pyramid.eval()(pixels)[-1], expected[-1])
-    AutoModel.from_pretrained(folder)
+    folder = export_timm(encoder, tmp_path / "encoder", {"input_size": (3, *size)})
+    pixels = torch.rand(1, 3, *size)
+    features, maps = encoder.forward_features(pixels), encoder.forward_intermediates(pixels, intermediates_only=True)
+
+    plain = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
+    close(plain.forward_features(pixels), features)
+    pyramid = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True).eval()
+    close(pyramid(pixels)[-1], maps[-1])
+    close(AutoModel.from_pretrained(folder).eval()(pixels).last_hidden_state, features)
+    processed = AutoImageProcessor.from_pretrained(folder)(Image.new("RGB", (640, 192)), return_tensors="pt")
+    assert processed["pixel_values"].shape[-2:] == size
+    loaded, data_config = load_image_encoder(folder, verbose=False)
+    close(loaded.eval().forward_features(pixels), features)
+    assert data_config["input_size"] == (3, *size)
+    grids = json.loads((folder / "config.json").read_text(encoding="utf-8"))["simipu"]["feature_grids"]
+    assert [round(grid[0]) for grid in grids if grid] == [round(size[0] / m.shape[-2]) for m in maps if grids]
+
+
+@pytest.mark.parametrize("size", [(64, 96), (96, 160)])
+@pytest.mark.parametrize(
+    ("architecture", "arguments"),
+    [
+        ("test_resnet", {}),
+        ("test_convnext", {}),
+        ("test_efficientnet", {}),
+        ("test_vit", {"dynamic_img_size": True}),
+        ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1), "img_size": "size"}),
+    ],
+)
+@torch.no_grad()
+def test_onnx_computes_what_pytorch_does(architecture, arguments, size, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    arguments = {key: size if value == "size" else value for key, value in arguments.items()}
+    torch.manual_seed(0)
+    encoder = randomize(timm.create_model(architecture, num_classes=0, **arguments)).eval()
+    folder = export_timm(encoder, tmp_path / "encoder", {"input_size": (3, *size)})
+    report = export_image_encoder(folder, tmp_path / "encoder.onnx", "onnx")
+    assert "onnxruntime computes the same" in str(report)
+    session = onnxruntime.InferenceSession(report.path, providers=["CPUExecutionProvider"])
+    pixels = torch.rand(3, 3, *size)
+    found = session.run(None, {"pixel_values": pixels.numpy()})
+    expected = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True).eval()(pixels)
+    for actual, wanted in zip(found, expected, strict=True):
+        assert (torch.from_numpy(actual) - wanted).abs().max() < 1e-4
 
 
 @torch.no_grad()
@@ -121,8 +179,6 @@ def test_retrained_folder_is_exported_as_it_is(folder, tmp_path):
     """The statistics kept for the way back count only as long as the weights are those they belong to."""
     model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
     model.bn1.running_var += 1
-    from safetensors.torch import save_file
-
     save_file(model.state_dict(), folder / "model.safetensors")
     report = export_image_encoder(folder, tmp_path / "encoder.pth", "mmdet")
     state = torch.load(report.path, weights_only=True)["state_dict"]
