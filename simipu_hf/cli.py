@@ -18,6 +18,7 @@ from simipu_hf.training.arguments import (
     BenchmarkDataArguments,
     BenchmarkOpsArguments,
     BenchmarkStepArguments,
+    CheckArguments,
     CompareDepthArguments,
     DepthArguments,
     EvaluateDepthArguments,
@@ -57,9 +58,10 @@ Rows = tyro.conf.OmitArgPrefixes[Source]
 def export(
     model: str,
     output_dir: str,
-    format: Literal["timm", "transformers", "torchvision", "mmdet", "official"] = "timm",
+    format: Literal["timm", "transformers", "torchvision", "mmdet", "official", "onnx"] = "timm",
     prefix: str = "img_backbone",
     channel_order: Literal["rgb", "bgr"] | None = None,
+    image_size: tuple[int, int] | None = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -75,10 +77,11 @@ def export(
         format: Whose code is to load it.
         prefix: Of the names in the mmdet form.
         channel_order: Reorder the input channels of the first convolution.
+        image_size: Height and width that the encoder is written for, where it needs one.
     """
     from simipu_hf.hub.export import export_image_encoder
 
-    show(export_image_encoder(model, output_dir, format, prefix, channel_order, overwrite), as_json)
+    show(export_image_encoder(model, output_dir, format, prefix, channel_order, overwrite, image_size), as_json)
 
 
 def convert(
@@ -325,6 +328,7 @@ COMMANDS: dict[str, Any] = {
     "push": push,
     "visualize": visualize,
     "demo": demo,
+    "check": CheckArguments,
     "data": {"inspect": data_inspect, "convert": data_convert, "push": data_push, "synthesize": data_synthesize},
     "benchmark": {"ops": BenchmarkOpsArguments, "step": BenchmarkStepArguments, "data": BenchmarkDataArguments},
 }
@@ -359,6 +363,8 @@ def run(argv: list[str]) -> None:
         result = function(arguments)
         if hasattr(arguments, "json"):
             show(result, arguments.json)
+        if not getattr(result, "passed", True):
+            sys.exit(1)
     else:
         tyro.cli(command, prog=prog, args=argv, use_underscores=True)
 

@@ -262,7 +262,7 @@ def evaluate(
     with accelerator.autocast(), iterate(loader) as loaded:
         for batch in loaded:
             inputs = to_model_inputs(send_to_device(batch, accelerator.device), image_processor)
-            output = model(**inputs)
+            output = model(**inputs, return_metrics=True)
             values = {name: float(getattr(output, name)) for name in LOGGED}
             for name, value in (values | correspondence_recall(model, inputs, output)).items():
                 sums[name] = sums.get(name, 0.0) + value / len(batches)

@@ -59,9 +59,8 @@ def test_ops_backends_agree_with_their_definitions(data_dir, preset):
     for row in measured:
         assert math.isfinite(row["seconds"])
         assert row["speedup"] > 0
-        if row["backend"] != "quickfps":  # which breaks ties in its own way
-            assert row.get("identical", 1) == 1
-            assert row.get("difference", 0) < 1e-3
+        assert row.get("identical", 1) == 1
+        assert row.get("difference", 0) < 1e-3
     assert encoder["part"] == "point encoder forward + backward"
     assert result.summary["point_encoder_seconds"] == encoder["seconds"]
 

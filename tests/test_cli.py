@@ -112,7 +112,7 @@ def test_flags_reach_the_functions(run, monkeypatch, tmp_path):
     run("pretrain", "--config", str(config), "--output_dir", "o", "--no_sync_batch_norm", "--seed", "4")
 
     export, synthesize, step, pretrain = calls
-    assert export == ("export", ("a", "y", "timm", "img_backbone", "rgb", False), {})
+    assert export == ("export", ("a", "y", "timm", "img_backbone", "rgb", False, None), {})
     assert synthesize == ("synthesize", ("d", 3, (96, 320), 0, None), {})
     assert step[1][0].image_size == (96, 320)
     arguments = pretrain[1][0]

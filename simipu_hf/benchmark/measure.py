@@ -17,7 +17,7 @@ from torch.utils.benchmark import Measurement, Timer
 
 Function = Callable[[], Any]
 MIN_RUN_TIME = 0.1  # seconds of one measurement; a function that takes longer runs once
-PACKAGES = ("torch", "numba", "scipy", "torch-quickfps", "triton")
+PACKAGES = ("torch", "numba", "scipy", "triton")
 
 
 @dataclass

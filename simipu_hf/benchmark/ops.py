@@ -126,7 +126,7 @@ def _sampling(level: SetAbstraction, prefix: str, coordinates: Tensor, features:
         if mod in ("D-FPS", "FS"):
             run = partial(_call, furthest_point_sample, xyz, count)
             name = f"{prefix}furthest_point_sample {size}"
-            yield Operation(name, run, ("torch", "numba", "quickfps", "triton"), _same_indices)
+            yield Operation(name, run, ("torch", "numba", "triton"), _same_indices)
         start = stop
 
 

@@ -140,7 +140,7 @@ def load_model(source: str | os.PathLike, device: str | None = None) -> LoadedMo
         return LoadedModel(encoder, _image_processor(encoder))
     simipu, processor = loaded
     simipu.to(device).eval()  # type: ignore[arg-type]  # transformers' decorator hides the method
-    stages = simipu.config.image_encoder_config.out_indices
+    stages = simipu.config.image_encoder_config.stages
     return LoadedModel(simipu.simipu.image_encoder, processor.image_processor, stages, simipu, processor)
 
 
