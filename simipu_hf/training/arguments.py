@@ -137,6 +137,10 @@ class PreTrainingArguments(RunArguments):
     """Weight of each of several data sets; by size if None."""
     streaming: bool = False
     """Read while training, prepare nothing on disk; needs --max_steps."""
+    cameras: list[int | str] | None = None
+    """Cameras of a published data set, by its own names; its default ones if None."""
+    scenes: list[str] | None = None
+    """Drives, logs or segments of a published data set; all if None."""
     train_split: str | None = None
     """Split to train on, such as trainval or train[:50%]; train, or the only one, if None."""
     validation_split: str = "validation"
@@ -197,8 +201,10 @@ class PreTrainingArguments(RunArguments):
         )  # fmt: skip
         if not (self.data_dir or self.dataset_name):
             raise SimIPUError("no data: give --data_dir, a KITTI folder, or --dataset_name")
-        if self.image_size is not None and any(length < 32 or length % 32 for length in self.image_size):
-            raise SimIPUError(f"--image_size takes a height and a width, multiples of 32, found {self.image_size}")
+        if self.image_size is not None and min(self.image_size) < 32:
+            raise SimIPUError(
+                f"--image_size takes a height and a width of at least 32 pixels, found {self.image_size}"
+            )
         if self.validation_share is not None and not 0 < self.validation_share < 1:
             raise SimIPUError(f"--validation_share must be above 0 and below 1, found {self.validation_share}")
         if self.depth_range is not None and not 0 <= self.depth_range[0] < self.depth_range[1]:
@@ -452,6 +458,19 @@ class CompareDepthArguments(CompareArguments, DepthTaskArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_protocol()
+
+
+@dataclass(kw_only=True)
+class CheckArguments:
+    """Is this machine ready? Kernels, precisions, a training step, the loader, the Hub, disk and memory.
+
+    simipu-hf check
+    """
+
+    device: str | None = None
+    """Such as cuda:1; a GPU where there is one if None."""
+    json: bool = False
+    """Print JSON, for programs."""
 
 
 @dataclass(kw_only=True)

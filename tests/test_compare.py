@@ -1,0 +1,189 @@
+"""Comparison of encoders: what is run and reused, the two claims by hand, the depth task."""
+
+import json
+import statistics
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from depth_rows import make_rows, save_rows
+
+from simipu_hf.compare import compare, describe_claims, label_subset, late_improvement, level, speed, summarize
+from simipu_hf.compare_depth import DepthTask, compare_depth, estimate_batch_norm
+from simipu_hf.data.depth import DepthFrame, to_pixel_values, usable_frames
+from simipu_hf.data.rows import dataset_from_rows
+from simipu_hf.errors import SimIPUError
+from simipu_hf.finetune_depth import create_depth_model, create_image_processor, find_rgb_encoder
+from simipu_hf.training.arguments import CompareArguments, CompareDepthArguments, DepthTaskArguments
+
+ENCODER = "random:test_resnet"
+
+
+class FakeTask:
+    """The value falls from 1 by a rate of the encoder, the seed adds a constant."""
+
+    metrics = ("error", "score")
+    shown = ("error", "score")
+    higher_is_better = ("score",)
+    num_test_frames = 3
+
+    def __init__(self):
+        self.ran = []
+
+    def run(self, encoder, mode, fraction, seed):
+        self.ran.append((mode, fraction, seed))
+        rate = 0.05 if "random" in encoder.description else 0.1
+        curve = [{"step": step, "error": 1 - rate * step + 0.01 * seed} for step in (2, 4, 6, 8)]
+        metrics = {"error": curve[-1]["error"], "score": 1.0}
+        return {"metrics": metrics, "curve": curve, "num_frames": round(100 * fraction)}
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    return CompareArguments(
+        image_encoders=[f"other={ENCODER}", f"scratch={ENCODER}"],
+        train_frames=["x"],
+        test_frames=["y"],
+        output_dir=str(tmp_path / "comparison"),
+        modes=["full", "frozen"],
+        label_fractions=[0.5, 1.0],
+        seeds=[0, 1],
+    )
+
+
+def test_every_combination_runs_once_and_a_killed_comparison_goes_on(arguments, tmp_path):
+    task = FakeTask()
+    result = compare(arguments, task)
+    assert len(task.ran) == 2 * 2 * 2 * 2
+    assert [entry["num_frames"] for entry in result["table"] if entry["mode"] == "full"] == [100, 100, 50, 50]
+    folder = tmp_path / "comparison"
+    for file in ("comparison.json", "comparison.md", "comparison.png", "runs.jsonl"):
+        assert (folder / file).stat().st_size > 0
+    lines = (folder / "runs.jsonl").read_text(encoding="utf-8").splitlines()
+    (folder / "runs.jsonl").write_text("\n".join([*lines[:-1], lines[-1][:20]]), encoding="utf-8")  # while writing
+    again = compare(arguments, task)
+    assert len(task.ran) == 17
+    assert [run["metrics"] for run in again["runs"]] == [run["metrics"] for run in result["runs"]]
+    arguments.learning_rate = 0.5  # another recipe: nothing is reused
+    compare(arguments, task)
+    assert len(task.ran) == 33
+
+
+def test_level_is_paired_by_seed():
+    claim = level([(0.1, 0.2), (0.41, 0.4)])
+    assert claim["percent"] == pytest.approx([-50.0, 2.5])
+    assert claim["mean"] == pytest.approx(-23.75)
+    assert claim["std"] == pytest.approx(statistics.stdev([-50, 2.5]))
+    assert claim["seeds_better"] == 1
+    assert level([(0.5, 0.4)], sign=-1) | {"percent": 0, "mean": 0} == {
+        "percent": 0, "mean": 0, "std": None, "seeds_better": 1,
+    }  # fmt: skip
+
+
+def points(*values):
+    return [{"step": 10 * (index + 1), "error": value} for index, value in enumerate(values)]
+
+
+@pytest.mark.parametrize(
+    ("curve", "final", "share"),
+    [
+        (points(0.8, 0.6, 0.4, 0.2), 0.5, 0.625),  # half way between 20 and 30 of 40 steps
+        (points(0.8, 0.6, 0.4, 0.2), 0.4, 0.75),
+        (points(0.3, 0.2, 0.2, 0.2), 0.4, 0.25),  # at the first evaluation, or before
+        (points(0.8, 0.7, 0.6, 0.5), 0.4, None),
+    ],
+)
+def test_speed_is_the_share_of_scratchs_steps_until_its_final_value(curve, final, share):
+    assert speed([(curve, {"step": 40, "error": final})], "error")["share"] == [
+        pytest.approx(share) if share else None
+    ]
+    mirrored = [{**point, "error": -point["error"]} for point in curve]  # where higher is better
+    claim = speed([(mirrored, {"step": 40, "error": -final})], "error", sign=-1)
+    assert claim["share"] == [pytest.approx(share) if share else None]
+
+
+def test_scratch_has_converged_when_the_last_quarter_brings_less_than_a_percent():
+    def improvement(*values):
+        return late_improvement([{"step": s + 1, "values": [v]} for s, v in enumerate(values)])
+
+    assert improvement(0.5, 0.4, 0.3, 0.27) == {"late_improvement": pytest.approx(0.1), "converged": False}
+    assert improvement(0.5, 0.4, 0.3, 0.298)["converged"] is True
+    assert improvement(0.3) == {"late_improvement": None, "converged": None}
+
+
+def test_claims_are_told_apart_in_words():
+    def run(encoder, seed, *values):
+        metrics = {"error": values[-1], "score": 0.0}
+        return {"encoder": encoder, "mode": "full", "label_fraction": 1.0, "seed": seed, "metrics": metrics,
+                "num_frames": 9, "curve": points(*values)}  # fmt: skip
+
+    runs = [run("scratch", 0, 0.8, 0.6, 0.5, 0.4), run("scratch", 1, 0.8, 0.6, 0.5, 0.4)]
+    runs += [run("simipu", 0, 0.4, 0.4, 0.38, 0.36), run("simipu", 1, 0.6, 0.4, 0.38, 0.38)]
+    table = summarize(runs, FakeTask())
+    assert table[1]["std"]["error"] == pytest.approx(statistics.stdev([0.36, 0.38]))
+    scratch, simipu = describe_claims(table, "error")
+    assert "improved by 20.0 % over the last quarter of the steps, not converged" in scratch
+    assert "rule: less than 1%" in scratch
+    assert "SPEED: scratch's final error after 38 ± 18 % of its steps (2 of 2 seeds reach it)" in simipu
+    assert "LEVEL at the end: -7.5 ± 3.5 % (by seed -10.0, -5.0; better for 2 of 2)" in simipu
+
+
+def test_smaller_label_shares_are_part_of_larger_ones():
+    shares = [set(label_subset(10, fraction, seed=4)) for fraction in (0.01, 0.3, 0.7, 1)]
+    assert [len(share) for share in shares] == [1, 3, 7, 10]
+    assert shares[0] < shares[1] < shares[2] < shares[3]
+
+
+# --- depth ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def depth_arguments(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("depth")
+    frames = save_rows(folder)
+    return CompareDepthArguments(
+        image_encoders=[f"other={ENCODER}"],
+        train_frames=[f"{frames}#train"],
+        test_frames=[f"{frames}#test"],
+        output_dir=str(folder / "comparison"),
+        modes=["full", "frozen"],
+        seeds=[3],
+        kb_crop=False,
+        image_size=(32, 64),
+        max_steps=3,
+        batch_size=2,
+        num_evaluations=2,
+        decoder_first=0.4,
+        device="cpu",
+        json=True,
+    )
+
+
+def test_depth_runs_are_the_same_for_the_same_weights_and_seed(depth_arguments):
+    result = compare_depth(depth_arguments)
+    runs = {(run["encoder"], run["mode"]): run for run in result["runs"]}
+    assert runs["scratch", "full"]["metrics"] == runs["other", "full"]["metrics"]  # random weights of the same seed
+    assert [point["step"] for point in runs["scratch", "full"]["curve"]] == [2, 3]
+    assert runs["scratch", "full"]["curve"][-1]["abs_rel"] == runs["scratch", "full"]["metrics"]["abs_rel"]
+    assert runs["scratch", "frozen"]["metrics"] != runs["scratch", "full"]["metrics"]
+    saved = json.loads((Path(depth_arguments.output_dir) / "comparison.json").read_text(encoding="utf-8"))
+    assert saved["table"][1]["level"]["percent"] == [0.0]
+
+
+def test_depth_frames_on_both_sides_are_refused(depth_arguments, tmp_path):
+    dataset_from_rows(make_rows(range(2, 9), prefix="x"), cache_dir=str(tmp_path)).save_to_disk(tmp_path / "rows")
+    shared = SimpleNamespace(**{**vars(depth_arguments), "test_frames": [str(tmp_path / "rows")]})
+    with pytest.raises(SimIPUError, match=r"4 of 7 frames are also trained on.*'x000002'"):
+        DepthTask(shared)
+
+
+def test_frozen_random_encoder_gets_the_statistics_of_the_frames():
+    processor = create_image_processor(DepthTaskArguments(kb_crop=False, image_size=(32, 64)))
+    frames: list[DepthFrame] = list(usable_frames(list(make_rows()), processor))
+    model = create_depth_model(find_rgb_encoder("random:resnet18"))
+    estimate_batch_norm(model, frames, processor)
+    first = model.image_encoder.conv1(to_pixel_values([frame.image for frame in frames], processor))
+    torch.testing.assert_close(model.image_encoder.bn1.running_mean, first.mean((0, 2, 3)), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model.image_encoder.bn1.running_var, first.var((0, 2, 3)), atol=1e-5, rtol=1e-4)
+    assert model.image_encoder.bn1.momentum == 0.1
