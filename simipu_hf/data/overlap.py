@@ -4,10 +4,11 @@ import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -42,81 +43,85 @@ def frames_on_both_sides(first: Rows, second: Rows) -> list[tuple[str, str]]:
     """Pairs of `frame_id`s, one of each side, with the same image or the same scan, byte for byte.
 
     Copies with other names are found, and the other camera of the same instant where whole scans are kept. Only
-    lengths and the first bytes of all frames are compared; those that agree are read.
+    lengths and the first bytes of all frames are compared; those that agree are read. What cannot be read is not
+    compared.
 
     Args:
-        first, second: rows of the data contract. Images of a `datasets.Dataset` are compared as they are encoded; if
-            a side is anything else, pixel by pixel.
+        first, second: rows of the data contract. Images are compared as they are encoded, or pixel by pixel if a
+            side is decoded already and no `datasets.Dataset`.
 
     Returns:
         At most one pair for each row of `second`, in their order.
     """
-    encoded = isinstance(first, datasets.Dataset) and isinstance(second, datasets.Dataset)
-    sides = [_undecoded(rows) if encoded else rows for rows in (first, second)]
-    keys = [list(_cheap_keys(rows)) if encoded else [_content(rows[i]) for i in range(len(rows))] for rows in sides]
+    encoded = _is_encoded(first) and _is_encoded(second)
+    first, second = (_undecoded(rows) if encoded else rows for rows in (first, second))
+    keys_of = _cheap_keys if encoded else lambda rows: (_content(rows[index]) for index in range(len(rows)))
     places: dict[Key, list[int]] = defaultdict(list)
-    for index, row_keys in enumerate(keys[0]):
-        for key in row_keys:
+    for index, keys in enumerate(keys_of(first)):
+        for key in keys:
             places[key].append(index)
+    content_of_first = lru_cache(4096)(lambda place: frozenset(_content(first[place])))
     pairs = []
-    contents: dict[int, set[Key]] = {}  # of rows of the first side that had to be read
-    for index, row_keys in enumerate(keys[1]):
-        candidates = sorted({place for key in row_keys for place in places.get(key, ())})
-        if not candidates:
-            continue
-        content = set(_content(sides[1][index]))
-        for place in candidates:
-            if place not in contents:
-                contents[place] = set(_content(sides[0][place]))
-            if content & contents[place]:
-                pairs.append((_frame_id(sides[0][place], place), _frame_id(sides[1][index], index)))
-                break
+    for index, keys in enumerate(keys_of(second)):
+        candidates = sorted({place for key in keys for place in places.get(key, ())})
+        content = set(_content(second[index])) if candidates else set()
+        same = next((place for place in candidates if content & content_of_first(place)), None)
+        if same is not None:
+            pairs.append((_frame_id(first[same], same), _frame_id(second[index], index)))
     return pairs
 
 
-def _undecoded(rows: datasets.Dataset) -> datasets.Dataset:
+def _is_encoded(rows: Rows) -> bool:
+    return isinstance(rows, datasets.Dataset) or (len(rows) > 0 and isinstance(rows[0]["image"], dict))
+
+
+def _undecoded(rows: Any) -> Any:
+    if not isinstance(rows, datasets.Dataset):
+        return rows
     columns = [column for column in ("frame_id", "image", "points") if column in rows.column_names]
     return rows.select_columns(columns).cast_column("image", datasets.Image(decode=False))
 
 
-def _cheap_keys(rows: datasets.Dataset) -> Iterator[list[Key]]:
+def _cheap_keys(rows: Any) -> Iterator[list[Key]]:
     """Keys that equal frames share: the length of the image's file, and length and first points of the scan."""
-    for table in rows.with_format("arrow").iter(1024):
-        image = table["image"].combine_chunks()
-        lengths = _lengths(image)
-        scans: list[Any] = [None] * len(table)
+    if not isinstance(rows, datasets.Dataset):
+        for index in range(len(rows)):
+            row = rows[index]
+            yield _keys(_length(row["image"]["bytes"], row["image"]["path"]), (row.get("points") or b"")[:64])
+        return
+    for table in rows.with_format("arrow").iter(1024):  # reads the lengths, not the rows
+        images = pa.concat_arrays(table["image"].chunks)
+        lengths, paths = pc.binary_length(images.field("bytes")).to_pylist(), images.field("path").to_pylist()
+        starts: list[bytes] = [b""] * len(table)
         if "points" in table.column_names:
-            points = table["points"]
-            starts = pc.binary_slice(points.cast(pa.large_binary()), 0, 64)
-            scans = list(zip(pc.binary_length(points).to_pylist(), starts.to_pylist(), strict=True))
-        for length, scan in zip(lengths, scans, strict=True):
-            yield [("image", length), *([("points", scan)] if scan else [])]
+            starts = pc.binary_slice(table["points"].cast(pa.large_binary()), 0, 64).to_pylist()
+        for length, path, start in zip(lengths, paths, starts, strict=True):
+            yield _keys(_length(length, path), start)
 
 
-def _lengths(images: Any) -> list[int]:
-    images = images if isinstance(images, pa.StructArray) else pa.concat_arrays(images.chunks)
-    inside = pc.binary_length(images.field("bytes")).to_pylist()
-    paths = images.field("path").to_pylist()
-    return [_file_size(path) if length is None else length for length, path in zip(inside, paths, strict=True)]
+def _keys(length: int | None, start: bytes) -> list[Key]:
+    return [("image", length)] * (length is not None) + [("points", start)] * bool(start)
 
 
-def _file_size(path: str | None) -> int:
-    return os.path.getsize(path) if path and os.path.isfile(path) else -1
+def _length(data: bytes | int | None, path: str | None) -> int | None:
+    if data is not None:
+        return data if isinstance(data, int) else len(data)
+    return os.path.getsize(path) if path and os.path.isfile(path) else None
 
 
 def _content(row: Mapping[str, Any]) -> list[Key]:
-    image = row["image"]
-    if isinstance(image, dict):
-        data = image["bytes"]
-        if data is None:
-            with open(image["path"], "rb") as file:
-                data = file.read()
-    else:
-        data = np.asarray(image_from_row(row)).tobytes()
-    keys: list[Key] = [("image", hashlib.sha256(data).digest())]
+    keys: list[Key] = []
     if row.get("points"):
         keys.append(("points", hashlib.sha256(row["points"]).digest()))
-    return keys
+    try:
+        image = row["image"]
+        if not isinstance(image, dict):
+            data = image_from_row(row).tobytes()
+        else:
+            data = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+    except (OSError, ValueError):
+        return keys
+    return [("image", hashlib.sha256(data).digest()), *keys]
 
 
 def _frame_id(row: Mapping[str, Any], index: int) -> str:

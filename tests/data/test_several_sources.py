@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 
+import datasets
 import numpy as np
 import pytest
 
@@ -115,6 +116,10 @@ def test_shared_frames_are_found_by_content(tmp_path):
     expected = [("4", "other name"), ("2", "same image"), ("3", "same scan")]
     assert frames_on_both_sides(first, second) == expected
     assert frames_on_both_sides(list(first), second) == expected  # rows of another kind, by their pixels
+    encoded = list(second.cast_column("image", datasets.Image(decode=False)))
+    assert frames_on_both_sides(first, encoded) == expected
+    encoded[1]["image"] = {"bytes": None, "path": "absent.png"}
+    assert frames_on_both_sides(encoded, first) == [("same image", "2"), ("same scan", "3"), ("other name", "4")]
     assert frames_on_both_sides(first, first.select([])) == []
     with pytest.raises(SimIPUError, match=r"--eval: 3 of 4 frames are also trained on.*'other name', '4' among"):
         refuse_shared_frames(first, second, "--eval")
