@@ -4,6 +4,8 @@ Every shape stands in its own frame: x forward (along the street), y left, z up,
 centre. Lengths are metres, colours linear RGB albedo in [0, 1]; faces carry `material` and `color`.
 """
 
+from functools import partial
+
 import numpy as np
 from numpy.typing import ArrayLike
 from trimesh import Trimesh, creation
@@ -155,3 +157,13 @@ def house(rng: np.random.Generator) -> list[Trimesh]:
     ends = [[x, z] for z in (eaves, eaves + rise) for x in (-half - 0.3, half + 0.3)]
     tiles = rng.uniform(0.7, 1.3) * np.array([0.28, 0.09, 0.05] if rng.random() < 0.6 else [0.10, 0.09, 0.09])
     return [walls, prism(ends, np.array([side + 0.3, side + 0.3, ridge, ridge]), Material.ROOF_TILES, tiles)]
+
+
+MAKERS = {kind: partial(vehicle, kind=kind) for kind in VEHICLES} | {
+    "Pedestrian": person,
+    "Cyclist": cyclist,
+    "Tree": tree,
+    "House": house,
+    "Pole": pole,
+}
+"""What makes the parts of a random thing of each kind."""

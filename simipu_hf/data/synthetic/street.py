@@ -11,19 +11,12 @@ from typing import NamedTuple
 import numpy as np
 from trimesh.util import concatenate
 
-from . import shapes
 from .appearance import Lighting, Material
 from .rays import Triangles
+from .shapes import HOUSE_DEPTH, MAKERS
 
 FIRST, LAST, LANE = -40.0, 140.0, 3.5
 LABELLED = ("Car", "Van", "Truck", "Pedestrian", "Cyclist")
-MAKERS = {kind: partial(shapes.vehicle, kind=kind) for kind in shapes.VEHICLES} | {
-    "Pedestrian": shapes.person,
-    "Cyclist": shapes.cyclist,
-    "Tree": shapes.tree,
-    "House": shapes.house,
-    "Pole": shapes.pole,
-}
 
 
 class Model(NamedTuple):
@@ -104,7 +97,7 @@ class Street:
         for gap in rng.uniform(10, 150, 3):
             yield from row("Pedestrian", rng.uniform(kerb + 0.9, walk - 0.3), gap, yaw=np.pi * rng.integers(2))
         setback = rng.choice([0.3, 2.5, 6.0])
-        yield from row("House", walk + setback + shapes.HOUSE_DEPTH / 2, rng.choice([0.2, 1.0, 4.0, 12.0]))
+        yield from row("House", walk + setback + HOUSE_DEPTH / 2, rng.choice([0.2, 1.0, 4.0, 12.0]))
         for beyond in (6, 12, 22):
             yield from row("Tree", walk + beyond, 20)
 
