@@ -67,7 +67,7 @@ def test_cells_look_where_their_gradients_are(architecture):
 
 @pytest.mark.parametrize("architecture", ["test_convnext", "test_vit", "test_efficientnet", "resnet18"])
 def test_a_feature_sampled_at_a_pixel_knows_its_colour_best(architecture):
-    """R² of the colour around a pixel, predicted linearly from the feature sampled there, over shifts of the sampling."""
+    """R² of a pixel's colour, predicted linearly from the feature sampled there, over shifts of the sampling."""
     torch.manual_seed(0)
     encoder = timm.create_model(
         architecture, num_classes=0, **({"dynamic_img_size": True} if "vit" in architecture else {})

@@ -8,13 +8,19 @@ import torch.nn.functional as F
 from simipu_hf.modeling.geometry import (
     FeatureGrid,
     aligned_corners_grid,
+    camera_aligned_frame,
     inside_image,
     invert_transform,
     pixel_transform,
     project_points,
     sample_feature_map,
+    to_calibration,
     transform_points,
 )
+
+PROJECTION = np.array([[180.0, 0, 125.5, 11.0], [0, 175.0, 39.5, -3.0], [0, 0, 1, 0.002]])
+# x forward, y left, z up -> x right, y down, z forward, slightly tilted and shifted
+EXTRINSICS = np.array([[0.0, -1, 0, 0.02], [-0.6, 0, -0.8, -0.08], [0.8, 0, -0.6, -0.27], [0, 0, 0, 1]])
 
 
 @pytest.mark.parametrize("half_pixel_centers", [True, False])
@@ -52,6 +58,55 @@ def test_projection_of_a_pinhole_camera():
     assert depth[0].tolist() == [10, -5]
     inside = inside_image(pixels, depth, torch.tensor([[40, 80]]))
     assert inside[0].tolist() == [True, False]
+
+
+def test_numpy_and_torch_agree_to_the_bit():
+    points = np.random.default_rng(0).normal(size=(2, 50, 4)) * 30
+    matrices = np.stack([PROJECTION @ EXTRINSICS, PROJECTION])
+    pixels, depth = project_points(points, matrices)
+    found, found_depth = project_points(torch.from_numpy(points), torch.from_numpy(matrices))
+    np.testing.assert_array_equal(found.numpy(), pixels)
+    np.testing.assert_array_equal(found_depth.numpy(), depth)
+    sizes = np.array([[80, 250], [8, 25]])
+    inside = inside_image(found, found_depth, torch.from_numpy(sizes))
+    np.testing.assert_array_equal(inside.numpy(), inside_image(pixels, depth, sizes))
+
+
+def test_the_camera_aligned_frame_looks_along_the_optical_axis_from_the_camera():
+    lidar_to_aligned, aligned_to_pixel = camera_aligned_frame(PROJECTION, EXTRINSICS)
+    points = np.random.default_rng(0).uniform((-5, -20, -3), (60, 20, 3), (200, 3))
+    aligned = transform_points(points, lidar_to_aligned)
+    pixels, depth = project_points(points, PROJECTION @ EXTRINSICS)
+    found, found_depth = project_points(aligned, aligned_to_pixel)
+    np.testing.assert_allclose(found[depth > 0.1], pixels[depth > 0.1], rtol=1e-9)
+    np.testing.assert_allclose(found_depth, depth, atol=1e-12)
+    np.testing.assert_allclose(aligned[:, 0], depth, atol=1e-12)
+    # ten metres ahead is the principal point; a metre to the left and one up are lower pixel coordinates
+    (ahead, left, up), _ = project_points(np.array([[10.0, 0, 0], [10, 1, 0], [10, 0, 1]]), aligned_to_pixel)
+    np.testing.assert_allclose([ahead, left, up], [[125.5, 39.5], [107.5, 39.5], [125.5, 22.0]])
+    np.testing.assert_allclose(np.linalg.det(lidar_to_aligned), 1)
+    with pytest.raises(ValueError, match="camera_projection: expected an invertible left 3 x 3"):
+        camera_aligned_frame(np.diag([0.0, 1, 1, 1])[:3], EXTRINSICS)
+
+
+@pytest.mark.parametrize(
+    ("projection", "extrinsics", "message"),
+    [
+        (np.eye(3), EXTRINSICS, r"camera_projection: expected shape \(3, 4\), found \(3, 3\)"),
+        ("none", EXTRINSICS, "camera_projection: expected a matrix"),
+        (PROJECTION + np.inf, EXTRINSICS, "camera_projection: expected finite values"),
+        (2 * PROJECTION, EXTRINSICS, "camera_projection: expected the last row 0 0 1 and a distance"),
+        (PROJECTION, EXTRINSICS[:3], r"lidar_to_camera: expected shape \(4, 4\), found \(3, 4\)"),
+        (PROJECTION, EXTRINSICS.T, "lidar_to_camera: expected the last row 0 0 0 1"),
+        (PROJECTION, np.diag([1.01, 1, 1, 1]) @ EXTRINSICS, "lidar_to_camera: expected a rotation .*0.02 off"),
+        (PROJECTION, np.diag([-1, 1, 1, 1]) @ EXTRINSICS, "lidar_to_camera: expected a rotation .*not mirrored"),
+    ],
+)
+def test_a_wrong_calibration_is_named(projection, extrinsics, message):
+    with pytest.raises(ValueError, match=message):
+        to_calibration(projection, extrinsics)
+    rounded = EXTRINSICS.round(3)
+    assert to_calibration(torch.from_numpy(PROJECTION), rounded.tolist())[1].tolist() == rounded.tolist()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,12 @@
 import math
+import multiprocessing
+import os
+import sys
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from simipu_hf.modeling import losses
@@ -127,3 +132,63 @@ def test_a_low_temperature_keeps_its_digits():
     target = torch.arange(20)
     expected = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def one_of_two_processes(process: int, port: int, results: "multiprocessing.Queue") -> None:
+    """Half of the rows in each process."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=process, world_size=2)
+    anchors, positives, valid, excluded = two_clouds()
+    own = slice(process * 10, process * 10 + 10)
+    anchors, positives = anchors[own].requires_grad_(), positives[own].requires_grad_()
+    result = contrastive_loss(
+        anchors,
+        positives,
+        TEMPERATURE,
+        valid[own],
+        symmetric=True,
+        gather=True,
+        excluded=excluded[process : process + 1],
+        return_positions=True,
+    )
+    result.loss.backward()
+    found = (result.loss.detach(), result.positions, anchors.grad, positives.grad)
+    results.put((process, [tensor.numpy() for tensor in found]))
+    dist.destroy_process_group()
+
+
+def two_clouds() -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    anchors, positives = torch.randn(2, 20, WIDTH, generator=generator, dtype=torch.float64)
+    return (
+        anchors,
+        positives,
+        torch.rand(20, generator=generator) < 0.8,
+        torch.rand(2, 10, 10, generator=generator) < 0.3,
+    )
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks")
+def test_two_processes_compute_the_loss_of_one():
+    context = multiprocessing.get_context("fork")
+    results, port = context.Queue(), 29500 + os.getpid() % 2000
+    processes = [context.Process(target=one_of_two_processes, args=(k, port, results)) for k in range(2)]
+    for process in processes:
+        process.start()
+    found = dict(results.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join()
+    anchors, positives, valid, excluded = two_clouds()
+    anchors.requires_grad_()
+    positives.requires_grad_()
+    expected = contrastive_loss(
+        anchors, positives, TEMPERATURE, valid, symmetric=True, excluded=excluded, return_positions=True
+    )
+    expected.loss.backward()
+    loss, positions, anchor_grad, positive_grad = (np.stack(parts) for parts in zip(found[0], found[1], strict=True))
+    np.testing.assert_allclose(loss.mean(), expected.loss.item(), rtol=1e-12)
+    counted = valid.numpy()
+    assert positions.ravel()[counted].tolist() == expected.positions[valid].tolist()
+    # DistributedDataParallel averages over the processes
+    np.testing.assert_allclose(anchor_grad.reshape(20, WIDTH) / 2, anchors.grad.numpy(), rtol=1e-9, atol=1e-14)
+    np.testing.assert_allclose(positive_grad.reshape(20, WIDTH) / 2, positives.grad.numpy(), rtol=1e-9, atol=1e-14)

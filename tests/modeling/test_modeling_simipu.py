@@ -3,6 +3,7 @@ import math
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from tiny_simipu import TINY_POINTNET2, tiny_batch, tiny_config
 from transformers import (
     AutoConfig,
@@ -13,7 +14,7 @@ from transformers import (
     AutoProcessor,
 )
 
-from simipu_hf import SimIPUForPreTraining, SimIPUModel, SimIPUProcessor
+from simipu_hf import SimIPUConfig, SimIPUForPreTraining, SimIPUModel, SimIPUProcessor
 
 
 @pytest.fixture
@@ -183,35 +184,16 @@ def test_autocast_runs(model):
 
 def test_gradient_checkpointing_gives_the_same_gradients(model):
     model.gradient_checkpointing_disable()
-    batch, gradients = tiny_batch(), []
+    batch, gradients, runs = tiny_batch(), [], []
+    model.simipu.image_encoder.layer1[0].conv1.register_forward_hook(lambda *_: runs.append(1))
     for enable in (False, True):
         model.zero_grad()
         if enable:
             model.gradient_checkpointing_enable()
         model(**batch).loss.backward()
         gradients.append(model.simipu.image_encoder.conv1[0].weight.grad.clone())
+    assert len(runs) == 1 + 2  # with checkpointing once more in the backward pass
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("architecture", ["convnext_atto", "vit_tiny_patch16_224"])
-def test_any_timm_encoder_works(architecture):
-    model_args = {"img_size": (64, 96)} if architecture.startswith("vit") else None
-    config = tiny_config(architecture=architecture, image_config={"model_args": model_args})
-    output = SimIPUForPreTraining(config)(**tiny_batch())
-    output.loss.backward()
-    assert torch.isfinite(output.loss)
-
-
-@pytest.mark.parametrize(
-    ("image_config", "message"),
-    [
-        ({"architecture": "resnet51"}, r"timm .* has no model named 'resnet51'; did you mean"),
-        ({"out_indices": [5]}, r"resnet10t has stages 0 to 4 \(or -5 to -1\), found 5"),
-    ],
-)
-def test_unknown_encoders_and_stages_are_named(image_config, message):
-    with pytest.raises(ValueError, match=message):
-        SimIPUForPreTraining(tiny_config(image_config=image_config))
 
 
 def test_too_small_clouds_are_named(model):
@@ -229,3 +211,94 @@ def test_sampling_and_grouping_backends_agree():
         model = SimIPUModel(tiny_config(point_config={**TINY_POINTNET2, **names}))
         features.append(model.get_point_features(batch["points"]).features)
     torch.testing.assert_close(features[0], features[1], rtol=1e-4, atol=1e-5)
+
+
+def similarity_loss(
+    anchors: torch.Tensor, positives: torch.Tensor, excluded: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """InfoNCE written out: `excluded` `(R, R)` candidates leave an anchor's denominator."""
+    logits = F.normalize(anchors, dim=1) @ F.normalize(positives, dim=1).T / temperature
+    logits = logits.masked_fill(excluded & ~torch.eye(len(logits), dtype=torch.bool), -torch.inf)
+    return F.cross_entropy(logits, torch.arange(len(logits)))
+
+
+def test_near_points_of_the_same_cloud_are_no_negatives():
+    options = {"mask_out_of_image": False, "max_match_distance": None, "negative_exclusion_distance": 3.0}
+    torch.manual_seed(0)
+    model = SimIPUForPreTraining(tiny_config(**options)).double()
+    batch = {name: value.double() for name, value in tiny_batch().items()}
+    output = model(**batch)
+    view, augmented = output.point_output, output.point_aug_output
+    x, features = view.coordinates, augmented.features
+    back = torch.linalg.inv(batch["lidar_to_aug"])
+    x_aug = augmented.coordinates @ back[:, :3, :3].transpose(1, 2) + back[:, None, :3, 3]
+    matched, keys = (torch.stack([t[b][output.match[b]] for b in range(2)]) for t in (x_aug, features))
+    intra_near = torch.block_diag(*((x[:, :, None] - matched[:, None]).norm(dim=-1) <= 3.0))
+    inter_near = torch.block_diag(*((x[:, :, None] - x[:, None]).norm(dim=-1) <= 3.0))
+    assert 64 < inter_near.sum() < 64 * 32
+    head = model.intra_point_head
+    queries, keys = (head(rows.flatten(0, 1)) for rows in (view.features, keys))
+    intra = similarity_loss(queries, keys, intra_near, 0.07)
+    image, point = output.image_embeds.flatten(0, 1), output.point_embeds.flatten(0, 1)
+    inter = (similarity_loss(image, point, inter_near, 0.07) + similarity_loss(point, image, inter_near.T, 0.07)) / 2
+    torch.testing.assert_close(output.intra_modal_loss, intra)
+    torch.testing.assert_close(output.inter_modal_loss, inter)
+
+
+def test_a_loss_per_stage_averages_those_of_heads_of_their_own():
+    torch.manual_seed(0)
+    config = tiny_config(loss_per_stage=True, image_config={"out_indices": [1, 3]})
+    model = SimIPUForPreTraining(config).eval()
+    assert len(model.inter_image_head) == 2
+    output = model(**tiny_batch())
+    losses = []
+    for k, stage in enumerate((1, 3)):
+        single = SimIPUForPreTraining(tiny_config(image_config={"out_indices": [stage]})).eval()
+        single.simipu.load_state_dict(model.simipu.state_dict())
+        single.inter_image_head.load_state_dict(model.inter_image_head[k].state_dict())
+        single.inter_point_head.load_state_dict(model.inter_point_head.state_dict())
+        losses.append(single(**tiny_batch()).inter_modal_loss)
+    torch.testing.assert_close(output.inter_modal_loss, torch.stack(losses).mean())
+    model(**tiny_batch()).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.inter_image_head.parameters())
+
+
+def test_accuracies_are_computed_when_asked_for(model):
+    model.eval()
+    with torch.no_grad():
+        plain, measured = model(**tiny_batch()), model(**tiny_batch(), return_metrics=True)
+    assert plain.inter_modal_top1 is None
+    assert 0 <= measured.inter_modal_top1 <= measured.inter_modal_top5 <= 1
+    assert torch.equal(plain.loss, measured.loss)
+
+
+def test_the_anchor_is_the_encoder_of_the_start_and_no_part_of_the_model(tmp_path):
+    torch.manual_seed(0)
+    model = SimIPUForPreTraining(tiny_config(anchor_weight=2.0))
+    names, parameters = set(model.state_dict()), len(list(model.parameters()))
+    with pytest.raises(ValueError, match=r"call anchor_image_encoder\(\)"):
+        model(**tiny_batch())
+    model.anchor_image_encoder()
+    model.eval()
+    start = model(**tiny_batch())
+    assert start.anchor_loss.item() == pytest.approx(0, abs=1e-5)  # the encoder is its own anchor, in evaluation mode
+    with torch.no_grad():
+        for parameter in model.simipu.image_encoder.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    moved = model(**tiny_batch())
+    assert moved.anchor_loss > 1e-3
+    total = moved.intra_modal_loss + moved.inter_modal_loss + 2.0 * moved.anchor_loss
+    torch.testing.assert_close(moved.loss, total)
+    moved.loss.backward()
+    assert set(model.state_dict()) == names
+    assert len(list(model.parameters())) == parameters
+    model.save_pretrained(tmp_path)
+    loaded = SimIPUForPreTraining.from_pretrained(tmp_path)
+    assert loaded(**tiny_batch()).anchor_loss is None  # in evaluation mode it can be done without
+    assert same_state(model, loaded)
+
+
+def test_checkpoints_from_before_cells_had_places_keep_their_map(tmp_path):
+    fields = {**tiny_config("official").to_dict(), "align_corners": True}
+    fields.pop("cell_sampling")
+    assert SimIPUConfig.from_dict(fields).cell_sampling == "aligned_corners"

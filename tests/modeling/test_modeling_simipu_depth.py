@@ -9,10 +9,8 @@ import pytest
 import timm
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
 
 from simipu_hf.modeling.configuration_simipu import SimIPUDepthConfig
-from simipu_hf.modeling.image_encoder import pyramid_stages
 from simipu_hf.modeling.modeling_simipu_depth import SimIPUForDepthEstimation, silog_loss
 
 
@@ -64,7 +62,8 @@ def test_perfect_prediction_has_no_loss_and_no_nan():
 def test_resnet50_decoder_has_the_published_widths():
     with torch.device("meta"):
         model = SimIPUForDepthEstimation(SimIPUDepthConfig(image_config={"architecture": "resnet50"}))
-    assert model.out_indices == [0, 1, 2, 3, 4]
+    assert model.pyramid.stages == [0, 1, 2, 3, 4]
+    assert not list(model.pyramid.parameters())
     assert tuple(model.decoder.project.weight.shape) == (2048, 2048, 1, 1)
     shapes = [(tuple(b.conv1.weight.shape[:2]), tuple(b.conv2.weight.shape[:2])) for b in model.decoder.blocks]
     assert shapes == [
@@ -98,42 +97,38 @@ def test_any_timm_encoder(architecture, model_args):
     assert without_gradient == []
 
 
-def test_stages_of_a_pyramid_and_of_a_single_resolution():
-    class Stages(nn.Module):
-        def __init__(self, *reductions):
-            super().__init__()
-            self.feature_info = [{"reduction": reduction} for reduction in reductions]
+def test_gradients_under_accumulation_are_those_of_one_batch(tmp_path):
+    """Stock Trainer: the same batch once, or as 2 or 4 micro-batches, each a mean of its own."""
+    from transformers import Trainer, TrainingArguments
 
-    assert pyramid_stages(Stages(2, 4, 8, 16, 32)) == [0, 1, 2, 3, 4]
-    assert pyramid_stages(Stages(4, 8, 8, 16)) == [0, 2, 3]
-    assert pyramid_stages(Stages(*[16] * 12)) == [2, 5, 8, 11]
-    assert pyramid_stages(Stages(16, 16, 16)) == [0, 1, 2]
-
-
-def test_encoder_weights_are_taken_over_and_survive_saving(tmp_path):
-    torch.manual_seed(1)
-    encoder = timm.create_model("test_resnet", num_classes=10)
-    for module in encoder.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eps = 1e-3
-            module.running_mean.uniform_(-1, 1)
-    model = SimIPUForDepthEstimation.from_image_encoder(encoder, max_depth=10.0).eval()
-    weights = encoder.state_dict()
-    assert all(torch.equal(value, weights[name]) for name, value in model.image_encoder.state_dict().items())
-    model.save_pretrained(tmp_path)
-    reloaded = SimIPUForDepthEstimation.from_pretrained(tmp_path).eval()
-    pixel_values = torch.randn(1, 3, 64, 64)
-    assert torch.equal(model(pixel_values).predicted_depth, reloaded(pixel_values).predicted_depth)
-    assert reloaded.image_encoder.bn1.eps == 1e-3
-
-
-def test_weights_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match=r"timm\.create_model"):
-        SimIPUForDepthEstimation.from_image_encoder(nn.Conv2d(3, 4, 1))
-    encoder = timm.create_model("test_resnet", num_classes=0)
-    encoder.surprise = nn.Linear(1, 1)
-    with pytest.raises(ValueError, match="do not fit test_resnet"):
-        SimIPUForDepthEstimation.from_image_encoder(encoder)
+    torch.manual_seed(0)
+    row = {"pixel_values": torch.randn(3, 32, 64), "labels": torch.rand(32, 64) * 60}
+    gradients = []
+    for steps in (1, 2, 4):
+        model = tiny().eval()
+        arguments = TrainingArguments(
+            tmp_path,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=steps,
+            max_steps=1,
+            max_grad_norm=0.0,
+            report_to=[],
+            use_cpu=True,
+            save_strategy="no",
+        )
+        trainer = Trainer(model, arguments, train_dataset=[row] * 4)
+        model.train = lambda mode=True, model=model: model  # batch statistics of one image differ from none
+        seen = []
+        trainer.create_optimizer()
+        step = trainer.optimizer.step
+        trainer.optimizer.step = lambda *a, step=step, model=model, seen=seen, **k: (
+            seen.append(model.decoder.project.weight.grad.clone()),
+            step(*a, **k),
+        )[1]
+        trainer.train()
+        gradients.append(seen[0])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(gradients[2], gradients[0], rtol=1e-4, atol=1e-7)
 
 
 def test_random_encoder_keeps_timms_own_initialisation():
@@ -163,13 +158,15 @@ def test_frozen_encoder_stays_as_it_is():
 
 def test_gradient_checkpointing_changes_nothing():
     model, pixel_values, labels = tiny(), torch.randn(2, 3, 64, 64), torch.rand(2, 64, 64) * 9
-    gradients = []
+    gradients, runs = [], []
+    model.image_encoder.layer1[0].conv1.register_forward_hook(lambda *_: runs.append(1))
     for checkpointing in (False, True):
         if checkpointing:
             model.activation_checkpointing_enable()
         model.zero_grad()
         model(pixel_values, labels=labels).loss.backward()
         gradients.append(model.image_encoder.conv1[0].weight.grad.clone())
+    assert len(runs) == 1 + 2  # with checkpointing once more in the backward pass
     torch.testing.assert_close(gradients[0], gradients[1])
 
 

@@ -1,13 +1,13 @@
-"""Processor: pixel values and geometry against formulae written out here, errors, saving and remote code."""
+"""Processor: rows to batches, errors, saving and remote code."""
 
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.image_utils import SizeDict
 
 from simipu_hf.modeling.feature_extraction_simipu import SimIPUFeatureExtractor
 from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
@@ -39,6 +39,14 @@ def project(matrix, points):
     return (homogeneous[:2] / homogeneous[2]).T, homogeneous[2]
 
 
+def in_original(points, preset):
+    """Pixels of the original image and depth: from the LiDAR's axes, or from x ahead, y left, z up of the camera."""
+    if preset == "official":
+        return project(CAMERA_PROJECTION @ LIDAR_TO_CAMERA, points)
+    center = np.linalg.inv(CAMERA_PROJECTION[:, :3]) @ CAMERA_PROJECTION[:, 3]
+    return project(CAMERA_PROJECTION, np.column_stack([-points[:, 1], -points[:, 2], points[:, 0]]) - center)
+
+
 @pytest.mark.parametrize(
     ("preset", "image_size", "content", "padded"),
     [
@@ -57,31 +65,12 @@ def test_lidar_to_pixel_is_the_projection_then_the_resize(preset, image_size, co
     assert batch["points"].shape == batch["points_aug"].shape == (1, 256, 4)
     assert torch.equal(batch["lidar_to_aug"], torch.eye(4)[None])
     points = batch["points"][0].numpy()
-    pixels, depth = project(CAMERA_PROJECTION @ LIDAR_TO_CAMERA, points)
+    pixels, depth = in_original(points, preset)
     scale = np.array([content[1] / 250, content[0] / 80])
     expected = (pixels + 0.5) * scale - 0.5 if preset == "recommended" else pixels * scale
     found, found_depth = project(batch["lidar_to_pixel"][0], points)
     assert np.abs(found - expected).max() < 1e-2
     np.testing.assert_allclose(found_depth, depth, rtol=1e-5)
-
-
-def test_recommended_pixel_values_are_pillows_resize_then_imagenet_normalisation():
-    image = make_row()["images"].resize((1000, 300), Image.BICUBIC)
-    pixel_values = SimIPUProcessor.from_preset("recommended", (96, 320))(image)["pixel_values"][0]
-    resized = np.asarray(image.resize((320, 96), Image.BILINEAR)).astype(np.float64).transpose(2, 0, 1) / 255
-    mean, std = np.array([0.485, 0.456, 0.406])[:, None, None], np.array([0.229, 0.224, 0.225])[:, None, None]
-    assert pixel_values.dtype == torch.float32
-    assert np.abs(pixel_values.numpy() * std + mean - resized).max() < 1.01 / 255  # one level of rounding
-
-
-def test_official_pixel_values_are_bgr_minus_mean_padded_with_zeros():
-    image = Image.new("RGB", (400, 100), (10, 20, 200))
-    batch = SimIPUProcessor.from_preset("official", (96, 320))(image)
-    assert batch["pixel_values"].shape == (1, 3, 96, 320)
-    assert batch["image_sizes"].tolist() == [[80, 320]]
-    expected = torch.tensor([200 - 103.53, 20 - 116.28, 10 - 123.675])[:, None, None].expand(3, 80, 320)
-    torch.testing.assert_close(batch["pixel_values"][0, :, :80], expected)
-    assert (batch["pixel_values"][0, :, 80:] == 0).all()
 
 
 def test_many_rows_equal_single_rows_and_are_padded_to_the_largest():
@@ -111,86 +100,36 @@ def test_points_may_be_bytes_arrays_or_tensors_and_drawing_follows_the_seed():
     assert torch.equal(processor(**row, seed=1)["points"], processor(**row, seed=1)["points"])
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
-def test_images_only_and_other_modes_become_rgb(mode):
-    batch = SimIPUProcessor.from_preset("recommended", (32, 64))(make_row()["images"].convert(mode))
-    assert sorted(batch) == ["image_sizes", "pixel_values"]
-    assert batch["pixel_values"].shape == (1, 3, 32, 64)
-
-
-def test_filter_keeps_what_is_strictly_in_range_and_seen():
-    row = make_row(count=20000)
-    points = row["points"]
-    points[:3, :3] = [[0.0, 0, -1], [70.4, 0, -1], [20, 0, 1.0]]  # on the bounds
-    pixels, depth = project(CAMERA_PROJECTION @ LIDAR_TO_CAMERA, points)
-    seen = (depth > 0) & (pixels >= 0).all(1) & (pixels[:, 0] <= 249) & (pixels[:, 1] <= 79)
-    low, high = np.array([0, -40, -3], np.float32), np.array([70.4, 40, 1], np.float32)
-    inside = ((points[:, :3] > low) & (points[:, :3] < high)).all(1)
-    processor = SimIPUFeatureExtractor()
-    lidar_to_image = CAMERA_PROJECTION @ LIDAR_TO_CAMERA
-    np.testing.assert_array_equal(processor.filter(points, lidar_to_image, (80, 250)), points[seen & inside])
-    np.testing.assert_array_equal(processor.filter(points), points[inside])
-    everything = SimIPUFeatureExtractor(point_cloud_range=None, do_filter_field_of_view=False)
-    assert everything.filter(points, lidar_to_image, (80, 250)) is points
-
-
-def test_drawing_is_without_replacement_where_there_are_enough_points():
-    points = make_row(count=50)["points"]
-    for num_points, distinct in ((50, 50), (20, 20), (500, 50)):
-        drawn = SimIPUFeatureExtractor(num_points).draw(points, np.random.default_rng(0))
-        assert drawn.shape == (num_points, 4)
-        assert len(np.unique(drawn[:, 3])) == distinct
-        assert np.isin(drawn, points).all()
-
-
-def test_point_cloud_processor_alone():
-    scans = [make_row(seed=0)["points"], make_row(seed=1)["points"]]
-    processor = SimIPUFeatureExtractor(num_points=64)
-    batch = processor([scan.tobytes() for scan in scans])
-    assert batch["points"].shape == (2, 64, 4)
-    assert torch.equal(batch["points"][1:], processor(scans[1])["points"])
-
-
-def with_nan(points):
-    points = points.copy()
-    points[5, 2] = np.nan
-    return points
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda row: {"points": row["points"][:, :3]}, r"row 1: points: expected shape \(N, 4\).*\(3000, 3\)"),
-        (
-            lambda row: {"points": row["points"].tobytes()[:-4]},
-            "row 1: points: expected the bytes of whole points, 16 .* 47996 bytes",
-        ),
-        (
-            lambda row: {"points": with_nan(row["points"])},
-            "row 1: points: expected finite values, found 1 of 3000 .* at index 5",
-        ),
-        (
-            lambda row: {"points": np.tile([1, 39, 0, 0.5], (9, 1))},
-            "row 1: no usable point: .* none of these",
-        ),
-        (lambda row: {"points": row["points"] + 1000}, "row 1: no usable point: none of 3000"),
-        (lambda row: {"points": b""}, "row 1: no usable point"),
-        (lambda row: {"camera_projection": np.eye(3)}, r"row 1: camera_projection: expected shape \(3, 4\)"),
-        (lambda row: {"lidar_to_camera": np.eye(4)[:3]}, r"row 1: lidar_to_camera: expected shape \(4, 4\)"),
-        (lambda row: {"lidar_to_camera": LIDAR_TO_CAMERA.T}, "row 1: lidar_to_camera: expected the last row 0 0 0 1"),
-        (lambda row: {"camera_projection": CAMERA_PROJECTION + np.inf}, "row 1: camera_projection: expected finite"),
-        (lambda row: {"images": "no/such/image.png"}, "row 1: image: cannot be read as RGB"),
-        (lambda row: {"images": torch.zeros(7, 32, 32)}, "row 1: image: "),
+        ({"points": b"12345678"}, "points: expected the bytes of whole points"),
+        ({"points": np.tile([1, 39, 0, 0.5], (9, 1))}, "no usable point: none of 9 points .* 9 are in front"),
+        ({"camera_projection": np.eye(3)}, "camera_projection: expected shape"),
+        ({"lidar_to_camera": 2 * LIDAR_TO_CAMERA}, "lidar_to_camera: expected the last row 0 0 0 1"),
+        ({"images": "no/such/image.png"}, "image: cannot be read as RGB"),
     ],
 )
 def test_bad_rows_are_named(change, message):
-    good, bad = make_row(), make_row()
-    bad.update(change(bad))
+    good, bad = make_row(), make_row() | change
     processor = SimIPUProcessor.from_preset("recommended", (32, 64), num_points=16)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"row 1: {message}"):
         processor(**{name: [good[name], bad[name]] for name in good})
     with pytest.raises(ValueError, match=r"^000007: "):
         processor(**bad, frame_id="000007")
+    with pytest.raises(ValueError, match="row 0: crop_size: expected an image of at least 200 x 100"):
+        processor(**good, crop_size={"height": 200, "width": 100})
+
+
+def test_settings_may_change_for_a_call_and_geometry_follows():
+    processor, row = SimIPUProcessor.from_preset("recommended", (32, 64), num_points=50), make_row()
+    changed = {"crop_size": {"height": 40, "width": 120}, "size": {"height": 64, "width": 96}}
+    batch = processor(**row, **changed, half_pixel_centers=False)
+    assert batch["pixel_values"].shape[-2:] == (64, 96)
+    pixels, _ = in_original(batch["points"][0].numpy(), "recommended")
+    expected = (pixels - (65, 40)) * (96 / 120, 64 / 40)
+    assert np.abs(project(batch["lidar_to_pixel"][0], batch["points"][0].numpy())[0] - expected).max() < 1e-2
+    assert torch.equal(processor(**row)["pixel_values"], processor.image_processor(row["images"])["pixel_values"])
 
 
 def test_bad_calls_are_refused():
@@ -204,35 +143,22 @@ def test_bad_calls_are_refused():
         SimIPUProcessor.from_preset("best")
     with pytest.raises(ValueError, match="image_size"):
         SimIPUProcessor.from_preset("official", (384,))
-    with pytest.raises(ValueError, match="num_points"):
-        SimIPUFeatureExtractor(num_points=0)
-    with pytest.raises(ValueError, match="point_cloud_range"):
-        SimIPUFeatureExtractor(point_cloud_range=[0, 0, 0, 1, 1, 0])
+    with pytest.raises(ValueError, match="depth_range"):
+        SimIPUProcessor.from_preset("recommended", depth_range=(80, 1))
 
 
-@pytest.mark.parametrize("resolution", [1, 2])
-def test_depth_post_processing_removes_padding_and_restores_the_size(resolution):
-    processor = SimIPUProcessor.from_preset("official", (96, 320)).image_processor
-    images = [Image.new("RGB", (400, 100)), Image.new("RGB", (200, 90))]
-    inputs = processor(images, return_tensors="pt")
-    depth = torch.full((2, 96 // resolution, 320 // resolution), 1000.0)  # padding must not leak in
-    for index, (height, width) in enumerate(inputs["image_sizes"].tolist()):
-        ramp = (torch.arange(width // resolution) + 0.5) * resolution / width
-        depth[index, : height // resolution, : width // resolution] = ramp
-    results = processor.post_process_depth_estimation(SimpleNamespace(predicted_depth=depth), [(100, 400), (90, 200)])
-    for result, (height, width) in zip(results, [(100, 400), (90, 200)], strict=True):
-        assert result["predicted_depth"].shape == (height, width)
-        expected = ((torch.arange(width) + 0.5) / width).expand(height, width)
-        assert (result["predicted_depth"] - expected).abs().max() < 0.01
-    untouched = processor.post_process_depth_estimation(SimpleNamespace(predicted_depth=depth))
-    assert torch.equal(untouched[0]["predicted_depth"], depth[0])
-    with pytest.raises(ValueError, match="one target size per depth map"):
-        processor.post_process_depth_estimation(SimpleNamespace(predicted_depth=depth), [(1, 1)])
+def test_presets_and_the_range_of_depths():
+    recommended = SimIPUProcessor.from_preset(depth_range=(0.5, 200)).feature_extractor
+    assert (recommended.frame, recommended.depth_range, recommended.point_cloud_range) == ("camera", [0.5, 200], None)
+    official = SimIPUProcessor.from_preset("official").feature_extractor
+    assert (official.frame, official.depth_range) == ("lidar", None)
+    assert official.point_cloud_range == [0, -40, -3, 70.4, 40, 1]
 
 
 @pytest.mark.parametrize("preset", ["recommended", "official"])
 def test_save_and_load(tmp_path, preset):
-    processor = SimIPUProcessor.from_preset(preset, (64, 160), num_points=77)
+    processor = SimIPUProcessor.from_preset(preset, (64, 160), num_points=77, depth_range=(2, 33))
+    processor.image_processor.crop_size = SizeDict(height=60, width=200)
     processor.save_pretrained(tmp_path)
     row = make_row()
     expected = processor(**row)
@@ -270,7 +196,7 @@ def test_loads_as_remote_code_without_the_package(tmp_path, monkeypatch):
         (SimIPUFeatureExtractor, "AutoFeatureExtractor"),
     ):
         monkeypatch.setattr(processor_class, "_auto_class", auto_class)
-    processor = SimIPUProcessor.from_preset("official", (64, 160), num_points=77)
+    processor = SimIPUProcessor.from_preset("recommended", (64, 160), num_points=77)
     processor.save_pretrained(tmp_path)
     row = make_row()
     expected = processor(**row)
@@ -282,26 +208,3 @@ def test_loads_as_remote_code_without_the_package(tmp_path, monkeypatch):
     assert sorted(found) == sorted(expected)
     for name in expected:
         np.testing.assert_array_equal(found[name], expected[name].numpy())
-
-
-def test_real_frames_project_as_the_calibration_says(kitti_mini):
-    processor = SimIPUProcessor.from_preset("recommended", num_points=16384)
-    folder = kitti_mini / "testing"
-    for calib in sorted((folder / "calib").glob("*.txt"))[:3]:
-        lines = dict(line.split(":") for line in calib.read_text(encoding="utf-8").splitlines() if ":" in line)
-        values = {name: np.array(text.split(), np.float64) for name, text in lines.items()}
-        rectify, extrinsic = np.eye(4), np.eye(4)
-        rectify[:3, :3] = values["R0_rect"].reshape(3, 3)
-        extrinsic[:3] = values["Tr_velo_to_cam"].reshape(3, 4)
-        image = Image.open(folder / "image_2" / f"{calib.stem}.png")
-        projection = values["P2"].reshape(3, 4)
-        scan = (folder / "velodyne" / f"{calib.stem}.bin").read_bytes()
-        batch = processor(image, scan, projection, rectify @ extrinsic)
-        points = batch["points"][0].numpy()
-        pixels, depth = project(projection @ rectify @ extrinsic, points)
-        assert depth.min() > 0
-        assert pixels.min() >= -1e-6
-        assert (pixels <= np.array(image.size) - 1 + 1e-6).all()
-        found, _ = project(batch["lidar_to_pixel"][0], points)
-        expected = (pixels + 0.5) * np.array([1248, 384]) / np.array(image.size) - 0.5
-        assert np.abs(found - expected).max() < 1e-2

@@ -1,0 +1,142 @@
+"""Feature extractor: which points are kept, in which frame, and scans that are not four float32 a point."""
+
+import numpy as np
+import pytest
+import torch
+
+from simipu_hf.modeling.feature_extraction_simipu import SimIPUFeatureExtractor, to_point_cloud
+from simipu_hf.modeling.processing_simipu import SimIPUProcessor
+
+PROJECTION = np.array([[180.0, 0, 125.5, 11.0], [0, 175.0, 39.5, -3.0], [0, 0, 1, 0.002]])
+# x forward, y left, z up -> x right, y down, z forward, shifted
+EXTRINSICS = np.array([[0.0, -1, 0, 0.02], [0, 0, -1, -0.08], [1, 0, 0, -0.27], [0, 0, 0, 1]])
+SIZE = (80, 250)
+
+
+def make_points(count=3000, seed=0):
+    rng = np.random.default_rng(seed)
+    points = np.column_stack([rng.uniform((-10, -45, -4), (80, 45, 2), (count, 3)), np.linspace(0, 1, count)])
+    return points.astype("<f4")
+
+
+def project(points):
+    u, v, depth = PROJECTION @ EXTRINSICS @ np.column_stack([points[:, :3].astype(float), np.ones(len(points))]).T
+    return u / depth, v / depth, depth
+
+
+def test_official_keeps_what_is_strictly_in_the_box_and_between_pixel_centres_where_it_is():
+    points = make_points(20000)
+    points[:3, :3] = [[0.0, 0, -1], [70.4, 0, -1], [20, 0, 1.0]]  # on the bounds
+    u, v, depth = project(points)
+    seen = (depth > 0) & (u >= 0) & (u <= 249) & (v >= 0) & (v <= 79)
+    low, high = np.array([0, -40, -3], np.float32), np.array([70.4, 40, 1], np.float32)
+    inside = ((points[:, :3] > low) & (points[:, :3] < high)).all(1)
+    extractor = SimIPUProcessor.from_preset("official").feature_extractor
+    kept, to_pixel = extractor.visible_points(points, PROJECTION, EXTRINSICS, SIZE)
+    np.testing.assert_array_equal(kept, points[seen & inside])
+    np.testing.assert_array_equal(to_pixel, PROJECTION @ EXTRINSICS)
+
+
+def test_recommended_keeps_what_the_camera_sees_between_two_depths_in_its_frame():
+    points = make_points(20000)
+    u, v, depth = project(points)
+    seen = (u > -0.5) & (u < 249.5) & (v > -0.5) & (v < 79.5) & (depth >= 2) & (depth <= 50)
+    kept, to_pixel = SimIPUFeatureExtractor(depth_range=(2, 50)).visible_points(points, PROJECTION, EXTRINSICS, SIZE)
+    np.testing.assert_array_equal(kept[:, 3], points[seen, 3])
+    np.testing.assert_allclose(kept[:, 0], depth[seen], rtol=1e-6)
+    pixels = to_pixel[:, :3] @ kept[:, :3].T.astype(float)
+    np.testing.assert_allclose(pixels[:2] / pixels[2], [u[seen], v[seen]], atol=1e-3)
+    assert not to_pixel[:, 3].any()
+    everything = SimIPUFeatureExtractor(depth_range=None).visible_points(points, PROJECTION, EXTRINSICS, SIZE)[0]
+    assert len(everything) > len(kept)
+
+
+def test_drawing_is_without_replacement_where_there_are_enough_points():
+    points = make_points(50)
+    for num_points, distinct in ((50, 50), (20, 20), (500, 50)):
+        drawn = SimIPUFeatureExtractor(num_points).draw(points, np.random.default_rng(0))
+        assert drawn.shape == (num_points, 4)
+        assert len(np.unique(drawn[:, 3])) == distinct
+        assert np.isin(drawn, points).all()
+
+
+def test_a_batch_of_scans_equals_the_scans():
+    extractor = SimIPUFeatureExtractor(num_points=64)
+    scans = [make_points(seed=0), make_points(seed=1)]
+    rows = [scan.tobytes() for scan in scans], [PROJECTION] * 2, [EXTRINSICS] * 2, [SIZE] * 2
+    batch = extractor(*rows)
+    assert batch["points"].shape == (2, 64, 4)
+    assert batch["lidar_to_pixel"].shape == (2, 3, 4)
+    single = extractor(torch.from_numpy(scans[1]), PROJECTION, EXTRINSICS, SIZE)
+    assert torch.equal(batch["points"][1:], single["points"])
+    with pytest.raises(
+        ValueError, match=r"^row 1: no usable point: none of 0 points is within depth_range \[1.0, 80.0\]"
+    ):
+        extractor([rows[0][0], b""], *rows[1:])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"num_points": 0},
+        {"frame": "ego"},
+        {"depth_range": (80, 1)},
+        {"depth_range": (-1, 80)},
+        {"depth_range": (1, 2, 3)},
+        {"point_cloud_range": [0, 0, 0, 1, 1, 0]},
+        {"point_cloud_range": [0, 1]},
+    ],
+)
+def test_wrong_settings_are_refused(values):
+    with pytest.raises(ValueError, match=next(iter(values))):
+        SimIPUFeatureExtractor(**values)
+
+
+def spoiled(points, value):
+    points = points.copy()
+    points[5, 2] = value
+    return points
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        (make_points()[:, :3], r"expected shape \(N, 4\).*\(3000, 3\)"),
+        (make_points().tobytes()[:-4], "expected the bytes of whole points, 16 .* 47996 bytes"),
+        (spoiled(make_points(), np.nan), "expected finite values, found 1 of 3000 .* at index 5"),
+        (spoiled(make_points(), np.inf).tobytes(), "as float32 its values reach inf"),
+        (spoiled(make_points(), 1e19).tobytes(), "as float32 its values reach 1e[+]19"),
+    ],
+)
+def test_a_damaged_scan_is_named(points, message):
+    with pytest.raises(ValueError, match=f"points: {message}"):
+        to_point_cloud(points)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("columns", [3, 4, 5, 6, 7])
+def test_other_columns_and_types_are_named(columns, dtype):
+    """x y z reflectance, ring, time within the sweep, and the point's own share of it."""
+    rng = np.random.default_rng(0)
+    count = 20 * 420
+    angle, distance = np.linspace(0, 40 * np.pi, count), rng.uniform(3, 60, count)
+    ring, time = rng.integers(0, 32, count), rng.uniform(0, 0.1, count)
+    scan = [distance * np.cos(angle), distance * np.sin(angle), rng.uniform(-2, 1, count), rng.uniform(0, 1, count)]
+    data = np.column_stack([*scan, ring, time, angle / angle[-1]])[:, :columns].astype(dtype).tobytes()
+    if (columns, dtype) == (4, "float32"):
+        assert to_point_cloud(data).shape == (count, 4)
+        return
+    with pytest.raises(ValueError, match=f"points: .*found what looks like {columns} columns of {dtype}"):
+        to_point_cloud(data)
+
+
+def test_clouds_without_structure_pass():
+    rng = np.random.default_rng(0)
+    for count in (1, 105, 300, 4000):
+        for points in (rng.uniform(-1, 1, (count, 4)), rng.normal(size=(count, 4)), np.zeros((count, 4))):
+            assert len(to_point_cloud(points.astype("<f4").tobytes())) == count
+
+
+def test_real_scans_pass(kitti_mini):
+    for path in sorted((kitti_mini / "training" / "velodyne").glob("*.bin"))[:5]:
+        assert to_point_cloud(path.read_bytes()).shape[1] == 4
