@@ -105,9 +105,12 @@ else:
         compiled = compile(source, target=GPUTarget("cuda", 80, 32), options={"enable_fp_fusion": False})
         assert name == "_pairwise" or "fma.rn.f32" not in compiled.asm["ptx"]
 
+    @pytest.mark.cuda
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
     @pytest.mark.parametrize("grid", [False, True])
     def test_on_the_device(grid):
+        operations = ("furthest_point_sample", "furthest_point_sample_features", "ball_query")
+        assert all(point_ops.triton_works(operation) for operation in operations)  # which waits, once
         points = random_points(0, 2, 5000, 3, grid)
         features = random_points(1, 2, 700, 40, grid)
         on_device, features_on_device = points.cuda(), features.cuda()
