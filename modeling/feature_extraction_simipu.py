@@ -197,8 +197,8 @@ def _likely_layout(data: bytes | bytearray | memoryview) -> str | None:
         values = np.frombuffer(data, dtype, count=size // np.dtype(dtype).itemsize)
         sizes = np.abs(values)
         largest[dtype] = sizes.max(initial=0)
-        if np.isnan(largest[dtype]):  # NaN is no evidence of another type, and slow to look beyond
-            largest[dtype] = np.fmax.reduce(sizes, initial=0)
+        if not np.isfinite(largest[dtype]):  # which is no evidence of another type, and slow to look beyond
+            largest[dtype] = sizes.max(initial=0, where=np.isfinite(sizes))
         if largest[dtype] <= LARGEST_VALUE:
             columns = _likely_columns(values)
             return None if (dtype, columns) == ("<f4", 4) else f"{columns} columns of {values.dtype.name}"

@@ -154,28 +154,12 @@ def to_calibration(camera_projection: Any, lidar_to_camera: Any) -> tuple[np.nda
         ValueError: no numbers, a wrong shape, values that are not finite, a projection whose last row is not 0 0 1 and
             a distance, or a `lidar_to_camera` that is not a rotation and a shift.
     """
-    matrices = []
-    for name, matrix, shape in (
-        ("camera_projection", camera_projection, (3, 4)),
-        ("lidar_to_camera", lidar_to_camera, (4, 4)),
-    ):
-        if isinstance(matrix, torch.Tensor):
-            matrix = matrix.detach().cpu().numpy()
-        try:
-            matrix = np.asarray(matrix, dtype=np.float64)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{name}: expected a matrix {shape}, found {matrix!r}") from error
-        if matrix.shape != shape:
-            raise ValueError(f"{name}: expected shape {shape}, found {matrix.shape}")
-        if not np.isfinite(matrix).all():
-            raise ValueError(f"{name}: expected finite values, found NaN or infinity")
-        matrices.append(matrix)
-    projection, extrinsics = matrices
-    if not np.allclose(projection[2, :3], (0, 0, 1)):
-        raise ValueError(
-            f"camera_projection: expected the last row 0 0 1 and a distance, found {projection[2].tolist()}"
-        )
-    if not np.allclose(extrinsics[3], (0, 0, 0, 1)):
+    projection = _to_matrix("camera_projection", camera_projection, (3, 4))
+    if np.abs(projection[2, :3] - (0, 0, 1)).max() > 1e-6:
+        found = projection[2].tolist()
+        raise ValueError(f"camera_projection: expected the last row 0 0 1 and a distance, found {found}")
+    extrinsics = _to_matrix("lidar_to_camera", lidar_to_camera, (4, 4))
+    if np.abs(extrinsics[3] - (0, 0, 0, 1)).max() > 1e-6:
         raise ValueError(f"lidar_to_camera: expected the last row 0 0 0 1, found {extrinsics[3].tolist()}")
     rotation = extrinsics[:3, :3]
     error = np.abs(rotation @ rotation.T - np.eye(3)).max()
@@ -185,6 +169,20 @@ def to_calibration(camera_projection: Any, lidar_to_camera: Any) -> tuple[np.nda
             f"{rotation.round(4).tolist()}, {error:.2g} off"
         )
     return projection, extrinsics
+
+
+def _to_matrix(name: str, matrix: Any, shape: tuple[int, int]) -> np.ndarray:
+    if isinstance(matrix, torch.Tensor):
+        matrix = matrix.detach().cpu().numpy()
+    try:
+        matrix = np.asarray(matrix, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: expected a matrix {shape}, found {matrix!r}") from error
+    if matrix.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, found {matrix.shape}")
+    if not np.isfinite(matrix).all():
+        raise ValueError(f"{name}: expected finite values, found NaN or infinity")
+    return matrix
 
 
 class FeatureGrid(NamedTuple):
