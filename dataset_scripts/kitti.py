@@ -17,7 +17,7 @@ A row is one camera image with the LiDAR scan of the same instant:
 | --- | --- | --- |
 | `frame_id` | string | unique within a split |
 | `scene` | string | the drive (raw), the sequence (odometry); object: the drive where the devkit's `mapping/` is |
-| | | at hand, else the frame itself |
+| | | in the folder, else the frame itself |
 | `camera` | string | `image_2` (left colour) or `image_3` (right colour) |
 | `image` | Image | the rectified colour image |
 | `points` | binary | little-endian float32, N x 4: x y z reflectance, metres, LiDAR frame; those in the image, or |
@@ -48,7 +48,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 OBJECT_TYPES = ["Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc", "DontCare"]
 OBJECT_SPLITS = {"train": "training", "val": "training", "trainval": "training", "test": "testing"}
 OBJECT_FIELDS = ("type", "truncated", "occluded", "alpha", "bbox", "dimensions", "location", "rotation_y")
-ODOMETRY_SPLITS = {"train": range(11), "test": range(11, 22)}  # with and without published poses
+LAST_SEQUENCE_WITH_POSES = 10  # of odometry: its training set
 
 
 class Frame(NamedTuple):
@@ -100,7 +100,8 @@ def split_names(name: str, data_dir: str | os.PathLike | None) -> list[str]:
     if name == "object":
         return list(_object_splits(root))
     if name == "odometry":
-        return [split for split in ODOMETRY_SPLITS if _sequences(root, split)]
+        found = {drive.split for drive in _odometry_drives(root)}
+        return [split for split in ("train", "test") if split in found]
     return ["train"]
 
 
@@ -108,7 +109,7 @@ def list_frames(
     name: str,
     data_dir: str | os.PathLike | None,
     splits: Sequence[str] | None = None,
-    cameras: int | Sequence[int] | None = None,
+    cameras: Sequence[int] | None = None,
     scenes: Sequence[str] | None = None,
 ) -> Listing:
     """Frames of a KITTI folder. Reads names of folders and files, and lists of frames.
@@ -125,16 +126,12 @@ def list_frames(
         ValueError: `data_dir` is no such KITTI folder, or a split, camera or scene asked for is not there.
     """
     root = _root(data_dir)
-    chosen = None if cameras is None else (cameras,) if isinstance(cameras, int) else tuple(map(int, cameras))
+    chosen = None if cameras is None else [int(camera) for camera in cameras]
     if chosen is not None and not set(chosen) <= {2, 3}:
         raise ValueError(f"cameras: expected 2 and / or 3 (KITTI's colour cameras), found {chosen}")
-    splits = (splits,) if isinstance(splits, str) else splits
-    scenes = (scenes,) if isinstance(scenes, str) else scenes
     _require(splits, split_names(name, root), f"{root}: splits")
-    if name == "odometry":
-        return _list_odometry(root, splits, chosen, scenes)
-    if name == "raw":
-        return _list_raw(root, chosen, scenes)
+    if name != "object":
+        return _list_drives(name, root, splits, chosen, scenes)
     if scenes is not None:
         raise ValueError("scenes can be chosen with the configurations 'odometry' and 'raw' only")
     return _list_object(root, splits, chosen or (2,))
@@ -142,14 +139,13 @@ def list_frames(
 
 def _list_object(root: str, splits: Sequence[str] | None, cameras: Sequence[int]) -> Listing:
     drives = _object_drives(root)
-    frames: dict[str, list[Frame]] = {}
-    problems: list[str] = []
+    listing = Listing({}, [], [])
     for split, id_file in _object_splits(root).items():
         if splits is None or split in splits:
-            folder = os.path.join(root, OBJECT_SPLITS[split])
-            known = drives if OBJECT_SPLITS[split] == "training" else {}
-            frames[split] = _object_frames(folder, id_file, cameras, known, problems)
-    return Listing({split: found for split, found in frames.items() if found}, problems, [])
+            found = _object_frames(root, OBJECT_SPLITS[split], id_file, cameras, drives, listing.problems)
+            if found:
+                listing.splits[split] = found
+    return listing
 
 
 def _object_splits(root: str) -> dict[str, str | None]:
@@ -172,13 +168,15 @@ def _object_drives(root: str) -> dict[str, str]:
         paths = [os.path.join(root, place, f"train_{name}.txt") for name in ("rand", "mapping")]
         if all(map(os.path.isfile, paths)):
             order, lines = re.findall(r"\d+", " ".join(_lines(paths[0]))), _lines(paths[1])
-            return {f"{index:06d}": lines[int(line) - 1].split()[1] for index, line in enumerate(order)}
+            return {f"training/{index:06d}": lines[int(line) - 1].split()[1] for index, line in enumerate(order)}
     return {}
 
 
 def _object_frames(
-    folder: str, id_file: str | None, cameras: Sequence[int], drives: dict[str, str], problems: list[str]
+    root: str, part: str, id_file: str | None, cameras: Sequence[int], drives: dict[str, str], problems: list[str]
 ) -> list[Frame]:
+    """Frames of `part`, "training" or "testing"; a frame that lacks a file has the path where it should be."""
+    folder = os.path.join(root, part)
     for needed in [f"image_{camera}" for camera in cameras] + ["velodyne", "calib"]:
         if not os.path.isdir(os.path.join(folder, needed)):
             reduced = needed == "velodyne" and os.path.isdir(os.path.join(folder, "velodyne_reduced"))
@@ -188,24 +186,21 @@ def _object_frames(
                 'If you need other splits only, choose them: splits=("train",)'
             )
     images = {camera: _files(os.path.join(folder, f"image_{camera}"), IMAGE_SUFFIXES) for camera in cameras}
-    scans = _files(os.path.join(folder, "velodyne"), (".bin",))
-    calibrations = _files(os.path.join(folder, "calib"), (".txt",))
-    labels = _files(os.path.join(folder, "label_2"), (".txt",))
+    scans, calibrations, labels = (
+        _files(os.path.join(folder, name), (suffix,))
+        for name, suffix in (("velodyne", ".bin"), ("calib", ".txt"), ("label_2", ".txt"))
+    )
     known = sorted(set(scans).union(*images.values()))
-    return [
-        Frame(
-            "object",
-            key if camera == 2 else f"{key}_image_{camera}",
-            drives.get(key, key),
-            camera,
-            images[camera].get(key, os.path.join(folder, f"image_{camera}", f"{key}.png")),
-            scans.get(key, os.path.join(folder, "velodyne", f"{key}.bin")),
-            (calibrations.get(key, os.path.join(folder, "calib", f"{key}.txt")),),
-            labels.get(key),
-        )
-        for key in (known if id_file is None else _listed_ids(id_file, known, folder, problems))
-        for camera in cameras
-    ]
+    frames = []
+    for key in known if id_file is None else _listed_ids(id_file, known, folder, problems):
+        scan = scans.get(key, os.path.join(folder, "velodyne", f"{key}.bin"))
+        calibration = calibrations.get(key, os.path.join(folder, "calib", f"{key}.txt"))
+        scene = drives.get(f"{part}/{key}", f"{part}/{key}")
+        for camera in cameras:
+            image = images[camera].get(key, os.path.join(folder, f"image_{camera}", f"{key}.png"))
+            frame_id = key if camera == 2 else f"{key}_image_{camera}"
+            frames.append(Frame("object", frame_id, scene, camera, image, scan, (calibration,), labels.get(key)))
+    return frames
 
 
 def _listed_ids(path: str, known: list[str], folder: str, problems: list[str]) -> list[str]:
@@ -225,76 +220,83 @@ def _listed_ids(path: str, known: list[str], folder: str, problems: list[str]) -
     return list(ids)
 
 
-def _list_odometry(
-    root: str, splits: Sequence[str] | None, cameras: Sequence[int] | None, scenes: Sequence[str] | None
+class _Drive(NamedTuple):
+    """A raw drive or an odometry sequence; `images` is the folder of a camera once its number is filled in."""
+
+    split: str
+    scene: str
+    scans: str
+    images: str
+    calibration: tuple[str, ...]
+
+
+def _list_drives(
+    name: str, root: str, splits: Sequence[str] | None, cameras: Sequence[int] | None, scenes: Sequence[str] | None
 ) -> Listing:
     listing = Listing({}, [], [])
-    wanted = splits or split_names("odometry", root)
-    _require(scenes, [sequence for split in wanted for sequence in _sequences(root, split)], f"{root}: scenes")
-    for split in wanted:
-        for sequence in _sequences(root, split):
-            if scenes is None or sequence in scenes:
-                folder = os.path.join(root, "sequences", sequence)
-                places = [os.path.join(folder, name) for name in ("velodyne", "image_{}")]
-                calibration = (os.path.join(folder, "calib.txt"),)
-                frames = _paired_frames("odometry", sequence, places, calibration, cameras, listing)
-                listing.splits.setdefault(split, []).extend(frames)
+    drives = _odometry_drives(root) if name == "odometry" else _raw_drives(root, listing)
+    if scenes is not None:
+        listing.notes.clear()  # of what was not asked for
+        suffix = "_sync" if name == "raw" else ""
+        scenes = [scene if scene.endswith(suffix) else f"{scene}{suffix}" for scene in scenes]
+        _require(scenes, [drive.scene for drive in drives], f"{root}: scenes")
+    for drive in drives:
+        if (splits is None or drive.split in splits) and (scenes is None or drive.scene in scenes):
+            frames = _drive_frames(name, drive, cameras, listing)
+            if frames:
+                listing.splits.setdefault(drive.split, []).extend(frames)
     return listing
 
 
-def _sequences(root: str, split: str) -> list[str]:
-    found = _folders(os.path.join(root, "sequences"), r"\d\d")
-    if not found:
+def _odometry_drives(root: str) -> list[_Drive]:
+    drives = []
+    for sequence in _folders(os.path.join(root, "sequences"), r"\d\d"):
+        folder = os.path.join(root, "sequences", sequence)
+        split = "train" if int(sequence) <= LAST_SEQUENCE_WITH_POSES else "test"
+        scans, images, calibration = (os.path.join(folder, name) for name in ("velodyne", "image_{}", "calib.txt"))
+        drives.append(_Drive(split, sequence, scans, images, (calibration,)))
+    if not drives:
         raise _not_kitti(root, "sequences/00/ and so on, each with image_2/, velodyne/ and calib.txt")
-    return [sequence for sequence in found if int(sequence) in ODOMETRY_SPLITS[split]]
+    return drives
 
 
-def _list_raw(root: str, cameras: Sequence[int] | None, scenes: Sequence[str] | None) -> Listing:
+def _raw_drives(root: str, listing: Listing) -> list[_Drive]:
     days = _folders(root, r"\d{4}_\d\d_\d\d")
     if not days:
         raise _not_kitti(root, "dated folders such as 2011_09_26/, each with calib_*.txt and *_drive_*_sync/")
-    listing = Listing({"train": []}, [], [])
-    found = [(day, drive) for day in days for drive in _folders(os.path.join(root, day), r".*_drive_.*")]
-    synced = [(day, drive) for day, drive in found if drive.endswith("_sync")]
-    if scenes is not None:
-        wanted = {scene if scene.endswith("_sync") else f"{scene}_sync" for scene in scenes}
-        _require(sorted(wanted), [drive for _, drive in synced], f"{root}: scenes")
-        synced = [(day, drive) for day, drive in synced if drive in wanted]
-    elif len(synced) < len(found):
-        left_out = [drive for day, drive in found if (day, drive) not in synced]
+    drives, left_out = [], []
+    for day in days:
+        folder = os.path.join(root, day)
+        calibration = tuple(os.path.join(folder, f"calib_{name}.txt") for name in ("cam_to_cam", "velo_to_cam"))
+        for name in _folders(folder, ".*_drive_.*"):
+            if not name.endswith("_sync"):
+                left_out.append(name)
+            elif not name.startswith(f"{day}_drive_"):
+                listing.problems.append(
+                    f"{os.path.join(folder, name)}: expected a drive of {day}, found another day's"
+                )
+            else:
+                scans, images = (
+                    os.path.join(folder, name, place, "data") for place in ("velodyne_points", "image_0{}")
+                )
+                drives.append(_Drive("train", name, scans, images, calibration))
+    if left_out:
         listing.notes.append(
             f"{root}: left out {left_out}: only *_sync drives have rectified images and a scan for each"
         )
-    for day, drive in synced:
-        folder = os.path.join(root, day)
-        if not drive.startswith(f"{day}_drive_"):
-            listing.problems.append(f"{os.path.join(folder, drive)}: expected a drive of {day}, found another day's")
-            continue
-        places = [os.path.join(folder, drive, name, "data") for name in ("velodyne_points", "image_0{}")]
-        calibration = tuple(os.path.join(folder, f"calib_{name}.txt") for name in ("cam_to_cam", "velo_to_cam"))
-        listing.splits["train"].extend(_paired_frames("raw", drive, places, calibration, cameras, listing))
-    return listing if listing.splits["train"] else listing._replace(splits={})
+    return drives
 
 
-def _paired_frames(
-    layout: str,
-    scene: str,
-    places: Sequence[str],
-    calibration: tuple[str, ...],
-    cameras: Sequence[int] | None,
-    listing: Listing,
-) -> list[Frame]:
-    """Every image of a drive or sequence that has a scan; `places` are the folders of scans and, by camera, of images.
-
-    KITTI itself lacks a few scans: drive 2011_09_26_drive_0009 has 447 images of each camera and 443 scans.
-    """
-    scans = _files(places[0], (".bin",))
+def _drive_frames(name: str, drive: _Drive, cameras: Sequence[int] | None, listing: Listing) -> list[Frame]:
+    """Every image that has a scan. KITTI itself lacks a few scans: drive 2011_09_26_drive_0009 has 447 images of each
+    camera and 443 scans."""
+    scans = _files(drive.scans, (".bin",))
     if not scans:
-        listing.problems.append(f"{places[0]}: expected *.bin scans, found none")
+        listing.problems.append(f"{drive.scans}: expected *.bin scans, found none")
         return []
     frames = []
     for camera in cameras or (2, 3):
-        folder = places[1].format(camera)
+        folder = drive.images.format(camera)
         images = _files(folder, IMAGE_SUFFIXES)
         if not images and cameras is not None:
             listing.problems.append(f"{folder}: expected images, found none")
@@ -305,13 +307,13 @@ def _paired_frames(
                     f"{folder}: {len(alone)} of {len(here)} {kind} have no partner for camera {camera}, left out: "
                     f"{', '.join(alone[:8])}{', …' if len(alone) > 8 else ''}"
                 )
-        prefix = f"{scene}_image_{camera:02d}" if layout == "raw" else f"{scene}_image_{camera}"
+        prefix = f"{drive.scene}_image_{camera:02d}" if name == "raw" else f"{drive.scene}_image_{camera}"
         frames += [
-            Frame(layout, f"{prefix}_{key}", scene, camera, images[key], scans[key], calibration)
+            Frame(name, f"{prefix}_{key}", drive.scene, camera, images[key], scans[key], drive.calibration)
             for key in sorted(set(images) & set(scans))
         ]
     if not frames:
-        listing.problems.append(f"{places[1].format('x')}: expected images with a scan, found no pair")
+        listing.problems.append(f"{drive.images.format('x')}: expected images with a scan, found no pair")
     return frames
 
 
@@ -342,7 +344,7 @@ def _folders(path: str, pattern: str) -> list[str]:
 
 
 def _files(folder: str, suffixes: tuple[str, ...]) -> dict[str, str]:
-    """Stem -> path of the files with one of these suffixes, in upper or lower case; none where the folder is absent."""
+    """Stem -> path of the files with one of these suffixes, in any case; none where the folder is absent."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     names = [name for name in sorted(names) if name.lower().endswith(suffixes) and not name.startswith(".")]
     return {os.path.splitext(name)[0]: os.path.join(folder, name) for name in names}
@@ -475,13 +477,14 @@ def read_calibration(frame: Frame) -> tuple[np.ndarray, np.ndarray, tuple[int, i
     if frame.layout == "object":
         projection = _matrix(values, path, f"P{frame.camera}", (3, 4))
         rectification = _matrix(values, path, "R0_rect", (3, 3))
-        return projection, _rectified(rectification, _matrix(values, path, "Tr_velo_to_cam", (3, 4))), None
+        rigid = _matrix(values, path, "Tr_velo_to_cam", (3, 4))
+        return projection, _homogeneous(rectification) @ _homogeneous(rigid), None
     projection = _matrix(values, path, f"P_rect_{frame.camera:02d}", (3, 4))
     rectification = _matrix(values, path, "R_rect_00", (3, 3))
     width, height = _matrix(values, path, f"S_rect_{frame.camera:02d}", (2,))
     values, path = _read_values(frame.calibration[1]), frame.calibration[1]
     rigid = np.hstack([_matrix(values, path, "R", (3, 3)), _matrix(values, path, "T", (3, 1))])
-    return projection, _rectified(rectification, rigid), (round(width), round(height))
+    return projection, _homogeneous(rectification) @ _homogeneous(rigid), (round(width), round(height))
 
 
 def read_objects(path: str | None, problems: list[str] | None = None) -> dict[str, list]:
@@ -543,10 +546,6 @@ def _homogeneous(matrix: np.ndarray) -> np.ndarray:
     return result
 
 
-def _rectified(rectification: np.ndarray, rigid: np.ndarray) -> np.ndarray:
-    return _homogeneous(rectification) @ _homogeneous(rigid)
-
-
 # --- the data set ---------------------------------------------------------------------------------------------------
 
 
@@ -591,12 +590,6 @@ class Kitti(datasets.GeneratorBasedBuilder):
     def __init__(self, *args: Any, hash: str | None = None, **kwargs: Any) -> None:
         # datasets only hashes code that it loads as a script; with this, rows of an older version are not found again
         super().__init__(*args, hash=hash or _code_hash(), **kwargs)
-
-    def as_dataset(self, split: Any = None, **kwargs: Any) -> Any:
-        return super().as_dataset(_kitti_split(split), **kwargs)
-
-    def as_streaming_dataset(self, split: Any = None, **kwargs: Any) -> Any:
-        return super().as_streaming_dataset(_kitti_split(split), **kwargs)
 
     def _info(self) -> datasets.DatasetInfo:
         return datasets.DatasetInfo(
@@ -655,11 +648,6 @@ def features(name: str) -> datasets.Features:
             }
         )
     return datasets.Features(columns)
-
-
-def _kitti_split(split: Any) -> Any:
-    """`validation`, as Hugging Face calls it, is KITTI's `val`."""
-    return re.sub(r"\bvalidation\b", "val", split) if isinstance(split, str) else split
 
 
 def _code_hash() -> str:

@@ -42,7 +42,10 @@ class Reading:
         """Rows of the frames; damaged ones end it with a SimIPUError, or are left out and described in `skipped`."""
         for frame in frames:
             try:
-                yield self.reader.read_row(frame, self.whole_scans)
+                row = self.reader.read_row(frame, self.whole_scans)
+                if not row["points"]:
+                    raise ValueError(f"frame {frame.frame_id}: expected points of the scan in the image, found none")
+                yield row
             except ValueError as error:
                 if skipped is None:
                     raise SimIPUError(str(error)) from error

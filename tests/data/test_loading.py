@@ -237,6 +237,15 @@ def test_damage_is_one_clear_error_and_can_be_skipped(object_root, tmp_path, num
         assert skipped[0].startswith("frame 000001: ")
 
 
+def test_a_scan_without_a_point_in_the_image_is_damage(object_root, tmp_path):
+    np.full((2, 4), -5.0, "<f4").tofile(object_root / "training/velodyne/000001.bin")
+    with pytest.raises(SimIPUError, match="frame 000001: expected points of the scan in the image, found none"):
+        load_pretraining_dataset(data_dir=object_root, cache_dir=tmp_path)
+    skipped = []
+    assert len(load_pretraining_dataset(data_dir=object_root, cache_dir=tmp_path, skipped=skipped)) == 2
+    assert len(skipped) == 1
+
+
 def test_damage_while_streaming(object_root, tmp_path):
     shutil.copy(object_root / "ImageSets/val.txt", object_root / "training/velodyne/000001.bin")
     data = load_pretraining_dataset(data_dir=object_root, streaming=True, cache_dir=tmp_path)

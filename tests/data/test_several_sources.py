@@ -42,7 +42,7 @@ def test_sources_are_joined_in_order(object_root, tmp_path):
     options = {"cache_dir": tmp_path / "cache"}
     rows = load_pretraining_dataset(data_dir=[saved, object_root, f"{object_root}#val"], **options)
     assert list(rows["frame_id"]) == ["a/0", "a/1", "000000", "000001", "000002", "000003", "000004"]
-    assert list(rows["scene"][:3]) == ["a", "a", "000000"]
+    assert list(rows["scene"][:3]) == ["a", "a", "training/000000"]
     rows, mixture = load_mixture(data_dir=[saved, object_root], mixture=[1, 1], seed=3, **options)
     assert (len(rows), mixture.sizes, len(mixture)) == (5, (2, 3), 5)
     assert load_mixture(data_dir=[saved, object_root], **options)[1] is None

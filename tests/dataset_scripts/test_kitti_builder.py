@@ -38,14 +38,6 @@ def test_without_image_sets_train_is_all_of_training(object_root, tmp_path):
     assert kitti.split_names("object", root) == ["train"]
 
 
-def test_validation_is_another_name_of_val(object_root, tmp_path):
-    root = object_root({"train": "000000\n", "val": "000001\n"})
-    builder = kitti.Kitti(config_name="object", data_dir=str(root), cache_dir=str(tmp_path / "cache"))
-    builder.download_and_prepare()
-    assert list(builder.as_dataset(split="train+validation")["frame_id"]) == ["000000", "000001"]
-    assert [row["frame_id"] for row in builder.as_streaming_dataset(split="validation")] == ["000001"]
-
-
 def test_only_the_chosen_splits_are_prepared(object_root, tmp_path):
     root = object_root({"train": "000000\n", "val": "000001\n"})
     shutil.rmtree(root / "testing/velodyne")
@@ -255,14 +247,14 @@ def test_file_names_may_be_in_upper_case_and_lists_may_begin_with_a_mark(object_
 
 def test_object_frames_know_their_drive_where_the_devkit_is_at_hand(object_root, tmp_path):
     root = object_root()
-    assert build(root, "object", tmp_path / "cache")["train"]["scene"][2] == "000002"
+    assert build(root, "object", tmp_path / "cache")["train"]["scene"][2] == "training/000002"
     (root / "devkit_object/mapping").mkdir(parents=True)
     mapping = "".join(f"2011_09_26 2011_09_26_drive_000{index}_sync 0000000000\n" for index in range(1, 5))
     (root / "devkit_object/mapping/train_mapping.txt").write_text(mapping)
     (root / "devkit_object/mapping/train_rand.txt").write_text("3,1,4,2\n")
     frames = kitti.list_frames("object", root).splits
     assert [frame.scene[-6] for frame in frames["train"]] == ["3", "1", "4", "2"]
-    assert [frame.scene for frame in frames["test"]] == ["000000", "000001"]
+    assert [frame.scene for frame in frames["test"]] == ["testing/000000", "testing/000001"]
 
 
 @pytest.fixture
