@@ -224,9 +224,10 @@ class _Inspector:
         self.add_problems(damage, label)
         self.scenes.add(str(row.get("scene", "")))
         self.objects.update(row["object_types"])
-        image = self._part(label, row, "image", image_from_row)
-        points = self._part(label, row, "points", points_from_row)
-        calibration = self._part(label, row, "camera_projection", calibration_from_row)
+        described = {column for column in ("image", "points", "camera_projection") if damage and row[column] is None}
+        image = None if "image" in described else self._read(label, row, image_from_row)
+        points = None if "points" in described else self._read(label, row, points_from_row)
+        calibration = None if "camera_projection" in described else self._read(label, row, calibration_from_row)
         if image is not None:
             self.sizes[f"{image.width}x{image.height}"] += 1
             if all(low == high for low, high in image.getextrema()):
@@ -246,10 +247,8 @@ class _Inspector:
             if self.sample is None and label not in self.damaged:
                 self.sample = Frame.from_row(row)
 
-    def _part(self, label: str, row: Mapping[str, Any], column: str, read: Callable[[Any], Any]) -> Any:
+    def _read(self, label: str, row: Mapping[str, Any], read: Callable[[Any], Any]) -> Any:
         """Each part is read on its own, so that damage to one doesn't hide damage to another."""
-        if row[column] is None:
-            return None
         try:
             return read(row)
         except ValueError as error:

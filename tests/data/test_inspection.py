@@ -91,7 +91,7 @@ def test_inspection_of_raw_names_another_day_s_calibration(raw_root):
 def test_inspection_of_rows(tmp_path):
     rows = [to_row(name, np.zeros((4, 6, 3), np.uint8), np.ones((2, 4)), np.eye(3, 4), np.eye(4)) for name in "aabc"]
     rows[2]["points"] = b"\0" * 10
-    rows[3]["image"] = {"bytes": b"broken", "path": None}
+    rows[3]["image"] = None
     dataset_from_rows(rows, tmp_path / "rows").save_to_disk(tmp_path / "saved")
     report = inspect_dataset(str(tmp_path / "saved"))
     assert report.splits == {"train": 3}

@@ -223,12 +223,12 @@ def test_duplicate_frames(tmp_path):
 
 
 @pytest.mark.parametrize("num_proc", [None, 2])
-def test_damage_is_one_clear_error_and_can_be_skipped(object_root, tmp_path, num_proc):
+def test_damage_is_one_clear_error_and_can_be_skipped(object_root, tmp_path, num_proc, monkeypatch):
+    monkeypatch.setattr(preparation, "CHUNK", 2)  # 000002 is in another file
     (object_root / "training/velodyne/000001.bin").write_bytes(b"\0" * 20)
     options = {"data_dir": object_root, "num_proc": num_proc, "cache_dir": tmp_path / "cache"}
     with pytest.raises(SimIPUError, match=r"velodyne.000001.bin: expected whole points .* found 20 bytes"):
         load_pretraining_dataset(**options)
-    assert not list((tmp_path / "cache").rglob("*.arrow"))
     for _ in range(2):  # prepared, then from the cache
         skipped = []
         data = load_pretraining_dataset(**options, skipped=skipped)
