@@ -24,6 +24,7 @@ from .files import atomic_path, atomic_write
 from .hub.sources import find_image_encoder
 from .hub.weights import EncoderWeights
 from .training.arguments import CompareArguments
+from .training.logging import read_metrics
 
 RUNS_FILE, RESULT_FILE, TABLE_FILE, PLOT_FILE = "runs.jsonl", "comparison.json", "comparison.md", "comparison.png"
 BASELINE = "scratch"
@@ -41,9 +42,9 @@ class Task(Protocol):
         num_test_frames: how many frames are evaluated.
     """
 
-    metrics: Sequence[str]
-    shown: Sequence[str]
-    higher_is_better: Sequence[str]
+    metrics: tuple[str, ...]
+    shown: tuple[str, ...]
+    higher_is_better: tuple[str, ...]
     num_test_frames: int
 
     def run(self, encoder: EncoderWeights, mode: str, fraction: float, seed: int) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def compare(arguments: CompareArguments, task: Task) -> dict[str, Any]:
     output_dir.mkdir(parents=True, exist_ok=True)
     encoders = load_encoders(arguments.image_encoders)
     recipe = hashlib.sha256(json.dumps(arguments.recipe(), sort_keys=True).encode()).hexdigest()[:16]
-    known = read_runs(output_dir / RUNS_FILE)
+    known = read_metrics(output_dir / RUNS_FILE) if (output_dir / RUNS_FILE).is_file() else []
     fractions = sorted(arguments.label_fractions, reverse=True)
     finished = []
     plan = list(itertools.product(encoders, arguments.modes, fractions, arguments.seeds))
@@ -118,17 +119,6 @@ def label_subset(num_frames: int, fraction: float, seed: int) -> list[int]:
     """A random share of the frames, at least one; for one seed a smaller share is part of every larger one."""
     order = torch.randperm(num_frames, generator=torch.Generator().manual_seed(seed)).tolist()
     return order[: max(1, round(fraction * num_frames))]
-
-
-def read_runs(path: Path) -> list[dict[str, Any]]:
-    """Finished runs of an earlier call; a last line that was cut short is left out."""
-    runs = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            runs.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return runs
 
 
 # --- what the runs say ----------------------------------------------------------------------------------------------
@@ -205,16 +195,17 @@ def speed(
     """
     shares: list[float | None] = []
     for curve, last in curves:
-        target, crossing = sign * last[metric], None
-        for before, point in itertools.pairwise([None, *curve]):
-            value = sign * point[metric]
-            if value <= target:
-                crossing = point["step"]
-                if before is not None and value < sign * before[metric]:
-                    part = (sign * before[metric] - target) / (sign * before[metric] - value)
-                    crossing = before["step"] + part * (point["step"] - before["step"])
-                break
-        shares.append(None if crossing is None else crossing / last["step"])
+        target, steps = sign * last[metric], [point["step"] for point in curve]
+        values = [sign * point[metric] for point in curve]
+        first = next((index for index, value in enumerate(values) if value <= target), None)
+        if first is None:
+            shares.append(None)
+            continue
+        step = steps[first]
+        if first > 0:
+            part = (values[first - 1] - target) / (values[first - 1] - values[first])
+            step = steps[first - 1] + part * (step - steps[first - 1])
+        shares.append(step / last["step"])
     reached = [share for share in shares if share is not None]
     mean = statistics.fmean(reached) if reached else None
     return {"share": shares, "mean": mean, "std": spread(reached), "seeds_reached": len(reached)}

@@ -48,9 +48,9 @@ class DepthTask:
         SimIPUError: frames that cannot be used, or that stand on both sides.
     """
 
-    metrics = METRICS
-    shown = ("abs_rel", "rmse", "silog", "a1")
-    higher_is_better = HIGHER_IS_BETTER
+    metrics: tuple[str, ...] = METRICS
+    shown: tuple[str, ...] = ("abs_rel", "rmse", "silog", "a1")
+    higher_is_better: tuple[str, ...] = HIGHER_IS_BETTER
 
     def __init__(self, arguments: CompareDepthArguments):
         self.arguments = arguments
@@ -62,12 +62,7 @@ class DepthTask:
             for what, rows in (("training frames", train_rows), ("test frames", test_rows))
         )
         self.num_test_frames = len(self.test_frames)
-        self.protocol = DepthProtocol(
-            arguments.evaluation_crop,
-            max_depth=arguments.max_depth,
-            kb_crop=arguments.kb_crop,
-            flip_test=arguments.flip_test,
-        )
+        self.protocol = DepthProtocol.from_arguments(arguments)
 
     def run(self, encoder: EncoderWeights, mode: str, fraction: float, seed: int) -> dict[str, Any]:
         """One fine-tuning run and its evaluations."""

@@ -54,13 +54,7 @@ def evaluate_depth(arguments: EvaluateDepthArguments) -> dict[str, Any]:
         network,
         usable_frames(rows, processor, arguments.on_bad_row),
         processor,
-        DepthProtocol(
-            arguments.evaluation_crop,
-            arguments.min_depth,
-            arguments.max_depth,
-            arguments.kb_crop,
-            arguments.flip_test,
-        ),
+        DepthProtocol.from_arguments(arguments),
         show=PictureWriter(None if output_dir is None else output_dir / "pictures", arguments.num_pictures),
     )
     result = {"model": arguments.model, **result}

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from traceback import clear_frames
 from typing import Any
 
@@ -39,8 +38,8 @@ from .data.overlap import refuse_shared_frames
 from .errors import SimIPUError, TrainingInterrupted, exit_code_of
 from .evaluate_depth import EVALUATION_FILE, PictureWriter, describe_frames, record_in_card
 from .evaluation.depth import DepthProtocol, evaluate_frames, format_metrics, write_json
-from .files import atomic_write
-from .hub.card import write_model_card
+from .files import atomic_folder
+from .hub.card import CURVES, write_model_card
 from .hub.push import HubUploader
 from .hub.sources import find_image_encoder
 from .hub.weights import EncoderWeights, InputConvention
@@ -51,8 +50,8 @@ from .modeling.modeling_simipu_depth import SimIPUForDepthEstimation
 from .training.arguments import DepthArguments, DepthTaskArguments, parse_arguments
 from .training.batch_norm import kept_running_statistics, synchronize_batch_norm
 from .training.checkpoint import check_same_run
-from .training.distributed import StopRequest, check_processes, on_main_process, use_all_cores
-from .training.logging import METRICS_FILE, check_trackers
+from .training.distributed import StopRequest, check_precision, check_processes, on_main_process, use_all_cores
+from .training.logging import METRICS_FILE, check_trackers, cut_metrics, read_metrics
 from .training.run_folder import RUN_FILE, data_fingerprint, find_checkpoint, prepare_run_folder, write_run_file
 from .training.sampling import GlobalBatchSampler, quiet_worker
 
@@ -130,6 +129,14 @@ class DepthTrainer(Trainer):
         decoder_first: share of the steps, at the start, in which the image encoder's weights are frozen.
     """
 
+    # narrower than the Trainer's, which also takes other libraries' models and data sets
+    model: Any
+    processing_class: Any
+    train_dataset: Any
+    eval_dataset: Any
+    optimizer: Any
+    lr_scheduler: Any
+
     def __init__(
         self,
         *args: Any,
@@ -174,21 +181,17 @@ class DepthTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            rate, encoder_rate = self.args.learning_rate, self.encoder_learning_rate
+            rate = self.args.learning_rate
+            peaks = {
+                "image_encoder": rate if self.encoder_learning_rate is None else self.encoder_learning_rate,
+                "decoder": rate,
+            }
+            parts: dict[str, list[torch.nn.Parameter]] = {name: [] for name in peaks}
             encoder = set(self.model.image_encoder.parameters())
-            trainable = [p for p in self.model.parameters() if p.requires_grad]
-            groups = [
-                {"name": name, "lr": peak, "params": params}
-                for name, peak, params in (
-                    (
-                        "image_encoder",
-                        rate if encoder_rate is None else encoder_rate,
-                        [p for p in trainable if p in encoder],
-                    ),
-                    ("decoder", rate, [p for p in trainable if p not in encoder]),
-                )
-                if params
-            ]
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parts["image_encoder" if parameter in encoder else "decoder"].append(parameter)
+            groups = [{"name": name, "params": part, "lr": peaks[name]} for name, part in parts.items() if part]
             betas = (self.args.adam_beta1, self.args.adam_beta2)
             self.optimizer = AdamW(groups, rate, betas=betas, weight_decay=self.args.weight_decay)
         return self.optimizer
@@ -256,8 +259,11 @@ class DepthTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Without the Trainer's pickle of its arguments, which would hold secrets and cannot be loaded safely."""
         if self.args.should_save:
-            self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
-            self.processing_class.save_pretrained(output_dir or self.args.output_dir)
+            folder = Path(output_dir or str(self.args.output_dir))
+            self.model.save_pretrained(folder, state_dict=state_dict)
+            self.processing_class.save_pretrained(folder)
+            for file in folder.glob("*.safetensors"):  # written for their owner alone, whatever the umask
+                file.chmod(folder.stat().st_mode & 0o666)
 
 
 class DecoderFirst(TrainerCallback):
@@ -284,14 +290,12 @@ class RunFolder(TrainerCallback):
         self.uploader = uploader
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:  # a resumed run drops what was logged beyond its checkpoint
-            lines = [metrics_line(entry) for entry in state.log_history]
-            with atomic_write(self.output_dir / METRICS_FILE) as stream:
-                stream.writelines(json.dumps(line) + "\n" for line in lines if line)
+        if state.is_world_process_zero:
+            cut_metrics(self.output_dir / METRICS_FILE, state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        line = metrics_line(state.log_history[-1])
-        if state.is_world_process_zero and line:
+        line = {name.replace("eval_", "eval/", 1): value for name, value in state.log_history[-1].items()}
+        if state.is_world_process_zero and "train_runtime" not in line:  # the Trainer's summary at the end
             with (self.output_dir / METRICS_FILE).open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(line) + "\n")
 
@@ -302,14 +306,6 @@ class RunFolder(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.uploader is not None and state.is_world_process_zero:
             self.uploader.checkpoint_saved(self.output_dir / f"checkpoint-{state.global_step}")
-
-
-def metrics_line(entry: dict[str, float]) -> dict[str, float]:
-    """An entry of the Trainer's log as a line of `metrics.jsonl`; empty for its summary at the end."""
-    if "train_runtime" in entry:
-        return {}
-    values = {name.replace("eval_", "eval/", 1): value for name, value in entry.items() if name != "epoch"}
-    return {"step": values.pop("step"), **values}
 
 
 def recipe(output_dir: str | os.PathLike, **changes: Any) -> TrainingArguments:
@@ -325,6 +321,7 @@ def recipe(output_dir: str | os.PathLike, **changes: Any) -> TrainingArguments:
         "warmup_steps": 0.3,
         "logging_nan_inf_filter": False,
         "remove_unused_columns": False,
+        "ddp_timeout": 7200,  # the others wait while the main process writes the final folder
         "report_to": "none",
     }
     arguments = TrainingArguments(str(output_dir), **{**settings, **changes})
@@ -345,6 +342,7 @@ def create_trainer(arguments: DepthArguments, callbacks: Sequence[TrainerCallbac
             (arguments.test_frames, arguments.test_list),
         )
     )
+    assert train_rows is not None
     if test_rows is not None:
         refuse_shared_frames(train_rows, test_rows, "test frames")
     encoder = find_rgb_encoder(arguments.image_encoder)
@@ -371,12 +369,7 @@ def create_trainer(arguments: DepthArguments, callbacks: Sequence[TrainerCallbac
         eval_dataset=test_set,
         processing_class=processor,
         callbacks=list(callbacks),
-        protocol=DepthProtocol(
-            arguments.evaluation_crop,
-            max_depth=arguments.max_depth,
-            kb_crop=arguments.kb_crop,
-            flip_test=arguments.flip_test,
-        ),
+        protocol=DepthProtocol.from_arguments(arguments),
         encoder_learning_rate=arguments.encoder_learning_rate,
         decoder_first=arguments.decoder_first,
     )
@@ -384,6 +377,7 @@ def create_trainer(arguments: DepthArguments, callbacks: Sequence[TrainerCallbac
 
 def trainer_settings(arguments: DepthArguments) -> TrainingArguments:
     """The flags as arguments of the Trainer."""
+    check_precision(arguments.mixed_precision)
     same = (
         "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "learning_rate",
         "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "seed", "dataloader_num_workers", "logging_steps",
@@ -439,7 +433,15 @@ def finetune_depth(arguments: DepthArguments) -> Path:
     check_processes(accelerator)
     use_all_cores(accelerator)
     checkpoint = on_main_process(accelerator, open_run, arguments, trainer)
-    uploader = create_uploader(arguments) if arguments.push_to_hub and accelerator.is_main_process else None
+    uploader = None
+    if arguments.push_to_hub and accelerator.is_main_process:
+        uploader = HubUploader(
+            str(arguments.hub_model_id),
+            output_dir,
+            strategy=arguments.hub_strategy,
+            private=arguments.hub_private_repo or None,
+            token=arguments.hub_token,
+        )
     with StopRequest() as stop:
         trainer.add_callback(RunFolder(output_dir, stop, uploader))
         try:
@@ -458,10 +460,19 @@ def finetune_depth(arguments: DepthArguments) -> Path:
     if trainer.eval_dataset is not None:
         evaluate_final_model(trainer, arguments)
     if accelerator.is_main_process:
+        draw_curves(output_dir)
         write_model_card(output_dir, arguments.hub_model_id)
     if uploader is not None:
         uploader.finish()
     return output_dir
+
+
+def draw_curves(output_dir: Path) -> None:
+    from .visualization import draw_training_curves, save_figure  # importing matplotlib takes seconds
+
+    figure = draw_training_curves(read_metrics(output_dir / METRICS_FILE))
+    if figure is not None:
+        save_figure(figure, output_dir / CURVES)
 
 
 def open_run(arguments: DepthArguments, trainer: DepthTrainer) -> str | None:
@@ -491,9 +502,9 @@ def open_run(arguments: DepthArguments, trainer: DepthTrainer) -> str | None:
 # what a resumed run may change; the frames and the schedule are identified by `data` in run.yaml
 FREE = {
     "output_dir", "train_frames", "train_list", "test_frames", "test_list", "image_dir", "depth_dir", "keep_frames",
-    "evaluation_crop", "flip_test", "num_train_epochs", "max_steps", "per_device_train_batch_size", "hub_model_id",
-    "dataloader_num_workers", "logging_steps", "eval_steps", "checkpointing_steps", "save_total_limit", "report_to",
-    "push_to_hub", "hub_private_repo", "hub_strategy",
+    "evaluation_crop", "flip_test", "num_train_epochs", "max_steps", "per_device_train_batch_size", "report_to",
+    "dataloader_num_workers", "logging_steps", "eval_steps", "checkpointing_steps", "save_total_limit",
+    "gradient_checkpointing", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy",
 }  # fmt: skip
 
 
@@ -506,11 +517,11 @@ def run_identity(arguments: dict[str, Any], data: dict[str, Any]) -> dict[str, A
 
 def save_final_model(trainer: DepthTrainer, output_dir: Path) -> None:
     """The model beside the checkpoints; each file atomically."""
-    with TemporaryDirectory(dir=output_dir, prefix=".final-") as beside:
-        trainer.model.save_pretrained(beside)
-        trainer.processing_class.save_pretrained(beside)
-        for file in Path(beside).iterdir():
-            file.replace(output_dir / file.name)
+    with atomic_folder(output_dir / ".final", overwrite=True) as beside:
+        trainer.save_model(str(beside))
+    for file in (output_dir / ".final").iterdir():
+        file.replace(output_dir / file.name)
+    (output_dir / ".final").rmdir()
 
 
 def evaluate_final_model(trainer: DepthTrainer, arguments: DepthArguments) -> None:
@@ -528,18 +539,6 @@ def evaluate_final_model(trainer: DepthTrainer, arguments: DepthArguments) -> No
         write_json(output_dir / EVALUATION_FILE, {**description, **result})
         record_in_card(output_dir, arguments.test_frames or [str(arguments.test_list)], result)
         print(format_metrics(result["metrics"]))
-
-
-def create_uploader(arguments: DepthArguments) -> HubUploader:
-    """Publishes checkpoints in the background and the result at the end."""
-    assert arguments.hub_model_id is not None
-    return HubUploader(
-        arguments.hub_model_id,
-        arguments.output_dir,
-        strategy=arguments.hub_strategy,
-        private=arguments.hub_private_repo or None,
-        token=arguments.hub_token,
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

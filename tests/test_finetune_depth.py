@@ -124,6 +124,9 @@ def test_folder_holds_model_card_evaluation_and_no_pickles(frames, run):
     assert "depth-estimation" in card
     assert f"{saved['metrics']['abs_rel']:.6g}" in card
     assert not list(run.rglob("training_args.bin"))
+    assert (run / "training_curves.png").is_file()
+    for folder in (run, run / "checkpoint-4"):  # no more private than the umask makes every file
+        assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
 
 

@@ -180,9 +180,9 @@ def select_depth_rows(
 
 def frame_ids(rows: Rows) -> list[str]:
     """Names of the frames, read without decoding them."""
-    if isinstance(rows, EigenFrames):
-        return [image for image, _ in rows.entries]
-    return list(rows["frame_id"]) if isinstance(rows, datasets.Dataset) else [row["frame_id"] for row in rows]
+    if isinstance(rows, datasets.Dataset):
+        return list(rows["frame_id"])
+    return [str(rows[index]["frame_id"]) for index in range(len(rows))]
 
 
 # --- ground truth ---------------------------------------------------------------------------------------------------

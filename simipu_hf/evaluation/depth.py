@@ -20,6 +20,7 @@ from ..data.depth import KB_CROP, DepthFrame, crop_window, to_pixel_values
 from ..errors import SimIPUError
 from ..files import atomic_write
 from ..modeling.image_processing_simipu import SimIPUImageProcessor
+from ..training.arguments import DepthTaskArguments, EvaluateDepthArguments
 
 METRICS = ("a1", "a2", "a3", "abs_rel", "rmse", "log10", "rmse_log", "silog", "sq_rel")
 HIGHER_IS_BETTER = ("a1", "a2", "a3")
@@ -49,6 +50,12 @@ class DepthProtocol:
     max_depth: float = 80.0
     kb_crop: bool = False
     flip_test: bool = False
+
+    @classmethod
+    def from_arguments(cls, arguments: DepthTaskArguments | EvaluateDepthArguments) -> "DepthProtocol":
+        """The protocol that a command's flags describe."""
+        min_depth = getattr(arguments, "min_depth", cls.min_depth)
+        return cls(arguments.evaluation_crop, min_depth, arguments.max_depth, arguments.kb_crop, arguments.flip_test)
 
     def mask(self, target: np.ndarray, name: str = "the image") -> np.ndarray:
         """Which pixels of a ground truth (`(H, W)`, metres) count.

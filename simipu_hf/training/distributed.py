@@ -21,7 +21,6 @@ from accelerate.utils import (
 from simipu_hf.errors import SimIPUError
 
 from .arguments import RunArguments
-from .batch_norm import ReducedBatchNorm, synchronize_batch_norm  # noqa: F401 (until all import them from there)
 from .logging import check_trackers
 
 T = TypeVar("T")
@@ -33,14 +32,10 @@ def create_accelerator(arguments: RunArguments) -> Accelerator:
     Raises:
         SimIPUError: a tracker that is not installed, a precision that this device lacks, or a launch gone wrong.
     """
-    precision = arguments.mixed_precision
-    if precision == "fp16" and not torch.cuda.is_available():
-        raise SimIPUError("--mixed_precision fp16 needs a GPU: without one PyTorch would compute in full precision")
-    if precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
-        raise SimIPUError(f"--mixed_precision bf16: {torch.cuda.get_device_name()} does not have it; use fp16")
+    check_precision(arguments.mixed_precision)
     output_dir = arguments.output_dir
     accelerator = Accelerator(
-        mixed_precision=precision,
+        mixed_precision=arguments.mixed_precision,
         dynamo_backend="no",
         # the plugin, because ACCELERATE_GRADIENT_ACCUMULATION_STEPS overrides the plain argument
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=arguments.gradient_accumulation_steps),
@@ -53,6 +48,14 @@ def create_accelerator(arguments: RunArguments) -> Accelerator:
     check_processes(accelerator)
     use_all_cores(accelerator)
     return accelerator
+
+
+def check_precision(precision: str) -> None:
+    """Raises a `SimIPUError` for a precision that this device lacks."""
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise SimIPUError("--mixed_precision fp16 needs a GPU: without one PyTorch would compute in full precision")
+    if precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise SimIPUError(f"--mixed_precision bf16: {torch.cuda.get_device_name()} does not have it; use fp16")
 
 
 def check_processes(accelerator: Accelerator) -> None:
