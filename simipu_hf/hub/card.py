@@ -52,10 +52,14 @@ def model_card(folder: str | Path, repo_id: str | None = None, encoder_repo_id: 
     name = repo_id or folder.name
     if "architecture" in config:
         kind, architecture = "encoder", config["architecture"]
-        order = (config.get("simipu") or {}).get("channel_order", "rgb")
+        about = config.get("simipu") or {}
+        order = about.get("channel_order", "rgb")
+        strides = [grid[0] if grid else None for grid in about.get("feature_grids") or []]
+        pyramid = list(range(len(strides)))[-4:] if len({*strides, None}) > len(strides) > 3 else None
         convention = InputConvention.from_data_config(config.get("pretrained_cfg") or {}, order)
     elif "image_config" in config:
         kind, architecture = KINDS[config.get("model_type")], config["image_config"]["architecture"]
+        pyramid = None
         convention = read_input_convention(folder)
     else:
         raise SimIPUError(f"{folder / 'config.json'}: neither a SimIPU model nor a timm encoder")
@@ -69,6 +73,7 @@ def model_card(folder: str | Path, repo_id: str | None = None, encoder_repo_id: 
         encoder_repo_id=encoder_repo_id,
         input=convention,
         image_size=convention.size or (384, 1248),
+        pyramid=pyramid,
         has_encoder=(folder / "image_encoder" / "config.json").is_file(),
         has_heads="AutoModelForPreTraining" in (config.get("auto_map") or {}),
         run=run,
@@ -124,7 +129,7 @@ def redact(text: str) -> str:
     """`text` without Hub tokens and without the folders of this machine: of an absolute path its last part stays."""
     text = re.sub(r"\bhf_[A-Za-z0-9]{8,}", "hf_…", text)
     text = re.sub(r"(--hub_token[ =])\S+", r"\1…", text)
-    return re.sub(r"(?<![\w/:.~…\\-])(?:/|[A-Za-z]:\\{1,2})(?:[\w.@+ -]+[/\\]+)+([\w.@+-]*)", r"…/\1", text)
+    return re.sub(r"(?<![\w/:.~…\\-])(?:/|[A-Za-z]:\\{1,2})(?:[\w.@+-]+[/\\]+)+([\w.@+-]*)", r"…/\1", text)
 
 
 def _render(card: type[ModelCard] | type[DatasetCard], template: str, metadata: Any, **facts: Any) -> str:

@@ -11,7 +11,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import timm
 import torch
@@ -148,26 +148,6 @@ def export_image_encoder(
     return ExportReport(format, target, weights.architecture, weights.input, weights.description, notes, norm_cfg)
 
 
-def export_timm(
-    encoder: nn.Module,
-    output_dir: str | Path,
-    data_config: dict[str, Any] | None = None,
-    tag: str = "simipu",
-    overwrite: bool = False,
-) -> Path:
-    """Write a timm model as a folder for `timm.create_model("local-dir:…")` and plain transformers.
-
-    Args:
-        encoder: a plain timm model, made with `num_classes=0`, whose batch norms may have any epsilon.
-        data_config: `mean`, `std`, `input_size` (3, H, W), `crop_pct`, `crop_mode`, `interpolation`, `notes`.
-        tag: name of the weights beside the architecture's.
-        overwrite: replace an earlier output; nothing else is ever replaced.
-    """
-    with atomic_folder(output_dir, overwrite=overwrite, is_earlier_output=is_export) as path:
-        write_timm(EncoderWeights.of(encoder), path, data_config=data_config, tag=tag)
-    return Path(output_dir)
-
-
 def convert_checkpoint(
     checkpoint: str | Path,
     output_dir: str | Path,
@@ -230,10 +210,8 @@ def _write_pretraining_model(
     write_timm(weights, path / "image_encoder", tag="simipu_official")
 
 
-def write_timm(
-    weights: EncoderWeights, path: Path, data_config: dict[str, Any] | None = None, tag: str = "simipu"
-) -> None:
-    """`config.json` and `model.safetensors` in the folder `path`."""
+def write_timm(weights: EncoderWeights, path: Path, tag: str = "simipu") -> None:
+    """A folder that timm and plain transformers load; `tag` names the weights beside the architecture."""
     plain, template = weights.with_own_eps(), weights.template()
     path.mkdir(parents=True, exist_ok=True)
     state = {name: value.contiguous() for name, value in plain.state_dict.items()}
@@ -258,7 +236,6 @@ def write_timm(
             "paper_name": "SimIPU",
             **({"notes": ["tensor channels are B, G, R; mean and std are in that order"]} if bgr else {}),
             **weights.input.data_config(),
-            **(data_config or {}),
         },
         "simipu": {"channel_order": weights.input.channel_order, "feature_grids": _grids(template)},
     }
@@ -301,13 +278,13 @@ def write_transformers(weights: EncoderWeights, path: Path) -> None:
     _check_resnet(weights, "transformers")
     state = weights.with_own_eps().state_dict
     last_norm = "bn3" if "layer1.0.bn3.weight" in state else "bn2"
-    config = ResNetConfig(
-        depths=[len({n.split(".")[1] for n in state if n.startswith(f"layer{stage}.")}) for stage in range(1, 5)],
-        layer_type="bottleneck" if last_norm == "bn3" else "basic",
-        hidden_sizes=[len(state[f"layer{stage}.0.{last_norm}.weight"]) for stage in range(1, 5)],
-        embedding_size=len(state["bn1.weight"]),
-        simipu={"channel_order": weights.input.channel_order},
-    )
+    shape: dict[str, Any] = {
+        "depths": [len({n.split(".")[1] for n in state if n.startswith(f"layer{s}.")}) for s in range(1, 5)],
+        "layer_type": "bottleneck" if last_norm == "bn3" else "basic",
+        "hidden_sizes": [len(state[f"layer{s}.0.{last_norm}.weight"]) for s in range(1, 5)],
+        "embedding_size": len(state["bn1.weight"]),
+    }
+    config = ResNetConfig(**shape, **{"simipu": {"channel_order": weights.input.channel_order}})
     with torch.device("meta"):
         model = ResNetModel(config)
     model.load_state_dict({_transformers_name(name): value for name, value in state.items()}, assign=True)
@@ -331,7 +308,7 @@ def write_onnx(weights: EncoderWeights, path: Path, image_size: tuple[int, int] 
     plain = weights.with_own_eps()
     cfg = {"state_dict": dict(plain.state_dict), "num_classes": 0, "custom_load": False}
     options = {**weights.model_args, "features_only": True, "pretrained": True, "pretrained_cfg_overlay": cfg}
-    model = timm.create_model(weights.architecture, **options).eval()
+    model = cast("TimmModel", timm.create_model(weights.architecture, **options)).eval()
     height, width = image_size or weights.input.size or model.pretrained_cfg["input_size"][1:]
     example = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
     batch, any_size = {0: torch.export.Dim.DYNAMIC}, {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}

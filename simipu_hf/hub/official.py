@@ -22,7 +22,15 @@ from simipu_hf.hub.weights import (
 OFFICIAL_BATCH_NORM_EPS = 1e-3
 OFFICIAL_INPUT = InputConvention("bgr", (0.406, 0.456, 0.485), (round(1 / 255, 12),) * 3, None, True)
 
-RESNETS = ("resnet18", "resnet34", "resnet26", "resnet50", "resnet101", "resnet152")
+# blocks, whether they are bottlenecks -> timm name
+RESNETS = {
+    (8, False): "resnet18",
+    (16, False): "resnet34",
+    (8, True): "resnet26",
+    (16, True): "resnet50",
+    (33, True): "resnet101",
+    (50, True): "resnet152",
+}
 HEADS = {
     "inter_point_head": "mlp_cross_points",
     "inter_image_head": "mlp_cross_img",
@@ -84,17 +92,18 @@ def read_checkpoint(
     """
     state, notes = read_weights(checkpoint)
     state = {name.removeprefix("module."): value for name, value in state.items()}
-    prefix = next((p for p in ("img_backbone.", "backbone.", "") if f"{p}layer1.0.conv1.weight" in state), None)
-    if prefix is None:
+    prefix = next((p for p in ("img_backbone.", "backbone.") if f"{p}conv1.weight" in state), "")
+    encoder = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    blocks = [name for name in encoder if re.fullmatch(r"layer\d\.\d+\.conv1\.weight", name)]
+    architecture = RESNETS.get((len(blocks), "layer1.0.conv3.weight" in encoder))
+    if architecture is None:
         raise SimIPUError(
             f"{checkpoint}: nothing in it matches the image encoder of SimIPU, a ResNet named "
             "img_backbone.conv1.weight, backbone.conv1.weight or conv1.weight and so on; "
             f"found {len(state)} entries: {', '.join(list(state)[:5])}"
         )
-    encoder = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    templates = {name: timm_template(name) for name in RESNETS}
-    architecture = min(RESNETS, key=lambda name: len(templates[name].state_dict().keys() ^ encoder.keys()))
-    template, expected = templates[architecture], templates[architecture].state_dict()
+    template = timm_template(architecture)
+    expected = template.state_dict()
     report = ConversionReport("image encoder", architecture)
     report.mapped = {prefix + name: name for name in encoder if name in expected}
     for name in state.keys() - report.mapped.keys():

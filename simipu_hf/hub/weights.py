@@ -200,17 +200,18 @@ def read_weights(path: str | Path) -> tuple[StateDict, dict[str, Any]]:
     if path.suffix == ".safetensors":
         return read_safetensors(path), {}
     loaded = _load_tensors_only(path)
+    if not isinstance(loaded, Mapping):
+        loaded = {}
     notes: dict[str, Any] = {}
-    if isinstance(loaded, Mapping):
-        # a bare state dict keeps the note where PyTorch keeps version numbers
-        for holder in (loaded.get("meta"), getattr(loaded, "_metadata", None)):
-            if isinstance(holder, Mapping) and isinstance(holder.get("simipu_hf"), Mapping):
-                notes = dict(holder["simipu_hf"])
-        loaded = next((loaded[key] for key in ("state_dict", "model") if isinstance(loaded.get(key), Mapping)), loaded)
-        loaded = {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
-    if not isinstance(loaded, Mapping) or not loaded:
+    # a bare state dict keeps the note where PyTorch keeps version numbers
+    for holder in (loaded.get("meta"), getattr(loaded, "_metadata", None)):
+        if isinstance(holder, Mapping) and isinstance(holder.get("simipu_hf"), Mapping):
+            notes = dict(holder["simipu_hf"])
+    inside = next((loaded[key] for key in ("state_dict", "model") if isinstance(loaded.get(key), Mapping)), loaded)
+    tensors = {name: value for name, value in inside.items() if isinstance(value, torch.Tensor)}
+    if not tensors:
         raise SimIPUError(f"{path}: expected a dictionary of named tensors, found none")
-    return loaded, notes
+    return tensors, notes
 
 
 def read_safetensors(path: Path, prefix: str = "") -> StateDict:

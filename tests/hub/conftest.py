@@ -110,6 +110,15 @@ def pixels() -> torch.Tensor:
     return torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
+def export_timm(encoder: nn.Module, folder: Path, **convention) -> Path:
+    """Write a live timm model as an export does; `convention` are fields of `InputConvention`."""
+    from simipu_hf.hub.export import write_timm
+    from simipu_hf.hub.weights import EncoderWeights, InputConvention
+
+    write_timm(EncoderWeights.of(encoder, input=InputConvention(**convention)), folder)
+    return folder
+
+
 def small_model(preset: str = "recommended"):
     from simipu_hf.modeling.configuration_simipu import SimIPUConfig
     from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
@@ -117,7 +126,7 @@ def small_model(preset: str = "recommended"):
     torch.manual_seed(0)
     config = SimIPUConfig.from_preset(
         preset,
-        image_config={"architecture": "resnet18"},
+        image_config={"architecture": "test_resnet"},
         point_config={
             "num_points": [[64], [32], [16, 16]],
             "fps_sample_ranges": [[-1], [-1], [32, -1]],
@@ -131,8 +140,8 @@ def small_model(preset: str = "recommended"):
 
 
 RUN = """\
-command: simipu-hf pretrain --data_dir data/kitti --output_dir run --hub_token hf_abcdefghijklmnop
-arguments: {preset: recommended, image_encoder: resnet18, data_dir: data/kitti, learning_rate: 0.03, max_steps: 20}
+command: simipu-hf pretrain --data_dir data/kitti --output_dir /home/alice/runs/1 --hub_token hf_abcdefghijklmnop
+arguments: {image_encoder: test_resnet, data_dir: data/kitti, output_dir: /home/alice/runs/1, max_steps: 20}
 data: {dataset: kitti, config: object, split: train, rows: 25, fingerprint: 0123456789abcdef}
 versions: {python: 3.11.7, torch: 2.15.0}
 """

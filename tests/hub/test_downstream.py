@@ -7,9 +7,9 @@ import pytest
 import timm
 import torch
 import torchvision
-from conftest import randomize
+from conftest import export_timm, randomize
 
-from simipu_hf.hub.export import export_image_encoder, export_timm
+from simipu_hf.hub.export import export_image_encoder
 
 DOCS = Path(__file__).parents[2] / "docs"
 DETR = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
@@ -24,7 +24,7 @@ PROGRAMS = {
 def encoder_folder(tmp_path_factory):
     torch.manual_seed(0)
     encoder = randomize(timm.create_model("resnet18", num_classes=0))
-    return export_timm(encoder, tmp_path_factory.mktemp("downstream") / "encoder", {"input_size": (3, 64, 96)})
+    return export_timm(encoder, tmp_path_factory.mktemp("downstream") / "encoder", size=(64, 96))
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -6,22 +6,22 @@ import pytest
 import timm
 import torch
 import torchvision
-from conftest import randomize
+from conftest import export_timm, randomize
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoImageProcessor, AutoModel, ResNetBackbone, TimmBackbone
 
 from simipu_hf.errors import SimIPUError
-from simipu_hf.hub.export import export_image_encoder, export_timm
+from simipu_hf.hub.export import export_image_encoder
 from simipu_hf.hub.sources import load_image_encoder
 
-DATA = {"input_size": (3, 64, 96), "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+DATA = {"size": (64, 96), "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
 
 
 @pytest.fixture
 def folder(encoder, tmp_path):
-    return export_timm(encoder, tmp_path / "encoder", DATA)
+    return export_timm(encoder, tmp_path / "encoder", **DATA)
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -45,7 +45,7 @@ def test_timm_loads_the_folder(encoder, folder, pixels):
     for actual, wanted in zip(pyramid(pixels), expected, strict=True):
         close(actual, wanted)
     data = timm.data.resolve_model_data_config(plain)
-    assert {name: tuple(data[name]) for name in DATA} == DATA
+    assert (data["input_size"], data["mean"], data["std"]) == ((3, 64, 96), DATA["mean"], DATA["std"])
 
 
 @torch.no_grad()
@@ -54,7 +54,7 @@ def test_transformers_loads_the_folder(encoder, folder, pixels):
     close(model(pixels).last_hidden_state, encoder.forward_features(pixels))
     processor = AutoImageProcessor.from_pretrained(folder)
     assert tuple(processor.data_config["mean"]) == DATA["mean"]
-    assert tuple(processor.data_config["input_size"]) == DATA["input_size"]
+    assert tuple(processor.data_config["input_size"]) == (3, 64, 96)
     backbone = TimmBackbone.from_pretrained(f"local-dir:{folder}", out_indices=(1, 2, 3, 4)).eval()
     # TimmBackbone resets running statistics (transformers 5.23), so the card has its users load them once more
     pyramid = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True)
@@ -95,7 +95,7 @@ def test_every_loading_line_for_every_family_at_another_size(architecture, tmp_p
     arguments = FAMILIES[architecture]
     size = {"vit_small_patch14_dinov2": (98, 322)}.get(architecture, arguments.get("img_size", (96, 320)))
     encoder = timm.create_model(architecture, num_classes=0, **arguments).eval()
-    folder = export_timm(encoder, tmp_path / "encoder", {"input_size": (3, *size)})
+    folder = export_timm(encoder, tmp_path / "encoder", size=size)
     pixels = torch.rand(1, 3, *size)
     features, maps = encoder.forward_features(pixels), encoder.forward_intermediates(pixels, intermediates_only=True)
 
@@ -130,7 +130,7 @@ def test_onnx_computes_what_pytorch_does(architecture, arguments, size, tmp_path
     arguments = {key: size if value == "size" else value for key, value in arguments.items()}
     torch.manual_seed(0)
     encoder = randomize(timm.create_model(architecture, num_classes=0, **arguments)).eval()
-    folder = export_timm(encoder, tmp_path / "encoder", {"input_size": (3, *size)})
+    folder = export_timm(encoder, tmp_path / "encoder", size=size)
     report = export_image_encoder(folder, tmp_path / "encoder.onnx", "onnx")
     assert "onnxruntime computes the same" in str(report)
     session = onnxruntime.InferenceSession(report.path, providers=["CPUExecutionProvider"])

@@ -16,6 +16,11 @@ def no_waiting(monkeypatch):
     monkeypatch.setattr(push, "sleep", lambda seconds: None)
 
 
+# of this package's loop, and of transformers.Trainer
+RESUME = {"training_state.pt", "training_state.json", "manifest.json"}
+RESUME |= {"trainer_state.json", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth", "rng_state_1.pth"}
+
+
 @pytest.fixture
 def checkpoint(run_folder, tmp_path):
     """A run in progress with one checkpoint, resume state included."""
@@ -26,8 +31,9 @@ def checkpoint(run_folder, tmp_path):
         if file.is_file() and file.name not in ("run.yaml", "metrics.jsonl"):
             (folder / file.name).write_bytes(file.read_bytes())
     (output_dir / "run.yaml").write_bytes((run_folder / "run.yaml").read_bytes())
-    for name in ("training_state.pt", "training_state.json", "manifest.json"):
+    for name in RESUME:
         (folder / name).write_bytes(b"{}")
+    (folder / "training_args.bin").write_bytes(b"a pickle")
     return folder
 
 
@@ -46,7 +52,7 @@ def test_repository_holds_the_model_its_code_its_encoder_and_a_card(endpoint, ru
     assert files["model.safetensors"] == (run_folder / "model.safetensors").read_bytes()
     assert endpoint.repos["models", "owner/simipu"].private
     assert not any(name.endswith((".bin", ".pt", ".pth", ".pkl")) for name in files)
-    assert not any(b"hf_abcdefghijklmnop" in content for content in files.values())
+    assert not any(b"hf_abcdefghijklmnop" in content or b"alice" in content for content in files.values())
     assert {"config.json", "model.safetensors", "README.md"} <= set(endpoint.files("owner/encoder"))
     assert len(endpoint.repos["models", "owner/simipu"].commits) == 2  # the empty first one, and all of it at once
     assert report.url.endswith("/owner/simipu")
@@ -138,6 +144,7 @@ def test_folders_that_are_no_complete_model(endpoint, run_folder, tmp_path):
     (tmp_path / "model.safetensors").write_bytes((run_folder / "model.safetensors").read_bytes()[:-9])
     with pytest.raises(SimIPUError, match="damaged"):
         push_folder(tmp_path, "owner/encoder")
+    (tmp_path / "model.safetensors").write_bytes((run_folder / "model.safetensors").read_bytes())
     (tmp_path / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
     with pytest.raises(SimIPUError, match="neither"):
         push_folder(tmp_path, "owner/encoder")
@@ -153,8 +160,9 @@ def test_checkpoints_are_published_in_the_background(endpoint, checkpoint, strat
     files = endpoint.files("owner/run")
     assert {"model.safetensors", "image_encoder/model.safetensors", "README.md", "run.yaml"} <= set(files)
     resumable = {name for name in files if name.startswith("last-checkpoint/")}
-    assert ("last-checkpoint/training_state.pt" in resumable) == (strategy == "checkpoint")
-    assert not any("training_state" in name or "manifest" in name for name in files if name not in resumable)
+    assert ({f"last-checkpoint/{name}" for name in RESUME} <= resumable) == (strategy == "checkpoint")
+    assert not RESUME & set(files)
+    assert not any("training_args" in name for name in files)
     assert "published checkpoint-20" in told[0]
     assert not list(checkpoint.parent.glob(".hub*"))
 

@@ -6,11 +6,13 @@ import shutil
 import pytest
 import timm
 import torch
+from conftest import export_timm
 from safetensors.torch import load_file
 
 from simipu_hf.errors import SimIPUError
-from simipu_hf.hub.export import export_timm
-from simipu_hf.hub.sources import find_image_encoder, load_image_encoder, read_input_convention
+from simipu_hf.hub.sources import find_image_encoder, load_image_encoder, model_folder, read_input_convention
+from simipu_hf.modeling.configuration_simipu import SimIPUDepthConfig
+from simipu_hf.modeling.modeling_simipu_depth import SimIPUForDepthEstimation
 
 
 @pytest.fixture
@@ -39,13 +41,14 @@ def test_run_folder(run_folder, trained, capsys):
     model, data = load_image_encoder(run_folder)
     assert is_trained(model, trained)
     assert data["input_size"] == (3, 64, 96)
-    assert "image encoder (resnet18) of a simipu model" in capsys.readouterr().err
+    assert "state_dict" not in model.pretrained_cfg  # timm would keep the weights that were loaded there
+    assert "image encoder (test_resnet) of a simipu model" in capsys.readouterr().err
     pyramid, _ = load_image_encoder(run_folder, features_only=True, out_indices=(2, 4), verbose=False)
-    assert [map.shape[1] for map in pyramid.eval()(torch.zeros(1, 3, 64, 96))] == [128, 512]
+    assert [map.shape[1] for map in pyramid.eval()(torch.zeros(1, 3, 64, 96))] == [48, 96]
     from_file, _ = load_image_encoder(run_folder / "model.safetensors", verbose=False)
     assert is_trained(from_file, trained)
     grey, _ = load_image_encoder(run_folder, in_chans=1, verbose=False)
-    assert grey.conv1.weight.shape == (64, 1, 7, 7)
+    assert grey.conv1[0].weight.shape == (16, 1, 3, 3)
 
 
 def test_checkpoint_and_run_without_a_final_model(run_folder, trained, tmp_path):
@@ -60,13 +63,16 @@ def test_checkpoint_and_run_without_a_final_model(run_folder, trained, tmp_path)
         find_image_encoder(tmp_path)
 
 
-def test_depth_model(tmp_path):
-    from simipu_hf.modeling.configuration_simipu import SimIPUDepthConfig
-    from simipu_hf.modeling.modeling_simipu_depth import SimIPUForDepthEstimation
-
-    depth = SimIPUForDepthEstimation(SimIPUDepthConfig(image_config={"architecture": "resnet18"}))
-    depth.save_pretrained(tmp_path / "depth")
-    model, _ = load_image_encoder(tmp_path / "depth", verbose=False)
+def test_depth_run_of_the_trainer(tmp_path):
+    """Without a final model, the newest checkpoint that is whole: trainer_state.json is written last."""
+    depth = SimIPUForDepthEstimation(SimIPUDepthConfig(image_config={"architecture": "test_resnet"}))
+    for step in (3, 20, 100):
+        depth.save_pretrained(tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "checkpoint-20" / "trainer_state.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "checkpoint-100" / "trainer_state.json").write_text('{"half', encoding="utf-8")
+    assert model_folder(tmp_path).name == "checkpoint-20"
+    model, _ = load_image_encoder(tmp_path, verbose=False)
     assert is_trained(model, depth.image_encoder.state_dict())
 
 
@@ -75,15 +81,6 @@ def test_timm_name(capsys):
     assert model.num_classes == 0
     assert data["mean"] == (0.485, 0.456, 0.406)
     assert "random weights" in capsys.readouterr().err
-
-
-def test_loaded_model_is_independent_of_its_source(run_folder):
-    """timm would otherwise keep the weights that were loaded in the model's configuration."""
-    model, _ = load_image_encoder(run_folder, verbose=False)
-    assert "state_dict" not in model.pretrained_cfg
-    torch.testing.assert_close(
-        timm.create_model("resnet18", num_classes=0).pretrained_cfg["mean"], model.pretrained_cfg["mean"]
-    )
 
 
 def test_input_convention_is_that_of_the_processor(tmp_path):
@@ -143,5 +140,5 @@ def test_nothing_there(tmp_path):
         load_image_encoder(tmp_path)
     with pytest.raises(SimIPUError, match="channel_order"):
         load_image_encoder(
-            export_timm(timm.create_model("resnet18", num_classes=0), tmp_path / "e"), channel_order="hsv"
+            export_timm(timm.create_model("test_resnet", num_classes=0), tmp_path / "e"), channel_order="hsv"
         )
