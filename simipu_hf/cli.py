@@ -28,6 +28,9 @@ from simipu_hf.training.arguments import (
 from simipu_hf.version import __version__
 
 Switch = tyro.conf.FlagCreatePairsOff[bool]
+Model = Annotated[str, tyro.conf.arg(help="Run, checkpoint, encoder folder, Hub id, .pth or timm name.")]
+OutputDir = Annotated[str, tyro.conf.arg(help="Where to write.")]
+RepoId = Annotated[str, tyro.conf.arg(help="Repository on the Hub, user/name.")]
 AsJson = Annotated[Switch, tyro.conf.arg(name="json", help="Print JSON, for programs.")]
 Overwrite = Annotated[Switch, tyro.conf.arg(help="Replace an earlier output.")]
 Private = Annotated[Switch, tyro.conf.arg(help="Create the repository private.")]
@@ -52,12 +55,35 @@ class Source:
     """Drives, logs or segments to read; all if None."""
 
 
+@dataclass
+class Shards:
+    """What the files hold."""
+
+    rows_per_shard: int | None = None
+    """Rows of a file, instead of --max_shard_size."""
+    max_shard_size: str = "500MB"
+    """Size of a file."""
+    num_shards: int = 1
+    """Files of a split, at least: for streaming, processes times data-loading workers."""
+    image_size: tuple[int, int] | None = None
+    """Resize the images to this height and width."""
+    image_format: Literal["png", "jpeg"] | None = None
+    """Encode the images anew."""
+    quality: int = 90
+    """Of jpeg."""
+    whole_scans: Switch = False
+    """Keep the points that the camera does not see."""
+    num_proc: int | None = None
+    """Processes; one per processor if None."""
+
+
 Rows = tyro.conf.OmitArgPrefixes[Source]
+Form = tyro.conf.OmitArgPrefixes[Shards]
 
 
 def export(
-    model: str,
-    output_dir: str,
+    model: Model,
+    output_dir: OutputDir,
     format: Literal["timm", "transformers", "torchvision", "mmdet", "official", "onnx"] = "timm",
     prefix: str = "img_backbone",
     channel_order: Literal["rgb", "bgr"] | None = None,
@@ -72,8 +98,6 @@ def export(
     simipu-hf export --model RUN --output_dir encoder.pth --format mmdet --prefix img_backbone
 
     Args:
-        model: Run, checkpoint, encoder folder, Hub id or .pth.
-        output_dir: Folder or file to write.
         format: Whose code is to load it.
         prefix: Of the names in the mmdet form.
         channel_order: Reorder the input channels of the first convolution.
@@ -86,7 +110,7 @@ def export(
 
 def convert(
     checkpoint: str,
-    output_dir: str,
+    output_dir: OutputDir,
     batch_norm_eps: float | None = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -97,7 +121,6 @@ def convert(
 
     Args:
         checkpoint: An official .pth file.
-        output_dir: Folder to write.
         batch_norm_eps: With which it was trained; read from the checkpoint's configuration if None.
     """
     from simipu_hf.hub.export import convert_checkpoint
@@ -105,13 +128,10 @@ def convert(
     show(convert_checkpoint(checkpoint, output_dir, batch_norm_eps, overwrite), as_json)
 
 
-def inspect(model: str, as_json: AsJson = False) -> None:
+def inspect(model: Model, as_json: AsJson = False) -> None:
     """Describe the image encoder of a source, and the input that it takes.
 
     simipu-hf inspect --model RUN
-
-    Args:
-        model: Run, checkpoint, encoder folder, Hub id or .pth.
     """
     from simipu_hf.hub.sources import find_image_encoder
 
@@ -128,7 +148,7 @@ def inspect(model: str, as_json: AsJson = False) -> None:
 
 def push(
     model: str,
-    repo_id: str,
+    repo_id: RepoId,
     encoder_repo_id: str | None = None,
     private: Private = False,
     revision: str | None = None,
@@ -141,7 +161,6 @@ def push(
 
     Args:
         model: Folder of a finished run, a converted model or an encoder.
-        repo_id: Repository, user/name.
         encoder_repo_id: Also publish the image encoder in this repository, alone.
         revision: Branch; main if None.
     """
@@ -151,11 +170,10 @@ def push(
 
 
 def visualize(
-    output_dir: str,
+    output_dir: OutputDir,
     rows: Rows,
     model: str | None = None,
     frames: str = "0",
-    point: int | None = None,
     device: str | None = None,
 ) -> None:
     """Draw frames, and what a model makes of them.
@@ -163,10 +181,8 @@ def visualize(
     simipu-hf visualize --model RUN --data_dir KITTI --split val --frames 0,3 --output_dir pictures
 
     Args:
-        output_dir: Folder for the pictures.
         model: Run, checkpoint or Hub id; the data alone are drawn if None.
         frames: Rows of the split, such as 0,3,7.
-        point: The point to look for in the image, by index; a near, a middle and a far one if None.
         device: Such as cuda; a GPU where there is one if None.
     """
     from simipu_hf.visualization import visualize as draw
@@ -175,11 +191,11 @@ def visualize(
         chosen = [int(index) for index in frames.split(",")]
     except ValueError as error:
         raise SimIPUError(f"--frames {frames!r}: expected numbers such as 0,3,7") from error
-    print(*draw(output_dir, model, **vars(rows), frames=chosen, point=point, device=device), sep="\n")
+    print(*draw(output_dir, model, chosen, device, **vars(rows)), sep="\n")
 
 
 def demo(
-    output_dir: str = "simipu_demo",
+    output_dir: OutputDir = "simipu_demo",
     data_dir: str | None = None,
     seed: int = 0,
     overwrite_output_dir: Switch = False,
@@ -191,7 +207,6 @@ def demo(
     simipu-hf demo --data_dir KITTI
 
     Args:
-        output_dir: Folder to write.
         data_dir: KITTI, Parquet or save_to_disk folder; a synthetic drive is generated if None.
         seed: Of the drive, the weights and the order of frames.
         overwrite_output_dir: Delete what an earlier demo left there.
@@ -221,55 +236,20 @@ def data_inspect(rows: Rows, picture_path: str | None = None, as_json: AsJson = 
 
 
 def data_convert(
-    output_dir: str,
-    rows: Rows,
-    to: Literal["parquet"] = "parquet",
-    rows_per_shard: int | None = None,
-    max_shard_size: str = "500MB",
-    num_shards: int = 1,
-    image_size: tuple[int, int] | None = None,
-    image_format: Literal["png", "jpeg"] | None = None,
-    quality: int = 90,
-    whole_scans: Switch = False,
-    num_proc: int | None = None,
-    as_json: AsJson = False,
+    output_dir: OutputDir, rows: Rows, form: Form, to: Literal["parquet"] = "parquet", as_json: AsJson = False
 ) -> None:
     """Pack a data set into Parquet files with the images inside; goes on where it was interrupted.
 
     simipu-hf data convert --to parquet --data_dir KITTI --output_dir kitti_parquet
-
-    Args:
-        output_dir: Folder to write.
-        to: The form.
-        rows_per_shard: Rows of a file, instead of --max_shard_size.
-        max_shard_size: Size of a file.
-        num_shards: Files of a split, at least; a multiple of the nodes that stream from them.
-        image_size: Resize the images to this height and width.
-        image_format: Encode the images anew.
-        quality: Of jpeg.
-        whole_scans: Keep the points that the camera does not see.
-        num_proc: Processes; one per processor if None.
     """
     from simipu_hf.data.conversion import convert_to_parquet
 
-    result = convert_to_parquet(
-        output_dir,
-        **vars(rows),
-        rows_per_shard=rows_per_shard,
-        max_shard_size=max_shard_size,
-        num_shards=num_shards,
-        image_size=image_size,
-        image_format=image_format,
-        quality=quality,
-        whole_scans=whole_scans,
-        num_proc=num_proc,
-    )
-    show(result, as_json)
+    show(convert_to_parquet(output_dir, **vars(rows), **vars(form)), as_json)
 
 
 def data_push(
     data: str,
-    repo_id: str,
+    repo_id: RepoId,
     private: Private = False,
     public: Switch = False,
     license: str | None = None,
@@ -282,7 +262,6 @@ def data_push(
 
     Args:
         data: Folder of Parquet files.
-        repo_id: Repository, user/name.
         public: Create the repository public; rows made from KITTI are private without this flag.
         license: The Hub's name of the rows' licence.
     """
@@ -293,7 +272,7 @@ def data_push(
 
 
 def data_synthesize(
-    output_dir: str,
+    output_dir: OutputDir,
     num_frames: int = 200,
     image_size: tuple[int, int] = (375, 1242),
     seed: int = 0,
@@ -304,7 +283,6 @@ def data_synthesize(
     simipu-hf data synthesize --output_dir DRIVE --num_frames 200 --image_size 96 320
 
     Args:
-        output_dir: Folder to write.
         num_frames: Frames in all.
         image_size: Height and width.
         seed: Of streets and light.

@@ -399,8 +399,6 @@ def test_visualize_an_encoder_alone_and_data_alone(run_folder, data, tmp_path):
 def test_visualize_names_what_is_wrong(run_folder, data, tmp_path):
     with pytest.raises(SimIPUError, match="rows 0 to 1, found 7"):
         visualize(tmp_path / "out", run_folder, data_dir=data, frames=[7])
-    with pytest.raises(SimIPUError, match="keeps points 0 to 31, found 900"):
-        visualize(tmp_path / "out", run_folder, data_dir=data, point=900)
     with pytest.raises(SimIPUError, match="nowhere"):
         visualize(tmp_path / "out", tmp_path / "nowhere", data_dir=data)
     assert not (tmp_path / "out").exists()

@@ -28,7 +28,7 @@ from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 from simipu_hf.training.logging import METRICS_FILE, read_metrics
 
-from .features import FrameEmbeds, Principal, embed_frame, encode_image, match_views, similarities
+from .features import Principal, embed_frame, encode_image, match_views, similarities
 from .figures import (
     draw_image_features,
     draw_matches,
@@ -65,16 +65,9 @@ class LoadedModel:
 def visualize(
     output_dir: str | os.PathLike,
     model: str | os.PathLike | None = None,
-    data_dir: str | os.PathLike | None = None,
-    dataset_name: str | None = None,
-    dataset_config_name: str | None = None,
-    split: str | None = None,
     frames: Sequence[int] = (0,),
-    point: int | None = None,
     device: str | None = None,
-    *,
-    cameras: Sequence[str] | None = None,
-    scenes: Sequence[str] | None = None,
+    **source: Any,
 ) -> list[Path]:
     """Draws chosen frames, and what a model makes of them.
 
@@ -89,19 +82,17 @@ def visualize(
         model: a run (its final model, else its newest checkpoint), a checkpoint, a Hub id, or anything else that
             `simipu_hf.hub.sources.load_image_encoder` reads, such as an image encoder alone. `None`: only the
             data are drawn.
-        data_dir, dataset_name, dataset_config_name, split, cameras, scenes: as `load_pretraining_dataset`.
         frames: indices of rows of the split.
-        point: which of the points that the model keeps to look for in the image, by index; `None`: a near, a middle
-            and a far one.
         device: such as `"cuda"`; `None`: a GPU if there is one.
+        source: the rows, by the arguments of `load_pretraining_dataset`, such as `data_dir` and `split`.
 
     Returns:
         The files written.
 
     Raises:
-        SimIPUError: no such data set, frame, model or point, or the pictures cannot be written.
+        SimIPUError: no such data set, frame or model, or the pictures cannot be written.
     """
-    rows = load_pretraining_dataset(dataset_name, data_dir, dataset_config_name, split, cameras=cameras, scenes=scenes)
+    rows = load_pretraining_dataset(**source)
     for index in frames:
         if not 0 <= index < len(rows):
             raise SimIPUError(f"frames: the split has rows 0 to {len(rows) - 1}, found {index}")
@@ -109,7 +100,7 @@ def visualize(
     folder, written = Path(output_dir), []
     for index in tqdm(frames, desc="Drawing", unit="frame"):
         row = rows[index]
-        figures, html = draw_frame(row, loaded, point)
+        figures, html = draw_frame(row, loaded)
         name = re.sub(r"[^\w.-]+", "_", str(row["frame_id"]))
         written += [save_figure(figure, folder / f"{name}_{kind}.png") for kind, figure in figures.items()]
         written.append(folder / f"{name}_scene.html")
@@ -186,13 +177,11 @@ def aligned_frame(row: Mapping[str, Any]) -> Frame:
     return Frame(frame.frame_id, frame.image, points, aligned_to_image)
 
 
-def draw_frame(
-    row: Mapping[str, Any], model: LoadedModel | None = None, point: int | None = None
-) -> tuple[dict[str, Figure], str]:
+def draw_frame(row: Mapping[str, Any], model: LoadedModel | None = None) -> tuple[dict[str, Figure], str]:
     """All pictures of one row: figures by the name of their kind, and the HTML of the 3-D page.
 
     Raises:
-        SimIPUError: the row cannot be used, or there is no such point in the image.
+        SimIPUError: the row cannot be used.
     """
     frame = aligned_frame(row)
     figures = {"points": draw_points_on_image(frame)}
@@ -209,7 +198,7 @@ def draw_frame(
     except ValueError as error:
         raise SimIPUError(f"frame {frame.frame_id}: {error}") from error
     colors = Principal.fit(embeds.cells.values[embeds.cells.inside])
-    chosen = choose_points(frame, embeds.coordinates) if point is None else [_checked(frame, embeds, point)]
+    chosen = choose_points(frame, embeds.coordinates)
     figures |= {
         "matches": draw_matches(matches, model.simipu.config.max_match_distance, frame.frame_id),
         "shared_features": draw_shared_features(frame, embeds, colors),
@@ -234,11 +223,3 @@ def choose_points(frame: Frame, coordinates: np.ndarray) -> list[int]:
     if len(near_first) == 0:
         raise SimIPUError(f"frame {frame.frame_id}: none of the points that the model keeps lies in the image")
     return list(dict.fromkeys(int(near_first[int(share * (len(near_first) - 1))]) for share in (0.1, 0.5, 0.9)))
-
-
-def _checked(frame: Frame, embeds: FrameEmbeds, point: int) -> int:
-    if not 0 <= point < len(embeds.coordinates):
-        raise SimIPUError(f"point: the model keeps points 0 to {len(embeds.coordinates) - 1}, found {point}")
-    if not frame.project(embeds.coordinates[[point]])[2][0]:
-        raise SimIPUError(f"point: {point} of frame {frame.frame_id} lies outside the image; choose another")
-    return point
