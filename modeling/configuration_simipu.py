@@ -429,5 +429,55 @@ class SimIPUDepthConfig(PreTrainedConfig):
             )
 
 
+@strict
+class SimIPUDetectionConfig(PreTrainedConfig):
+    """Configuration of [`SimIPUForMonocular3DDetection`].
+
+    Args:
+        image_config: `SimIPUImageConfig` or a dictionary of its fields; its `out_indices` concern pre-training
+            and are not used here.
+        out_indices: stages given to the feature pyramid, in timm's numbering; `None` takes those of stride 4 and more.
+        classes: names of what is detected.
+        mean_dimensions: height, width and length in metres of an average object of each class.
+        hidden_size: width of the feature pyramid and of the head.
+        log_depth_per_focal: logarithm of a typical depth (metres) over the focal length (pixels): where the prediction
+            of depth starts.
+        max_detections: boxes returned for an image.
+    """
+
+    model_type = "simipu_detection"
+    sub_configs_defaults = {  # noqa: RUF012
+        "image_config": SimIPUImageConfig,  # type: ignore[dict-item]  # transformers takes the class alone, too
+    }
+
+    image_config: dict | PreTrainedConfig | None = None
+    out_indices: list[int] | tuple[int, ...] | None = None
+    classes: list[str] | tuple[str, ...] = ("Car", "Pedestrian", "Cyclist")
+    mean_dimensions: list | tuple = ((1.53, 1.63, 3.88), (1.76, 0.66, 0.84), (1.74, 0.60, 1.76))
+    hidden_size: int = 128
+    log_depth_per_focal: Number = -3.4
+    max_detections: int = 50
+
+    @property
+    def image_encoder_config(self) -> SimIPUImageConfig:
+        """`image_config`, whatever form it was given in."""
+        return cast("SimIPUImageConfig", self.image_config)
+
+    def validate_architecture(self) -> None:
+        if len(self.mean_dimensions) != len(self.classes) or any(
+            len(size) != 3 or min(size) <= 0 for size in self.mean_dimensions
+        ):
+            raise ValueError(
+                f"mean_dimensions: expected height, width and length above 0 of each of {list(self.classes)}, found "
+                f"{self.mean_dimensions}"
+            )
+        if min(self.hidden_size, self.max_detections) < 1:
+            raise ValueError(
+                f"hidden_size and max_detections must be at least 1, found {self.hidden_size} and "
+                f"{self.max_detections}"
+            )
+
+
 SimIPUConfig.register_for_auto_class()
 SimIPUDepthConfig.register_for_auto_class()
+SimIPUDetectionConfig.register_for_auto_class()

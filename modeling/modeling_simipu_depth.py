@@ -5,17 +5,17 @@ Wonka 2018 and Eigen et al. 2014).
 """
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import DepthEstimatorOutput
 from transformers.utils import can_return_tuple
 
 from .configuration_simipu import SimIPUDepthConfig
-from .image_encoder import FeaturePyramid, build_image_encoder, hold_frozen, pad_to_divisor, with_image_size
+from .dense_model import SimIPUDenseModel
+from .image_encoder import pad_to_divisor
 
 
 class UpSample(nn.Module):
@@ -59,12 +59,11 @@ class DenseDepthDecoder(nn.Module):
         return torch.sigmoid(self.to_depth(hidden)) * self.max_depth
 
 
-class SimIPUForDepthEstimation(PreTrainedModel):
+class SimIPUForDepthEstimation(SimIPUDenseModel):
     """An image encoder and a depth decoder.
 
     Attributes:
-        image_encoder: the plain timm model, as in pre-training.
-        pyramid: [`FeaturePyramid`], its stages at several resolutions.
+        image_encoder, pyramid: as in [`SimIPUDenseModel`].
         decoder: [`DenseDepthDecoder`].
 
     Raises:
@@ -76,16 +75,9 @@ class SimIPUForDepthEstimation(PreTrainedModel):
 
     config: SimIPUDepthConfig
     base_model_prefix = "simipu_depth"
-    main_input_name = "pixel_values"
-    input_modalities = "image"
-    supports_gradient_checkpointing = True
-    # Trainer: the loss is a mean over the batch, to be divided by the accumulation steps
-    accepts_loss_kwargs = False
 
     def __init__(self, config: SimIPUDepthConfig):
         super().__init__(config)
-        self.image_encoder = build_image_encoder(config.image_encoder_config)
-        self.pyramid = FeaturePyramid(self.image_encoder, config.out_indices)
         in_channels = self.pyramid.channels
         channels = config.decoder_channels
         if channels is None:
@@ -96,26 +88,7 @@ class SimIPUForDepthEstimation(PreTrainedModel):
                 "give one fewer than stages"
             )
         self.decoder = DenseDepthDecoder(in_channels, channels, config.max_depth)
-        self._freeze = False
         self.post_init()
-
-    def set_image_size(self, image_size: Sequence[int]) -> None:
-        """Make the encoder take images of another height and width, its position embeddings interpolated."""
-        config = cast("SimIPUDepthConfig", self.config).image_encoder_config
-        self.image_encoder = with_image_size(self.image_encoder, config, image_size)
-
-    def freeze_image_encoder(self, freeze: bool = True) -> None:
-        """Train the decoder alone: the encoder gets no gradient and stays in evaluation mode (a probe)."""
-        self._freeze = freeze
-        self.image_encoder.requires_grad_(not freeze)
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> "SimIPUForDepthEstimation":
-        super().train(mode)
-        hold_frozen(self.image_encoder, self.config.image_encoder_config)
-        if self._freeze:
-            self.image_encoder.eval()
-        return self
 
     @can_return_tuple
     def forward(
@@ -151,18 +124,8 @@ class SimIPUForDepthEstimation(PreTrainedModel):
             # starts near half the depth range everywhere: a larger spread saturates the sigmoid
             init.normal_(module.weight, std=0.01)
             init.zeros_(module.bias)
-        elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if module.bias is not None:
-                init.zeros_(module.bias)
         else:
             super()._init_weights(module)
-        init_buffers = getattr(module, "init_non_persistent_buffers", None)
-        if init_buffers is not None:
-            init_buffers()
-
-    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
-        self.image_encoder.set_grad_checkpointing(enable)
 
 
 def silog_loss(

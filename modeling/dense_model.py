@@ -1,0 +1,74 @@
+"""What the models that fine-tune an image encoder share: the encoder, its pyramid, and how both are handled."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from .image_encoder import FeaturePyramid, build_image_encoder, hold_frozen, pyramid_stages, with_image_size
+
+
+class SimIPUDenseModel(PreTrainedModel):
+    """An image encoder whose stages at several resolutions are read by something that predicts for every pixel.
+
+    Attributes:
+        image_encoder: the plain timm model, as in pre-training.
+        pyramid: [`FeaturePyramid`], its stages at several resolutions.
+
+    Raises:
+        ValueError: the configuration names stages that the encoder does not have.
+    """
+
+    main_input_name = "pixel_values"
+    input_modalities = "image"
+    supports_gradient_checkpointing = True
+    # Trainer: the loss is a mean over the batch, to be divided by the accumulation steps
+    accepts_loss_kwargs = False
+    # the finest resolution that is read where `config.out_indices` names no stages
+    finest_stride = 1
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.image_encoder = build_image_encoder(config.image_encoder_config)
+        stages = config.out_indices
+        if stages is None:
+            info, usual = self.image_encoder.feature_info, pyramid_stages(self.image_encoder)
+            stages = [stage for stage in usual if info[stage]["reduction"] >= self.finest_stride]
+        self.pyramid = FeaturePyramid(self.image_encoder, stages)
+        self._freeze = False
+
+    def set_image_size(self, image_size: Sequence[int]) -> None:
+        """Make the encoder take images of another height and width, its position embeddings interpolated."""
+        config: Any = self.config
+        self.image_encoder = with_image_size(self.image_encoder, config.image_encoder_config, image_size)
+
+    def freeze_image_encoder(self, freeze: bool = True) -> None:
+        """Train everything but the encoder: it gets no gradient and stays in evaluation mode (a probe)."""
+        self._freeze = freeze
+        self.image_encoder.requires_grad_(not freeze)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "SimIPUDenseModel":
+        super().train(mode)
+        hold_frozen(self.image_encoder, self.config.image_encoder_config)
+        if self._freeze:
+            self.image_encoder.eval()
+        return self
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+        init_buffers = getattr(module, "init_non_persistent_buffers", None)
+        if init_buffers is not None:
+            init_buffers()
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
+        self.image_encoder.set_grad_checkpointing(enable)
