@@ -34,10 +34,12 @@ from simipu_hf.data.two_views import TwoViewAugmentation, TwoViewCollator, TwoVi
 from simipu_hf.errors import SimIPUError, TrainingInterrupted, exit_code_of
 from simipu_hf.evaluation.correspondence import correspondence_recall
 from simipu_hf.files import atomic_folder, move_into
+from simipu_hf.hub.card import CURVES
 from simipu_hf.hub.export import write_timm
 from simipu_hf.hub.push import HubUploader
 from simipu_hf.hub.sources import find_image_encoder
 from simipu_hf.modeling.configuration_simipu import POINT_CONFIGS, SimIPUConfig
+from simipu_hf.modeling.image_encoder import load_image_encoder_weights, pad_divisor, timm_arguments
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 from simipu_hf.training.arguments import PreTrainingArguments, parse_arguments, parse_overrides
@@ -50,7 +52,7 @@ from simipu_hf.training.checkpoint import (
     newest_checkpoint,
 )
 from simipu_hf.training.distributed import SharedFlags, StopRequest, create_accelerator, on_main_process
-from simipu_hf.training.logging import RunLogger, feature_spread, flatten
+from simipu_hf.training.logging import METRICS_FILE, RunLogger, feature_spread, flatten, read_metrics
 from simipu_hf.training.optimizers import (
     ChainedOptimizer,
     Recipe,
@@ -69,11 +71,14 @@ from simipu_hf.training.sampling import (
     iterate,
     seed_micro_batch,
 )
+from simipu_hf.visualization import draw_image_features, draw_training_curves, save_figure
+from simipu_hf.visualization.features import encode_image
 
 LOGGED = (
     *("loss", "intra_modal_loss", "intra_modal_chance", "intra_modal_top1", "intra_modal_top5"),
     *("inter_modal_loss", "inter_modal_chance", "inter_modal_top1", "inter_modal_top5"),
     *("inter_modal_top10_percent", "inter_modal_top50_percent", "match_distance", "pairs_in_image"),
+    "anchor_loss",
 )
 SHOWN = {"intra_modal_loss": "intra", "inter_modal_loss": "inter", "inter_modal_chance": "chance"}
 
@@ -119,7 +124,8 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
     identity = run_identity(accelerator, arguments, rows, steps, recipe, model, processor, augmentation)
     checkpoint = open_checkpoint(accelerator, arguments, identity, steps)
     prepare_model(accelerator, arguments, model)
-    try_first_step(accelerator, model, processor, batches)
+    example = to_model_inputs(send_to_device(batches.example(), accelerator.device), processor.image_processor)
+    try_first_step(accelerator, model, example)
 
     record = {"arguments": arguments.to_dict(), "data": describe_data(rows), "recipe": dataclasses.asdict(recipe)}
     logger = open_run_folder(accelerator, arguments, record, steps)
@@ -167,7 +173,7 @@ def train(
                 output = model(**to_model_inputs(batch, image_processor), return_metrics=is_logged)
                 with recomputing:
                     accelerator.backward(output.loss)
-                logger.add(scalars(output))
+                logger.add(scalars(output, with_spread=is_logged))
                 if accelerator.sync_gradients:
                     logger.add(clip_gradients(accelerator, optimizer, arguments.max_grad_norm))
                     rates = learning_rates(optimizer)
@@ -195,6 +201,7 @@ def train(
                 with logger.paused_clock():
                     saved = state.save(output_dir, step, arguments.save_total_limit)
                 if uploader:
+                    draw_curves(output_dir)
                     uploader.checkpoint_saved(saved)
             if step == steps.last:
                 break
@@ -202,11 +209,12 @@ def train(
                 raise interrupted(step, steps.last, stop, saved)
 
 
-def scalars(output: Any) -> dict[str, torch.Tensor]:
-    """What is logged of a forward pass; accuracies only where they were computed."""
-    values = {name: getattr(output, name) for name in LOGGED if getattr(output, name) is not None}
-    values["image_spread"] = feature_spread(output.image_embeds)
-    values["point_spread"] = feature_spread(output.point_embeds)
+def scalars(output: Any, with_spread: bool) -> dict[str, torch.Tensor]:
+    """What is logged of a forward pass: what of `LOGGED` it computed, and the spread of the embeddings."""
+    values = {name: value for name in LOGGED if (value := getattr(output, name)) is not None}
+    if with_spread:
+        values |= {"image_spread": feature_spread(output.image_embeds)}
+        values |= {"point_spread": feature_spread(output.point_embeds)}
     return values
 
 
@@ -263,9 +271,9 @@ def evaluate(
         for batch in loaded:
             inputs = to_model_inputs(send_to_device(batch, accelerator.device), image_processor)
             output = model(**inputs, return_metrics=True)
-            values = {name: float(getattr(output, name)) for name in LOGGED}
-            for name, value in (values | correspondence_recall(model, inputs, output)).items():
-                sums[name] = sums.get(name, 0.0) + value / len(batches)
+            values = scalars(output, with_spread=False) | correspondence_recall(model, inputs, output)
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + float(value) / len(batches)
     model.train()
     means = accelerator.reduce(torch.tensor(list(sums.values()), device=accelerator.device), reduction="mean")
     return {f"eval/{name}": value for name, value in zip(sums, means.tolist(), strict=True)}
@@ -293,6 +301,8 @@ def load_rows(
         "data_dir": arguments.data_dir,
         "dataset_config_name": arguments.dataset_config_name,
         "validation_share": arguments.validation_share,
+        "cameras": arguments.cameras,
+        "scenes": arguments.scenes,
         "streaming": arguments.streaming,
         "skipped": skipped if arguments.on_bad_row == "skip" else None,
     }
@@ -308,7 +318,7 @@ def load_rows(
 
 
 def create_model(arguments: PreTrainingArguments) -> tuple[SimIPUForPreTraining, SimIPUProcessor]:
-    """The model and its processor, from a preset or from an earlier model.
+    """The model and its processor, from a preset or from an earlier model, changed as the flags say.
 
     Raises:
         SimIPUError: an unknown encoder, stage or configuration field, too few points for the sampler, or flags that
@@ -316,9 +326,19 @@ def create_model(arguments: PreTrainingArguments) -> tuple[SimIPUForPreTraining,
     """
     start = arguments.model_name_or_path
     try:
-        config = create_config(arguments)
+        if start:
+            config = SimIPUConfig.from_pretrained(start)
+            processor = SimIPUProcessor.from_pretrained(start)
+            refuse_contradictions(arguments, config)
+        else:
+            image_fields = {"architecture": arguments.image_encoder or "resnet50"}
+            preset, point_encoder = arguments.preset or "recommended", arguments.point_encoder or "pointnet2"
+            config = SimIPUConfig.from_preset(preset, point_encoder, image_config=image_fields)
+            processor = SimIPUProcessor.from_preset(preset)
+            processor.image_processor.pad_size_divisor = pad_divisor(config.image_encoder_config.architecture)
+        change_processor(arguments, processor)
+        config = change_config(arguments, config, processor)
         model = SimIPUForPreTraining.from_pretrained(start, config=config) if start else SimIPUForPreTraining(config)
-        processor = create_processor(arguments)
     except SimIPUError:
         raise
     except (ValueError, ImportError, OSError, RuntimeError) as error:
@@ -330,41 +350,17 @@ def create_model(arguments: PreTrainingArguments) -> tuple[SimIPUForPreTraining,
             "points; raise it, or lower point_config.num_points with --config_overrides"
         )
     if arguments.pretrained_image_encoder:
-        load_pretrained_image_encoder(model)
+        load_pretrained_image_encoder(model, processor)
+    if model.config.anchor_weight > 0:
+        model.anchor_image_encoder()
     return model, processor
-
-
-def create_config(arguments: PreTrainingArguments) -> SimIPUConfig:
-    """The configuration of the preset or of the earlier model, with the encoder flags and `--config_overrides`."""
-    overrides = parse_overrides(arguments.config_overrides)
-    if arguments.model_name_or_path is not None:
-        config = SimIPUConfig.from_pretrained(arguments.model_name_or_path)
-        refuse_contradictions(arguments, config)
-        fields = config.to_dict()
-        for section in ("image_config", "point_config"):
-            fields[section] |= overrides.pop(section, {})
-        changed = SimIPUConfig.from_dict({**fields, **overrides})
-    else:
-        architecture = arguments.image_encoder or "resnet50"
-        image_fields = {"architecture": architecture, **overrides.pop("image_config", {})}
-        changed = SimIPUConfig.from_preset(
-            arguments.preset or "recommended", arguments.point_encoder or "pointnet2", image_config=image_fields,
-            **overrides,
-        )  # fmt: skip
-    given = parse_overrides(arguments.config_overrides)
-    sections = {"image_config": changed.image_encoder_config, "point_config": changed.point_encoder_config}
-    for names, known in ((given, changed), *((given.get(name, {}), known) for name, known in sections.items())):
-        unknown = [name for name in names if name not in type(known).__dataclass_fields__]
-        if unknown:
-            raise SimIPUError(f"--config_overrides: {type(known).__name__} has no field {', '.join(unknown)}")
-    return changed
 
 
 def refuse_contradictions(arguments: PreTrainingArguments, config: SimIPUConfig) -> None:
     """Raises a `SimIPUError` for a flag that asks for something else than the model of `--model_name_or_path` is."""
     kinds = {config_class.model_type: name for name, config_class in POINT_CONFIGS.items()}
     found = {
-        "preset": preset_of(config),
+        "preset": config.preset,
         "image_encoder": config.image_encoder_config.architecture,
         "point_encoder": kinds[config.point_encoder_config.model_type],
     }
@@ -374,42 +370,60 @@ def refuse_contradictions(arguments: PreTrainingArguments, config: SimIPUConfig)
             raise SimIPUError(f"--{name} {wanted}: {arguments.model_name_or_path} has {value}; leave the flag out")
 
 
-def preset_of(config: SimIPUConfig) -> str:
-    """The preset a configuration was made from; those written before it was recorded show it by how they project."""
-    found = getattr(config, "preset", None)
-    return found or ("official" if config.projection_normalization == "sample" else "recommended")
-
-
-def create_processor(arguments: PreTrainingArguments) -> SimIPUProcessor:
-    """The processor of the preset or of the earlier model, with the flags that are given."""
-    if arguments.model_name_or_path is not None:
-        processor = SimIPUProcessor.from_pretrained(arguments.model_name_or_path)
-    else:
-        processor = SimIPUProcessor.from_preset(arguments.preset or "recommended")
+def change_processor(arguments: PreTrainingArguments, processor: SimIPUProcessor) -> None:
+    """Set what the flags ask for."""
+    points = processor.feature_extractor
     if arguments.num_points is not None:
-        processor.feature_extractor.num_points = arguments.num_points
+        points.num_points = arguments.num_points
     if arguments.image_size is not None:
         height, width = arguments.image_size
         processor.image_processor.size = SizeDict(height=height, width=width)
     if arguments.depth_range is not None:
-        if processor.feature_extractor.frame != "camera":
+        if points.frame != "camera":
             raise SimIPUError("--depth_range does nothing with the official preset, whose range is in LiDAR axes")
-        processor.feature_extractor.depth_range = list(arguments.depth_range)
-    return processor
+        points.depth_range = list(arguments.depth_range)
 
 
-def load_pretrained_image_encoder(model: SimIPUForPreTraining) -> None:
-    """Replace the image encoder's weights by timm's pretrained ones.
+def change_config(arguments: PreTrainingArguments, config: SimIPUConfig, processor: SimIPUProcessor) -> SimIPUConfig:
+    """A configuration with the fields that the flags change.
+
+    Raises:
+        SimIPUError: an unknown field.
+    """
+    overrides = parse_overrides(arguments.config_overrides)
+    sections = {"image_config": config.image_encoder_config, "point_config": config.point_encoder_config}
+    for names, known in ((overrides, config), *((overrides.get(name, {}), known) for name, known in sections.items())):
+        unknown = [name for name in names if name not in type(known).__dataclass_fields__]
+        if unknown:
+            raise SimIPUError(f"--config_overrides: {type(known).__name__} has no field {', '.join(unknown)}")
+    fields = config.to_dict()
+    if arguments.image_size is not None or arguments.model_name_or_path is None:
+        size = processor.image_processor.size  # encoders with embeddings of a fixed size are built for it
+        fields["image_config"]["image_size"] = [size["height"], size["width"]]
+    if arguments.freeze is not None:
+        fields["image_config"]["frozen"] = arguments.freeze
+    if arguments.anchor_weight is not None:
+        fields["anchor_weight"] = arguments.anchor_weight
+    for section in sections:
+        fields[section] |= overrides.pop(section, {})
+    return SimIPUConfig.from_dict({**fields, **overrides})
+
+
+def load_pretrained_image_encoder(model: SimIPUForPreTraining, processor: SimIPUProcessor) -> None:
+    """Replace the image encoder's weights by timm's pretrained ones, and take the mean and deviation they expect.
 
     Raises:
         SimIPUError: timm has none for this architecture, or they cannot be downloaded.
     """
     config = model.config.image_encoder_config
     try:
-        source = timm.create_model(config.architecture, pretrained=True, num_classes=0, **(config.model_args or {}))
+        source = timm.create_model(config.architecture, pretrained=True, num_classes=0, **timm_arguments(config))
+        load_image_encoder_weights(model.simipu.image_encoder, source.state_dict(), config.architecture)
     except Exception as error:  # timm and the Hub client raise their own, by version
         raise SimIPUError(f"--pretrained_image_encoder: no weights for {config.architecture} ({error})") from error
-    model.simipu.image_encoder.load_state_dict(source.state_dict())
+    if processor.image_processor.do_rescale:  # official images are not: they keep the official mean
+        processor.image_processor.image_mean = list(source.pretrained_cfg["mean"])
+        processor.image_processor.image_std = list(source.pretrained_cfg["std"])
 
 
 def create_augmentation(arguments: PreTrainingArguments, config: SimIPUConfig) -> TwoViewAugmentation:
@@ -418,7 +432,7 @@ def create_augmentation(arguments: PreTrainingArguments, config: SimIPUConfig) -
     if arguments.image_size is not None:
         overrides = {"random_resize": None, **overrides}
     try:
-        return TwoViewAugmentation.from_preset(preset_of(config), **overrides)
+        return TwoViewAugmentation.from_preset(config.preset, **overrides)
     except TypeError as error:  # an unknown field, or one number where a range is needed
         known = ", ".join(TwoViewAugmentation.__dataclass_fields__)
         raise SimIPUError(f"--augmentation_overrides: {error}; the fields are {known}") from error
@@ -568,28 +582,21 @@ def prepare_model(accelerator: Accelerator, arguments: PreTrainingArguments, mod
         encoder.forward_intermediates = torch.compile(encoder.forward_intermediates)
 
 
-def try_first_step(
-    accelerator: Accelerator,
-    model: SimIPUForPreTraining,
-    processor: SimIPUProcessor,
-    batches: StoredBatches | StreamedBatches,
-) -> None:
+def try_first_step(accelerator: Accelerator, model: SimIPUForPreTraining, inputs: dict[str, torch.Tensor]) -> None:
     """Forward and backward of one batch, and everything as before: what cannot work fails before anything is written.
 
     Parameters that the loss does not reach (stages beyond the sampled ones) are frozen, so that several processes need
     not look for them in every step.
 
     Raises:
-        SimIPUError: a row that cannot be used, an image size that the encoder does not take, too little memory, or a
-            machine that cannot compile.
+        SimIPUError: an image size that the encoder does not take, too little memory, a machine that cannot compile.
     """
-    batch = send_to_device(batches.example(), accelerator.device)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.train()
     try:
         with accelerator.autocast():
-            output = model(**to_model_inputs(batch, processor.image_processor))
-        output.loss.backward()
+            loss = model(**inputs).loss
+        loss.backward()
     except (ValueError, RuntimeError) as error:
         hint = "; lower --per_device_train_batch_size" if isinstance(error, torch.OutOfMemoryError) else ""
         raise SimIPUError(f"the first step failed: {error}{hint}") from error
@@ -709,6 +716,7 @@ def finish(
         processor.save_pretrained(folder)
         write_timm(find_image_encoder(folder), folder / "image_encoder")
     move_into(output_dir / ".final", output_dir)
+    draw_curves(output_dir)
     if isinstance(batches, StoredBatches):
         with contextlib.suppress(ValueError):  # the first frame may be a damaged one
             row = batches.dataset.read_row(0)
@@ -720,14 +728,18 @@ def finish(
     print(f'{encoder}: load it with timm.create_model("local-dir:{encoder}", pretrained=True)')
 
 
+def draw_curves(output_dir: Path) -> None:
+    """The losses so far, as the model card shows them."""
+    figure = draw_training_curves(read_metrics(output_dir / METRICS_FILE))
+    if figure is not None:
+        save_figure(figure, output_dir / CURVES)
+
+
 def draw_features(model: SimIPUForPreTraining, processor: SimIPUProcessor, row: Mapping[str, Any], path: Path) -> None:
     """What the image encoder makes of a frame, as colours.
 
     Without the photograph: the picture goes to the Hub with the model, which is no reason to publish the data.
     """
-    from .visualization import draw_image_features, save_figure  # importing matplotlib takes seconds
-    from .visualization.features import encode_image
-
     frame, stages = Frame.from_row(row), model.config.image_encoder_config.out_indices
     maps = encode_image(model.simipu.image_encoder.eval(), processor.image_processor, frame, stages)
     path.parent.mkdir(exist_ok=True)

@@ -11,10 +11,13 @@ import time
 import datasets
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
+from accelerate import Accelerator
 from safetensors.torch import load_file
-from tiny_run import OVERRIDES, reset_accelerate, write_frames
+from tiny_run import OVERRIDES, make_rows, reset_accelerate, write_frames
+from tiny_simipu import tiny_batch
 
 from simipu_hf import pretrain as module
 from simipu_hf.data.loading import load_pretraining_dataset
@@ -262,7 +265,11 @@ def test_a_gradient_can_be_clipped(run):
         (["--dataset_name", "/no/such/folder"], "no such folder"),
         (["--eval_steps", "2", "--per_device_eval_batch_size", "7"], "6 rows"),
         (["--resume_from_checkpoint", "/no/such/checkpoint"], "no such folder"),
-        (["--image_size", "33", "96"], "multiples of 32"),
+        (["--image_size", "31", "96"], "from 32 pixels"),
+        (["--image_encoder", "vit_tiny_patch16_224", "--no_sync_batch_norm", "--freeze", "layer9"], "layer9"),
+        (["--eval_steps", "2", "--validation_split", "train"], "10 of 10 frames are also trained on"),
+        (["--eval_steps", "2", "--validation_split", "banana"], "banana"),
+        (["--preset", "official", "--depth_range", "1", "50"], "does nothing with the official preset"),
         (["--learning_rate", "-1"], "at least 0"),
         (["--push_to_hub"], "--hub_model_id"),
         (["--torch_compile", "--gradient_checkpointing"], "exclude each other"),
@@ -291,6 +298,8 @@ def test_output_folder_is_not_overwritten_by_accident(run, tmp_path):
 
 def test_refuses_to_resume_another_configuration(run):
     run("out", "--max_steps", "3")
+    with pytest.raises(SimIPUError, match=r"augmentation: .*'brightness': 0.0.* in the checkpoint.*'brightness': 0.4"):
+        run("out", "--resume_from_checkpoint", "latest", "--augmentation_overrides", "brightness=0.4")
     with pytest.raises(SimIPUError, match=r"(?s)rows_per_forward: 2 in the checkpoint, 5 now.*seed: 0 in .* 1 now"):
         run("out", "--resume_from_checkpoint", "latest", "--seed", "1", "--per_device_train_batch_size", "5")
     with pytest.raises(SimIPUError, match="beyond the last step"):
@@ -301,6 +310,141 @@ def test_a_longer_run_continues_a_finished_one(run):
     whole = run("whole")
     run("short", "--max_steps", "4")
     assert_same_result(whole, run("short", "--max_steps", "8", "--resume_from_checkpoint", "latest"))
+
+
+def test_a_run_that_goes_on_from_an_earlier_checkpoint_keeps_both_ways(run):
+    whole = run("whole", "--save_total_limit", "0")
+    again = ("--resume_from_checkpoint", str(whole / "checkpoint-3"), "--save_total_limit", "1")
+    run("whole", *again, "--max_steps", "4")
+    assert [p.name for p in list_checkpoints(whole)] == ["checkpoint-4"]
+    assert [p.name for p in list_checkpoints(whole / "set_aside-1")] == ["checkpoint-6", "checkpoint-8"]
+    assert [line["step"] for line in metrics(whole / "set_aside-1")] == [2, 4, 6, 8]
+    assert [line["step"] for line in metrics(whole)] == [2, 4]
+
+
+def test_a_first_step_that_fails_leaves_nothing_in_the_way(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(SimIPUForPreTraining, "forward", lambda *_, **__: torch.zeros(2, 3) @ torch.zeros(2, 3))
+        with pytest.raises(SimIPUError, match="the first step failed: mat1 and mat2"):
+            run("out")
+    assert not (tmp_path / "out").exists()
+    run("out", "--max_steps", "1")
+
+
+def test_trying_the_first_step_changes_nothing_and_finds_what_is_not_trained(frames, tmp_path):
+    flags = arguments(frames, tmp_path / "out", "--config_overrides", OVERRIDES + ",image_config.out_indices=[2]")
+    model, _ = module.create_model(flags)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    module.try_first_step(Accelerator(cpu=True), model, tiny_batch(height=32, width=96))
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    frozen = {name.split(".")[2] for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {"layer2", "layer3", "layer4"} - {"layer2"}  # stage 2 is layer2
+    assert all(p.grad is None for p in model.parameters())
+
+
+class TestFromAnEarlierModel:
+    @pytest.fixture(scope="class")
+    def earlier(self, frames, tmp_path_factory):
+        """An official model whose saved processor draws 100 points."""
+        flags = arguments(frames, tmp_path_factory.mktemp("earlier"), "--preset", "official", "--num_points", "100")
+        model, processor = module.create_model(flags)
+        folder = tmp_path_factory.mktemp("earlier") / "model"
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        return folder
+
+    def create(self, earlier, *flags):
+        found = parse_arguments(
+            PreTrainingArguments,
+            ["--data_dir", "none", "--output_dir", "none", "--model_name_or_path", str(earlier), *flags],
+        )
+        model, processor = module.create_model(found)
+        return model, processor, create_augmentation(found, model.config)
+
+    def test_all_of_it_is_kept(self, earlier):
+        model, processor, augmentation = self.create(earlier)
+        assert all(torch.equal(value, weights(earlier)[name]) for name, value in model.state_dict().items())
+        assert model.config.preset == "official"
+        assert processor.feature_extractor.num_points == 100
+        assert augmentation == TwoViewAugmentation.from_preset("official")
+
+    def test_flags_change_it(self, earlier):
+        model, processor, _ = self.create(
+            earlier, "--num_points", "77", "--config_overrides", "temperature=0.2,image_config.out_indices=[-1]"
+        )
+        assert model.config.temperature == 0.2
+        assert processor.feature_extractor.num_points == 77
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (["--image_encoder", "resnet18"], "--image_encoder resnet18: .* has test_resnet"),
+            (["--point_encoder", "sparse_conv"], "has pointnet2"),
+            (["--preset", "recommended"], "has official"),
+            (["--config_overrides", "temperatur=1"], "no field temperatur"),
+            (["--config_overrides", "projection_dim=9"], "size mismatch|mismatched|shape"),
+        ],
+    )
+    def test_what_contradicts_it_is_refused(self, earlier, flags, message):
+        with pytest.raises(SimIPUError, match=message):
+            self.create(earlier, *flags)
+
+
+def test_whole_scenes_are_held_out(run, tmp_path):
+    write_frames(tmp_path / "one", train=12)
+    out = run(
+        *("out", "--dataset_name", str(tmp_path / "one"), "--validation_share", "0.4", "--eval_steps", "4"),
+        *("--per_device_eval_batch_size", "1"),
+    )
+    record = yaml.safe_load((out / "run.yaml").read_text(encoding="utf-8"))
+    assert record["data"]["rows"] < 12
+    assert record["data"]["rows"] % 2 == 0  # scenes have two frames
+    assert [line["step"] for line in metrics(out) if "eval/loss" in line] == [4, 8]
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_several_sources_resume_to_the_bit(run, tmp_path, monkeypatch, workers):
+    write_frames(tmp_path / "a", train=6)
+    dataset_from_rows(make_rows(8, seed=5)).save_to_disk(tmp_path / "b")
+    flags = (
+        *("--dataset_name", str(tmp_path / "a"), str(tmp_path / "b"), "--mixture", "1", "3"),
+        *("--dataloader_num_workers", workers),
+    )
+    assert_resumes(run, monkeypatch, flags)
+
+
+def test_a_stream_resumes_to_the_bit(run, tmp_path, monkeypatch):
+    for shard in range(2):
+        dataset_from_rows(make_rows(8, seed=shard)).to_parquet(tmp_path / "rows" / f"train-{shard}.parquet")
+    flags = ("--dataset_name", str(tmp_path / "rows"), "--streaming", "--lr_scheduler_type", "cosine")
+    assert_resumes(run, monkeypatch, (*flags, "--dataloader_num_workers", "2"))
+
+
+def assert_resumes(run, monkeypatch, flags):
+    whole = run("whole", *flags)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5, error=RuntimeError("killed"))
+        with pytest.raises(RuntimeError, match="killed"):
+            run("broken", *flags)
+    assert_same_result(whole, run("broken", *flags, "--resume_from_checkpoint", "latest"))
+
+
+def test_pretrained_vit_with_an_anchor_and_a_frozen_part(run, frames, tmp_path, monkeypatch):
+    """timm's download is replaced; the rest is what `--pretrained_image_encoder` does."""
+    create = timm.create_model
+    monkeypatch.setattr(module.timm, "create_model", lambda *a, pretrained=False, **k: create(*a, **k))
+    flags = (
+        *("--image_encoder", "test_vit", "--pretrained_image_encoder", "--anchor_weight", "0.5", "--max_steps", "6"),
+        *("--freeze", "patch_embed", "blocks.0", "--config_overrides", OVERRIDES),
+    )
+    assert_resumes(run, monkeypatch, flags)
+    out = tmp_path / "whole"
+    assert yaml.safe_load((out / "run.yaml").read_text(encoding="utf-8"))["recipe"]["optimizer"] == "adamw"
+    assert metrics(out)[-1]["anchor_loss"] > 0
+    start = SimIPUForPreTraining.from_pretrained(out / "checkpoint-3").state_dict()
+    encoder = "simipu.image_encoder."
+    for part, trained in (("blocks.0.attn.qkv.weight", False), ("blocks.1.attn.qkv.weight", True)):
+        assert torch.equal(weights(out)[encoder + part], start[encoder + part]) is not trained
 
 
 def test_second_start_on_a_finished_run_only_finishes(run):

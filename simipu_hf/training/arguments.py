@@ -128,7 +128,7 @@ class PreTrainingArguments(RunArguments):
     """Compile the image encoder with torch.compile."""
 
     data_dir: str | list[str] | None = None
-    """Folders of KITTI, nuScenes, Waymo, Argoverse 2, Parquet files or save_to_disk; SOURCE#SPLIT takes a split."""
+    """Folders of KITTI, nuScenes, Waymo, Argoverse 2, Parquet or save_to_disk; SOURCE#SPLIT takes a split."""
     dataset_name: str | list[str] | None = None
     """Hub ids, addresses of Parquet files (s3://, gs://, hf://), or folders as for --data_dir."""
     dataset_config_name: str | None = None
@@ -146,7 +146,7 @@ class PreTrainingArguments(RunArguments):
     validation_split: str = "validation"
     """Split for --eval_steps; none of its frames may be a training frame."""
     validation_share: float | None = None
-    """Hold this share of the scenes of a data set without validation split out of training, as its validation split."""
+    """Hold out this share of the scenes as the validation split of a data set that has none."""
     per_device_eval_batch_size: int | None = None
     """As --per_device_train_batch_size if None."""
     image_size: tuple[int, int] | None = None

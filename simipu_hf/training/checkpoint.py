@@ -230,8 +230,7 @@ class TrainingState:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": scaler and scaler.state_dict(),
-            "logger": self.logger.state_dict(),
-            "batches": gather_object([self.batches.state_dict()]),
+            "processes": gather_object([{"logger": self.logger.state_dict(), "batches": self.batches.state_dict()}]),
         }
         values = {"identity": self.identity}
         return on_main_process(
@@ -261,10 +260,11 @@ class TrainingState:
             self.schedule.load_state_dict(checkpoint.tensors["schedule"])
             if self.accelerator.scaler is not None and checkpoint.tensors["scaler"] is not None:
                 self.accelerator.scaler.load_state_dict(checkpoint.tensors["scaler"])
-            self.logger.load_state_dict(checkpoint.tensors["logger"])
-            positions = checkpoint.tensors["batches"]
-            if self.accelerator.process_index < len(positions):  # a stream is resumed by as many processes
-                self.batches.load_state_dict(positions[self.accelerator.process_index])
+            processes = checkpoint.tensors["processes"]
+            if len(processes) == self.accelerator.num_processes:  # or the logged means start anew
+                own = processes[self.accelerator.process_index]
+                self.logger.load_state_dict(own["logger"])
+                self.batches.load_state_dict(own["batches"])
         except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
             raise SimIPUError(f"{checkpoint.path} does not fit the model or its optimizers ({error})") from error
 

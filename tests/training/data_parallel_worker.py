@@ -7,17 +7,21 @@ import contextlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from safetensors.torch import save_file
 
+from simipu_hf import pretrain as module
 from simipu_hf.modeling.configuration_simipu import SimIPUConfig
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
-from simipu_hf.training.distributed import check_processes, synchronize_batch_norm
-from simipu_hf.training.loop import accumulate_gradients
-from simipu_hf.training.optimization import Optimization, OptimizerSettings, create_optimizer, create_schedule
+from simipu_hf.training.arguments import PreTrainingArguments, parse_arguments
+from simipu_hf.training.checkpoint import TrainingState
+from simipu_hf.training.distributed import create_accelerator
+from simipu_hf.training.logging import RunLogger
+from simipu_hf.training.optimizers import choose_recipe, clip_gradients
+from simipu_hf.training.sampling import Steps
 
 ROWS, STEPS = 4, 3
 ARCHITECTURES = ("test_resnet", "test_efficientnet")  # timm's own batch norm in the second
@@ -61,72 +65,71 @@ def own_part(batch: dict[str, torch.Tensor], accelerator: Accelerator) -> dict[s
     return {name: value[first : first + share] for name, value in batch.items()}
 
 
-def train(architecture: str, accumulation_steps: int) -> dict[str, torch.Tensor]:
-    """A few optimizer steps; gradients of the first, and all weights and buffers after the last."""
-    kwargs = DistributedDataParallelKwargs(find_unused_parameters=True)
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation_steps, kwargs_handlers=[kwargs])
-    check_processes(accelerator)
+def train(architecture: str, accumulation_steps: int, out: Path) -> dict[str, torch.Tensor]:
+    """The loop for a few steps in float64; gradients of the first step, and all weights and buffers after the last."""
+    arguments = PreTrainingArguments(
+        data_dir="none", output_dir=str(out), report_to=["none"], gradient_accumulation_steps=accumulation_steps,
+        optimizer="sgd", learning_rate=0.01, lr_decay_per_epoch=0.9, max_grad_norm=1.0,
+        point_optimizer="sgd", point_learning_rate=0.001,
+    )  # fmt: skip
+    accelerator = create_accelerator(arguments)
+    data = [own_part(create_batch(i), accelerator) for i in range(STEPS * accumulation_steps)]
+    batches = SimpleNamespace(loader=lambda first, last: data, state_dict=dict, load_state_dict=dict)
     model = create_model(architecture)
-    if accelerator.num_processes > 1:
-        synchronize_batch_norm(model)
-    optimizers = [
-        create_optimizer(OptimizerSettings("sgd", 0.01, 1e-4), {"images": model.simipu.image_encoder.parameters()}),
-        create_optimizer(
-            OptimizerSettings("sgd", 0.001, 0.01, (0.95, 0.99)),
-            {"points": [p for name, p in model.named_parameters() if "image_encoder" not in name]},
-        ),
-    ]
-    schedules = [
-        create_schedule("exponential", o, warmup_steps=0, total_steps=9, steps_per_epoch=2, decay_per_epoch=0.9)
-        for o in optimizers
-    ]
-    optimization = Optimization(accelerator, optimizers, schedules, max_grad_norm=1.0)
-    prepared = accelerator.prepare(model)
-    batches = (own_part(create_batch(i), accelerator) for i in range(STEPS * accumulation_steps))
-    result = {}
-    for step in range(STEPS):
-        accumulate_gradients(accelerator, prepared, lambda m, b: (m(**b).loss, {"x": torch.zeros(())}), batches)
-        if step == 0:
-            result = {f"grad.{n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        optimization.gradient_norms()
-        optimization.step()
-    return result | {name: value.clone() for name, value in model.state_dict().items()}
+    module.prepare_model(accelerator, arguments, model)
+    module.try_first_step(accelerator, model, data[0])
+    recipe = choose_recipe(arguments, model.simipu.image_encoder, 9)
+    optimizer, schedule = module.create_optimization(arguments, recipe, model, steps_per_epoch=2, total_steps=9)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    out.mkdir(exist_ok=True)
+    logger = RunLogger(accelerator, out, total_steps=STEPS, first_step=0, rows_per_step=ROWS, show={})
+    processor = SimpleNamespace(image_processor=None, save_pretrained=lambda folder: None)
+    state = TrainingState(accelerator, wrapped, processor, optimizer, schedule, logger, batches, identity={})
+    gradients = {}
+
+    def keep_gradients(*positional):
+        if not gradients:
+            gradients.update({f"grad.{n}": p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+        return clip_gradients(*positional)
+
+    module.clip_gradients, module.to_model_inputs = keep_gradients, lambda batch, image_processor: batch
+    with contextlib.closing(logger):
+        module.train(accelerator, arguments, state, Steps(0, STEPS), batches, None, None)
+    return gradients | {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def interrupted_run(flags: list[str], out: Path) -> None:
     """`pretrain` in full, and broken off in step 5 and resumed, in these processes."""
-    from simipu_hf.pretrain import pretrain
-    from simipu_hf.training import loop
-    from simipu_hf.training.legacy_arguments import parse_pretraining_arguments
 
     def run(name: str, *more: str) -> None:
-        pretrain(parse_pretraining_arguments([*flags, "--output_dir", str(out / name), *more]))
+        module.pretrain(parse_arguments(PreTrainingArguments, [*flags, "--output_dir", str(out / name), *more]))
 
     run("whole")
-    original, calls = loop.accumulate_gradients, []
+    calls = []
 
     def broken(*arguments):
         calls.append(1)
         if len(calls) == 5:
             raise RuntimeError("killed")
-        return original(*arguments)
+        return clip_gradients(*arguments)
 
-    loop.accumulate_gradients = broken
+    module.clip_gradients = broken
     with contextlib.suppress(RuntimeError):
         run("broken")
-    loop.accumulate_gradients = original
+    module.clip_gradients = clip_gradients
     run("broken", "--resume_from_checkpoint", "latest")
 
 
 def main() -> None:
     out, flags = Path(sys.argv[1]), json.loads(sys.argv[2])
+    interrupted_run(flags, out)
     for architecture in ARCHITECTURES:
         for accumulation_steps in (1, 2):
-            result = train(architecture, accumulation_steps)
-            if Accelerator(cpu=True).is_main_process:
+            name = f"{architecture}-{accumulation_steps}"
+            result = train(architecture, accumulation_steps, out / name)
+            if Accelerator().is_main_process:
                 contiguous = {key: value.contiguous() for key, value in result.items()}
-                save_file(contiguous, out / f"{architecture}-{accumulation_steps}.safetensors")
-    interrupted_run(flags, out)
+                save_file(contiguous, out / f"{name}.safetensors")
 
 
 if __name__ == "__main__":

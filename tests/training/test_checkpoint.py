@@ -3,9 +3,8 @@
 import json
 import os
 import pickle
-import random
+import stat
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -13,13 +12,12 @@ from safetensors.torch import save_file
 from simipu_hf.errors import SimIPUError
 from simipu_hf.training import checkpoint as module
 from simipu_hf.training.checkpoint import (
-    capture_random_state,
     check_same_run,
     list_checkpoints,
     load_checkpoint,
     newest_checkpoint,
-    restore_random_state,
     save_checkpoint,
+    set_aside,
 )
 
 
@@ -46,9 +44,42 @@ def test_round_trip(tmp_path):
 
 
 def test_keeps_the_newest(tmp_path):
-    for step in (5, 10, 100, 20):
+    for step in (5, 10, 100):
         save(tmp_path, step, total_limit=2)
-    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-20", "checkpoint-100"]
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-100"]
+    save(tmp_path, 8, total_limit=2)  # never the one just written
+    assert (tmp_path / "checkpoint-8").is_dir()
+
+
+def test_what_lies_beyond_a_step_is_set_aside(tmp_path):
+    for step in (5, 10, 15):
+        save(tmp_path, step)
+    assert set_aside(tmp_path, 15) is None
+    for number, kept in ((1, 10), (2, 5)):
+        (tmp_path / "metrics.jsonl").write_text(f"lines of {kept}", encoding="utf-8")
+        aside = set_aside(tmp_path, kept)
+        assert aside == tmp_path / f"set_aside-{number}"
+        assert newest_checkpoint(aside).name == f"checkpoint-{kept + 5}"
+        assert (aside / "metrics.jsonl").read_text(encoding="utf-8") == f"lines of {kept}"
+        assert newest_checkpoint(tmp_path).name == f"checkpoint-{kept}"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a umask")
+def test_others_may_read_what_the_umask_says(tmp_path):
+    before = os.umask(0o022)
+    try:
+        path = save(tmp_path, 1)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {0o644}
+
+
+def test_a_checkpoint_of_the_transformers_trainer_is_complete_with_its_state(tmp_path):
+    (tmp_path / "checkpoint-7").mkdir()
+    assert newest_checkpoint(tmp_path) is None
+    for content, found in (("{", None), ("{}", tmp_path / "checkpoint-7")):
+        (tmp_path / "checkpoint-7" / "trainer_state.json").write_text(content, encoding="utf-8")
+        assert newest_checkpoint(tmp_path) == found
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("disk full")])
@@ -134,19 +165,6 @@ def test_a_pickled_payload_is_refused_and_not_run(tmp_path):
 
 def pickled(tmp_path, file):
     file.write_bytes(pickle.dumps(Payload(tmp_path / "owned")))
-
-
-def test_random_state_survives_saving(tmp_path):
-    def draw():
-        return random.random(), float(np.random.normal()), float(torch.rand(()))
-
-    draw()
-    np.random.normal()  # leaves half a pair behind, which belongs to the state
-    torch.save(capture_random_state(), tmp_path / "state.pt")
-    expected = draw()
-    draw()
-    restore_random_state(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert draw() == expected
 
 
 def test_differences_between_runs_are_all_listed(tmp_path):

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from tiny_run import OVERRIDES, reset_accelerate, write_frames
 
-from simipu_hf.training.metrics import read_metrics
+from simipu_hf.data.two_views import to_model_inputs
+from simipu_hf.training.logging import read_metrics
 
 WORKER = Path(__file__).with_name("data_parallel_worker.py")
 
@@ -28,7 +29,7 @@ def results(tmp_path_factory) -> Path:
         *("--num_points", "128", "--config_overrides", OVERRIDES, "--report_to", "none", "--max_steps", "6"),
         *("--per_device_train_batch_size", "1", "--logging_steps", "3", "--checkpointing_steps", "2"),
         *("--dataloader_num_workers", "1", "--learning_rate", "0.003", "--gradient_accumulation_steps", "2"),
-        *("--eval_steps", "3", "--validation_split", "train"),
+        *("--eval_steps", "3"),
     ]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -57,12 +58,13 @@ def worker():
     spec.loader.exec_module(module)
     yield module
     reset_accelerate()
+    module.module.clip_gradients, module.module.to_model_inputs = module.clip_gradients, to_model_inputs
 
 
 @pytest.mark.parametrize("accumulation_steps", [1, 2])
 @pytest.mark.parametrize("architecture", ["test_resnet", "test_efficientnet"])
-def test_two_processes_equal_one_with_twice_the_rows(worker, results, architecture, accumulation_steps):
-    one = worker.train(architecture, accumulation_steps)
+def test_two_processes_equal_one_with_twice_the_rows(worker, results, tmp_path, architecture, accumulation_steps):
+    one = worker.train(architecture, accumulation_steps, tmp_path / "one")
     two = load_file(results / f"{architecture}-{accumulation_steps}.safetensors")
     assert one.keys() == two.keys()
     assert any(name.startswith("grad.simipu.point_encoder") for name in one)
