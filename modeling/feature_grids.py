@@ -116,18 +116,19 @@ def _measure(network: Any, size: tuple[int, int]) -> tuple[FeatureGrid | None, .
 def _grid_of(feature_map: Tensor, image: Tensor, reduction: int) -> FeatureGrid | None:
     if min(feature_map.shape[-2:]) < 3:
         return None
+    # three cells on a diagonal through the middle, far enough from the borders for footprints to be whole
     middle = [length // 2 for length in feature_map.shape[-2:]]
-    chosen = sum(feature_map[k, :, middle[0] + k - 1, middle[1] + k - 1].sum() for k in range(3))
+    step = max(1, min(feature_map.shape[-2:]) // 8)
+    chosen = sum(feature_map[k, :, middle[0] + (k - 1) * step, middle[1] + (k - 1) * step].sum() for k in range(3))
     (footprints,) = torch.autograd.grad(chosen, image, retain_graph=True)
     footprints = footprints.sum(1).double()
     footprints = footprints.where(footprints >= LEAST_SHARE * footprints.amax((1, 2), keepdim=True), 0)
-    strides, offsets = [], []
+    offsets = []
     for axis, index in ((2, middle[0]), (1, middle[1])):
         profile = footprints.sum(axis)
         before, place, after = (profile @ torch.arange(profile.shape[1]).double() / profile.sum(1)).tolist()
-        irregularity = max(abs(place - before - reduction), abs(after - place - reduction))
+        irregularity = max(abs(place - before - step * reduction), abs(after - place - step * reduction))
         if not irregularity <= TOLERANCE * reduction:  # also where it is not a number
             return None
-        strides.append(float(reduction))
         offsets.append(round(place - index * reduction, 2) + 0.0)
-    return FeatureGrid(*strides, *offsets)
+    return FeatureGrid(float(reduction), float(reduction), offsets[0], offsets[1])
