@@ -137,14 +137,14 @@ def _load_parts(
         source = find_source(location, dataset_config_name, must_be_folder=dataset_name is None)
         split = own_split if own_split and request.split in (None, "train") else request.split
         with named_errors(location):
-            parts.append(_load(source, replace(request, split=split)))
+            parts.append(_load(source, replace(request, split=split), own_split or "train"))
     return parts
 
 
-def _load(source: Source, request: Request) -> AnyDataset:
+def _load(source: Source, request: Request, train_split: str) -> AnyDataset:
     if source.reader is None and (request.cameras is not None or request.scenes is not None):
         raise SimIPUError(f"{source.location}: cameras and scenes can be chosen of a published data set's files only")
-    held_out, split = _plan_split(request.split, source, request.validation_share)
+    held_out, split = _plan_split(source, request, train_split)
     if source.reader is not None:
         dataset = _load_files(source, split, request)
     elif source.kind == "saved":
@@ -163,16 +163,17 @@ def _load(source: Source, request: Request) -> AnyDataset:
     return _share(dataset, held_out, request.validation_share, source.location)
 
 
-def _plan_split(split: str | None, source: Source, validation_share: float | None) -> tuple[bool, str]:
+def _plan_split(source: Source, request: Request, train_split: str) -> tuple[bool, str]:
     """Whether the rows held out of a split are wanted, and the split to read."""
-    held_out = False
-    if validation_share is not None:
+    split, held_out = request.split, False
+    if request.validation_share is not None:
         if any(re.fullmatch(r"(.*_)?val(idation)?", name) for name in source.splits):
             raise SimIPUError(f"{source.location} has the splits {source.splits}: leave validation_share out")
         held_out = split in ("validation", "val")
-    if split is None and len(source.splits) == 1:
-        split = source.splits[0]
-    split = "train" if split is None or held_out else split
+    if held_out:
+        split = train_split
+    elif split is None:
+        split = source.splits[0] if len(source.splits) == 1 else "train"
     for name in set(_names(split)):
         split = re.sub(rf"(?<![\w.-]){re.escape(name)}(?![\w.-])", source.find_split(name), split)
     return held_out, split

@@ -76,6 +76,12 @@ def test_scenes_are_held_out_whole(tmp_path):
     assert 1 <= len(scenes[1]) <= 9
     stream = load_pretraining_dataset(source, split="validation", validation_share=0.2, streaming=True)
     assert [row["frame_id"] for row in stream] == list(held_out["frame_id"])
+    half = f"{source}#train[:30]"  # the first ten scenes
+    parts = [
+        set(load_pretraining_dataset(half, split=split, validation_share=0.2)["scene"])
+        for split in ("train", "validation")
+    ]
+    assert parts == [scenes[0] & {f"log{log}" for log in range(10)}, scenes[1] & {f"log{log}" for log in range(10)}]
     more = load_pretraining_dataset(source, split="validation", validation_share=0.4)
     assert scenes[1] <= set(more["scene"])
     with pytest.raises(SimIPUError, match=r"puts all of 20 scenes on one side: choose a value between 0\.\d+ and"):
@@ -206,6 +212,13 @@ def test_streams_are_mixed_by_weight(shards, tmp_path):
     assert mixture is None
     names = [row["scene"] for row, _ in zip(rows, range(100), strict=False)]
     assert 60 < names.count("other") < 90
+    whole = [digest(batch) for batch in take(stream_of([shards, other], mixture=[1, 3]), 12)]
+    loader = stream_of([shards, other], mixture=[1, 3])
+    batches = iter(loader)
+    assert [digest(next(batches)) for _ in range(5)] == whole[:5]
+    resumed = stream_of([shards, other], mixture=[1, 3])
+    resumed.load_state_dict(loader.state_dict())
+    assert [digest(batch) for batch in take(resumed, 7)] == whole[5:]
 
 
 def test_too_few_shards_are_an_error(tmp_path):
