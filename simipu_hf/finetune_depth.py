@@ -475,6 +475,15 @@ def draw_curves(output_dir: Path) -> None:
         save_figure(figure, output_dir / CURVES)
 
 
+# what a resumed run may change; the frames and the schedule are identified by their own record
+FREE = {
+    "output_dir", "train_frames", "train_list", "test_frames", "test_list", "image_dir", "depth_dir", "keep_frames",
+    "evaluation_crop", "flip_test", "num_train_epochs", "max_steps", "per_device_train_batch_size", "report_to",
+    "dataloader_num_workers", "logging_steps", "eval_steps", "checkpointing_steps", "save_total_limit",
+    "gradient_checkpointing", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy",
+}  # fmt: skip
+
+
 def open_run(arguments: DepthArguments, trainer: DepthTrainer) -> str | None:
     """Prepare the run folder and write `run.yaml`; the checkpoint to resume from, `None` to start at the beginning."""
     output_dir, resume = Path(arguments.output_dir), arguments.resume_from_checkpoint
@@ -487,32 +496,16 @@ def open_run(arguments: DepthArguments, trainer: DepthTrainer) -> str | None:
         "total_steps": trainer.args.max_steps,
         "rows_per_step": trainer.args.train_batch_size * trainer.args.world_size,
     }
+    fixed = {name: value for name, value in arguments.to_dict().items() if name not in FREE}
+    fixed |= {name: record[name] for name in ("train", "total_steps", "rows_per_step")}
+    identity = json.loads(json.dumps(fixed))
     if checkpoint is not None:
         with (checkpoint.parent / RUN_FILE).open(encoding="utf-8") as file:
-            saved = yaml.safe_load(file)
-        check_same_run(
-            run_identity(saved["arguments"], saved["data"]), run_identity(arguments.to_dict(), record), checkpoint
-        )
+            check_same_run(yaml.safe_load(file).get("identity", {}), identity, checkpoint)
     step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     prepare_run_folder(output_dir, step, arguments.overwrite_output_dir and resume is None)
-    write_run_file(output_dir, arguments.to_dict(), record)
+    write_run_file(output_dir, arguments.to_dict(), record, identity=identity)
     return None if checkpoint is None else str(checkpoint)
-
-
-# what a resumed run may change; the frames and the schedule are identified by `data` in run.yaml
-FREE = {
-    "output_dir", "train_frames", "train_list", "test_frames", "test_list", "image_dir", "depth_dir", "keep_frames",
-    "evaluation_crop", "flip_test", "num_train_epochs", "max_steps", "per_device_train_batch_size", "report_to",
-    "dataloader_num_workers", "logging_steps", "eval_steps", "checkpointing_steps", "save_total_limit",
-    "gradient_checkpointing", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy",
-}  # fmt: skip
-
-
-def run_identity(arguments: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-    """What has to be the same for a run to continue, as plain values."""
-    fixed = {name: value for name, value in arguments.items() if name not in FREE}
-    fixed |= {name: data.get(name) for name in ("train", "total_steps", "rows_per_step")}
-    return json.loads(json.dumps(fixed))
 
 
 def save_final_model(trainer: DepthTrainer, output_dir: Path) -> None:
