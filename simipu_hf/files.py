@@ -25,10 +25,8 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     Raises:
         SimIPUError: it cannot be written (full disk, no permission); an earlier file is untouched.
     """
-    with (
-        atomic_path(path) as beside,
-        beside.open(mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"})) as stream,
-    ):
+    encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
+    with atomic_path(path) as beside, beside.open(mode, encoding=encoding, newline=newline) as stream:
         yield stream
 
 
