@@ -185,8 +185,7 @@ def _plan_shards(
     num_shards: int,
 ) -> list[_Shard]:
     if rows_per_shard is None:
-        sample = rows.select(range(0, len(rows), max(1, len(rows) // 8)))
-        tables = [_table(sample.select([index]), packing) for index in range(len(sample))]
+        tables = [_table(rows, index, index + 1, packing) for index in range(0, len(rows), max(1, len(rows) // 8))]
         row_size = sum(table.nbytes for table in tables) / len(tables)
         most = max(1, int(convert_file_size_to_int(max_shard_size) / row_size))
         rows_per_shard = min(most, -(-len(rows) // num_shards))
@@ -231,7 +230,7 @@ def _write_shard(folder: Path, splits: dict[str, datasets.Dataset], packing: Pac
     schema = _stored_features(rows).arrow_schema
     with atomic_path(folder / shard.file) as beside, pq.ParquetWriter(beside, schema) as writer:
         for start in range(shard.start, shard.stop, BATCH):
-            writer.write_table(_table(rows.select(range(start, min(start + BATCH, shard.stop))), packing))
+            writer.write_table(_table(rows, start, min(start + BATCH, shard.stop), packing))
 
 
 def _stored_features(rows: datasets.Dataset) -> datasets.Features:
@@ -239,11 +238,14 @@ def _stored_features(rows: datasets.Dataset) -> datasets.Features:
     return datasets.Features({**rows.features, "image": datasets.Image()})
 
 
-def _table(rows: datasets.Dataset, packing: Packing | None) -> pa.Table:
+def _table(rows: datasets.Dataset, start: int, stop: int, packing: Packing | None) -> pa.Table:
     features = _stored_features(rows)
-    if packing is not None:
-        rows = datasets.Dataset.from_list([packing(row) for row in rows], features=features)
-    return embed_table_storage(rows.with_format("arrow")[:].cast(features.arrow_schema))
+    if packing is None:
+        table = rows.with_format("arrow")[start:stop]
+    else:
+        packed = [packing(rows[index]) for index in range(start, stop)]
+        table = datasets.Dataset.from_list(packed, features=features).with_format("arrow")[:]
+    return embed_table_storage(table.cast(features.arrow_schema))
 
 
 def _write_card(folder: Path, splits: dict[str, datasets.Dataset], config_name: str) -> None:
