@@ -256,25 +256,6 @@ def hold_frozen(encoder: TimmModel, config: SimIPUImageConfig) -> None:
             part.eval()
 
 
-def freeze_unused_parameters(encoder: TimmModel, stages: Sequence[int]) -> list[str]:
-    """Stop training what lies behind the last of `stages`: parameters that no gradient reaches; their names.
-
-    DistributedDataParallel then needs no search for unused parameters.
-    """
-    template = _template(encoder.pretrained_cfg["architecture"])
-    indices = sorted_stages(encoder, stages)
-    size = template.pretrained_cfg["input_size"][1:]
-    with torch.enable_grad():
-        image = torch.empty(2, 3, *size, device="meta")
-        maps = template.train().forward_intermediates(image, indices=indices, intermediates_only=True, stop_early=True)
-        names, parameters = zip(*template.named_parameters(), strict=True)
-        gradients = torch.autograd.grad(sum(m.sum() for m in maps), parameters, allow_unused=True)
-    unused = [name for name, gradient in zip(names, gradients, strict=True) if gradient is None]
-    for name in unused:
-        encoder.get_parameter(name).requires_grad_(False)
-    return unused
-
-
 @functools.cache
 def _template(architecture: str, model_args: str = "{}") -> TimmModel:
     """A timm model without memory, to look at its class, stages and names."""
@@ -285,14 +266,19 @@ def _template(architecture: str, model_args: str = "{}") -> TimmModel:
 @functools.cache
 def _measured_grids(architecture: str, model_args: str = "{}") -> tuple[FeatureGrid | None, ...]:
     template = _template(architecture, model_args)
+    own_size = tuple(template.pretrained_cfg["input_size"][1:])
     side = CELLS * pad_divisor(template)
-    sizes = _size_arguments(template, (side, side))
-    size = (side, side)
-    if template.pretrained_cfg.get("fixed_input_size") and not sizes:
-        size = template.pretrained_cfg["input_size"][1:]
-    # whatever device and random state the caller builds its own model with
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        return measure_feature_grids(_create(architecture, json.loads(model_args) | sizes), size)
+    takes_any = not template.pretrained_cfg.get("fixed_input_size") or _size_arguments(template, own_size)
+    problem: Exception | None = None
+    for size in ((side, side), own_size) if takes_any else (own_size,):
+        try:
+            # whatever device and random state the caller builds its own model with
+            with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+                arguments = json.loads(model_args) | _size_arguments(template, size)
+                return measure_feature_grids(_create(architecture, arguments), size)
+        except (AssertionError, RuntimeError, ValueError) as error:  # such as windows that do not divide the size
+            problem = error
+    raise ValueError(f"{architecture}: where its cells look cannot be measured: {problem}") from problem
 
 
 def _grids_of_stages(
@@ -303,8 +289,8 @@ def _grids_of_stages(
         grid = grids[stage]
         if grid is None:
             raise ValueError(
-                f"the cells of stage {stage} of {architecture} do not lie on a regular grid of pixels, so no "
-                "pixel can be looked up in it: choose other stages (out_indices) or another encoder"
+                f"the cells of stage {stage} of {architecture} do not lie on a regular grid of pixels, so no pixel "
+                "can be looked up in it: choose other stages (out_indices) or another encoder"
             )
         chosen.append(FeatureGrid(*grid))
     return chosen
