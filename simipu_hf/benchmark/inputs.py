@@ -20,7 +20,7 @@ from simipu_hf.training.arguments import BenchmarkArguments, parse_overrides
 
 @contextmanager
 def two_view_dataset(
-    arguments: BenchmarkArguments, image_size: tuple[int, int] | None = None, synthetic_frames: int = 2
+    arguments: BenchmarkArguments, image_size: tuple[int, int], synthetic_frames: int = 2, pad_size_divisor: int = 32
 ) -> Iterator[TwoViewDataset]:
     """Samples as in pre-training, but every image in one size, so that samples cost the same."""
     try:
@@ -29,6 +29,7 @@ def two_view_dataset(
         )
     except ValueError as error:
         raise SimIPUError(str(error)) from error
+    processor.image_processor.pad_size_divisor = pad_size_divisor
     augmentation = TwoViewAugmentation.from_preset(arguments.preset, random_resize=None)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         rows = _rows(arguments, Path(folder), synthetic_frames)
@@ -46,9 +47,10 @@ def _rows(arguments: BenchmarkArguments, folder: Path, synthetic_frames: int) ->
 
 def training_batch(dataset: TwoViewDataset, batch_size: int, device: torch.device) -> dict[str, torch.Tensor]:
     """The first batch of a data set, on the device."""
-    batch = TwoViewCollator()([dataset[key] for key in sample_keys(dataset, batch_size)])
-    moved = {name: tensor.to(device) for name, tensor in batch.items()}
-    return to_model_inputs(moved, dataset.processor.image_processor)
+    image_processor = dataset.processor.image_processor
+    collate = TwoViewCollator(image_processor.pad_size_divisor)
+    batch = collate([dataset[key] for key in sample_keys(dataset, batch_size)])
+    return to_model_inputs({name: tensor.to(device) for name, tensor in batch.items()}, image_processor)
 
 
 def sample_keys(dataset: TwoViewDataset, count: int) -> list[tuple[int, int]]:

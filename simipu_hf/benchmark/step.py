@@ -9,6 +9,7 @@ import torch
 from torch.profiler import profile, record_function
 
 from simipu_hf.errors import SimIPUError
+from simipu_hf.modeling.image_encoder import pad_divisor
 from simipu_hf.modeling.matching import PendingMatch
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.training.arguments import BenchmarkStepArguments
@@ -33,7 +34,11 @@ def benchmark_step(arguments: BenchmarkStepArguments) -> BenchmarkResult:
         SimIPUError: an unknown encoder, or data that cannot be used.
     """
     device = choose_device(arguments.device)
-    with two_view_dataset(arguments, arguments.image_size, arguments.batch_size) as dataset:
+    try:
+        divisor = pad_divisor(arguments.image_encoder)
+    except ValueError as error:
+        raise SimIPUError(str(error)) from error
+    with two_view_dataset(arguments, arguments.image_size, arguments.batch_size, divisor) as dataset:
         batch = training_batch(dataset, arguments.batch_size, device)
     model = create_model(arguments, device)
     functions = step_functions(model, batch, arguments.mixed_precision, device)
@@ -67,7 +72,7 @@ def create_model(arguments: BenchmarkStepArguments, device: torch.device) -> Sim
         arguments.preset,
         arguments.config_overrides,
         point_encoder=arguments.point_encoder,
-        image_config={"architecture": arguments.image_encoder},
+        image_config={"architecture": arguments.image_encoder, "image_size": list(arguments.image_size)},
     )
     torch.manual_seed(arguments.seed)
     try:
