@@ -71,6 +71,31 @@ def inside_image(pixels: Array, depth: Array, image_sizes: Array, margin: float 
     return (depth > MIN_DEPTH) & in_columns & in_rows
 
 
+def box_corners(boxes_3d: torch.Tensor) -> torch.Tensor:
+    """The eight corners `(..., 8, 3)` of boxes `(..., 7)`: x, y, z of the middle of the bottom (camera frame: x right,
+    y down, z ahead), height, width, length, and `rotation_y` about y; the four of the bottom come first."""
+    x, y, z, height, width, length, rotation = (value[..., None] for value in boxes_3d.unbind(-1))
+    along = length / 2 * length.new_tensor([1, 1, -1, -1, 1, 1, -1, -1])
+    across = width / 2 * width.new_tensor([1, -1, -1, 1, 1, -1, -1, 1])
+    up = height * height.new_tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    cos, sin = rotation.cos(), rotation.sin()
+    return torch.stack([x + cos * along + sin * across, y - up, z - sin * along + cos * across], dim=-1)
+
+
+def image_boxes(boxes_3d: torch.Tensor, camera_projection: torch.Tensor, image_size: tuple[int, int]) -> torch.Tensor:
+    """What boxes `(N, 7)` cover of an image of height and width `image_size`: left, top, right, bottom `(N, 4)`.
+
+    Args:
+        camera_projection: `(3, 4)`, camera frame to pixels. Corners behind the camera do not count.
+    """
+    pixels, depth = project_points(box_corners(boxes_3d), camera_projection)
+    behind = (depth < 0.1)[..., None]
+    low = pixels.masked_fill(behind, float("inf")).amin(dim=-2)
+    high = pixels.masked_fill(behind, float("-inf")).amax(dim=-2)
+    limits = pixels.new_tensor([image_size[1] - 1, image_size[0] - 1])
+    return torch.cat([low.clamp(min=0).minimum(limits), high.clamp(min=0).minimum(limits)], dim=-1)
+
+
 # Rows: x ahead, y left and z up of the camera-aligned frame, in the camera's own x right, y down, z ahead.
 CAMERA_TO_ALIGNED = np.array([[0.0, 0.0, 1.0], [-1.0, 0.0, 0.0], [0.0, -1.0, 0.0]])
 
@@ -242,7 +267,11 @@ def _apply_rows(matrix: Array, points: Array) -> list[Array]:
     results = []
     for row in range(3):
         a, b, c, d = (matrix[..., row, column, None] for column in range(4))
-        results.append(a * x + b * y + c * z + d)
+        result = a * x
+        result += b * y
+        result += c * z
+        result += d
+        results.append(result)
     return results
 
 

@@ -14,7 +14,7 @@ from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs, Unpack
 
-from .geometry import content_mask, pixel_transform
+from .geometry import content_mask, image_boxes, pixel_transform
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -34,7 +34,9 @@ def pad_to_largest(images: Sequence[torch.Tensor], divisor: int = 32) -> torch.T
     dtype = functools.reduce(torch.promote_types, (image.dtype for image in images))
     # Decoded images have their channels last in memory; to reorder them here would cost as much as the resize.
     layout = torch.contiguous_format if images[0].is_contiguous() else torch.channels_last
-    batch = torch.empty(shape, dtype=dtype, device=images[0].device, memory_format=layout).zero_()
+    batch = torch.empty(shape, dtype=dtype, device=images[0].device, memory_format=layout)
+    if any(image.shape[-2:] != (height, width) for image in images):
+        batch.zero_()
     for slot, image in zip(batch, images, strict=True):
         slot[:, : image.shape[-2], : image.shape[-1]] = image
     return batch
@@ -261,6 +263,45 @@ class SimIPUImageProcessor(TorchvisionBackend):
             )[0, 0]
             placed = (left, target[1] - left - width, top, target[0] - top - height)
             results.append({"predicted_depth": torch.nn.functional.pad(window, placed)})
+        return results
+
+    def post_process_3d_object_detection(
+        self,
+        outputs: Any,
+        camera_projections: Sequence[Any] | torch.Tensor,
+        target_sizes: torch.Tensor | Sequence[tuple[int, int]],
+        threshold: float = 0.1,
+    ) -> list[dict[str, torch.Tensor]]:
+        """Detections of the original images.
+
+            >>> projection = image_processor.pixel_transform((image.height, image.width)) @ camera_projection
+            >>> outputs = model(pixel_values, torch.from_numpy(projection)[None])
+            >>> found = image_processor.post_process_3d_object_detection(
+            ...     outputs, [camera_projection], [(image.height, image.width)]
+            ... )[0]
+
+        Args:
+            outputs: a model output with `scores` (B, K), `labels` (B, K) and `boxes_3d` (B, K, 7).
+            camera_projections: (3, 4) of each original image, rectified camera frame to pixels.
+            target_sizes: height and width of each original image.
+            threshold: least score.
+
+        Returns:
+            One dictionary per image: `scores` (n,), `labels` (n,); `boxes_3d` (n, 7): x, y, z of the middle of the
+            bottom, height, width, length (metres) and `rotation_y` (radians) in the camera's frame; `boxes` (n, 4):
+            left, top, right, bottom of its corners in the image, pixels; `alpha` (n,): observation angle, radians.
+        """
+        results = []
+        for scores, labels, boxes_3d, projection, size in zip(
+            outputs.scores, outputs.labels, outputs.boxes_3d, camera_projections, target_sizes, strict=True
+        ):
+            boxes = image_boxes(boxes_3d, torch.as_tensor(projection).to(boxes_3d), (int(size[0]), int(size[1])))
+            visible = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+            kept = (scores >= threshold) & visible & (boxes_3d[:, 2] > 0)
+            angle = boxes_3d[:, 6] - torch.atan2(boxes_3d[:, 0], boxes_3d[:, 2])
+            alpha = torch.atan2(angle.sin(), angle.cos())
+            columns = {"scores": scores, "labels": labels, "boxes_3d": boxes_3d, "boxes": boxes, "alpha": alpha}
+            results.append({name: column[kept] for name, column in columns.items()})
         return results
 
 

@@ -24,7 +24,7 @@ from .image_encoder import pad_to_divisor
 # what is regressed at a cell, and how many numbers it takes
 CHANNELS = {"offset": 2, "log_depth": 1, "log_spread": 1, "log_dimensions": 3, "angle": 2}
 # share of a box that a Gaussian peak may be off and still overlap the box so much (CornerNet, Law and Deng 2018)
-MIN_GAUSSIAN_OVERLAP = 0.7
+MIN_GAUSSIAN_OVERLAP = 0.5
 # a spread of 2 % of the depth: the likelihood of training objects that are known by heart grows without end
 MIN_LOG_SPREAD = -4.0
 
@@ -317,12 +317,12 @@ def encode_targets(
 
 
 def _gaussian_sigma(sides: Tensor) -> Tensor:
-    """Standard deviation (n,) of peaks for boxes of `sides` (n, 2), cells: a third of the shift along both axes that
-    leaves an intersection over union of `MIN_GAUSSIAN_OVERLAP`."""
+    """Standard deviation (n,) of peaks for boxes of `sides` (n, 2), cells: a sixth of the diameter within which a shift
+    along both axes leaves an intersection over union of `MIN_GAUSSIAN_OVERLAP`, as CenterNet."""
     total, area = sides.sum(dim=-1), sides.prod(dim=-1)
     share = (1 - MIN_GAUSSIAN_OVERLAP) / (1 + MIN_GAUSSIAN_OVERLAP)
     radius = (total - (total.square() - 4 * share * area).clamp(min=0).sqrt()) / 2
-    return (radius / 3).clamp(min=0.5)
+    return ((2 * radius + 1) / 6).clamp(min=0.5)
 
 
 def detection_losses(logits: Tensor, regression: Tensor, targets: Sequence[DetectionTargets]) -> dict[str, Tensor]:

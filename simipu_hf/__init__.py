@@ -22,18 +22,21 @@ if (_checkout / "modeling" / "modeling_simipu.py").is_file():
 
 if TYPE_CHECKING:
     from .hub.sources import load_image_encoder
-    from .modeling.configuration_simipu import SimIPUConfig, SimIPUDepthConfig
+    from .modeling.configuration_simipu import SimIPUConfig, SimIPUDepthConfig, SimIPUDetectionConfig
     from .modeling.feature_extraction_simipu import SimIPUFeatureExtractor
     from .modeling.image_processing_simipu import SimIPUImageProcessor
     from .modeling.modeling_simipu import SimIPUForPreTraining, SimIPUModel
     from .modeling.modeling_simipu_depth import SimIPUForDepthEstimation
+    from .modeling.modeling_simipu_detection import SimIPUForMonocular3DDetection
     from .modeling.processing_simipu import SimIPUProcessor
 
 __all__ = [
     "SimIPUConfig",
     "SimIPUDepthConfig",
+    "SimIPUDetectionConfig",
     "SimIPUFeatureExtractor",
     "SimIPUForDepthEstimation",
+    "SimIPUForMonocular3DDetection",
     "SimIPUForPreTraining",
     "SimIPUImageProcessor",
     "SimIPUModel",
@@ -45,8 +48,10 @@ __all__ = [
 _MODULES = {
     "SimIPUConfig": "modeling.configuration_simipu",
     "SimIPUDepthConfig": "modeling.configuration_simipu",
+    "SimIPUDetectionConfig": "modeling.configuration_simipu",
     "SimIPUFeatureExtractor": "modeling.feature_extraction_simipu",
     "SimIPUForDepthEstimation": "modeling.modeling_simipu_depth",
+    "SimIPUForMonocular3DDetection": "modeling.modeling_simipu_detection",
     "SimIPUForPreTraining": "modeling.modeling_simipu",
     "SimIPUImageProcessor": "modeling.image_processing_simipu",
     "SimIPUModel": "modeling.modeling_simipu",
@@ -70,9 +75,9 @@ def __dir__() -> list[str]:
 # One hook for each module of transformers, importing no more than it registers: these modules import each other.
 @when_imported("transformers.models.auto.configuration_auto")
 def _register_configurations(auto: Any) -> None:
-    from .modeling.configuration_simipu import SimIPUConfig, SimIPUDepthConfig
+    from .modeling.configuration_simipu import SimIPUConfig, SimIPUDepthConfig, SimIPUDetectionConfig
 
-    for config in (SimIPUConfig, SimIPUDepthConfig):
+    for config in (SimIPUConfig, SimIPUDepthConfig, SimIPUDetectionConfig):
         auto.AutoConfig.register(config.model_type, config, exist_ok=True)
 
 
@@ -86,11 +91,11 @@ def _register_feature_extractor(auto: Any) -> None:
 
 @when_imported("transformers.models.auto.image_processing_auto")
 def _register_image_processor(auto: Any) -> None:
-    from .modeling.configuration_simipu import SimIPUConfig, SimIPUDepthConfig
+    from .modeling.configuration_simipu import SimIPUConfig, SimIPUDepthConfig, SimIPUDetectionConfig
     from .modeling.image_processing_simipu import SimIPUImageProcessor
 
     classes = {"torchvision": SimIPUImageProcessor}
-    for config in (SimIPUConfig, SimIPUDepthConfig):
+    for config in (SimIPUConfig, SimIPUDepthConfig, SimIPUDetectionConfig):
         auto.AutoImageProcessor.register(config, image_processor_classes=classes, exist_ok=True)
 
 
@@ -106,7 +111,9 @@ def _register_processor(auto: Any) -> None:
 def _register_models(auto: Any) -> None:
     from .modeling.modeling_simipu import SimIPUConfig, SimIPUForPreTraining, SimIPUModel
     from .modeling.modeling_simipu_depth import SimIPUDepthConfig, SimIPUForDepthEstimation
+    from .modeling.modeling_simipu_detection import SimIPUDetectionConfig, SimIPUForMonocular3DDetection
 
     auto.AutoModel.register(SimIPUConfig, SimIPUModel, exist_ok=True)
+    auto.AutoModel.register(SimIPUDetectionConfig, SimIPUForMonocular3DDetection, exist_ok=True)
     auto.AutoModelForPreTraining.register(SimIPUConfig, SimIPUForPreTraining, exist_ok=True)
     auto.AutoModelForDepthEstimation.register(SimIPUDepthConfig, SimIPUForDepthEstimation, exist_ok=True)

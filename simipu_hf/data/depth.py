@@ -43,7 +43,8 @@ def select_frames(specifications: Sequence[str]) -> datasets.Dataset:
             `train` or `train[:50%]`; IDS is a list of `frame_id`s separated by commas, or `@FILE` with one a line.
 
     Returns:
-        A data set with the columns of the data contract, images not decoded, and `depth` where every source has it.
+        A data set with the columns of the data contract, images not decoded, and `depth` and `objects` where every
+        source has them.
 
     Raises:
         SimIPUError: a source that cannot be read, an id it does not have, or a frame named twice.
@@ -51,7 +52,8 @@ def select_frames(specifications: Sequence[str]) -> datasets.Dataset:
     parts = [_select(specification) for specification in specifications]
     if not parts:
         raise SimIPUError("no frames were named: expected SOURCE[#SPLIT[:IDS]]")
-    columns = [*ROW_FEATURES, *(["depth"] if all("depth" in part.column_names for part in parts) else [])]
+    shared = [name for name in ("depth", "objects") if all(name in part.column_names for part in parts)]
+    columns = [*ROW_FEATURES, *shared]
     # images are decoded where a damaged one is reported by its frame
     parts = [part.select_columns(columns).cast_column("image", datasets.Image(decode=False)) for part in parts]
     # casting copies the data, and is only needed where another writer stored a column in another way
@@ -166,16 +168,14 @@ def select_depth_rows(
     depth_dir: str | None = None,
     on_bad_row: OnBadRow = "error",
 ) -> Rows | None:
-    """The rows that a depth command is asked for: named ones, or those of an Eigen file list; `None` for neither.
+    """The rows that a depth command is asked for: those of an Eigen file list, or named ones; `None` for neither.
 
     Raises:
-        SimIPUError: as [`select_frames`] and [`EigenFrames`], or a list without its two folders.
+        SimIPUError: as [`select_frames`] and [`EigenFrames`].
     """
-    if not file_list:
-        return select_frames(frames) if frames else None
-    if not (image_dir and depth_dir):
-        raise SimIPUError(f"{file_list}: a file list needs --image_dir and --depth_dir")
-    return EigenFrames(file_list, image_dir, depth_dir, on_bad_row)
+    if file_list:
+        return EigenFrames(file_list, str(image_dir), str(depth_dir), on_bad_row)
+    return select_frames(frames) if frames else None
 
 
 def frame_ids(rows: Rows) -> list[str]:
@@ -390,11 +390,15 @@ class DepthAugmentation:
             image, depth = image[window], depth[window]
         image = image.astype(np.float32)
         if generator.random() < self.color:
-            image = 255 * (image / 255) ** np.float32(generator.uniform(*self.color_range))
-            image = image * np.float32(generator.uniform(*self.color_range))
-            image = image * generator.uniform(*self.color_range, size=3).astype(np.float32)
-            image = image.clip(0, 255)
+            image = jitter_colors(image, generator, self.color_range)
         return image, depth
+
+
+def jitter_colors(image: np.ndarray, generator: np.random.Generator, factors: tuple[float, float]) -> np.ndarray:
+    """Gamma, brightness and each channel of an image `(h, w, 3)` float32, 0 to 255, scaled by a factor of a range."""
+    image = 255 * (image / 255) ** np.float32(generator.uniform(*factors))
+    image = image * np.float32(generator.uniform(*factors))
+    return (image * generator.uniform(*factors, size=3).astype(np.float32)).clip(0, 255)
 
 
 def default_crop_size(image_size: tuple[int, int] | None) -> tuple[int, int]:

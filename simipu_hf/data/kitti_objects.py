@@ -19,6 +19,8 @@ from simipu_hf.errors import SimIPUError
 from simipu_hf.files import atomic_folder
 
 OBJECT_TYPES = ("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc", "DontCare")
+NEIGHBOURS = {"Car": "Van", "Pedestrian": "Person_sitting"}
+"""Classes so alike that a label of the second is neither to be found as the first nor held against it."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,8 @@ class KittiObjects:
 
     def __getitem__(self, rows: Any) -> KittiObjects:
         """Some of the objects: a boolean mask (N,), indices or a slice."""
-        values = (getattr(self, field.name) for field in fields(self))
-        return KittiObjects(*(None if value is None else value[rows] for value in values))
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return KittiObjects(**{name: value if value is None else value[rows] for name, value in values.items()})
 
     @classmethod
     def from_row(cls, objects: Mapping[str, Sequence], names: Sequence[str] = OBJECT_TYPES) -> KittiObjects:
@@ -152,6 +154,6 @@ def write_objects_folder(
         SimIPUError: the folder is in use and not to be overwritten, or can't be written.
     """
     is_ours = lambda found: all(path.suffix == ".txt" for path in found.iterdir())  # noqa: E731
-    with atomic_folder(folder, overwrite=overwrite, is_earlier_output=is_ours) as beside:
+    with atomic_folder(Path(folder), overwrite=overwrite, is_earlier_output=is_ours) as beside:
         for name, of_frame in objects.items():
             (beside / f"{name}.txt").write_text(of_frame.to_text(), encoding="utf-8")

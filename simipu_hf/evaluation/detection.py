@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
-from simipu_hf.data.kitti_objects import KittiObjects
+from simipu_hf.data.kitti_objects import NEIGHBOURS, KittiObjects
 from simipu_hf.errors import SimIPUError
 
 DIFFICULTIES = ("easy", "moderate", "hard")
@@ -25,8 +25,6 @@ MIN_HEIGHT = (40.0, 25.0, 25.0)
 MAX_OCCLUSION = (0, 1, 2)
 MAX_TRUNCATION = (0.15, 0.30, 0.50)
 MIN_OVERLAP = {"Car": 0.7, "Pedestrian": 0.5, "Cyclist": 0.5}
-NEIGHBOURS = {"Car": "Van", "Pedestrian": "Person_sitting"}
-"""Classes whose labels are neither to be found nor held against a detection."""
 RECALL_POSITIONS = 41
 """Thresholds; the first, at recall 0, does not count."""
 

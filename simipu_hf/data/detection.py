@@ -1,0 +1,246 @@
+"""Frames with labelled objects: what a 3-D detector sees and has to predict, cropped, resized and mirrored together.
+
+Boxes are KITTI's: x, y, z of the middle of the bottom, height, width, length (metres) and `rotation_y` (radians), in
+the rectified camera frame; boxes in the image are left, top, right, bottom in pixels.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import SimIPUError
+from ..modeling.geometry import pixel_transform
+from ..modeling.image_processing_simipu import SimIPUImageProcessor
+from .depth import OnBadRow, crop_window, jitter_colors, to_pixel_values
+from .kitti_objects import NEIGHBOURS, KittiObjects
+from .rows import Rows, calibration_from_row, image_from_row
+
+EVERY_CLASS = -1
+MIRROR = np.diag([-1.0, 1, 1, 1])
+"""The world seen in a mirror: x of the camera frame changes its sign."""
+
+
+@dataclass(frozen=True)
+class DetectionLabels:
+    """The objects of one image, n of them to be found, and m regions where nothing is known of a class.
+
+    Args:
+        class_labels: (n,) indices into the model's classes.
+        boxes_3d: (n, 7), see the top of this file.
+        boxes: (n, 4) in the image.
+        ignored_boxes: (m, 4) in the image.
+        ignored_labels: (m,) classes, -1 for every class.
+    """
+
+    class_labels: np.ndarray
+    boxes_3d: np.ndarray
+    boxes: np.ndarray
+    ignored_boxes: np.ndarray
+    ignored_labels: np.ndarray
+
+    @classmethod
+    def from_objects(cls, objects: KittiObjects, classes: Sequence[str]) -> "DetectionLabels":
+        """Of labels as KITTI has them.
+
+        Neighbouring classes (a van, where cars are looked for), and objects of the classes whose box in space is
+        unknown or reaches behind the camera, are regions of their class; DontCare is one of every class.
+        """
+        names = [*classes, *(NEIGHBOURS.get(name, "") for name in classes)]
+        index = np.array([names.index(kind) if kind in names else len(names) for kind in objects.type], dtype=np.int64)
+        known = (objects.dimensions > 0).all(axis=1) & (objects.location[:, 2] > 0)
+        found = (index < len(classes)) & known
+        ignored = (index < len(names)) & ~found
+        boxes_3d = np.c_[objects.location, objects.dimensions, objects.rotation_y]
+        dont_care = objects.type == "DontCare"
+        return cls(
+            class_labels=index[found],
+            boxes_3d=boxes_3d[found],
+            boxes=objects.bbox[found],
+            ignored_boxes=np.concatenate([objects.bbox[ignored], objects.bbox[dont_care]]),
+            ignored_labels=np.r_[index[ignored] % len(classes), np.full(dont_care.sum(), EVERY_CLASS)],
+        )
+
+    def moved(self, matrix: np.ndarray, image_size: tuple[int, int], mirrored: bool = False) -> "DetectionLabels":
+        """After `matrix` (3, 3) has moved the pixels into an image of height and width `image_size`."""
+        return DetectionLabels(
+            class_labels=self.class_labels,
+            boxes_3d=mirror_boxes(self.boxes_3d) if mirrored else self.boxes_3d,
+            boxes=_move_image_boxes(self.boxes, matrix, image_size),
+            ignored_boxes=_move_image_boxes(self.ignored_boxes, matrix, image_size),
+            ignored_labels=self.ignored_labels,
+        )
+
+    def to_tensors(self) -> dict[str, torch.Tensor]:
+        """As the model takes them."""
+        names = ("boxes_3d", "boxes", "ignored_boxes")
+        tensors = {name: torch.from_numpy(getattr(self, name)).float() for name in names}
+        return tensors | {name: torch.from_numpy(getattr(self, name)) for name in ("class_labels", "ignored_labels")}
+
+
+def mirror_boxes(boxes_3d: np.ndarray) -> np.ndarray:
+    """Boxes (n, 7) as a mirrored image shows them."""
+    mirrored = boxes_3d.copy()
+    mirrored[:, 0] *= -1
+    mirrored[:, 6] = (np.pi - boxes_3d[:, 6] + np.pi) % (2 * np.pi) - np.pi
+    return mirrored
+
+
+def move_projection(camera_projection: np.ndarray, matrix: np.ndarray, mirrored: bool = False) -> np.ndarray:
+    """Camera frame to pixels (3, 4) of an image whose pixels `matrix` (3, 3) has moved; of the mirrored world where
+    the matrix mirrors, so that focal lengths stay above 0."""
+    return matrix @ camera_projection @ (MIRROR if mirrored else np.eye(4))
+
+
+def _move_image_boxes(boxes: np.ndarray, matrix: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
+    corners = boxes.reshape(-1, 2, 2) * matrix.diagonal()[:2] + matrix[:2, 2]
+    moved = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
+    height, width = image_size
+    return moved.clip(0, [width - 1, height - 1, width - 1, height - 1])
+
+
+@dataclass(frozen=True)
+class DetectionFrame:
+    """One frame with its labels.
+
+    Args:
+        frame_id: its name.
+        image: `(H, W, 3)` uint8 RGB, the original.
+        camera_projection: (3, 4), rectified camera frame to pixels of `image`.
+        objects: its labels.
+    """
+
+    frame_id: str
+    image: np.ndarray
+    camera_projection: np.ndarray
+    objects: KittiObjects
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> "DetectionFrame":
+        """Decode a row.
+
+        Raises:
+            SimIPUError: the row has no labels or cannot be used; names the frame.
+        """
+        name = str(row.get("frame_id", "?"))
+        if row.get("objects") is None:
+            raise SimIPUError(f"frame {name}: expected a column 'objects' of labels, found none")
+        objects = KittiObjects.from_row(row["objects"])
+        return cls(name, np.array(image_from_row(row)), calibration_from_row(row)[0], objects)
+
+
+def labelled_frames(
+    rows: Rows | Sequence[DetectionFrame], on_bad_row: OnBadRow = "error", indices: Iterable[int] | None = None
+) -> Iterator[DetectionFrame]:
+    """The frames of rows, one by one; with `"skip"` those that cannot be used are left out."""
+    for index in range(len(rows)) if indices is None else indices:
+        row = rows[index]
+        try:
+            yield row if isinstance(row, DetectionFrame) else DetectionFrame.from_row(row)
+        except SimIPUError:
+            if on_bad_row == "error":
+                raise
+
+
+@dataclass(frozen=True)
+class DetectionAugmentation:
+    """Random mirror, zoom and colours.
+
+    Args:
+        flip: how often an image is mirrored, boxes and angles with it.
+        zoom: largest factor by which a random window is enlarged; the intrinsics follow.
+        color: how often gamma, brightness and the three channels are each scaled by a factor of `color_range`.
+    """
+
+    flip: float = 0.5
+    zoom: float = 1.2
+    color: float = 0.5
+    color_range: tuple[float, float] = (0.8, 1.25)
+
+
+class DetectionDataset(torch.utils.data.Dataset):
+    """Training samples: `pixel_values` (3, h, w), `camera_projection` (3, 4) and `labels` of a row.
+
+        dataset = DetectionDataset(select_frames(["KITTI#train"]), processor, model.config.classes)
+        Trainer(model, train_dataset=dataset, data_collator=collate_detection)
+
+    A key is `(epoch, row)`, or a row alone for epoch 0. The augmentation is a pure function of (seed, epoch, row), so
+    that neither workers nor a resume change it.
+
+    Args:
+        rows: rows of the data contract with the column `objects`, or frames.
+        processor: the model's image processor.
+        classes: the model's.
+        augmentation: of training samples; `None` for none.
+        seed: of the augmentation.
+        on_bad_row: `"skip"` takes the next usable row instead of one that cannot be used.
+    """
+
+    def __init__(
+        self,
+        rows: Rows | Sequence[DetectionFrame],
+        processor: SimIPUImageProcessor,
+        classes: Sequence[str],
+        augmentation: DetectionAugmentation | None = None,
+        seed: int = 0,
+        on_bad_row: OnBadRow = "error",
+    ):
+        if len(rows) == 0:
+            raise SimIPUError("the data set has no rows")
+        self.rows, self.processor, self.classes = rows, processor, classes
+        self.augmentation, self.seed, self.on_bad_row = augmentation, seed, on_bad_row
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        following = ((index + step) % len(self) for step in range(len(self)))
+        frame = next(labelled_frames(self.rows, self.on_bad_row, following), None)
+        if frame is None:
+            raise SimIPUError(f"none of the {len(self)} training frames can be used")
+        generator = None if self.augmentation is None else np.random.default_rng([self.seed, epoch, index])
+        return self.sample(frame, generator)
+
+    def sample(self, frame: DetectionFrame, generator: np.random.Generator | None = None) -> dict[str, Any]:
+        """What the model is given of a frame, augmented where there is a generator."""
+        height, width = frame.image.shape[:2]
+        window = crop_window(self.processor, (height, width), f"frame {frame.frame_id}")
+        size, mirrored = self.processor.output_size((height, width)), False
+        augmentation = self.augmentation
+        if augmentation is not None and generator is not None:
+            mirrored = generator.random() < augmentation.flip
+            window = _random_window(window, generator.uniform(1, augmentation.zoom), generator)
+        pixels = torch.from_numpy(frame.image).permute(2, 0, 1)
+        image = self.processor.resize_image(pixels, window, size).permute(1, 2, 0).numpy()
+        image = image[:, ::-1] if mirrored else image
+        if augmentation is not None and generator is not None and generator.random() < augmentation.color:
+            image = jitter_colors(image.astype(np.float32), generator, augmentation.color_range)
+        matrix = pixel_transform(window, size, mirrored, self.processor.half_pixel_centers)
+        labels = DetectionLabels.from_objects(frame.objects, self.classes).moved(matrix, size, mirrored)
+        projection = move_projection(frame.camera_projection, matrix, mirrored)
+        return {
+            "pixel_values": to_pixel_values([image], self.processor)[0],
+            "camera_projection": torch.from_numpy(projection).float(),
+            "labels": labels.to_tensors(),
+        }
+
+
+def _random_window(
+    window: tuple[int, int, int, int], zoom: float, generator: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """A random part of a window (top, left, height, width), `zoom` times smaller."""
+    top, left, height, width = window
+    part_height, part_width = round(height / zoom), round(width / zoom)
+    down, right = generator.integers(height - part_height + 1), generator.integers(width - part_width + 1)
+    return top + int(down), left + int(right), part_height, part_width
+
+
+def collate_detection(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A batch of samples of one size; labels stay one dictionary an image."""
+    stacked = {
+        name: torch.stack([sample[name] for sample in samples]) for name in ("pixel_values", "camera_projection")
+    }
+    return stacked | {"labels": [sample["labels"] for sample in samples]}

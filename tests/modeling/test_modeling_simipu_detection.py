@@ -1,0 +1,222 @@
+"""The detection model: boxes there and back, targets, losses against their formulas, several encoders, saving."""
+
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from simipu_hf.modeling.configuration_simipu import SimIPUDetectionConfig
+from simipu_hf.modeling.geometry import FeatureGrid, box_corners, image_boxes
+from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
+from simipu_hf.modeling.modeling_simipu_detection import (
+    CHANNELS,
+    SimIPUForMonocular3DDetection,
+    decode_boxes,
+    detection_losses,
+    encode_boxes,
+    encode_targets,
+    focal_loss,
+    select_peaks,
+)
+
+CONFIG = SimIPUDetectionConfig(image_config={"architecture": "test_resnet"})
+PROJECTION = torch.tensor([[700.0, 0, 600, 45], [0, 710, 170, 0.2], [0, 0, 1, 0.003]], dtype=torch.float64)
+GRID = FeatureGrid(4.0, 4.0, 1.5, 0.0)
+EMPTY = {
+    "class_labels": torch.zeros(0, dtype=torch.long),
+    "boxes_3d": torch.zeros(0, 7),
+    "boxes": torch.zeros(0, 4),
+    "ignored_boxes": torch.zeros(0, 4),
+    "ignored_labels": torch.zeros(0, dtype=torch.long),
+}
+
+
+def tiny(architecture="test_resnet", **fields) -> SimIPUForMonocular3DDetection:
+    torch.manual_seed(0)
+    config = SimIPUDetectionConfig(image_config={"architecture": architecture}, hidden_size=16, **fields)
+    return SimIPUForMonocular3DDetection(config)
+
+
+def random_boxes(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = np.random.default_rng(0)
+    low, high = [-10, 1, 5, 1, 0.5, 0.5, -math.pi], [10, 2, 60, 2, 2, 5, math.pi]
+    return torch.from_numpy(rng.uniform(low, high, (count, 7))), torch.from_numpy(rng.integers(0, 3, count))
+
+
+def test_decoding_inverts_encoding():
+    boxes, labels = random_boxes(50)
+    cells, values = encode_boxes(boxes, labels, PROJECTION, GRID, CONFIG)
+    assert values[:, :2].abs().max() <= 0.5
+    back = decode_boxes(cells[None], values[None], labels[None], PROJECTION[None], GRID, CONFIG)[0]
+    torch.testing.assert_close(back, boxes, rtol=1e-6, atol=1e-6)
+
+
+def test_the_cell_is_where_the_middle_appears():
+    """By hand, for a camera at the origin that looks along z."""
+    box = torch.tensor([[2.0, 1.5, 20, 1.0, 2, 4, 0.3]], dtype=torch.float64)
+    projection = torch.tensor([[100.0, 0, 50, 0], [0, 100, 40, 0], [0, 0, 1, 0]], dtype=torch.float64)
+    cells, values = encode_boxes(box, torch.tensor([0]), projection, FeatureGrid(4.0, 4.0, 0.0, 0.0), CONFIG)
+    # x: 50 + 100 * 2 / 20 = 60, cell 15; y: 40 + 100 * (1.5 - 0.5) / 20 = 45, cell 11.25
+    assert cells.tolist() == [[15, 11]]
+    assert values[0, :2].tolist() == pytest.approx([0, 0.25])
+    assert values[0, 2].item() == pytest.approx(math.log(20 / 100) - CONFIG.log_depth_per_focal)
+    seen_angle = 0.3 - math.atan2(2, 20)
+    assert values[0, -2:].tolist() == pytest.approx([math.sin(seen_angle), math.cos(seen_angle)])
+
+
+def test_depth_follows_the_focal_length():
+    """The same picture from a lens twice as long shows things twice as far."""
+    boxes, labels = random_boxes(1)
+    cells, values = encode_boxes(boxes, labels, PROJECTION, GRID, CONFIG)
+    longer = PROJECTION.clone()
+    longer[:, 3] = 0
+    longer[[0, 1], [0, 1]] *= 2
+    once, twice = (
+        decode_boxes(cells[None], values[None], labels[None], projection[None], GRID, CONFIG)[0, 0, 2]
+        for projection in (torch.cat([PROJECTION[:, :3], torch.zeros(3, 1)], dim=1), longer)
+    )
+    assert twice.item() == pytest.approx(2 * once.item())
+
+
+def test_targets_of_an_image():
+    boxes_3d = torch.tensor([[0, 1, 20, 2.0, 2, 4, 0], [0, 1, 10, 2, 2, 4, 0], [90, 1, 10, 2, 2, 4, 0]])
+    labels = {
+        "class_labels": torch.tensor([0, 0, 1]),
+        "boxes_3d": boxes_3d,
+        "boxes": torch.tensor([[580.0, 150, 620, 190]] * 3),
+        "ignored_boxes": torch.tensor([[0.0, 0, 40, 40], [100, 0, 140, 40]]),
+        "ignored_labels": torch.tensor([-1, 2]),
+    }
+    projection = torch.tensor([[700.0, 0, 600, 0], [0, 700, 170, 0], [0, 0, 1, 0]])
+    targets = encode_targets(labels, projection, FeatureGrid(4.0, 4.0, 0, 0), (3, 96, 320), CONFIG)
+    # both are in the middle of the picture: the nearer one stays; the third is outside
+    assert targets.cells.tolist() == [[150, 42]]
+    assert targets.values[0, 2].item() == pytest.approx(math.log(10 / 700) - CONFIG.log_depth_per_focal, abs=1e-5)
+    assert (targets.heat_map == 1).nonzero().tolist() == [[0, 42, 150]]
+    assert 0.3 < targets.heat_map[0, 42, 151] < 1
+    assert targets.weight[:, 5, 5].tolist() == [0, 0, 0]
+    assert targets.weight[:, 5, 30].tolist() == [1, 1, 0]
+    assert targets.weight[:, 50, 50].tolist() == [1, 1, 1]
+
+
+def test_losses_are_those_of_their_formulas():
+    torch.manual_seed(0)
+    logits, target = torch.randn(2, 3), torch.tensor([[1.0, 0.4, 0.0], [0.9, 1.0, 0.2]])
+    for logit, wanted, loss in zip(
+        logits.flatten(), target.flatten(), focal_loss(logits, target).flatten(), strict=True
+    ):
+        p = 1 / (1 + math.exp(-logit))
+        expected = -math.log(p) * (1 - p) ** 2 if wanted == 1 else -math.log(1 - p) * p**2 * (1 - wanted) ** 4
+        assert loss.item() == pytest.approx(float(expected), rel=1e-4)
+    boxes, classes = random_boxes(1)
+    labels = EMPTY | {"boxes_3d": boxes.float(), "class_labels": classes, "boxes": torch.tensor([[10.0, 10, 50, 50]])}
+    targets = encode_targets(labels, PROJECTION.float(), GRID, (3, 200, 400), CONFIG)
+    regression = torch.zeros(1, sum(CHANNELS.values()), 200, 400)
+    regression[0, 3] = 0.5  # log of the spread
+    losses = detection_losses(torch.zeros(1, 3, 200, 400), regression, [targets])
+    error = abs(targets.values[0, 2].item())
+    assert losses["depth"].item() == pytest.approx(math.sqrt(2) * error / math.exp(0.5) + 0.5, rel=1e-5)
+    assert losses["offset"].item() == pytest.approx(targets.values[0, :2].abs().sum().item(), rel=1e-5)
+
+
+def test_peaks_are_local_maxima_in_order_of_score():
+    logits, regression = torch.full((1, 2, 6, 8), -9.0), torch.zeros(1, 9, 6, 8)
+    logits[0, 1, 2, 3], logits[0, 1, 2, 4], logits[0, 0, 5, 7] = 3.0, 2.0, 1.0
+    regression[0, 0, 5, 7] = 0.25
+    regression[0, 3] = -20.0  # sure of every depth
+    peaks = select_peaks(logits, regression, 2)
+    assert peaks.cells.tolist() == [[[3, 2], [7, 5]]]
+    assert peaks.labels.tolist() == [[1, 0]]
+    assert peaks.scores[0].tolist() == pytest.approx([1 / (1 + math.exp(-3)), 1 / (1 + math.exp(-1))])
+    assert peaks.values[0, 1, 0] == 0.25
+    regression[0, 3, 2, 3] = 1.0  # unsure of the first: it comes second
+    assert select_peaks(logits, regression, 2).labels.tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("architecture", ["test_resnet", "test_vit", "test_convnext"])
+def test_several_encoders_learn(architecture):
+    model = tiny(architecture).train()
+    boxes, classes = random_boxes(2)
+    boxes[:, 0] /= 10
+    labels = EMPTY | {
+        "boxes_3d": boxes.float(),
+        "class_labels": classes,
+        "boxes": torch.tensor([[10.0, 10, 50, 50]] * 2),
+    }
+    projection = torch.tensor([[100.0, 0, 60, 0], [0, 100, 30, 0], [0, 0, 1, 0]]).expand(2, 3, 4)
+    pixels = torch.randn(2, 3, 70, 130)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    losses = []
+    for _ in range(16):
+        output = model(pixels, projection, [labels, EMPTY])
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(output.loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert output.boxes_3d.shape == (2, 50, 7)
+    assert model(pixels, projection, [EMPTY, EMPTY]).loss.isfinite()
+
+
+def test_post_processing_gives_boxes_of_the_original_image():
+    box = torch.tensor([1.0, 1.6, 20, 1.5, 1.6, 4, 0.4], dtype=torch.float64)
+    behind, dim = box * torch.tensor([1, 1, -1, 1, 1, 1, 1]), torch.tensor([[0.9, 0.8, 0.05]])
+
+    class Output:
+        scores, labels, boxes_3d = dim, torch.tensor([[0, 1, 2]]), torch.stack([box, behind, box])[None]
+
+    found = SimIPUImageProcessor().post_process_3d_object_detection(Output, [PROJECTION.numpy()], [(375, 1242)])[0]
+    assert found["scores"].tolist() == pytest.approx([0.9])
+    corners = []
+    for along in (-2, 2):
+        for across in (-0.8, 0.8):
+            for up in (0, 1.5):
+                x = 1 + math.cos(0.4) * along + math.sin(0.4) * across
+                z = 20 - math.sin(0.4) * along + math.cos(0.4) * across
+                u, v, w = (PROJECTION @ torch.tensor([x, 1.6 - up, z, 1], dtype=torch.float64)).tolist()
+                corners.append((u / w, v / w))
+    low, high = np.min(corners, axis=0), np.max(corners, axis=0)
+    assert found["boxes"][0].tolist() == pytest.approx([*low, *high])
+    assert found["alpha"].item() == pytest.approx(0.4 - math.atan2(1, 20))
+    assert box_corners(box[None]).shape == (1, 8, 3)
+    clipped = image_boxes(box[None], PROJECTION, (200, 620))[0]
+    assert clipped[2].item() == 619
+
+
+def test_save_and_load_with_the_code_of_the_folder(tmp_path):
+    model = tiny().eval()
+    model.save_pretrained(tmp_path / "model")
+    script = f"""
+import sys
+sys.modules["simipu_hf"] = None
+import torch
+from transformers import AutoModel
+model = AutoModel.from_pretrained({str(tmp_path / "model")!r}, trust_remote_code=True).eval()
+torch.manual_seed(1)
+projection = torch.tensor([[[80.0, 0, 48, 0], [0, 80, 32, 0], [0, 0, 1, 0]]])
+print(model(torch.randn(1, 3, 64, 96), projection).boxes_3d.sum().item())
+"""
+    torch.manual_seed(1)
+    projection = torch.tensor([[[80.0, 0, 48, 0], [0, 80, 32, 0], [0, 0, 1, 0]]])
+    expected = model(torch.randn(1, 3, 64, 96), projection).boxes_3d.sum().item()
+    environment = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **environment}, cwd=tmp_path, check=False
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert float(result.stdout.split()[-1]) == pytest.approx(expected, rel=1e-4)
+    again = SimIPUForMonocular3DDetection.from_pretrained(tmp_path / "model")
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value)
+
+
+def test_configurations_that_do_not_fit_are_named():
+    with pytest.raises(Exception, match="mean_dimensions"):
+        SimIPUDetectionConfig(classes=["Car"])
+    with pytest.raises(Exception, match="hidden_size"):
+        SimIPUDetectionConfig(hidden_size=0)
