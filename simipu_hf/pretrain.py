@@ -422,8 +422,8 @@ def load_pretrained_image_encoder(model: SimIPUForPreTraining, processor: SimIPU
     except Exception as error:  # timm and the Hub client raise their own, by version
         raise SimIPUError(f"--pretrained_image_encoder: no weights for {config.architecture} ({error})") from error
     if processor.image_processor.do_rescale:  # official images are not: they keep the official mean
-        processor.image_processor.image_mean = list(source.pretrained_cfg["mean"])
-        processor.image_processor.image_std = list(source.pretrained_cfg["std"])
+        processor.image_processor.image_mean = tuple(source.pretrained_cfg["mean"])
+        processor.image_processor.image_std = tuple(source.pretrained_cfg["std"])
 
 
 def create_augmentation(arguments: PreTrainingArguments, config: SimIPUConfig) -> TwoViewAugmentation:

@@ -22,10 +22,12 @@ from tiny_simipu import tiny_batch
 from simipu_hf import pretrain as module
 from simipu_hf.data.loading import load_pretraining_dataset
 from simipu_hf.data.rows import dataset_from_rows
+from simipu_hf.data.two_views import TwoViewAugmentation, TwoViewDataset
 from simipu_hf.errors import SimIPUError, TrainingInterrupted
 from simipu_hf.hub.card import model_card
 from simipu_hf.modeling.configuration_simipu import SimIPUConfig
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
+from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 from simipu_hf.pretrain import create_augmentation, main, pretrain
 from simipu_hf.training.arguments import PreTrainingArguments, parse_arguments
 from simipu_hf.training.checkpoint import list_checkpoints
@@ -265,7 +267,7 @@ def test_a_gradient_can_be_clipped(run):
         (["--dataset_name", "/no/such/folder"], "no such folder"),
         (["--eval_steps", "2", "--per_device_eval_batch_size", "7"], "6 rows"),
         (["--resume_from_checkpoint", "/no/such/checkpoint"], "no such folder"),
-        (["--image_size", "31", "96"], "from 32 pixels"),
+        (["--image_size", "31", "96"], "at least 32 pixels"),
         (["--image_encoder", "vit_tiny_patch16_224", "--no_sync_batch_norm", "--freeze", "layer9"], "layer9"),
         (["--eval_steps", "2", "--validation_split", "train"], "10 of 10 frames are also trained on"),
         (["--eval_steps", "2", "--validation_split", "banana"], "banana"),
@@ -534,6 +536,15 @@ def test_image_size_holds_for_the_official_preset_too():
     fixed = create_augmentation(PreTrainingArguments(data_dir="kitti", output_dir="out", image_size=(64, 192)), config)
     assert drawn.random_resize == ((640, 192), (2400, 720))
     assert fixed == dataclasses.replace(drawn, random_resize=None)
+
+
+@pytest.mark.parametrize(("size", "message"), [((64, 192), None), ((64, 96), "--image_size 64 192 would keep it")])
+def test_warns_where_images_change_their_shape(frames, capsys, size, message):
+    rows = load_pretraining_dataset(data_dir=str(frames))  # 96 x 32 pixels
+    processor = SimIPUProcessor.from_preset("recommended", image_size=size)
+    module.warn_of_squeezed_images(TwoViewDataset(rows, processor, TwoViewAugmentation()))
+    said = capsys.readouterr().err
+    assert (message in said) if message else not said
 
 
 def test_a_damaged_first_row_that_is_skipped_does_not_end_a_finished_run(run, frames, tmp_path):

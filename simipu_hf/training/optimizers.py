@@ -111,13 +111,16 @@ def create_optimizer(
     groups: list[dict[str, Any]] = []
     for name, parts in modules.items():
         for module in parts:
-            kept = getattr(module, "no_weight_decay", set)()
+            decay = {
+                "weight_decay": weight_decay,
+                "no_weight_decay_list": getattr(module, "no_weight_decay", set)(),
+            }
             if kind == "sgd":
                 found = [{"params": [p for p in module.parameters() if p.requires_grad]}]
             elif layer_decay < 1 and hasattr(module, "group_matcher"):
-                found = param_groups_layer_decay(module, weight_decay, kept, layer_decay=layer_decay)
+                found = param_groups_layer_decay(module, layer_decay=layer_decay, **decay)
             else:
-                found = param_groups_weight_decay(module, weight_decay, kept)
+                found = param_groups_weight_decay(module, **decay)
             groups += [{**group, "name": name, "lr": learning_rate * group.get("lr_scale", 1.0)} for group in found]
     groups = [group for group in groups if group["params"]]
     if kind == "sgd":
