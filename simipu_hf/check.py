@@ -1,0 +1,504 @@
+"""Is this machine ready? Every kernel, precision and service that training may use, tried in about a minute.
+
+simipu-hf check
+simipu-hf check --device cuda:1 --json
+"""
+
+import functools
+import importlib
+import importlib.metadata
+import itertools
+import math
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .data.loading import load_pretraining_dataset
+from .data.synthetic import synthesize_drive
+from .data.two_views import TwoViewAugmentation, TwoViewDataset
+from .errors import SimIPUError
+from .modeling import point_ops
+from .modeling.configuration_simipu import SimIPUConfig
+from .modeling.layers import all_gather_rows
+from .modeling.modeling_simipu import SimIPUForPreTraining, build_point_encoder
+from .modeling.processing_simipu import SimIPUProcessor
+from .training.arguments import CheckArguments
+from .training.batch_norm import synchronize_batch_norm
+
+REQUIRED = ("torch", "torchvision", "timm", "transformers", "datasets", "accelerate", "huggingface_hub", "safetensors")
+OPTIONAL = ("numba", "triton", "spconv", "torchdata", "onnx", "onnxruntime", "tensorboard", "trackio")
+POINTS, CENTRES = 16_384, 1_024
+RINGS, SLOTS = [(0.0, 0.4), (0.4, 0.8), (0.8, 1.6)], [32, 32, 64]
+# relative difference of a step's losses from the same step on the CPU in float64
+TOLERANCES = {"float32": 0.01, "bf16": 0.1, "fp16": 0.1}
+GIB = 2**30
+
+
+@dataclass
+class Finding:
+    """What one check found. `advice` says what to do about a failure or to get what is absent."""
+
+    name: str
+    status: Literal["pass", "fail", "absent"]
+    detail: str
+    advice: str = ""
+    seconds: float = 0.0
+
+
+@dataclass
+class CheckReport:
+    """All findings; prints as a table."""
+
+    findings: list[Finding]
+
+    @property
+    def passed(self) -> bool:
+        return all(finding.status != "fail" for finding in self.findings)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"passed": self.passed, "findings": [asdict(finding) for finding in self.findings]}
+
+    def __str__(self) -> str:
+        width = max(len(finding.name) for finding in self.findings)
+        lines = []
+        for finding in self.findings:
+            lines.append(f"{finding.status:6}  {finding.name:{width}}  {finding.detail}")
+            if finding.advice:
+                lines.append(f"{'':6}  {'':{width}}  -> {finding.advice}")
+        failed = sum(finding.status == "fail" for finding in self.findings)
+        lines.append(f"{failed} failed" if failed else "everything that is there works")
+        return "\n".join(lines)
+
+
+class Absent(Exception):  # noqa: N818 (not an error)
+    """What a check is about is not on this machine."""
+
+    def __init__(self, detail: str, advice: str = "") -> None:
+        super().__init__(detail)
+        self.advice = advice
+
+
+class Failed(Exception):  # noqa: N818
+    """A check failed, with what to do about it."""
+
+    def __init__(self, detail: str, advice: str) -> None:
+        super().__init__(detail)
+        self.advice = advice
+
+
+def check(arguments: CheckArguments | None = None) -> CheckReport:
+    """Try everything and report; nothing that fails ends it.
+
+        >>> report = check()
+        >>> print(report)
+
+    Raises:
+        SimIPUError: `arguments.device` does not exist.
+    """
+    arguments = arguments or CheckArguments()
+    try:
+        device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SimIPUError(f"--device {arguments.device}: {error}") from error
+    everything = tqdm(list(checks(device)), unit="check", leave=False)
+    return CheckReport([_run(name, function) for name, function in everything])
+
+
+def checks(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
+    """Name and function of every check. A function returns its detail, or raises `Absent` or anything else."""
+    yield "versions", _versions
+    yield "optional packages", _optional_packages
+    yield "device", lambda: _device(device)
+    for operation, backend in (
+        ("furthest_point_sample", "numba"),
+        ("furthest_point_sample", "triton"),
+        ("furthest_point_sample_features", "numba"),
+        ("furthest_point_sample_features", "triton"),
+        ("ball_query", "numba"),
+        ("ball_query", "triton"),
+        ("group_max", "numba"),
+    ):
+        yield f"{operation}, {backend}", lambda o=operation, b=backend: _kernel(o, b, device)  # type: ignore[misc]
+    yield "point encoder, backward", lambda: _point_encoder(device)
+    yield "sparse convolution (spconv)", lambda: _sparse_convolution(device)
+    for preset in ("official", "recommended"):
+        for precision in TOLERANCES:
+            yield f"step, {preset}, {precision}", lambda p=preset, t=precision: _step(p, t, device)  # type: ignore[misc]
+    yield "two processes", lambda: _two_processes(device)
+    yield "loader", lambda: _loader(device)
+    yield "Hub", _hub
+    yield "disk", lambda: _space("this folder", Path.cwd(), 10)
+    yield "temporary files", lambda: _space("the folder of temporary files", Path(tempfile.gettempdir()), 1)
+    yield "shared memory", _shared_memory
+
+
+def _run(name: str, function: Callable[[], str]) -> Finding:
+    started = time.perf_counter()
+    try:
+        finding = Finding(name, "pass", function())
+    except Absent as error:
+        finding = Finding(name, "absent", str(error), error.advice)
+    except Failed as error:
+        finding = Finding(name, "fail", str(error), error.advice)
+    except Exception as error:  # whatever a driver, a compiler or a network raises
+        advice = "please report it, with the whole output of this command"
+        finding = Finding(name, "fail", f"{type(error).__name__}: {error}", advice)
+    finding.seconds = round(time.perf_counter() - started, 2)
+    return finding
+
+
+# --- the machine ----------------------------------------------------------------------------------------------------
+
+
+def _versions() -> str:
+    missing = [name for name in REQUIRED if _version(name) is None]
+    if missing:
+        raise Failed(f"{', '.join(missing)} cannot be found", "pip install --upgrade simipu-hf")
+    found = " ".join(f"{name} {_version(name)}" for name in ("simipu-hf", *REQUIRED))
+    return f"Python {platform.python_version()} on {platform.system()} {platform.machine()}; {found}"
+
+
+def _optional_packages() -> str:
+    found = {name: _version(name) or _version(f"{name}-cu126") for name in OPTIONAL}
+    there = ", ".join(f"{name} {version}" for name, version in found.items() if version)
+    absent = ", ".join(name for name, version in found.items() if not version)
+    return f"{there or 'none'}" + (f"; absent: {absent}" if absent else "")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _device(device: torch.device) -> str:
+    if device.type != "cuda":
+        raise Absent(f"no CUDA device in use; {torch.get_num_threads()} CPU threads, {_memory() / GIB:.0f} GiB")
+    properties = torch.cuda.get_device_properties(device)
+    precisions = "float32, fp16" + (", bf16" if torch.cuda.is_bf16_supported() else "")
+    return (
+        f"{torch.cuda.device_count()} x {properties.name}, {properties.total_memory / GIB:.0f} GiB, "
+        f"capability {properties.major}.{properties.minor}, CUDA {torch.version.cuda}; {precisions}"
+    )
+
+
+def _memory() -> float:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.nan
+
+
+def _space(what: str, path: Path, needed: int) -> str:
+    free = shutil.disk_usage(path).free / GIB
+    if free < needed:
+        raise Failed(f"{free:.1f} GiB free in {path}", f"make room: {needed} GiB or more in {what}")
+    return f"{free:.0f} GiB free in {path}"
+
+
+def _shared_memory() -> str:
+    path = Path("/dev/shm")
+    if not path.is_dir():
+        raise Absent("no /dev/shm on this system")
+    free = shutil.disk_usage(path).free / GIB
+    if free < 0.5:
+        raise Failed(
+            f"{free:.2f} GiB free in {path}, which the loader's workers send batches through",
+            "start the container with --shm-size=8g or --ipc=host, or train with --dataloader_num_workers 0",
+        )
+    return f"{free:.1f} GiB free in {path}"
+
+
+def _hub() -> str:
+    from huggingface_hub import HfApi, constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        raise Absent("HF_HUB_OFFLINE is set", "unset it to download and publish")
+    if get_token() is None:
+        raise Absent(f"{constants.ENDPOINT}: no token", "hf auth login, if you want to publish")
+    try:
+        return f"{constants.ENDPOINT} as {HfApi().whoami()['name']}"
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise Failed(f"{constants.ENDPOINT} refuses or cannot be reached: {reason}", "hf auth login") from error
+
+
+# --- kernels --------------------------------------------------------------------------------------------------------
+
+
+def _cloud(device: torch.device, points: int = POINTS) -> Tensor:
+    """A scan-like cloud (1, N, 3): dense near, sparse far, on a grid of 1/64 m, so that squares are exact."""
+    generator = torch.Generator().manual_seed(0)
+    distance = 3 + 60 * torch.rand(points, generator=generator).square()
+    angle = math.pi * (torch.rand(points, generator=generator) - 0.5)
+    height = 3 * torch.rand(points, generator=generator) - 2
+    cloud = torch.stack([distance * angle.cos(), distance * angle.sin(), height], 1)
+    return (cloud * 64).round().div(64)[None].to(device)
+
+
+def _kernel(operation: str, backend: str, device: torch.device) -> str:
+    """A backend against the plain PyTorch definition, on a cloud of real size."""
+    needed = {"numba": "cpu", "triton": "cuda"}[backend]
+    if _version(backend) is None:
+        raise Absent(f"{backend} is not installed", f"pip install {backend}")
+    if device.type != needed:
+        raise Absent(f"runs on {needed}, this device is {device.type}")
+    run = globals()[f"_try_{operation}"]
+    started = time.perf_counter()
+    problem = run(backend, device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - started
+    if problem:
+        raise Failed(
+            f"{operation} with {backend} differs from its definition: {problem}",
+            f"train with point_config's sampling_backend or grouping_backend set to torch, and report it ({backend})",
+        )
+    return f"equal to the definition, {seconds:.2f} s with it"
+
+
+def _try_furthest_point_sample(backend: str, device: torch.device) -> str:
+    cloud = _cloud(device)
+    found, expected = (point_ops.furthest_point_sample(cloud, CENTRES, name) for name in (backend, "torch"))
+    return _first_difference(found[0], expected[0], cloud[0])
+
+
+def _try_furthest_point_sample_features(backend: str, device: torch.device) -> str:
+    cloud = _cloud(device, 4096)
+    features = torch.cat([cloud, (cloud * 5).sin().mul(16).round().div(16)], 2)
+    found, expected = (point_ops.furthest_point_sample_features(features, 512, name) for name in (backend, "torch"))
+    return _first_difference(found[0], expected[0], features[0])
+
+
+def _first_difference(found: Tensor, expected: Tensor, points: Tensor) -> str:
+    """Where two samplings part, unless at a tie: of points equally far from the samples before, either may come."""
+    if torch.equal(found, expected):
+        return ""
+    at = int((found != expected).nonzero()[0])
+    before = points[expected[:at]].double()
+    distances = [torch.cdist(points[index[at]].double()[None], before).min() for index in (found, expected)]
+    return (
+        "" if torch.isclose(*distances, rtol=1e-6) else f"sample {at} is point {found[at]} instead of {expected[at]}"
+    )
+
+
+def _try_ball_query(backend: str, device: torch.device) -> str:
+    cloud = _cloud(device)
+    centres = cloud[:, :: POINTS // CENTRES].contiguous()
+    for ring, found, expected in zip(
+        RINGS,
+        point_ops.ball_query(cloud, centres, RINGS, SLOTS, backend),
+        point_ops.ball_query(cloud, centres, RINGS, SLOTS, "torch"),
+        strict=True,
+    ):
+        counts = [_members(neighbors) for neighbors in (found, expected)]
+        wrong = sum(a != b for a, b in zip(*counts, strict=True))
+        if wrong:
+            return f"{wrong} of {CENTRES} groups of the ring {ring} m"
+    return ""
+
+
+def _members(neighbors: point_ops.Neighbors) -> list[dict[int, float]]:
+    """Point -> how many slots it holds, for each group."""
+    index, weight, offsets = (tensor.cpu().numpy() for tensor in neighbors)
+    groups = []
+    for first, last in itertools.pairwise(offsets.tolist()):
+        points, place = np.unique(index[first:last], return_inverse=True)
+        groups.append(dict(zip(points.tolist(), np.bincount(place, weight[first:last]).tolist(), strict=True)))
+    return groups
+
+
+def _try_group_max(backend: str, device: torch.device) -> str:
+    cloud = _cloud(device)
+    neighbors = point_ops.ball_query(cloud, cloud[:, : CENTRES // 2].contiguous(), RINGS[2:], SLOTS[2:])[0]
+    rows = torch.randn(POINTS, 64, generator=torch.Generator().manual_seed(0)).to(device)
+    results = []
+    for name in (backend, "torch"):
+        leaf = rows.clone().requires_grad_()
+        values = point_ops.group_max(leaf, neighbors, name)
+        values.square().sum().backward()
+        results.append((values.detach(), leaf.grad))
+    (values, grad), (expected, expected_grad) = results
+    return (
+        ""
+        if torch.equal(values, expected) and torch.allclose(grad, expected_grad, atol=1e-5)
+        else "values or gradient"
+    )
+
+
+def _point_encoder(device: torch.device) -> str:
+    """Fast backends against the plain ones, forward and backward, in float32 on the device."""
+    results = []
+    points = torch.cat([_cloud(device, 4096), torch.rand(1, 4096, 1, device=device)], 2)
+    for backend in ("auto", "torch"):
+        torch.manual_seed(0)
+        config = _small_config("recommended", sampling_backend=backend, grouping_backend=backend)
+        encoder = build_point_encoder(config.point_encoder_config).to(device)
+        output = encoder(points)
+        output.features.square().mean().backward()
+        grads = torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None])
+        results.append((output.features.detach(), grads))
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(*results, strict=True)]
+    if max(errors) > 1e-3:
+        raise Failed(f"features and gradients differ by {errors[0]:.1e} and {errors[1]:.1e}", "please report it")
+    return f"features and gradients equal the plain backends' to {errors[0]:.0e} and {errors[1]:.0e}"
+
+
+def _sparse_convolution(device: torch.device) -> str:
+    try:
+        importlib.import_module("spconv.pytorch")
+    except Exception as error:
+        advice = 'pip install "simipu-hf[spconv]" (Linux, x86-64), if you want --point_encoder sparse_conv'
+        raise Absent(f"cannot be imported: {error}", advice) from error
+    config = SimIPUConfig.from_preset("recommended", point_encoder="sparse_conv").point_encoder_config
+    torch.manual_seed(0)
+    encoder = build_point_encoder(config).to(device)
+    points = torch.cat([_cloud(device, 4096), torch.rand(1, 4096, 1, device=device)], 2)
+    features = encoder(points).features
+    features.square().mean().backward()
+    grads = torch.stack([p.grad.norm() for p in encoder.parameters() if p.grad is not None])
+    if not (torch.isfinite(features).all() and torch.isfinite(grads).all() and (grads > 0).all()):
+        raise Failed("its features or gradients are not finite, or zero", "train with --point_encoder pointnet2")
+    return f"forward and backward run, {len(grads)} parameters have a gradient"
+
+
+# --- one training step ----------------------------------------------------------------------------------------------
+
+
+def _small_config(preset: str, **point_config: Any) -> SimIPUConfig:
+    return SimIPUConfig.from_preset(
+        preset,
+        image_config={"architecture": "resnet18"},
+        point_config={
+            "num_points": [[512], [256], [128, 128]],
+            "fps_sample_ranges": [[-1], [-1], [128, -1]],
+            **point_config,
+        },
+    )
+
+
+def _small_batch(batch_size: int = 2, height: int = 64, width: int = 192) -> dict[str, Tensor]:
+    """Made-up rows in float64: points ahead of a pinhole camera that looks along x, and a turned view of them."""
+    points = _cloud(torch.device("cpu"), 2048).double().repeat(batch_size, 1, 1)
+    points += torch.arange(batch_size)[:, None, None] * torch.tensor([0.5, 0.25, 0.125])
+    reflectance = (points.sum(2, keepdim=True) * 7).sin().abs()
+    focal = width / 2
+    camera = torch.tensor([[width / 2, -focal, 0, 0], [height / 2, 0, -focal, 0], [1, 0, 0, 0]], dtype=torch.float64)
+    turn = torch.tensor([[0.8, 0.6, 0, 1], [0.6, -0.8, 0, 2], [0, 0, 1, 0], [0, 0, 0, 1]], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(points.shape[1], generator=generator)
+    return {
+        "pixel_values": torch.randn(batch_size, 3, height, width, generator=generator, dtype=torch.float64),
+        "points": torch.cat([points, reflectance], 2),
+        "points_aug": torch.cat([points @ turn[:3, :3].T + turn[:3, 3], reflectance], 2)[:, order],
+        "lidar_to_aug": turn.repeat(batch_size, 1, 1),
+        "lidar_to_pixel": camera.repeat(batch_size, 1, 1),
+    }
+
+
+def _step(preset: str, precision: str, device: torch.device) -> str:
+    """One step's losses and gradient norm on the device, against the CPU in float64."""
+    if precision == "fp16" and device.type != "cuda":
+        raise Absent("fp16 needs a GPU")
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise Absent("this GPU has no bf16", "use fp16")
+    expected = _exact_losses(preset)
+    torch.manual_seed(0)
+    model = SimIPUForPreTraining(_small_config(preset)).to(device)
+    batch = {name: tensor.float().to(device) for name, tensor in _small_batch().items()}
+    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+        found = _losses(model, batch)
+    errors = {name: abs(found[name] - value) / abs(value) for name, value in expected.items()}
+    said = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+    worst = max(value for name, value in errors.items() if name != "gradient")
+    if not worst <= TOLERANCES[precision] or not math.isfinite(found["gradient"]):
+        raise Failed(
+            f"differs from the CPU in float64 by {said}; allowed is {TOLERANCES[precision]}",
+            "train with another --mixed_precision, and report it",
+        )
+    return f"relative differences from the CPU in float64: {said}"
+
+
+@functools.cache
+def _exact_losses(preset: str) -> dict[str, float]:
+    torch.manual_seed(0)
+    return _losses(SimIPUForPreTraining(_small_config(preset)).double(), _small_batch())
+
+
+def _losses(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, float]:
+    output = model(**batch)
+    output.loss.backward()
+    grads = [p.grad.detach().double().norm() for p in model.parameters() if p.grad is not None]
+    return {
+        "intra-modal": output.intra_modal_loss.item(),
+        "inter-modal": output.inter_modal_loss.item(),
+        "gradient": float(torch.stack(grads).norm()),
+    }
+
+
+# --- several devices, and the loader --------------------------------------------------------------------------------
+
+
+def _two_processes(device: torch.device) -> str:
+    count = torch.cuda.device_count()
+    if device.type != "cuda" or count < 2:
+        raise Absent(f"{count} CUDA devices, two are needed")
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_rank, (Path(folder) / "meeting",), nprocs=2)
+    return "gathered rows have their gradient, synchronised batch norm the statistics of both"
+
+
+def _rank(rank: int, meeting: Path) -> None:
+    """Both processes compute what one process computes of all rows."""
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", init_method=meeting.as_uri(), rank=rank, world_size=2)
+    rows = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)).to(device)
+    own = rows[rank * 4 : rank * 4 + 4].clone().requires_grad_()
+    all_gather_rows(own).pow(3).sum().backward()
+    torch.testing.assert_close(own.grad, 2 * 3 * rows[rank * 4 : rank * 4 + 4].square())  # both sums reach each row
+    norm = synchronize_batch_norm(nn.Sequential(nn.BatchNorm1d(4)).to(device))
+    torch.testing.assert_close(norm(own.detach()), nn.BatchNorm1d(4).to(device)(rows)[rank * 4 : rank * 4 + 4])
+    dist.destroy_process_group()
+
+
+def _loader(device: torch.device) -> str:
+    """Samples a second of one worker, against what the device takes of the image encoder's forward and backward."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        drive = synthesize_drive(
+            Path(folder) / "drive", 2, val_fraction=0, test_fraction=0, num_workers=0, progress=False
+        )
+        rows = load_pretraining_dataset(data_dir=drive, cache_dir=Path(folder) / "cache")
+        processor = SimIPUProcessor.from_preset("recommended")
+        dataset = TwoViewDataset(rows, processor, TwoViewAugmentation.from_preset("recommended"))
+        dataset[0]
+        started = time.perf_counter()
+        for epoch in range(4):
+            dataset[epoch, 1]
+        worker = 4 / (time.perf_counter() - started)
+    model = SimIPUForPreTraining(_small_config("recommended")).simipu.image_encoder.to(device)
+    images = torch.randn(2, 3, 384, 1248, device=device)
+    for _ in range(2):  # the first one also chooses algorithms
+        started = time.perf_counter()
+        model(images).sum().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    encoder = 2 / (time.perf_counter() - started)
+    workers = math.ceil(encoder / worker)
+    return (
+        f"one worker makes {worker:.0f} samples a second, a ResNet-18 takes {encoder:.0f} at 384 x 1248: "
+        f"--dataloader_num_workers {workers} or more keeps it busy"
+    )

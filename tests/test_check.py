@@ -1,0 +1,91 @@
+"""What `simipu-hf check` says where things work, are absent, and are broken on purpose."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from simipu_hf import check as check_module
+from simipu_hf.check import CheckReport, Finding, checks
+from simipu_hf.cli import main
+from simipu_hf.modeling import point_ops
+
+CPU = torch.device("cpu")
+
+
+def finding(name: str) -> Finding:
+    """One check, run alone."""
+    return check_module._run(name, dict(checks(CPU))[name])
+
+
+@pytest.mark.parametrize("operation", ["furthest_point_sample", "furthest_point_sample_features", "group_max"])
+def test_kernels_that_work_pass(operation: str) -> None:
+    found = finding(f"{operation}, numba")
+    assert found.status == "pass", found
+
+
+def test_a_broken_kernel_fails_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert finding("ball_query, numba").status == "pass"
+    right = point_ops.numba_ball_query
+    monkeypatch.setattr(
+        point_ops,
+        "numba_ball_query",
+        lambda points, centers, radii, slots: right(
+            points, centers, [(low, 1.05 * high) for low, high in radii], slots
+        ),
+    )
+    found = finding("ball_query, numba")
+    assert found.status == "fail"
+    assert "ball_query with numba differs from its definition" in found.detail
+    assert "grouping_backend" in found.advice
+
+
+def test_a_kernel_that_raises_fails_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(point_ops, "numba_sample", lambda *_: 1 / 0)
+    found = finding("furthest_point_sample, numba")
+    assert found.status == "fail"
+    assert "ZeroDivisionError" in found.detail
+
+
+def test_what_is_not_there_is_absent() -> None:
+    assert finding("furthest_point_sample, triton").status == "absent"
+    assert finding("step, official, fp16").status == "absent"
+    assert finding("two processes").status == "absent"
+
+
+@pytest.mark.parametrize("preset", ["official", "recommended"])
+def test_a_step_agrees_with_float64(preset: str) -> None:
+    found = finding(f"step, {preset}, float32")
+    assert found.status == "pass", found
+
+
+def test_too_little_room_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10_000})())
+    assert finding("disk").status == "fail"
+    if sys.platform == "linux":
+        assert "--shm-size" in finding("shared memory").advice
+
+
+def test_exit_code_and_json_follow_the_findings(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = CheckReport([Finding("a", "pass", "fine"), Finding("b", "fail", "broken", "mend it")])
+    monkeypatch.setattr(check_module, "check", lambda arguments: report)
+    with pytest.raises(SystemExit) as stopped:
+        main(["check", "--json"])
+    assert stopped.value.code == 1
+    assert json.loads(capsys.readouterr().out)["findings"][1]["advice"] == "mend it"
+    report.findings.pop()
+    with pytest.raises(SystemExit) as stopped:
+        main(["check"])
+    assert stopped.value.code == 0
+    assert "everything that is there works" in capsys.readouterr().out
+
+
+@pytest.mark.cuda
+def test_everything_passes_on_this_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    report = check_module.check()
+    assert report.passed, str(report)
