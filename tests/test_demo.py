@@ -8,7 +8,6 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-import timm
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_run import reset_accelerate
@@ -99,7 +98,6 @@ def test_closing_words_say_what_where_and_next(made):
 
 LOAD = """
 import sys
-import timm
 import torch
 from safetensors.torch import load_file, save_file
 

@@ -2,8 +2,8 @@
 
     python tests/oracles/measure_pointnet2.py --data_dir KITTI
 
-Takes the flags of `simipu-hf benchmark ops`. Prints both, forward and backward, and how far their features are apart in
-float64 on the first cloud; in float32 a rounding error can change which point is drawn next, and all that follows.
+Takes the flags of `simipu-hf benchmark ops`. Prints both, forward and backward, and how far their features are apart
+in float64 on the first cloud; in float32 a rounding error can change which point is drawn next, and all that follows.
 """
 
 import copy
