@@ -98,6 +98,7 @@ def test_closing_words_say_what_where_and_next(made):
 
 LOAD = """
 import sys
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 
