@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from .files import atomic_path, atomic_write
@@ -290,8 +291,6 @@ def _plus_minus(std: float | None, form: str) -> str:
 
 def plot_comparison(result: dict[str, Any], task: Task, path: Path) -> None:
     """Above, the first metric against the number of labelled frames; below, against the steps, with all labels."""
-    from matplotlib.figure import Figure  # importing it takes seconds
-
     metric, table = task.shown[0], result["table"]
     modes = list(dict.fromkeys(entry["mode"] for entry in table))
     ticks = sorted({entry["num_frames"] for entry in table})

@@ -22,6 +22,7 @@ from .modeling.configuration_simipu import SimIPUDepthConfig
 from .modeling.image_processing_simipu import SimIPUImageProcessor
 from .modeling.modeling_simipu_depth import SimIPUForDepthEstimation
 from .training.arguments import EvaluateDepthArguments, parse_arguments
+from .visualization import draw_depth, save_figure
 
 EVALUATION_FILE = "depth_evaluation.json"
 
@@ -83,8 +84,6 @@ class PictureWriter:
     def __call__(self, frame: DepthFrame, prediction: np.ndarray) -> None:
         if self.folder is None or self.drawn == self.count:
             return
-        from .visualization import draw_depth, save_figure  # importing matplotlib takes seconds
-
         top, left, height, width = frame.window
         seen = (slice(top, top + height), slice(left, left + width))
         maps = {"LiDAR, the ground truth": frame.depth[seen], "predicted": prediction[seen]}

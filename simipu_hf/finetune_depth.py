@@ -54,6 +54,7 @@ from .training.distributed import StopRequest, check_precision, check_processes,
 from .training.logging import METRICS_FILE, check_trackers, cut_metrics, read_metrics
 from .training.run_folder import RUN_FILE, data_fingerprint, find_checkpoint, prepare_run_folder, write_run_file
 from .training.sampling import GlobalBatchSampler, quiet_worker
+from .visualization import draw_training_curves, save_figure
 
 
 def find_rgb_encoder(source: str | os.PathLike) -> EncoderWeights:
@@ -182,16 +183,15 @@ class DepthTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             rate = self.args.learning_rate
-            peaks = {
-                "image_encoder": rate if self.encoder_learning_rate is None else self.encoder_learning_rate,
-                "decoder": rate,
-            }
-            parts: dict[str, list[torch.nn.Parameter]] = {name: [] for name in peaks}
-            encoder = set(self.model.image_encoder.parameters())
-            for parameter in self.model.parameters():
-                if parameter.requires_grad:
-                    parts["image_encoder" if parameter in encoder else "decoder"].append(parameter)
-            groups = [{"name": name, "params": part, "lr": peaks[name]} for name, part in parts.items() if part]
+            encoder_rate = rate if self.encoder_learning_rate is None else self.encoder_learning_rate
+            encoder = list(self.model.image_encoder.parameters())
+            others = set(self.model.parameters()) - set(encoder)
+            decoder = [parameter for parameter in self.model.parameters() if parameter in others]
+            groups = [
+                {"name": name, "lr": peak, "params": [parameter for parameter in part if parameter.requires_grad]}
+                for name, peak, part in (("image_encoder", encoder_rate, encoder), ("decoder", rate, decoder))
+            ]
+            groups = [group for group in groups if group["params"]]
             betas = (self.args.adam_beta1, self.args.adam_beta2)
             self.optimizer = AdamW(groups, rate, betas=betas, weight_decay=self.args.weight_decay)
         return self.optimizer
@@ -460,19 +460,12 @@ def finetune_depth(arguments: DepthArguments) -> Path:
     if trainer.eval_dataset is not None:
         evaluate_final_model(trainer, arguments)
     if accelerator.is_main_process:
-        draw_curves(output_dir)
+        if (figure := draw_training_curves(read_metrics(output_dir / METRICS_FILE))) is not None:
+            save_figure(figure, output_dir / CURVES)
         write_model_card(output_dir, arguments.hub_model_id)
     if uploader is not None:
         uploader.finish()
     return output_dir
-
-
-def draw_curves(output_dir: Path) -> None:
-    from .visualization import draw_training_curves, save_figure  # importing matplotlib takes seconds
-
-    figure = draw_training_curves(read_metrics(output_dir / METRICS_FILE))
-    if figure is not None:
-        save_figure(figure, output_dir / CURVES)
 
 
 # what a resumed run may change; the frames and the schedule are identified by their own record
