@@ -214,7 +214,7 @@ def _likely_columns(values: np.ndarray) -> int:
     blocks = values[: values.size // 420 * 420].reshape(-1, 420)  # 420 is a multiple of every length
     if not len(blocks):
         return 4
-    magnitudes = np.log(np.abs(blocks[:: len(blocks) // 16 + 1], dtype=np.float32) + 0.01)
+    magnitudes = np.log(np.abs(blocks[:: len(blocks) // 8 + 1], dtype=np.float32) + 0.01)
     total = magnitudes.var()
 
     def share_between(columns: int) -> float:

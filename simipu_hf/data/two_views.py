@@ -7,10 +7,14 @@ brings the points into.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+import datasets
 import numpy as np
 import torch
 from torchvision.transforms.v2 import functional as tvF
@@ -273,6 +277,7 @@ class TwoViewDataset(torch.utils.data.Dataset):
         if missing:
             raise SimIPUError(f"the data set has no column {', '.join(missing)}; found {', '.join(columns)}")
         self.rows: Any = rows  # what a datasets.Dataset has beyond Rows is used where it is there
+        self._arrow_rows = _as_arrow(rows) if isinstance(rows, datasets.Dataset) else None
         self.processor = processor
         self.augmentation = augmentation
         self.seed = seed
@@ -316,14 +321,31 @@ class TwoViewDataset(torch.utils.data.Dataset):
         Raises:
             SimIPUError: names the row and why it cannot be read.
         """
-        try:
+        with self._naming_unreadable(index):
             return self.rows[index]
+
+    def _read_columns(self, index: int) -> Mapping[str, Any]:
+        """The columns that a sample needs."""
+        if self._arrow_rows is None:
+            return self.read_row(index)
+        with self._naming_unreadable(index):
+            table = self._arrow_rows[index]
+            row = {name: table[name][0].as_py() for name in REQUIRED_COLUMNS}
+            image = row["image"]
+            if image["bytes"] is None and os.path.isfile(image["path"]):
+                image["bytes"] = Path(image["path"]).read_bytes()  # Pillow reads a file in thousands of small pieces
+            return row | {"image": datasets.Image().decode_example(image)}
+
+    @contextmanager
+    def _naming_unreadable(self, index: int) -> Iterator[None]:
+        try:
+            yield
         # Reading a row decodes its image, and Pillow raises OSError, SyntaxError, ValueError and errors of its own.
         except Exception as error:
             raise SimIPUError(f"{self._row_name(index)}: cannot be read ({error})") from error
 
     def _sample(self, row_index: int, epoch: int, index: int) -> dict[str, torch.Tensor]:
-        row = self.read_row(row_index)
+        row = self._read_columns(row_index)
         try:
             return two_view_sample(row, self.processor, self.augmentation, seed=self.seed, epoch=epoch, index=index)
         except ValueError as error:
@@ -334,6 +356,12 @@ class TwoViewDataset(torch.utils.data.Dataset):
             return f"row {row_index}"
         frame_id = self.rows.select_columns("frame_id")[row_index]["frame_id"]  # this does not decode the image
         return f"row {row_index} (frame_id {frame_id})"
+
+
+def _as_arrow(rows: datasets.Dataset) -> datasets.Dataset:
+    """The needed columns as Arrow tables: making Python objects of a whole row costs more than all of the geometry."""
+    encoded = rows.select_columns(list(REQUIRED_COLUMNS)).cast_column("image", datasets.Image(decode=False))
+    return encoded.with_format("arrow")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy.spatial.transform import Rotation
+from transformers.image_utils import SizeDict
 
 from simipu_hf.data.two_views import (
     TwoViewAugmentation,
@@ -83,14 +84,14 @@ AUGMENTATIONS = {
 EVERYTHING = TwoViewAugmentation(**AUGMENTATIONS["everything"])
 
 
-@pytest.mark.parametrize("size", [(96, 320), (64, 96)])
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_lidar_to_pixel_agrees_with_the_image_itself(name, size):
+def test_lidar_to_pixel_agrees_with_the_image_itself(name):
     """Red and green hold x and y of the source, so the processed image says where each of its pixels came from."""
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     # an array of floats, so that nothing is rounded to levels
     row = {**make_row(), "image": np.stack([x, y, np.zeros_like(x)], axis=-1).astype(np.float32)}
-    processor = SimIPUProcessor.from_preset("recommended", size, num_points=500)
+    processor = SimIPUProcessor.from_preset("recommended", (96, 320), num_points=500)
+    processor.image_processor.crop_size = SizeDict(height=100, width=231)
     for index in range(4):
         sample = make_sample(row, processor, TwoViewAugmentation(**AUGMENTATIONS[name]), index=index)
         height, width = sample["image"].shape[-2:]
@@ -119,23 +120,6 @@ def test_lidar_to_pixel_equals_the_formula(preset, mirrored, random_resize):
         if mirrored:
             u = width - 1 - u if preset == "recommended" else width - u
         assert np.abs(project(sample["lidar_to_pixel"], sample["points"]) - np.column_stack([u, v])).max() < 1e-2
-
-
-@pytest.mark.parametrize("size", [(192, 416), (96, 200)])
-def test_a_dot_painted_at_a_point_is_found_where_the_point_projects(size):
-    processor = SimIPUProcessor.from_preset("recommended", size, num_points=1)
-    augmentation = TwoViewAugmentation(flip_probability=1.0, random_zoom=(1.1, 1.3))
-    point = np.array([[15.0, 0.7, -0.4, 0.5]], "<f4")
-    x, y = project(CAMERA_PROJECTION @ LIDAR_TO_CAMERA, point)[0]
-    rows, columns = np.mgrid[:HEIGHT, :WIDTH]
-    dot = 250 * np.exp(-((columns - x) ** 2 + (rows - y) ** 2) / (2 * 2.0**2))
-    row = {**make_row(image=np.repeat(dot.round().astype(np.uint8)[..., None], 3, axis=-1)), "points": point.tobytes()}
-    for index in range(5):
-        sample = make_sample(row, processor, augmentation, index=index)
-        weight = sample["image"].numpy().mean(axis=0).round()
-        v, u = np.mgrid[: weight.shape[0], : weight.shape[1]]
-        center = np.array([(u * weight).sum(), (v * weight).sum()]) / weight.sum()
-        assert np.abs(project(sample["lidar_to_pixel"], sample["points"])[0] - center).max() < 0.2
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
@@ -186,22 +170,6 @@ def test_the_sample_does_not_know_the_rig(axis, angle, shift):
         assert (first[name] - second[name]).abs().max() <= 1e-5, name
     apart = project(first["lidar_to_pixel"], first["points"]) - project(second["lidar_to_pixel"], second["points"])
     assert np.abs(apart).max() <= 1e-4
-
-
-def test_points_are_kept_between_two_depths_whatever_the_axes():
-    near, far = 10.0, 30.0
-    processor = SimIPUProcessor.from_preset("recommended", (32, 64), num_points=50000, depth_range=(near, far))
-    row = make_row()
-    sample = make_sample(row, processor, TwoViewAugmentation())
-    kept = np.unique(sample["points"][:, 3].numpy())
-    scan = np.frombuffer(row["points"], "<f4").reshape(-1, 4).astype(np.float64)
-    homogeneous = CAMERA_PROJECTION @ LIDAR_TO_CAMERA @ np.column_stack([scan[:, :3], np.ones(len(scan))]).T
-    (u, v), depth = homogeneous[:2] / homogeneous[2], homogeneous[2]
-    seen = (u > -0.5) & (u < WIDTH - 0.5) & (v > -0.5) & (v < HEIGHT - 0.5) & (depth > near) & (depth < far)
-    np.testing.assert_array_equal(kept, np.unique(scan[seen, 3].astype(np.float32)))
-    expected = dict(zip(scan[:, 3].astype(np.float32), depth, strict=True))
-    for x, _, _, name in sample["points"].numpy():
-        assert abs(x - expected[name]) < 1e-4
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
@@ -292,9 +260,6 @@ def test_colour_jitter_changes_colours_and_nothing_else():
 def test_wrong_values_are_refused(values):
     with pytest.raises(SimIPUError, match=next(iter(values))):
         TwoViewAugmentation(**values)
-
-
-def test_unknown_preset_is_refused():
     with pytest.raises(SimIPUError, match="unknown preset 'best': choose from recommended, official"):
         TwoViewAugmentation.from_preset("best")
 
@@ -352,21 +317,10 @@ def test_images_of_bytes_and_of_floats_share_a_batch():
     samples[1]["image"] = samples[1]["image"] + 0.5
     together = TwoViewCollator()(samples)["images"]
     assert all(torch.equal(pixels, sample["image"]) for pixels, sample in zip(together, samples, strict=True))
-
-
-def test_the_rest_is_stacked_with_the_contracts_shapes():
-    batch = TwoViewCollator()([make_item(32, 64, value) for value in (1, 2)])
-    shapes = {name: tuple(tensor.shape) for name, tensor in batch.items()}
-    assert shapes == {
-        "images": (2, 3, 32, 64),
-        "image_sizes": (2, 2),
-        "points": (2, 5, 4),
-        "points_aug": (2, 5, 4),
-        "lidar_to_aug": (2, 4, 4),
-        "lidar_to_pixel": (2, 3, 4),
-    }
-    assert batch["points"][1].unique().item() == 2
-    assert TwoViewCollator(50)([make_item(32, 64, 1)])["images"].shape == (1, 3, 50, 100)
+    batch = TwoViewCollator(50)(samples)
+    assert batch["images"].shape == (2, 3, 50, 100)
+    assert batch["points_aug"].shape == (2, 5, 4)
+    assert batch["lidar_to_pixel"][1].unique().tolist() == [2]
 
 
 def to_dataset(rows):
