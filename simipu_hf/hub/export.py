@@ -40,8 +40,8 @@ from simipu_hf.hub.weights import (
     read_safetensors,
     read_weights,
 )
-from simipu_hf.modeling.configuration_simipu import SimIPUConfig
-from simipu_hf.modeling.image_encoder import TimmModel, feature_grids
+from simipu_hf.modeling.configuration_simipu import SimIPUConfig, SimIPUImageConfig
+from simipu_hf.modeling.image_encoder import TimmModel, build_image_encoder, image_feature_maps, pyramid_stages
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
@@ -219,6 +219,9 @@ def write_timm(weights: EncoderWeights, path: Path, tag: str = "simipu") -> None
     changed = {name: value for name, value in weights.state_dict.items() if not torch.equal(value, state[name])}
     if changed:
         save_file(changed, path / TRAINED_STATISTICS, metadata={"eps": json.dumps(weights.batch_norm_eps)})
+    image_config = SimIPUImageConfig(architecture=weights.architecture, model_args=weights.model_args)
+    with torch.device("meta"):
+        build_image_encoder(image_config)  # writes the grids into it
     kept = {key: template.pretrained_cfg[key] for key in ARCHITECTURE_FIELDS if key in template.pretrained_cfg}
     bgr = weights.input.channel_order == "bgr"
     config = {
@@ -237,7 +240,8 @@ def write_timm(weights: EncoderWeights, path: Path, tag: str = "simipu") -> None
             **({"notes": ["tensor channels are B, G, R; mean and std are in that order"]} if bgr else {}),
             **weights.input.data_config(),
         },
-        "simipu": {"channel_order": weights.input.channel_order, "feature_grids": _grids(template)},
+        # where the cells of each stage look: [stride_y, stride_x, offset_y, offset_x] in pixels, null where on no grid
+        "simipu": {"channel_order": weights.input.channel_order, "feature_grids": image_config.feature_grids},
     }
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -295,8 +299,19 @@ def write_transformers(weights: EncoderWeights, path: Path) -> None:
     processor.save_pretrained(path)
 
 
+class _Pyramid(nn.Module):
+    """One feature map (B, C, H, W) a resolution, finest first; four evenly spaced layers of a plain ViT."""
+
+    def __init__(self, encoder: TimmModel) -> None:
+        super().__init__()
+        self.encoder, self.stages = encoder, pyramid_stages(encoder)
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return image_feature_maps(self.encoder, pixel_values, self.stages)
+
+
 def write_onnx(weights: EncoderWeights, path: Path, image_size: tuple[int, int] | None = None) -> list[str]:
-    """The feature pyramid as an ONNX graph: `pixel_values` (N, 3, H, W) -> `features_0`, …, one map a stage.
+    """The feature pyramid as an ONNX graph: `pixel_values` (N, 3, H, W) -> `features_0`, …, finest first.
 
     N is free, and H and W where the network allows it. The graph is run and compared if onnxruntime is installed.
 
@@ -306,36 +321,35 @@ def write_onnx(weights: EncoderWeights, path: Path, image_size: tuple[int, int] 
     if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
         raise SimIPUError(f'the onnx form needs {" and ".join(missing)}: pip install "simipu-hf[onnx]"')
     plain = weights.with_own_eps()
-    cfg = {"state_dict": dict(plain.state_dict), "num_classes": 0, "custom_load": False}
-    options = {**weights.model_args, "features_only": True, "pretrained": True, "pretrained_cfg_overlay": cfg}
-    model = cast("TimmModel", timm.create_model(weights.architecture, **options)).eval()
-    height, width = image_size or weights.input.size or model.pretrained_cfg["input_size"][1:]
+    encoder = timm.create_model(weights.architecture, num_classes=0, **weights.model_args)
+    encoder.load_state_dict(plain.state_dict)
+    pyramid = _Pyramid(cast("TimmModel", encoder)).eval()
+    height, width = image_size or weights.input.size or encoder.pretrained_cfg["input_size"][1:]
     example = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
     batch, any_size = {0: torch.export.Dim.DYNAMIC}, {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     try:
-        program = _onnx_program(model, example, {**batch, **any_size})
-        notes = ["takes images of any number and size that the network takes"]
+        program = _onnx_program(pyramid, example, {**batch, **any_size})
+        notes = ["takes any number of images of any size that the network takes"]
     except Exception:  # windows, tables of positions: torch names no common class for what it cannot trace
         try:
-            program = _onnx_program(model, example, batch)
+            program = _onnx_program(pyramid, example, batch)
         except Exception as error:
             reason = str(error).strip().splitlines()[0]
             raise SimIPUError(f"torch cannot express {weights.architecture} in ONNX: {reason}") from error
         notes = [f"takes any number of images of {height} x {width} pixels"]
     program.model.metadata_props["simipu_hf"] = json.dumps(_note(plain))
     program.save(path)
-    return [*notes, _compare_onnx(path, model, example)]
+    return [*notes, _compare_onnx(path, pyramid, example)]
 
 
-def _onnx_program(model: nn.Module, example: torch.Tensor, dynamic: dict[int, Any]) -> torch.onnx.ONNXProgram:
-    names = [f"features_{index}" for index in range(len(model(example)))]
+def _onnx_program(pyramid: _Pyramid, example: torch.Tensor, dynamic: dict[int, Any]) -> torch.onnx.ONNXProgram:
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()):  # the exporter prints and warns of its own ways
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            model,
+            pyramid,
             (example,),
             input_names=["pixel_values"],
-            output_names=names,
+            output_names=[f"features_{level}" for level in range(len(pyramid.stages))],
             dynamic_shapes=(dynamic,),
             dynamo=True,
             verbose=False,
@@ -345,7 +359,7 @@ def _onnx_program(model: nn.Module, example: torch.Tensor, dynamic: dict[int, An
 
 
 @torch.no_grad()
-def _compare_onnx(path: Path, model: nn.Module, example: torch.Tensor) -> str:
+def _compare_onnx(path: Path, pyramid: _Pyramid, example: torch.Tensor) -> str:
     """Run the graph on one image and on several; a SimIPUError where its features are not PyTorch's."""
     if importlib.util.find_spec("onnxruntime") is None:
         return "not compared with PyTorch: onnxruntime is not installed"
@@ -355,7 +369,7 @@ def _compare_onnx(path: Path, model: nn.Module, example: torch.Tensor) -> str:
     worst = 0.0
     for pixels in (example, example[:1]):
         found = session.run(None, {"pixel_values": pixels.numpy()})
-        for actual, expected in zip(found, model(pixels), strict=True):
+        for actual, expected in zip(found, pyramid(pixels), strict=True):
             difference = (torch.from_numpy(actual) - expected).abs().max() / expected.abs().max()
             worst = max(worst, difference.item())
     if not worst <= ONNX_TOLERANCE:
@@ -378,17 +392,6 @@ def is_export(path: Path, whole_model: bool = False) -> bool:
         own |= {"processor_config.json", "image_encoder", *(file.name for file in path.glob("*.py"))}
     marked = config.get("model_type") == "simipu" if whole_model else "simipu" in config
     return marked and {entry.name for entry in path.iterdir()} <= own
-
-
-def _grids(encoder: TimmModel) -> list[list[float] | None]:
-    """Where the cells of each stage look: `[stride_y, stride_x, offset_y, offset_x]`, `None` where on no grid."""
-    grids: list[list[float] | None] = []
-    for stage in range(len(encoder.feature_info)):
-        try:
-            grids.append(list(feature_grids(encoder, [stage])[0]))
-        except ValueError:
-            grids.append(None)
-    return grids
 
 
 def _transformers_name(name: str) -> str:

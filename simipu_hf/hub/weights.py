@@ -91,6 +91,9 @@ class EncoderWeights:
             for key, value in self.model_args.items()
             if key not in CALLER_ARGS and not key.endswith("drop_rate") and not key.startswith("drop_")
         }
+        if self.model_args.get("dynamic_img_size") and "img_size" not in self.model_args:
+            # else timm builds a network from a folder for 224 x 224, and interpolates the position embeddings twice
+            self.model_args["img_size"] = list(getattr(self.template(), "patch_embed").img_size)  # noqa: B009
 
     @classmethod
     def of(cls, encoder: nn.Module, **about: Any) -> "EncoderWeights":
