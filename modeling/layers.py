@@ -109,8 +109,9 @@ class _WeightedNormalize(torch.autograd.Function):
         wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
         weight = weight.to(wide)
         count = reduce(weight.sum())
-        mean = reduce(weight @ wide) / count
-        variance = reduce(weight @ (wide - mean).square_()) / count
+        with torch.autocast(rows.device.type, enabled=False):  # statistics never in half precision
+            mean = reduce(weight @ wide) / count
+            variance = reduce(weight @ (wide - mean).square_()) / count
         inverse_std = torch.rsqrt(variance + eps)
         scale = gamma * inverse_std
         shift = beta - mean * scale

@@ -161,24 +161,26 @@ class _InfoNCE(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, forward_grad: Tensor, reverse_grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         left, right, near, row_sum, column_sums = ctx.saved_tensors
-        row_slopes = forward_grad / row_sum
-        column_grad = all_gather_rows(reverse_grad) if ctx.gathered and ctx.symmetric else reverse_grad
-        own_grad = forward_grad + reverse_grad if ctx.symmetric else forward_grad
-        width = left.shape[1] - 2
-        anchor_grads, candidate_grad = [], torch.zeros_like(right[:, :width])
-        start = 0
-        for logits, own in _logits_in_parts(left, right, near, ctx.first):
-            rows = slice(start, start + len(logits))
-            start += len(logits)
-            slopes = row_slopes[rows, None]
-            if ctx.symmetric:
-                slopes = slopes + column_grad / column_sums
-            weights = logits.sub_(1 / ctx.temperature).exp_().mul_(slopes)
-            weights.scatter_add_(1, own[:, None], -own_grad[rows, None])
-            anchor_grads.append(weights @ right[:, :width])
-            if ctx.needs_input_grad[1]:
-                candidate_grad.addmm_(weights.T, left[rows, :width])
-        anchor_grad = torch.cat(anchor_grads) / ctx.temperature
+        # a backward pass that is run under autocast would form products in half precision
+        with torch.autocast(left.device.type, enabled=False):
+            row_slopes = forward_grad / row_sum
+            column_grad = all_gather_rows(reverse_grad) if ctx.gathered and ctx.symmetric else reverse_grad
+            own_grad = forward_grad + reverse_grad if ctx.symmetric else forward_grad
+            width = left.shape[1] - 2
+            anchor_grads, candidate_grad = [], torch.zeros_like(right[:, :width])
+            start = 0
+            for logits, own in _logits_in_parts(left, right, near, ctx.first):
+                rows = slice(start, start + len(logits))
+                start += len(logits)
+                slopes = row_slopes[rows, None]
+                if ctx.symmetric:
+                    slopes = slopes + column_grad / column_sums
+                weights = logits.sub_(1 / ctx.temperature).exp_().mul_(slopes)
+                weights.scatter_add_(1, own[:, None], -own_grad[rows, None])
+                anchor_grads.append(weights @ right[:, :width])
+                if ctx.needs_input_grad[1]:
+                    candidate_grad.addmm_(weights.T, left[rows, :width])
+            anchor_grad = torch.cat(anchor_grads) / ctx.temperature
         return anchor_grad, candidate_grad if ctx.needs_input_grad[1] else None, *[None] * 7
 
 

@@ -418,9 +418,7 @@ def _step(preset: str, precision: str, device: torch.device) -> str:
     torch.manual_seed(0)
     model = SimIPUForPreTraining(_small_config(preset)).to(device)
     batch = {name: tensor.float().to(device) for name, tensor in _small_batch().items()}
-    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-        found = _losses(model, batch)
+    found = _losses(model, batch, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision))
     errors = {name: abs(found[name] - value) / abs(value) for name, value in expected.items()}
     said = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
     worst = max(value for name, value in errors.items() if name != "gradient")
@@ -438,8 +436,10 @@ def _exact_losses(preset: str) -> dict[str, float]:
     return _losses(SimIPUForPreTraining(_small_config(preset)).double(), _small_batch())
 
 
-def _losses(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, float]:
-    output = model(**batch)
+def _losses(model: nn.Module, batch: dict[str, Tensor], autocast: torch.dtype | None = None) -> dict[str, float]:
+    device = batch["points"].device.type
+    with torch.autocast(device, dtype=autocast, enabled=autocast is not None):
+        output = model(**batch)
     output.loss.backward()
     grads = [p.grad.detach().double().norm() for p in model.parameters() if p.grad is not None]
     return {

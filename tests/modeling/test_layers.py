@@ -114,3 +114,13 @@ def test_linear_block_without_activation_goes_below_zero():
     rows = torch.randn(30, 5)
     assert (LinearBlock(5, 3, activation=False)(rows) < 0).any()
     assert (LinearBlock(5, 3)(rows) >= 0).all()
+
+
+def test_statistics_are_not_in_half_precision_under_autocast():
+    rows = torch.randn(4096, 4, generator=torch.Generator().manual_seed(0)) + 300
+    weight = torch.full((4096,), 3.0)
+    norm = WeightedBatchNorm(4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = norm(rows, weight)
+    expected = (rows - rows.mean(0)) / rows.var(0, unbiased=False).add(1e-5).sqrt()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)

@@ -192,3 +192,17 @@ def test_two_processes_compute_the_loss_of_one():
     # DistributedDataParallel averages over the processes
     np.testing.assert_allclose(anchor_grad.reshape(20, WIDTH) / 2, anchors.grad.numpy(), rtol=1e-9, atol=1e-14)
     np.testing.assert_allclose(positive_grad.reshape(20, WIDTH) / 2, positives.grad.numpy(), rtol=1e-9, atol=1e-14)
+
+
+def test_gradients_are_the_same_under_autocast():
+    """A caller may run the backward pass under autocast, too."""
+    generator = torch.Generator().manual_seed(0)
+    gradients = []
+    for enabled in (False, True):
+        anchors = torch.randn(12, 8, generator=generator.manual_seed(0), requires_grad=True)
+        positives = torch.randn(12, 8, generator=generator.manual_seed(1), requires_grad=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss = contrastive_loss(anchors, positives, 0.1, torch.ones(12, dtype=torch.bool), symmetric=True).loss
+            loss.backward()
+        gradients.append((anchors.grad, positives.grad))
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
