@@ -339,7 +339,8 @@ def run(argv: list[str]) -> None:
         names = [word.replace("-", "_") for word in words]
         function = getattr(import_module(".".join(["simipu_hf", *names])), "_".join(names))
         result = function(arguments)
-        if hasattr(arguments, "json"):
+        # commands that return a dictionary, for programs, print their own table
+        if hasattr(arguments, "json") and (arguments.json or not isinstance(result, dict)):
             show(result, arguments.json)
         if not getattr(result, "passed", True):
             sys.exit(1)

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments, pipeline
 
+from simipu_hf.cli import run as run_command
 from simipu_hf.data.depth import DepthAugmentation, DepthDataset, DepthFrame, select_frames
 from simipu_hf.data.rows import dataset_from_rows, image_from_row
 from simipu_hf.errors import SimIPUError, TrainingInterrupted
@@ -181,6 +182,14 @@ def test_pipeline_returns_what_evaluation_measures(size, flags, tmp_path):
         maps.append((row["frame_id"], answer, target))
     served = evaluate_maps(maps, DepthProtocol(kb_crop=flags["kb_crop"]))["metrics"]
     assert served == {name: pytest.approx(measured[name], abs=1e-6) for name in METRICS}
+
+
+def test_command_prints_metrics_or_json(frames, run, capsys):
+    flags = ["--model", str(run), "--test_frames", f"{frames}#test", "--no_kb_crop", "--device", "cpu"]
+    run_command(["evaluate-depth", *flags])
+    assert capsys.readouterr().out.split()[0] == "a1"
+    run_command(["evaluate-depth", *flags, "--json"])
+    assert json.loads(capsys.readouterr().out)["num_images"] == 2
 
 
 def test_evaluation_of_a_crop_is_not_that_of_the_whole_image(tmp_path):
