@@ -243,11 +243,11 @@ def test_source_and_target_never_contain_each_other(folder, target):
 
 def test_files_have_the_permissions_of_the_umask(folder, tmp_path):
     """safetensors writes files that only their owner may read, whatever the umask."""
-    export_image_encoder(folder, tmp_path / "native", "transformers")
-    export_image_encoder(folder, tmp_path / "encoder.pth", "mmdet")
-    (tmp_path / "probe").touch()
-    wanted = (tmp_path / "probe").stat().st_mode
-    assert {path.stat().st_mode for path in tmp_path.rglob("*") if path.is_file()} == {wanted}
+    out = tmp_path / "out"
+    for name, format in {"timm": "timm", "native": "transformers", "encoder.pth": "mmdet"}.items():
+        export_image_encoder(folder, out / name, format)
+    (out / "probe").touch()
+    assert {path.stat().st_mode for path in out.rglob("*") if path.is_file()} == {(out / "probe").stat().st_mode}
 
 
 def test_failure_leaves_nothing(folder, tmp_path, monkeypatch):
