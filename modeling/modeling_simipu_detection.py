@@ -64,7 +64,7 @@ class FeatureNeck(nn.Module):
     def forward(self, pyramid: Sequence[Tensor]) -> Tensor:
         """`(B, channels, h, w)`."""
         hidden = self.lateral[-1](pyramid[-1])
-        for lateral, finer in zip(reversed(self.lateral[:-1]), reversed(pyramid[:-1]), strict=True):  # type: ignore[arg-type]
+        for lateral, finer in zip(reversed(self.lateral[:-1]), reversed(pyramid[:-1]), strict=True):
             hidden = lateral(finer) + F.interpolate(hidden, finer.shape[-2:], mode="bilinear")
         return self.norm(self.smooth(hidden)).relu()
 
@@ -166,7 +166,8 @@ class SimIPUForMonocular3DDetection(SimIPUDenseModel):
     def _init_weights(self, module: nn.Module) -> None:
         head = getattr(self, "head", None)
         last = {} if head is None else {branch[-1]: name for name, branch in head.branches.items()}
-        if module in last:
+        if isinstance(module, nn.Conv2d) and module in last:
+            assert module.bias is not None
             init.normal_(module.weight, std=0.001)
             # heat maps start at 0.1: next to all cells are empty (Lin et al. 2017)
             init.constant_(module.bias, -math.log(9) if last[module] == "heat_map" else 0.0)
@@ -317,8 +318,8 @@ def encode_targets(
 
 
 def _gaussian_sigma(sides: Tensor) -> Tensor:
-    """Standard deviation (n,) of peaks for boxes of `sides` (n, 2), cells: a sixth of the diameter within which a shift
-    along both axes leaves an intersection over union of `MIN_GAUSSIAN_OVERLAP`, as CenterNet."""
+    """Standard deviation (n,) of peaks for boxes of `sides` (n, 2), cells: a sixth of the diameter within which a
+    shift along both axes leaves an intersection over union of `MIN_GAUSSIAN_OVERLAP`, as in CenterNet."""
     total, area = sides.sum(dim=-1), sides.prod(dim=-1)
     share = (1 - MIN_GAUSSIAN_OVERLAP) / (1 + MIN_GAUSSIAN_OVERLAP)
     radius = (total - (total.square() - 4 * share * area).clamp(min=0).sqrt()) / 2

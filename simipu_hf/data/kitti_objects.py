@@ -53,8 +53,9 @@ class KittiObjects:
 
     def __getitem__(self, rows: Any) -> KittiObjects:
         """Some of the objects: a boolean mask (N,), indices or a slice."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return KittiObjects(**{name: value if value is None else value[rows] for name, value in values.items()})
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        picked: dict[str, Any] = {name: value if value is None else value[rows] for name, value in values.items()}
+        return KittiObjects(**picked)
 
     @classmethod
     def from_row(cls, objects: Mapping[str, Sequence], names: Sequence[str] = OBJECT_TYPES) -> KittiObjects:

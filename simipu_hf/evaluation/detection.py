@@ -11,13 +11,20 @@ ICCV 2019.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
-import numba
 import numpy as np
 
 from simipu_hf.data.kitti_objects import NEIGHBOURS, KittiObjects
 from simipu_hf.errors import SimIPUError
+from simipu_hf.evaluation.detection_numba import (
+    COUNTED,
+    DONT_CARE,
+    IGNORED,
+    OTHER,
+    Frames,
+    match_all,
+    pair_overlaps,
+)
 
 DIFFICULTIES = ("easy", "moderate", "hard")
 MIN_HEIGHT = (40.0, 25.0, 25.0)
@@ -27,20 +34,6 @@ MAX_TRUNCATION = (0.15, 0.30, 0.50)
 MIN_OVERLAP = {"Car": 0.7, "Pedestrian": 0.5, "Cyclist": 0.5}
 RECALL_POSITIONS = 41
 """Thresholds; the first, at recall 0, does not count."""
-
-COUNTED, IGNORED, OTHER, DONT_CARE = 0, 1, -1, -2
-
-
-class _Frames(NamedTuple):
-    """All frames in flat arrays: objects of frame f are `starts[f]` to `starts[f + 1]`; pairs run over the detections
-    of a frame and, for each, over its labels."""
-
-    detection_starts: np.ndarray
-    label_starts: np.ndarray
-    pair_starts: np.ndarray
-    scores: np.ndarray
-    detection_angles: np.ndarray
-    label_angles: np.ndarray
 
 
 def evaluate_detection(
@@ -94,7 +87,7 @@ def evaluate_detection(
 
 def _flatten(
     predictions: Sequence[KittiObjects], labels: Sequence[KittiObjects]
-) -> tuple[_Frames, KittiObjects, KittiObjects]:
+) -> tuple[Frames, KittiObjects, KittiObjects]:
     counts = np.array([[len(found), len(true)] for found, true in zip(predictions, labels, strict=True)]).reshape(
         -1, 2
     )
@@ -102,7 +95,8 @@ def _flatten(
     starts = np.concatenate([np.zeros((1, 3), int), np.cumsum(np.hstack([counts, pairs]), axis=0)])
     detections, truth = _join(predictions), _join(labels)
     assert detections.score is not None
-    frames = _Frames(*np.ascontiguousarray(starts.T), detections.score, detections.alpha, truth.alpha)
+    first, first_label, first_pair = np.ascontiguousarray(starts.T)
+    frames = Frames(first, first_label, first_pair, detections.score, detections.alpha, truth.alpha)
     return frames, detections, truth
 
 
@@ -129,7 +123,7 @@ def _detection_roles(detections: KittiObjects, name: str, level: int) -> np.ndar
 
 
 def _curves(
-    frames: _Frames,
+    frames: Frames,
     detection_roles: np.ndarray,
     label_roles: np.ndarray,
     overlaps: np.ndarray,
@@ -138,9 +132,9 @@ def _curves(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Precision and orientation similarity (41,) at the recall positions, each the best of those behind it."""
     pairs = detection_roles, label_roles, overlaps, covered, min_overlap
-    matched = _match_all(frames, *pairs, np.array([-np.inf]), False)[0]
+    matched = match_all(frames, *pairs, np.array([-np.inf]), False)[0]
     thresholds = _recall_thresholds(np.sort(frames.scores[matched])[::-1], int((label_roles == COUNTED).sum()))
-    _, counts = _match_all(frames, *pairs, thresholds, True)
+    _, counts = match_all(frames, *pairs, thresholds, True)
     curves = np.zeros((2, RECALL_POSITIONS))
     found = np.maximum(counts[:, 0] + counts[:, 1], 1)
     curves[0, : len(counts)], curves[1, : len(counts)] = counts[:, 0] / found, counts[:, 2] / found
@@ -160,74 +154,7 @@ def _recall_thresholds(scores: np.ndarray, num_labels: int) -> np.ndarray:
     return np.array(thresholds)
 
 
-@numba.njit(cache=True, nogil=True)
-def _match_all(frames, detection_roles, label_roles, overlaps, covered, min_overlap, thresholds, counting):
-    """Detections (N,) that are true positives at the last threshold; true positives, false positives and summed
-    similarity (T, 3) at every threshold."""
-    matched, taken = np.zeros(len(detection_roles), np.bool_), np.zeros(len(detection_roles), np.bool_)
-    totals = np.zeros((len(thresholds), 3))
-    pairs = (overlaps, covered, min_overlap)
-    for frame in range(len(frames.pair_starts) - 1):
-        for index in range(len(thresholds)):
-            _match(
-                frames,
-                frame,
-                detection_roles,
-                label_roles,
-                pairs,
-                thresholds[index],
-                counting,
-                taken,
-                matched,
-                totals[index],
-            )
-    return matched, totals
-
-
-@numba.njit(cache=True, nogil=True)
-def _match(frames, frame, detection_roles, label_roles, pairs, threshold, counting, taken, matched, total):
-    """Match the detections of a frame that reach `threshold` to its labels, and add to `total`.
-
-    While thresholds are collected a label takes the detection with the highest score; while errors are counted the one
-    that overlaps most, and one that is too small only where there is no other.
-    """
-    overlaps, covered, min_overlap = pairs
-    first, last = frames.detection_starts[frame], frames.detection_starts[frame + 1]
-    first_label, last_label = frames.label_starts[frame], frames.label_starts[frame + 1]
-    pair, labels = frames.pair_starts[frame], last_label - first_label
-    taken[first:last] = False
-    for label in range(labels):
-        if label_roles[first_label + label] < COUNTED:
-            continue
-        chosen, best = -1, -np.inf
-        for detection in range(first, last):
-            role, overlap = detection_roles[detection], overlaps[pair + (detection - first) * labels + label]
-            if role == OTHER or taken[detection] or frames.scores[detection] < threshold or not overlap > min_overlap:
-                continue
-            worth = frames.scores[detection]
-            if counting:
-                worth = overlap if role == COUNTED else -1.0
-            if worth > best:
-                chosen, best = detection, worth
-        if chosen < 0:
-            continue
-        taken[chosen] = True
-        if label_roles[first_label + label] == COUNTED and detection_roles[chosen] == COUNTED:
-            matched[chosen] = True
-            total[0] += 1
-            total[2] += (1 + np.cos(frames.label_angles[first_label + label] - frames.detection_angles[chosen])) / 2
-    for detection in range(first, last):
-        if taken[detection] or detection_roles[detection] != COUNTED or frames.scores[detection] < threshold:
-            continue
-        excused = False
-        if len(covered):
-            for label in range(labels):
-                share = covered[pair + (detection - first) * labels + label]
-                excused |= label_roles[first_label + label] == DONT_CARE and share > min_overlap
-        total[1] += not excused
-
-
-def _overlaps(frames: _Frames, detections: KittiObjects, labels: KittiObjects) -> dict[str, np.ndarray]:
+def _overlaps(frames: Frames, detections: KittiObjects, labels: KittiObjects) -> dict[str, np.ndarray]:
     """Intersection over union of every pair (P,) by metric; `covered` is the share of the detection's image box."""
     upright = [
         np.c_[
@@ -240,77 +167,5 @@ def _overlaps(frames: _Frames, detections: KittiObjects, labels: KittiObjects) -
         for boxes in (detections, labels)
     ]
     starts = frames.detection_starts, frames.label_starts, frames.pair_starts
-    values = _pair_overlaps(*starts, detections.bbox, labels.bbox, *upright)
+    values = pair_overlaps(*starts, detections.bbox, labels.bbox, *upright)
     return dict(zip(("2d", "covered", "bev", "3d"), np.ascontiguousarray(values.T), strict=True))
-
-
-@numba.njit(cache=True, nogil=True)
-def _pair_overlaps(detection_starts, label_starts, pair_starts, image_boxes, image_labels, boxes, labels):
-    """(P, 4): in the image, share of the detection in the image, from above, in space; boxes are x, z, length, width,
-    rotation_y, y of the bottom, height."""
-    result = np.zeros((pair_starts[-1], 4))
-    for frame in range(len(pair_starts) - 1):
-        pair = pair_starts[frame]
-        for i in range(detection_starts[frame], detection_starts[frame + 1]):
-            for j in range(label_starts[frame], label_starts[frame + 1]):
-                result[pair, 0], result[pair, 1] = _image_overlap(image_boxes[i], image_labels[j])
-                result[pair, 2], result[pair, 3] = _upright_overlap(boxes[i], labels[j])
-                pair += 1
-    return result
-
-
-@numba.njit(cache=True, nogil=True)
-def _image_overlap(a, b):
-    """Intersection over union of two image boxes, and over the area of the first."""
-    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    if width <= 0 or height <= 0:
-        return 0.0, 0.0
-    shared, area = width * height, (a[2] - a[0]) * (a[3] - a[1])
-    return shared / (area + (b[2] - b[0]) * (b[3] - b[1]) - shared), shared / area
-
-
-@numba.njit(cache=True, nogil=True)
-def _upright_overlap(a, b):
-    """Intersection over union of two boxes from above and in space."""
-    if min(a[2], a[3], b[2], b[3]) <= 0 or np.hypot(a[0] - b[0], a[1] - b[1]) > np.hypot(a[2], a[3]) + np.hypot(
-        b[2], b[3]
-    ):
-        return 0.0, 0.0
-    shared = rectangle_intersection(a, b)
-    height = max(0.0, min(a[5], b[5]) - max(a[5] - a[6], b[5] - b[6]))
-    volume = shared * height
-    union = a[2] * a[3] * a[6] + b[2] * b[3] * b[6] - volume
-    return shared / (a[2] * a[3] + b[2] * b[3] - shared), volume / union if union > 0 else 0.0
-
-
-@numba.njit(cache=True, nogil=True)
-def rectangle_intersection(a, b):
-    """Area that two rectangles (x, z, length, width, rotation_y) share: the first is clipped at the four sides of the
-    second, in the second's own frame (Sutherland and Hodgman, 1974)."""
-    polygon, clipped, count = np.empty((12, 2)), np.empty((12, 2)), 4
-    cos, sin, turn = np.cos(b[4]), np.sin(b[4]), a[4] - b[4]
-    dx, dz = a[0] - b[0], a[1] - b[1]
-    middle_x, middle_z = cos * dx - sin * dz, sin * dx + cos * dz
-    for corner in range(4):
-        x = a[2] / 2 if corner in (0, 3) else -a[2] / 2
-        z = a[3] / 2 if corner < 2 else -a[3] / 2
-        polygon[corner, 0] = middle_x + np.cos(turn) * x + np.sin(turn) * z
-        polygon[corner, 1] = middle_z - np.sin(turn) * x + np.cos(turn) * z
-    for side in range(4):
-        axis, sign, limit = side % 2, 1 - 2 * (side // 2), b[2 + side % 2] / 2
-        kept = 0
-        for index in range(count):
-            start, end = polygon[index], polygon[(index + 1) % count]
-            inside, after = limit - sign * start[axis], limit - sign * end[axis]
-            if inside >= 0:
-                clipped[kept] = start
-                kept += 1
-            if inside * after < 0:
-                clipped[kept] = start + (end - start) * (inside / (inside - after))
-                kept += 1
-        polygon, clipped, count = clipped, polygon, kept
-    area = 0.0
-    for index in range(count):
-        start, end = polygon[index], polygon[(index + 1) % count]
-        area += start[0] * end[1] - end[0] * start[1]
-    return abs(area) / 2

@@ -5,11 +5,12 @@ import math
 
 import numpy as np
 import pytest
+from oracles.kitti_evaluation import average_precision, corners, shared_area
 
 from simipu_hf.data.kitti_objects import KittiObjects, read_objects_folder, write_objects_folder
 from simipu_hf.errors import SimIPUError
-from simipu_hf.evaluation.detection import DIFFICULTIES, evaluate_detection, rectangle_intersection
-from oracles.kitti_evaluation import average_precision, corners, shared_area
+from simipu_hf.evaluation.detection import DIFFICULTIES, evaluate_detection
+from simipu_hf.evaluation.detection_numba import rectangle_intersection
 
 LINE = "Car 0.10 1 -1.5 100 120 200 190 1.5 1.6 3.9 2.0 1.6 20.0 -1.4"
 

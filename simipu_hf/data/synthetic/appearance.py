@@ -6,26 +6,31 @@ from functools import lru_cache
 
 import numpy as np
 
+Material = IntEnum(
+    "Material",
+    "ASPHALT ROAD_PAINT PAVEMENT GRASS PLASTER BRICK ROOF_TILES CAR_PAINT GLASS TYRE METAL RETROREFLECTOR CLOTH BARK "
+    "LEAVES",
+    start=0,
+)
 # reflectance at 905 nm (dark paint and glass send little back), what brightness adds to it, contrast of fine (1.5 cm)
 # and of coarse (25 cm) grain, gloss
 LOOKS = {
-    "ASPHALT": (0.22, 0.0, 0.13, 0.10, 0.0),
-    "ROAD_PAINT": (0.62, 0.0, 0.08, 0.14, 0.0),
-    "PAVEMENT": (0.30, 0.0, 0.08, 0.08, 0.0),
-    "GRASS": (0.42, 0.0, 0.30, 0.25, 0.0),
-    "PLASTER": (0.19, 0.4, 0.05, 0.05, 0.0),
-    "BRICK": (0.26, 0.0, 0.15, 0.10, 0.0),
-    "ROOF_TILES": (0.24, 0.0, 0.15, 0.15, 0.0),
-    "CAR_PAINT": (0.06, 0.5, 0.0, 0.0, 0.35),
-    "GLASS": (0.03, 0.0, 0.0, 0.0, 0.9),
-    "TYRE": (0.05, 0.0, 0.10, 0.0, 0.0),
-    "METAL": (0.45, 0.0, 0.03, 0.05, 0.1),
-    "RETROREFLECTOR": (0.95, 0.0, 0.01, 0.0, 0.0),
-    "CLOTH": (0.32, 0.0, 0.12, 0.08, 0.0),
-    "BARK": (0.28, 0.0, 0.30, 0.15, 0.0),
-    "LEAVES": (0.50, 0.0, 0.15, 0.05, 0.0),
+    Material.ASPHALT: (0.22, 0.0, 0.13, 0.10, 0.0),
+    Material.ROAD_PAINT: (0.62, 0.0, 0.08, 0.14, 0.0),
+    Material.PAVEMENT: (0.30, 0.0, 0.08, 0.08, 0.0),
+    Material.GRASS: (0.42, 0.0, 0.30, 0.25, 0.0),
+    Material.PLASTER: (0.19, 0.4, 0.05, 0.05, 0.0),
+    Material.BRICK: (0.26, 0.0, 0.15, 0.10, 0.0),
+    Material.ROOF_TILES: (0.24, 0.0, 0.15, 0.15, 0.0),
+    Material.CAR_PAINT: (0.06, 0.5, 0.0, 0.0, 0.35),
+    Material.GLASS: (0.03, 0.0, 0.0, 0.0, 0.9),
+    Material.TYRE: (0.05, 0.0, 0.10, 0.0, 0.0),
+    Material.METAL: (0.45, 0.0, 0.03, 0.05, 0.1),
+    Material.RETROREFLECTOR: (0.95, 0.0, 0.01, 0.0, 0.0),
+    Material.CLOTH: (0.32, 0.0, 0.12, 0.08, 0.0),
+    Material.BARK: (0.28, 0.0, 0.30, 0.15, 0.0),
+    Material.LEAVES: (0.50, 0.0, 0.15, 0.05, 0.0),
 }
-Material = IntEnum("Material", list(LOOKS), start=0)
 BAY, STOREY = 2.8, 3.0
 NOISE_SIZE, NOISE_LEVELS = 512, 9
 
@@ -57,7 +62,7 @@ def appearance(
     `owner` (N,) makes walls differ from house to house.
     """
     material, color = _cut_windows(material, color, place, owner)
-    base, tint, fine, coarse, gloss = np.float32(list(LOOKS.values()))[material].T
+    base, tint, fine, coarse, gloss = np.array(list(LOOKS.values()), np.float32)[material].T
     grain = 1 + fine * noise(place, 0.015, footprint) + coarse * noise(place[:, ::-1] + 3.7, 0.25, footprint)
     grain = np.clip(grain, 0.2, 2)
     jointed = (material == Material.BRICK) | (material == Material.PAVEMENT) | (material == Material.ROOF_TILES)
@@ -104,7 +109,7 @@ class Lighting:
         warmth = np.array([1.0, 0.93, 0.84]) if elevation > 0.5 else np.array([1.0, 0.81, 0.62])
         blue = rng.uniform([0.22, 0.42, 0.8], [0.4, 0.55, 0.95])
         return Lighting(
-            sun_direction=np.float32(direction),
+            sun_direction=np.array(direction, np.float32),
             sun_color=np.float32(2.6 * np.clip(1.25 - cloud_cover, 0.05, 1) * warmth),
             zenith_color=np.float32(blue * (1 - cloud_cover) + 0.75 * cloud_cover),
             horizon_color=np.float32(rng.uniform(0.85, 1.0) * np.array([0.92, 0.95, 1.0])),
@@ -120,5 +125,5 @@ class Lighting:
         color += np.clip(cloud, 0, 1)[:, None] * (1.05 - color)
         color += 0.6 * np.clip(direction @ self.sun_direction, 0, 1)[:, None] ** 64 * self.sun_color
         skyline = 0.03 + 0.01 * noise(direction[:, :2] * [1, 0], 0.0015, 0.003)
-        trees = 0.45 * self.horizon_color + np.float32([0.06, 0.10, 0.06])
+        trees = 0.45 * self.horizon_color + np.array([0.06, 0.10, 0.06], np.float32)
         return np.where(direction[:, 2:] < skyline[:, None], trees, color).astype(np.float32)

@@ -72,11 +72,11 @@ def synthesize_frame(
     image, hits = render(scene, calibration, ego_pose, image_size, rng)
     pixel_owner = np.full(image_size, GROUND)
     pixel_owner.flat[hits.rays] = hits.owner
-    labels = {}
+    labels: dict[int, ObjectLabel] = {}
     for owner in np.unique(pixel_owner[pixel_owner != GROUND]).tolist():
-        if street.actors[owner].kind in LABELLED:
-            label = _label(street.actors[owner], calibration, ego_pose, pixel_owner == owner)
-            labels |= {owner: label} if label else {}
+        actor = street.actors[owner]
+        if actor.kind in LABELLED and (label := _label(actor, calibration, ego_pose, pixel_owner == owner)):
+            labels[owner] = label
     owners = sorted(labels, key=lambda owner: (labels[owner].type == "DontCare", labels[owner].location[2]))
     object_of = np.full(len(street.actors) + 1, -1)  # the last: the ground's
     object_of[owners] = np.arange(len(owners))

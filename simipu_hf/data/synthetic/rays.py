@@ -55,7 +55,7 @@ class NumbaTriangles:
         return _trace(*self._tree, origins, directions, reach, True)[0] >= 0
 
 
-Triangles = NumbaTriangles if EmbreeScene is None else EmbreeTriangles
+Triangles: type[EmbreeTriangles | NumbaTriangles] = NumbaTriangles if EmbreeScene is None else EmbreeTriangles
 
 
 @numba.njit(cache=True, nogil=True)

@@ -4,14 +4,16 @@ Every shape stands in its own frame: x forward (along the street), y left, z up,
 centre. Lengths are metres, colours linear RGB albedo in [0, 1]; faces carry `material` and `color`.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
-from numpy.typing import ArrayLike
 from trimesh import Trimesh, creation
 from trimesh.convex import convex_hull
 
 from .appearance import Material
+
+Vector = Sequence[float] | np.ndarray
 
 # smallest and largest (length, width, height); rear and front of the cabin at the waist and of its roof, as shares of
 # the length from the centre
@@ -23,40 +25,42 @@ VEHICLES = {
 HOUSE_DEPTH = 11.2
 
 
-def paint(mesh: Trimesh, material: Material, color: ArrayLike) -> Trimesh:
+def paint(mesh: Trimesh, material: Material, color: Vector) -> Trimesh:
     """Give all faces a material and one colour (3,), or one for each face (F, 3)."""
     mesh.face_attributes["material"] = np.full(len(mesh.faces), material, np.uint8)
-    mesh.face_attributes["color"] = np.broadcast_to(np.float32(color), (len(mesh.faces), 3))
+    mesh.face_attributes["color"] = np.broadcast_to(np.asarray(color, np.float32), (len(mesh.faces), 3))
     return mesh
 
 
-def box(lower: ArrayLike, upper: ArrayLike, material: Material, color: ArrayLike) -> Trimesh:
-    return paint(creation.box(bounds=[lower, upper]), material, color)
+def box(lower: Vector, upper: Vector, material: Material, color: Vector) -> Trimesh:
+    return paint(creation.box(bounds=np.stack([lower, upper])), material, color)
 
 
-def limb(start: ArrayLike, end: ArrayLike, radius: float, material: Material, color: ArrayLike) -> Trimesh:
+def limb(start: Vector, end: Vector, radius: float, material: Material, color: Vector) -> Trimesh:
     """A cylinder between two points: poles, trunks, wheels, arms and legs."""
-    return paint(creation.cylinder(radius, sections=9, segment=[start, end]), material, color)
+    return paint(creation.cylinder(radius, sections=9, segment=np.stack([start, end])), material, color)
 
 
-def ball(centre: ArrayLike, radii: ArrayLike, color: ArrayLike) -> Trimesh:
+def ball(centre: Vector, radii: Vector, color: Vector) -> Trimesh:
     sphere = creation.icosphere(subdivisions=1)
-    sphere.vertices = sphere.vertices * radii + centre
+    sphere.vertices = sphere.vertices * np.asarray(radii) + np.asarray(centre)
     return paint(sphere, Material.CLOTH, color)
 
 
-def prism(profile: ArrayLike, half_width: ArrayLike, material: Material, color: ArrayLike) -> Trimesh:
+def prism(profile: Sequence[Vector], half_width: float | np.ndarray, material: Material, color: Vector) -> Trimesh:
     """Convex hull of a side view (N, 2) in x and z, as wide as each of its points says (N,) or one for all."""
-    x, z = np.tile(np.transpose(profile), 2)
+    x, z = np.tile(np.array(profile).T, 2)
     y = np.broadcast_to(half_width, len(profile))
     return paint(convex_hull(np.stack([x, np.concatenate([y, -y]), z], axis=1)), material, color)
 
 
-def leaves(rng: np.random.Generator, centre: ArrayLike, radii: ArrayLike, count: int) -> Trimesh:
+def leaves(rng: np.random.Generator, centre: Vector, radii: Vector, count: int) -> Trimesh:
     """A porous cloud of random triangles in an ellipsoid, darker inside and below."""
     unit, depth = rng.normal(size=(count, 3)), rng.uniform(0.15, 1, count) ** 0.4
     unit *= (depth / np.linalg.norm(unit, axis=1))[:, None]
-    corners = (centre + unit * radii)[:, None] + rng.normal(scale=0.12 + 0.1 * np.mean(radii), size=(count, 3, 3))
+    corners = (np.asarray(centre) + unit * np.asarray(radii))[:, None] + rng.normal(
+        scale=0.12 + 0.1 * np.mean(radii), size=(count, 3, 3)
+    )
     corners[..., 2] = np.maximum(corners[..., 2], 0.05)
     shade = (0.35 + 0.65 * depth**2) * (0.8 + 0.25 * unit[:, 2]) * rng.uniform(0.7, 1.3, count)
     mesh = Trimesh(corners.reshape(-1, 3), np.arange(3 * count).reshape(-1, 3), process=False)

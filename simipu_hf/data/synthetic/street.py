@@ -6,13 +6,13 @@ places on it are (s, d): metres ahead, metres to the left of its centre line. Tr
 
 from collections.abc import Iterator
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from trimesh.util import concatenate
 
 from .appearance import Lighting, Material
-from .rays import Triangles
+from .rays import EmbreeTriangles, NumbaTriangles, Triangles
 from .shapes import HOUSE_DEPTH, MAKERS
 
 FIRST, LAST, LANE = -40.0, 140.0, 3.5
@@ -28,7 +28,7 @@ class Model(NamedTuple):
     axes: np.ndarray
     material: np.ndarray
     color: np.ndarray
-    triangles: Triangles
+    triangles: EmbreeTriangles | NumbaTriangles
 
 
 class Actor(NamedTuple):
@@ -43,10 +43,11 @@ class Actor(NamedTuple):
 @lru_cache(maxsize=256)
 def _model(kind: str, number: int) -> Model:
     """One of the models that all streets share: making one costs more than placing it."""
-    mesh = concatenate(MAKERS[kind](np.random.default_rng((list(MAKERS).index(kind), number))))
+    mesh: Any = concatenate(MAKERS[kind](np.random.default_rng((list(MAKERS).index(kind), number))))
     corners, normals = np.float32(mesh.triangles), np.float32(mesh.face_normals)
     axes = np.array([[1, 2], [0, 2], [0, 1]])[np.abs(normals).argmax(axis=1)]
-    return Model(corners, normals, axes, *mesh.face_attributes.values(), Triangles(corners))
+    material, color = (mesh.face_attributes[name] for name in ("material", "color"))
+    return Model(corners, normals, axes, material, color, Triangles(corners))
 
 
 class Street:

@@ -67,18 +67,18 @@ def synthesize_drive(
             raise SimIPUError(f"{name}: expected {expected}, found {found}")
     least = 1 if num_frames >= 3 else 0
     val, test = (max(round(num_frames * share), least) if share else 0 for share in (val_fraction, test_fraction))
-    with atomic_folder(output_dir) as folder:
+    with atomic_folder(Path(output_dir)) as folder:
         _write_image_sets(folder, num_frames - val - test, val, test)
         for kind in ("image_2", "velodyne", "calib", "depth_2", "label_2"):
             (folder / "training" / kind).mkdir(parents=True)
             if test and kind != "label_2":
                 (folder / "testing" / kind).mkdir(parents=True)
-        make = partial(_make, folder, num_frames - test, seed, tuple(image_size), Lidar(azimuth_steps))
+        make = partial(_make, folder, num_frames - test, seed, (image_size[0], image_size[1]), Lidar(azimuth_steps))
         _run(make, num_frames, num_workers, progress)
     return Path(output_dir)
 
 
-def _run(make: Callable[[int], None], num_frames: int, num_workers: int | None, progress: bool) -> None:
+def _run(make: Callable[[int], int], num_frames: int, num_workers: int | None, progress: bool) -> None:
     """Make all frames, in as many processes as wanted."""
     if num_workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
