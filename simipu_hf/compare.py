@@ -12,18 +12,24 @@ weights of its architecture, seed by seed, and two claims are kept apart:
 import hashlib
 import itertools
 import json
+import math
 import statistics
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import torch
 from matplotlib.figure import Figure
+from torch.optim.swa_utils import update_bn
 from tqdm.auto import tqdm
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from .files import atomic_path, atomic_write
-from .hub.sources import find_image_encoder
+from .finetuning import FineTuningTrainer, find_rgb_encoder, recipe
 from .hub.weights import EncoderWeights
+from .modeling.dense_model import SimIPUDenseModel
 from .training.arguments import CompareArguments
 from .training.logging import read_metrics
 
@@ -98,14 +104,10 @@ def compare(arguments: CompareArguments, task: Task) -> dict[str, Any]:
 def load_encoders(named_sources: Iterable[str]) -> dict[str, EncoderWeights]:
     """The encoders of `NAME=SOURCE` arguments by name, `scratch` first; it is added where it is missing."""
     sources = dict(entry.split("=", 1) for entry in named_sources)
-    encoders = {name: _find(source) for name, source in sources.items()}
+    encoders = {name: find_rgb_encoder(source) for name, source in sources.items()}
     if BASELINE not in encoders:
-        encoders[BASELINE] = _find(f"random:{next(iter(encoders.values())).architecture}")
+        encoders[BASELINE] = find_rgb_encoder(f"random:{next(iter(encoders.values())).architecture}")
     return {BASELINE: encoders.pop(BASELINE), **encoders}
-
-
-def _find(source: str) -> EncoderWeights:
-    return find_image_encoder(source).with_channel_order("rgb").with_own_eps()
 
 
 def fingerprint(encoder: EncoderWeights) -> str:
@@ -120,6 +122,112 @@ def label_subset(num_frames: int, fraction: float, seed: int) -> list[int]:
     """A random share of the frames, at least one; for one seed a smaller share is part of every larger one."""
     order = torch.randperm(num_frames, generator=torch.Generator().manual_seed(seed)).tolist()
     return order[: max(1, round(fraction * num_frames))]
+
+
+# --- one run --------------------------------------------------------------------------------------------------------
+
+
+class FineTuningTask:
+    """A [`Task`] whose runs are those of a [`FineTuningTrainer`] without a run folder.
+
+    A task adds `create_trainer`, and what [`Task`] wants beside `run`.
+
+    Args:
+        arguments: of the comparison.
+        train_frames, test_frames: decoded once, and kept in memory.
+    """
+
+    metrics: tuple[str, ...]
+    shown: tuple[str, ...]
+
+    def __init__(self, arguments: CompareArguments, train_frames: Sequence[Any], test_frames: Sequence[Any]):
+        self.arguments, self.train_frames, self.test_frames = arguments, train_frames, test_frames
+        self.num_test_frames = len(test_frames)
+
+    def create_trainer(
+        self, encoder: EncoderWeights, frames: Sequence[Any], seed: int, settings: TrainingArguments, **recipe: Any
+    ) -> FineTuningTrainer:
+        """The trainer of a new model with the encoder's weights, with an evaluation on the test frames.
+
+        Args:
+            frames: to train on.
+            recipe: further arguments of [`FineTuningTrainer`].
+        """
+        raise NotImplementedError
+
+    def run(self, encoder: EncoderWeights, mode: str, fraction: float, seed: int) -> dict[str, Any]:
+        """One fine-tuning run and its evaluations."""
+        arguments, started, metric = self.arguments, time.perf_counter(), self.shown[0]
+        labelled = [self.train_frames[index] for index in label_subset(len(self.train_frames), fraction, seed)]
+        with TemporaryDirectory() as folder:
+            trainer = self.create_trainer(
+                encoder,
+                labelled,
+                seed,
+                run_settings(arguments, folder, len(labelled), seed),
+                callbacks=[EvaluateEvenly(arguments.num_evaluations)],
+                encoder_learning_rate=arguments.encoder_learning_rate,
+                decoder_first=arguments.decoder_first if mode == "full" else 0.0,
+            )
+            if mode == "frozen":
+                if not encoder.state_dict:
+                    estimate_batch_norm(trainer.model, trainer.train_dataset)
+                trainer.model.freeze_image_encoder()
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+        history = trainer.state.log_history
+        evaluated = [entry for entry in history if f"eval_{metric}" in entry]
+        return {
+            "metrics": trainer.evaluation["metrics"],
+            "curve": [{"step": entry["step"], metric: entry[f"eval_{metric}"]} for entry in evaluated],
+            "num_frames": len(labelled),
+            "train_loss": next(entry["loss"] for entry in reversed(history) if "loss" in entry),
+            "seconds": time.perf_counter() - started,
+        }
+
+
+def run_settings(arguments: CompareArguments, folder: str, num_frames: int, seed: int) -> TrainingArguments:
+    """Arguments of a Trainer that writes nothing."""
+    if arguments.device is not None and arguments.device.startswith("cuda"):
+        torch.cuda.set_device(torch.device(arguments.device))
+    return recipe(
+        folder,
+        max_steps=arguments.max_steps,
+        per_device_train_batch_size=min(arguments.batch_size, num_frames),
+        learning_rate=arguments.learning_rate,
+        weight_decay=arguments.weight_decay,
+        warmup_steps=arguments.warmup_ratio,
+        seed=seed,
+        use_cpu=arguments.device == "cpu",
+        save_strategy="no",
+        logging_steps=max(1, arguments.max_steps // 10),
+        disable_tqdm=True,
+    )
+
+
+class EvaluateEvenly(TrainerCallback):
+    """Evaluates `times` times, evenly over the run, the last time at its end."""
+
+    def __init__(self, times: int):
+        self.times = times
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        at = {math.ceil(state.max_steps * (k + 1) / self.times) for k in range(self.times)}
+        control.should_evaluate = state.global_step in at
+
+
+def estimate_batch_norm(model: SimIPUDenseModel, dataset: Any) -> None:
+    """Set the running statistics of the image encoder's batch norms to those of a data set's frames, not augmented.
+
+    Random weights come with statistics that fit nothing; frozen like that they would be an unfairly weak baseline.
+    """
+
+    def batches() -> Iterator[torch.Tensor]:
+        for first in range(0, len(dataset), 8):
+            indices = range(first, min(first + 8, len(dataset)))
+            yield torch.stack([dataset.pixel_values(index) for index in indices]).to(model.device)
+
+    update_bn(batches(), model.image_encoder)
 
 
 # --- what the runs say ----------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ python -m simipu_hf.evaluate_depth --model RUN --test_frames KITTI#val --output_
 """
 
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 
 from .data.depth import DepthFrame, select_depth_rows, usable_frames
-from .data.sources import split_source
+from .data.sources import describe_frames
 from .errors import SimIPUError, exit_code_of
 from .evaluation.depth import DepthProtocol, evaluate_frames, format_metrics, write_json
 from .hub.card import add_evaluation, write_model_card
@@ -22,7 +21,7 @@ from .modeling.configuration_simipu import SimIPUDepthConfig
 from .modeling.image_processing_simipu import SimIPUImageProcessor
 from .modeling.modeling_simipu_depth import SimIPUForDepthEstimation
 from .training.arguments import EvaluateDepthArguments, parse_arguments
-from .visualization import draw_depth, save_figure
+from .visualization import PictureFolder, draw_depth
 
 EVALUATION_FILE = "depth_evaluation.json"
 
@@ -69,28 +68,14 @@ def evaluate_depth(arguments: EvaluateDepthArguments) -> dict[str, Any]:
     return result
 
 
-class PictureWriter:
-    """Draws image, prediction and ground truth of the first `count` frames that it is given into a folder.
-
-    Args:
-        folder: `None` draws nothing.
-    """
-
-    def __init__(self, folder: Path | None, count: int = 8):
-        self.folder = folder
-        self.count = count
-        self.drawn = 0
+class PictureWriter(PictureFolder):
+    """Draws image, prediction and ground truth of the frames that it is called with."""
 
     def __call__(self, frame: DepthFrame, prediction: np.ndarray) -> None:
-        if self.folder is None or self.drawn == self.count:
-            return
         top, left, height, width = frame.window
         seen = (slice(top, top + height), slice(left, left + width))
         maps = {"LiDAR, the ground truth": frame.depth[seen], "predicted": prediction[seen]}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        name = re.sub(r"[^A-Za-z0-9]+", "_", frame.frame_id)
-        save_figure(draw_depth(frame.frame_id, frame.image, maps), self.folder / f"{self.drawn:03d}_{name}.png")
-        self.drawn += 1
+        self.add(frame.frame_id, lambda: draw_depth(frame.frame_id, frame.image, maps))
 
 
 def load_depth_model(model: str | os.PathLike) -> tuple[SimIPUForDepthEstimation, SimIPUImageProcessor]:
@@ -119,14 +104,6 @@ def record_in_card(folder: Path, frames: Sequence[str], result: dict[str, Any]) 
         f"{'flip test' if protocol['flip_test'] else 'no flip test'}, no median scaling, per image and then averaged"
     )
     add_evaluation(folder, "depth-estimation", *describe_frames(frames), result["metrics"], text)
-
-
-def describe_frames(frames: Sequence[str]) -> tuple[str, str]:
-    """Names of the data sets and of their splits, without folders and without lists of ids."""
-    sources, rests = zip(*map(split_source, frames), strict=True)
-    names = dict.fromkeys(re.split(r"[/\\]", source.rstrip("/\\"))[-1] for source in sources)
-    splits = dict.fromkeys(re.split(r":(?![^\[]*\])", rest)[0] or "all" for rest in rests)
-    return " + ".join(names), " + ".join(splits)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

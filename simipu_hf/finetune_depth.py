@@ -3,94 +3,48 @@
     accelerate launch -m simipu_hf.finetune_depth --image_encoder RUN_OR_TIMM_NAME \
         --train_frames KITTI#train --test_frames KITTI#val --output_dir OUT
 
-Read `finetune_depth` first. `DepthTrainer` is the Trainer with the recipe's optimizer, schedule, order of frames and
-evaluation; everything else is the Trainer's own.
+What is depth's own is here: model, data and evaluation. Recipe, Trainer and run folder are those of every task, in
+`simipu_hf.finetuning`.
 """
 
-import json
-import os
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from traceback import clear_frames
 from typing import Any
 
-import torch
-import yaml
 from accelerate.utils import gather_object
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import OneCycleLR
-from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from .data.depth import (
     KB_CROP,
     DepthAugmentation,
     DepthDataset,
     default_crop_size,
-    frame_ids,
     select_depth_rows,
-    to_pixel_values,
     usable_frames,
 )
 from .data.overlap import refuse_shared_frames
-from .errors import SimIPUError, TrainingInterrupted, exit_code_of
-from .evaluate_depth import EVALUATION_FILE, PictureWriter, describe_frames, record_in_card
-from .evaluation.depth import DepthProtocol, evaluate_frames, format_metrics, write_json
-from .files import atomic_folder
-from .hub.card import CURVES, write_model_card
-from .hub.push import HubUploader
-from .hub.sources import find_image_encoder
+from .errors import exit_code_of
+from .evaluate_depth import PictureWriter, record_in_card
+from .evaluation.depth import DepthProtocol, evaluate_frames, format_metrics
+from .finetuning import FineTuningTrainer, create_model, find_rgb_encoder, fine_tune, prepare_model
 from .hub.weights import EncoderWeights, InputConvention
-from .modeling.configuration_simipu import SimIPUDepthConfig
-from .modeling.image_encoder import load_image_encoder_weights
 from .modeling.image_processing_simipu import SimIPUImageProcessor
 from .modeling.modeling_simipu_depth import SimIPUForDepthEstimation
 from .training.arguments import DepthArguments, DepthTaskArguments, parse_arguments
-from .training.batch_norm import kept_running_statistics, synchronize_batch_norm
-from .training.checkpoint import check_same_run
-from .training.distributed import StopRequest, check_precision, check_processes, on_main_process, use_all_cores
-from .training.logging import METRICS_FILE, check_trackers, cut_metrics, read_metrics
-from .training.run_folder import RUN_FILE, data_fingerprint, find_checkpoint, prepare_run_folder, write_run_file
-from .training.sampling import GlobalBatchSampler, quiet_worker
-from .visualization import draw_training_curves, save_figure
-
-
-def find_rgb_encoder(source: str | os.PathLike) -> EncoderWeights:
-    """The image encoder at `source` (a run or encoder folder, a Hub id, a `.pth`, a timm name, `random:<timm name>`)
-    for RGB images and with the architecture's own batch-norm epsilon, as the depth model is built."""
-    return find_image_encoder(source).with_channel_order("rgb").with_own_eps()
 
 
 def create_depth_model(
     encoder: EncoderWeights, image_size: tuple[int, int] | None = None, seed: int = 0, **config_fields: Any
 ) -> SimIPUForDepthEstimation:
-    """A depth model with the encoder's weights and a new decoder, which depends on `seed` and architecture alone.
+    """A depth model with the encoder's weights and a new decoder, see [`create_model`].
 
     model = create_depth_model(find_rgb_encoder("OUT"), max_depth=80.0)
 
     Args:
-        encoder: what to start from; random weights where it holds none.
-        image_size: height and width of the images, for encoders that are built for one size.
-        seed: of the new weights.
         config_fields: of `SimIPUDepthConfig`.
-
-    Raises:
-        SimIPUError: the weights do not fit, or the encoder cannot be built for that size.
     """
-    image_config = {"architecture": encoder.architecture, "model_args": encoder.model_args or None}
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = SimIPUForDepthEstimation(SimIPUDepthConfig(image_config=image_config, **config_fields))
-        if encoder.state_dict:
-            load_image_encoder_weights(model.image_encoder, encoder.state_dict, encoder.description)
-        if image_size is not None:
-            model.set_image_size(image_size)
-    except ValueError as error:
-        raise SimIPUError(f"{encoder.description}: {error}") from error
-    return model
+    return create_model(SimIPUForDepthEstimation, encoder, image_size, seed, **config_fields)
 
 
 def create_image_processor(
@@ -113,122 +67,21 @@ def create_image_processor(
     )
 
 
-class DepthTrainer(Trainer):
-    """`transformers.Trainer` with the published recipe: AdamW, one-cycle schedule, depth metrics.
+class DepthTrainer(FineTuningTrainer):
+    """[`FineTuningTrainer`] with depth metrics; both data sets are [`DepthDataset`]s.
 
         trainer = DepthTrainer(model, recipe("OUT", max_steps=500), train_dataset=DepthDataset(rows, processor))
         trainer.train()
 
-    The order of frames is a function of the seed, their augmentation of (seed, epoch, row), so a resumed run goes on
-    exactly as the uninterrupted one. A whole run is one pass over the loader, whose workers live as long.
-
     Args:
-        args, kwargs: the Trainer's; both data sets are [`DepthDataset`]s. `warmup_steps` is the part of the schedule
-            in which the learning rate rises.
         protocol: of `evaluate`.
-        encoder_learning_rate: peak for the image encoder; `learning_rate` if `None`.
-        decoder_first: share of the steps, at the start, in which the image encoder's weights are frozen.
     """
 
-    # narrower than the Trainer's, which also takes other libraries' models and data sets
-    model: Any
-    processing_class: Any
-    train_dataset: Any
-    eval_dataset: Any
-    optimizer: Any
-    lr_scheduler: Any
+    task = "depth"
 
-    def __init__(
-        self,
-        *args: Any,
-        protocol: DepthProtocol | None = None,
-        encoder_learning_rate: float | None = None,
-        decoder_first: float = 0.0,
-        **kwargs: Any,
-    ):
+    def __init__(self, *args: Any, protocol: DepthProtocol | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.protocol = protocol or DepthProtocol()
-        self.encoder_learning_rate = encoder_learning_rate
-        self.evaluation: dict[str, Any] = {}  # the latest, whole
-        if decoder_first:
-            self.add_callback(DecoderFirst(decoder_first))
-        self._after_backward = ExitStack()
-        self._learning_rates: dict[str, float] = {}
-        if self.args.max_steps <= 0 and self.train_dataset is not None:
-            steps_per_epoch = self._sampler(1).steps_per_epoch
-            self.args.max_steps = max(1, round(self.args.num_train_epochs * steps_per_epoch))
-
-    def _sampler(self, last_step: int) -> GlobalBatchSampler:
-        return GlobalBatchSampler(
-            len(self.train_dataset),
-            self.args.per_device_train_batch_size,
-            accumulation_steps=self.args.gradient_accumulation_steps,
-            num_processes=self.args.world_size,
-            process_index=self.args.process_index,
-            seed=self.args.seed,
-            last_step=last_step,
-        )
-
-    def get_train_dataloader(self) -> DataLoader:
-        return DataLoader(
-            self.train_dataset,
-            batch_sampler=self._sampler(self.args.max_steps),
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.device.type == "cuda",
-            worker_init_fn=quiet_worker,
-            generator=torch.Generator().manual_seed(self.args.seed),  # or it would draw from the global random state
-        )
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            rate = self.args.learning_rate
-            encoder_rate = rate if self.encoder_learning_rate is None else self.encoder_learning_rate
-            encoder = list(self.model.image_encoder.parameters())
-            others = set(self.model.parameters()) - set(encoder)
-            decoder = [parameter for parameter in self.model.parameters() if parameter in others]
-            groups = [
-                {"name": name, "lr": peak, "params": [parameter for parameter in part if parameter.requires_grad]}
-                for name, peak, part in (("image_encoder", encoder_rate, encoder), ("decoder", rate, decoder))
-            ]
-            groups = [group for group in groups if group["params"]]
-            betas = (self.args.adam_beta1, self.args.adam_beta2)
-            self.optimizer = AdamW(groups, rate, betas=betas, weight_decay=self.args.weight_decay)
-        return self.optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> OneCycleLR:
-        """As published: the rate starts at 1/25 of its peak and ends at 1/100 of that; the first beta is cycled."""
-        self.lr_scheduler = OneCycleLR(
-            self.optimizer,
-            [group["lr"] for group in self.optimizer.param_groups],
-            num_training_steps + 1,  # it is asked once more after the last step
-            pct_start=max(1, self.args.get_warmup_steps(num_training_steps)) / num_training_steps,
-            base_momentum=self.args.adam_beta1 - 0.1,
-            max_momentum=self.args.adam_beta1,
-            div_factor=25,
-            final_div_factor=100,
-        )
-        self._created_lr_scheduler = True
-        return self.lr_scheduler
-
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().compute_loss(*args, **kwargs)
-        self._after_backward.enter_context(kept_running_statistics(self.model))
-        return result
-
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        self._learning_rates = {f"learning_rate/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
-        with self._after_backward:
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):  # before the optimizer spreads it
-            keys = self._sampler(self.args.max_steps).step_keys(self.state.global_step)
-            names = [self.train_dataset.frame(row).frame_id for batch in keys for _, row in batch]
-            raise SimIPUError(
-                f"step {self.state.global_step + 1}: the loss is {loss.item()}. Frames of the step: "
-                f"{', '.join(names)}. The weights were not updated: lower --learning_rate, or look at the frames, "
-                "and go on from the last checkpoint"
-            )
-        return loss
 
     def evaluate_frames(self, picture_dir: Path | None = None) -> dict[str, Any]:
         """Evaluate on `eval_dataset`, every process on its share of the frames; as `evaluate_maps`."""
@@ -242,91 +95,6 @@ class DepthTrainer(Trainer):
             gather=gather_object,
             show=PictureWriter(picture_dir if self.is_world_process_zero() else None),
         )
-
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
-        self.evaluation = self.evaluate_frames()
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluation["metrics"].items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            logs |= self._learning_rates
-        self.state.epoch = self.state.global_step / self._sampler(1).steps_per_epoch
-        super().log(logs, start_time)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Without the Trainer's pickle of its arguments, which would hold secrets and cannot be loaded safely."""
-        if self.args.should_save:
-            folder = Path(output_dir or str(self.args.output_dir))
-            self.model.save_pretrained(folder, state_dict=state_dict)
-            self.processing_class.save_pretrained(folder)
-            for file in folder.glob("*.safetensors"):  # written for their owner alone, whatever the umask
-                file.chmod(folder.stat().st_mode & 0o666)
-
-
-class DecoderFirst(TrainerCallback):
-    """Freezes the image encoder's weights for the first `share` of the steps; its batch statistics go on adapting."""
-
-    def __init__(self, share: float):
-        self.share = share
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        model.image_encoder.requires_grad_(state.global_step >= self.share * state.max_steps)
-
-
-class RunFolder(TrainerCallback):
-    """Keeps `metrics.jsonl`, publishes checkpoints, and ends the run after a signal, when a checkpoint is written.
-
-    Args:
-        stop: whether a signal has come.
-        uploader: publishes checkpoints; `None` publishes none.
-    """
-
-    def __init__(self, output_dir: Path, stop: StopRequest, uploader: HubUploader | None = None):
-        self.output_dir = output_dir
-        self.stop = stop
-        self.uploader = uploader
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            cut_metrics(self.output_dir / METRICS_FILE, state.global_step)
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        line = {name.replace("eval_", "eval/", 1): value for name, value in state.log_history[-1].items()}
-        if state.is_world_process_zero and "train_runtime" not in line:  # the Trainer's summary at the end
-            with (self.output_dir / METRICS_FILE).open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line) + "\n")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if any(gather_object([self.stop.requested])):
-            control.should_save = control.should_training_stop = True
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.uploader is not None and state.is_world_process_zero:
-            self.uploader.checkpoint_saved(self.output_dir / f"checkpoint-{state.global_step}")
-
-
-def recipe(output_dir: str | os.PathLike, **changes: Any) -> TrainingArguments:
-    """The published recipe as arguments of the Trainer, with `changes`."""
-    settings = {
-        "per_device_train_batch_size": 8,
-        "num_train_epochs": 24.0,
-        "learning_rate": 1e-4,
-        "weight_decay": 0.01,
-        "adam_beta1": 0.95,
-        "adam_beta2": 0.99,
-        "max_grad_norm": 35.0,
-        "warmup_steps": 0.3,
-        "logging_nan_inf_filter": False,
-        "remove_unused_columns": False,
-        "ddp_timeout": 7200,  # the others wait while the main process writes the final folder
-        "report_to": "none",
-    }
-    arguments = TrainingArguments(str(output_dir), **{**settings, **changes})
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are several processes, never nn.DataParallel
-    return arguments
 
 
 def create_trainer(arguments: DepthArguments, callbacks: Sequence[TrainerCallback] = ()) -> DepthTrainer:
@@ -348,19 +116,14 @@ def create_trainer(arguments: DepthArguments, callbacks: Sequence[TrainerCallbac
     encoder = find_rgb_encoder(arguments.image_encoder)
     size = arguments.image_size or KB_CROP
     model = create_depth_model(encoder, size, arguments.seed, max_depth=arguments.max_depth)
-    model.freeze_image_encoder(arguments.freeze_image_encoder)
-    if arguments.gradient_checkpointing:
-        model.activation_checkpointing_enable()
     processor = create_image_processor(arguments, encoder.input)
     augmentation = DepthAugmentation(crop_size=arguments.crop_size or default_crop_size(arguments.image_size))
     dataset = DepthDataset(
         train_rows, processor, augmentation, arguments.seed, arguments.keep_frames, arguments.on_bad_row
     )
-    check_image_sizes(model, dataset)
+    inputs = [{"pixel_values": image[None]} for image in (dataset[0]["pixel_values"], dataset.pixel_values(0))]
+    settings = prepare_model(model, arguments, inputs)
     test_set = None if test_rows is None else DepthDataset(test_rows, processor, on_bad_row=arguments.on_bad_row)
-    settings = trainer_settings(arguments)
-    if settings.world_size > 1 and arguments.sync_batch_norm:
-        synchronize_batch_norm(model.to(settings.device))
     print(f"image encoder: {encoder.description}", file=sys.stderr)
     return DepthTrainer(
         model,
@@ -375,156 +138,25 @@ def create_trainer(arguments: DepthArguments, callbacks: Sequence[TrainerCallbac
     )
 
 
-def trainer_settings(arguments: DepthArguments) -> TrainingArguments:
-    """The flags as arguments of the Trainer."""
-    check_precision(arguments.mixed_precision)
-    same = (
-        "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "learning_rate",
-        "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "seed", "dataloader_num_workers", "logging_steps",
-    )  # fmt: skip
-    return recipe(
-        arguments.output_dir,
-        **{name: getattr(arguments, name) for name in same},
-        warmup_steps=arguments.warmup_ratio,
-        bf16=arguments.mixed_precision == "bf16",
-        fp16=arguments.mixed_precision == "fp16",
-        report_to=check_trackers(arguments.report_to),
-        eval_strategy="steps" if arguments.eval_steps else "no",
-        eval_steps=arguments.eval_steps or None,
-        save_strategy="steps",
-        save_steps=arguments.checkpointing_steps or sys.maxsize,  # the last step is saved in any case
-        save_total_limit=arguments.save_total_limit or None,
-    )
-
-
-def check_image_sizes(model: SimIPUForDepthEstimation, dataset: DepthDataset) -> None:
-    """One forward of a training window and of a whole image, so that nothing is written for an encoder that takes
-    other sizes."""
-    whole = to_pixel_values([dataset.frame(0).image], dataset.processor)[0]
-    for pixel_values in (dataset[0]["pixel_values"], whole):
-        try:
-            with torch.no_grad():
-                model.eval()(pixel_values=pixel_values[None])
-        except (RuntimeError, ValueError, AssertionError) as error:
-            height, width = pixel_values.shape[-2:]
-            architecture = model.config.image_encoder_config.architecture
-            raise SimIPUError(
-                f"--image_encoder: {architecture} does not take images of {height} x {width} pixels ({error}); choose "
-                "another --image_size or --crop_size"
-            ) from error
-
-
 def finetune_depth(arguments: DepthArguments) -> Path:
     """Fine-tune as the arguments say, in as many processes as were launched, and evaluate.
 
     finetune_depth(DepthArguments(image_encoder="OUT", train_frames=["KITTI#train"], output_dir="DEPTH"))
 
     Returns:
-        The output folder, which `pipeline("depth-estimation")` loads: the model with its image processor and code,
-        `depth_evaluation.json` and `pictures/` of the test frames, `metrics.jsonl`, `run.yaml`, and the checkpoints.
+        The output folder, which `pipeline("depth-estimation")` loads; see [`fine_tune`].
 
     Raises:
         SimIPUError: unusable arguments, data or checkpoint, or a loss that is no number.
         TrainingInterrupted: Ctrl-C or SIGTERM, after saving a checkpoint.
     """
-    output_dir = Path(arguments.output_dir)
-    trainer = create_trainer(arguments)
-    accelerator = trainer.accelerator
-    check_processes(accelerator)
-    use_all_cores(accelerator)
-    checkpoint = on_main_process(accelerator, open_run, arguments, trainer)
-    uploader = None
-    if arguments.push_to_hub and accelerator.is_main_process:
-        uploader = HubUploader(
-            str(arguments.hub_model_id),
-            output_dir,
-            strategy=arguments.hub_strategy,
-            private=arguments.hub_private_repo or None,
-            token=arguments.hub_token,
-        )
-    with StopRequest() as stop:
-        trainer.add_callback(RunFolder(output_dir, stop, uploader))
-        try:
-            trainer.train(resume_from_checkpoint=checkpoint)
-        except BaseException as error:
-            clear_frames(error.__traceback__)  # ends the loader's workers, which ignore the signals that end a process
-            raise
-    step, last_step = trainer.state.global_step, trainer.args.max_steps
-    if step < last_step:
-        raise TrainingInterrupted(
-            f"stopped by {stop.signal.name} after step {step} of {last_step}, saved checkpoint-{step}. Continue with "
-            "the same command and --resume_from_checkpoint latest",
-            exit_code=128 + stop.signal,
-        )
-    on_main_process(accelerator, save_final_model, trainer, output_dir)
-    if trainer.eval_dataset is not None:
-        evaluate_final_model(trainer, arguments)
-    if accelerator.is_main_process:
-        if (figure := draw_training_curves(read_metrics(output_dir / METRICS_FILE))) is not None:
-            save_figure(figure, output_dir / CURVES)
-        write_model_card(output_dir, arguments.hub_model_id)
-    if uploader is not None:
-        uploader.finish()
-    return output_dir
 
-
-# what a resumed run may change; the frames and the schedule are identified by their own record
-FREE = {
-    "output_dir", "train_frames", "train_list", "test_frames", "test_list", "image_dir", "depth_dir", "keep_frames",
-    "evaluation_crop", "flip_test", "num_train_epochs", "max_steps", "per_device_train_batch_size", "report_to",
-    "dataloader_num_workers", "logging_steps", "eval_steps", "checkpointing_steps", "save_total_limit",
-    "gradient_checkpointing", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy",
-}  # fmt: skip
-
-
-def open_run(arguments: DepthArguments, trainer: DepthTrainer) -> str | None:
-    """Prepare the run folder and write `run.yaml`; the checkpoint to resume from, `None` to start at the beginning."""
-    output_dir, resume = Path(arguments.output_dir), arguments.resume_from_checkpoint
-    checkpoint = find_checkpoint(output_dir, resume, arguments.overwrite_output_dir)
-    rows, test_rows = trainer.train_dataset.rows, trainer.eval_dataset and trainer.eval_dataset.rows
-    record = {
-        "source": describe_frames(arguments.train_frames or [str(arguments.image_dir)])[0],
-        "train": {"rows": len(rows), "fingerprint": data_fingerprint(frame_ids(rows))},
-        "test": test_rows and {"rows": len(test_rows), "fingerprint": data_fingerprint(frame_ids(test_rows))},
-        "total_steps": trainer.args.max_steps,
-        "rows_per_step": trainer.args.train_batch_size * trainer.args.world_size,
-    }
-    fixed = {name: value for name, value in arguments.to_dict().items() if name not in FREE}
-    fixed |= {name: record[name] for name in ("train", "total_steps", "rows_per_step")}
-    identity = json.loads(json.dumps(fixed))
-    if checkpoint is not None:
-        with (checkpoint.parent / RUN_FILE).open(encoding="utf-8") as file:
-            check_same_run(yaml.safe_load(file).get("identity", {}), identity, checkpoint)
-    step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
-    prepare_run_folder(output_dir, step, arguments.overwrite_output_dir and resume is None)
-    write_run_file(output_dir, arguments.to_dict(), record, identity=identity)
-    return None if checkpoint is None else str(checkpoint)
-
-
-def save_final_model(trainer: DepthTrainer, output_dir: Path) -> None:
-    """The model beside the checkpoints; each file atomically."""
-    with atomic_folder(output_dir / ".final", overwrite=True) as beside:
-        trainer.save_model(str(beside))
-    for file in (output_dir / ".final").iterdir():
-        file.replace(output_dir / file.name)
-    (output_dir / ".final").rmdir()
-
-
-def evaluate_final_model(trainer: DepthTrainer, arguments: DepthArguments) -> None:
-    """`depth_evaluation.json`, pictures and the card's entry; a failure leaves the model where it is, and says so."""
-    output_dir = Path(arguments.output_dir)
-    try:
-        result = trainer.evaluate_frames(output_dir / "pictures")
-    except SimIPUError as error:
-        raise SimIPUError(
-            f"the model is saved in {output_dir}, but could not be evaluated: {error}. Evaluate it later with "
-            f"simipu-hf evaluate-depth --model {output_dir}"
-        ) from error
-    if trainer.is_world_process_zero():
-        description = {"image_encoder": trainer.model.config.image_encoder_config.architecture}
-        write_json(output_dir / EVALUATION_FILE, {**description, **result})
-        record_in_card(output_dir, arguments.test_frames or [str(arguments.test_list)], result)
+    def record(result: dict[str, Any]) -> None:
+        frames = arguments.test_frames or [str(arguments.test_list)]
+        record_in_card(Path(arguments.output_dir), frames, result)
         print(format_metrics(result["metrics"]))
+
+    return fine_tune(arguments, create_trainer(arguments), record)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,12 +9,22 @@ import pytest
 import torch
 from depth_rows import make_rows, save_rows
 
-from simipu_hf.compare import compare, describe_claims, label_subset, late_improvement, level, speed, summarize
-from simipu_hf.compare_depth import DepthTask, compare_depth, estimate_batch_norm
-from simipu_hf.data.depth import DepthFrame, to_pixel_values, usable_frames
+from simipu_hf.compare import (
+    compare,
+    describe_claims,
+    estimate_batch_norm,
+    label_subset,
+    late_improvement,
+    level,
+    speed,
+    summarize,
+)
+from simipu_hf.compare_depth import DepthTask, compare_depth
+from simipu_hf.data.depth import DepthDataset, DepthFrame, to_pixel_values, usable_frames
 from simipu_hf.data.rows import dataset_from_rows
 from simipu_hf.errors import SimIPUError
-from simipu_hf.finetune_depth import create_depth_model, create_image_processor, find_rgb_encoder
+from simipu_hf.finetune_depth import create_depth_model, create_image_processor
+from simipu_hf.finetuning import find_rgb_encoder
 from simipu_hf.training.arguments import CompareArguments, CompareDepthArguments, DepthTaskArguments
 
 ENCODER = "random:test_resnet"
@@ -182,7 +192,7 @@ def test_frozen_random_encoder_gets_the_statistics_of_the_frames():
     processor = create_image_processor(DepthTaskArguments(kb_crop=False, image_size=(32, 64)))
     frames: list[DepthFrame] = list(usable_frames(list(make_rows()), processor))
     model = create_depth_model(find_rgb_encoder("random:resnet18"))
-    estimate_batch_norm(model, frames, processor)
+    estimate_batch_norm(model, DepthDataset(frames, processor))
     first = model.image_encoder.conv1(to_pixel_values([frame.image for frame in frames], processor))
     torch.testing.assert_close(model.image_encoder.bn1.running_mean, first.mean((0, 2, 3)), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(model.image_encoder.bn1.running_var, first.var((0, 2, 3)), atol=1e-5, rtol=1e-4)

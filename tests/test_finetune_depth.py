@@ -16,17 +16,17 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, pipeline
 from simipu_hf.cli import run as run_command
 from simipu_hf.data.depth import DepthAugmentation, DepthDataset, DepthFrame, select_frames
 from simipu_hf.data.rows import dataset_from_rows, image_from_row
+from simipu_hf.data.sources import describe_frames
 from simipu_hf.errors import SimIPUError, TrainingInterrupted
-from simipu_hf.evaluate_depth import describe_frames, evaluate_depth
+from simipu_hf.evaluate_depth import evaluate_depth
 from simipu_hf.evaluation.depth import METRICS, DepthProtocol, evaluate_maps
 from simipu_hf.finetune_depth import (
     DepthTrainer,
     create_depth_model,
     create_image_processor,
-    find_rgb_encoder,
     finetune_depth,
-    recipe,
 )
+from simipu_hf.finetuning import find_rgb_encoder, recipe
 from simipu_hf.modeling.modeling_simipu_depth import SimIPUForDepthEstimation
 from simipu_hf.training.arguments import DepthArguments, DepthTaskArguments, EvaluateDepthArguments
 

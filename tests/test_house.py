@@ -10,7 +10,7 @@ FLOORS = [
     ("modeling", "dataset_scripts", "errors", "files", "version"),
     ("data", "training", "evaluation"),
     ("hub", "visualization", "benchmark"),
-    ("pretrain", "finetune_", "evaluate_", "compare", "demo", "check"),
+    ("pretrain", "finetun", "evaluate_", "compare", "demo", "check"),
     ("cli",),
 ]
 LAZY = ("simipu_hf", "simipu_hf.cli")  # import when something is used: the public names, and commands when they run

@@ -460,6 +460,10 @@ class DepthDataset(torch.utils.data.Dataset):
             self.kept[index] = frame
         return frame
 
+    def pixel_values(self, index: int) -> torch.Tensor:
+        """`(3, h, w)`: a frame's whole image, not augmented."""
+        return to_pixel_values([self.frame(index).image], self.processor)[0]
+
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, torch.Tensor]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         frame = self.frame(index)

@@ -122,6 +122,14 @@ def split_source(text: str) -> tuple[str, str]:
     return (text[: marks[0]], text[marks[0] + 1 :]) if marks else (text, "")
 
 
+def describe_frames(frames: Sequence[str]) -> tuple[str, str]:
+    """Names of the data sets and of their splits, without folders and without lists of ids."""
+    sources, rests = zip(*map(split_source, frames), strict=True)
+    names = dict.fromkeys(re.split(r"[/\\]", source.rstrip("/\\"))[-1] for source in sources)
+    splits = dict.fromkeys(re.split(r":(?![^\[]*\])", rest)[0] or "all" for rest in rests)
+    return " + ".join(names), " + ".join(splits)
+
+
 def find_source(location: str, dataset_config_name: str | None = None, must_be_folder: bool = False) -> Source:
     """Recognises what `location` is.
 

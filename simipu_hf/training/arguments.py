@@ -257,6 +257,38 @@ class FineTuningArguments:
 
 
 @dataclass(kw_only=True)
+class FineTuningRunArguments(RunArguments, FineTuningArguments):
+    """What every fine-tuning command takes, whatever the task."""
+
+    image_encoder: str = "random:resnet50"
+    """Run or encoder folder, Hub id, .pth, timm name (its ImageNet weights), or random:<timm name>."""
+    freeze_image_encoder: bool = False
+    """Train the decoder or head alone, as a probe of the encoder's features."""
+    train_frames: list[str] = field(default_factory=list)
+    """Frames to train on."""
+    test_frames: list[str] = field(default_factory=list)
+    """Frames to evaluate on; none may be a training frame."""
+    keep_frames: bool = False
+    """Keep decoded frames in memory, for small sets."""
+    per_device_train_batch_size: int = 8
+    """Frames per process and forward pass (the recipe: 2 GPUs x 8)."""
+    num_train_epochs: float = 24.0
+    """Passes over the training frames."""
+    max_grad_norm: float = 35.0
+    """Clip gradients to this norm; 0 does not."""
+    adam_beta1: float = 0.95
+    """Of AdamW; the schedule lowers it by 0.1 while the learning rate rises."""
+    adam_beta2: float = 0.99
+    """Of AdamW."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_recipe()
+        if self.freeze_image_encoder and (self.decoder_first or self.encoder_learning_rate is not None):
+            raise SimIPUError("--freeze_image_encoder leaves nothing to --decoder_first and --encoder_learning_rate")
+
+
+@dataclass(kw_only=True)
 class DepthTaskArguments:
     """What a depth model sees and is measured on. The defaults are the published KITTI recipe."""
 
@@ -286,7 +318,7 @@ class DepthTaskArguments:
 
 
 @dataclass(kw_only=True)
-class DepthArguments(RunArguments, FineTuningArguments, DepthTaskArguments):
+class DepthArguments(FineTuningRunArguments, DepthTaskArguments):
     """Fine-tune an image encoder for monocular depth, and evaluate it by the published protocol.
 
     accelerate launch -m simipu_hf.finetune_depth --image_encoder RUN --train_frames KITTI#train \\
@@ -298,14 +330,6 @@ class DepthArguments(RunArguments, FineTuningArguments, DepthTaskArguments):
     files, a save_to_disk folder or a Hub id; the ids may also be lines of a file, written SOURCE#SPLIT:@FILE.
     """
 
-    image_encoder: str = "random:resnet50"
-    """Run or encoder folder, Hub id, .pth, timm name (its ImageNet weights), or random:<timm name>."""
-    freeze_image_encoder: bool = False
-    """Train the decoder alone, as a probe of the encoder's features."""
-    train_frames: list[str] = field(default_factory=list)
-    """Frames to train on."""
-    test_frames: list[str] = field(default_factory=list)
-    """Frames to evaluate on; none may be a training frame."""
     train_list: str | None = None
     """Eigen file list to train on, instead of --train_frames."""
     test_list: str | None = None
@@ -314,22 +338,9 @@ class DepthArguments(RunArguments, FineTuningArguments, DepthTaskArguments):
     """Folder the image paths of the lists start from (KITTI raw)."""
     depth_dir: str | None = None
     """Folder the depth paths of the lists start from (annotated depth)."""
-    keep_frames: bool = False
-    """Keep decoded frames in memory, for small sets."""
-    per_device_train_batch_size: int = 8
-    """Frames per process and forward pass (the recipe: 2 GPUs x 8)."""
-    num_train_epochs: float = 24.0
-    """Passes over the training frames."""
-    max_grad_norm: float = 35.0
-    """Clip gradients to this norm; 0 does not."""
-    adam_beta1: float = 0.95
-    """Of AdamW; the schedule lowers it by 0.1 while the learning rate rises."""
-    adam_beta2: float = 0.99
-    """Of AdamW."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_recipe()
         self.check_protocol()
         if bool(self.train_frames) == bool(self.train_list):
             raise SimIPUError("give the frames to train on: either --train_frames or --train_list")
@@ -337,8 +348,6 @@ class DepthArguments(RunArguments, FineTuningArguments, DepthTaskArguments):
             raise SimIPUError("give either --test_frames or --test_list, not both")
         if (self.train_list or self.test_list) and not (self.image_dir and self.depth_dir):
             raise SimIPUError("--train_list and --test_list need --image_dir and --depth_dir")
-        if self.freeze_image_encoder and (self.decoder_first or self.encoder_learning_rate is not None):
-            raise SimIPUError("--freeze_image_encoder leaves nothing to --decoder_first and --encoder_learning_rate")
         if self.eval_steps and not (self.test_frames or self.test_list):
             raise SimIPUError("--eval_steps needs --test_frames or --test_list")
 
@@ -391,6 +400,102 @@ class EvaluateDepthArguments:
         if self.test_list and not (self.image_dir and self.depth_dir):
             raise SimIPUError("--test_list needs --image_dir and --depth_dir")
         if self.update_card and not Path(self.model).is_dir():
+            raise SimIPUError(f"--update_card needs a folder, found --model {self.model}")
+
+
+@dataclass(kw_only=True)
+class DetectionTaskArguments:
+    """What a detector sees, finds and is measured on."""
+
+    image_size: tuple[int, int] = (384, 1248)
+    """Height and width that images are resized to; intrinsics follow."""
+    classes: list[Literal["Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc"]] = field(
+        default_factory=lambda: ["Car", "Pedestrian", "Cyclist"]
+    )
+    """What is detected."""
+    zoom: float = 1.2
+    """Largest factor by which a random window of a training image is enlarged; 1 does not."""
+    min_overlap: float | None = None
+    """Intersection over union that a match exceeds; KITTI's own, 0.7 for cars and 0.5 for the others, if None."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """Stop at an invalid frame, or leave it out."""
+
+    def check_protocol(self) -> None:
+        check_choices(self)
+        check_at_least(self, 1, "zoom")
+        if min(self.image_size) < 32:
+            raise SimIPUError(
+                f"--image_size takes a height and a width of at least 32 pixels, found {self.image_size}"
+            )
+        if not self.classes or len(set(self.classes)) < len(self.classes):
+            raise SimIPUError(f"--classes takes each class once, found {self.classes}")
+        check_overlap(self.min_overlap)
+
+
+def check_overlap(min_overlap: float | None) -> None:
+    """Raises a `SimIPUError` for an intersection over union that is none."""
+    if min_overlap is not None and not 0 < min_overlap < 1:
+        raise SimIPUError(f"--min_overlap must be above 0 and below 1, found {min_overlap}")
+
+
+@dataclass(kw_only=True)
+class DetectionArguments(FineTuningRunArguments, DetectionTaskArguments):
+    """Fine-tune an image encoder for monocular 3-D detection, and evaluate it by KITTI's protocol.
+
+    accelerate launch -m simipu_hf.finetune_detection --image_encoder RUN --train_frames KITTI#train \\
+        --test_frames KITTI#val --output_dir OUT
+
+    Frames, named as for finetune-depth, need labels in the column `objects`, which KITTI's object benchmark and a
+    synthetic drive have.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_protocol()
+        if not self.train_frames:
+            raise SimIPUError("give the frames to train on: --train_frames")
+        if self.eval_steps and not self.test_frames:
+            raise SimIPUError("--eval_steps needs --test_frames")
+
+
+@dataclass(kw_only=True)
+class EvaluateDetectionArguments:
+    """Evaluate a 3-D detector, or detections in KITTI's text format, by KITTI's protocol: AP at 40 recall positions.
+
+    simipu-hf evaluate-detection --model RUN --test_frames KITTI#val --output_dir OUT
+    simipu-hf evaluate-detection --predictions OUT/predictions --labels KITTI/training/label_2 --json
+    """
+
+    model: str | None = None
+    """Folder or Hub id of a detector."""
+    test_frames: list[str] = field(default_factory=list)
+    """Frames to evaluate on: SOURCE, SOURCE#SPLIT or SOURCE#SPLIT:ID,ID,..."""
+    predictions: str | None = None
+    """Folder of detections, a text file for each frame, instead of --model."""
+    labels: str | None = None
+    """Folder of the frames' label files, with --predictions."""
+    min_overlap: float | None = None
+    """Intersection over union that a match exceeds; KITTI's own, 0.7 for cars and 0.5 for the others, if None."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """Stop at an invalid frame, or leave it out."""
+    output_dir: str | None = None
+    """Where predictions/ (KITTI's text format), detection_evaluation.json and pictures/ are written."""
+    num_pictures: int = 8
+    """Frames of which a picture is written."""
+    update_card: bool = False
+    """Add the result to the model card of the folder --model."""
+    device: str | None = None
+    """Such as cuda; a GPU where there is one if None."""
+    json: bool = False
+    """Print the result as JSON."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_overlap(self.min_overlap)
+        given = tuple(map(bool, (self.model, self.test_frames, self.predictions, self.labels)))
+        if given not in ((True, True, False, False), (False, False, True, True)):
+            raise SimIPUError("give either --model and --test_frames, or --predictions and --labels")
+        if self.update_card and not (self.model and Path(self.model).is_dir()):
             raise SimIPUError(f"--update_card needs a folder, found --model {self.model}")
 
 
@@ -453,6 +558,19 @@ class CompareDepthArguments(CompareArguments, DepthTaskArguments):
 
     simipu-hf compare-depth --image_encoders simipu=RUN imagenet=resnet18 --train_frames KITTI#train \\
         --test_frames KITTI#val --image_size 96 320 --modes full frozen --label_fractions 0.25 1 --output_dir OUT
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_protocol()
+
+
+@dataclass(kw_only=True)
+class CompareDetectionArguments(CompareArguments, DetectionTaskArguments):
+    """Does pre-training help here? Fine-tune for 3-D detection from several encoders, all else being equal.
+
+    simipu-hf compare-detection --image_encoders simipu=RUN imagenet=resnet18 --train_frames KITTI#train \\
+        --test_frames KITTI#val --image_size 192 640 --label_fractions 0.25 1 --output_dir OUT
     """
 
     def __post_init__(self) -> None:
@@ -599,7 +717,7 @@ def parse_arguments(cls: type[ArgumentsT], argv: Sequence[str] | None = None, pr
     flags = expand_config(sys.argv[1:] if argv is None else argv, cls)
     # what `cls` refuses is for the caller: tyro would print it in a form of its own
     unchecked = type(cls.__name__, (cls,), {"__post_init__": lambda self: None, "__doc__": cls.__doc__})
-    values = tyro.cli(unchecked, prog=prog, description=description, args=flags, use_underscores=True)
+    values: Any = tyro.cli(unchecked, prog=prog, description=description, args=flags, use_underscores=True)
     return cls(**vars(values))
 
 

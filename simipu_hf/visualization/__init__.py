@@ -17,9 +17,10 @@ from .figures import (
 )
 from .frames import visualize
 from .scene import scene_html
-from .style import save_figure
+from .style import PictureFolder, save_figure
 
 __all__ = [
+    "PictureFolder",
     "draw_depth",
     "draw_image_features",
     "draw_matches",

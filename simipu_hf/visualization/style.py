@@ -1,5 +1,7 @@
 """One look for all pictures: light text and coloured data on a dark ground, as in the 3-D page."""
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -64,6 +66,26 @@ def add_depth_bar(figure: Figure, mappable: object, axes: Axes | list[Axes]) -> 
     bar = figure.colorbar(mappable, ax=axes, pad=0.01, label="depth (m)", ticks=DEPTH_TICKS, extend="both", aspect=30)
     bar.ax.minorticks_off()
     bar.set_ticklabels([str(tick) for tick in DEPTH_TICKS])
+
+
+class PictureFolder:
+    """Pictures of the first `count` frames that are given, named by number and frame.
+
+    Args:
+        folder: `None` draws nothing.
+    """
+
+    def __init__(self, folder: Path | None, count: int = 8):
+        self.folder, self.count, self.drawn = folder, count, 0
+
+    def add(self, frame_id: str, draw: Callable[[], Figure]) -> None:
+        """Save what `draw` returns, which is only called where there is room."""
+        if self.folder is None or self.drawn == self.count:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = re.sub(r"[^A-Za-z0-9]+", "_", frame_id)
+        save_figure(draw(), self.folder / f"{self.drawn:03d}_{name}.png")
+        self.drawn += 1
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
