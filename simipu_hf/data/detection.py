@@ -15,7 +15,7 @@ from ..errors import SimIPUError
 from ..modeling.geometry import pixel_transform
 from ..modeling.image_processing_simipu import SimIPUImageProcessor
 from .depth import OnBadRow, crop_window, jitter_colors, to_pixel_values
-from .kitti_objects import NEIGHBOURS, KittiObjects
+from .kitti_objects import NEIGHBOURS, OBJECT_TYPES, KittiObjects
 from .rows import Rows, calibration_from_row, image_from_row
 
 EVERY_CLASS = -1
@@ -124,11 +124,36 @@ class DetectionFrame:
         Raises:
             SimIPUError: the row has no labels or cannot be used; names the frame.
         """
-        name = str(row.get("frame_id", "?"))
-        if row.get("objects") is None:
-            raise SimIPUError(f"frame {name}: expected a column 'objects' of labels, found none")
+        objects = objects_from_row(row)
+        projection = calibration_from_row(row)[0]
+        return cls(str(row.get("frame_id", "?")), np.array(image_from_row(row)), projection, objects)
+
+
+def objects_from_row(row: Mapping[str, Any]) -> KittiObjects:
+    """The labels of a row.
+
+    Raises:
+        SimIPUError: there are none, or one that is no label; names the frame, what was expected and what was found.
+    """
+    name = f"frame {row.get('frame_id', '?')}"
+    if row.get("objects") is None:
+        raise SimIPUError(f"{name}: expected a column 'objects' of labels, found none")
+    try:
         objects = KittiObjects.from_row(row["objects"])
-        return cls(name, np.array(image_from_row(row)), calibration_from_row(row)[0], objects)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise SimIPUError(f"{name}: its objects cannot be read as KITTI's labels ({error!r})") from error
+    for index, kind in enumerate(objects.type):
+        size, box = objects.dimensions[index], objects.bbox[index]
+        where = f"{name}, object {index}"
+        if kind not in OBJECT_TYPES:
+            raise SimIPUError(f"{where}: expected a class of {', '.join(OBJECT_TYPES)}, found {str(kind)!r}")
+        if not np.isfinite([*size, *box, *objects.location[index], objects.rotation_y[index]]).all():
+            raise SimIPUError(f"{where}: expected finite numbers")
+        if (box[:2] > box[2:]).any():
+            raise SimIPUError(f"{where}: expected left <= right and top <= bottom, found {box.tolist()}")
+        if (size < 0).any() and (size != -1).any():  # -1: unknown
+            raise SimIPUError(f"{where}: expected height, width and length of at least 0, found {size.tolist()}")
+    return objects
 
 
 def labelled_frames(
@@ -175,6 +200,7 @@ class DetectionDataset(torch.utils.data.Dataset):
         classes: the model's.
         augmentation: of training samples; `None` for none.
         seed: of the augmentation.
+        keep_frames: keep every decoded frame in memory, for small sets that are gone through many times.
         on_bad_row: `"skip"` takes the next usable row instead of one that cannot be used.
     """
 
@@ -185,22 +211,37 @@ class DetectionDataset(torch.utils.data.Dataset):
         classes: Sequence[str],
         augmentation: DetectionAugmentation | None = None,
         seed: int = 0,
+        keep_frames: bool = False,
         on_bad_row: OnBadRow = "error",
     ):
         if len(rows) == 0:
             raise SimIPUError("the data set has no rows")
         self.rows, self.processor, self.classes = rows, processor, classes
         self.augmentation, self.seed, self.on_bad_row = augmentation, seed, on_bad_row
+        self.kept: dict[int, DetectionFrame] | None = {} if keep_frames else None
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
+    def frame(self, index: int) -> DetectionFrame:
+        """The frame of a row, or of the next usable one."""
+        if self.kept is not None and index in self.kept:
+            return self.kept[index]
         following = ((index + step) % len(self) for step in range(len(self)))
         frame = next(labelled_frames(self.rows, self.on_bad_row, following), None)
         if frame is None:
             raise SimIPUError(f"none of the {len(self)} training frames can be used")
+        if self.kept is not None:
+            self.kept[index] = frame
+        return frame
+
+    def pixel_values(self, index: int) -> torch.Tensor:
+        """`(3, h, w)`: a frame's whole image, not augmented."""
+        return self.sample(self.frame(index))["pixel_values"]
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        frame = self.frame(index)
         generator = None if self.augmentation is None else np.random.default_rng([self.seed, epoch, index])
         return self.sample(frame, generator)
 

@@ -70,6 +70,7 @@ def model_card(folder: str | Path, repo_id: str | None = None, encoder_repo_id: 
         _metadata(name, kind, architecture, run, evaluations),
         name=name,
         architecture=architecture,
+        classes=config.get("classes") or [],
         encoder_repo_id=encoder_repo_id,
         input=convention,
         image_size=convention.size or (384, 1248),

@@ -16,6 +16,7 @@ from .figures import (
     draw_training_curves,
 )
 from .frames import visualize
+from .objects import draw_objects
 from .scene import scene_html
 from .style import PictureFolder, save_figure
 
@@ -24,6 +25,7 @@ __all__ = [
     "draw_depth",
     "draw_image_features",
     "draw_matches",
+    "draw_objects",
     "draw_points_on_image",
     "draw_retrieval",
     "draw_shared_features",

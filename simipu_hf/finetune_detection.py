@@ -1,0 +1,196 @@
+"""Fine-tune an image encoder for monocular 3-D detection, on the stock `transformers.Trainer`.
+
+    accelerate launch -m simipu_hf.finetune_detection --image_encoder RUN_OR_TIMM_NAME \
+        --train_frames KITTI#train --test_frames KITTI#val --output_dir OUT
+
+What is detection's own is here: model, data and evaluation. Recipe, Trainer and run folder are those of every task, in
+`simipu_hf.finetuning`.
+"""
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from accelerate.utils import gather_object
+from transformers import TrainerCallback
+
+from .data.depth import select_frames
+from .data.detection import (
+    DetectionAugmentation,
+    DetectionDataset,
+    collate_detection,
+    labelled_frames,
+    objects_from_row,
+)
+from .data.kitti_objects import KittiObjects
+from .data.overlap import refuse_shared_frames
+from .errors import SimIPUError, exit_code_of
+from .evaluate_detection import detect_frames, format_table, record_in_card, score
+from .finetuning import FineTuningTrainer, create_model, find_rgb_encoder, fine_tune, prepare_model
+from .hub.weights import InputConvention
+from .modeling.configuration_simipu import SimIPUDetectionConfig
+from .modeling.image_processing_simipu import SimIPUImageProcessor
+from .modeling.modeling_simipu_detection import SimIPUForMonocular3DDetection
+from .training.arguments import DetectionArguments, DetectionTaskArguments, parse_arguments
+from .visualization import PictureFolder
+
+
+class DetectionTrainer(FineTuningTrainer):
+    """[`FineTuningTrainer`] with KITTI's average precision; both data sets are [`DetectionDataset`]s.
+
+        trainer = DetectionTrainer(model, recipe("OUT", max_steps=500), train_dataset=DetectionDataset(...))
+        trainer.train()
+
+    Args:
+        min_overlap: of `evaluate`, see [`simipu_hf.evaluate_detection.score`].
+    """
+
+    task = "detection"
+
+    def __init__(self, *args: Any, min_overlap: float | None = None, **kwargs: Any):
+        super().__init__(*args, data_collator=collate_detection, **kwargs)
+        self.min_overlap = min_overlap
+
+    def evaluate_frames(self, picture_dir: Path | None = None) -> dict[str, Any]:
+        """Evaluate on `eval_dataset`, every process on its share of the frames; as [`score`]."""
+        data = self.eval_dataset
+        share = range(self.args.process_index, len(data), self.args.world_size)
+        pictures = PictureFolder(picture_dir if self.is_world_process_zero() else None)
+        frames = labelled_frames(data.rows, data.on_bad_row, share)
+        found = gather_object(detect_frames(self.model, frames, data.processor, pictures))
+        return score(found, self.model.config.classes, self.min_overlap)
+
+
+def create_image_processor(
+    arguments: DetectionTaskArguments, convention: InputConvention | None = None
+) -> SimIPUImageProcessor:
+    """The image pipeline of a detector.
+
+    Args:
+        convention: mean and deviation that the encoder was trained with; ImageNet's if `None`.
+    """
+    convention = convention or InputConvention()
+    height, width = arguments.image_size
+    return SimIPUImageProcessor(
+        size={"height": height, "width": width},
+        image_mean=list(convention.mean),
+        image_std=list(convention.std),
+        pad_size_divisor=1,
+    )
+
+
+def select_labelled(frames: Sequence[str]) -> datasets.Dataset:
+    """The rows that the specifications name, as [`select_frames`], which have labels.
+
+    Raises:
+        SimIPUError: a source without the column `objects`.
+    """
+    rows = select_frames(frames)
+    if "objects" not in rows.column_names:
+        raise SimIPUError(f"{' '.join(frames)}: expected a column 'objects' of labels in every source, found none")
+    return rows
+
+
+def read_labels(rows: datasets.Dataset, on_bad_row: str = "error") -> list[KittiObjects]:
+    """The labels of all rows, without their images, checked before anything is trained on them.
+
+    Raises:
+        SimIPUError: a row whose labels cannot be used; with `"skip"` it is named and left out.
+    """
+    labels = []
+    for row in rows.select_columns(["frame_id", "objects"]):
+        try:
+            labels.append(objects_from_row(row))
+        except SimIPUError as error:
+            if on_bad_row == "error":
+                raise
+            print(f"{error}; left out", file=sys.stderr)
+    return labels
+
+
+def mean_dimensions(labels: Iterable[KittiObjects], classes: Sequence[str]) -> list[list[float]]:
+    """Height, width and length in metres of an average object of each class: where the head's sizes start from.
+
+    KITTI's own for the three classes of its benchmark, those of the labels for others.
+
+    Raises:
+        SimIPUError: no label of any of the classes, or none of one that the benchmark does not have.
+    """
+    labels, default = list(labels), SimIPUDetectionConfig()
+    usual = dict(zip(default.classes, default.mean_dimensions, strict=True))
+    sizes = {name: np.concatenate([o.dimensions[o.type == name] for o in labels] or [[]]) for name in classes}
+    known = {name: size[(size > 0).all(axis=1)] for name, size in sizes.items() if len(size)}
+    missing = [name for name in classes if not len(known.get(name, ())) and name not in usual]
+    if missing or not any(map(len, known.values())):
+        raise SimIPUError(f"--train_frames: expected labels of {', '.join(missing or classes)}, found none")
+    print("labels: " + ", ".join(f"{len(size)} {name}" for name, size in known.items()), file=sys.stderr)
+    return [list(usual[name]) if name in usual else known[name].mean(axis=0).tolist() for name in classes]
+
+
+def create_trainer(arguments: DetectionArguments, callbacks: Sequence[TrainerCallback] = ()) -> DetectionTrainer:
+    """The trainer of `finetune_detection`, for use from Python.
+
+    Raises:
+        SimIPUError: unusable arguments, encoder, frames or labels, or a frame that is trained and tested on.
+    """
+    train_rows = select_labelled(arguments.train_frames)
+    test_rows = select_labelled(arguments.test_frames) if arguments.test_frames else None
+    if test_rows is not None:
+        refuse_shared_frames(train_rows, test_rows, "--test_frames")
+        read_labels(test_rows, arguments.on_bad_row)
+    encoder, classes = find_rgb_encoder(arguments.image_encoder), list(arguments.classes)
+    sizes = mean_dimensions(read_labels(train_rows, arguments.on_bad_row), classes)
+    fields = {"classes": classes, "mean_dimensions": sizes}
+    model = create_model(SimIPUForMonocular3DDetection, encoder, arguments.image_size, arguments.seed, **fields)
+    processor = create_image_processor(arguments, encoder.input)
+    augmentation = DetectionAugmentation(zoom=arguments.zoom)
+    options = {"keep_frames": arguments.keep_frames, "on_bad_row": arguments.on_bad_row}
+    dataset = DetectionDataset(train_rows, processor, classes, augmentation, arguments.seed, **options)
+    first = {name: dataset[0][name][None] for name in ("pixel_values", "camera_projection")}
+    settings = prepare_model(model, arguments, [first])
+    print(f"image encoder: {encoder.description}", file=sys.stderr)
+    return DetectionTrainer(
+        model,
+        settings,
+        train_dataset=dataset,
+        eval_dataset=None if test_rows is None else DetectionDataset(test_rows, processor, classes, **options),
+        processing_class=processor,
+        callbacks=list(callbacks),
+        min_overlap=arguments.min_overlap,
+        encoder_learning_rate=arguments.encoder_learning_rate,
+        decoder_first=arguments.decoder_first,
+    )
+
+
+def finetune_detection(arguments: DetectionArguments) -> Path:
+    """Fine-tune as the arguments say, in as many processes as were launched, and evaluate.
+
+    finetune_detection(DetectionArguments(image_encoder="OUT", train_frames=["KITTI#train"], output_dir="DETECTOR"))
+
+    Returns:
+        The output folder, which `AutoModel.from_pretrained(..., trust_remote_code=True)` loads; see [`fine_tune`].
+
+    Raises:
+        SimIPUError: unusable arguments, data or checkpoint, or a loss that is no number.
+        TrainingInterrupted: Ctrl-C or SIGTERM, after saving a checkpoint.
+    """
+
+    def record(result: dict[str, Any]) -> None:
+        record_in_card(Path(arguments.output_dir), arguments.test_frames, result)
+        print(format_table(result))
+
+    return fine_tune(arguments, create_trainer(arguments), record)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: parse the flags and run; returns the exit code."""
+    return exit_code_of(
+        lambda: finetune_detection(parse_arguments(DetectionArguments, argv, "simipu-hf finetune-detection"))
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""Boxes of objects: in the image, and from above."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from simipu_hf.data.kitti_objects import KittiObjects
+from simipu_hf.modeling.geometry import box_corners, project_points
+
+from .style import BLUE, FAINT, ORANGE, styled
+
+WIDTH, ABOVE = 12.5, 5.0  # inches
+NEAREST = 0.1  # metres: what of a box is nearer is not drawn in the image
+# the front of a box last: its cross says where the object heads
+EDGES = (
+    (0, 3),
+    (1, 2),
+    (2, 3),
+    (4, 7),
+    (5, 6),
+    (6, 7),
+    (2, 6),
+    (3, 7),
+    (0, 1),
+    (4, 5),
+    (0, 4),
+    (1, 5),
+    (0, 5),
+    (1, 4),
+)
+
+
+@styled
+def draw_objects(
+    frame_id: str,
+    image: np.ndarray,
+    camera_projection: np.ndarray,
+    labels: KittiObjects,
+    predictions: KittiObjects | None = None,
+) -> Figure:
+    """Labels and predictions as boxes in the image `(H, W, 3)`, and from above.
+
+    Args:
+        camera_projection: (3, 4), rectified camera frame to pixels.
+        labels: in blue, with DontCare regions as dotted rectangles.
+        predictions: in orange, with their scores.
+    """
+    height, width = image.shape[:2]
+    picture = (WIDTH - 0.9) * height / width + 0.85
+    figure = Figure(figsize=(WIDTH, picture + ABOVE))
+    front, above = figure.subplots(2, 1, height_ratios=[picture, ABOVE])
+    front.imshow((image * 0.8).astype(np.uint8), zorder=0)
+    drawn = [(labels, BLUE, "labels")] + ([] if predictions is None else [(predictions, ORANGE, "predictions")])
+    for objects, color, _ in drawn:
+        _draw_boxes(front, above, objects[(objects.dimensions > 0).all(axis=1)], camera_projection, color)
+    regions = labels.bbox[labels.type == "DontCare"][:, [0, 1, 2, 1, 2, 3, 0, 3, 0, 1]].reshape(-1, 5, 2)
+    front.add_collection(LineCollection(list(regions), colors=FAINT, linestyles="dotted"))
+    for axes, corner in ((front, "upper right"), (above, "upper left")):
+        axes.legend([Line2D([], [], color=color) for _, color, _ in drawn], [name for *_, name in drawn], loc=corner)
+    front.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xticks=[], yticks=[], title=frame_id)
+    _style_above(above, [objects for objects, *_ in drawn])
+    return figure
+
+
+def _draw_boxes(front: Axes, above: Axes, objects: KittiObjects, projection: np.ndarray, color: str) -> None:
+    boxes = np.c_[objects.location, objects.dimensions, objects.rotation_y]
+    corners = box_corners(torch.from_numpy(boxes)).numpy()
+    pixels, depth = project_points(corners, projection)
+    edges = [
+        pixel[[a, b]] for pixel, z in zip(pixels, depth, strict=True) for a, b in EDGES if min(z[a], z[b]) > NEAREST
+    ]
+    front.add_collection(LineCollection(edges, colors=color, linewidths=1.1))
+    # from above, with a line from the middle to the front
+    ground = corners[:, :4, [2, 0]]
+    heading = np.stack([ground.mean(axis=1), ground[:, :2].mean(axis=1)], axis=1)
+    outlines = [*ground[:, [0, 1, 2, 3, 0]], *heading]
+    above.add_collection(LineCollection(outlines, colors=color, linewidths=1.1))
+    for index, score in enumerate(objects.score if objects.score is not None else ()):
+        if depth[index].min() > NEAREST:
+            u, v = pixels[index].min(axis=0)
+            front.text(u, v - 2, f"{score:.2f}", color=color, fontsize=7, clip_on=True)
+
+
+def _style_above(axes: Axes, drawn: Sequence[KittiObjects]) -> None:
+    places = np.concatenate([o.location[(o.dimensions > 0).all(axis=1)] for o in drawn])
+    far = min(80.0, max(20.0, places[:, 2].max(initial=0) + 5))
+    side = max(10.0, np.abs(places[places[:, 2] <= far, 0]).max(initial=0) + 4)
+    axes.set(xlim=(0, far), ylim=(-side, side), xlabel="forward (m)", ylabel="to the right (m)", title="from above")
+    axes.set_aspect("equal", adjustable="box")
+    axes.invert_yaxis()  # right is below, as seen from above with the camera at the left
+    axes.grid()
