@@ -52,7 +52,7 @@ from simipu_hf.training.checkpoint import (
     newest_checkpoint,
 )
 from simipu_hf.training.distributed import SharedFlags, StopRequest, create_accelerator, on_main_process
-from simipu_hf.training.logging import METRICS_FILE, RunLogger, feature_spread, flatten, read_metrics
+from simipu_hf.training.logging import METRICS_FILE, RunLogger, feature_spread, read_metrics
 from simipu_hf.training.optimizers import (
     ChainedOptimizer,
     Recipe,
@@ -62,7 +62,7 @@ from simipu_hf.training.optimizers import (
     create_schedule,
     learning_rates,
 )
-from simipu_hf.training.run_folder import data_fingerprint, find_checkpoint, prepare_run_folder, write_run_file
+from simipu_hf.training.run_folder import data_fingerprint, find_checkpoint, open_run_folder
 from simipu_hf.training.sampling import (
     Steps,
     StoredBatches,
@@ -118,17 +118,30 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
     model, processor = create_model(arguments)
     augmentation = create_augmentation(arguments, model.config)
     batches = create_batches(accelerator, arguments, rows, mixture, processor, augmentation)
-    held_out = create_held_out(accelerator, arguments, held_out_rows, processor, augmentation)
-    steps = Steps(0, count_steps(arguments, batches.steps_per_epoch))
+    held_out = None if held_out_rows is None else TwoViewDataset(held_out_rows, processor, augmentation)
+    check_held_out(accelerator, arguments, held_out)
+    by_epochs = math.ceil(arguments.num_train_epochs * batches.steps_per_epoch)
+    steps = Steps(0, arguments.max_steps if arguments.max_steps > 0 else by_epochs)
     recipe = choose_recipe(arguments, model.simipu.image_encoder, steps.last)
-    identity = run_identity(accelerator, arguments, rows, steps, recipe, model, processor, augmentation)
+    identity = run_identity(accelerator, arguments, recipe, steps, batches, model, processor, augmentation)
     checkpoint = open_checkpoint(accelerator, arguments, identity, steps)
     prepare_model(accelerator, arguments, model)
     example = to_model_inputs(send_to_device(batches.example(), accelerator.device), processor.image_processor)
     try_first_step(accelerator, model, example)
 
     record = {"arguments": arguments.to_dict(), "data": describe_data(rows), "recipe": dataclasses.asdict(recipe)}
-    logger = open_run_folder(accelerator, arguments, record, steps)
+    output_dir = Path(arguments.output_dir)
+    overwrite = arguments.overwrite_output_dir and arguments.resume_from_checkpoint is None
+    on_main_process(accelerator, open_run_folder, output_dir, steps.first, overwrite, **record)
+    logger = RunLogger(
+        accelerator,
+        output_dir,
+        total_steps=steps.last,
+        first_step=steps.first,
+        rows_per_step=rows_per_forward(accelerator, arguments) * arguments.gradient_accumulation_steps,
+        show=SHOWN,
+        record=record,
+    )
     with contextlib.closing(logger):
         optimizer, schedule = create_optimization(arguments, recipe, model, batches.steps_per_epoch, steps.last)
         wrapped, optimizer = accelerator.prepare(model, optimizer)
@@ -138,10 +151,10 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
             logger.message(f"resumed from {checkpoint.path}")
         uploader = create_uploader(arguments) if arguments.push_to_hub and accelerator.is_main_process else None
         train(accelerator, arguments, state, steps, batches, held_out, uploader)
-    on_main_process(accelerator, finish, Path(arguments.output_dir), model, processor, batches, skipped)
+    on_main_process(accelerator, finish, output_dir, model, processor, batches, skipped)
     if uploader:
         uploader.finish()
-    return Path(arguments.output_dir)
+    return output_dir
 
 
 def train(
@@ -185,7 +198,7 @@ def train(
                 continue
 
             logger.step_done()
-            is_evaluated = held_out is not None and steps.is_due(step, arguments.eval_steps)
+            is_evaluated = steps.is_due(step, arguments.eval_steps)
             is_saved = steps.is_due(step, arguments.checkpointing_steps)
             flags.put(step, stop=stop.requested, **logger.not_finite())
             raised = flags.get(wait=is_logged or is_evaluated or is_saved)
@@ -194,7 +207,7 @@ def train(
                 refuse_values_that_are_not_finite(raised, batches, output_dir)
             if is_logged:
                 logger.write_means(step, rates)
-            if is_evaluated:
+            if held_out is not None and is_evaluated:
                 with logger.paused_clock():
                     logger.write(step, evaluate(accelerator, arguments, state.unwrapped_model, held_out))
             if is_saved or "stop" in raised:
@@ -422,8 +435,9 @@ def load_pretrained_image_encoder(model: SimIPUForPreTraining, processor: SimIPU
     except Exception as error:  # timm and the Hub client raise their own, by version
         raise SimIPUError(f"--pretrained_image_encoder: no weights for {config.architecture} ({error})") from error
     if processor.image_processor.do_rescale:  # official images are not: they keep the official mean
-        processor.image_processor.image_mean = tuple(source.pretrained_cfg["mean"])
-        processor.image_processor.image_std = tuple(source.pretrained_cfg["std"])
+        expected: Any = source.pretrained_cfg
+        processor.image_processor.image_mean = tuple(expected["mean"])
+        processor.image_processor.image_std = tuple(expected["std"])
 
 
 def create_augmentation(arguments: PreTrainingArguments, config: SimIPUConfig) -> TwoViewAugmentation:
@@ -438,27 +452,14 @@ def create_augmentation(arguments: PreTrainingArguments, config: SimIPUConfig) -
         raise SimIPUError(f"--augmentation_overrides: {error}; the fields are {known}") from error
 
 
-def create_held_out(
-    accelerator: Accelerator,
-    arguments: PreTrainingArguments,
-    rows: datasets.Dataset | None,
-    processor: SimIPUProcessor,
-    augmentation: TwoViewAugmentation,
-) -> TwoViewDataset | None:
-    """The rows of [`evaluate`].
-
-    Raises:
-        SimIPUError: fewer rows than one batch of all processes.
-    """
-    if rows is None:
-        return None
-    if len(rows) < eval_batch_size(arguments) * accelerator.num_processes:
+def check_held_out(accelerator: Accelerator, arguments: PreTrainingArguments, held_out: TwoViewDataset | None) -> None:
+    """Raises a `SimIPUError` where there are fewer rows to evaluate on than one batch of all processes."""
+    needed = eval_batch_size(arguments) * accelerator.num_processes
+    if held_out is not None and len(held_out) < needed:
         raise SimIPUError(
-            f"--validation_split {arguments.validation_split} has {len(rows)} rows, fewer than one batch of "
-            f"{eval_batch_size(arguments)} on {accelerator.num_processes} processes: lower "
-            "--per_device_eval_batch_size"
+            f"--validation_split {arguments.validation_split} has {len(held_out)} rows, one batch of all processes "
+            f"takes {needed}: lower --per_device_eval_batch_size"
         )
-    return TwoViewDataset(rows, processor, augmentation)
 
 
 def create_batches(
@@ -495,19 +496,16 @@ def warn_of_squeezed_images(dataset: TwoViewDataset) -> None:
         )
 
 
-def count_steps(arguments: PreTrainingArguments, steps_per_epoch: int) -> int:
-    """Optimizer steps of the whole run."""
-    if arguments.max_steps > 0:
-        return arguments.max_steps
-    return math.ceil(arguments.num_train_epochs * steps_per_epoch)
+def rows_per_forward(accelerator: Accelerator, arguments: PreTrainingArguments) -> int:
+    return arguments.per_device_train_batch_size * accelerator.num_processes
 
 
 def run_identity(
     accelerator: Accelerator,
     arguments: PreTrainingArguments,
-    rows: AnyDataset,
-    steps: Steps,
     recipe: Recipe,
+    steps: Steps,
+    batches: StoredBatches | StreamedBatches,
     model: SimIPUForPreTraining,
     processor: SimIPUProcessor,
     augmentation: TwoViewAugmentation,
@@ -521,18 +519,14 @@ def run_identity(
     flags = arguments.to_dict()
     identity = {name: flags[name] for name in flags if name not in MAY_CHANGE | IDENTIFIED_BY_RESULT}
     identity |= {
-        "rows_per_forward": arguments.per_device_train_batch_size * accelerator.num_processes,
+        **batches.identity(),
+        "rows_per_forward": rows_per_forward(accelerator, arguments),
         "recipe": dataclasses.asdict(recipe),
         "augmentation": dataclasses.asdict(augmentation),
         "image_processor": processor.image_processor.to_dict(),
         "feature_extractor": processor.feature_extractor.to_dict(),
         "model_config": config,
     }
-    if isinstance(rows, datasets.IterableDataset):
-        identity |= {name: flags[name] for name in ("data_dir", "dataset_name", "train_split")}
-        identity |= {"num_processes": accelerator.num_processes, "num_workers": arguments.dataloader_num_workers}
-    else:
-        identity["data_fingerprint"] = data_fingerprint(rows["frame_id"])
     if arguments.lr_scheduler_type not in ("exponential", "constant", "constant_with_warmup"):
         identity["total_steps"] = steps.last
     return json.loads(json.dumps(identity, default=str))
@@ -649,30 +643,6 @@ def create_optimization(
     return optimizer, schedule
 
 
-def open_run_folder(
-    accelerator: Accelerator, arguments: PreTrainingArguments, record: dict[str, Any], steps: Steps
-) -> RunLogger:
-    """The output folder with `run.yaml`, and the logger that writes into it."""
-    output_dir = Path(arguments.output_dir)
-    rows_per_micro_batch = arguments.per_device_train_batch_size * accelerator.num_processes
-    overwrite = arguments.overwrite_output_dir and arguments.resume_from_checkpoint is None
-    on_main_process(accelerator, prepare_run_folder, output_dir, steps.first, overwrite)
-    on_main_process(accelerator, write_run_file, output_dir, **record)
-    accelerator.init_trackers(
-        "pretrain",
-        config=flatten(record),
-        init_kwargs={"tensorboard": {"purge_step": steps.first + 1}} if steps.first else {},
-    )
-    return RunLogger(
-        accelerator,
-        output_dir,
-        total_steps=steps.last,
-        first_step=steps.first,
-        rows_per_step=rows_per_micro_batch * arguments.gradient_accumulation_steps,
-        show=SHOWN,
-    )
-
-
 def create_uploader(arguments: PreTrainingArguments) -> HubUploader:
     """What publishes the run in the background."""
     assert arguments.hub_model_id is not None
@@ -740,7 +710,7 @@ def draw_features(model: SimIPUForPreTraining, processor: SimIPUProcessor, row: 
 
     Without the photograph: the picture goes to the Hub with the model, which is no reason to publish the data.
     """
-    frame, stages = Frame.from_row(row), model.config.image_encoder_config.out_indices
+    frame, stages = Frame.from_row(row), model.config.image_encoder_config.stages
     maps = encode_image(model.simipu.image_encoder.eval(), processor.image_processor, frame, stages)
     path.parent.mkdir(exist_ok=True)
     save_figure(draw_image_features(frame, maps, photograph=False), path)

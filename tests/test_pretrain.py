@@ -418,8 +418,15 @@ def test_several_sources_resume_to_the_bit(run, tmp_path, monkeypatch, workers):
 def test_a_stream_resumes_to_the_bit(run, tmp_path, monkeypatch):
     for shard in range(2):
         dataset_from_rows(make_rows(8, seed=shard)).to_parquet(tmp_path / "rows" / f"train-{shard}.parquet")
-    flags = ("--dataset_name", str(tmp_path / "rows"), "--streaming", "--lr_scheduler_type", "cosine")
-    assert_resumes(run, monkeypatch, (*flags, "--dataloader_num_workers", "2"))
+    dataset_from_rows(make_rows(3, seed=9)).to_parquet(tmp_path / "rows" / "validation-0.parquet")
+    assert_resumes(
+        run,
+        monkeypatch,
+        (
+            *("--dataset_name", str(tmp_path / "rows"), "--streaming", "--lr_scheduler_type", "cosine"),
+            *("--dataloader_num_workers", "2", "--eval_steps", "6"),
+        ),
+    )
 
 
 def assert_resumes(run, monkeypatch, flags):
@@ -447,6 +454,18 @@ def test_pretrained_vit_with_an_anchor_and_a_frozen_part(run, frames, tmp_path, 
     encoder = "simipu.image_encoder."
     for part, trained in (("blocks.0.attn.qkv.weight", False), ("blocks.1.attn.qkv.weight", True)):
         assert torch.equal(weights(out)[encoder + part], start[encoder + part]) is not trained
+
+
+def test_the_schedule_waits_where_the_loss_scaler_skips_a_step(run, monkeypatch):
+    def create_accelerator(arguments):
+        accelerator = original(arguments)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)  # every gradient overflows
+        return accelerator
+
+    original = module.create_accelerator
+    monkeypatch.setattr(module, "create_accelerator", create_accelerator)
+    out = run("out")
+    assert [line["learning_rate/image_encoder"] for line in metrics(out)] == [0.003] * 4
 
 
 def test_second_start_on_a_finished_run_only_finishes(run):

@@ -46,11 +46,7 @@ def synchronize_batch_norm(model: nn.Module) -> nn.Module:
         if hasattr(module, "synchronize"):
             module.synchronize = True  # type: ignore[assignment]  # torch types attributes as tensors or modules
     on_cpu = next(model.parameters()).device.type == "cpu"
-    return _convert_on_cpu(model) if on_cpu else _convert_on_accelerator(model)
-
-
-def _convert_on_accelerator(model: nn.Module) -> nn.Module:
-    return convert_sync_batchnorm(model)
+    return _convert_on_cpu(model) if on_cpu else convert_sync_batchnorm(model)
 
 
 def _convert_on_cpu(module: nn.Module) -> nn.Module:
@@ -74,24 +70,21 @@ class ReducedBatchNorm(_BatchNorm):
 
     @classmethod
     def from_batch_norm(cls, source: _BatchNorm) -> "ReducedBatchNorm":
-        converted = cls(source.num_features, source.eps, source.momentum, source.affine, source.track_running_stats)
+        converted = cls(source.num_features, source.eps, source.momentum)
         converted._parameters, converted._buffers = source._parameters, source._buffers
         converted.drop = getattr(source, "drop", converted.drop)
         converted.act = getattr(source, "act", converted.act)
         return converted.train(source.training)
 
-    def _check_input_dim(self, input: torch.Tensor) -> None:
-        if input.dim() < 2:
-            raise ValueError(f"expected at least 2 dimensions, found {input.dim()}")
-
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`input` (B, C, ...) -> the same shape."""
-        self._check_input_dim(input)
-        if not (self.training or self.running_mean is None):
-            output = F.batch_norm(
-                input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
-            )
-            return self.act(self.drop(output))
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        if not self.training:
+            moments = self.running_mean, self.running_var
+            return self.act(self.drop(F.batch_norm(input, *moments, self.weight, self.bias, False, 0.0, self.eps)))
         dims = [d for d in range(input.dim()) if d != 1]
         shape = [1, -1] + [1] * (input.dim() - 2)
         wide = input.to(torch.promote_types(input.dtype, torch.float32))
@@ -99,17 +92,9 @@ class ReducedBatchNorm(_BatchNorm):
         mean = all_reduce_sum(wide.sum(dims)) / count
         centered = wide - mean.view(shape)
         variance = all_reduce_sum(centered.square().sum(dims)) / count
-        if self.training and self.track_running_stats:
-            self._update_running_statistics(mean.detach(), variance.detach() * count / (count - 1))
-        output = centered * (variance + self.eps).rsqrt().view(shape)
-        if self.affine:
-            output = output * self.weight.view(shape) + self.bias.view(shape)
-        return self.act(self.drop(output.to(input.dtype)))
-
-    def _update_running_statistics(self, mean: torch.Tensor, unbiased_variance: torch.Tensor) -> None:
-        if self.num_batches_tracked is None or self.running_mean is None or self.running_var is None:
-            return
         self.num_batches_tracked.add_(1)
-        factor = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
-        self.running_var.lerp_(unbiased_variance.to(self.running_var.dtype), factor)
+        self.running_mean.lerp_(mean.detach().to(self.running_mean), self.momentum)
+        self.running_var.lerp_((variance.detach() * count / (count - 1)).to(self.running_var), self.momentum)
+        scale = (variance + self.eps).rsqrt() * self.weight
+        output = centered * scale.view(shape) + self.bias.view(shape)
+        return self.act(self.drop(output.to(input.dtype)))

@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import ProcessorMixin
 
@@ -212,7 +212,7 @@ class TrainingState:
     accelerator: Accelerator
     model: nn.Module
     processor: ProcessorMixin
-    optimizer: Optimizer
+    optimizer: AcceleratedOptimizer
     schedule: LRScheduler
     logger: RunLogger
     batches: Stateful

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,12 +65,13 @@ class RunLogger:
     a resumed run logs what the uninterrupted one would have. Only the main process writes.
 
     Args:
-        accelerator: its trackers are used and closed.
+        accelerator: its trackers are started, used and closed.
         output_dir: of the run; `metrics.jsonl` lies there.
         total_steps: for the progress bar.
         first_step: where the run starts or resumes.
         rows_per_step: rows of all processes together in one optimizer step.
         show: which values the bar shows, as name -> label.
+        record: what the trackers are told about the run.
     """
 
     def __init__(
@@ -83,11 +83,14 @@ class RunLogger:
         first_step: int,
         rows_per_step: int,
         show: Mapping[str, str],
+        record: Mapping[str, Any],
     ) -> None:
         self.accelerator = accelerator
         self.rows_per_step = rows_per_step
         self.show = show
         self.main = accelerator.is_main_process
+        purge = {"tensorboard": {"purge_step": first_step + 1}} if first_step else {}
+        accelerator.init_trackers("pretrain", config=flatten(record), init_kwargs=purge)
         if self.main:
             cut_metrics(output_dir / METRICS_FILE, first_step)
             self._stream = (output_dir / METRICS_FILE).open("a", encoding="utf-8")
@@ -194,79 +197,57 @@ class RunLogger:
 class Watch:
     """Early warning of what goes wrong quietly in contrastive training, once per kind until it recovers.
 
-    - a loss that stays within `chance_margin` of chance level over `patience` steps, after the first `grace` steps,
+    - a loss within `CHANCE_MARGIN` nats of the random-guess level, after the first `GRACE` steps,
     - embeddings whose standard deviation over the batch vanishes (collapse),
-    - a device that spends more than `max_data_wait` of its time waiting for data.
+    - a device that spends more than `MAX_DATA_WAIT` of its time waiting for data,
 
-    Args:
-        warn: called with each warning.
-        patience: steps over which a condition must hold.
-        grace: steps at the start in which losses are expected to be at chance.
-        chance_margin: nats.
-        min_spread: of the values named `X_spread`.
-        max_data_wait: share of time, 0 to 1.
+    each where it holds on every logged line over `patience` steps.
     """
 
-    def __init__(
-        self,
-        warn: Callable[[str], None],
-        *,
-        patience: int = 100,
-        grace: int = 200,
-        chance_margin: float = 0.1,
-        min_spread: float = 0.05,
-        max_data_wait: float = 0.5,
-    ) -> None:
+    GRACE, CHANCE_MARGIN, MIN_SPREAD, MAX_DATA_WAIT = 200, 0.1, 0.05, 0.5
+
+    def __init__(self, warn: Callable[[str], None], patience: int = 100) -> None:
         self.warn = warn
         self.patience = patience
-        self.grace = grace
-        self.chance_margin = chance_margin
-        self.min_spread = min_spread
-        self.max_data_wait = max_data_wait
+        self._since: dict[str, int] = {}  # kind -> the first line on which it held
         self._warned: set[str] = set()
-        self._recent: dict[str, deque[tuple[int, float]]] = {}
 
     def look(self, step: int, means: Mapping[str, float], data_wait_share: float) -> None:
         """`means` up to `step`, since the last call; they may hold `X_loss` with `X_chance`, and `X_spread`."""
-        for name in [n.removesuffix("_loss") for n in means if n.endswith("_loss")]:
-            if f"{name}_chance" in means and step > self.grace:
-                below = means[f"{name}_chance"] - means[f"{name}_loss"]
+        for name, value in means.items():
+            kind, _, quantity = name.rpartition("_")
+            if quantity == "loss" and f"{kind}_chance" in means:
+                chance = means[f"{kind}_chance"]
                 self._report(
-                    f"{name}_loss",
-                    self._mean(f"{name}_loss", step, below) < self.chance_margin,
-                    f"step {step}: the {name.replace('_', '-')} loss is still at chance level "
-                    f"({means[f'{name}_chance']:.2f}): nothing is learnt there. Check the learning rates, and with "
-                    "simipu-hf data inspect that points and image belong together",
+                    name,
+                    step,
+                    step > self.GRACE and chance - value < self.CHANCE_MARGIN,
+                    f"the {kind.replace('_', '-')} loss is still at chance level ({chance:.2f}): nothing is learnt "
+                    "there. Check the learning rates, and with simipu-hf data inspect that points and image belong "
+                    "together",
                 )
-        for name in [n.removesuffix("_spread") for n in means if n.endswith("_spread")]:
-            spread = self._mean(f"{name}_spread", step, means[f"{name}_spread"])
-            self._report(
-                f"{name}_spread",
-                spread < self.min_spread,
-                f"step {step}: the {name.replace('_', ' ')} features are collapsing: their spread is {spread:.3f} "
-                "(1 is uniform, 0 all alike). Lower the learning rate",
-            )
-        waiting = self._mean("data_wait", step, data_wait_share)
+            if quantity == "spread":
+                self._report(
+                    name,
+                    step,
+                    value < self.MIN_SPREAD,
+                    f"the {kind} features are collapsing: their spread is {value:.3f} (1 is uniform, 0 all alike). "
+                    "Lower the learning rate",
+                )
         self._report(
             "data_wait",
-            waiting > self.max_data_wait,
-            f"step {step}: {waiting:.0%} of the time is spent waiting for data; raise --dataloader_num_workers",
+            step,
+            data_wait_share > self.MAX_DATA_WAIT,
+            f"{data_wait_share:.0%} of the time is spent waiting for data; raise --dataloader_num_workers",
         )
 
-    def _mean(self, name: str, step: int, value: float) -> float:
-        """The mean over the last `patience` steps; NaN, which compares false, until there are that many."""
-        recent = self._recent.setdefault(name, deque())
-        recent.append((step, value))
-        while len(recent) > 1 and step - recent[1][0] >= self.patience:
-            recent.popleft()
-        return sum(v for _, v in recent) / len(recent) if step - recent[0][0] >= self.patience else math.nan
-
-    def _report(self, kind: str, is_bad: bool, text: str) -> None:
-        if is_bad and kind not in self._warned:
-            self._warned.add(kind)
-            self.warn(text)
-        elif not is_bad:
+    def _report(self, kind: str, step: int, holds: bool, text: str) -> None:
+        if not holds:
+            self._since.pop(kind, None)
             self._warned.discard(kind)
+        elif step - self._since.setdefault(kind, step) >= self.patience and kind not in self._warned:
+            self._warned.add(kind)
+            self.warn(f"step {step}: {text}")
 
 
 @torch.no_grad()

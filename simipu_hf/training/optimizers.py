@@ -63,7 +63,7 @@ class ChainedOptimizer(Optimizer):
         self.optimizers = list(optimizers)
         super().__init__([group for optimizer in self.optimizers for group in optimizer.param_groups], {})
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for optimizer in self.optimizers:
             optimizer.step()
 
@@ -111,16 +111,16 @@ def create_optimizer(
     groups: list[dict[str, Any]] = []
     for name, parts in modules.items():
         for module in parts:
-            decay = {
-                "weight_decay": weight_decay,
-                "no_weight_decay_list": getattr(module, "no_weight_decay", set)(),
-            }
+            undecayed: Any = getattr(module, "no_weight_decay", set)()
+            found: list[dict[str, Any]]
             if kind == "sgd":
                 found = [{"params": [p for p in module.parameters() if p.requires_grad]}]
             elif layer_decay < 1 and hasattr(module, "group_matcher"):
-                found = param_groups_layer_decay(module, layer_decay=layer_decay, **decay)
+                found = param_groups_layer_decay(
+                    module, weight_decay, no_weight_decay_list=undecayed, layer_decay=layer_decay
+                )
             else:
-                found = param_groups_weight_decay(module, **decay)
+                found = param_groups_weight_decay(module, weight_decay, no_weight_decay_list=undecayed)
             groups += [{**group, "name": name, "lr": learning_rate * group.get("lr_scale", 1.0)} for group in found]
     groups = [group for group in groups if group["params"]]
     if kind == "sgd":
@@ -152,7 +152,7 @@ def create_schedule(
     return LambdaLR(optimizer, factor)
 
 
-def clip_gradients(accelerator: Accelerator, optimizer: ChainedOptimizer, max_norm: float) -> dict[str, torch.Tensor]:
+def clip_gradients(accelerator: Accelerator, optimizer: Optimizer, max_norm: float) -> dict[str, torch.Tensor]:
     """Clip all gradients together to `max_norm` (0 does not), after removing the loss scale of fp16.
 
     Returns:

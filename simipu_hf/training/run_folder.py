@@ -63,6 +63,12 @@ def find_checkpoint(output_dir: Path, resume: str | None, overwrite: bool) -> Pa
     return None
 
 
+def open_run_folder(output_dir: Path, step: int, overwrite: bool, **record: Any) -> None:
+    """[`prepare_run_folder`] and [`write_run_file`]."""
+    prepare_run_folder(output_dir, step, overwrite)
+    write_run_file(output_dir, **record)
+
+
 def prepare_run_folder(output_dir: Path, step: int = 0, overwrite: bool = False) -> None:
     """Create `output_dir`, or make an earlier run's ready to go on from `step`. Main process only.
 

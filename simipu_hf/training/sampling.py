@@ -19,6 +19,7 @@ from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
 from .arguments import PreTrainingArguments
 from .distributed import StopRequest
+from .run_folder import data_fingerprint
 
 
 @dataclass
@@ -63,6 +64,10 @@ class StoredBatches:
         """A first batch, to try."""
         return self.collate([self.dataset[key] for key in self.sampler.step_keys(0)[0]])
 
+    def identity(self) -> dict[str, Any]:
+        """What has to be the same for a run to continue."""
+        return {"data_fingerprint": data_fingerprint(self.dataset.rows["frame_id"])}
+
     def frame_ids(self, step: int) -> list[str]:
         """The rows of this process in `step`, counted from 1."""
         keys = [key for batch in self.sampler.step_keys(step - 1) for key in batch]
@@ -90,6 +95,12 @@ class StreamedBatches:
         processor: SimIPUProcessor,
         augmentation: TwoViewAugmentation,
     ) -> None:
+        sources = [str(place) for place in (arguments.dataset_name, arguments.data_dir, arguments.train_split)]
+        self._identity = {
+            "stream": data_fingerprint(sources),
+            "num_processes": accelerator.num_processes,
+            "num_workers": arguments.dataloader_num_workers,
+        }
         self.create_loader = functools.partial(
             stream_two_views,
             rows,
@@ -111,6 +122,10 @@ class StreamedBatches:
     def example(self) -> dict[str, torch.Tensor]:
         """A first batch, to try."""
         return next(iter(self.create_loader(num_workers=0)))
+
+    def identity(self) -> dict[str, Any]:
+        """As of the other; the state of a stream belongs to one process and its workers."""
+        return self._identity
 
     def frame_ids(self, step: int) -> list[str]:
         return []  # not known
@@ -138,7 +153,6 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
         num_processes, process_index: as accelerate counts them.
         seed: of the permutations.
         first_step, last_step: optimizer steps to serve, the last one excluded.
-        shuffle: false serves the rows in order.
 
     Raises:
         SimIPUError: fewer rows than one optimizer step takes.
@@ -155,7 +169,6 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
         seed: int = 0,
         first_step: int = 0,
         last_step: int = 1,
-        shuffle: bool = True,
     ):
         rows_per_step = batch_size * num_processes * accumulation_steps
         if num_rows < rows_per_step:
@@ -172,7 +185,6 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
         self.seed = seed
         self.first_step = first_step
         self.last_step = last_step
-        self.shuffle = shuffle
         self.steps_per_epoch = num_rows // rows_per_step
         self._permuted_epoch = -1
         self._rows: list[int] = []
@@ -195,8 +207,6 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
 
     def permutation(self, epoch: int) -> list[int]:
         """The order of the rows in `epoch`."""
-        if not self.shuffle:
-            return list(range(self.num_rows))
         # The generator keeps 64 bits of seed: no two (seed, epoch) below 2**32 share an order.
         generator = torch.Generator().manual_seed(((self.seed & 0xFFFFFFFF) << 31) ^ epoch)
         return torch.randperm(self.num_rows, generator=generator).tolist()
