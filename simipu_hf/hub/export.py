@@ -327,16 +327,15 @@ def write_onnx(weights: EncoderWeights, path: Path, image_size: tuple[int, int] 
     height, width = image_size or weights.input.size or encoder.pretrained_cfg["input_size"][1:]
     example = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
     batch, any_size = {0: torch.export.Dim.DYNAMIC}, {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    # a network built for one size: tracing it for others takes minutes before it fails
+    is_fixed = "img_size" in weights.model_args and not weights.model_args.get("dynamic_img_size")
     try:
-        program = _onnx_program(pyramid, example, {**batch, **any_size})
-        notes = ["takes any number of images of any size that the network takes"]
-    except Exception:  # windows, tables of positions: torch names no common class for what it cannot trace
-        try:
-            program = _onnx_program(pyramid, example, batch)
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0]
-            raise SimIPUError(f"torch cannot express {weights.architecture} in ONNX: {reason}") from error
-        notes = [f"takes any number of images of {height} x {width} pixels"]
+        program = _onnx_program(pyramid, example, batch if is_fixed else batch | any_size)
+    except Exception as error:  # torch names no common class for what it cannot trace
+        reason = str(error).strip().splitlines()[0]
+        raise SimIPUError(f"torch cannot express {weights.architecture} in ONNX: {reason}") from error
+    sizes = f"{height} x {width} pixels" if is_fixed else "any size that the network takes"
+    notes = [f"takes any number of images of {sizes}"]
     program.model.metadata_props["simipu_hf"] = json.dumps(_note(plain))
     program.save(path)
     return [*notes, _compare_onnx(path, pyramid, example)]
