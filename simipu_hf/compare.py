@@ -59,12 +59,16 @@ class Task(Protocol):
         of the first metric; further entries are kept."""
         ...
 
+    def draw(self, folder: Path) -> None:
+        """Pictures of what the model of the latest run predicts for a few test frames."""
+        ...
+
 
 def compare(arguments: CompareArguments, task: Task) -> dict[str, Any]:
     """Run every combination and compare; runs that `output_dir` already holds are not repeated.
 
-    Writes `runs.jsonl` (a line per run, as it ends), `comparison.json`, `comparison.md` (table and claims) and
-    `comparison.png`.
+    Writes `runs.jsonl` (a line per run, as it ends), `comparison.json`, `comparison.md` (table and claims),
+    `comparison.png`, and `pictures/` of every encoder's predictions with all labels and the first seed.
 
     Returns:
         `table`: see [`summarize`]; `runs`: every run; `encoders`: what was loaded; `recipe` and `num_test_frames`.
@@ -83,6 +87,8 @@ def compare(arguments: CompareArguments, task: Task) -> dict[str, Any]:
         run = next((run for run in known if key.items() <= run.items()), None)
         if run is None:
             run = key | task.run(encoders[name], mode, fraction, seed)
+            if (fraction, seed) == (fractions[0], arguments.seeds[0]):
+                task.draw(output_dir / "pictures" / f"{name}_{mode}")
             with (output_dir / RUNS_FILE).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(run) + "\n")
         finished.append(run)
@@ -96,7 +102,7 @@ def compare(arguments: CompareArguments, task: Task) -> dict[str, Any]:
     with atomic_write(output_dir / RESULT_FILE) as stream:
         json.dump(result, stream, indent=2)
     with atomic_write(output_dir / TABLE_FILE) as stream:
-        stream.write(format_table(result, task))
+        stream.write(format_table(result, task) + list_pictures(output_dir))
     plot_comparison(result, task, output_dir / PLOT_FILE)
     return result
 
@@ -139,6 +145,7 @@ class FineTuningTask:
 
     metrics: tuple[str, ...]
     shown: tuple[str, ...]
+    latest: FineTuningTrainer
 
     def __init__(self, arguments: CompareArguments, train_frames: Sequence[Any], test_frames: Sequence[Any]):
         self.arguments, self.train_frames, self.test_frames = arguments, train_frames, test_frames
@@ -175,7 +182,7 @@ class FineTuningTask:
                 trainer.model.freeze_image_encoder()
             trainer.remove_callback(PrinterCallback)
             trainer.train()
-        history = trainer.state.log_history
+        self.latest, history = trainer, trainer.state.log_history
         evaluated = [entry for entry in history if f"eval_{metric}" in entry]
         return {
             "metrics": trainer.evaluation["metrics"],
@@ -184,6 +191,12 @@ class FineTuningTask:
             "train_loss": next(entry["loss"] for entry in reversed(history) if "loss" in entry),
             "seconds": time.perf_counter() - started,
         }
+
+    def draw(self, folder: Path) -> None:
+        """Pictures of what the model of the latest run predicts for two test frames."""
+        data = self.latest.eval_dataset
+        data.rows = data.rows[:2]
+        self.latest.evaluate_frames(folder)
 
 
 def run_settings(arguments: CompareArguments, folder: str, num_frames: int, seed: int) -> TrainingArguments:
@@ -278,15 +291,20 @@ def spread(values: Sequence[float]) -> float | None:
 
 
 def level(pairs: Sequence[tuple[float, float]], sign: int = 1) -> dict[str, Any]:
-    """The difference at the end, in percent of scratch's value of the same seed.
+    """The difference to scratch of the same seed at the end: of errors in percent; scores may be 0: in points.
 
     Args:
         pairs: value of the encoder and of scratch, for each seed.
         sign: 1 where lower values are better, else -1.
     """
-    percent = [100 * (value / base - 1) for value, base in pairs]
+    if sign < 0:
+        unit, differences = "points", [value - base for value, base in pairs]
+    else:
+        unit, differences = "percent", [100 * (value / base - 1) for value, base in pairs]
     better = sum(sign * value < sign * base for value, base in pairs)
-    return {"percent": percent, "mean": statistics.fmean(percent), "std": spread(percent), "seeds_better": better}
+    return {
+        unit: differences, "mean": statistics.fmean(differences), "std": spread(differences), "seeds_better": better,
+    }  # fmt: skip
 
 
 def speed(
@@ -327,7 +345,7 @@ def late_improvement(curve: Sequence[dict[str, Any]], sign: int = 1) -> dict[str
     start = 0.75 * curve[-1]["step"]
     earlier = [point for point in curve if point["step"] <= start] or curve[:1]
     before, after = (statistics.fmean(point["values"]) for point in (earlier[-1], curve[-1]))
-    improvement = sign * (before - after) / before
+    improvement = sign * (before - after) / (max(before, after) or 1.0)
     return {"late_improvement": improvement, "converged": improvement < CONVERGED}
 
 
@@ -386,10 +404,20 @@ def _speed_in_words(entry: dict[str, Any], metric: str) -> str:
 
 def _level_in_words(entry: dict[str, Any]) -> str:
     level = entry["level"]
-    seeds = ", ".join(f"{percent:+.1f}" for percent in level["percent"])
+    unit = "%" if "percent" in level else "points"
+    differences = level["percent" if unit == "%" else "points"]
+    seeds = ", ".join(f"{difference:+.1f}" for difference in differences)
     return (
-        f"LEVEL at the end: {level['mean']:+.1f}{_plus_minus(level['std'], '.1f')} % (by seed {seeds}; better for "
-        f"{level['seeds_better']} of {len(level['percent'])})."
+        f"LEVEL at the end: {level['mean']:+.1f}{_plus_minus(level['std'], '.1f')} {unit} (by seed {seeds}; better "
+        f"for {level['seeds_better']} of {len(differences)})."
+    )
+
+
+def list_pictures(output_dir: Path) -> str:
+    """The pictures of a comparison as Markdown, frame by frame."""
+    paths = sorted((output_dir / "pictures").glob("*/*.png"), key=lambda path: (path.name, path.parent.name))
+    return "".join(
+        f"\n{path.parent.name}:\n![{path.stem}]({path.relative_to(output_dir).as_posix()})\n" for path in paths
     )
 
 

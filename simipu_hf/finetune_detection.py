@@ -126,7 +126,9 @@ def mean_dimensions(labels: Iterable[KittiObjects], classes: Sequence[str]) -> l
     missing = [name for name in classes if not len(known.get(name, ())) and name not in usual]
     if missing or not any(map(len, known.values())):
         raise SimIPUError(f"--train_frames: expected labels of {', '.join(missing or classes)}, found none")
-    print("labels: " + ", ".join(f"{len(size)} {name}" for name, size in known.items()), file=sys.stderr)
+    empty = sum(not np.isin(of_frame.type, list(classes)).any() for of_frame in labels)
+    counts = ", ".join(f"{len(size)} {name}" for name, size in known.items())
+    print(f"labels: {counts}; {empty} of {len(labels)} frames have none of them", file=sys.stderr)
     return [list(usual[name]) if name in usual else known[name].mean(axis=0).tolist() for name in classes]
 
 

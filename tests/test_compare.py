@@ -48,6 +48,10 @@ class FakeTask:
         metrics = {"error": curve[-1]["error"], "score": 1.0}
         return {"metrics": metrics, "curve": curve, "num_frames": round(100 * fraction)}
 
+    def draw(self, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "000_frame.png").touch()
+
 
 @pytest.fixture
 def arguments(tmp_path):
@@ -70,6 +74,7 @@ def test_every_combination_runs_once_and_a_killed_comparison_goes_on(arguments, 
     folder = tmp_path / "comparison"
     for file in ("comparison.json", "comparison.md", "comparison.png", "runs.jsonl"):
         assert (folder / file).stat().st_size > 0
+    assert "![000_frame](pictures/other_frozen/000_frame.png)" in (folder / "comparison.md").read_text("utf-8")
     lines = (folder / "runs.jsonl").read_text(encoding="utf-8").splitlines()
     (folder / "runs.jsonl").write_text("\n".join([*lines[:-1], lines[-1][:20]]), encoding="utf-8")  # while writing
     again = compare(arguments, task)
@@ -86,9 +91,7 @@ def test_level_is_paired_by_seed():
     assert claim["mean"] == pytest.approx(-23.75)
     assert claim["std"] == pytest.approx(statistics.stdev([-50, 2.5]))
     assert claim["seeds_better"] == 1
-    assert level([(0.5, 0.4)], sign=-1) | {"percent": 0, "mean": 0} == {
-        "percent": 0, "mean": 0, "std": None, "seeds_better": 1,
-    }  # fmt: skip
+    assert level([(0.5, 0.0)], sign=-1) == {"points": [0.5], "mean": 0.5, "std": None, "seeds_better": 1}
 
 
 def points(*values):

@@ -16,23 +16,8 @@ from .style import BLUE, FAINT, ORANGE, styled
 
 WIDTH, ABOVE = 12.5, 5.0  # inches
 NEAREST = 0.1  # metres: what of a box is nearer is not drawn in the image
-# the front of a box last: its cross says where the object heads
-EDGES = (
-    (0, 3),
-    (1, 2),
-    (2, 3),
-    (4, 7),
-    (5, 6),
-    (6, 7),
-    (2, 6),
-    (3, 7),
-    (0, 1),
-    (4, 5),
-    (0, 4),
-    (1, 5),
-    (0, 5),
-    (1, 4),
-)
+EDGES = ((0, 3), (1, 2), (2, 3), (4, 7), (5, 6), (6, 7), (2, 6), (3, 7), (0, 1), (4, 5), (0, 4), (1, 5))
+CROSS = ((0, 5), (1, 4))  # on the front, which says where the object heads
 
 
 @styled
@@ -71,10 +56,9 @@ def _draw_boxes(front: Axes, above: Axes, objects: KittiObjects, projection: np.
     boxes = np.c_[objects.location, objects.dimensions, objects.rotation_y]
     corners = box_corners(torch.from_numpy(boxes)).numpy()
     pixels, depth = project_points(corners, projection)
-    edges = [
-        pixel[[a, b]] for pixel, z in zip(pixels, depth, strict=True) for a, b in EDGES if min(z[a], z[b]) > NEAREST
-    ]
-    front.add_collection(LineCollection(edges, colors=color, linewidths=1.1))
+    ends = np.array([*EDGES, *CROSS])
+    edges = pixels[:, ends][depth[:, ends].min(axis=-1) > NEAREST]
+    front.add_collection(LineCollection(list(edges), colors=color, linewidths=1.1))
     # from above, with a line from the middle to the front
     ground = corners[:, :4, [2, 0]]
     heading = np.stack([ground.mean(axis=1), ground[:, :2].mean(axis=1)], axis=1)

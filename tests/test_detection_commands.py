@@ -1,0 +1,159 @@
+"""3-D detection from frames to a table: fine-tuning, evaluation, the saved model, comparison, refused labels."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from detection_rows import PROJECTION, make_row, save_rows
+
+from simipu_hf.compare_detection import compare_detection
+from simipu_hf.data.detection import DetectionFrame
+from simipu_hf.data.kitti_objects import KittiObjects, read_objects_folder, write_objects_folder
+from simipu_hf.errors import SimIPUError
+from simipu_hf.evaluate_detection import detect, evaluate_detection, load_detector
+from simipu_hf.finetune_detection import finetune_detection, mean_dimensions
+from simipu_hf.training.arguments import CompareDetectionArguments, DetectionArguments, EvaluateDetectionArguments
+from simipu_hf.visualization import draw_objects
+
+ENCODER = "random:test_resnet"
+
+
+@pytest.fixture(scope="session")
+def frames(tmp_path_factory) -> str:
+    return save_rows(tmp_path_factory.mktemp("detection_frames"))
+
+
+def detection_arguments(frames, output_dir, **changes) -> DetectionArguments:
+    fields = {
+        "image_encoder": ENCODER,
+        "train_frames": [f"{frames}#train"],
+        "test_frames": [f"{frames}#test"],
+        "output_dir": str(output_dir),
+        "image_size": (64, 192),
+        "per_device_train_batch_size": 2,
+        "max_steps": 2,
+        "eval_steps": 1,
+        "logging_steps": 1,
+        "keep_frames": True,
+        "dataloader_num_workers": 0,
+        "report_to": ["none"],
+    }
+    return DetectionArguments(**{**fields, **changes})
+
+
+@pytest.fixture(scope="session")
+def run(frames, tmp_path_factory) -> Path:
+    return finetune_detection(detection_arguments(frames, tmp_path_factory.mktemp("runs") / "run"))
+
+
+def test_folder_holds_model_evaluation_pictures_and_card(run):
+    saved = json.loads((run / "detection_evaluation.json").read_text())
+    assert saved["num_labels"] == {"Car": 2, "Pedestrian": 0, "Cyclist": 0}
+    assert saved["metrics"]["ap_3d"] == saved["average_precision"]["Car"]["3d"]["moderate"]
+    assert len(list((run / "pictures").iterdir())) == 2
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps if "eval/ap_3d" in line] == [1, 2]
+    card = (run / "README.md").read_text(encoding="utf-8")
+    assert "object-detection" in card
+    assert "3-D boxes of Car, Pedestrian, Cyclist" in card
+
+
+def test_the_cards_snippet_loads_the_model_without_this_package(run, tmp_path):
+    snippet = re.search(r"```python\n(.*?)```", (run / "README.md").read_text(encoding="utf-8"), flags=re.S)
+    assert snippet
+    code = "import sys; sys.modules['simipu_hf'] = None\n" + snippet[1].replace(f'"{run.name}"', repr(str(run)))
+    code += "\nassert boxes.shape[1:] == (7,) and len(names) == len(boxes)\n"
+    environment = {"HF_HOME": str(tmp_path), "PATH": "", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=300)
+
+
+def test_evaluation_of_the_model_and_of_its_files_are_one(run, frames, tmp_path):
+    arguments = {"model": str(run), "test_frames": [f"{frames}#test"], "output_dir": str(tmp_path / "out")}
+    result = evaluate_detection(EvaluateDetectionArguments(**arguments, device="cpu", json=True, min_overlap=0.01))
+    assert result["num_frames"] == 2
+    labels = {f"{i:06d}": KittiObjects.from_row(make_row(i)["objects"]) for i in range(4, 6)}
+    write_objects_folder(tmp_path / "labels", labels)
+    folders = {"predictions": str(tmp_path / "out" / "predictions"), "labels": str(tmp_path / "labels")}
+    again = evaluate_detection(EvaluateDetectionArguments(**folders, json=True, min_overlap=0.01))
+    assert again["metrics"] == pytest.approx(result["metrics"], abs=1e-6)
+    frame, (network, processor) = DetectionFrame.from_row(make_row(4)), load_detector(run)
+    found = detect(network, frame.image, frame.camera_projection, processor)
+    written = read_objects_folder(folders["predictions"], with_scores=True)["000004"]
+    np.testing.assert_allclose(written.location, found.location, atol=1e-3)
+    (tmp_path / "labels" / "000005.txt").unlink()
+    with pytest.raises(SimIPUError, match=r"expected labels of every frame.*no 000005\.txt"):
+        evaluate_detection(EvaluateDetectionArguments(**folders))
+
+
+def test_comparison_of_encoders(frames, tmp_path):
+    arguments = CompareDetectionArguments(
+        image_encoders=[f"other={ENCODER}"],
+        train_frames=[f"{frames}#train"],
+        test_frames=[f"{frames}#test"],
+        output_dir=str(tmp_path),
+        modes=["full", "frozen"],
+        seeds=[3],
+        image_size=(64, 192),
+        max_steps=2,
+        batch_size=2,
+        num_evaluations=2,
+        device="cpu",
+        json=True,
+    )
+    result = compare_detection(arguments)
+    runs = {(run["encoder"], run["mode"]): run for run in result["runs"]}
+    assert runs["scratch", "full"]["train_loss"] == runs["other", "full"]["train_loss"]  # random weights of one seed
+    assert runs["scratch", "frozen"]["train_loss"] != runs["scratch", "full"]["train_loss"]
+    assert result["table"][1]["level"]["points"] == [0.0]
+    report = (tmp_path / "comparison.md").read_text(encoding="utf-8")
+    assert "ap_3d ↑" in report
+    assert len(re.findall(r"\(pictures/\S+\.png\)", report)) == 8
+
+
+# --- labels ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"type": "Bicycle"}, "expected a class of Car.*found 'Bicycle'"),
+        ({"dimensions": [1.5, -2.0, 4.0]}, "length of at least 0.*-2.0"),
+        ({"location": [0.0, float("nan"), 9.0]}, "finite"),
+        ({"bbox": [9.0, 0.0, 2.0, 5.0]}, "left <= right"),
+    ],
+)
+def test_a_bad_label_is_named_before_training(tmp_path, change, message):
+    frames = save_rows(tmp_path, **change)
+    with pytest.raises(SimIPUError, match=f"frame 000001, object 0: .*{message}"):
+        finetune_detection(detection_arguments(frames, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_frames_without_labels_are_refused(frames, tmp_path):
+    with pytest.raises(SimIPUError, match="expected labels of Tram, found none"):
+        finetune_detection(detection_arguments(frames, tmp_path, classes=["Car", "Tram"]))
+    with pytest.raises(SimIPUError, match="2 of 2 frames are also trained on"):
+        finetune_detection(detection_arguments(frames, tmp_path, train_frames=[frames, f"{frames}#test"]))
+
+
+def test_sizes_are_the_benchmarks_or_those_of_the_labels():
+    labels = [KittiObjects.from_row(make_row(i, type="Tram", dimensions=[3, 2, 10 + i])["objects"]) for i in range(3)]
+    assert mean_dimensions(labels, ["Tram", "Car"]) == [[3, 2, 11], [1.53, 1.63, 3.88]]
+
+
+def test_boxes_lie_where_the_image_shows_them():
+    frame = DetectionFrame.from_row(make_row(2))
+    figure = draw_objects(frame.frame_id, frame.image, PROJECTION, frame.objects)
+    front, above = figure.axes
+    drawn = np.concatenate(front.collections[0].get_segments())
+    x, z = frame.objects.location[0, [0, 2]]
+    centre = PROJECTION[:2, :3] @ [x / z, (1.5 - 0.75) / z, 1]
+    assert (drawn.min(axis=0) < centre).all()
+    assert (drawn.max(axis=0) > centre).all()
+    outline = above.collections[0].get_segments()[0]
+    np.testing.assert_allclose(outline[:4].mean(axis=0), [z, x])
+    np.testing.assert_allclose(np.ptp(outline, axis=0), [1.6, 3.9])  # rotation 0: along x
