@@ -583,6 +583,8 @@ class CheckArguments:
     """Is this machine ready? Kernels, precisions, a training step, the loader, the Hub, disk and memory.
 
     simipu-hf check
+
+    simipu-hf check --device cuda:1
     """
 
     device: str | None = None
