@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import timm
@@ -35,6 +35,7 @@ from simipu_hf.evaluation.depth import evaluate_maps, write_json
 from simipu_hf.evaluation.linear_probe import fit_linear_depth_probe
 from simipu_hf.files import atomic_folder
 from simipu_hf.hub.sources import load_image_encoder
+from simipu_hf.modeling.image_encoder import TimmModel
 from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.pretrain import pretrain
@@ -49,10 +50,8 @@ DRIVE, FRAMES, RUN, PICTURES = "drive", "frames", "run", "pictures"
 VALIDATION_SHARE = 0.2
 PRETRAINED, RANDOM = "pretrained", "scratch"  # names of the two encoders of the probe
 
-# A PointNet++ of the same three levels as the default, with a quarter of the points and half the width.
+# A PointNet++ of the default's three levels and samples, half as wide.
 SMALL_POINT_ENCODER = (
-    "point_config.num_points=[[1024],[256],[128,128]],"
-    "point_config.fps_sample_ranges=[[-1],[-1],[128,-1]],"
     "point_config.num_samples=[[16,16,32],[16,16,32],[16,16,16]],"
     "point_config.mlp_channels=[[[16,16,32],[16,16,32],[32,32,64]],[[32,32,64],[32,32,64],[64,64,128]],"
     "[[64,64,128],[64,64,128],[128,128,256]]],"
@@ -371,7 +370,7 @@ def probe_depth(run_dir: Path, frames_dir: Path, picture: Path, settings: DemoSe
         for split in ("train", "validation")
     )
     torch.manual_seed(seed)
-    random = timm.create_model(settings.image_encoder, num_classes=0)
+    random = cast("TimmModel", timm.create_model(settings.image_encoder, num_classes=0))
     batches = (to_pixel_values([frame.image for frame in train[i::8]], processor) for i in range(4))
     update_bn(batches, random)
     encoders = {RANDOM: random, PRETRAINED: load_image_encoder(run_dir / "image_encoder", verbose=False)[0]}
