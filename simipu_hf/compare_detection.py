@@ -15,17 +15,11 @@ from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
 from .compare import TABLE_FILE, FineTuningTask, compare
-from .data.detection import DetectionAugmentation, DetectionDataset, labelled_frames
+from .data.detection import DetectionAugmentation, DetectionDataset, labelled_frames, read_labels, select_labelled
 from .data.overlap import refuse_shared_frames
 from .errors import exit_code_of
 from .evaluate_detection import MEANS
-from .finetune_detection import (
-    DetectionTrainer,
-    create_image_processor,
-    mean_dimensions,
-    read_labels,
-    select_labelled,
-)
+from .finetune_detection import DetectionTrainer, create_image_processor, mean_dimensions
 from .finetuning import create_model
 from .hub.weights import EncoderWeights
 from .modeling.modeling_simipu_detection import SimIPUForMonocular3DDetection

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .data.depth import select_frames
-from .data.detection import DetectionFrame, labelled_frames
+from .data.detection import DetectionFrame, labelled_frames, select_labelled
 from .data.kitti_objects import KittiObjects, read_objects_folder, write_objects_folder
 from .data.sources import describe_frames
 from .errors import SimIPUError, exit_code_of
@@ -61,7 +61,7 @@ def evaluate_detection(arguments: EvaluateDetectionArguments) -> dict[str, Any]:
     else:
         network, processor = load_detector(arguments.model)
         network.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
-        frames = labelled_frames(select_frames(arguments.test_frames), arguments.on_bad_row)
+        frames = labelled_frames(select_labelled(arguments.test_frames), arguments.on_bad_row)
         pictures = PictureFolder(output_dir and output_dir / "pictures", arguments.num_pictures)
         found, classes = detect_frames(network, frames, processor, pictures), tuple(network.config.classes)
         result = {"model": arguments.model}
@@ -108,7 +108,7 @@ def detect_frames(
         predictions = detect(model, frame.image, frame.camera_projection, processor)
         found.append(Found(frame.frame_id, predictions, frame.objects))
         if pictures is not None:
-            pictures.add(frame.frame_id, lambda frame=frame, predictions=predictions: draw_frame(frame, predictions))
+            pictures.add(frame.frame_id, partial(draw_frame, frame, predictions))
     return found
 
 

@@ -12,18 +12,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
-from .data.depth import select_frames
 from .data.detection import (
     DetectionAugmentation,
     DetectionDataset,
     collate_detection,
     labelled_frames,
-    objects_from_row,
+    read_labels,
+    select_labelled,
 )
 from .data.kitti_objects import KittiObjects
 from .data.overlap import refuse_shared_frames
@@ -82,35 +81,6 @@ def create_image_processor(
     )
 
 
-def select_labelled(frames: Sequence[str]) -> datasets.Dataset:
-    """The rows that the specifications name, as [`select_frames`], which have labels.
-
-    Raises:
-        SimIPUError: a source without the column `objects`.
-    """
-    rows = select_frames(frames)
-    if "objects" not in rows.column_names:
-        raise SimIPUError(f"{' '.join(frames)}: expected a column 'objects' of labels in every source, found none")
-    return rows
-
-
-def read_labels(rows: datasets.Dataset, on_bad_row: str = "error") -> list[KittiObjects]:
-    """The labels of all rows, without their images, checked before anything is trained on them.
-
-    Raises:
-        SimIPUError: a row whose labels cannot be used; with `"skip"` it is named and left out.
-    """
-    labels = []
-    for row in rows.select_columns(["frame_id", "objects"]):
-        try:
-            labels.append(objects_from_row(row))
-        except SimIPUError as error:
-            if on_bad_row == "error":
-                raise
-            print(f"{error}; left out", file=sys.stderr)
-    return labels
-
-
 def mean_dimensions(labels: Iterable[KittiObjects], classes: Sequence[str]) -> list[list[float]]:
     """Height, width and length in metres of an average object of each class: where the head's sizes start from.
 
@@ -149,7 +119,7 @@ def create_trainer(arguments: DetectionArguments, callbacks: Sequence[TrainerCal
     model = create_model(SimIPUForMonocular3DDetection, encoder, arguments.image_size, arguments.seed, **fields)
     processor = create_image_processor(arguments, encoder.input)
     augmentation = DetectionAugmentation(zoom=arguments.zoom)
-    options = {"keep_frames": arguments.keep_frames, "on_bad_row": arguments.on_bad_row}
+    options: dict[str, Any] = {"keep_frames": arguments.keep_frames, "on_bad_row": arguments.on_bad_row}
     dataset = DetectionDataset(train_rows, processor, classes, augmentation, arguments.seed, **options)
     first = {name: dataset[0][name][None] for name in ("pixel_values", "camera_projection")}
     settings = prepare_model(model, arguments, [first])

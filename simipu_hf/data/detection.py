@@ -4,17 +4,19 @@ Boxes are KITTI's: x, y, z of the middle of the bottom, height, width, length (m
 the rectified camera frame; boxes in the image are left, top, right, bottom in pixels.
 """
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 
 from ..errors import SimIPUError
 from ..modeling.geometry import pixel_transform
 from ..modeling.image_processing_simipu import SimIPUImageProcessor
-from .depth import OnBadRow, crop_window, jitter_colors, to_pixel_values
+from .depth import OnBadRow, crop_window, jitter_colors, select_frames, to_pixel_values
 from .kitti_objects import NEIGHBOURS, OBJECT_TYPES, KittiObjects
 from .rows import Rows, calibration_from_row, image_from_row
 
@@ -154,6 +156,37 @@ def objects_from_row(row: Mapping[str, Any]) -> KittiObjects:
         if (size < 0).any() and (size != -1).any():  # -1: unknown
             raise SimIPUError(f"{where}: expected height, width and length of at least 0, found {size.tolist()}")
     return objects
+
+
+def select_labelled(frames: Sequence[str]) -> datasets.Dataset:
+    """The rows that the specifications name, as [`select_frames`], which have labels.
+
+    Raises:
+        SimIPUError: a source without the column `objects`, or no object in any row, as in KITTI's `testing/`.
+    """
+    rows = select_frames(frames)
+    if "objects" not in rows.column_names:
+        raise SimIPUError(f"{' '.join(frames)}: expected a column 'objects' of labels in every source, found none")
+    if not any(objects["type"] for objects in rows["objects"]):
+        raise SimIPUError(f"{' '.join(frames)}: expected labelled objects, found none in any of {len(rows)} frames")
+    return rows
+
+
+def read_labels(rows: datasets.Dataset, on_bad_row: OnBadRow = "error") -> list[KittiObjects]:
+    """The labels of all rows, without their images, checked before anything is trained on them.
+
+    Raises:
+        SimIPUError: a row whose labels cannot be used; with `"skip"` it is named and left out.
+    """
+    labels = []
+    for row in rows.select_columns(["frame_id", "objects"]):
+        try:
+            labels.append(objects_from_row(row))
+        except SimIPUError as error:
+            if on_bad_row == "error":
+                raise
+            print(f"{error}; left out", file=sys.stderr)
+    return labels
 
 
 def labelled_frames(
