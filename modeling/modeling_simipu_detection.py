@@ -336,7 +336,8 @@ def detection_losses(logits: Tensor, regression: Tensor, targets: Sequence[Detec
     found = split_values(regression[rows, :, row, column])
     wanted = split_values(torch.cat([target.values for target in targets]))
     error = {name: (found[name] - wanted[name]).abs() for name in CHANNELS}
-    log_spread = found["log_spread"].clamp(min=MIN_LOG_SPREAD)
+    # leaky: a spread that fell below the least one is led up again where the depth turns out wrong
+    log_spread = F.leaky_relu(found["log_spread"] - MIN_LOG_SPREAD) + MIN_LOG_SPREAD
     return {
         "heat_map": (focal_loss(logits, heat_map) * weight).sum() / count,
         "offset": error["offset"].sum() / count,
