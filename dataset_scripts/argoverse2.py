@@ -255,7 +255,7 @@ def read_row(frame: Frame, whole_scans: bool = False, problems: list[str] | None
         "image": frame.image if size else None,
         "points": None if points is None else points.tobytes(),
         "camera_projection": None if projection is None else projection.tolist(),
-        "lidar_to_camera": None if projection is None else lidar_to_camera.tolist(),
+        "lidar_to_camera": None if lidar_to_camera is None else lidar_to_camera.tolist(),
     }
 
 

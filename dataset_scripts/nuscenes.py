@@ -158,11 +158,11 @@ class _Tables:
             row["token"]: scene_names.get(row["scene_token"]) for row in _records(os.path.join(folder, "sample.json"))
         }
         channels = {row["token"]: row["channel"] for row in _records(os.path.join(folder, "sensor.json"))}
-        self.sensors = {}
+        self.sensors: dict[str, tuple[str, np.ndarray, np.ndarray]] = {}
         for row in _records(os.path.join(folder, "calibrated_sensor.json")):
             intrinsics = np.array(row["camera_intrinsic"] or np.zeros((0, 3)), np.float64)
             pose = np.array([*row["rotation"], *row["translation"]], np.float64)
-            self.sensors[row["token"]] = channels.get(row["sensor_token"]), pose, intrinsics
+            self.sensors[row["token"]] = channels.get(row["sensor_token"], ""), pose, intrinsics
         self.data = _sample_data(folder, {t: s[0] for t, s in self.sensors.items() if s[0] in (*CAMERAS, LIDAR)})
         self._drop("ego_pose", lambda row: row["pose"] is None)
         self._drop("sample with a scene", lambda row: self.scene_of_sample.get(row["sample"]) is None)
@@ -293,7 +293,7 @@ def _sample_data(folder: str, channels: dict[str, str]) -> list[dict[str, Any]]:
     try:
         table = pq.read_table(index)
     except (OSError, pa.ArrowInvalid):
-        table = _build_index(*paths, channels)
+        table = _build_index(paths[0], paths[1], channels)
         _keep(table, index)
     columns = {name: table[name].to_pylist() for name in table.column_names if name != "pose"}
     poses = table["pose"].combine_chunks()
@@ -445,7 +445,7 @@ def read_row(frame: Frame, whole_scans: bool = False, problems: list[str] | None
         "image": frame.image if size else None,
         "points": None if points is None else points.tobytes(),
         "camera_projection": None if projection is None else projection.tolist(),
-        "lidar_to_camera": None if projection is None else lidar_to_camera.tolist(),
+        "lidar_to_camera": None if lidar_to_camera is None else lidar_to_camera.tolist(),
     }
 
 

@@ -96,6 +96,7 @@ def _keeps_its_place(conv: nn.Conv2d) -> bool:
         return False
     if "Same" in type(conv).__name__ or conv.padding == "same":
         return True
+    assert not isinstance(conv.padding, str)
     reach = zip(conv.kernel_size, conv.padding, conv.dilation, strict=True)
     return all(2 * padding == dilation * (size - 1) for size, padding, dilation in reach)
 
@@ -119,8 +120,8 @@ def _grid_of(feature_map: Tensor, image: Tensor, reduction: int) -> FeatureGrid 
     # three cells on a diagonal through the middle, far enough from the borders for footprints to be whole
     middle = [length // 2 for length in feature_map.shape[-2:]]
     step = max(1, min(feature_map.shape[-2:]) // 8)
-    chosen = sum(feature_map[k, :, middle[0] + (k - 1) * step, middle[1] + (k - 1) * step].sum() for k in range(3))
-    (footprints,) = torch.autograd.grad(chosen, image, retain_graph=True)
+    cells = [feature_map[k, :, middle[0] + (k - 1) * step, middle[1] + (k - 1) * step] for k in range(3)]
+    (footprints,) = torch.autograd.grad(torch.stack(cells).sum(), image, retain_graph=True)
     footprints = footprints.sum(1).double()
     footprints = footprints.where(footprints >= LEAST_SHARE * footprints.amax((1, 2), keepdim=True), 0)
     offsets = []

@@ -168,7 +168,7 @@ class FeaturePyramid(nn.Module):
         super().__init__()
         self.stages = pyramid_stages(encoder) if out_indices is None else sorted_stages(encoder, out_indices)
         self.channels = feature_channels(encoder, self.stages)
-        self.strides = [_reductions(encoder)[stage] for stage in self.stages]
+        self.strides: list[float] = [_reductions(encoder)[stage] for stage in self.stages]
         single = len(self.stages) > 1 and len(set(self.strides)) == 1
         levels = range(2, 2 - len(self.stages), -1) if single else [0] * len(self.stages)
         self.strides = [stride * 2.0**-level for stride, level in zip(self.strides, levels, strict=True)]

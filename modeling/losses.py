@@ -90,7 +90,7 @@ def contrastive_loss(
         loss = (loss + _mean_over_valid(reverse, valid)) / 2
     count = candidate_valid.sum()
     counts = count.to(precision).expand(len(valid))
-    if near is not None:
+    if near is not None and excluded is not None:
         counts = counts - (near & valid.view(len(excluded), 1, -1).expand_as(excluded).flatten(0, 1)).sum(1)
     chance = (counts.clamp(min=1).log() * valid).sum() / valid.sum().clamp(min=1)
     return ContrastiveResult(loss, chance, valid, count, positions)

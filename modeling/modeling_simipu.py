@@ -22,7 +22,14 @@ from .geometry import (
     sample_feature_map,
     transform_points,
 )
-from .image_encoder import build_image_encoder, configured_grids, feature_channels, hold_frozen, image_feature_maps
+from .image_encoder import (
+    TimmModel,
+    build_image_encoder,
+    configured_grids,
+    feature_channels,
+    hold_frozen,
+    image_feature_maps,
+)
 from .layers import LinearBlock, ProjectionHead, WeightedBatchNorm, linear, run_blocks
 from .losses import ContrastiveResult, contrastive_loss
 from .matching import PendingMatch, pairwise_distances
@@ -161,6 +168,7 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
 
     # Trainer: the loss is a mean over the batch, to be divided by the accumulation steps
     accepts_loss_kwargs = False
+    _anchor: TimmModel | None
 
     def __init__(self, config: SimIPUConfig) -> None:
         super().__init__(config)

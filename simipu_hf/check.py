@@ -288,10 +288,10 @@ def _first_difference(found: Tensor, expected: Tensor, points: Tensor) -> str:
         return ""
     at = int((found != expected).nonzero()[0])
     before = points[expected[:at]].double()
-    distances = [torch.cdist(points[index[at]].double()[None], before).min() for index in (found, expected)]
-    return (
-        "" if torch.isclose(*distances, rtol=1e-6) else f"sample {at} is point {found[at]} instead of {expected[at]}"
-    )
+    reached, wanted = (torch.cdist(points[index[at]].double()[None], before).min() for index in (found, expected))
+    if torch.isclose(reached, wanted, rtol=1e-6):
+        return ""
+    return f"sample {at} is point {found[at]} instead of {expected[at]}"
 
 
 def _try_ball_query(backend: str, device: torch.device) -> str:
@@ -329,6 +329,7 @@ def _try_group_max(backend: str, device: torch.device) -> str:
         leaf = rows.clone().requires_grad_()
         values = point_ops.group_max(leaf, neighbors, name)
         values.square().sum().backward()
+        assert leaf.grad is not None
         results.append((values.detach(), leaf.grad))
     (values, grad), (expected, expected_grad) = results
     return (
@@ -416,7 +417,8 @@ def _step(preset: str, precision: str, device: torch.device) -> str:
         raise Absent("this GPU has no bf16", "use fp16")
     expected = _exact_losses(preset)
     torch.manual_seed(0)
-    model = SimIPUForPreTraining(_small_config(preset)).to(device)
+    model = SimIPUForPreTraining(_small_config(preset))
+    model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the method
     batch = {name: tensor.float().to(device) for name, tensor in _small_batch().items()}
     found = _losses(model, batch, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision))
     errors = {name: abs(found[name] - value) / abs(value) for name, value in expected.items()}

@@ -358,10 +358,11 @@ def choice(commands: dict[str, Any]) -> Any:
     """One of several commands as a type for tyro: for the list in `--help`, and for completion."""
     options = []
     for name, command in commands.items():
+        about: dict[str, Any]
         if isinstance(command, dict):
             about = {"constructor_factory": lambda inner=command: choice(inner), "description": GROUPS[name]}
         else:
-            about = {"constructor": command, "description": getdoc(command).partition("\n")[0]}
+            about = {"constructor": command, "description": (getdoc(command) or "").partition("\n")[0]}
         options.append(Annotated[Any, tyro.conf.subcommand(name, **about)])
     return Union[tuple(options)]  # noqa: UP007 (as many as there are)
 
@@ -369,8 +370,11 @@ def choice(commands: dict[str, Any]) -> Any:
 def show(result: Any, as_json: bool) -> None:
     """A result as text, or as JSON for programs."""
     if as_json:
-        values = result.to_dict() if hasattr(result, "to_dict") else asdict(result) if is_dataclass(result) else result
-        print(json.dumps(values, indent=2, default=str))
+        if hasattr(result, "to_dict"):
+            result = result.to_dict()
+        elif is_dataclass(result) and not isinstance(result, type):
+            result = asdict(result)
+        print(json.dumps(result, indent=2, default=str))
     elif isinstance(result, dict):
         width = max(map(len, result))
         print("\n".join(f"{name:{width}}  {value}" for name, value in result.items()))

@@ -1,5 +1,6 @@
 """The exceptions of this package, and how a command ends with them."""
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -24,7 +25,8 @@ def exit_code_of(run: Callable[[], Any]) -> int:
     `SIMIPU_DEBUG=1` in the environment shows the traceback of a mistake as well.
     """
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot encode a character shows its escape
-        stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         run()
     except TrainingInterrupted as stopped:

@@ -1,7 +1,7 @@
 """A plain PyTorch training loop: road segmentation from the feature pyramid of a SimIPU encoder.
 
-    python docs/examples/pytorch_segmentation.py local-dir:OUT/image_encoder
-    python docs/examples/pytorch_segmentation.py hf-hub:user/resnet50-simipu-kitti
+python docs/examples/pytorch_segmentation.py local-dir:OUT/image_encoder
+python docs/examples/pytorch_segmentation.py hf-hub:user/resnet50-simipu-kitti
 """
 
 import sys

@@ -1,7 +1,7 @@
 """A torchvision Faster R-CNN with a feature pyramid on a SimIPU encoder, from a folder or from the Hub.
 
-    python docs/examples/torchvision_detector.py local-dir:OUT/image_encoder
-    python docs/examples/torchvision_detector.py hf-hub:user/resnet50-simipu-kitti
+python docs/examples/torchvision_detector.py local-dir:OUT/image_encoder
+python docs/examples/torchvision_detector.py hf-hub:user/resnet50-simipu-kitti
 """
 
 import sys

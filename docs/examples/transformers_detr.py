@@ -1,7 +1,7 @@
 """A transformers DETR whose backbone is a SimIPU encoder, from a folder or from the Hub.
 
-    python docs/examples/transformers_detr.py local-dir:OUT/image_encoder
-    python docs/examples/transformers_detr.py hf-hub:user/resnet50-simipu-kitti
+python docs/examples/transformers_detr.py local-dir:OUT/image_encoder
+python docs/examples/transformers_detr.py hf-hub:user/resnet50-simipu-kitti
 """
 
 import sys

@@ -90,7 +90,7 @@ def _resident_bytes(process: Path, name: str) -> int:
 
 def machine_facts() -> dict[str, Any]:
     """What the figures depend on besides the code."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)

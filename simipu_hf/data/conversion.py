@@ -128,9 +128,9 @@ def convert_to_parquet(
         raise SimIPUError(f"{target}: expected a new or empty folder to convert into, found something there")
     if rows_per_shard is not None and rows_per_shard < 1:
         raise SimIPUError(f"rows_per_shard: expected at least 1, found {rows_per_shard}")
-    packing = Packing(image_size, image_format, quality, whole_scans)
+    packing: Packing | None = Packing(image_size, image_format, quality, whole_scans)
     source, names = open_source(dataset_name, data_dir, dataset_config_name, split)
-    options = {"cameras": cameras, "scenes": scenes, "num_proc": num_proc, "cache_dir": cache_dir}
+    options: dict[str, Any] = {"cameras": cameras, "scenes": scenes, "num_proc": num_proc, "cache_dir": cache_dir}
     splits = {
         name: load_pretraining_dataset(
             source.location, dataset_config_name=source.config, split=name, whole_scans=whole_scans, **options

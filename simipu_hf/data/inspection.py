@@ -142,7 +142,7 @@ def inspect_dataset(
         loaded = {}
         for name in wanted:
             repeated: list[str] = []
-            options = {"split": name, "cache_dir": cache_dir, "skipped": repeated}
+            options: dict[str, Any] = {"split": name, "cache_dir": cache_dir, "skipped": repeated}
             loaded[name] = load_pretraining_dataset(source.location, dataset_config_name=source.config, **options)
             inspector.add_problems(repeated)
         counts, notes = {name: len(found) for name, found in loaded.items()}, []
@@ -194,7 +194,7 @@ def _object_names(features: datasets.Features) -> list[str]:
         return []
     objects: Any = features["objects"]
     kind = objects["type"] if isinstance(objects, dict) else objects.feature["type"]
-    return getattr(kind, "feature", kind).names
+    return (kind.feature if hasattr(kind, "feature") else kind).names
 
 
 class _Inspector:

@@ -103,7 +103,7 @@ def load_mixture(
     """
     parts = _load_parts(dataset_name, data_dir, dataset_config_name, Request(**options))
     if not isinstance(parts[0], datasets.IterableDataset):
-        return join_rows(parts), mixture and Mixture([len(part) for part in parts], mixture, seed)
+        return join_rows(parts), Mixture([len(part) for part in parts], mixture, seed) if mixture else None
     weights = mixture or [part.num_shards for part in parts]
     Mixture([1] * len(parts), weights)  # checks them
     probabilities = [weight / sum(weights) for weight in weights]

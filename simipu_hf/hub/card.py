@@ -58,7 +58,7 @@ def model_card(folder: str | Path, repo_id: str | None = None, encoder_repo_id: 
         pyramid = list(range(len(strides)))[-4:] if len({*strides, None}) > len(strides) > 3 else None
         convention = InputConvention.from_data_config(config.get("pretrained_cfg") or {}, order)
     elif "image_config" in config:
-        kind, architecture = KINDS[config.get("model_type")], config["image_config"]["architecture"]
+        kind, architecture = KINDS[config["model_type"]], config["image_config"]["architecture"]
         pyramid = None
         convention = read_input_convention(folder)
     else:
@@ -101,7 +101,7 @@ def dataset_card(
     metadata = header or DatasetCardData()
     metadata.license = license or KITTI_LICENSE
     metadata.task_categories = ["image-feature-extraction", "depth-estimation"]
-    metadata.tags = ["lidar", "autonomous-driving", "simipu", *(["kitti"] if license is None else [])]
+    metadata["tags"] = ["lidar", "autonomous-driving", "simipu", *(["kitti"] if license is None else [])]
     metadata.pretty_name = repo_id.split("/")[-1]
     return _render(DatasetCard, "dataset", metadata, name=repo_id, kitti=license is None, splits=splits)
 
@@ -136,7 +136,9 @@ def redact(text: str) -> str:
 def _render(card: type[ModelCard] | type[DatasetCard], template: str, metadata: Any, **facts: Any) -> str:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES, encoding="utf-8"))
     # from_template knows no folder of templates: the ones that this one extends or includes are handed to it
-    shared = {path.name.split(".")[0]: environment.get_template(path.name) for path in TEMPLATES.glob("_*.md.j2")}
+    shared: dict[str, Any] = {
+        path.name.split(".")[0]: environment.get_template(path.name) for path in TEMPLATES.glob("_*.md.j2")
+    }
     path = TEMPLATES / f"{template}.md.j2"
     rendered = card.from_template(metadata, template_path=str(path), generated=GENERATED, **shared, **facts)
     return re.sub(r"\n{3,}", "\n\n", str(rendered)).rstrip() + "\n"

@@ -282,13 +282,14 @@ def write_transformers(weights: EncoderWeights, path: Path) -> None:
     _check_resnet(weights, "transformers")
     state = weights.with_own_eps().state_dict
     last_norm = "bn3" if "layer1.0.bn3.weight" in state else "bn2"
-    shape: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "depths": [len({n.split(".")[1] for n in state if n.startswith(f"layer{s}.")}) for s in range(1, 5)],
         "layer_type": "bottleneck" if last_norm == "bn3" else "basic",
         "hidden_sizes": [len(state[f"layer{s}.0.{last_norm}.weight"]) for s in range(1, 5)],
         "embedding_size": len(state["bn1.weight"]),
+        "simipu": {"channel_order": weights.input.channel_order},
     }
-    config = ResNetConfig(**shape, **{"simipu": {"channel_order": weights.input.channel_order}})
+    config = ResNetConfig(**fields)
     with torch.device("meta"):
         model = ResNetModel(config)
     model.load_state_dict({_transformers_name(name): value for name, value in state.items()}, assign=True)
@@ -321,9 +322,9 @@ def write_onnx(weights: EncoderWeights, path: Path, image_size: tuple[int, int] 
     if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
         raise SimIPUError(f'the onnx form needs {" and ".join(missing)}: pip install "simipu-hf[onnx]"')
     plain = weights.with_own_eps()
-    encoder = timm.create_model(weights.architecture, num_classes=0, **weights.model_args)
+    encoder = cast("TimmModel", timm.create_model(weights.architecture, num_classes=0, **weights.model_args))
     encoder.load_state_dict(plain.state_dict)
-    pyramid = _Pyramid(cast("TimmModel", encoder)).eval()
+    pyramid = _Pyramid(encoder).eval()
     height, width = image_size or weights.input.size or encoder.pretrained_cfg["input_size"][1:]
     example = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
     batch, any_size = {0: torch.export.Dim.DYNAMIC}, {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}

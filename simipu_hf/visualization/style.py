@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 
@@ -61,7 +62,7 @@ def visible_colormap(name: str, low: float = 0.28, high: float = 1.0) -> Colorma
     return LinearSegmentedColormap.from_list(name, matplotlib.colormaps[name](np.linspace(low, high, 256)))
 
 
-def add_depth_bar(figure: Figure, mappable: object, axes: Axes | list[Axes]) -> None:
+def add_depth_bar(figure: Figure, mappable: ScalarMappable, axes: Axes | list[Axes]) -> None:
     """The scale of depth in metres."""
     bar = figure.colorbar(mappable, ax=axes, pad=0.01, label="depth (m)", ticks=DEPTH_TICKS, extend="both", aspect=30)
     bar.ax.minorticks_off()
