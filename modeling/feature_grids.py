@@ -96,7 +96,8 @@ def _keeps_its_place(conv: nn.Conv2d) -> bool:
         return False
     if "Same" in type(conv).__name__ or conv.padding == "same":
         return True
-    assert not isinstance(conv.padding, str)
+    if isinstance(conv.padding, str):  # "valid"
+        return max(conv.kernel_size) == 1
     reach = zip(conv.kernel_size, conv.padding, conv.dilation, strict=True)
     return all(2 * padding == dilation * (size - 1) for size, padding, dilation in reach)
 
