@@ -437,8 +437,12 @@ def read_points(path: str) -> np.ndarray:
         raise ValueError(f"{path}: expected a LiDAR scan, found no such file")
     with open(path, "rb") as file:
         data = file.read()
+    layout = likely_layout(data)
     if not data or len(data) % 16:
-        raise ValueError(f"{path}: expected whole points of 16 bytes each, found {len(data)} bytes")
+        hint = f", which look like {layout}" if layout else ""
+        raise ValueError(f"{path}: expected whole points of 16 bytes each, found {len(data)} bytes{hint}")
+    if layout:
+        raise ValueError(f"{path}: expected four float32 (x y z reflectance) a point, found what looks like {layout}")
     points = np.frombuffer(data, dtype="<f4").reshape(-1, 4)
     damaged = ~np.isfinite(points).all(axis=1)
     if damaged.any():
@@ -452,6 +456,35 @@ def read_points(path: str) -> np.ndarray:
             f"{path}: expected x, y, z within 1,000 m, found {farthest:.3g}; are these float32 x, y, z, reflectance?"
         )
     return points
+
+
+def likely_layout(data: bytes) -> str | None:
+    """What the bytes of a whole scan look like where that is not four float32 a point: another number of columns, or
+    float64. Only whole scans tell: of points in view alone, other columns can pass for x, y, z, reflectance."""
+    for dtype in ("<f4", "<f8"):
+        values = np.frombuffer(data, dtype, count=len(data) // np.dtype(dtype).itemsize)
+        if np.abs(values).max(initial=0, where=np.isfinite(values)) <= 1e5:
+            columns = _likely_columns(values)
+            return None if (dtype, columns) == ("<f4", 4) else f"{columns} columns of {values.dtype.name}"
+    return None
+
+
+def _likely_columns(values: np.ndarray) -> int:
+    """How many columns a flat array of points has, 3 to 7: 4 unless another number is clearly more likely.
+
+    Coordinates, reflectance, ring and time have magnitudes of their own. Cut at the wrong length the columns are
+    mixtures of all of them, so the share of the variance that lies between columns tells the right length.
+    """
+    blocks = values[: values.size // 420 * 420].reshape(-1, 420)  # 420 is a multiple of every length
+    if not len(blocks):
+        return 4
+    magnitudes = np.log(np.abs(blocks[:: len(blocks) // 8 + 1], dtype=np.float32) + 0.01)
+    total = max(float(magnitudes.var()), 1e-6)
+    shares = {columns: magnitudes.reshape(-1, columns).mean(axis=0).var() / total for columns in (3, 4, 5, 6, 7)}
+    if not shares[4] < 0.5:
+        return 4
+    best = max((3, 5, 6, 7), key=lambda columns: round(shares[columns], 2))
+    return best if shares[best] > shares[4] + 0.1 else 4
 
 
 def points_in_view(points: np.ndarray, lidar_to_image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -21,6 +21,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device, set_seed
+from huggingface_hub.errors import StrictDataclassError
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 from transformers.image_utils import SizeDict
@@ -325,6 +326,10 @@ def load_rows(
     held_out = load_pretraining_dataset(split=arguments.validation_split, **source)
     if isinstance(held_out, datasets.IterableDataset):
         held_out = datasets.Dataset.from_generator(held_out.__iter__, features=held_out.features)
+        print(
+            "warning: streamed frames are not compared with those to evaluate on: see to it that none is in both",
+            file=sys.stderr,
+        )
     else:
         refuse_shared_frames(rows, held_out, f"--validation_split {arguments.validation_split}")
     return rows, mixture, held_out
@@ -354,8 +359,9 @@ def create_model(arguments: PreTrainingArguments) -> tuple[SimIPUForPreTraining,
         model = SimIPUForPreTraining.from_pretrained(start, config=config) if start else SimIPUForPreTraining(config)
     except SimIPUError:
         raise
-    except (ValueError, ImportError, OSError, RuntimeError) as error:
-        raise SimIPUError(f"--model_name_or_path {start}: {error}" if start else str(error)) from error
+    except (ValueError, ImportError, OSError, RuntimeError, StrictDataclassError) as error:
+        said = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+        raise SimIPUError(f"--model_name_or_path {start}: {said}" if start else str(said)) from error
     needed = sum(getattr(model.config.point_config, "num_points", [[0]])[0])
     if processor.feature_extractor.num_points < needed:
         raise SimIPUError(

@@ -137,11 +137,11 @@ def _load_parts(
         source = find_source(location, dataset_config_name, must_be_folder=dataset_name is None)
         split = own_split if own_split and request.split in (None, "train") else request.split
         with named_errors(location):
-            parts.append(_load(source, replace(request, split=split), own_split or "train"))
+            parts.append(_load(source, replace(request, split=split), own_split or None))
     return parts
 
 
-def _load(source: Source, request: Request, train_split: str) -> AnyDataset:
+def _load(source: Source, request: Request, train_split: str | None) -> AnyDataset:
     if source.reader is None and (request.cameras is not None or request.scenes is not None):
         raise SimIPUError(f"{source.location}: cameras and scenes can be chosen of a published data set's files only")
     held_out, split = _plan_split(source, request, train_split)
@@ -163,7 +163,7 @@ def _load(source: Source, request: Request, train_split: str) -> AnyDataset:
     return _share(dataset, held_out, request.validation_share, source.location)
 
 
-def _plan_split(source: Source, request: Request, train_split: str) -> tuple[bool, str]:
+def _plan_split(source: Source, request: Request, train_split: str | None) -> tuple[bool, str]:
     """Whether the rows held out of a split are wanted, and the split to read."""
     split, held_out = request.split, False
     if request.validation_share is not None:
@@ -172,7 +172,7 @@ def _plan_split(source: Source, request: Request, train_split: str) -> tuple[boo
         held_out = split in ("validation", "val")
     if held_out:
         split = train_split
-    elif split is None:
+    if split is None:
         split = source.splits[0] if len(source.splits) == 1 else "train"
     for name in set(_names(split)):
         split = re.sub(rf"(?<![\w.-]){re.escape(name)}(?![\w.-])", source.find_split(name), split)

@@ -233,3 +233,16 @@ def test_damage_in_a_stream_is_named_or_left_out(tmp_path):
     dataset_from_rows(rows, tmp_path / "rows").save_to_disk(tmp_path / "saved")
     with pytest.raises(SimIPUError, match="frame a/2: points"):
         take(stream_of(str(tmp_path / "saved")), 4)
+
+
+def test_a_share_of_the_only_split_is_held_out(tmp_path):
+    rows = dataset_from_rows([make_row(f"log{index // 2}/{index}", index) for index in range(8)], tmp_path)
+    datasets.DatasetDict({"all": rows}).save_to_disk(tmp_path / "saved")
+    train, held_out = (
+        set(load_pretraining_dataset(data_dir=tmp_path / "saved", split=split, validation_share=0.5)["frame_id"])
+        for split in (None, "validation")
+    )
+    assert train | held_out == set(rows["frame_id"])
+    assert train
+    assert held_out
+    assert not train & held_out
