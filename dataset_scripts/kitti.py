@@ -684,5 +684,6 @@ def features(name: str) -> datasets.Features:
 
 
 def _code_hash() -> str:
+    """Changes with this file."""
     with open(__file__, "rb") as file:
         return hashlib.sha256(file.read()).hexdigest()

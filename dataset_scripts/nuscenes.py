@@ -562,7 +562,7 @@ class NuScenes(datasets.GeneratorBasedBuilder):
 
     def __init__(self, *args: Any, hash: str | None = None, **kwargs: Any) -> None:
         # datasets only hashes code that it loads as a script; with this, rows of an older version are not found again
-        super().__init__(*args, hash=hash or code_hash(), **kwargs)
+        super().__init__(*args, hash=hash or _code_hash(), **kwargs)
 
     def _info(self) -> datasets.DatasetInfo:
         return datasets.DatasetInfo(
@@ -611,7 +611,7 @@ def features(name: str) -> datasets.Features:
     )
 
 
-def code_hash() -> str:
+def _code_hash() -> str:
     """Changes with this file."""
     with open(__file__, "rb") as file:
         return hashlib.sha256(file.read()).hexdigest()

@@ -123,21 +123,20 @@ def checks(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
     yield "versions", _versions
     yield "optional packages", _optional_packages
     yield "device", lambda: _device(device)
-    for operation, backend in (
-        ("furthest_point_sample", "numba"),
-        ("furthest_point_sample", "triton"),
-        ("furthest_point_sample_features", "numba"),
-        ("furthest_point_sample_features", "triton"),
-        ("ball_query", "numba"),
-        ("ball_query", "triton"),
-        ("group_max", "numba"),
+    for compare, backends in (
+        (_furthest_point_sample, ("numba", "triton")),
+        (_furthest_point_sample_features, ("numba", "triton")),
+        (_ball_query, ("numba", "triton")),
+        (_group_max, ("numba",)),
     ):
-        yield f"{operation}, {backend}", lambda o=operation, b=backend: _kernel(o, b, device)  # type: ignore[misc]
+        for backend in backends:
+            name = f"{compare.__name__.removeprefix('_')}, {backend}"
+            yield name, functools.partial(_kernel, compare, backend, device)
     yield "point encoder, backward", lambda: _point_encoder(device)
     yield "sparse convolution (spconv)", lambda: _sparse_convolution(device)
     for preset in ("official", "recommended"):
         for precision in TOLERANCES:
-            yield f"step, {preset}, {precision}", lambda p=preset, t=precision: _step(p, t, device)  # type: ignore[misc]
+            yield f"step, {preset}, {precision}", functools.partial(_step, preset, precision, device)
     yield "two processes", lambda: _two_processes(device)
     yield "loader", lambda: _loader(device)
     yield "Hub", _hub
@@ -248,16 +247,16 @@ def _cloud(device: torch.device, points: int = POINTS) -> Tensor:
     return (cloud * 64).round().div(64)[None].to(device)
 
 
-def _kernel(operation: str, backend: str, device: torch.device) -> str:
-    """A backend against the plain PyTorch definition, on a cloud of real size."""
+def _kernel(compare: Callable[[str, torch.device], str], backend: str, device: torch.device) -> str:
+    """A backend against the plain PyTorch definition, on a cloud of real size; `compare` says where they differ."""
+    operation = compare.__name__.removeprefix("_")
     needed = {"numba": "cpu", "triton": "cuda"}[backend]
     if _version(backend) is None:
         raise Absent(f"{backend} is not installed", f"pip install {backend}")
     if device.type != needed:
         raise Absent(f"runs on {needed}, this device is {device.type}")
-    run = globals()[f"_try_{operation}"]
     started = time.perf_counter()
-    problem = run(backend, device)
+    problem = compare(backend, device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - started
@@ -269,13 +268,13 @@ def _kernel(operation: str, backend: str, device: torch.device) -> str:
     return f"equal to the definition, {seconds:.2f} s with it"
 
 
-def _try_furthest_point_sample(backend: str, device: torch.device) -> str:
+def _furthest_point_sample(backend: str, device: torch.device) -> str:
     cloud = _cloud(device)
     found, expected = (point_ops.furthest_point_sample(cloud, CENTRES, name) for name in (backend, "torch"))
     return _first_difference(found[0], expected[0], cloud[0])
 
 
-def _try_furthest_point_sample_features(backend: str, device: torch.device) -> str:
+def _furthest_point_sample_features(backend: str, device: torch.device) -> str:
     cloud = _cloud(device, 4096)
     features = torch.cat([cloud, (cloud * 5).sin().mul(16).round().div(16)], 2)
     found, expected = (point_ops.furthest_point_sample_features(features, 512, name) for name in (backend, "torch"))
@@ -294,7 +293,7 @@ def _first_difference(found: Tensor, expected: Tensor, points: Tensor) -> str:
     return f"sample {at} is point {found[at]} instead of {expected[at]}"
 
 
-def _try_ball_query(backend: str, device: torch.device) -> str:
+def _ball_query(backend: str, device: torch.device) -> str:
     cloud = _cloud(device)
     centres = cloud[:, :: POINTS // CENTRES].contiguous()
     for ring, found, expected in zip(
@@ -320,7 +319,7 @@ def _members(neighbors: point_ops.Neighbors) -> list[dict[int, float]]:
     return groups
 
 
-def _try_group_max(backend: str, device: torch.device) -> str:
+def _group_max(backend: str, device: torch.device) -> str:
     cloud = _cloud(device)
     neighbors = point_ops.ball_query(cloud, cloud[:, : CENTRES // 2].contiguous(), RINGS[2:], SLOTS[2:])[0]
     rows = torch.randn(POINTS, 64, generator=torch.Generator().manual_seed(0)).to(device)

@@ -1,0 +1,25 @@
+"""The readers are files of their own, so what they share is copied: the copies must stay the same."""
+
+import inspect
+
+import numpy as np
+import pytest
+
+from simipu_hf.dataset_scripts import argoverse2, kitti, nuscenes, waymo
+from simipu_hf.modeling import feature_extraction_simipu
+
+
+@pytest.mark.parametrize("name", ["points_in_view", "_code_hash"])
+def test_copies_are_the_same(name: str) -> None:
+    copies = {inspect.getsource(getattr(reader, name)) for reader in (argoverse2, kitti, nuscenes, waymo)}
+    assert len(copies) == 1
+
+
+@pytest.mark.parametrize("columns", [3, 4, 5, 6])
+@pytest.mark.parametrize("dtype", ["<f4", "<f8"])
+def test_both_checks_of_a_scan_s_layout_say_the_same(columns: int, dtype: str) -> None:
+    generator = np.random.default_rng(0)
+    xyz = generator.uniform((3, -20, -2), (60, 20, 1), (840, 3))
+    others = generator.uniform((0, 0, 3e4), (1, 64, 1e5), (840, 3))
+    data = np.hstack([xyz, others])[:, :columns].astype(dtype).tobytes()
+    assert kitti.likely_layout(data) == feature_extraction_simipu._likely_layout(data)
