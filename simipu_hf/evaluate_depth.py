@@ -17,7 +17,7 @@ from .data.sources import describe_frames
 from .errors import SimIPUError, exit_code_of
 from .evaluation.depth import DepthProtocol, evaluate_frames, format_metrics, write_json
 from .hub.card import add_evaluation, write_model_card
-from .modeling.configuration_simipu import SimIPUDepthConfig
+from .hub.sources import load_dense_model
 from .modeling.image_processing_simipu import SimIPUImageProcessor
 from .modeling.modeling_simipu_depth import SimIPUForDepthEstimation
 from .training.arguments import EvaluateDepthArguments, parse_arguments
@@ -84,15 +84,7 @@ def load_depth_model(model: str | os.PathLike) -> tuple[SimIPUForDepthEstimation
     Raises:
         SimIPUError: no SimIPU depth model there, or no image processor beside it.
     """
-    try:
-        fields, _ = SimIPUDepthConfig.get_config_dict(model)
-        if fields.get("model_type") != SimIPUDepthConfig.model_type:
-            raise SimIPUError(
-                f"{model}: expected a {SimIPUDepthConfig.model_type!r} model, found {fields.get('model_type')!r}"
-            )
-        return SimIPUForDepthEstimation.from_pretrained(model), SimIPUImageProcessor.from_pretrained(model)
-    except OSError as error:
-        raise SimIPUError(f"{model}: no depth model with its image processor ({error})") from error
+    return load_dense_model(SimIPUForDepthEstimation, model, "depth model")
 
 
 def record_in_card(folder: Path, frames: Sequence[str], result: dict[str, Any]) -> None:

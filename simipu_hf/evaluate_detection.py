@@ -24,7 +24,7 @@ from .evaluation.depth import write_json
 from .evaluation.detection import DIFFICULTIES, MIN_OVERLAP
 from .evaluation.detection import evaluate_detection as average_precision
 from .hub.card import add_evaluation, write_model_card
-from .modeling.configuration_simipu import SimIPUDetectionConfig
+from .hub.sources import load_dense_model
 from .modeling.image_processing_simipu import SimIPUImageProcessor
 from .modeling.modeling_simipu_detection import SimIPUForMonocular3DDetection
 from .training.arguments import EvaluateDetectionArguments, parse_arguments
@@ -85,15 +85,7 @@ def load_detector(model: str | os.PathLike) -> tuple[SimIPUForMonocular3DDetecti
     Raises:
         SimIPUError: no SimIPU detector there, or no image processor beside it.
     """
-    try:
-        fields, _ = SimIPUDetectionConfig.get_config_dict(model)
-        if fields.get("model_type") != SimIPUDetectionConfig.model_type:
-            raise SimIPUError(
-                f"{model}: expected a {SimIPUDetectionConfig.model_type!r} model, found {fields.get('model_type')!r}"
-            )
-        return SimIPUForMonocular3DDetection.from_pretrained(model), SimIPUImageProcessor.from_pretrained(model)
-    except OSError as error:
-        raise SimIPUError(f"{model}: no detector with its image processor ({error})") from error
+    return load_dense_model(SimIPUForMonocular3DDetection, model, "detector")
 
 
 def detect_frames(

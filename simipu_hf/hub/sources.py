@@ -28,6 +28,7 @@ from simipu_hf.hub.weights import (
 )
 from simipu_hf.modeling.configuration_simipu import SimIPUImageConfig
 from simipu_hf.modeling.image_encoder import TimmModel, timm_arguments
+from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
 from simipu_hf.training.checkpoint import list_checkpoints, newest_checkpoint
 
 TRAINED_STATISTICS = "trained_running_var.safetensors"
@@ -275,3 +276,26 @@ def read_input_convention(folder: Path) -> InputConvention:
 def _listing(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir())
     return ", ".join(names[:8]) + (", …" if len(names) > 8 else "") or "nothing"
+
+
+def load_dense_model(model_class: Any, source: str | os.PathLike[str], what: str) -> tuple[Any, SimIPUImageProcessor]:
+    """A saved fine-tuned model and its image processor.
+
+    Args:
+        model_class: a [`SimIPUDenseModel`].
+        source: its folder or Hub id.
+        what: the model's name in messages.
+
+    Raises:
+        SimIPUError: no model of this class there, or no image processor beside it.
+    """
+    config_class = model_class.config_class
+    try:
+        fields, _ = config_class.get_config_dict(source)
+        if fields.get("model_type") != config_class.model_type:
+            raise SimIPUError(
+                f"{source}: expected a {config_class.model_type!r} model, found {fields.get('model_type')!r}"
+            )
+        return model_class.from_pretrained(source), SimIPUImageProcessor.from_pretrained(source)
+    except OSError as error:
+        raise SimIPUError(f"{source}: no {what} with its image processor ({error})") from error
