@@ -29,7 +29,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from simipu_hf.data.loading import AnyDataset, load_mixture, load_pretraining_dataset
 from simipu_hf.data.mixture import Mixture
-from simipu_hf.data.overlap import refuse_shared_frames
+from simipu_hf.data.overlap import refuse_shared_frames, refuse_shared_stream
 from simipu_hf.data.rows import Frame, image_from_row
 from simipu_hf.data.two_views import TwoViewAugmentation, TwoViewCollator, TwoViewDataset, to_model_inputs
 from simipu_hf.errors import SimIPUError, TrainingInterrupted, exit_code_of
@@ -324,14 +324,12 @@ def load_rows(
     if not arguments.eval_steps:
         return rows, mixture, None
     held_out = load_pretraining_dataset(split=arguments.validation_split, **source)
+    what = f"--validation_split {arguments.validation_split}"
     if isinstance(held_out, datasets.IterableDataset):
         held_out = datasets.Dataset.from_generator(held_out.__iter__, features=held_out.features)
-        print(
-            "warning: streamed frames are not compared with those to evaluate on: see to it that none is in both",
-            file=sys.stderr,
-        )
+        rows = refuse_shared_stream(rows, held_out, what)
     else:
-        refuse_shared_frames(rows, held_out, f"--validation_split {arguments.validation_split}")
+        refuse_shared_frames(rows, held_out, what)
     return rows, mixture, held_out
 
 

@@ -223,8 +223,16 @@ def test_evaluation_changes_nothing(run):
     assert 0 <= evaluations[0]["eval/recall_within_1_cells"] <= evaluations[0]["eval/recall_within_5_cells"] <= 1
 
 
-def test_gradient_checkpointing_changes_nothing(run):
-    plain, saving = run("plain"), run("saving", "--gradient_checkpointing")
+def test_gradient_checkpointing_computes_blocks_again_and_changes_nothing(run, monkeypatch):
+    def counted(self, x):
+        calls.append(self)
+        return forward(self, x)
+
+    calls, forward = [], timm.models.resnet.BasicBlock.forward
+    monkeypatch.setattr(timm.models.resnet.BasicBlock, "forward", counted)
+    plain, plain_calls = run("plain"), len(calls)
+    saving, saving_calls = run("saving", "--gradient_checkpointing"), len(calls) - plain_calls
+    assert saving_calls >= plain_calls + 8  # at least one in the backward pass of every step
     for name, value in weights(plain).items():
         torch.testing.assert_close(weights(saving)[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
@@ -300,8 +308,9 @@ def test_output_folder_is_not_overwritten_by_accident(run, tmp_path):
 
 def test_refuses_to_resume_another_configuration(run):
     run("out", "--max_steps", "3")
-    with pytest.raises(SimIPUError, match=r"augmentation: .*'brightness': 0.0.* in the checkpoint.*'brightness': 0.4"):
+    with pytest.raises(SimIPUError) as error:
         run("out", "--resume_from_checkpoint", "latest", "--augmentation_overrides", "brightness=0.4")
+    assert str(error.value).splitlines()[1:] == ["  augmentation.brightness: 0.0 in the checkpoint, 0.4 now"]
     with pytest.raises(SimIPUError, match=r"(?s)rows_per_forward: 2 in the checkpoint, 5 now.*seed: 0 in .* 1 now"):
         run("out", "--resume_from_checkpoint", "latest", "--seed", "1", "--per_device_train_batch_size", "5")
     with pytest.raises(SimIPUError, match="beyond the last step"):
@@ -427,6 +436,19 @@ def test_a_stream_resumes_to_the_bit(run, tmp_path, monkeypatch):
             *("--dataloader_num_workers", "2", "--eval_steps", "6"),
         ),
     )
+
+
+def test_a_stream_ends_before_a_row_that_is_evaluated_on(run, tmp_path):
+    rows = make_rows(20)
+    rows[19]["frame_id"] = "renamed"
+    dataset_from_rows(rows).to_parquet(tmp_path / "rows" / "train-0.parquet")
+    dataset_from_rows([make_rows(20)[19], *make_rows(2, seed=1)]).to_parquet(
+        tmp_path / "rows" / "validation-0.parquet"
+    )
+    flags = ("--dataset_name", str(tmp_path / "rows"), "--streaming", "--lr_scheduler_type", "cosine")
+    with pytest.raises(SimIPUError, match="validation_split validation: .*'frame-0-19', 'renamed' among the training"):
+        run("out", *flags, "--eval_steps", "4")
+    assert not (tmp_path / "out").exists()
 
 
 def assert_resumes(run, monkeypatch, flags):

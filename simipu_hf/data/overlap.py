@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -32,11 +32,34 @@ def refuse_shared_frames(train: Rows, held_out: Rows, what: str) -> None:
     """
     shared = frames_on_both_sides(train, held_out)
     if shared:
-        first, second = shared[0]
-        raise SimIPUError(
-            f"{what}: {len(shared)} of {len(held_out)} frames are also trained on (the same image or the same scan), "
-            f"the first is {second!r}, {first!r} among the training frames: choose splits that share no frame"
-        )
+        raise _shared_error(what, len(shared), len(held_out), *shared[0])
+
+
+def refuse_shared_stream(train: datasets.IterableDataset, held_out: Rows, what: str) -> datasets.IterableDataset:
+    """The rows of `train`, ending in a SimIPUError before the first one that is also in `held_out`.
+
+    A stream is not read for the comparison alone: every row is compared when it comes.
+    """
+    held_out, names = _undecoded(held_out), {}
+    for index in range(len(held_out)):
+        row = held_out[index]
+        names |= dict.fromkeys(_content(row), _frame_id(row, index))
+    encoded = train.cast_column("image", datasets.Image(decode=False)) if train.features else train
+    return encoded.filter(partial(_is_not_shared, names=names, what=what, count=len(held_out)))
+
+
+def _is_not_shared(row: Mapping[str, Any], names: Mapping[Key, str], what: str, count: int) -> bool:
+    for key in _content(row):
+        if key in names:
+            raise _shared_error(what, "some", count, _frame_id(row, 0), names[key])
+    return True
+
+
+def _shared_error(what: str, shared: int | str, count: int, first: str, second: str) -> SimIPUError:
+    return SimIPUError(
+        f"{what}: {shared} of {count} frames are also trained on (the same image or the same scan), the first is "
+        f"{second!r}, {first!r} among the training frames: choose splits that share no frame"
+    )
 
 
 def frames_on_both_sides(first: Rows, second: Rows) -> list[tuple[str, str]]:

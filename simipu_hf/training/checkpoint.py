@@ -35,7 +35,7 @@ from simipu_hf.errors import SimIPUError
 from simipu_hf.files import atomic_folder
 
 from .distributed import on_main_process
-from .logging import METRICS_FILE, RunLogger
+from .logging import METRICS_FILE, RunLogger, flatten
 
 MANIFEST = "manifest.json"
 STATE_TENSORS = "training_state.pt"
@@ -273,10 +273,11 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -
     """Refuse to continue a run under other conditions than it was started with.
 
     Raises:
-        SimIPUError: listing every value that differs.
+        SimIPUError: listing every value that differs, nested ones as `recipe.learning_rate`.
     """
+    saved, current = flatten(saved), flatten(current)
     differing = [
-        f"{name}: {saved.get(name)!r} in the checkpoint, {current.get(name)!r} now"
+        f"{name}: {saved.get(name, 'absent')} in the checkpoint, {current.get(name, 'absent')} now"
         for name in sorted({*saved, *current})
         if saved.get(name) != current.get(name)
     ]
