@@ -46,13 +46,16 @@ def to_8_bits(image: Any) -> Any:
     """The image with 8 bits a channel; 16 bits are scaled to them, anything else is returned as it is.
 
     Raises:
-        ValueError: 32-bit integers, which say nothing about what is white, or floats in a file.
+        ValueError: fewer than 16 bits stored in 16, 32-bit integers and booleans, which do not say what is white, or
+            floats in a file.
     """
     mode = image.mode if isinstance(image, Image) else str(getattr(image, "dtype", "")).removeprefix("torch.")
     if mode.startswith("I;16") or mode == "uint16":
         values = image.numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
+        if 0 < values.max() < 2**12:  # all but black: what cameras of 8, 10 or 12 bits store in 16
+            raise ValueError(f"expected 16 bits a channel, found values up to {values.max()}: scale them first")
         return (values / 257).round().astype(np.uint8)
-    if mode in ("I", "F", "int8", "int16", "uint32", "int32", "uint64", "int64"):
+    if mode in ("I", "F", "bool", "int8", "int16", "uint32", "int32", "uint64", "int64"):
         raise ValueError(f"expected 8 or 16 bits a channel, found mode {mode!r}: convert it first")
     return image
 
@@ -77,7 +80,8 @@ class SimIPUImageProcessor(TorchvisionBackend):
         >>> image_processor = SimIPUImageProcessor(size={"height": 352, "width": 1216})
         >>> pixel_values = image_processor(image, return_tensors="pt")["pixel_values"]
 
-    Calling it on one image or many (PIL, arrays or tensors, 0 to 255; 16-bit ones are scaled) returns `pixel_values`
+    Calling it on one image or many (PIL, arrays or tensors, 0 to 255; 16-bit ones are scaled, floats from 0 to 1 take
+    `do_rescale=False`) returns `pixel_values`
     (B, 3, H, W) float32, zero-padded on the right and at the bottom to the batch's largest image and to multiples of
     `pad_size_divisor`, and `image_sizes` (B, 2) int64, height and width of each image before padding. Images that are
     not RGB are converted. `crop_size` keeps the window of that height and width at the bottom centre of every image,
@@ -193,6 +197,8 @@ class SimIPUImageProcessor(TorchvisionBackend):
         self, images: list[torch.Tensor], return_tensors: str | None = None, **settings: Any
     ) -> BatchFeature:
         processor = self.with_settings(**settings)
+        for image in images:
+            processor.check_floats(image)
         resized = [processor.resize_image(image) for image in images]
         image_sizes = torch.tensor([image.shape[-2:] for image in resized], device=resized[0].device)
         pixel_values: torch.Tensor | list[torch.Tensor]
@@ -205,6 +211,22 @@ class SimIPUImageProcessor(TorchvisionBackend):
                 for image, size in zip(resized, image_sizes, strict=True)
             ]
         return BatchFeature({"pixel_values": pixel_values, "image_sizes": image_sizes}, tensor_type=return_tensors)
+
+    def check_floats(self, image: torch.Tensor) -> None:
+        """
+        Raises:
+            ValueError: floats from 0 to 1, or normalised ones, where this processor divides by 255 or subtracts a
+                mean between 0 and 255.
+        """
+        expects_255 = self.do_rescale or (self.do_normalize and max(self.image_mean) > 1)
+        if not (expects_255 and image.is_floating_point()):
+            return
+        low, high = (float(value) for value in image.aminmax())
+        if not (low == high == 0 or 3 < high < 2 * 255):  # normalised images reach 2.7
+            raise ValueError(
+                f"expected an image from 0 to 255, found floats from {low:.3g} to {high:.3g}: scale it, or pass "
+                "do_rescale=False for one from 0 to 1"
+            )
 
     def normalize_images(self, images: torch.Tensor, image_sizes: torch.Tensor) -> torch.Tensor:
         """The `pixel_values` of images that are resized and padded, computed where they are.

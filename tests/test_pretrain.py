@@ -446,7 +446,7 @@ def test_a_stream_ends_before_a_row_that_is_evaluated_on(run, tmp_path):
         tmp_path / "rows" / "validation-0.parquet"
     )
     flags = ("--dataset_name", str(tmp_path / "rows"), "--streaming", "--lr_scheduler_type", "cosine")
-    with pytest.raises(SimIPUError, match="validation_split validation: .*'frame-0-19', 'renamed' among the training"):
+    with pytest.raises(SimIPUError, match=r"validation: .*'frame-0-19', 'renamed' among the training"):
         run("out", *flags, "--eval_steps", "4")
     assert not (tmp_path / "out").exists()
 

@@ -87,6 +87,35 @@ def test_16_bits_are_scaled_to_8_and_32_bits_are_refused(tmp_path):
             processor(image)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.array([0, 1.0]),
+        np.array([-1, 1.0], np.float16),
+        np.array([-2.1, 2.64], np.float32),
+        np.array([0, 65535.0]),
+        np.array([0, np.nan]),
+        np.array([0, 1], bool),
+        np.array([0, 4095], np.uint16),
+    ],
+    ids=lambda values: f"{values.dtype}-{values[-1]}",
+)
+def test_arrays_that_do_not_reach_from_0_to_255_are_refused(values):
+    image = np.resize(values, (32, 64, 3))
+    for name in ("recommended", "official"):
+        with pytest.raises(ValueError, match=r"expected .* found"):
+            preset(name, (32, 64))(image)
+
+
+def test_floats_are_what_they_are_as_bytes():
+    processor, image = preset("recommended", (80, 250)), np.asarray(make_image())
+    expected = processor(image)["pixel_values"]
+    torch.testing.assert_close(processor(image.astype(np.float64))["pixel_values"], expected)
+    scaled = processor(image.astype(np.float32) / 255, do_rescale=False)["pixel_values"]
+    torch.testing.assert_close(scaled, expected, rtol=0, atol=1e-5)
+    assert processor(np.zeros((80, 250, 3), np.float32))["pixel_values"][..., :80, :250].max() < 0  # black
+
+
 @pytest.mark.parametrize("image", ["no/such/image.png", torch.zeros(7, 32, 32), b"none"])
 def test_an_image_that_cannot_be_read_is_named(image):
     with pytest.raises(ValueError, match="image: cannot be read as RGB"):
