@@ -180,7 +180,8 @@ def _object_frames(
     for needed in [f"image_{camera}" for camera in cameras] + ["velodyne", "calib"]:
         if not os.path.isdir(os.path.join(folder, needed)):
             reduced = needed == "velodyne" and os.path.isdir(os.path.join(folder, "velodyne_reduced"))
-            hint = "velodyne_reduced/ will do: rename it to velodyne. " if reduced else ""
+            in_archive = f"It is in KITTI's data_object_{needed}.zip. "
+            hint = "velodyne_reduced/ will do: rename it to velodyne. " if reduced else in_archive
             raise ValueError(
                 f"{folder}: expected the folder {needed}, found {_content(folder)}. {hint}"
                 'If you need other splits only, choose them: splits=("train",)'
@@ -291,8 +292,10 @@ def _drive_frames(name: str, drive: _Drive, cameras: Sequence[int] | None, listi
     """Every image that has a scan. KITTI itself lacks a few scans: drive 2011_09_26_drive_0009 has 447 images of each
     camera and 443 scans."""
     scans = _files(drive.scans, (".bin",))
+    archive = f"KITTI's {drive.scene}.zip" if name == "raw" else "KITTI's data_odometry_{}.zip"
     if not scans:
-        listing.problems.append(f"{drive.scans}: expected *.bin scans, found none")
+        in_archive = f"they are in {archive.format('velodyne')}"
+        listing.problems.append(f"{drive.scans}: expected *.bin scans, found none; {in_archive}")
         return []
     frames = []
     for camera in cameras or (2, 3):
@@ -313,7 +316,9 @@ def _drive_frames(name: str, drive: _Drive, cameras: Sequence[int] | None, listi
             for key in sorted(set(images) & set(scans))
         ]
     if not frames:
-        listing.problems.append(f"{drive.images.format('x')}: expected images with a scan, found no pair")
+        images = f"{drive.images.format('2')} or {drive.images.format('3')}"
+        in_archive = f"the colour images are in {archive.format('color')}"
+        listing.problems.append(f"{images}: expected images with a scan, found no pair; {in_archive}")
     return frames
 
 

@@ -131,14 +131,26 @@ class Request:
 def _load_parts(
     dataset_name: Sources | None, data_dir: Sources | None, dataset_config_name: str | None, request: Request
 ) -> list[AnyDataset]:
-    parts = []
+    parts: list[AnyDataset] = []
+    taken: dict[str, set[Any]] = {}  # of each location
     for text in given_sources(dataset_name, data_dir):
         location, own_split = split_source(text)
         source = find_source(location, dataset_config_name, must_be_folder=dataset_name is None)
         split = own_split if own_split and request.split in (None, "train") else request.split
         with named_errors(location):
-            parts.append(_load(source, replace(request, split=split), own_split or None))
+            part = _load(source, replace(request, split=split), own_split or None)
+        rows: set[Any] = set(_row_names(part) if isinstance(part, datasets.Dataset) else _names(split or "train"))
+        twice = rows & taken.setdefault(source.location, set())
+        if twice:
+            raise SimIPUError(f"{text}: expected other rows than those taken before, found {min(twice)} again")
+        taken[source.location] |= rows
+        parts.append(part)
     return parts
+
+
+def _row_names(rows: datasets.Dataset) -> list[tuple[str, str]]:
+    """Scene and frame of every row: KITTI's training and testing frames share their numbers."""
+    return list(zip(rows["scene"], rows["frame_id"], strict=True))
 
 
 def _load(source: Source, request: Request, train_split: str | None) -> AnyDataset:
@@ -157,7 +169,7 @@ def _load(source: Source, request: Request, train_split: str | None) -> AnyDatas
             num_proc=None if request.streaming else request.num_proc,
             cache_dir=None if request.cache_dir is None else os.fspath(request.cache_dir),
         )
-    dataset = _with_scene(_checked(dataset, source.location, split, request.skipped))
+    dataset = _checked(dataset, source.location, split, request.skipped)
     if request.validation_share is None:
         return dataset
     return _share(dataset, held_out, request.validation_share, source.location)
@@ -216,8 +228,8 @@ def _load_files(source: Source, split: str, request: Request) -> AnyDataset:
             for name, found in frames.items()
         }
         return _take(split, prepared)
-    if "[" in split:
-        raise SimIPUError(f"{source.location}: split: expected plain names where streaming, found {split!r}")
+    if "[" in split or len(names) < len(_names(split)):
+        raise SimIPUError(f"{source.location}: split: expected different names where streaming, found {split!r}")
     features, options = source.reader.features(source.config), {"reading": reading, "skip": skipped is not None}
     streams = [
         datasets.IterableDataset.from_generator(_stream_rows, features, {"frames": frames[name], **options})
@@ -254,17 +266,17 @@ def _checked(dataset: AnyDataset, location: str, split: str, skipped: list[str] 
         if first is not None:
             check_row(first)
     if isinstance(dataset, datasets.IterableDataset):
-        return dataset
+        return _with_scene(dataset)
     if len(dataset) == 0:
         raise SimIPUError(f"{location}: split {split!r}: expected rows, found none")
-    return dataset if "+" in split else _without_duplicates(dataset, location, skipped)
+    return _without_duplicates(_with_scene(dataset), location, skipped)
 
 
 def _without_duplicates(dataset: datasets.Dataset, location: str, skipped: list[str] | None) -> datasets.Dataset:
-    frame_ids = list(dataset["frame_id"])
+    names = _row_names(dataset)
     messages = [
         f"{location}: frame {frame_id}: expected one row, found {count}"
-        for frame_id, count in Counter(frame_ids).items()
+        for (_, frame_id), count in Counter(names).items()
         if count > 1
     ]
     if not messages:
@@ -272,7 +284,7 @@ def _without_duplicates(dataset: datasets.Dataset, location: str, skipped: list[
     if skipped is None:
         raise SimIPUError(messages[0])
     skipped += messages
-    first_rows = {frame_id: index for index, frame_id in reversed(list(enumerate(frame_ids)))}
+    first_rows = {name: index for index, name in reversed(list(enumerate(names)))}
     return dataset.select(sorted(first_rows.values()))
 
 

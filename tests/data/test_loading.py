@@ -222,6 +222,20 @@ def test_duplicate_frames(tmp_path):
     assert len(skipped) == 1
 
 
+def test_no_row_is_read_twice(object_root, tmp_path):
+    options = {"cache_dir": tmp_path / "cache"}
+    assert len(load_pretraining_dataset(data_dir=object_root, split="train+val+test", **options)) == 5 + 1
+    for split in ("train+train", "train+train[:1]"):
+        with pytest.raises(SimIPUError, match="object: frame 000000: expected one row, found 2"):
+            load_pretraining_dataset(data_dir=object_root, split=split, **options)
+    for sources in ([object_root, object_root], [f"{object_root}#train", f"{object_root}#val+train"]):
+        with pytest.raises(SimIPUError, match=r"expected other rows than those taken before, found .*000000"):
+            load_pretraining_dataset(data_dir=sources, **options)
+    for source in (f"{object_root}#train+train", [f"{object_root}#train", f"{object_root}#val+train"]):
+        with pytest.raises(SimIPUError, match=r"expected (different names|other rows)"):
+            load_pretraining_dataset(data_dir=source, streaming=True, **options)
+
+
 @pytest.mark.parametrize("num_proc", [None, 2])
 def test_damage_is_one_clear_error_and_can_be_skipped(object_root, tmp_path, num_proc, monkeypatch):
     monkeypatch.setattr(preparation, "CHUNK", 2)  # 000002 is in another file
@@ -261,6 +275,8 @@ def test_what_is_no_data_set_is_named(tmp_path, object_root, raw_root):
     (tmp_path / "download").mkdir()
     (tmp_path / "download/data_object_image_2.zip").touch()
     (tmp_path / "tracking/training/image_02").mkdir(parents=True)
+    (tmp_path / "odometry/sequences/00/image_2").mkdir(parents=True)
+    shutil.copytree(object_root / "training/velodyne", tmp_path / "gray/sequences/00/velodyne")
     reduced = shutil.copytree(object_root, tmp_path / "reduced/kitti")
     (reduced / "training/velodyne").rename(reduced / "training/velodyne_reduced")
     cases = [
@@ -277,13 +293,15 @@ def test_what_is_no_data_set_is_named(tmp_path, object_root, raw_root):
         ({"data_dir": raw_root / "2011_09_26"}, f"did you mean {raw_root}"),
         ({"data_dir": reduced.parent}, f"did you mean {reduced}"),
         ({"data_dir": reduced}, "rename it to velodyne"),
+        ({"data_dir": tmp_path / "odometry"}, r"found none; they are in KITTI's data_odometry_velodyne\.zip"),
+        ({"data_dir": tmp_path / "gray"}, r"no pair; the colour images are in KITTI's data_odometry_color\.zip"),
         ({"data_dir": tmp_path / "tracking"}, "tracking benchmark, which is not read"),
         ({"data_dir": object_root, "dataset_config_name": "raw"}, r"\['object'\], found 'raw'"),
         (
             {"data_dir": object_root, "split": "nothing"},
             r"expected one of \['train', 'val', 'test'\], found 'nothing'",
         ),
-        ({"data_dir": object_root, "cameras": [3]}, "image_3"),
+        ({"data_dir": object_root, "cameras": [3]}, r"expected the folder image_3, .* data_object_image_3\.zip"),
     ]
     for options, expected in cases:
         with pytest.raises(SimIPUError, match=expected):
