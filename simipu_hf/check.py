@@ -37,6 +37,7 @@ from .modeling.modeling_simipu import SimIPUForPreTraining, build_point_encoder
 from .modeling.processing_simipu import SimIPUProcessor
 from .training.arguments import CheckArguments
 from .training.batch_norm import synchronize_batch_norm
+from .training.distributed import choose_device
 
 REQUIRED = ("torch", "torchvision", "timm", "transformers", "datasets", "accelerate", "huggingface_hub", "safetensors")
 OPTIONAL = ("numba", "triton", "spconv", "torchdata", "onnx", "onnxruntime", "tensorboard", "trackio")
@@ -110,7 +111,7 @@ def check(arguments: CheckArguments | None = None) -> CheckReport:
     """
     arguments = arguments or CheckArguments()
     try:
-        device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = choose_device(arguments.device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise SimIPUError(f"--device {arguments.device}: {error}") from error

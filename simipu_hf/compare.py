@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -26,7 +26,8 @@ from torch.optim.swa_utils import update_bn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from .files import atomic_path, atomic_write
+from .data.frames import FrameDataset
+from .files import atomic_path, atomic_write, write_json
 from .finetuning import FineTuningTrainer, find_rgb_encoder, recipe
 from .hub.weights import EncoderWeights
 from .modeling.dense_model import SimIPUDenseModel
@@ -39,32 +40,7 @@ BASELINE = "scratch"
 CONVERGED = 0.01
 
 
-class Task(Protocol):
-    """What is compared on.
-
-    Attributes:
-        metrics: names of what every run measures.
-        shown: those in the table, the first being the one that the claims are about.
-        higher_is_better: the metrics of which that is true.
-        num_test_frames: how many frames are evaluated.
-    """
-
-    metrics: tuple[str, ...]
-    shown: tuple[str, ...]
-    higher_is_better: tuple[str, ...]
-    num_test_frames: int
-
-    def run(self, encoder: EncoderWeights, mode: str, fraction: float, seed: int) -> dict[str, Any]:
-        """One run: `metrics` at its end, `num_frames` it was trained on, and `curve`, a list of `step` and the value
-        of the first metric; further entries are kept."""
-        ...
-
-    def draw(self, folder: Path) -> None:
-        """Pictures of what the model of the latest run predicts for a few test frames."""
-        ...
-
-
-def compare(arguments: CompareArguments, task: Task) -> dict[str, Any]:
+def compare(arguments: CompareArguments, task: "Task") -> dict[str, Any]:
     """Run every combination and compare; runs that `output_dir` already holds are not repeated.
 
     Writes `runs.jsonl` (a line per run, as it ends), `comparison.json`, `comparison.md` (table and claims),
@@ -95,15 +71,16 @@ def compare(arguments: CompareArguments, task: Task) -> dict[str, Any]:
     result = {
         "recipe": arguments.recipe(),
         "encoders": {name: encoder.description for name, encoder in encoders.items()},
-        "num_test_frames": task.num_test_frames,
+        "num_test_frames": len(task.test_frames),
         "table": summarize(finished, task),
         "runs": finished,
     }
-    with atomic_write(output_dir / RESULT_FILE) as stream:
-        json.dump(result, stream, indent=2)
+    write_json(output_dir / RESULT_FILE, result)
     with atomic_write(output_dir / TABLE_FILE) as stream:
         stream.write(format_table(result, task) + list_pictures(output_dir))
     plot_comparison(result, task, output_dir / PLOT_FILE)
+    if not arguments.json:
+        print((output_dir / TABLE_FILE).read_text(encoding="utf-8"))
     return result
 
 
@@ -133,48 +110,47 @@ def label_subset(num_frames: int, fraction: float, seed: int) -> list[int]:
 # --- one run --------------------------------------------------------------------------------------------------------
 
 
-class FineTuningTask:
-    """A [`Task`] whose runs are those of a [`FineTuningTrainer`] without a run folder.
-
-    A task adds `create_trainer`, and what [`Task`] wants beside `run`.
+class Task:
+    """What is compared on: runs of the trainer of a task, without a run folder. A task adds `parts`.
 
     Args:
         arguments: of the comparison.
-        train_frames, test_frames: decoded once, and kept in memory.
+        train, test: whose frames are read once, and kept in memory.
+
+    Attributes:
+        shown: the metrics in the table, the first being the one that the claims are about.
+        higher_is_better: the metrics of which that is true.
     """
 
-    metrics: tuple[str, ...]
+    trainer_class: type[FineTuningTrainer]
     shown: tuple[str, ...]
+    higher_is_better: tuple[str, ...]
     latest: FineTuningTrainer
 
-    def __init__(self, arguments: CompareArguments, train_frames: Sequence[Any], test_frames: Sequence[Any]):
-        self.arguments, self.train_frames, self.test_frames = arguments, train_frames, test_frames
-        self.num_test_frames = len(test_frames)
+    def __init__(self, arguments: CompareArguments, train: FrameDataset, test: FrameDataset):
+        self.arguments = arguments
+        self.train_frames, self.test_frames = (
+            list(data.usable_frames(tqdm(range(len(data)), what, leave=False)))
+            for what, data in (("training frames", train), ("test frames", test))
+        )
 
-    def create_trainer(
-        self, encoder: EncoderWeights, frames: Sequence[Any], seed: int, settings: TrainingArguments, **recipe: Any
-    ) -> FineTuningTrainer:
-        """The trainer of a new model with the encoder's weights, with an evaluation on the test frames.
-
-        Args:
-            frames: to train on.
-            recipe: further arguments of [`FineTuningTrainer`].
-        """
+    def parts(self, encoder: EncoderWeights, frames: Sequence[Any], seed: int) -> dict[str, Any]:
+        """Keyword arguments of the trainer: a new model with the encoder's weights, `frames` to train on, the test
+        frames to evaluate on."""
         raise NotImplementedError
 
     def run(self, encoder: EncoderWeights, mode: str, fraction: float, seed: int) -> dict[str, Any]:
-        """One fine-tuning run and its evaluations."""
+        """One run: `metrics` at its end, `num_frames` it was trained on, and `curve`, a list of `step` and the value
+        of the first metric; further entries are kept."""
         arguments, started, metric = self.arguments, time.perf_counter(), self.shown[0]
         labelled = [self.train_frames[index] for index in label_subset(len(self.train_frames), fraction, seed)]
         with TemporaryDirectory() as folder:
-            trainer = self.create_trainer(
-                encoder,
-                labelled,
-                seed,
-                run_settings(arguments, folder, len(labelled), seed),
+            trainer = self.trainer_class(
+                args=run_settings(arguments, folder, len(labelled), seed),
                 callbacks=[EvaluateEvenly(arguments.num_evaluations)],
                 encoder_learning_rate=arguments.encoder_learning_rate,
                 decoder_first=arguments.decoder_first if mode == "full" else 0.0,
+                **self.parts(encoder, labelled, seed),
             )
             if mode == "frozen":
                 if not encoder.state_dict:
@@ -262,7 +238,7 @@ def summarize(runs: Sequence[dict[str, Any]], task: Task) -> list[dict[str, Any]
     sign = -1 if metric in task.higher_is_better else 1
     table = []
     for (mode, fraction, encoder), group in groups.items():
-        values = {name: [run["metrics"][name] for run in group.values()] for name in task.metrics}
+        values = {name: [run["metrics"][name] for run in group.values()] for name in runs[0]["metrics"]}
         points = zip(*(run["curve"] for run in group.values()), strict=True)
         entry = {
             "encoder": encoder,

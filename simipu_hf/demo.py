@@ -25,15 +25,16 @@ from torch.optim.swa_utils import update_bn
 from tqdm.auto import tqdm
 from transformers import AutoModel
 
-from simipu_hf.data.depth import DepthFrame, to_pixel_values
+from simipu_hf.data.depth import DepthFrame
+from simipu_hf.data.frames import to_pixel_values
 from simipu_hf.data.loading import load_pretraining_dataset
 from simipu_hf.data.rows import ROW_FEATURES, dataset_from_rows
 from simipu_hf.data.sources import find_source
 from simipu_hf.data.synthetic import synthesize_drive
 from simipu_hf.errors import SimIPUError, TrainingInterrupted
-from simipu_hf.evaluation.depth import evaluate_maps, write_json
+from simipu_hf.evaluation.depth import evaluate_maps
 from simipu_hf.evaluation.linear_probe import fit_linear_depth_probe
-from simipu_hf.files import atomic_folder
+from simipu_hf.files import atomic_folder, write_json
 from simipu_hf.hub.sources import load_image_encoder
 from simipu_hf.modeling.image_encoder import TimmModel
 from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor

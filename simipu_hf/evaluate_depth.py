@@ -1,26 +1,23 @@
 """Evaluate a depth model by the published protocol.
 
-python -m simipu_hf.evaluate_depth --model RUN --test_frames KITTI#val --output_dir OUT
+simipu-hf evaluate-depth --model RUN --test_frames KITTI#val --output_dir OUT
 """
 
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from .data.depth import DepthFrame, select_depth_rows, usable_frames
+from .data.depth import DepthDataset, DepthFrame, select_depth_rows
 from .data.sources import describe_frames
-from .errors import SimIPUError, exit_code_of
-from .evaluation.depth import DepthProtocol, evaluate_frames, format_metrics, write_json
+from .errors import SimIPUError
+from .evaluation.depth import METRICS, DepthProtocol, evaluate_frames
+from .files import write_json
 from .hub.card import add_evaluation, write_model_card
 from .hub.sources import load_dense_model
-from .modeling.image_processing_simipu import SimIPUImageProcessor
 from .modeling.modeling_simipu_depth import SimIPUForDepthEstimation
-from .training.arguments import EvaluateDepthArguments, parse_arguments
+from .training.arguments import EvaluateDepthArguments
 from .visualization import PictureFolder, draw_depth
 
 EVALUATION_FILE = "depth_evaluation.json"
@@ -40,19 +37,16 @@ def evaluate_depth(arguments: EvaluateDepthArguments) -> dict[str, Any]:
     Raises:
         SimIPUError: no such model or frames, or frames that cannot be used.
     """
-    network, processor = load_depth_model(arguments.model)
+    network, processor = load_dense_model(SimIPUForDepthEstimation, arguments.model, arguments.device)
     if processor.crop_size is not None and not arguments.kb_crop:
         raise SimIPUError(f"{arguments.model} predicts the KITTI crop alone: evaluate it without --no_kb_crop")
     rows = select_depth_rows(
         arguments.test_frames, arguments.test_list, arguments.image_dir, arguments.depth_dir, arguments.on_bad_row
     )
-    assert rows is not None
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    network.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the method
     output_dir = None if arguments.output_dir is None else Path(arguments.output_dir)
     result = evaluate_frames(
         network,
-        usable_frames(rows, processor, arguments.on_bad_row),
+        DepthDataset(rows, processor, on_bad_row=arguments.on_bad_row).usable_frames(),
         processor,
         DepthProtocol.from_arguments(arguments),
         show=PictureWriter(None if output_dir is None else output_dir / "pictures", arguments.num_pictures),
@@ -64,7 +58,7 @@ def evaluate_depth(arguments: EvaluateDepthArguments) -> dict[str, Any]:
         record_in_card(Path(arguments.model), arguments.test_frames or [str(arguments.test_list)], result)
         write_model_card(arguments.model)
     if not arguments.json:
-        print(format_metrics(result["metrics"]))
+        print(format_table(result))
     return result
 
 
@@ -78,13 +72,10 @@ class PictureWriter(PictureFolder):
         self.add(frame.frame_id, lambda: draw_depth(frame.frame_id, frame.image, maps))
 
 
-def load_depth_model(model: str | os.PathLike) -> tuple[SimIPUForDepthEstimation, SimIPUImageProcessor]:
-    """A saved depth model and its image processor.
-
-    Raises:
-        SimIPUError: no SimIPU depth model there, or no image processor beside it.
-    """
-    return load_dense_model(SimIPUForDepthEstimation, model, "depth model")
+def format_table(result: dict[str, Any]) -> str:
+    """The nine metrics as two lines of text."""
+    names = "  ".join(f"{name:>8}" for name in METRICS)
+    return names + "\n" + "  ".join(f"{result['metrics'][name]:8.4f}" for name in METRICS)
 
 
 def record_in_card(folder: Path, frames: Sequence[str], result: dict[str, Any]) -> None:
@@ -96,14 +87,3 @@ def record_in_card(folder: Path, frames: Sequence[str], result: dict[str, Any]) 
         f"{'flip test' if protocol['flip_test'] else 'no flip test'}, no median scaling, per image and then averaged"
     )
     add_evaluation(folder, "depth-estimation", *describe_frames(frames), result["metrics"], text)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command: parse the flags and run; returns the exit code."""
-    return exit_code_of(
-        lambda: evaluate_depth(parse_arguments(EvaluateDepthArguments, argv, "simipu-hf evaluate-depth"))
-    )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

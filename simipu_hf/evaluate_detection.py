@@ -1,12 +1,10 @@
 """Evaluate a 3-D detector, or a folder of detections, by KITTI's protocol.
 
-python -m simipu_hf.evaluate_detection --model RUN --test_frames KITTI#val --output_dir OUT
-python -m simipu_hf.evaluate_detection --predictions OUT/predictions --labels KITTI/training/label_2
+simipu-hf evaluate-detection --model RUN --test_frames KITTI#val --output_dir OUT
+simipu-hf evaluate-detection --predictions OUT/predictions --labels KITTI/training/label_2
 """
 
-import os
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,18 +14,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .data.detection import DetectionFrame, labelled_frames, select_labelled
+from .data.detection import DetectionDataset, DetectionFrame, select_labelled
 from .data.kitti_objects import KittiObjects, read_objects_folder, write_objects_folder
 from .data.sources import describe_frames
-from .errors import SimIPUError, exit_code_of
-from .evaluation.depth import write_json
+from .errors import SimIPUError
 from .evaluation.detection import DIFFICULTIES, MIN_OVERLAP
 from .evaluation.detection import evaluate_detection as average_precision
+from .files import write_json
 from .hub.card import add_evaluation, write_model_card
 from .hub.sources import load_dense_model
 from .modeling.image_processing_simipu import SimIPUImageProcessor
 from .modeling.modeling_simipu_detection import SimIPUForMonocular3DDetection
-from .training.arguments import EvaluateDetectionArguments, parse_arguments
+from .training.arguments import EvaluateDetectionArguments
 from .visualization import PictureFolder, draw_objects
 
 EVALUATION_FILE = "detection_evaluation.json"
@@ -59,11 +57,11 @@ def evaluate_detection(arguments: EvaluateDetectionArguments) -> dict[str, Any]:
         found, classes = read_folders(str(arguments.predictions), str(arguments.labels)), tuple(MIN_OVERLAP)
         result = {"predictions": arguments.predictions}
     else:
-        network, processor = load_detector(arguments.model)
-        network.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
-        frames = labelled_frames(select_labelled(arguments.test_frames), arguments.on_bad_row)
+        network, processor = load_dense_model(SimIPUForMonocular3DDetection, arguments.model, arguments.device)
+        rows, classes = select_labelled(arguments.test_frames), tuple(network.config.classes)
+        frames = DetectionDataset(rows, processor, on_bad_row=arguments.on_bad_row, classes=classes).usable_frames()
         pictures = PictureFolder(output_dir and output_dir / "pictures", arguments.num_pictures)
-        found, classes = detect_frames(network, frames, processor, pictures), tuple(network.config.classes)
+        found = detect_frames(network, frames, processor, pictures)
         result = {"model": arguments.model}
     result |= score(found, classes, arguments.min_overlap)
     if output_dir is not None:
@@ -77,15 +75,6 @@ def evaluate_detection(arguments: EvaluateDetectionArguments) -> dict[str, Any]:
     if not arguments.json:
         print(format_table(result))
     return result
-
-
-def load_detector(model: str | os.PathLike) -> tuple[SimIPUForMonocular3DDetection, SimIPUImageProcessor]:
-    """A saved detector and its image processor.
-
-    Raises:
-        SimIPUError: no SimIPU detector there, or no image processor beside it.
-    """
-    return load_dense_model(SimIPUForMonocular3DDetection, model, "detector")
 
 
 def detect_frames(
@@ -221,14 +210,3 @@ def record_in_card(folder: Path, frames: Sequence[str], result: dict[str, Any]) 
     )
     shown = {name: value for name, value in result["metrics"].items() if name in MEANS or name.endswith("3d_moderate")}
     add_evaluation(folder, "object-detection", *describe_frames(frames), shown, text)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command: parse the flags and run; returns the exit code."""
-    return exit_code_of(
-        lambda: evaluate_detection(parse_arguments(EvaluateDetectionArguments, argv, "simipu-hf evaluate-detection"))
-    )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

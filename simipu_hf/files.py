@@ -7,6 +7,7 @@ What is written beside the target is flushed to the disk and takes the target's 
 that the umask gives (safetensors writes files that only their owner may read).
 """
 
+import json
 import os
 import secrets
 import shutil
@@ -50,6 +51,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             _synchronize(path.parent)
         finally:
             beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically; NaN, which JSON does not have, becomes null."""
+    finite = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    with atomic_write(path) as stream:
+        stream.write(json.dumps(finite, indent=2) + "\n")
 
 
 @contextmanager

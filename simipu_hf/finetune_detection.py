@@ -16,22 +16,21 @@ import numpy as np
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
-from .data.detection import (
-    DetectionAugmentation,
-    DetectionDataset,
-    collate_detection,
-    labelled_frames,
-    read_labels,
-    select_labelled,
-)
+from .data.detection import DetectionAugmentation, DetectionDataset, collate_detection, read_labels, select_labelled
 from .data.kitti_objects import KittiObjects
 from .data.overlap import refuse_shared_frames
 from .errors import SimIPUError, exit_code_of
 from .evaluate_detection import detect_frames, format_table, record_in_card, score
-from .finetuning import FineTuningTrainer, create_model, find_rgb_encoder, fine_tune, prepare_model
-from .hub.weights import InputConvention
+from .finetuning import (
+    FineTuningTrainer,
+    create_image_processor,
+    create_model,
+    create_trainer,
+    find_rgb_encoder,
+    fine_tune,
+)
+from .hub.weights import EncoderWeights
 from .modeling.configuration_simipu import SimIPUDetectionConfig
-from .modeling.image_processing_simipu import SimIPUImageProcessor
 from .modeling.modeling_simipu_detection import SimIPUForMonocular3DDetection
 from .training.arguments import DetectionArguments, DetectionTaskArguments, parse_arguments
 from .visualization import PictureFolder
@@ -55,30 +54,10 @@ class DetectionTrainer(FineTuningTrainer):
 
     def evaluate_frames(self, picture_dir: Path | None = None) -> dict[str, Any]:
         """Evaluate on `eval_dataset`, every process on its share of the frames; as [`score`]."""
-        data = self.eval_dataset
-        share = range(self.args.process_index, len(data), self.args.world_size)
         pictures = PictureFolder(picture_dir if self.is_world_process_zero() else None)
-        frames = labelled_frames(data.rows, data.on_bad_row, share)
-        found = gather_object(detect_frames(self.model, frames, data.processor, pictures))
+        processor = self.eval_dataset.processor
+        found = gather_object(detect_frames(self.model, self.own_test_frames(), processor, pictures))
         return score(found, self.model.config.classes, self.min_overlap)
-
-
-def create_image_processor(
-    arguments: DetectionTaskArguments, convention: InputConvention | None = None
-) -> SimIPUImageProcessor:
-    """The image pipeline of a detector.
-
-    Args:
-        convention: mean and deviation that the encoder was trained with; ImageNet's if `None`.
-    """
-    convention = convention or InputConvention()
-    height, width = arguments.image_size
-    return SimIPUImageProcessor(
-        size={"height": height, "width": width},
-        image_mean=list(convention.mean),
-        image_std=list(convention.std),
-        pad_size_divisor=1,
-    )
 
 
 def mean_dimensions(labels: Iterable[KittiObjects], classes: Sequence[str]) -> list[list[float]]:
@@ -102,7 +81,43 @@ def mean_dimensions(labels: Iterable[KittiObjects], classes: Sequence[str]) -> l
     return [list(usual[name]) if name in usual else known[name].mean(axis=0).tolist() for name in classes]
 
 
-def create_trainer(arguments: DetectionArguments, callbacks: Sequence[TrainerCallback] = ()) -> DetectionTrainer:
+def trainer_parts(
+    arguments: DetectionTaskArguments,
+    encoder: EncoderWeights,
+    sizes: list[list[float]],
+    train_rows: Any,
+    test_rows: Any,
+    seed: int,
+    keep_frames: bool = False,
+) -> dict[str, Any]:
+    """Model, data sets, image processor and overlap, as keyword arguments of [`DetectionTrainer`].
+
+    Args:
+        sizes: see [`mean_dimensions`].
+        train_rows, test_rows: rows, or frames; `test_rows` may be `None`.
+    """
+    classes, processor = list(arguments.classes), create_image_processor(arguments.image_size, encoder.input)
+    model = create_model(
+        SimIPUForMonocular3DDetection, encoder, arguments.image_size, seed, classes=classes, mean_dimensions=sizes
+    )
+    train, test = (
+        None
+        if rows is None
+        else DetectionDataset(rows, processor, augmentation, seed, keep_frames, arguments.on_bad_row, classes=classes)
+        for rows, augmentation in ((train_rows, DetectionAugmentation(zoom=arguments.zoom)), (test_rows, None))
+    )
+    return {
+        "model": model,
+        "train_dataset": train,
+        "eval_dataset": test,
+        "processing_class": processor,
+        "min_overlap": arguments.min_overlap,
+    }
+
+
+def create_detection_trainer(
+    arguments: DetectionArguments, callbacks: Sequence[TrainerCallback] = ()
+) -> DetectionTrainer:
     """The trainer of `finetune_detection`, for use from Python.
 
     Raises:
@@ -113,28 +128,11 @@ def create_trainer(arguments: DetectionArguments, callbacks: Sequence[TrainerCal
     if test_rows is not None:
         refuse_shared_frames(train_rows, test_rows, "--test_frames")
         read_labels(test_rows, arguments.on_bad_row)
-    encoder, classes = find_rgb_encoder(arguments.image_encoder), list(arguments.classes)
-    sizes = mean_dimensions(read_labels(train_rows, arguments.on_bad_row), classes)
-    fields = {"classes": classes, "mean_dimensions": sizes}
-    model = create_model(SimIPUForMonocular3DDetection, encoder, arguments.image_size, arguments.seed, **fields)
-    processor = create_image_processor(arguments, encoder.input)
-    augmentation = DetectionAugmentation(zoom=arguments.zoom)
-    options: dict[str, Any] = {"keep_frames": arguments.keep_frames, "on_bad_row": arguments.on_bad_row}
-    dataset = DetectionDataset(train_rows, processor, classes, augmentation, arguments.seed, **options)
-    first = {name: dataset[0][name][None] for name in ("pixel_values", "camera_projection")}
-    settings = prepare_model(model, arguments, [first])
+    encoder = find_rgb_encoder(arguments.image_encoder)
     print(f"image encoder: {encoder.description}", file=sys.stderr)
-    return DetectionTrainer(
-        model,
-        settings,
-        train_dataset=dataset,
-        eval_dataset=None if test_rows is None else DetectionDataset(test_rows, processor, classes, **options),
-        processing_class=processor,
-        callbacks=list(callbacks),
-        min_overlap=arguments.min_overlap,
-        encoder_learning_rate=arguments.encoder_learning_rate,
-        decoder_first=arguments.decoder_first,
-    )
+    sizes = mean_dimensions(read_labels(train_rows, arguments.on_bad_row), arguments.classes)
+    parts = trainer_parts(arguments, encoder, sizes, train_rows, test_rows, arguments.seed, arguments.keep_frames)
+    return create_trainer(DetectionTrainer, arguments, parts, callbacks)
 
 
 def finetune_detection(arguments: DetectionArguments) -> Path:
@@ -149,20 +147,9 @@ def finetune_detection(arguments: DetectionArguments) -> Path:
         SimIPUError: unusable arguments, data or checkpoint, or a loss that is no number.
         TrainingInterrupted: Ctrl-C or SIGTERM, after saving a checkpoint.
     """
-
-    def record(result: dict[str, Any]) -> None:
-        record_in_card(Path(arguments.output_dir), arguments.test_frames, result)
-        print(format_table(result))
-
-    return fine_tune(arguments, create_trainer(arguments), record)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command: parse the flags and run; returns the exit code."""
-    return exit_code_of(
-        lambda: finetune_detection(parse_arguments(DetectionArguments, argv, "simipu-hf finetune-detection"))
-    )
+    return fine_tune(arguments, create_detection_trainer(arguments), record_in_card, format_table)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command = "simipu-hf finetune-detection"
+    sys.exit(exit_code_of(lambda: finetune_detection(parse_arguments(DetectionArguments, prog=command))))

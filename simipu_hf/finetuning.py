@@ -7,38 +7,43 @@ Read `fine_tune` first. A task (`finetune_depth`, `finetune_detection`) builds m
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from traceback import clear_frames
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
-from accelerate.utils import gather_object
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from .data.depth import frame_ids
+from .data.frames import FrameDataset, frame_ids
 from .data.sources import describe_frames
 from .errors import SimIPUError, TrainingInterrupted
-from .evaluation.depth import write_json
-from .files import atomic_folder
+from .files import atomic_folder, move_into, write_json
 from .hub.card import CURVES, write_model_card
 from .hub.push import HubUploader
 from .hub.sources import find_image_encoder
-from .hub.weights import EncoderWeights
-from .modeling.dense_model import SimIPUDenseModel
+from .hub.weights import EncoderWeights, InputConvention
 from .modeling.image_encoder import load_image_encoder_weights
+from .modeling.image_processing_simipu import SimIPUImageProcessor
 from .training.arguments import FineTuningRunArguments
 from .training.batch_norm import kept_running_statistics, synchronize_batch_norm
 from .training.checkpoint import check_same_run
-from .training.distributed import StopRequest, check_precision, check_processes, on_main_process, use_all_cores
+from .training.distributed import (
+    SharedFlags,
+    StopRequest,
+    check_precision,
+    check_processes,
+    on_main_process,
+    use_all_cores,
+)
 from .training.logging import METRICS_FILE, check_trackers, cut_metrics, read_metrics
 from .training.run_folder import RUN_FILE, data_fingerprint, find_checkpoint, prepare_run_folder, write_run_file
-from .training.sampling import GlobalBatchSampler, quiet_worker
+from .training.sampling import GlobalBatchSampler, create_loader
 from .visualization import draw_training_curves, save_figure
 
 
@@ -77,6 +82,26 @@ def create_model(
     return model
 
 
+def create_image_processor(
+    size: tuple[int, int], convention: InputConvention | None = None, crop_size: tuple[int, int] | None = None
+) -> SimIPUImageProcessor:
+    """The image pipeline of a fine-tuned model: in training, in evaluation and, saved with it, wherever it is used.
+
+    Args:
+        size: height and width that images are resized to.
+        convention: mean and deviation that the encoder was trained with; ImageNet's if `None`.
+        crop_size: height and width of the bottom centre that is kept of an image before that.
+    """
+    convention = convention or InputConvention()
+    return SimIPUImageProcessor(
+        crop_size=None if crop_size is None else {"height": crop_size[0], "width": crop_size[1]},
+        size={"height": size[0], "width": size[1]},
+        image_mean=list(convention.mean),
+        image_std=list(convention.std),
+        pad_size_divisor=1,
+    )
+
+
 class FineTuningTrainer(Trainer):
     """`transformers.Trainer` with the published recipe: AdamW, one-cycle schedule; a task adds `evaluate_frames`.
 
@@ -84,8 +109,8 @@ class FineTuningTrainer(Trainer):
     exactly as the uninterrupted one. A whole run is one pass over the loader, whose workers live as long.
 
     Args:
-        args, kwargs: the Trainer's; both data sets take keys `(epoch, row)` and have `rows`, and `frame(row)` with the
-            name of a row's frame. `warmup_steps` is the part of the schedule in which the learning rate rises.
+        args, kwargs: the Trainer's; both data sets are [`FrameDataset`]s. `warmup_steps` is the share of the steps in
+            which the learning rate rises.
         encoder_learning_rate: peak for the image encoder; `learning_rate` if `None`.
         decoder_first: share of the steps, at the start, in which the image encoder's weights are frozen.
     """
@@ -130,15 +155,9 @@ class FineTuningTrainer(Trainer):
         )
 
     def get_train_dataloader(self) -> DataLoader:
-        return DataLoader(
-            self.train_dataset,
-            batch_sampler=self._sampler(self.args.max_steps),
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.device.type == "cuda",
-            worker_init_fn=quiet_worker,
-            generator=torch.Generator().manual_seed(self.args.seed),  # or it would draw from the global random state
-        )
+        sampler, pin_memory = self._sampler(self.args.max_steps), self.args.device.type == "cuda"
+        workers = self.args.dataloader_num_workers
+        return create_loader(self.train_dataset, sampler, self.data_collator, workers, pin_memory)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -190,6 +209,12 @@ class FineTuningTrainer(Trainer):
             )
         return loss
 
+    def own_test_frames(self) -> Iterator[Any]:
+        """This process's share of the frames to evaluate on."""
+        return self.eval_dataset.usable_frames(
+            range(self.args.process_index, len(self.eval_dataset), self.args.world_size)
+        )
+
     def evaluate_frames(self, picture_dir: Path | None = None) -> dict[str, Any]:
         """Evaluate on `eval_dataset`, every process on its share of the frames.
 
@@ -239,13 +264,12 @@ class RunFolder(TrainerCallback):
 
     Args:
         stop: whether a signal has come.
+        flags: tells all processes of it.
         uploader: publishes checkpoints; `None` publishes none.
     """
 
-    def __init__(self, output_dir: Path, stop: StopRequest, uploader: HubUploader | None = None):
-        self.output_dir = output_dir
-        self.stop = stop
-        self.uploader = uploader
+    def __init__(self, output_dir: Path, stop: StopRequest, flags: SharedFlags, uploader: HubUploader | None = None):
+        self.output_dir, self.stop, self.flags, self.uploader = output_dir, stop, flags, uploader
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -258,7 +282,8 @@ class RunFolder(TrainerCallback):
                 stream.write(json.dumps(line) + "\n")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if any(gather_object([self.stop.requested])):
+        self.flags.put(state.global_step, stop=self.stop.requested)
+        if self.flags.get():
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -287,25 +312,38 @@ def recipe(output_dir: str | os.PathLike, **changes: Any) -> TrainingArguments:
     return arguments
 
 
-def prepare_model(
-    model: SimIPUDenseModel, arguments: FineTuningRunArguments, inputs: Iterable[Mapping[str, torch.Tensor]]
-) -> TrainingArguments:
-    """Freeze, checkpoint and synchronise as the flags say; the Trainer's arguments.
+TrainerT = TypeVar("TrainerT", bound=FineTuningTrainer)
+
+
+def create_trainer(
+    trainer_class: type[TrainerT],
+    arguments: FineTuningRunArguments,
+    parts: dict[str, Any],
+    callbacks: Sequence[TrainerCallback] = (),
+) -> TrainerT:
+    """The trainer of a command, its model frozen, checkpointed and synchronised as the flags say.
 
     Args:
-        inputs: batches of one image, on which the model is tried.
+        parts: model, data sets and image processor, as keyword arguments of `trainer_class`.
 
     Raises:
         SimIPUError: the encoder does not take images of their sizes.
     """
+    model = parts["model"]
     model.freeze_image_encoder(arguments.freeze_image_encoder)
     if arguments.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    check_image_sizes(model, inputs)
+    check_image_sizes(model, parts["train_dataset"])
     settings = trainer_settings(arguments)
     if settings.world_size > 1 and arguments.sync_batch_norm:
-        synchronize_batch_norm(model.to(settings.device))  # type: ignore[arg-type]  # transformers hides the method
-    return settings
+        synchronize_batch_norm(model.to(settings.device))
+    return trainer_class(
+        args=settings,
+        callbacks=list(callbacks),
+        encoder_learning_rate=arguments.encoder_learning_rate,
+        decoder_first=arguments.decoder_first,
+        **parts,
+    )
 
 
 def trainer_settings(arguments: FineTuningRunArguments) -> TrainingArguments:
@@ -330,9 +368,10 @@ def trainer_settings(arguments: FineTuningRunArguments) -> TrainingArguments:
     )
 
 
-def check_image_sizes(model: Any, inputs: Iterable[Mapping[str, torch.Tensor]]) -> None:
-    """One forward of each of the inputs, so that nothing is written for an encoder that takes other sizes."""
-    for batch in inputs:
+def check_image_sizes(model: Any, dataset: FrameDataset) -> None:
+    """One forward of a sample and of its whole image, so that nothing is written for an encoder of other sizes."""
+    for sample in (dataset[0], dataset.sample(dataset.frame(0))):
+        batch = {name: value[None] for name, value in sample.items() if name != "labels"}
         try:
             with torch.no_grad():
                 model.eval()(**batch)
@@ -346,12 +385,16 @@ def check_image_sizes(model: Any, inputs: Iterable[Mapping[str, torch.Tensor]]) 
 
 
 def fine_tune(
-    arguments: FineTuningRunArguments, trainer: FineTuningTrainer, record: Callable[[dict[str, Any]], None]
+    arguments: FineTuningRunArguments,
+    trainer: FineTuningTrainer,
+    record: Callable[[Path, Sequence[str], dict[str, Any]], None],
+    table: Callable[[dict[str, Any]], str],
 ) -> Path:
     """Train in as many processes as were launched, save, and evaluate.
 
     Args:
-        record: is given the result of the evaluation, on the main process.
+        record: keeps the result of the evaluation for the card: given the folder, the test frames and the result.
+        table: a result as text.
 
     Returns:
         The output folder: the model with its image processor and code, the evaluation and `pictures/` of the test
@@ -367,7 +410,7 @@ def fine_tune(
     checkpoint = on_main_process(accelerator, open_run, arguments, trainer)
     uploader = create_uploader(arguments) if accelerator.is_main_process else None
     with StopRequest() as stop:
-        trainer.add_callback(RunFolder(output_dir, stop, uploader))
+        trainer.add_callback(RunFolder(output_dir, stop, SharedFlags(accelerator), uploader))
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
         except BaseException as error:
@@ -382,7 +425,10 @@ def fine_tune(
         )
     on_main_process(accelerator, save_final_model, trainer, output_dir)
     if trainer.eval_dataset is not None:
-        evaluate_final_model(trainer, output_dir, record)
+        result = evaluate_final_model(trainer, output_dir)
+        if accelerator.is_main_process:
+            record(output_dir, arguments.test_frames or [str(getattr(arguments, "test_list", None))], result)
+            print(table(result))
     if accelerator.is_main_process:
         if (figure := draw_training_curves(read_metrics(output_dir / METRICS_FILE))) is not None:
             save_figure(figure, output_dir / CURVES)
@@ -442,14 +488,10 @@ def save_final_model(trainer: FineTuningTrainer, output_dir: Path) -> None:
     """The model beside the checkpoints; each file atomically."""
     with atomic_folder(output_dir / ".final", overwrite=True) as beside:
         trainer.save_model(str(beside))
-    for file in (output_dir / ".final").iterdir():
-        file.replace(output_dir / file.name)
-    (output_dir / ".final").rmdir()
+    move_into(output_dir / ".final", output_dir)
 
 
-def evaluate_final_model(
-    trainer: FineTuningTrainer, output_dir: Path, record: Callable[[dict[str, Any]], None]
-) -> None:
+def evaluate_final_model(trainer: FineTuningTrainer, output_dir: Path) -> dict[str, Any]:
     """The task's evaluation, as JSON, and pictures; a failure leaves the model where it is, and says so."""
     try:
         result = trainer.evaluate_frames(output_dir / "pictures")
@@ -461,4 +503,4 @@ def evaluate_final_model(
     if trainer.is_world_process_zero():
         description = {"image_encoder": trainer.model.config.image_encoder_config.architecture}
         write_json(output_dir / f"{trainer.task}_evaluation.json", {**description, **result})
-        record(result)
+    return result

@@ -10,6 +10,7 @@ import torch
 from depth_rows import make_rows, save_rows
 
 from simipu_hf.compare import (
+    Task,
     compare,
     describe_claims,
     estimate_batch_norm,
@@ -20,26 +21,26 @@ from simipu_hf.compare import (
     summarize,
 )
 from simipu_hf.compare_depth import DepthTask, compare_depth
-from simipu_hf.data.depth import DepthDataset, DepthFrame, to_pixel_values, usable_frames
+from simipu_hf.data.depth import DepthDataset
+from simipu_hf.data.frames import to_pixel_values
 from simipu_hf.data.rows import dataset_from_rows
 from simipu_hf.errors import SimIPUError
-from simipu_hf.finetune_depth import create_depth_model, create_image_processor
-from simipu_hf.finetuning import find_rgb_encoder
+from simipu_hf.finetune_depth import create_processor
+from simipu_hf.finetuning import create_model, find_rgb_encoder
+from simipu_hf.modeling.modeling_simipu_depth import SimIPUForDepthEstimation
 from simipu_hf.training.arguments import CompareArguments, CompareDepthArguments, DepthTaskArguments
 
 ENCODER = "random:test_resnet"
 
 
-class FakeTask:
+class FakeTask(Task):
     """The value falls from 1 by a rate of the encoder, the seed adds a constant."""
 
-    metrics = ("error", "score")
     shown = ("error", "score")
     higher_is_better = ("score",)
-    num_test_frames = 3
 
     def __init__(self):
-        self.ran = []
+        self.ran, self.test_frames = [], [None] * 3
 
     def run(self, encoder, mode, fraction, seed):
         self.ran.append((mode, fraction, seed))
@@ -192,11 +193,12 @@ def test_depth_frames_on_both_sides_are_refused(depth_arguments, tmp_path):
 
 
 def test_frozen_random_encoder_gets_the_statistics_of_the_frames():
-    processor = create_image_processor(DepthTaskArguments(kb_crop=False, image_size=(32, 64)))
-    frames: list[DepthFrame] = list(usable_frames(list(make_rows()), processor))
-    model = create_depth_model(find_rgb_encoder("random:resnet18"))
-    estimate_batch_norm(model, DepthDataset(frames, processor))
-    first = model.image_encoder.conv1(to_pixel_values([frame.image for frame in frames], processor))
+    processor = create_processor(DepthTaskArguments(kb_crop=False, image_size=(32, 64)))
+    dataset = DepthDataset(list(make_rows()), processor)
+    model = create_model(SimIPUForDepthEstimation, find_rgb_encoder("random:resnet18"))
+    estimate_batch_norm(model, dataset)
+    images = [frame.image for frame in dataset.usable_frames()]
+    first = model.image_encoder.conv1(to_pixel_values(images, processor))
     torch.testing.assert_close(model.image_encoder.bn1.running_mean, first.mean((0, 2, 3)), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(model.image_encoder.bn1.running_var, first.var((0, 2, 3)), atol=1e-5, rtol=1e-4)
     assert model.image_encoder.bn1.momentum == 0.1

@@ -15,8 +15,10 @@ from simipu_hf.compare_detection import compare_detection
 from simipu_hf.data.detection import DetectionFrame
 from simipu_hf.data.kitti_objects import KittiObjects, read_objects_folder, write_objects_folder
 from simipu_hf.errors import SimIPUError
-from simipu_hf.evaluate_detection import detect, evaluate_detection, load_detector
+from simipu_hf.evaluate_detection import detect, evaluate_detection
 from simipu_hf.finetune_detection import finetune_detection, mean_dimensions
+from simipu_hf.hub.sources import load_dense_model
+from simipu_hf.modeling.modeling_simipu_detection import SimIPUForMonocular3DDetection
 from simipu_hf.training.arguments import CompareDetectionArguments, DetectionArguments, EvaluateDetectionArguments
 from simipu_hf.visualization import draw_objects
 
@@ -81,7 +83,10 @@ def test_evaluation_of_the_model_and_of_its_files_are_one(run, frames, tmp_path)
     folders = {"predictions": str(tmp_path / "out" / "predictions"), "labels": str(tmp_path / "labels")}
     again = evaluate_detection(EvaluateDetectionArguments(**folders, json=True, min_overlap=0.01))
     assert again["metrics"] == pytest.approx(result["metrics"], abs=1e-6)
-    frame, (network, processor) = DetectionFrame.from_row(make_row(4)), load_detector(run)
+    frame, (network, processor) = (
+        DetectionFrame.from_row(make_row(4)),
+        load_dense_model(SimIPUForMonocular3DDetection, run),
+    )
     found = detect(network, frame.image, frame.camera_projection, processor)
     written = read_objects_folder(folders["predictions"], with_scores=True)["000004"]
     np.testing.assert_allclose(written.location, found.location, atol=1e-3)

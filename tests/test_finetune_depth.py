@@ -14,19 +14,15 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments, pipeline
 
 from simipu_hf.cli import run as run_command
-from simipu_hf.data.depth import DepthAugmentation, DepthDataset, DepthFrame, select_frames
+from simipu_hf.data.depth import DepthAugmentation, DepthDataset, DepthFrame
+from simipu_hf.data.frames import select_frames
 from simipu_hf.data.rows import dataset_from_rows, image_from_row
 from simipu_hf.data.sources import describe_frames
 from simipu_hf.errors import SimIPUError, TrainingInterrupted
 from simipu_hf.evaluate_depth import evaluate_depth
 from simipu_hf.evaluation.depth import METRICS, DepthProtocol, evaluate_maps
-from simipu_hf.finetune_depth import (
-    DepthTrainer,
-    create_depth_model,
-    create_image_processor,
-    finetune_depth,
-)
-from simipu_hf.finetuning import find_rgb_encoder, recipe
+from simipu_hf.finetune_depth import DepthTrainer, create_processor, finetune_depth
+from simipu_hf.finetuning import create_model, find_rgb_encoder, recipe
 from simipu_hf.modeling.modeling_simipu_depth import SimIPUForDepthEstimation
 from simipu_hf.training.arguments import DepthArguments, DepthTaskArguments, EvaluateDepthArguments
 
@@ -56,6 +52,10 @@ def depth_arguments(frames, output_dir, **changes) -> DepthArguments:
         **SMALL,
     }
     return DepthArguments(**{**fields, **changes})
+
+
+def depth_model(**fields) -> SimIPUForDepthEstimation:
+    return create_model(SimIPUForDepthEstimation, find_rgb_encoder(ENCODER), **fields)
 
 
 def saved_weights(folder):
@@ -176,7 +176,7 @@ def test_pipeline_returns_what_evaluation_measures(size, flags, tmp_path):
     estimate = pipeline("depth-estimation", model=str(run), trust_remote_code=True, device="cpu")
     maps = []
     for row in select_frames(test):
-        target = DepthFrame.from_row(row, create_image_processor(DepthTaskArguments(**flags))).depth
+        target = DepthFrame.from_row(row, create_processor(DepthTaskArguments(**flags))).depth
         answer = estimate(image_from_row(row))["predicted_depth"].numpy()
         assert answer.shape == size
         maps.append((row["frame_id"], answer, target))
@@ -194,8 +194,8 @@ def test_command_prints_metrics_or_json(frames, run, capsys):
 
 def test_evaluation_of_a_crop_is_not_that_of_the_whole_image(tmp_path):
     rows = list(make_rows(range(1), 375, 1242))
-    model = create_depth_model(find_rgb_encoder(ENCODER))
-    processor = create_image_processor(DepthTaskArguments(image_size=(64, 192)))
+    model = depth_model()
+    processor = create_processor(DepthTaskArguments(image_size=(64, 192)))
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     dataset_from_rows(rows, cache_dir=str(tmp_path / "cache")).save_to_disk(tmp_path / "rows")
@@ -209,14 +209,14 @@ def test_evaluation_of_a_crop_is_not_that_of_the_whole_image(tmp_path):
 
 @pytest.fixture(scope="module")
 def dataset(frames):
-    processor = create_image_processor(DepthTaskArguments(**SMALL))
+    processor = create_processor(DepthTaskArguments(**SMALL))
     return DepthDataset(select_frames([frames]), processor, DepthAugmentation(crop_size=(32, 64)), keep_frames=True)
 
 
 def test_stock_trainer_takes_model_and_processor_and_averages_accumulated_gradients(dataset, tmp_path):
     weights = []
     for steps in (1, 2, 4):
-        model = create_depth_model(find_rgb_encoder(ENCODER)).eval()
+        model = depth_model().eval()
         arguments = TrainingArguments(
             str(tmp_path), max_steps=1, per_device_train_batch_size=1, gradient_accumulation_steps=steps, optim="sgd",
             learning_rate=1e-3, lr_scheduler_type="constant", max_grad_norm=0.0, save_strategy="no", report_to="none",
@@ -232,9 +232,7 @@ def test_stock_trainer_takes_model_and_processor_and_averages_accumulated_gradie
 
 def test_one_cycle_starts_at_a_25th_and_ends_at_a_2500th(dataset, tmp_path):
     settings = recipe(tmp_path, max_steps=50, learning_rate=1.0, warmup_steps=0.2, adam_beta1=0.9)
-    trainer = DepthTrainer(
-        create_depth_model(find_rgb_encoder(ENCODER)), settings, train_dataset=dataset, encoder_learning_rate=0.1
-    )
+    trainer = DepthTrainer(depth_model(), settings, train_dataset=dataset, encoder_learning_rate=0.1)
     optimizer = trainer.create_optimizer()
     schedule = trainer.create_scheduler(50)
     rates, betas = [], []
@@ -253,7 +251,7 @@ def test_one_cycle_starts_at_a_25th_and_ends_at_a_2500th(dataset, tmp_path):
 def test_decoder_first_leaves_the_encoders_weights_for_a_share_of_the_steps(dataset, tmp_path):
     changed = []
     for steps in (2, 3):
-        model = create_depth_model(find_rgb_encoder(ENCODER))
+        model = depth_model()
         before = [parameter.clone() for parameter in model.image_encoder.parameters()]
         settings = recipe(tmp_path, max_steps=4, per_device_train_batch_size=2, save_strategy="no", use_cpu=True)
         trainer = DepthTrainer(
@@ -280,13 +278,13 @@ def test_probe_leaves_the_encoder_as_it_was(frames, tmp_path):
     run = finetune_depth(
         depth_arguments(frames, tmp_path / "run", freeze_image_encoder=True, max_steps=2, test_frames=[])
     )
-    start = create_depth_model(find_rgb_encoder(ENCODER)).state_dict()
+    start = depth_model().state_dict()
     changed = {name.split(".")[0] for name, value in saved_weights(run).items() if not torch.equal(value, start[name])}
     assert changed == {"decoder"}
 
 
 def test_it_learns_brightness_to_depth(dataset, tmp_path):
-    model = create_depth_model(find_rgb_encoder(ENCODER), max_depth=100.0)
+    model = depth_model(max_depth=100.0)
     settings = recipe(
         tmp_path, max_steps=40, per_device_train_batch_size=6, learning_rate=2e-3, save_strategy="no", logging_steps=1
     )

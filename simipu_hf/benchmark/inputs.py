@@ -68,11 +68,6 @@ def create_config(preset: str, config_overrides: str | None, **overrides: Any) -
         raise SimIPUError(str(error)) from error
 
 
-def choose_device(device: str | None) -> torch.device:
-    """The device named, or CUDA where there is one."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
 def described(arguments: BenchmarkArguments) -> dict[str, Any]:
     """The settings of a benchmark, for its result."""
     settings = {name: value for name, value in vars(arguments).items() if name != "json"}

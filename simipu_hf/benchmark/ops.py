@@ -20,8 +20,9 @@ from simipu_hf.modeling.point_ops import (
 )
 from simipu_hf.modeling.pointnet2 import PointNet2Encoder, SetAbstraction
 from simipu_hf.training.arguments import BenchmarkOpsArguments
+from simipu_hf.training.distributed import choose_device
 
-from .inputs import choose_device, create_config, described, training_batch, two_view_dataset
+from .inputs import create_config, described, training_batch, two_view_dataset
 from .measure import BenchmarkResult, median_seconds, peak_bytes
 
 

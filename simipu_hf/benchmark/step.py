@@ -13,8 +13,9 @@ from simipu_hf.modeling.image_encoder import pad_divisor
 from simipu_hf.modeling.matching import PendingMatch
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.training.arguments import BenchmarkStepArguments
+from simipu_hf.training.distributed import choose_device
 
-from .inputs import choose_device, create_config, described, training_batch, two_view_dataset
+from .inputs import create_config, described, training_batch, two_view_dataset
 from .measure import BenchmarkResult, Function, median_seconds, peak_bytes
 
 STEP = "pre-training step, forward + backward"

@@ -6,12 +6,11 @@ Integer pixel coordinates are pixel centres.
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from PIL import Image
@@ -19,74 +18,14 @@ from PIL import Image
 from ..errors import SimIPUError
 from ..modeling.geometry import inside_image, project_points
 from ..modeling.image_processing_simipu import SimIPUImageProcessor
-from .loading import load_pretraining_dataset
-from .rows import ROW_FEATURES, Rows, calibration_from_row, image_from_row, points_from_row
-from .sources import split_source
+from .frames import FrameDataset, OnBadRow, crop_window, jitter_colors, select_frames, to_pixel_values
+from .rows import Rows, calibration_from_row, image_from_row, points_from_row
 
 # KITTI Eigen training and evaluation use the bottom centre of every image (the "KB" crop): height, width.
 KB_CROP = (352, 1216)
 
-OnBadRow = Literal["error", "skip"]
 
-
-# --- frames by name -------------------------------------------------------------------------------------------------
-
-
-def select_frames(specifications: Sequence[str]) -> datasets.Dataset:
-    """The rows that the specifications name, in their order.
-
-    rows = select_frames(["KITTI#train", "my_parquet#val:000001,000007"])
-
-    Args:
-        specifications: each `SOURCE`, `SOURCE#SPLIT` or `SOURCE#SPLIT:IDS`. SOURCE is whatever
-            `load_pretraining_dataset` reads; SPLIT is one of its splits (its default where empty), such as
-            `train` or `train[:50%]`; IDS is a list of `frame_id`s separated by commas, or `@FILE` with one a line.
-
-    Returns:
-        A data set with the columns of the data contract, images not decoded, and `depth` and `objects` where every
-        source has them.
-
-    Raises:
-        SimIPUError: a source that cannot be read, an id it does not have, or a frame named twice.
-    """
-    parts = [_select(specification) for specification in specifications]
-    if not parts:
-        raise SimIPUError("no frames were named: expected SOURCE[#SPLIT[:IDS]]")
-    shared = [name for name in ("depth", "objects") if all(name in part.column_names for part in parts)]
-    columns = [*ROW_FEATURES, *shared]
-    # images are decoded where a damaged one is reported by its frame
-    parts = [part.select_columns(columns).cast_column("image", datasets.Image(decode=False)) for part in parts]
-    # casting copies the data, and is only needed where another writer stored a column in another way
-    parts = [part if part.features == parts[0].features else part.cast(parts[0].features) for part in parts]
-    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
-
-
-def _select(specification: str) -> datasets.Dataset:
-    source, rest = split_source(specification)
-    # a split may hold colons of its own inside brackets, as in train[:50%]
-    end = rest.find(":", rest.find("]") + 1)
-    split, ids = (rest, "") if end < 0 else (rest[:end], rest[end + 1 :])
-    rows = load_pretraining_dataset(source, split=split or None)
-    if not ids:
-        return rows
-    wanted = _read_ids(ids, specification)
-    position = {frame_id: index for index, frame_id in enumerate(rows["frame_id"])}
-    missing = [frame_id for frame_id in wanted if frame_id not in position]
-    if missing:
-        raise SimIPUError(f"{specification}: {len(missing)} frames are not there, the first {missing[0]!r}")
-    if len(set(wanted)) < len(wanted):
-        raise SimIPUError(f"{specification}: a frame is named twice")
-    return rows.select([position[frame_id] for frame_id in wanted])
-
-
-def _read_ids(ids: str, specification: str) -> list[str]:
-    if not ids.startswith("@"):
-        return [name.strip() for name in ids.split(",") if name.strip()]
-    try:
-        lines = Path(ids[1:]).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SimIPUError(f"{specification}: the file of ids cannot be read ({error})") from error
-    return [line.strip() for line in lines if line.strip()]
+# --- Eigen file lists -----------------------------------------------------------------------------------------------
 
 
 class EigenFrames:
@@ -176,13 +115,6 @@ def select_depth_rows(
     if file_list:
         return EigenFrames(file_list, str(image_dir), str(depth_dir), on_bad_row)
     return select_frames(frames) if frames else None
-
-
-def frame_ids(rows: Rows) -> list[str]:
-    """Names of the frames, read without decoding them."""
-    if isinstance(rows, datasets.Dataset):
-        return list(rows["frame_id"])
-    return [str(rows[index]["frame_id"]) for index in range(len(rows))]
 
 
 # --- ground truth ---------------------------------------------------------------------------------------------------
@@ -277,18 +209,6 @@ def image_and_depth(row: Mapping[str, Any]) -> tuple[Image.Image, np.ndarray]:
 # --- what a model sees ----------------------------------------------------------------------------------------------
 
 
-def crop_window(processor: SimIPUImageProcessor, image_size: tuple[int, ...], name: str) -> tuple[int, int, int, int]:
-    """Top, left, height and width of the part of an image that a processor keeps.
-
-    Raises:
-        SimIPUError: the image is smaller; `name` says which.
-    """
-    try:
-        return processor.crop_window((image_size[0], image_size[1]))
-    except ValueError as error:
-        raise SimIPUError(f"{name}: {error}; --no_kb_crop trains and evaluates without the KITTI crop") from error
-
-
 @dataclass(frozen=True)
 class DepthFrame:
     """One frame as a model sees it before normalisation, and its ground truth; nothing random has happened to it.
@@ -323,31 +243,6 @@ class DepthFrame:
         pixels = processor.resize_image(torch.from_numpy(np.array(image)).permute(2, 0, 1)).permute(1, 2, 0).numpy()
         target = resize_depth_map(known, *pixels.shape[:2])
         return cls(str(row.get("frame_id", "?")), pixels, target, depth, window)
-
-
-def usable_frames(
-    rows: Rows | Sequence[DepthFrame],
-    processor: SimIPUImageProcessor,
-    on_bad_row: OnBadRow = "error",
-    indices: Iterable[int] | None = None,
-) -> Iterator[DepthFrame]:
-    """The frames of rows, one by one; with `"skip"` those that cannot be used are named and left out."""
-    for index in range(len(rows)) if indices is None else indices:
-        row = rows[index]
-        try:
-            frame = row if isinstance(row, DepthFrame) else DepthFrame.from_row(row, processor)
-        except SimIPUError as error:
-            if on_bad_row == "error":
-                raise
-            print(f"left out: {error}", file=sys.stderr)
-        else:
-            yield frame
-
-
-def to_pixel_values(images: Sequence[np.ndarray], processor: SimIPUImageProcessor) -> torch.Tensor:
-    """Normalise images `(h, w, 3)` of one size, values 0 to 255: `(B, 3, h, w)` float32."""
-    pixels = torch.stack([torch.from_numpy(np.ascontiguousarray(image)) for image in images]).permute(0, 3, 1, 2)
-    return processor.normalize_images(pixels, torch.tensor([pixels.shape[-2:]] * len(images)))
 
 
 # --- training samples -----------------------------------------------------------------------------------------------
@@ -394,13 +289,6 @@ class DepthAugmentation:
         return image, depth
 
 
-def jitter_colors(image: np.ndarray, generator: np.random.Generator, factors: tuple[float, float]) -> np.ndarray:
-    """Gamma, brightness and each channel of an image `(h, w, 3)` float32, 0 to 255, scaled by a factor of a range."""
-    image = 255 * (image / 255) ** np.float32(generator.uniform(*factors))
-    image = image * np.float32(generator.uniform(*factors))
-    return (image * generator.uniform(*factors, size=3).astype(np.float32)).clip(0, 255)
-
-
 def default_crop_size(image_size: tuple[int, int] | None) -> tuple[int, int]:
     """The training window: 352 x 704 of 352 x 1216, or the same share of a smaller image, a multiple of 32 wide."""
     if image_size is None:
@@ -409,72 +297,27 @@ def default_crop_size(image_size: tuple[int, int] | None) -> tuple[int, int]:
     return height, min(width, max(32, round(width * 704 / 1216 / 32) * 32))
 
 
-class DepthDataset(torch.utils.data.Dataset):
-    """Training samples: `pixel_values` (`(3, h, w)`) and `labels` (`(h, w)`, metres) of a row.
+class DepthDataset(FrameDataset):
+    """Samples for depth: `pixel_values` (`(3, h, w)`) and `labels` (`(h, w)`, metres); see [`FrameDataset`].
 
-    A key is `(epoch, row)`, or a row alone for epoch 0. The augmentation is a pure function of (seed, epoch, row), so
-    that neither workers nor a resume change it.
-
-    Args:
-        rows: rows that [`image_and_depth`] takes, or frames.
-        processor: the model's image processor.
-        augmentation: of training samples; `None` for none.
-        seed: of the augmentation.
-        keep_frames: keep every decoded frame in memory, for small sets that are gone through many times.
-        on_bad_row: `"skip"` takes the next usable row instead of one that cannot be used.
+    dataset = DepthDataset(select_frames(["KITTI#train"]), processor, DepthAugmentation())
 
     Raises:
         SimIPUError: no rows, or (at the first sample) a window larger than the images.
     """
 
-    def __init__(
-        self,
-        rows: Rows | Sequence[DepthFrame],
-        processor: SimIPUImageProcessor,
-        augmentation: DepthAugmentation | None = None,
-        seed: int = 0,
-        keep_frames: bool = False,
-        on_bad_row: OnBadRow = "error",
-    ):
-        if len(rows) == 0:
-            raise SimIPUError("the data set has no rows")
-        self.rows = rows
-        self.processor = processor
-        self.augmentation = augmentation
-        self.seed = seed
-        self.kept: dict[int, DepthFrame] | None = {} if keep_frames else None
-        self.on_bad_row = on_bad_row
+    def read(self, row: Any) -> DepthFrame:
+        return DepthFrame.from_row(row, self.processor)
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def frame(self, index: int) -> DepthFrame:
-        """The frame of a row before augmentation, or of the next usable one."""
-        if self.kept is not None and index in self.kept:
-            return self.kept[index]
-        following = ((index + step) % len(self) for step in range(len(self)))
-        frame = next(usable_frames(self.rows, self.processor, self.on_bad_row, following), None)
-        if frame is None:
-            raise SimIPUError(f"none of the {len(self)} training frames can be used")
-        if self.kept is not None:
-            self.kept[index] = frame
-        return frame
-
-    def pixel_values(self, index: int) -> torch.Tensor:
-        """`(3, h, w)`: a frame's whole image, not augmented."""
-        return to_pixel_values([self.frame(index).image], self.processor)[0]
-
-    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, torch.Tensor]:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        frame = self.frame(index)
+    def sample(self, frame: DepthFrame, generator: np.random.Generator | None = None) -> dict[str, torch.Tensor]:
         image, depth = frame.image, frame.target
-        if self.augmentation is not None:
+        if generator is not None:
             size = self.augmentation.crop_size
             if size is not None and (size[0] > depth.shape[0] or size[1] > depth.shape[1]):
                 raise SimIPUError(
                     f"frame {frame.frame_id}: the random window {size[1]} x {size[0]} is larger than the image "
                     f"{depth.shape[1]} x {depth.shape[0]}: choose a smaller --crop_size"
                 )
-            image, depth = self.augmentation(image, depth, np.random.default_rng([self.seed, epoch, index]))
+            image, depth = self.augmentation(image, depth, generator)
         # a copy: the depth may be a kept frame's, or memory of PIL that cannot be written to
         return {"pixel_values": to_pixel_values([image], self.processor)[0], "labels": torch.from_numpy(depth.copy())}

@@ -5,7 +5,7 @@ the rectified camera frame; boxes in the image are left, top, right, bottom in p
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,9 @@ import torch
 
 from ..errors import SimIPUError
 from ..modeling.geometry import pixel_transform
-from ..modeling.image_processing_simipu import SimIPUImageProcessor
-from .depth import OnBadRow, crop_window, jitter_colors, select_frames, to_pixel_values
+from .frames import FrameDataset, OnBadRow, crop_window, jitter_colors, select_frames, to_pixel_values
 from .kitti_objects import NEIGHBOURS, OBJECT_TYPES, KittiObjects
-from .rows import Rows, calibration_from_row, image_from_row
+from .rows import calibration_from_row, image_from_row
 
 EVERY_CLASS = -1
 MIRROR = np.diag([-1.0, 1, 1, 1])
@@ -189,19 +188,6 @@ def read_labels(rows: datasets.Dataset, on_bad_row: OnBadRow = "error") -> list[
     return labels
 
 
-def labelled_frames(
-    rows: Rows | Sequence[DetectionFrame], on_bad_row: OnBadRow = "error", indices: Iterable[int] | None = None
-) -> Iterator[DetectionFrame]:
-    """The frames of rows, one by one; with `"skip"` those that cannot be used are left out."""
-    for index in range(len(rows)) if indices is None else indices:
-        row = rows[index]
-        try:
-            yield row if isinstance(row, DetectionFrame) else DetectionFrame.from_row(row)
-        except SimIPUError:
-            if on_bad_row == "error":
-                raise
-
-
 @dataclass(frozen=True)
 class DetectionAugmentation:
     """Random mirror, zoom and colours.
@@ -218,79 +204,36 @@ class DetectionAugmentation:
     color_range: tuple[float, float] = (0.8, 1.25)
 
 
-class DetectionDataset(torch.utils.data.Dataset):
-    """Training samples: `pixel_values` (3, h, w), `camera_projection` (3, 4) and `labels` of a row.
+class DetectionDataset(FrameDataset):
+    """Samples for 3-D detection: `pixel_values` (3, h, w), `camera_projection` (3, 4) and `labels`.
 
-        dataset = DetectionDataset(select_frames(["KITTI#train"]), processor, model.config.classes)
+        dataset = DetectionDataset(select_frames(["KITTI#train"]), processor, classes=model.config.classes)
         Trainer(model, train_dataset=dataset, data_collator=collate_detection)
 
-    A key is `(epoch, row)`, or a row alone for epoch 0. The augmentation is a pure function of (seed, epoch, row), so
-    that neither workers nor a resume change it.
-
     Args:
-        rows: rows of the data contract with the column `objects`, or frames.
-        processor: the model's image processor.
         classes: the model's.
-        augmentation: of training samples; `None` for none.
-        seed: of the augmentation.
-        keep_frames: keep every decoded frame in memory, for small sets that are gone through many times.
-        on_bad_row: `"skip"` takes the next usable row instead of one that cannot be used.
+        args, kwargs: see [`FrameDataset`].
     """
 
-    def __init__(
-        self,
-        rows: Rows | Sequence[DetectionFrame],
-        processor: SimIPUImageProcessor,
-        classes: Sequence[str],
-        augmentation: DetectionAugmentation | None = None,
-        seed: int = 0,
-        keep_frames: bool = False,
-        on_bad_row: OnBadRow = "error",
-    ):
-        if len(rows) == 0:
-            raise SimIPUError("the data set has no rows")
-        self.rows, self.processor, self.classes = rows, processor, classes
-        self.augmentation, self.seed, self.on_bad_row = augmentation, seed, on_bad_row
-        self.kept: dict[int, DetectionFrame] | None = {} if keep_frames else None
+    def __init__(self, *args: Any, classes: Sequence[str], **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.classes = classes
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def frame(self, index: int) -> DetectionFrame:
-        """The frame of a row, or of the next usable one."""
-        if self.kept is not None and index in self.kept:
-            return self.kept[index]
-        following = ((index + step) % len(self) for step in range(len(self)))
-        frame = next(labelled_frames(self.rows, self.on_bad_row, following), None)
-        if frame is None:
-            raise SimIPUError(f"none of the {len(self)} training frames can be used")
-        if self.kept is not None:
-            self.kept[index] = frame
-        return frame
-
-    def pixel_values(self, index: int) -> torch.Tensor:
-        """`(3, h, w)`: a frame's whole image, not augmented."""
-        return self.sample(self.frame(index))["pixel_values"]
-
-    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        frame = self.frame(index)
-        generator = None if self.augmentation is None else np.random.default_rng([self.seed, epoch, index])
-        return self.sample(frame, generator)
+    def read(self, row: Any) -> DetectionFrame:
+        return DetectionFrame.from_row(row)
 
     def sample(self, frame: DetectionFrame, generator: np.random.Generator | None = None) -> dict[str, Any]:
-        """What the model is given of a frame, augmented where there is a generator."""
         height, width = frame.image.shape[:2]
         window = crop_window(self.processor, (height, width), f"frame {frame.frame_id}")
         size, mirrored = self.processor.output_size((height, width)), False
         augmentation = self.augmentation
-        if augmentation is not None and generator is not None:
+        if generator is not None:
             mirrored = generator.random() < augmentation.flip
             window = _random_window(window, generator.uniform(1, augmentation.zoom), generator)
         pixels = torch.from_numpy(frame.image).permute(2, 0, 1)
         image = self.processor.resize_image(pixels, window, size).permute(1, 2, 0).numpy()
         image = image[:, ::-1] if mirrored else image
-        if augmentation is not None and generator is not None and generator.random() < augmentation.color:
+        if generator is not None and generator.random() < augmentation.color:
             image = jitter_colors(image.astype(np.float32), generator, augmentation.color_range)
         matrix = pixel_transform(window, size, mirrored, self.processor.half_pixel_centers)
         labels = DetectionLabels.from_objects(frame.objects, self.classes).moved(matrix, size, mirrored)

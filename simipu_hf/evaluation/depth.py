@@ -5,10 +5,8 @@ computed in float64 for each image, then averaged over images, so that every ima
 of its pixels are valid. No median scaling: the predictions are metric.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -16,9 +14,9 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import DepthEstimatorOutput
 
-from ..data.depth import KB_CROP, DepthFrame, crop_window, to_pixel_values
+from ..data.depth import KB_CROP, DepthFrame
+from ..data.frames import crop_window, to_pixel_values
 from ..errors import SimIPUError
-from ..files import atomic_write
 from ..modeling.image_processing_simipu import SimIPUImageProcessor
 from ..training.arguments import DepthTaskArguments, EvaluateDepthArguments
 
@@ -240,16 +238,3 @@ def evaluate_frames(
         return evaluate_maps(maps(), protocol, gather)
     finally:
         model.train(was_training)
-
-
-def format_metrics(metrics: dict[str, float]) -> str:
-    """The nine metrics as two lines of text."""
-    names = "  ".join(f"{name:>8}" for name in METRICS)
-    return names + "\n" + "  ".join(f"{metrics[name]:8.4f}" for name in METRICS)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON atomically; NaN, which JSON does not have, becomes null."""
-    finite = json.loads(json.dumps(content), parse_constant=lambda _: None)
-    with atomic_write(path) as stream:
-        stream.write(json.dumps(finite, indent=2) + "\n")

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from simipu_hf.data.depth import DepthFrame, to_pixel_values
+from simipu_hf.data.depth import DepthFrame
+from simipu_hf.data.frames import to_pixel_values
 from simipu_hf.modeling.geometry import sample_feature_map
 from simipu_hf.modeling.image_encoder import TimmModel, feature_grids, image_feature_maps, pad_to_divisor
 from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor

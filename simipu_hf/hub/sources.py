@@ -30,6 +30,7 @@ from simipu_hf.modeling.configuration_simipu import SimIPUImageConfig
 from simipu_hf.modeling.image_encoder import TimmModel, timm_arguments
 from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
 from simipu_hf.training.checkpoint import list_checkpoints, newest_checkpoint
+from simipu_hf.training.distributed import choose_device
 
 TRAINED_STATISTICS = "trained_running_var.safetensors"
 """File beside a timm export whose `running_var` carries an epsilon: the statistics as trained, for a way back."""
@@ -278,24 +279,25 @@ def _listing(folder: Path) -> str:
     return ", ".join(names[:8]) + (", …" if len(names) > 8 else "") or "nothing"
 
 
-def load_dense_model(model_class: Any, source: str | os.PathLike[str], what: str) -> tuple[Any, SimIPUImageProcessor]:
+def load_dense_model(
+    model_class: Any, source: str | os.PathLike[str], device: str | None = None
+) -> tuple[Any, SimIPUImageProcessor]:
     """A saved fine-tuned model and its image processor.
 
     Args:
         model_class: a [`SimIPUDenseModel`].
         source: its folder or Hub id.
-        what: the model's name in messages.
+        device: of the model; a GPU where there is one if `None`.
 
     Raises:
         SimIPUError: no model of this class there, or no image processor beside it.
     """
-    config_class = model_class.config_class
+    wanted = model_class.config_class.model_type
     try:
-        fields, _ = config_class.get_config_dict(source)
-        if fields.get("model_type") != config_class.model_type:
-            raise SimIPUError(
-                f"{source}: expected a {config_class.model_type!r} model, found {fields.get('model_type')!r}"
-            )
-        return model_class.from_pretrained(source), SimIPUImageProcessor.from_pretrained(source)
+        fields, _ = model_class.config_class.get_config_dict(source)
+        if fields.get("model_type") != wanted:
+            raise SimIPUError(f"{source}: expected a {wanted!r} model, found {fields.get('model_type')!r}")
+        model, processor = model_class.from_pretrained(source), SimIPUImageProcessor.from_pretrained(source)
     except OSError as error:
-        raise SimIPUError(f"{source}: no {what} with its image processor ({error})") from error
+        raise SimIPUError(f"{source}: no {wanted!r} model with its image processor ({error})") from error
+    return model.to(choose_device(device)), processor

@@ -50,6 +50,11 @@ def create_accelerator(arguments: RunArguments) -> Accelerator:
     return accelerator
 
 
+def choose_device(device: str | None) -> torch.device:
+    """The device named, or CUDA where there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def check_precision(precision: str) -> None:
     """Raises a `SimIPUError` for a precision that this device lacks."""
     if precision == "fp16" and not torch.cuda.is_available():

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
@@ -26,6 +25,7 @@ from simipu_hf.modeling.image_encoder import TimmModel
 from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
+from simipu_hf.training.distributed import choose_device
 from simipu_hf.training.logging import METRICS_FILE, read_metrics
 
 from .features import Principal, embed_frame, encode_image, match_views, similarities
@@ -124,13 +124,12 @@ def load_model(source: str | os.PathLike, device: str | None = None) -> LoadedMo
     Raises:
         SimIPUError: there is no model.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded = _load_simipu(source)
     if loaded is None:
-        encoder = load_image_encoder(source, channel_order="rgb", verbose=False)[0].to(device).eval()
+        encoder = load_image_encoder(source, channel_order="rgb", verbose=False)[0].to(choose_device(device)).eval()
         return LoadedModel(encoder, _image_processor(encoder))
     simipu, processor = loaded
-    simipu.to(device).eval()  # type: ignore[arg-type]  # transformers' decorator hides the method
+    simipu.to(choose_device(device)).eval()  # type: ignore[arg-type]  # transformers' decorator hides the method
     stages = simipu.config.image_encoder_config.stages
     return LoadedModel(simipu.simipu.image_encoder, processor.image_processor, stages, simipu, processor)
 

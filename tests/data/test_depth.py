@@ -16,9 +16,8 @@ from simipu_hf.data.depth import (
     project_to_depth_map,
     read_depth_png,
     resize_depth_map,
-    select_frames,
-    usable_frames,
 )
+from simipu_hf.data.frames import select_frames
 from simipu_hf.errors import SimIPUError
 from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
 
@@ -180,10 +179,11 @@ def test_frames_that_cannot_be_used_stop_or_are_left_out(capsys):
     rows = list(make_rows(range(3)))
     rows[1] = {**rows[1], "points": rows[1]["points"][:16] * 5 + b"\0"}
     with pytest.raises(SimIPUError, match="frame 000001"):
-        list(usable_frames(rows, PROCESSOR))
-    assert [frame.frame_id for frame in usable_frames(rows, PROCESSOR, "skip")] == ["000000", "000002"]
+        list(DepthDataset(rows, PROCESSOR).usable_frames())
+    dataset = DepthDataset(rows, PROCESSOR, on_bad_row="skip")
+    assert [frame.frame_id for frame in dataset.usable_frames()] == ["000000", "000002"]
     assert "left out: frame 000001" in capsys.readouterr().err
-    assert DepthDataset(rows, PROCESSOR, on_bad_row="skip").frame(1).frame_id == "000002"
+    assert dataset.frame(1).frame_id == "000002"
 
 
 # --- training samples -----------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from simipu_hf.data.depth import select_frames
 from simipu_hf.data.detection import (
     DetectionAugmentation,
     DetectionDataset,
@@ -14,6 +13,7 @@ from simipu_hf.data.detection import (
     mirror_boxes,
     move_projection,
 )
+from simipu_hf.data.frames import select_frames
 from simipu_hf.data.kitti_objects import KittiObjects
 from simipu_hf.errors import SimIPUError
 from simipu_hf.modeling.configuration_simipu import SimIPUDetectionConfig
@@ -109,7 +109,7 @@ def test_samples_move_image_labels_and_intrinsics_together():
     frame = DetectionFrame("0", image, PROJECTION, objects(("Car", (50, 20, 79, 39), (0, 1, 20))))
     processor = SimIPUImageProcessor(size={"height": 64, "width": 200}, do_normalize=False)
     augmentation = DetectionAugmentation(flip=0.5, zoom=1.3, color=0.0)
-    dataset = DetectionDataset([frame], processor, CLASSES, augmentation)
+    dataset = DetectionDataset([frame], processor, augmentation, classes=CLASSES)
     mirrored = set()
     for epoch in range(12):
         sample = dataset[epoch, 0]
@@ -136,6 +136,6 @@ def test_rows_without_labels_are_named_or_left_out():
     rows = [{"frame_id": "7"}, frame]
     processor = SimIPUImageProcessor(size={"height": 64, "width": 96})
     with pytest.raises(SimIPUError, match="frame 7: expected a column 'objects'"):
-        DetectionDataset(rows, processor, CLASSES)[0]
-    sample = DetectionDataset(rows, processor, CLASSES, on_bad_row="skip")[0]
+        DetectionDataset(rows, processor, classes=CLASSES)[0]
+    sample = DetectionDataset(rows, processor, classes=CLASSES, on_bad_row="skip")[0]
     assert sample["labels"]["boxes_3d"].shape == (0, 7)

@@ -19,8 +19,8 @@ from simipu_hf.evaluation.depth import (
     map_metrics,
     mean_metrics,
     predict_depth,
-    write_json,
 )
+from simipu_hf.files import write_json
 from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
 
 WHOLE = DepthProtocol(crop="none")

@@ -4,7 +4,8 @@ import numpy as np
 import timm
 import torch
 
-from simipu_hf.data.depth import DepthFrame, to_pixel_values
+from simipu_hf.data.depth import DepthFrame
+from simipu_hf.data.frames import to_pixel_values
 from simipu_hf.evaluation.linear_probe import fit_linear_depth_probe
 from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
 

@@ -1,0 +1,195 @@
+"""Frames by name, and the samples of them that a fine-tuned model is trained and measured on, whatever its task."""
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+import torch
+
+from ..errors import SimIPUError
+from ..modeling.image_processing_simipu import SimIPUImageProcessor
+from .loading import load_pretraining_dataset
+from .rows import ROW_FEATURES, Rows
+from .sources import split_source
+
+OnBadRow = Literal["error", "skip"]
+
+
+# --- frames by name -------------------------------------------------------------------------------------------------
+
+
+def select_frames(specifications: Sequence[str]) -> datasets.Dataset:
+    """The rows that the specifications name, in their order.
+
+    rows = select_frames(["KITTI#train", "my_parquet#val:000001,000007"])
+
+    Args:
+        specifications: each `SOURCE`, `SOURCE#SPLIT` or `SOURCE#SPLIT:IDS`. SOURCE is whatever
+            `load_pretraining_dataset` reads; SPLIT is one of its splits (its default where empty), such as
+            `train` or `train[:50%]`; IDS is a list of `frame_id`s separated by commas, or `@FILE` with one a line.
+
+    Returns:
+        A data set with the columns of the data contract, images not decoded, and `depth` and `objects` where every
+        source has them.
+
+    Raises:
+        SimIPUError: a source that cannot be read, an id it does not have, or a frame named twice.
+    """
+    parts = [_select(specification) for specification in specifications]
+    if not parts:
+        raise SimIPUError("no frames were named: expected SOURCE[#SPLIT[:IDS]]")
+    shared = [name for name in ("depth", "objects") if all(name in part.column_names for part in parts)]
+    columns = [*ROW_FEATURES, *shared]
+    # images are decoded where a damaged one is reported by its frame
+    parts = [part.select_columns(columns).cast_column("image", datasets.Image(decode=False)) for part in parts]
+    # casting copies the data, and is only needed where another writer stored a column in another way
+    parts = [part if part.features == parts[0].features else part.cast(parts[0].features) for part in parts]
+    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+
+
+def _select(specification: str) -> datasets.Dataset:
+    source, rest = split_source(specification)
+    # a split may hold colons of its own inside brackets, as in train[:50%]
+    end = rest.find(":", rest.find("]") + 1)
+    split, ids = (rest, "") if end < 0 else (rest[:end], rest[end + 1 :])
+    rows = load_pretraining_dataset(source, split=split or None)
+    if not ids:
+        return rows
+    wanted = _read_ids(ids, specification)
+    position = {frame_id: index for index, frame_id in enumerate(rows["frame_id"])}
+    missing = [frame_id for frame_id in wanted if frame_id not in position]
+    if missing:
+        raise SimIPUError(f"{specification}: {len(missing)} frames are not there, the first {missing[0]!r}")
+    if len(set(wanted)) < len(wanted):
+        raise SimIPUError(f"{specification}: a frame is named twice")
+    return rows.select([position[frame_id] for frame_id in wanted])
+
+
+def _read_ids(ids: str, specification: str) -> list[str]:
+    if not ids.startswith("@"):
+        return [name.strip() for name in ids.split(",") if name.strip()]
+    try:
+        lines = Path(ids[1:]).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SimIPUError(f"{specification}: the file of ids cannot be read ({error})") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def frame_ids(rows: Rows) -> list[str]:
+    """Names of the frames, read without decoding them."""
+    if isinstance(rows, datasets.Dataset):
+        return list(rows["frame_id"])
+    return [str(rows[index]["frame_id"]) for index in range(len(rows))]
+
+
+# --- samples --------------------------------------------------------------------------------------------------------
+
+
+def crop_window(processor: SimIPUImageProcessor, image_size: tuple[int, ...], name: str) -> tuple[int, int, int, int]:
+    """Top, left, height and width of the part of an image that a processor keeps.
+
+    Raises:
+        SimIPUError: the image is smaller; `name` says which.
+    """
+    try:
+        return processor.crop_window((image_size[0], image_size[1]))
+    except ValueError as error:
+        raise SimIPUError(f"{name}: {error}; --no_kb_crop trains and evaluates without the KITTI crop") from error
+
+
+def to_pixel_values(images: Sequence[np.ndarray], processor: SimIPUImageProcessor) -> torch.Tensor:
+    """Normalise images `(h, w, 3)` of one size, values 0 to 255: `(B, 3, h, w)` float32."""
+    pixels = torch.stack([torch.from_numpy(np.ascontiguousarray(image)) for image in images]).permute(0, 3, 1, 2)
+    return processor.normalize_images(pixels, torch.tensor([pixels.shape[-2:]] * len(images)))
+
+
+def jitter_colors(image: np.ndarray, generator: np.random.Generator, factors: tuple[float, float]) -> np.ndarray:
+    """Gamma, brightness and each channel of an image `(h, w, 3)` float32, 0 to 255, scaled by a factor of a range."""
+    image = 255 * (image / 255) ** np.float32(generator.uniform(*factors))
+    image = image * np.float32(generator.uniform(*factors))
+    return (image * generator.uniform(*factors, size=3).astype(np.float32)).clip(0, 255)
+
+
+class FrameDataset(torch.utils.data.Dataset):
+    """Training samples of frames; a task adds `read` and `sample`.
+
+    A key is `(epoch, row)`, or a row alone for epoch 0. The augmentation is a pure function of (seed, epoch, row), so
+    that neither workers nor a resume change it.
+
+    Args:
+        rows: rows that `read` takes, or frames that were read.
+        processor: the model's image processor.
+        augmentation: of training samples; `None` for none.
+        seed: of the augmentation.
+        keep_frames: keep every frame that was read in memory, for small sets that are gone through many times.
+        on_bad_row: `"skip"` takes the next usable row instead of one that cannot be used.
+
+    Raises:
+        SimIPUError: no rows.
+    """
+
+    def __init__(
+        self,
+        rows: Rows | Sequence[Any],
+        processor: SimIPUImageProcessor,
+        augmentation: Any = None,
+        seed: int = 0,
+        keep_frames: bool = False,
+        on_bad_row: OnBadRow = "error",
+    ):
+        if len(rows) == 0:
+            raise SimIPUError("the data set has no rows")
+        self.rows, self.processor, self.augmentation = rows, processor, augmentation
+        self.seed, self.on_bad_row = seed, on_bad_row
+        self.kept: dict[int, Any] | None = {} if keep_frames else None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, row: Any) -> Any:
+        """The frame of a row, which has a `frame_id`.
+
+        Raises:
+            SimIPUError: the row cannot be used; names the frame.
+        """
+        raise NotImplementedError
+
+    def sample(self, frame: Any, generator: np.random.Generator | None = None) -> dict[str, Any]:
+        """What the model is given of a frame, augmented where there is a generator."""
+        raise NotImplementedError
+
+    def usable_frames(self, indices: Iterable[int] | None = None) -> Iterator[Any]:
+        """The frames of all rows, or of some, one by one; with `"skip"` unusable ones are named and left out."""
+        for index in range(len(self)) if indices is None else indices:
+            row = self.rows[index]
+            try:
+                frame = self.read(row) if isinstance(row, Mapping) else row
+            except SimIPUError as error:
+                if self.on_bad_row == "error":
+                    raise
+                print(f"left out: {error}", file=sys.stderr)
+            else:
+                yield frame
+
+    def frame(self, index: int) -> Any:
+        """The frame of a row, or of the next usable one."""
+        if self.kept is not None and index in self.kept:
+            return self.kept[index]
+        frame = next(self.usable_frames((index + step) % len(self) for step in range(len(self))), None)
+        if frame is None:
+            raise SimIPUError(f"none of the {len(self)} training frames can be used")
+        if self.kept is not None:
+            self.kept[index] = frame
+        return frame
+
+    def pixel_values(self, index: int) -> torch.Tensor:
+        """`(3, h, w)`: a frame's whole image, not augmented."""
+        return self.sample(self.frame(index))["pixel_values"]
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        generator = None if self.augmentation is None else np.random.default_rng([self.seed, epoch, index])
+        return self.sample(self.frame(index), generator)
