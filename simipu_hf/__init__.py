@@ -99,6 +99,15 @@ def _register_image_processor(auto: Any) -> None:
         auto.AutoImageProcessor.register(config, image_processor_classes=classes, exist_ok=True)
 
 
+@when_imported("transformers.models.auto.video_processing_auto")
+def _register_no_video_processor(auto: Any) -> None:
+    """Or `pipeline` guesses the name of one from the image processor's, and asks whether it may run its code."""
+    from .modeling.configuration_simipu import SimIPUConfig, SimIPUDepthConfig, SimIPUDetectionConfig
+
+    for config in (SimIPUConfig, SimIPUDepthConfig, SimIPUDetectionConfig):
+        auto.VIDEO_PROCESSOR_MAPPING.register(config, {}, exist_ok=True)
+
+
 @when_imported("transformers.models.auto.processing_auto")
 def _register_processor(auto: Any) -> None:
     from .modeling.configuration_simipu import SimIPUConfig

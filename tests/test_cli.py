@@ -9,11 +9,14 @@ import sys
 
 import pytest
 from tiny_simipu import tiny_config
+from transformers import pipeline
 
 from simipu_hf import cli
 from simipu_hf.errors import SimIPUError
 from simipu_hf.modeling.configuration_simipu import SimIPUDepthConfig
+from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
+from simipu_hf.modeling.modeling_simipu_depth import SimIPUForDepthEstimation
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
 
@@ -217,3 +220,14 @@ def test_auto_classes_know_simipu_in_either_order_of_imports(imports, folders):
         "SimIPUDepthConfig",
     ]
     assert "transformers_modules" not in result.stdout.decode()
+
+
+def test_a_pipeline_does_not_ask_for_code_that_is_imported(tmp_path, monkeypatch):
+    config = SimIPUDepthConfig(image_config={"architecture": "test_resnet"})
+    SimIPUForDepthEstimation(config).save_pretrained(tmp_path)
+    SimIPUImageProcessor().save_pretrained(tmp_path)
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or "n")
+    loaded = pipeline("depth-estimation", str(tmp_path), device="cpu")
+    assert type(loaded.image_processor) is SimIPUImageProcessor
+    assert not asked
