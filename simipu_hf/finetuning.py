@@ -408,7 +408,8 @@ def fine_tune(
     check_processes(accelerator)
     use_all_cores(accelerator)
     checkpoint = on_main_process(accelerator, open_run, arguments, trainer)
-    uploader = create_uploader(arguments) if accelerator.is_main_process else None
+    publishes = arguments.push_to_hub and accelerator.is_main_process
+    uploader = HubUploader.from_arguments(arguments) if publishes else None
     with StopRequest() as stop:
         trainer.add_callback(RunFolder(output_dir, stop, SharedFlags(accelerator), uploader))
         try:
@@ -436,19 +437,6 @@ def fine_tune(
     if uploader is not None:
         uploader.finish()
     return output_dir
-
-
-def create_uploader(arguments: FineTuningRunArguments) -> HubUploader | None:
-    """What publishes the run, where it is to be published."""
-    if not arguments.push_to_hub:
-        return None
-    return HubUploader(
-        str(arguments.hub_model_id),
-        arguments.output_dir,
-        strategy=arguments.hub_strategy,
-        private=arguments.hub_private_repo or None,
-        token=arguments.hub_token,
-    )
 
 
 # what a resumed run may change; the frames and the schedule are identified by their own record

@@ -23,7 +23,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device, set_seed
 from huggingface_hub.errors import StrictDataclassError
 from torch.optim.lr_scheduler import LRScheduler
-from tqdm.auto import tqdm
 from transformers.image_utils import SizeDict
 from transformers.utils.logging import disable_progress_bar
 
@@ -150,7 +149,8 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
         if checkpoint is not None:
             state.restore(checkpoint)
             logger.message(f"resumed from {checkpoint.path}")
-        uploader = create_uploader(arguments) if arguments.push_to_hub and accelerator.is_main_process else None
+        publishes = arguments.push_to_hub and accelerator.is_main_process
+        uploader = HubUploader.from_arguments(arguments) if publishes else None
         train(accelerator, arguments, state, steps, batches, held_out, uploader)
     on_main_process(accelerator, finish, output_dir, model, processor, batches, skipped)
     if uploader:
@@ -645,20 +645,6 @@ def create_optimization(
         decay_per_epoch=arguments.lr_decay_per_epoch,
     )
     return optimizer, schedule
-
-
-def create_uploader(arguments: PreTrainingArguments) -> HubUploader:
-    """What publishes the run in the background."""
-    assert arguments.hub_model_id is not None
-    return HubUploader(
-        arguments.hub_model_id,
-        arguments.output_dir,
-        arguments.hub_strategy,
-        private=arguments.hub_private_repo or None,
-        token=arguments.hub_token,
-        encoder_repo_id=arguments.encoder_repo_id,
-        report=tqdm.write,
-    )
 
 
 def describe_data(rows: AnyDataset) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from simipu_hf.data.rows import dataset_from_rows
 from simipu_hf.data.two_views import TwoViewAugmentation, TwoViewDataset
 from simipu_hf.errors import SimIPUError, TrainingInterrupted
 from simipu_hf.hub.card import model_card
+from simipu_hf.hub.push import HubUploader
 from simipu_hf.modeling.configuration_simipu import SimIPUConfig
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
@@ -534,8 +535,8 @@ def test_kill_at_random_moments(frames, tmp_path):
 def test_pushes_checkpoints_and_the_end(run, monkeypatch):
     heard = []
 
-    class Uploader:
-        def __init__(self, repo_id, output_dir, strategy, private, token, encoder_repo_id, report):
+    class Uploader(HubUploader):
+        def __init__(self, repo_id, output_dir, strategy, private, token, encoder_repo_id):
             heard.append((repo_id, strategy, private, token, encoder_repo_id))
 
         def checkpoint_saved(self, path):

@@ -17,12 +17,14 @@ from typing import Literal, TypeVar
 import pyarrow.parquet
 from huggingface_hub import DatasetCard, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from tqdm.auto import tqdm
 
 from simipu_hf.errors import SimIPUError
 from simipu_hf.hub.card import CURVES, dataset_card, redact, write_model_card
 from simipu_hf.hub.export import write_timm
 from simipu_hf.hub.sources import find_image_encoder, hub_error, model_folder
 from simipu_hf.hub.weights import read_json, read_safetensors
+from simipu_hf.training.arguments import RunArguments
 
 Strategy = Literal["end", "every_save", "checkpoint"]
 Result = TypeVar("Result")
@@ -38,6 +40,7 @@ RESUME = re.compile(
 # What of a run belongs to each of its checkpoints, and to its encoder.
 RECORDS = ("run.yaml", "metrics.jsonl", CURVES)
 STAGED = ".hub-upload-"
+RETRIES = 4  # after a failure that may pass: a server's error, a timeout, no connection
 SHORTEST_LIMIT, SLOWEST_UPLOAD = 60, 250_000  # seconds, bytes a second: an attempt that takes longer counts as hung
 
 
@@ -62,8 +65,6 @@ class _Repository:
     token: str | None = None
     private: bool | None = None
     revision: str | None = None
-    retries: int = 4
-    report: Callable[[str], None] = print
     repo_type: str = "model"
 
     @property
@@ -79,11 +80,10 @@ class _Repository:
                 # the client retries transfers, but not what comes before and after them, and has no time limit
                 return _in_background(lambda: self._commit(folder, message)).result(limit)
             except Exception as error:
-                if attempt == self.retries or _is_final(error):
+                if attempt == RETRIES or _is_final(error):
                     raise hub_error(error, self.repo_id) from error
                 wait, attempt = min(2**attempt, 60), attempt + 1
-                reason = hub_error(error, self.repo_id)
-                self.report(f"{reason}; trying again in {wait} s ({attempt} of {self.retries})")
+                tqdm.write(f"{hub_error(error, self.repo_id)}; trying again in {wait} s ({attempt} of {RETRIES})")
                 sleep(wait)
 
     def _commit(self, folder: Path, message: str) -> str:
@@ -107,9 +107,6 @@ def push_folder(
     encoder_repo_id: str | None = None,
     token: str | None = None,
     revision: str | None = None,
-    commit_message: str = "Upload model",
-    retries: int = 4,
-    report: Callable[[str], None] = print,
 ) -> PushReport:
     """Publish a run folder, a converted model, a depth model, or an encoder folder, with a card.
 
@@ -126,14 +123,11 @@ def push_folder(
         encoder_repo_id: also publish the image encoder as a repository of its own, for RGB images.
         token: the logged-in user's if `None`.
         revision: branch; `main` if `None`.
-        retries: attempts after a failure that may pass (server error, timeout, no connection).
-        report: is told about retries.
 
     Raises:
         SimIPUError: no complete model in the folder, or the upload failed; the message says why.
     """
-    repository = _Repository(repo_id, token, private, revision, retries, report)
-    return _push(Path(model), repository, encoder_repo_id, commit_message)
+    return _push(Path(model), _Repository(repo_id, token, private, revision), encoder_repo_id, "Upload model")
 
 
 def _push(model: Path, repository: "_Repository", encoder_repo_id: str | None, message: str) -> PushReport:
@@ -165,12 +159,11 @@ class HubUploader:
     folder is written. A checkpoint that is written while an upload still runs is skipped, as the next one follows.
 
     Args:
-        repo_id, private, token, retries: as in [`push_folder`].
+        repo_id, private, token: as in [`push_folder`].
         output_dir: of the run.
         strategy: as transformers' Trainer names them: `"end"` publishes the final model; `"every_save"` also each
             checkpoint, at the repository's root; `"checkpoint"` also what resumes the run, in `last-checkpoint/`.
         encoder_repo_id: at the end, also publish the image encoder there.
-        report: is told what was published, what failed and why.
     """
 
     def __init__(
@@ -181,15 +174,24 @@ class HubUploader:
         private: bool | None = None,
         token: str | None = None,
         encoder_repo_id: str | None = None,
-        retries: int = 4,
-        report: Callable[[str], None] = print,
     ) -> None:
-        self.repository = _Repository(repo_id, token, private, None, retries, report)
+        self.repository = _Repository(repo_id, token, private)
         self.output_dir, self.strategy, self.encoder_repo_id = Path(output_dir), strategy, encoder_repo_id
-        self.report = report
         self.running: Future[None] | None = None
         for leftover in self.output_dir.glob(f"{STAGED}*"):
             shutil.rmtree(leftover, ignore_errors=True)
+
+    @classmethod
+    def from_arguments(cls, arguments: RunArguments) -> "HubUploader":
+        """What publishes a run as its flags say."""
+        return cls(
+            str(arguments.hub_model_id),
+            arguments.output_dir,
+            arguments.hub_strategy,
+            private=arguments.hub_private_repo or None,
+            token=arguments.hub_token,
+            encoder_repo_id=getattr(arguments, "encoder_repo_id", None),
+        )
 
     def checkpoint_saved(self, checkpoint: str | Path) -> bool:
         """Start publishing a complete checkpoint; false if it is skipped (strategy, or an upload still runs)."""
@@ -199,7 +201,7 @@ class HubUploader:
         try:
             staged = _snapshot(checkpoint, self.output_dir, self.strategy == "checkpoint")
         except (OSError, SimIPUError) as error:
-            self.report(f"Hub: {checkpoint.name} was not published: {error}")
+            tqdm.write(f"Hub: {checkpoint.name} was not published: {error}")
             return False
         self.running = _in_background(lambda: self._publish(staged, checkpoint.name))
         return True
@@ -212,21 +214,21 @@ class HubUploader:
             result = _push(self.output_dir, self.repository, self.encoder_repo_id, "End of training")
         except Exception as error:
             encoder = f" --encoder_repo_id {self.encoder_repo_id}" if self.encoder_repo_id else ""
-            self.report(
+            tqdm.write(
                 f"Hub: the model was not published: {error}\nIt is in {self.output_dir}; publish it later with\n"
                 f"  simipu-hf push --model {self.output_dir} --repo_id {self.repository.repo_id}{encoder}"
             )
             return None
-        self.report(f"Hub: {result}")
+        tqdm.write(f"Hub: {result}")
         return result
 
     def _publish(self, staged: Path, name: str) -> None:
         try:
             _complete(staged, self.repository.repo_id)
             commit = self.repository.upload(staged, f"Training in progress, {name}")
-            self.report(f"Hub: published {name} as {self.repository.repo_id} ({commit[:8]})")
+            tqdm.write(f"Hub: published {name} as {self.repository.repo_id} ({commit[:8]})")
         except Exception as error:  # whatever it is, training goes on
-            self.report(f"Hub: {name} was not published: {error}")
+            tqdm.write(f"Hub: {name} was not published: {error}")
         finally:
             shutil.rmtree(staged, ignore_errors=True)
 
@@ -237,8 +239,6 @@ def push_dataset(
     private: bool | None = None,
     license: str | None = None,
     token: str | None = None,
-    retries: int = 4,
-    report: Callable[[str], None] = print,
 ) -> PushReport:
     """Publish a folder of Parquet files as a data set, with a card.
 
@@ -247,8 +247,8 @@ def push_dataset(
         repo_id: `user/name`.
         private: `None` means private where the rows are KITTI's.
         license: the Hub's name of the rows' licence, such as `"cc-by-4.0"`; `None` means that they come from KITTI
-            (CC BY-NC-SA 3.0), of which the card and the report warn.
-        token, retries, report: as in [`push_folder`].
+            (CC BY-NC-SA 3.0), of which the card and the output warn.
+        token: the logged-in user's if `None`.
 
     Raises:
         SimIPUError: no Parquet files, or the upload failed.
@@ -266,7 +266,7 @@ def push_dataset(
             raise SimIPUError(f"{file}: this Parquet file cannot be read: {error}") from error
     if license is None:
         private = True if private is None else private
-        report(
+        tqdm.write(
             "These rows are treated as KITTI's: CC BY-NC-SA 3.0, no commercial use, same terms. The repository is "
             f"{'private' if private else 'PUBLIC'}. For other data name their --license."
         )
@@ -276,7 +276,7 @@ def push_dataset(
         for file in [*files, *folder.glob("*.json")]:
             _place(file, Path(staged) / file.relative_to(folder))
         (Path(staged) / "README.md").write_text(dataset_card(repo_id, license, splits, header), encoding="utf-8")
-        repository = _Repository(repo_id, token, private, None, retries, report, "dataset")
+        repository = _Repository(repo_id, token, private, repo_type="dataset")
         return PushReport(repository.url, repository.upload(Path(staged), "Upload data set"))
 
 

@@ -80,31 +80,32 @@ def test_revision_is_a_branch(endpoint, run_folder):
     assert "model.safetensors" not in endpoint.files("owner/encoder")
 
 
-def test_server_errors_are_tried_again(endpoint, run_folder):
-    told = []
+def test_server_errors_are_tried_again(endpoint, run_folder, capsys):
     endpoint.faults += [
         local_hub.Fault(r"repos/create", 500, method="POST"),
         local_hub.Fault(r"/commit/main", 503, method="POST"),
     ]
-    push_folder(run_folder / "image_encoder", "owner/encoder", report=told.append)
+    push_folder(run_folder / "image_encoder", "owner/encoder")
     assert "model.safetensors" in endpoint.files("owner/encoder")
-    assert [("500" in text, "503" in text) for text in told] == [(True, False), (False, True)]
+    assert [("500" in text, "503" in text) for text in capsys.readouterr().out.splitlines()] == [
+        (True, False),
+        (False, True),
+    ]
 
 
 def test_persistent_server_error_is_reported_and_nothing_is_pushed_half(endpoint, run_folder):
     endpoint.faults.append(local_hub.Fault(r"/commit/main", 500, times=99))
     with pytest.raises(SimIPUError, match=r"owner/encoder: .*500"):
-        push_folder(run_folder / "image_encoder", "owner/encoder", retries=2, report=lambda text: None)
+        push_folder(run_folder / "image_encoder", "owner/encoder")
     assert endpoint.files("owner/encoder") == {}
 
 
-def test_silent_server_counts_as_a_timeout(endpoint, run_folder, monkeypatch):
+def test_silent_server_counts_as_a_timeout(endpoint, run_folder, monkeypatch, capsys):
     endpoint.faults.append(local_hub.Fault(r"preupload", delay=3.0))
     monkeypatch.setattr(push, "SHORTEST_LIMIT", 1.5)
     monkeypatch.setattr(push, "SLOWEST_UPLOAD", float("inf"))
-    told = []
-    push_folder(run_folder / "image_encoder", "owner/encoder", report=told.append)
-    assert "no answer" in told[0]
+    push_folder(run_folder / "image_encoder", "owner/encoder")
+    assert "no answer" in capsys.readouterr().out
     assert "model.safetensors" in endpoint.files("owner/encoder")
 
 
@@ -112,8 +113,9 @@ def test_no_server(run_folder, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(push, "RETRIES", 0)
     with pytest.raises(SimIPUError, match=r"owner/encoder: .*refused"):
-        push_folder(run_folder / "image_encoder", "owner/encoder", token="hf_x", retries=0)
+        push_folder(run_folder / "image_encoder", "owner/encoder", token="hf_x")
 
 
 @pytest.mark.parametrize(
@@ -126,12 +128,11 @@ def test_no_server(run_folder, monkeypatch):
         ("not a name", local_hub.OWNER_TOKEN, "Repo id must"),
     ],
 )
-def test_missing_rights_are_named_and_not_retried(endpoint, run_folder, repo_id, token, message):
+def test_missing_rights_are_named_and_not_retried(endpoint, run_folder, repo_id, token, message, capsys):
     endpoint.create("somebody/encoder", files={"README.md": b"theirs"})
-    told = []
     with pytest.raises(SimIPUError, match=message):
-        push_folder(run_folder / "image_encoder", repo_id, token=token, report=told.append)
-    assert told == []
+        push_folder(run_folder / "image_encoder", repo_id, token=token)
+    assert capsys.readouterr().out == ""
     assert endpoint.files("somebody/encoder") == {"README.md": b"theirs"}
 
 
@@ -152,9 +153,8 @@ def test_folders_that_are_no_complete_model(endpoint, run_folder, tmp_path):
 
 
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint"])
-def test_checkpoints_are_published_in_the_background(endpoint, checkpoint, strategy):
-    told = []
-    uploader = HubUploader("owner/run", checkpoint.parent, strategy, report=told.append)
+def test_checkpoints_are_published_in_the_background(endpoint, checkpoint, strategy, capsys):
+    uploader = HubUploader("owner/run", checkpoint.parent, strategy)
     assert uploader.checkpoint_saved(checkpoint)
     wait(uploader)
     files = endpoint.files("owner/run")
@@ -163,7 +163,7 @@ def test_checkpoints_are_published_in_the_background(endpoint, checkpoint, strat
     assert ({f"last-checkpoint/{name}" for name in RESUME} <= resumable) == (strategy == "checkpoint")
     assert not RESUME & set(files)
     assert not any("training_args" in name for name in files)
-    assert "published checkpoint-20" in told[0]
+    assert "published checkpoint-20" in capsys.readouterr().out
     assert not list(checkpoint.parent.glob(".hub*"))
 
 
@@ -172,7 +172,7 @@ def test_checkpoint_deleted_during_its_upload_is_still_published_whole(endpoint,
 
     weights = (checkpoint / "model.safetensors").read_bytes()
     endpoint.faults.append(local_hub.Fault(r"repos/create", delay=0.5))
-    uploader = HubUploader("owner/run", checkpoint.parent, report=lambda text: None)
+    uploader = HubUploader("owner/run", checkpoint.parent)
     uploader.checkpoint_saved(checkpoint)
     assert not uploader.checkpoint_saved(checkpoint)  # one upload at a time
     shutil.rmtree(checkpoint)
@@ -181,29 +181,28 @@ def test_checkpoint_deleted_during_its_upload_is_still_published_whole(endpoint,
 
 
 def test_strategy_end_publishes_only_the_end(endpoint, checkpoint):
-    uploader = HubUploader("owner/run", checkpoint.parent, "end", report=lambda text: None)
+    uploader = HubUploader("owner/run", checkpoint.parent, "end")
     assert not uploader.checkpoint_saved(checkpoint)
     assert endpoint.repos == {}
 
 
 def test_finish_publishes_model_and_encoder(endpoint, run_folder):
-    uploader = HubUploader("owner/run", run_folder, encoder_repo_id="owner/encoder", report=lambda text: None)
+    uploader = HubUploader("owner/run", run_folder, encoder_repo_id="owner/encoder")
     report = uploader.finish()
     assert report.encoder_url.endswith("owner/encoder")
     assert "model.safetensors" in endpoint.files("owner/run")
 
 
-def test_failures_are_reported_and_never_raised(endpoint, checkpoint, run_folder):
-    told = []
-    uploader = HubUploader("somebody/run", checkpoint.parent, retries=0, report=told.append)
+def test_failures_are_reported_and_never_raised(endpoint, checkpoint, run_folder, capsys):
+    uploader = HubUploader("somebody/run", checkpoint.parent)
     uploader.checkpoint_saved(checkpoint)
     wait(uploader)
-    assert "checkpoint-20 was not published: Hub repository somebody/run: " in told[0]
+    assert "checkpoint-20 was not published: Hub repository somebody/run: " in capsys.readouterr().out
     assert uploader.finish() is None
-    assert "simipu-hf push --model" in told[1]
+    assert "simipu-hf push --model" in capsys.readouterr().out
     (checkpoint / "model.safetensors").write_bytes(b"half")
     assert not uploader.checkpoint_saved(checkpoint)
-    assert "damaged" in told[2]
+    assert "damaged" in capsys.readouterr().out
 
 
 def test_loading_from_a_hub_that_says_no(endpoint, monkeypatch, tmp_path):
@@ -221,24 +220,22 @@ def test_loading_from_a_hub_that_says_no(endpoint, monkeypatch, tmp_path):
         load_image_encoder("owner/secret", verbose=False)
 
 
-def test_data_set_from_kitti_is_private_and_says_why(endpoint, tmp_path):
+def test_data_set_from_kitti_is_private_and_says_why(endpoint, tmp_path, capsys):
     import datasets
 
     rows = datasets.Dataset.from_dict({"frame_id": ["a", "b", "c"]})
     (tmp_path / "rows").mkdir()
     rows.to_parquet(tmp_path / "rows" / "train-00000-of-00001.parquet")
-    told = []
-    push_dataset(tmp_path / "rows", "owner/kitti", report=told.append)
+    push_dataset(tmp_path / "rows", "owner/kitti")
     repo = endpoint.repos["datasets", "owner/kitti"]
     assert repo.private
-    assert "CC BY-NC-SA" in told[0]
+    assert "CC BY-NC-SA" in capsys.readouterr().out
     card = endpoint.files("owner/kitti", "datasets")["README.md"].decode()
     assert yaml.safe_load(card.split("---")[1])["license"] == "cc-by-nc-sa-3.0"
     assert "3 rows in train" in card
     assert "no commercial use" in card
-    told.clear()
-    push_dataset(tmp_path / "rows", "owner/own", license="cc-by-4.0", report=told.append)
-    assert told == []
+    push_dataset(tmp_path / "rows", "owner/own", license="cc-by-4.0")
+    assert capsys.readouterr().out == ""
     assert not endpoint.repos["datasets", "owner/own"].private
     assert "commercial" not in endpoint.files("owner/own", "datasets")["README.md"].decode()
     with pytest.raises(SimIPUError, match="Parquet"):
