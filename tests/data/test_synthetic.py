@@ -148,7 +148,8 @@ def test_boxes_contain_the_points_and_pixels_of_their_object(exact):
     checked = 0
     for frame in exact:
         _, _, _, camera = project(frame)
-        for index, label in enumerate(frame.objects):
+        for index in range(len(frame.objects)):
+            label = frame.objects[index]
             v, u = np.nonzero(frame.pixel_object == index)
             left, top, right, bottom = label.bbox
             assert left - 0.01 <= u.min() <= u.max() <= right + 0.01

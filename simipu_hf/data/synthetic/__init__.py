@@ -4,8 +4,8 @@
 `writer` writes folders.
 """
 
-from .frame import ObjectLabel, SyntheticFrame, synthesize_frame
+from .frame import SyntheticFrame, synthesize_frame
 from .sensors import Calibration, Lidar
 from .writer import synthesize_drive
 
-__all__ = ["Calibration", "Lidar", "ObjectLabel", "SyntheticFrame", "synthesize_drive", "synthesize_frame"]
+__all__ = ["Calibration", "Lidar", "SyntheticFrame", "synthesize_drive", "synthesize_frame"]

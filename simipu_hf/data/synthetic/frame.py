@@ -1,34 +1,20 @@
 """One synthetic frame: everything KITTI would have recorded, and the truth behind it."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from ..kitti_objects import KittiObjects
 from .scene import GROUND, Scene
 from .sensors import Calibration, Lidar, pixel_rays, render
 from .street import LABELLED, LANE, Actor, Street
 
 LABEL_RANGE = 80.0
 """Objects further than this (metres), or of which less than a tenth is visible, are DontCare."""
-
-
-@dataclass(frozen=True)
-class ObjectLabel:
-    """The fifteen fields of a line of label_2, in its order (rectified camera frame, metres, radians, pixels)."""
-
-    type: str
-    truncated: float = -1
-    occluded: int = -1
-    alpha: float = -10
-    bbox: tuple[float, ...] = (-1, -1, -1, -1)
-    dimensions: tuple[float, ...] = (-1, -1, -1)
-    location: tuple[float, ...] = (-1000, -1000, -1000)
-    rotation_y: float = -10
-
-    def line(self) -> str:
-        """As KITTI writes it."""
-        numbers = [self.alpha, *self.bbox, *self.dimensions, *self.location, self.rotation_y]
-        return f"{self.type} {self.truncated:.2f} {self.occluded} " + " ".join(f"{number:.2f}" for number in numbers)
+DONT_CARE = {"type": "DontCare", "truncated": -1, "occluded": -1, "alpha": -10, "rotation_y": -10} | {
+    "dimensions": (-1, -1, -1), "location": (-1000, -1000, -1000),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,7 +33,7 @@ class SyntheticFrame:
     depth: np.ndarray
     points: np.ndarray
     calibration: Calibration
-    objects: tuple[ObjectLabel, ...]
+    objects: KittiObjects
     point_object: np.ndarray
     pixel_object: np.ndarray
 
@@ -72,12 +58,12 @@ def synthesize_frame(
     image, hits = render(scene, calibration, ego_pose, image_size, rng)
     pixel_owner = np.full(image_size, GROUND)
     pixel_owner.flat[hits.rays] = hits.owner
-    labels: dict[int, ObjectLabel] = {}
+    labels: dict[int, dict[str, Any]] = {}
     for owner in np.unique(pixel_owner[pixel_owner != GROUND]).tolist():
         actor = street.actors[owner]
         if actor.kind in LABELLED and (label := _label(actor, calibration, ego_pose, pixel_owner == owner)):
             labels[owner] = label
-    owners = sorted(labels, key=lambda owner: (labels[owner].type == "DontCare", labels[owner].location[2]))
+    owners = sorted(labels, key=lambda owner: (labels[owner]["type"] == "DontCare", labels[owner]["location"][2]))
     object_of = np.full(len(street.actors) + 1, -1)  # the last: the ground's
     object_of[owners] = np.arange(len(owners))
     return SyntheticFrame(
@@ -85,13 +71,15 @@ def synthesize_frame(
         depth=hits.distance.reshape(image_size),
         points=points,
         calibration=calibration,
-        objects=tuple(labels[owner] for owner in owners),
+        objects=KittiObjects.from_row(
+            {name: [labels[owner][name] for owner in owners] for name in (*DONT_CARE, "bbox")}
+        ),
         point_object=object_of[point_owner],
         pixel_object=object_of[pixel_owner],
     )
 
 
-def _label(actor: Actor, calibration: Calibration, ego_pose: np.ndarray, seen: np.ndarray) -> ObjectLabel | None:
+def _label(actor: Actor, calibration: Calibration, ego_pose: np.ndarray, seen: np.ndarray) -> dict[str, Any] | None:
     """Label of an actor that is `seen` (H, W); None where it is beside the camera or next to nothing is seen."""
     pose = np.linalg.inv(calibration.camera_to_world(ego_pose)) @ actor.pose
     location, forward = pose[:3, 3], pose[:3, 0]
@@ -102,20 +90,20 @@ def _label(actor: Actor, calibration: Calibration, ego_pose: np.ndarray, seen: n
     )
     visible = seen.sum() / max(_pixels_alone(actor, calibration, ego_pose, box), 1)
     if visible < 0.1 or location[2] > LABEL_RANGE or truncated > 0.95:
-        return ObjectLabel("DontCare", bbox=box) if visible > 0.02 else None
+        return DONT_CARE | {"bbox": box} if visible > 0.02 else None
     # KITTI's yaw turns about the camera's y (down), from its x (right)
-    rotation_y = float(np.arctan2(-forward[2], forward[0]))
-    half_length, half_width, height = np.abs(actor.model.corners).max(axis=(0, 1)).tolist()
-    return ObjectLabel(
-        type=actor.kind,
-        truncated=truncated,
-        occluded=0 if visible > 0.85 else 1 if visible > 0.5 else 2,
-        alpha=float(np.angle(np.exp(1j * (rotation_y - np.arctan2(location[0], location[2]))))),
-        bbox=box,
-        dimensions=(height, 2 * half_width, 2 * half_length),
-        location=tuple(location.tolist()),
-        rotation_y=rotation_y,
-    )
+    rotation_y = np.arctan2(-forward[2], forward[0])
+    half_length, half_width, height = np.abs(actor.model.corners).max(axis=(0, 1))
+    return {
+        "type": actor.kind,
+        "truncated": truncated,
+        "occluded": 0 if visible > 0.85 else 1 if visible > 0.5 else 2,
+        "alpha": np.angle(np.exp(1j * (rotation_y - np.arctan2(location[0], location[2])))),
+        "bbox": box,
+        "dimensions": (height, 2 * half_width, 2 * half_length),
+        "location": location,
+        "rotation_y": rotation_y,
+    }
 
 
 def _image_box(

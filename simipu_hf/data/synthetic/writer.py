@@ -116,8 +116,7 @@ def write_frame(frame: SyntheticFrame, folder: Path, name: str) -> None:
     frame.points.astype("<f4").tofile(folder / "velodyne" / f"{name}.bin")
     (folder / "calib" / f"{name}.txt").write_text(_calibration_text(frame.calibration), encoding="utf-8")
     if (folder / "label_2").is_dir():
-        lines = "".join(label.line() + "\n" for label in frame.objects)
-        (folder / "label_2" / f"{name}.txt").write_text(lines, encoding="utf-8")
+        (folder / "label_2" / f"{name}.txt").write_text(frame.objects.to_text(), encoding="utf-8")
 
 
 def _depth_to_png(depth: np.ndarray) -> np.ndarray:
