@@ -85,19 +85,19 @@ class CheckReport:
 
 
 class Absent(Exception):  # noqa: N818 (not an error)
-    """What a check is about is not on this machine."""
+    """What a check is about is not on this machine. `advice` says what to do."""
+
+    status: Literal["absent", "fail"] = "absent"
 
     def __init__(self, detail: str, advice: str = "") -> None:
         super().__init__(detail)
         self.advice = advice
 
 
-class Failed(Exception):  # noqa: N818
-    """A check failed, with what to do about it."""
+class Failed(Absent):
+    """It is there, and does not do what it should."""
 
-    def __init__(self, detail: str, advice: str) -> None:
-        super().__init__(detail)
-        self.advice = advice
+    status = "fail"
 
 
 def check(arguments: CheckArguments | None = None) -> CheckReport:
@@ -151,9 +151,7 @@ def _run(name: str, function: Callable[[], str]) -> Finding:
     try:
         finding = Finding(name, "pass", function())
     except Absent as error:
-        finding = Finding(name, "absent", str(error), error.advice)
-    except Failed as error:
-        finding = Finding(name, "fail", str(error), error.advice)
+        finding = Finding(name, error.status, str(error), error.advice)
     except Exception as error:  # whatever a driver, a compiler or a network raises
         advice = "please report it, with the whole output of this command"
         finding = Finding(name, "fail", f"{type(error).__name__}: {error}", advice)

@@ -16,7 +16,7 @@ import torch
 from ..errors import SimIPUError
 from ..modeling.geometry import pixel_transform
 from .frames import FrameDataset, OnBadRow, crop_window, jitter_colors, select_frames, to_pixel_values
-from .kitti_objects import NEIGHBOURS, OBJECT_TYPES, KittiObjects
+from .kitti_objects import NEIGHBOURS, KittiObjects, check_object
 from .rows import calibration_from_row, image_from_row
 
 EVERY_CLASS = -1
@@ -143,17 +143,12 @@ def objects_from_row(row: Mapping[str, Any]) -> KittiObjects:
         objects = KittiObjects.from_row(row["objects"])
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise SimIPUError(f"{name}: its objects cannot be read as KITTI's labels ({error!r})") from error
-    for index, kind in enumerate(objects.type):
-        size, box = objects.dimensions[index], objects.bbox[index]
-        where = f"{name}, object {index}"
-        if kind not in OBJECT_TYPES:
-            raise SimIPUError(f"{where}: expected a class of {', '.join(OBJECT_TYPES)}, found {str(kind)!r}")
-        if not np.isfinite([*size, *box, *objects.location[index], objects.rotation_y[index]]).all():
-            raise SimIPUError(f"{where}: expected finite numbers")
-        if (box[:2] > box[2:]).any():
-            raise SimIPUError(f"{where}: expected left <= right and top <= bottom, found {box.tolist()}")
-        if (size < 0).any() and (size != -1).any():  # -1: unknown
-            raise SimIPUError(f"{where}: expected height, width and length of at least 0, found {size.tolist()}")
+    for index, kind in enumerate(objects.type.tolist()):
+        box, size, place = (values[index].tolist() for values in (objects.bbox, objects.dimensions, objects.location))
+        try:
+            check_object(kind, box, size, [*box, *size, *place, float(objects.rotation_y[index])])
+        except ValueError as error:
+            raise SimIPUError(f"{name}, object {index}: {error}") from error
     return objects
 
 

@@ -119,19 +119,24 @@ def _parse(values: list[str], with_score: bool) -> tuple[str, list[float]]:
         raise ValueError("expected 16 fields, the last one a score, found 15")
     if len(values) not in (15, 16):
         raise ValueError(f"expected {16 if with_score else 15} fields, found {len(values)}")
-    kind = {name.lower(): name for name in OBJECT_TYPES}.get(values[0].lower())
-    if kind is None:
-        raise ValueError(f"expected a class of {', '.join(OBJECT_TYPES)}, found {values[0]!r}")
+    kind = {name.lower(): name for name in OBJECT_TYPES}.get(values[0].lower(), values[0])
     numbers = [float(value) for value in values[1 : 16 if with_score else 15]]
+    check_object(kind, numbers[3:7], numbers[7:10], numbers)
+    return kind, numbers
+
+
+def check_object(kind: str, bbox: Sequence[float], dimensions: Sequence[float], numbers: Sequence[float]) -> None:
+    """Raises a `ValueError` that says what was expected where an object is none; `numbers` have to be finite."""
+    if kind not in OBJECT_TYPES:
+        raise ValueError(f"expected a class of {', '.join(OBJECT_TYPES)}, found {kind!r}")
     if not np.isfinite(numbers).all():
         raise ValueError("expected finite numbers")
-    left, top, right, bottom, *size = numbers[3:10]
+    left, top, right, bottom = bbox
     if right < left or bottom < top:
         raise ValueError(f"expected left <= right and top <= bottom, found {left}, {top}, {right}, {bottom}")
     # -1: unknown, as in DontCare regions and in detections of images alone
-    if min(size) < 0 and size != [-1, -1, -1]:
-        raise ValueError(f"expected height, width and length of at least 0, found {size}")
-    return kind, numbers
+    if min(dimensions) < 0 and list(dimensions) != [-1, -1, -1]:
+        raise ValueError(f"expected height, width and length of at least 0, found {list(dimensions)}")
 
 
 def read_objects_folder(folder: str | os.PathLike, with_scores: bool = False) -> dict[str, KittiObjects]:
