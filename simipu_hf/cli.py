@@ -229,7 +229,7 @@ def data_inspect(rows: Rows, picture_path: str | None = None, as_json: AsJson = 
     """
     from simipu_hf.data.inspection import inspect_dataset
 
-    report = inspect_dataset(rows.dataset_name, rows.data_dir, rows.dataset_config_name, rows.split)
+    report = inspect_dataset(**vars(rows))
     if picture_path is not None and report.sample is not None:
         from simipu_hf.visualization import draw_points_on_image, save_figure
 

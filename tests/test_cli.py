@@ -128,6 +128,7 @@ def test_inspecting_damaged_data_exits_with_one(run, tmp_path):
     code, out, err = run("data", "inspect", "--data_dir", str(tmp_path), "--json")
     assert code == 1
     assert json.loads(out)["problems"] if out else err.startswith("error: ")
+    assert "scenes can be chosen" in run("data", "inspect", "--data_dir", str(tmp_path), "--scenes", "none")[2]
 
 
 # --- in a process of its own ---

@@ -38,10 +38,11 @@ class EigenFrames:
         file_list: the list.
         image_root: folder the image paths start from (KITTI raw).
         depth_root: folder the depth paths start from (KITTI's annotated depth maps).
-        on_bad_row: what to do where a listed file is not there: `"skip"` leaves the line out and says how many.
+        on_bad_row: what to do where a listed file is not there or listed twice: `"skip"` leaves the line out.
 
     Raises:
-        SimIPUError: no such list, a line of another form, no line with ground truth, or a listed file is missing.
+        SimIPUError: no such list, a line of another form, no line with ground truth, or a listed file is missing or
+            listed twice.
     """
 
     def __init__(
@@ -52,7 +53,11 @@ class EigenFrames:
         on_bad_row: OnBadRow = "error",
     ):
         self.image_root, self.depth_root = Path(image_root), Path(depth_root)
-        self.entries = _read_eigen_list(file_list)
+        lines = _read_eigen_list(file_list)
+        self.entries = list(dict.fromkeys(lines))
+        if len(self.entries) < len(lines) and on_bad_row == "error":
+            twice = next(entry for entry in self.entries if lines.count(entry) > 1)
+            raise SimIPUError(f"{file_list}: {twice[0]} is listed twice; --on_bad_row skip takes it once")
         missing = {
             entry: path
             for entry in self.entries

@@ -11,7 +11,7 @@ import torch
 
 from ..errors import SimIPUError
 from ..modeling.image_processing_simipu import SimIPUImageProcessor
-from .loading import load_pretraining_dataset
+from .loading import load_pretraining_dataset, row_names, take_rows
 from .rows import ROW_FEATURES, Rows
 from .sources import split_source
 
@@ -41,6 +41,9 @@ def select_frames(specifications: Sequence[str]) -> datasets.Dataset:
     parts = [_select(specification) for specification in specifications]
     if not parts:
         raise SimIPUError("no frames were named: expected SOURCE[#SPLIT[:IDS]]")
+    taken: dict[str, set[Any]] = {}
+    for specification, part in zip(specifications, parts, strict=True):
+        take_rows(taken, specification, split_source(specification)[0], row_names(part))
     shared = [name for name in ("depth", "objects") if all(name in part.column_names for part in parts)]
     columns = [*ROW_FEATURES, *shared]
     # images are decoded where a damaged one is reported by its frame

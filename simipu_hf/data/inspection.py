@@ -142,8 +142,15 @@ def inspect_dataset(
         loaded = {}
         for name in wanted:
             repeated: list[str] = []
-            options: dict[str, Any] = {"split": name, "cache_dir": cache_dir, "skipped": repeated}
-            loaded[name] = load_pretraining_dataset(source.location, dataset_config_name=source.config, **options)
+            loaded[name] = load_pretraining_dataset(
+                source.location,
+                dataset_config_name=source.config,
+                split=name,
+                cameras=cameras,
+                scenes=scenes,
+                cache_dir=cache_dir,
+                skipped=repeated,
+            )
             inspector.add_problems(repeated)
         counts, notes = {name: len(found) for name, found in loaded.items()}, []
         rows, total = _read_rows(loaded), sum(counts.values())

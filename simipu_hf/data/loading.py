@@ -5,7 +5,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
@@ -132,23 +132,33 @@ def _load_parts(
     dataset_name: Sources | None, data_dir: Sources | None, dataset_config_name: str | None, request: Request
 ) -> list[AnyDataset]:
     parts: list[AnyDataset] = []
-    taken: dict[str, set[Any]] = {}  # of each location
+    taken: dict[str, set[Any]] = {}
     for text in given_sources(dataset_name, data_dir):
         location, own_split = split_source(text)
         source = find_source(location, dataset_config_name, must_be_folder=dataset_name is None)
         split = own_split if own_split and request.split in (None, "train") else request.split
         with named_errors(location):
             part = _load(source, replace(request, split=split), own_split or None)
-        rows: set[Any] = set(_row_names(part) if isinstance(part, datasets.Dataset) else _names(split or "train"))
-        twice = rows & taken.setdefault(source.location, set())
-        if twice:
-            raise SimIPUError(f"{text}: expected other rows than those taken before, found {min(twice)} again")
-        taken[source.location] |= rows
+        names = row_names(part) if isinstance(part, datasets.Dataset) else _names(split or "train")
+        take_rows(taken, text, source.location, names)
         parts.append(part)
     return parts
 
 
-def _row_names(rows: datasets.Dataset) -> list[tuple[str, str]]:
+def take_rows(taken: dict[str, set[Any]], text: str, location: str, names: Iterable[Any]) -> None:
+    """Add the rows that the source `text` names to those `taken` of every location.
+
+    Raises:
+        SimIPUError: one of them was taken before.
+    """
+    before = taken.setdefault(os.path.realpath(location) if os.path.exists(location) else location, set())
+    again = before.intersection(names)
+    if again:
+        raise SimIPUError(f"{text}: expected other rows than those taken before, found {min(again)} again")
+    before.update(names)
+
+
+def row_names(rows: datasets.Dataset) -> list[tuple[str, str]]:
     """Scene and frame of every row: KITTI's training and testing frames share their numbers."""
     return list(zip(rows["scene"], rows["frame_id"], strict=True))
 
@@ -273,7 +283,7 @@ def _checked(dataset: AnyDataset, location: str, split: str, skipped: list[str] 
 
 
 def _without_duplicates(dataset: datasets.Dataset, location: str, skipped: list[str] | None) -> datasets.Dataset:
-    names = _row_names(dataset)
+    names = row_names(dataset)
     messages = [
         f"{location}: frame {frame_id}: expected one row, found {count}"
         for (_, frame_id), count in Counter(names).items()

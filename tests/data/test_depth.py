@@ -1,5 +1,7 @@
 """Frames with depth: selection, sparse targets against hand-made projections, Eigen lists, training samples."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -44,6 +46,8 @@ def test_frames_are_selected_by_split_and_id(frames, tmp_path):
         select_frames([f"{frames}#train:000001,000009"])
     with pytest.raises(SimIPUError, match="twice"):
         select_frames([f"{frames}#train:000001,000001"])
+    with pytest.raises(SimIPUError, match=r"expected other rows than those taken before, found .*'000001'\) again"):
+        select_frames([f"{frames}#train:000001", f"{frames}/../{Path(frames).name}#train"])
     with pytest.raises(SimIPUError, match="banana"):
         select_frames([f"{frames}#banana"])
 
@@ -72,6 +76,10 @@ def test_faults_of_eigen_lists_are_named(tmp_path, capsys):
         EigenFrames(*eigen_list(tmp_path, "a.png a.png", "b.png"))
     with pytest.raises(SimIPUError, match="no line has ground truth"):
         EigenFrames(*eigen_list(tmp_path, "a.png None"))
+    twice = eigen_list(tmp_path, "a.png a.png", "/a.png a.png 721.5")
+    with pytest.raises(SimIPUError, match=r"a\.png is listed twice"):
+        EigenFrames(*twice)
+    assert len(EigenFrames(*twice, on_bad_row="skip")) == 1
     missing = eigen_list(tmp_path, "a.png a.png", "a.png x.png", "y.png a.png")
     with pytest.raises(SimIPUError, match=r"files of 2 of 3 frames are missing, the first .*x\.png"):
         EigenFrames(*missing)

@@ -1,13 +1,16 @@
 """Inspection measures what is there and finds all damage at once."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from simipu_hf.data.inspection import inspect_dataset
+from simipu_hf.data.loading import load_pretraining_dataset
 from simipu_hf.data.rows import dataset_from_rows, to_row
+from simipu_hf.errors import SimIPUError
 
 
 def test_inspection_counts_and_measures(object_root):
@@ -135,3 +138,13 @@ def test_scans_of_other_columns_and_labels_that_cannot_be_used_are_named(object_
     assert [problem.frames for problem in report.problems] == [["train/000000"], ["train/000001"]]
     assert "000001.txt, line 1" in report.problems[1].message
     assert report.objects == {"Car": 3}
+
+
+def test_only_what_is_asked_for_is_looked_at(object_root, raw_root, tmp_path):
+    shutil.copytree(object_root / "training/image_2", object_root / "training/image_3")
+    load_pretraining_dataset(data_dir=raw_root, cache_dir=tmp_path / "cache").save_to_disk(tmp_path / "saved")
+    assert "P3" in inspect_dataset(data_dir=object_root, split="train", cameras=[3]).problems[0].message
+    with pytest.raises(SimIPUError, match="scenes: expected"):
+        inspect_dataset(data_dir=raw_root, scenes=["none"])
+    with pytest.raises(SimIPUError, match="can be chosen of a published data set"):
+        inspect_dataset(data_dir=tmp_path / "saved", scenes=["none"])
