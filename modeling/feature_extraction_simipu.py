@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import BatchFeature, FeatureExtractionMixin
 
-from .geometry import camera_aligned_frame, inside_image, project_points, to_calibration, transform_points
+from .geometry import camera_aligned_frame, inside_image, project_points, to_calibration, transform_cloud
 
 # No LiDAR sees 100 km far, and no reflectance is counted beyond 16 bits: larger values are another type of number.
 LARGEST_VALUE = 1e5
@@ -79,9 +79,7 @@ class SimIPUFeatureExtractor(FeatureExtractionMixin):
         projection, extrinsics = to_calibration(camera_projection, lidar_to_camera)
         if self.frame == "camera":
             lidar_to_frame, frame_to_pixel = camera_aligned_frame(projection, extrinsics)
-            cloud = np.empty_like(scan)
-            cloud[:, :3] = transform_points(scan, lidar_to_frame)
-            cloud[:, 3] = scan[:, 3]
+            cloud = transform_cloud(scan, lidar_to_frame)
         else:
             cloud, frame_to_pixel = scan, projection @ extrinsics
         return self._in_view(cloud, frame_to_pixel, image_size), frame_to_pixel

@@ -34,6 +34,15 @@ def transform_points(points: Array, matrix: Array) -> Array:
     return _stack(points, _apply_rows(matrix, points))
 
 
+def transform_cloud(cloud: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """`transform_points` of the coordinates of a cloud `(M, C)`, whose further columns stay: a new one of its type."""
+    moved = np.empty_like(cloud)
+    for axis, column in enumerate(_apply_rows(matrix, cloud)):
+        moved[:, axis] = column
+    moved[:, 3:] = cloud[:, 3:]
+    return moved
+
+
 def invert_transform(matrix: torch.Tensor) -> torch.Tensor:
     """Inverse of `(B, 4, 4)` in float64, without the device synchronisation of `torch.linalg.inv`."""
     return torch.linalg.inv_ex(matrix.double()).inverse

@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as tvF
 
 from simipu_hf.errors import SimIPUError
 from simipu_hf.modeling.configuration_simipu import preset_values
-from simipu_hf.modeling.geometry import pixel_transform, transform_points
+from simipu_hf.modeling.geometry import pixel_transform, transform_cloud
 from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor, pad_to_largest, size_within
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
@@ -145,8 +145,7 @@ def two_view_sample(
     image, image_transform = _augment_image(image, processor.image_processor, augmentation, mirrored, generator)
 
     points = processor.feature_extractor.draw(cloud, generator)  # in random order, so this view is shuffled
-    points_aug = points.take(generator.permutation(len(points)), axis=0)
-    points_aug[:, :3] = transform_points(points_aug, lidar_to_aug)
+    points_aug = transform_cloud(points.take(generator.permutation(len(points)), axis=0), lidar_to_aug)
     return {
         "image": image,
         "points": torch.from_numpy(points),

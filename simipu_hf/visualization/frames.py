@@ -20,7 +20,7 @@ from simipu_hf.hub.card import CURVES
 from simipu_hf.hub.sources import load_image_encoder, model_folder
 from simipu_hf.hub.weights import read_json
 from simipu_hf.modeling.configuration_simipu import SimIPUConfig
-from simipu_hf.modeling.geometry import camera_aligned_frame, transform_points
+from simipu_hf.modeling.geometry import camera_aligned_frame, transform_cloud
 from simipu_hf.modeling.image_encoder import TimmModel
 from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
@@ -171,9 +171,7 @@ def aligned_frame(row: Mapping[str, Any]) -> Frame:
     """
     frame = Frame.from_row(row)
     lidar_to_aligned, aligned_to_image = camera_aligned_frame(*calibration_from_row(row))
-    points = frame.points.copy()
-    points[:, :3] = transform_points(frame.points, lidar_to_aligned)
-    return Frame(frame.frame_id, frame.image, points, aligned_to_image)
+    return Frame(frame.frame_id, frame.image, transform_cloud(frame.points, lidar_to_aligned), aligned_to_image)
 
 
 def draw_frame(row: Mapping[str, Any], model: LoadedModel | None = None) -> tuple[dict[str, Figure], str]:
