@@ -34,7 +34,7 @@ from simipu_hf.data.synthetic import synthesize_drive
 from simipu_hf.errors import SimIPUError, TrainingInterrupted
 from simipu_hf.evaluation.depth import evaluate_maps
 from simipu_hf.evaluation.linear_probe import fit_linear_depth_probe
-from simipu_hf.files import atomic_folder, write_json
+from simipu_hf.files import atomic_folder, check_target, write_json
 from simipu_hf.hub.sources import load_image_encoder
 from simipu_hf.modeling.image_encoder import TimmModel
 from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
@@ -188,26 +188,17 @@ def prepare_output_dir(output_dir: Path, data_dir: str | os.PathLike | None, ove
         find_source(os.fspath(data_dir), must_be_folder=True)
         if output_dir.resolve() in (Path(data_dir).resolve(), *Path(data_dir).resolve().parents):
             raise SimIPUError(f"--data_dir {data_dir} lies in --output_dir {output_dir}: choose another output folder")
-    if output_dir.exists() and not output_dir.is_dir():
-        raise SimIPUError(f"--output_dir {output_dir} is a file")
-    found = sorted(output_dir.iterdir()) if output_dir.exists() else []
-    if found and not overwrite:
-        raise SimIPUError(
-            f"--output_dir {output_dir} is not empty: choose another folder, or replace an earlier demo in it with "
-            "--overwrite_output_dir"
-        )
-    ours = (DRIVE, FRAMES, RUN, PICTURES, REPORT, RESULTS)
-    # a stage that was killed may have left a hidden folder beside what it was writing
-    hidden = tuple(f".{name}" for name in ours)
-    strangers = [path.name for path in found if path.name not in ours and not path.name.startswith(hidden)]
-    if strangers:
-        raise SimIPUError(
-            f"--overwrite_output_dir: {output_dir} holds more than a demo ({', '.join(strangers[:3])}), so nothing "
-            "in it was deleted; choose another folder"
-        )
-    for path in found:
+    check_target(output_dir, overwrite, is_demo)
+    for path in output_dir.iterdir() if output_dir.exists() else ():
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     output_dir.mkdir(parents=True, exist_ok=True)
+
+
+def is_demo(path: Path) -> bool:
+    """Whether a folder holds a demo, and nothing else; a stage that was killed may have left a hidden folder."""
+    ours = (DRIVE, FRAMES, RUN, PICTURES, REPORT, RESULTS)
+    hidden = tuple(f".{name}" for name in ours)
+    return path.is_dir() and all(found.name in ours or found.name.startswith(hidden) for found in path.iterdir())
 
 
 def make_frames(

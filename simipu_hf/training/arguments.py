@@ -83,15 +83,15 @@ class RunArguments:
         check_choices(self)
         check_at_least(self, 1, "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps")
         check_at_least(
-            self, 0, "max_grad_norm", "seed", "dataloader_num_workers", "eval_steps", "checkpointing_steps",
-            "save_total_limit",
-        )  # fmt: skip
+            self, 0, "max_grad_norm", "dataloader_num_workers", "eval_steps", "checkpointing_steps", "save_total_limit"
+        )
+        check_seeds("seed", self.seed)
         if self.max_steps <= 0 and not self.num_train_epochs > 0:
             raise SimIPUError(f"--num_train_epochs must be above 0, found {self.num_train_epochs}")
         if self.push_to_hub and not self.hub_model_id:
             raise SimIPUError("--push_to_hub needs --hub_model_id user/name")
-        if not self.push_to_hub and (self.hub_model_id or self.hub_private_repo):
-            raise SimIPUError("--hub_model_id and --hub_private_repo do nothing without --push_to_hub")
+        for name in ("hub_model_id", "hub_private_repo", "hub_strategy", "hub_token"):
+            refuse_without_effect(self, (name, self.push_to_hub, "without --push_to_hub"))
 
     def to_dict(self) -> dict[str, Any]:
         """All flags for `run.yaml`, but for the Hub token and what belongs to one start of the run."""
@@ -214,19 +214,16 @@ class PreTrainingArguments(RunArguments):
                 "--streaming does not know the length of an epoch: it needs --max_steps and a --lr_scheduler_type "
                 "other than exponential, such as cosine"
             )
-        self._refuse_flags_without_effect()
-
-    def _refuse_flags_without_effect(self) -> None:
-        for name, has_effect, reason in (
+        schedule = self.lr_scheduler_type
+        refuse_without_effect(
+            self,
             ("encoder_repo_id", self.push_to_hub, "without --push_to_hub"),
             ("per_device_eval_batch_size", self.eval_steps, "without --eval_steps"),
+            ("validation_split", self.eval_steps, "without --eval_steps"),
             ("pretrained_image_encoder", not self.model_name_or_path, "with --model_name_or_path"),
-            ("warmup_steps", self.lr_scheduler_type != "constant", "with --lr_scheduler_type constant"),
-        ):
-            if getattr(self, name) and not has_effect:
-                raise SimIPUError(f"--{name} does nothing {reason}")
-        if self.lr_decay_per_epoch != 0.99 and self.lr_scheduler_type != "exponential":
-            raise SimIPUError("--lr_decay_per_epoch does nothing without --lr_scheduler_type exponential")
+            ("warmup_steps", schedule != "constant", "with --lr_scheduler_type constant"),
+            ("lr_decay_per_epoch", schedule == "exponential", "without --lr_scheduler_type exponential"),
+        )
 
 
 @dataclass(kw_only=True)
@@ -284,8 +281,8 @@ class FineTuningRunArguments(RunArguments, FineTuningArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_recipe()
-        if self.freeze_image_encoder and (self.decoder_first or self.encoder_learning_rate is not None):
-            raise SimIPUError("--freeze_image_encoder leaves nothing to --decoder_first and --encoder_learning_rate")
+        for name in ("decoder_first", "encoder_learning_rate"):
+            refuse_without_effect(self, (name, not self.freeze_image_encoder, "with --freeze_image_encoder"))
 
 
 @dataclass(kw_only=True)
@@ -348,12 +345,44 @@ class DepthArguments(FineTuningRunArguments, DepthTaskArguments):
             raise SimIPUError("give either --test_frames or --test_list, not both")
         if (self.train_list or self.test_list) and not (self.image_dir and self.depth_dir):
             raise SimIPUError("--train_list and --test_list need --image_dir and --depth_dir")
+        for name in ("image_dir", "depth_dir"):
+            refuse_without_effect(
+                self, (name, self.train_list or self.test_list, "without --train_list or --test_list")
+            )
         if self.eval_steps and not (self.test_frames or self.test_list):
             raise SimIPUError("--eval_steps needs --test_frames or --test_list")
 
 
 @dataclass(kw_only=True)
-class EvaluateDepthArguments:
+class EvaluateArguments:
+    """What every evaluation takes, whatever the task."""
+
+    model: str | None
+    """Folder or Hub id of the model."""
+    test_frames: list[str] = field(default_factory=list)
+    """Frames to evaluate on: SOURCE, SOURCE#SPLIT or SOURCE#SPLIT:ID,ID,..."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """Stop at an invalid frame, or leave it out."""
+    output_dir: str | None = None
+    """Where the result as JSON, pictures/ and detections in KITTI's format are written; nowhere if None."""
+    num_pictures: int = 8
+    """Frames of which a picture is written."""
+    update_card: bool = False
+    """Add the result to the model card of the folder --model."""
+    device: str | None = None
+    """Such as cuda; a GPU where there is one if None."""
+    json: bool = False
+    """Print the result as JSON."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if self.update_card and not (self.model and Path(self.model).is_dir()):
+            raise SimIPUError(f"--update_card needs a folder, found --model {self.model}")
+        refuse_without_effect(self, ("num_pictures", self.output_dir, "without --output_dir"))
+
+
+@dataclass(kw_only=True)
+class EvaluateDepthArguments(EvaluateArguments):
     """Evaluate a depth model by the published protocol: nine metrics, overall and by range.
 
     simipu-hf evaluate-depth --model RUN --test_frames KITTI#val --output_dir OUT
@@ -362,8 +391,6 @@ class EvaluateDepthArguments:
 
     model: str
     """Folder or Hub id of a depth model."""
-    test_frames: list[str] = field(default_factory=list)
-    """Frames to evaluate on: SOURCE, SOURCE#SPLIT or SOURCE#SPLIT:ID,ID,..."""
     test_list: str | None = None
     """Eigen file list to evaluate on, instead of --test_frames."""
     image_dir: str | None = None
@@ -380,27 +407,15 @@ class EvaluateDepthArguments:
     """In metres; larger depths are not evaluated."""
     flip_test: bool = True
     """Evaluate the mean of the predictions for the image and its mirror image."""
-    on_bad_row: Literal["error", "skip"] = "error"
-    """Stop at an invalid frame, or leave it out and count it."""
-    output_dir: str | None = None
-    """Where depth_evaluation.json and pictures are written; nowhere if None."""
-    num_pictures: int = 8
-    """Frames of which a picture is written."""
-    update_card: bool = False
-    """Add the result to the model card of the folder --model."""
-    device: str | None = None
-    """Such as cuda; a GPU where there is one if None."""
-    json: bool = False
-    """Print the result as JSON."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         if bool(self.test_frames) == bool(self.test_list):
             raise SimIPUError("give the frames to evaluate on: either --test_frames or --test_list")
         if self.test_list and not (self.image_dir and self.depth_dir):
             raise SimIPUError("--test_list needs --image_dir and --depth_dir")
-        if self.update_card and not Path(self.model).is_dir():
-            raise SimIPUError(f"--update_card needs a folder, found --model {self.model}")
+        for name in ("image_dir", "depth_dir"):
+            refuse_without_effect(self, (name, self.test_list, "without --test_list"))
 
 
 @dataclass(kw_only=True)
@@ -459,7 +474,7 @@ class DetectionArguments(FineTuningRunArguments, DetectionTaskArguments):
 
 
 @dataclass(kw_only=True)
-class EvaluateDetectionArguments:
+class EvaluateDetectionArguments(EvaluateArguments):
     """Evaluate a 3-D detector, or detections in KITTI's text format, by KITTI's protocol: AP at 40 recall positions.
 
     simipu-hf evaluate-detection --model RUN --test_frames KITTI#val --output_dir OUT
@@ -468,35 +483,21 @@ class EvaluateDetectionArguments:
 
     model: str | None = None
     """Folder or Hub id of a detector."""
-    test_frames: list[str] = field(default_factory=list)
-    """Frames to evaluate on: SOURCE, SOURCE#SPLIT or SOURCE#SPLIT:ID,ID,..."""
     predictions: str | None = None
     """Folder of detections, a text file for each frame, instead of --model."""
     labels: str | None = None
     """Folder of the frames' label files, with --predictions."""
     min_overlap: float | None = None
     """Intersection over union that a match exceeds; KITTI's own, 0.7 for cars and 0.5 for the others, if None."""
-    on_bad_row: Literal["error", "skip"] = "error"
-    """Stop at an invalid frame, or leave it out."""
-    output_dir: str | None = None
-    """Where predictions/ (KITTI's text format), detection_evaluation.json and pictures/ are written."""
-    num_pictures: int = 8
-    """Frames of which a picture is written."""
-    update_card: bool = False
-    """Add the result to the model card of the folder --model."""
-    device: str | None = None
-    """Such as cuda; a GPU where there is one if None."""
-    json: bool = False
-    """Print the result as JSON."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         check_overlap(self.min_overlap)
         given = tuple(map(bool, (self.model, self.test_frames, self.predictions, self.labels)))
         if given not in ((True, True, False, False), (False, False, True, True)):
             raise SimIPUError("give either --model and --test_frames, or --predictions and --labels")
-        if self.update_card and not (self.model and Path(self.model).is_dir()):
-            raise SimIPUError(f"--update_card needs a folder, found --model {self.model}")
+        for name in ("device", "on_bad_row"):
+            refuse_without_effect(self, (name, self.model, "with --predictions"))
 
 
 @dataclass(kw_only=True)
@@ -538,6 +539,9 @@ class CompareArguments(FineTuningArguments):
                 raise SimIPUError(f"--{name} is missing")
             if len(set(values)) < len(values):
                 raise SimIPUError(f"--{name} names something twice: {' '.join(map(str, values))}")
+        check_seeds("seeds", *self.seeds)
+        for name in ("decoder_first", "encoder_learning_rate"):
+            refuse_without_effect(self, (name, "full" in self.modes, "with --modes frozen"))
         for encoder in self.image_encoders:
             if not all(encoder.partition("=")):
                 raise SimIPUError(f"--image_encoders {encoder}: expected NAME=SOURCE")
@@ -617,6 +621,7 @@ class BenchmarkArguments:
     def __post_init__(self) -> None:
         check_choices(self)
         check_at_least(self, 1, "batch_size", "num_points", "repeats")
+        check_seeds("seed", self.seed)
 
 
 @dataclass(kw_only=True)
@@ -698,6 +703,24 @@ def check_at_least(arguments: Any, lowest: float, *names: str) -> None:
         value = getattr(arguments, name)
         if value is not None and not value >= lowest:
             raise SimIPUError(f"--{name} must be at least {lowest}, found {value}")
+
+
+def refuse_without_effect(arguments: Any, *rules: tuple[str, Any, str]) -> None:
+    """Raises a `SimIPUError` for a flag that differs from its default where it would be ignored.
+
+    Each rule is the flag's name, whether it has an effect, and the reason why it has none.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(arguments)}
+    for name, has_effect, reason in rules:
+        if not has_effect and getattr(arguments, name) != defaults[name]:
+            raise SimIPUError(f"--{name} does nothing {reason}")
+
+
+def check_seeds(name: str, *seeds: int) -> None:
+    """Raises a `SimIPUError` for a seed that NumPy does not take."""
+    for seed in seeds:
+        if not 0 <= seed < 2**32:
+            raise SimIPUError(f"--{name} must be at least 0 and below 2**32, found {seed}")
 
 
 def parse_arguments(cls: type[ArgumentsT], argv: Sequence[str] | None = None, prog: str | None = None) -> ArgumentsT:
@@ -786,7 +809,8 @@ def parse_overrides(
     """`"a=1,image_config.b=[1,2]"` to `{"a": 1, "image_config": {"b": [1, 2]}}`; values are YAML.
 
     Raises:
-        SimIPUError: a part without `=`, or a dotted name that does not start with one of `sections`.
+        SimIPUError: a part without `=`, a dotted name that does not start with one of `sections`, a name given twice,
+            or a value that is no YAML.
     """
     overrides: dict[str, Any] = {}
     for part in _split_outside_brackets(text or ""):
@@ -796,7 +820,13 @@ def parse_overrides(
             nested = "".join(f" or {known}.name=value" for known in sections)
             raise SimIPUError(f"{name_of_flag} {part.strip()!r}: expected name=value{nested}")
         target = overrides.setdefault(section, {}) if section else overrides
-        target[inner] = yaml.safe_load(value)
+        if inner in target:
+            raise SimIPUError(f"{name_of_flag}: {name.strip()} is given twice")
+        try:
+            target[inner] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            found = " ".join(str(error).split())
+            raise SimIPUError(f"{name_of_flag} {part.strip()!r}: the value cannot be read ({found})") from error
     return overrides
 
 
