@@ -104,10 +104,14 @@ def export(
         format: Whose code is to load it.
         prefix: Of the names in the mmdet form.
         channel_order: Reorder the input channels of the first convolution.
-        image_size: Height and width that the encoder is written for, where it needs one.
+        image_size: Height and width that the onnx form is written for.
     """
     from simipu_hf.hub.export import export_image_encoder
 
+    if prefix != "img_backbone" and format != "mmdet":
+        raise SimIPUError(f"--prefix {prefix} does nothing without --format mmdet")
+    if image_size is not None and format != "onnx":
+        raise SimIPUError("--image_size does nothing without --format onnx")
     show(export_image_encoder(model, output_dir, format, prefix, channel_order, overwrite, image_size), as_json)
 
 
@@ -190,6 +194,8 @@ def visualize(
     """
     from simipu_hf.visualization import visualize as draw
 
+    if device is not None and model is None:
+        raise SimIPUError("--device does nothing without --model")
     try:
         chosen = [int(index) for index in frames.split(",")]
     except ValueError as error:
@@ -270,6 +276,8 @@ def data_push(
     """
     from simipu_hf.hub.push import push_dataset
 
+    if private and public:
+        raise SimIPUError("give either --private or --public, not both")
     visibility = (private and True) or (False if public else None)
     show(push_dataset(data, repo_id, visibility, license, token), as_json)
 

@@ -30,6 +30,7 @@ from simipu_hf.data.loading import AnyDataset, load_mixture, load_pretraining_da
 from simipu_hf.data.mixture import Mixture
 from simipu_hf.data.overlap import refuse_shared_frames, refuse_shared_stream
 from simipu_hf.data.rows import Frame, image_from_row
+from simipu_hf.data.sources import given_sources, refuse_second_split
 from simipu_hf.data.two_views import TwoViewAugmentation, TwoViewCollator, TwoViewDataset, to_model_inputs
 from simipu_hf.errors import SimIPUError, TrainingInterrupted, exit_code_of
 from simipu_hf.evaluation.correspondence import correspondence_recall
@@ -320,6 +321,7 @@ def load_rows(
         "streaming": arguments.streaming,
         "skipped": skipped if arguments.on_bad_row == "skip" else None,
     }
+    refuse_second_split(arguments.train_split, *given_sources(arguments.dataset_name, arguments.data_dir))
     rows, mixture = load_mixture(mixture=arguments.mixture, seed=arguments.seed, split=arguments.train_split, **source)
     if not arguments.eval_steps:
         return rows, mixture, None

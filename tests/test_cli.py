@@ -123,6 +123,21 @@ def test_flags_reach_the_functions(run, monkeypatch, tmp_path):
     assert arguments.sync_batch_norm is False
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "export --model a --output_dir b --prefix x",
+        "export --model a --output_dir b --image_size 64 64",
+        "visualize --output_dir b --data_dir a --device cuda",
+        "data push --data a --repo_id b/c --private --public",
+    ],
+)
+def test_flags_without_effect_are_refused(run, line):
+    code, _, err = run(*line.split())
+    assert code == 1
+    assert "does nothing without" in err or "not both" in err
+
+
 def test_inspecting_damaged_data_exits_with_one(run, tmp_path):
     (tmp_path / "training" / "image_2").mkdir(parents=True)
     code, out, err = run("data", "inspect", "--data_dir", str(tmp_path), "--json")

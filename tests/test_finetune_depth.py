@@ -380,7 +380,7 @@ def test_bad_flags_are_named(frames, tmp_path):
         DepthArguments(train_frames=[frames], output_dir=str(tmp_path / "x"), kb_crop=False)
     with pytest.raises(SimIPUError, match="--train_frames or --train_list"):
         DepthArguments(output_dir=str(tmp_path / "x"))
-    with pytest.raises(SimIPUError, match="--freeze_image_encoder leaves nothing"):
+    with pytest.raises(SimIPUError, match="--decoder_first does nothing with --freeze_image_encoder"):
         depth_arguments(frames, tmp_path / "x", freeze_image_encoder=True, decoder_first=0.5)
 
 

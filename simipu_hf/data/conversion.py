@@ -56,6 +56,10 @@ class Packing:
     def __post_init__(self) -> None:
         if self.image_format not in (None, *FORMATS):
             raise SimIPUError(f"image_format: expected one of {FORMATS}, found {self.image_format!r}")
+        if not 1 <= self.quality <= 100:
+            raise SimIPUError(f"quality: expected 1 to 100, found {self.quality}")
+        if self.quality != 90 and self.image_format in (None, "png"):
+            raise SimIPUError("quality does nothing without image_format jpeg or webp")
         if self.image_size is not None and min(self.image_size) < 1:
             raise SimIPUError(f"image_size: expected height and width in pixels, found {self.image_size}")
 
@@ -128,6 +132,8 @@ def convert_to_parquet(
         raise SimIPUError(f"{target}: expected a new or empty folder to convert into, found something there")
     if rows_per_shard is not None and rows_per_shard < 1:
         raise SimIPUError(f"rows_per_shard: expected at least 1, found {rows_per_shard}")
+    if rows_per_shard is not None and max_shard_size != "500MB":
+        raise SimIPUError("expected either rows_per_shard or max_shard_size, found both")
     packing: Packing | None = Packing(image_size, image_format, quality, whole_scans)
     source, names = open_source(dataset_name, data_dir, dataset_config_name, split)
     options: dict[str, Any] = {"cameras": cameras, "scenes": scenes, "num_proc": num_proc, "cache_dir": cache_dir}

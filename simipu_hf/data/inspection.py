@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from ..modeling.geometry import inside_image, project_points
 from .loading import list_frames, load_pretraining_dataset
 from .rows import Frame, calibration_from_row, image_from_row, points_from_row
-from .sources import Source, find_source, given_sources, split_source
+from .sources import Source, find_source, given_sources, refuse_second_split, split_source
 
 NEXT_TO_NOTHING = 0.02  # of the image's cells with a point, or of the scan's points in the image
 CELL = 32  # pixels
@@ -171,6 +171,7 @@ def open_source(
         SimIPUError: several sources, none, or a split that it does not have.
     """
     (text,) = given_sources(dataset_name, data_dir, most=1)
+    refuse_second_split(split if isinstance(split, str) else None, text)
     location, own_split = split_source(text)
     source = find_source(location, dataset_config_name, must_be_folder=dataset_name is None)
     split = split or own_split or None

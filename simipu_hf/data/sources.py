@@ -122,6 +122,13 @@ def split_source(text: str) -> tuple[str, str]:
     return (text[: marks[0]], text[marks[0] + 1 :]) if marks else (text, "")
 
 
+def refuse_second_split(split: str | None, *sources: str) -> None:
+    """Raise a SimIPUError where a source names a split, SOURCE#SPLIT, and another one is given beside it."""
+    for text in sources:
+        if split and split_source(text)[1]:
+            raise SimIPUError(f"{text}: split: expected one, found {split!r} as well")
+
+
 def describe_frames(frames: Sequence[str]) -> tuple[str, str]:
     """Names of the data sets and of their splits, without folders and without lists of ids."""
     sources, rests = zip(*map(split_source, frames), strict=True)
@@ -143,9 +150,11 @@ def find_source(location: str, dataset_config_name: str | None = None, must_be_f
         if folder.exists() or (must_be_folder and not is_address) or not (is_address or is_hub_id):
             raise SimIPUError(f"{location}: expected the folder of a data set, found {_describe_file(folder)}")
         if is_address:
+            _refuse_config(location, dataset_config_name)
             return Source(location.rstrip("/"), "parquet")
         return Source(location, "hub", _find_config(location, dataset_config_name))
     if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        _refuse_config(location, dataset_config_name)
         return Source(location, "saved")
     for reader in READERS:
         names = reader.configurations(location)
@@ -160,6 +169,11 @@ def find_source(location: str, dataset_config_name: str | None = None, must_be_f
         f"{location}: expected a data set as published (KITTI, nuScenes, Waymo v2, Argoverse 2), a folder of Parquet "
         f"files, or a save_to_disk folder; found {_listed(folder)}{_hint(folder)}"
     )
+
+
+def _refuse_config(location: str, wanted: str | None) -> None:
+    if wanted is not None:
+        raise SimIPUError(f"{location}: dataset_config_name: it has no configurations, found {wanted!r}")
 
 
 def _find_config(source: str, wanted: str | None) -> str:

@@ -56,7 +56,13 @@ def choose_device(device: str | None) -> torch.device:
 
 
 def check_precision(precision: str) -> None:
-    """Raises a `SimIPUError` for a precision that this device lacks."""
+    """Raises a `SimIPUError` for a precision that this device lacks, or where the launcher was given another one."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", precision):
+        raise SimIPUError(
+            f"--mixed_precision {precision}: accelerate launch, or its configuration, asks for {launched}: give the "
+            f"flag to this command as well, or --mixed_precision {precision} to the launcher"
+        )
     if precision == "fp16" and not torch.cuda.is_available():
         raise SimIPUError("--mixed_precision fp16 needs a GPU: without one PyTorch would compute in full precision")
     if precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():

@@ -13,9 +13,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_scheduler
 
-from simipu_hf.errors import SimIPUError
-
-from .arguments import PreTrainingArguments
+from .arguments import PreTrainingArguments, refuse_without_effect
 
 
 @dataclass(frozen=True)
@@ -46,9 +44,15 @@ def choose_recipe(arguments: PreTrainingArguments, image_encoder: nn.Module, tot
         defaults = Recipe("adamw", 1e-3, weight_decay=0.05, layer_decay=1.0, warmup_steps=total_steps // 20)
     if arguments.lr_scheduler_type == "constant":
         defaults = replace(defaults, warmup_steps=0)
+    kinds = {optimizer, arguments.point_optimizer}
+    refuse_without_effect(
+        arguments,
+        ("layer_decay", optimizer == "adamw", "with sgd: add --optimizer adamw"),
+        ("momentum", "sgd" in kinds, "with adamw"),
+        ("adam_beta1", "adamw" in kinds, "with sgd"),
+        ("adam_beta2", "adamw" in kinds, "with sgd"),
+    )
     given = {name: value for name in vars(defaults) if (value := getattr(arguments, name)) is not None}
-    if optimizer == "sgd" and given.get("layer_decay", 1.0) != 1.0:
-        raise SimIPUError("--layer_decay does nothing with sgd: add --optimizer adamw")
     return replace(defaults, **given)
 
 

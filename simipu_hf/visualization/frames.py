@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from simipu_hf.data.loading import load_pretraining_dataset
 from simipu_hf.data.rows import Frame, calibration_from_row
+from simipu_hf.data.sources import given_sources, refuse_second_split
 from simipu_hf.data.two_views import TwoViewAugmentation
 from simipu_hf.errors import SimIPUError
 from simipu_hf.files import atomic_write
@@ -92,6 +93,7 @@ def visualize(
     Raises:
         SimIPUError: no such data set, frame or model, or the pictures cannot be written.
     """
+    refuse_second_split(source.get("split"), *given_sources(source.get("dataset_name"), source.get("data_dir")))
     rows = load_pretraining_dataset(**source)
     for index in frames:
         if not 0 <= index < len(rows):

@@ -106,6 +106,20 @@ def test_nothing_of_others_is_overwritten(object_root, tmp_path):
     assert (tmp_path / "other.partial/mine.txt").read_text() == (tmp_path / "parquet/mine.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quality": 50}, "quality does nothing without"),
+        ({"quality": 500, "image_format": "jpeg"}, "expected 1 to 100"),
+        ({"rows_per_shard": 2, "max_shard_size": "1KB"}, "either rows_per_shard or max_shard_size"),
+        ({"split": "train"}, "#val: split: expected one, found 'train' as well"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(object_root, tmp_path, options, message):
+    with pytest.raises(SimIPUError, match=message):
+        convert_to_parquet(tmp_path / "parquet", data_dir=f"{object_root}#val", **options)
+
+
 def test_damage_ends_it_before_anything_is_written(object_root, tmp_path):
     (object_root / "testing/velodyne/000000.bin").unlink()
     with pytest.raises(SimIPUError, match=r"testing.velodyne.000000\.bin: expected a LiDAR scan, found no such file"):

@@ -16,6 +16,10 @@ from torch import nn
 
 from simipu_hf.errors import SimIPUError
 from simipu_hf.training.arguments import (
+    CompareDepthArguments,
+    DepthArguments,
+    EvaluateDepthArguments,
+    EvaluateDetectionArguments,
     PreTrainingArguments,
     packaged_configs,
     parse_arguments,
@@ -154,6 +158,10 @@ class TestOptimizers:
         assert (recipe.layer_decay, recipe.warmup_steps) == (0.75, 50)
         with pytest.raises(SimIPUError, match="--layer_decay does nothing with sgd"):
             choose_recipe(parse("--layer_decay", "0.5"), resnet, 1000)
+        with pytest.raises(SimIPUError, match="--momentum does nothing with adamw"):
+            choose_recipe(parse("--momentum", "0.5"), vit, 1000)
+        with pytest.raises(SimIPUError, match="--adam_beta2 does nothing with sgd"):
+            choose_recipe(parse("--adam_beta2", "0.5", "--point_optimizer", "sgd"), resnet, 1000)
 
     def test_layers_further_from_the_output_learn_slower(self):
         vit = timm.create_model("test_vit", num_classes=0)
@@ -170,10 +178,14 @@ class TestOptimizers:
 @pytest.mark.parametrize("given", ["2", "1"])
 def test_the_flag_counts_and_not_the_environment(monkeypatch, given):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     accelerator = create_accelerator(parse("--gradient_accumulation_steps", given, "--report_to", "none"))
     assert accelerator.gradient_accumulation_steps == int(given)
-    assert accelerator.mixed_precision == "no"
+
+
+def test_a_precision_that_only_the_launcher_was_given_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(SimIPUError, match=r"--mixed_precision no: accelerate launch, .* asks for bf16"):
+        create_accelerator(parse("--report_to", "none"))
 
 
 def test_flags_are_seen_with_their_step():
@@ -291,7 +303,7 @@ class TestArguments:
             parse("--config", "nothing")
 
     def test_the_token_is_not_recorded(self, monkeypatch):
-        arguments = parse("--hub_token", "hf_secret")
+        arguments = parse("--push_to_hub", "--hub_model_id", "user/name", "--hub_token", "hf_secret")
         assert "hf_secret" not in str(arguments.to_dict())
         monkeypatch.setattr(
             "sys.orig_argv", ["/usr/bin/python", "x", "--hub_token", "hf_secret", "--hub_token=hf_secret"]
@@ -301,7 +313,10 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("flags", "message"),
         [
-            (["--hub_model_id", "user/name"], "do nothing without --push_to_hub"),
+            (["--hub_model_id", "user/name"], "does nothing without --push_to_hub"),
+            (["--hub_token", "hf_secret"], "does nothing without --push_to_hub"),
+            (["--validation_split", "val"], "does nothing without --eval_steps"),
+            (["--seed", str(2**32)], "--seed must be at least 0 and below 2"),
             (["--encoder_repo_id", "user/name"], "does nothing without --push_to_hub"),
             (["--per_device_eval_batch_size", "2"], "does nothing without --eval_steps"),
             (["--pretrained_image_encoder", "--model_name_or_path", "run"], "does nothing with --model_name_or_path"),
@@ -316,6 +331,36 @@ class TestArguments:
         with pytest.raises(SimIPUError, match=message):
             parse(*flags)
 
+    @pytest.mark.parametrize(
+        ("cls", "given", "flags"),
+        [
+            (DepthArguments, {"train_frames": ["a"], "output_dir": "o"}, {"image_dir": "x"}),
+            (
+                DepthArguments,
+                {"train_frames": ["a"], "output_dir": "o", "freeze_image_encoder": True},
+                {"decoder_first": 0.5},
+            ),
+            (EvaluateDepthArguments, {"model": "m", "test_frames": ["a"]}, {"num_pictures": 2}),
+            (EvaluateDepthArguments, {"model": "m", "test_frames": ["a"]}, {"depth_dir": "x"}),
+            (EvaluateDetectionArguments, {"predictions": "p", "labels": "l"}, {"device": "cuda"}),
+            (
+                CompareDepthArguments,
+                {
+                    "image_encoders": ["a=b"],
+                    "train_frames": ["a"],
+                    "test_frames": ["b"],
+                    "output_dir": "o",
+                    "modes": ["frozen"],
+                },
+                {"encoder_learning_rate": 0.1},
+            ),
+        ],
+    )
+    def test_flags_of_other_commands_without_effect_are_refused(self, cls, given, flags):
+        cls(**given)
+        with pytest.raises(SimIPUError, match=f"--{next(iter(flags))} does nothing with"):
+            cls(**given, **flags)
+
     def test_choices_hold_from_python_too(self):
         with pytest.raises(SimIPUError, match="--preset 'offical': choose from recommended, official"):
             PreTrainingArguments(data_dir="kitti", output_dir="out", preset="offical")
@@ -329,6 +374,9 @@ class TestArguments:
             "temperature": 0.1,
         }
         assert parse_overrides(None) == {}
+        for bad, message in (("a=1,a=2", "a is given twice"), ("a=[", r"'a=\[': the value cannot be read")):
+            with pytest.raises(SimIPUError, match=message):
+                parse_overrides(bad)
 
 
 def test_signals_ask_once_and_interrupt_twice():
