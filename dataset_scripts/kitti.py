@@ -475,20 +475,20 @@ def likely_layout(data: bytes) -> str | None:
 
 
 def _likely_columns(values: np.ndarray) -> int:
-    """How many columns a flat array of points has, 3 to 7: 4 unless another number is clearly more likely.
+    """How many columns a flat array of points has, 3 to 8: 4 unless another number is clearly more likely.
 
     Coordinates, reflectance, ring and time have magnitudes of their own. Cut at the wrong length the columns are
     mixtures of all of them, so the share of the variance that lies between columns tells the right length.
     """
-    blocks = values[: values.size // 420 * 420].reshape(-1, 420)  # 420 is a multiple of every length
+    blocks = values[: values.size // 840 * 840].reshape(-1, 840)  # 840 is a multiple of every length
     if not len(blocks):
         return 4
     magnitudes = np.log(np.abs(blocks[:: len(blocks) // 8 + 1], dtype=np.float32) + 0.01)
     total = max(float(magnitudes.var()), 1e-6)
-    shares = {columns: magnitudes.reshape(-1, columns).mean(axis=0).var() / total for columns in (3, 4, 5, 6, 7)}
+    shares = {columns: magnitudes.reshape(-1, columns).mean(axis=0).var() / total for columns in (3, 4, 5, 6, 7, 8)}
     if not shares[4] < 0.5:
         return 4
-    best = max((3, 5, 6, 7), key=lambda columns: round(shares[columns], 2))
+    best = max((3, 5, 6, 7, 8), key=lambda columns: round(shares[columns], 2))
     return best if shares[best] > shares[4] + 0.1 else 4
 
 

@@ -204,12 +204,12 @@ def _likely_layout(data: bytes | bytearray | memoryview) -> str | None:
 
 
 def _likely_columns(values: np.ndarray) -> int:
-    """How many columns a flat array of points has, 3 to 7: 4 unless another number is clearly more likely.
+    """How many columns a flat array of points has, 3 to 8: 4 unless another number is clearly more likely.
 
     Coordinates, reflectance, ring and time have magnitudes of their own. Cut at the wrong length the columns are
     mixtures of all of them, so the share of the variance that lies between columns tells the right length.
     """
-    blocks = values[: values.size // 420 * 420].reshape(-1, 420)  # 420 is a multiple of every length
+    blocks = values[: values.size // 840 * 840].reshape(-1, 840)  # 840 is a multiple of every length
     if not len(blocks):
         return 4
     magnitudes = np.log(np.abs(blocks[:: len(blocks) // 8 + 1], dtype=np.float32) + 0.01)
@@ -221,7 +221,7 @@ def _likely_columns(values: np.ndarray) -> int:
     four = share_between(4)
     if not four < 0.5:
         return 4
-    shares = {columns: share_between(columns) for columns in (3, 5, 6, 7)}
+    shares = {columns: share_between(columns) for columns in (3, 5, 6, 7, 8)}
     best = max(shares, key=lambda columns: round(shares[columns], 2))
     return best if shares[best] > four + 0.1 else 4
 
