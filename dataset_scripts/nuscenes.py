@@ -11,8 +11,8 @@ This one file needs `datasets`, NumPy, pyarrow and Pillow, and gives the same ro
     train = builder.as_dataset(split="train")
 
 ROOT holds `v1.0-mini/`, `v1.0-trainval/` or `v1.0-test/` with the tables, and `samples/` (and `sweeps/`).
-Configurations are the versions' names; `v1.0-trainval-sweeps` and the like also give the images between key frames.
-A row is one camera image with the scan that the camera saw:
+Configurations are the versions' names; `v1.0-trainval-sweeps` and the like also give the images between key frames,
+`v1.0-trainval-objects` the annotated boxes. A row is one camera image with the scan that the camera saw:
 
 | column | type | meaning |
 | --- | --- | --- |
@@ -24,6 +24,7 @@ A row is one camera image with the scan that the camera saw:
 | | | / 255; those in the image, or with `whole_scans=True` all |
 | `camera_projection` | 3 x 4 float64 | `[K / 0]`, camera -> pixels |
 | `lidar_to_camera` | 4 x 4 float64 | LIDAR_TOP at the scan's time -> camera at the image's, with the car's motion |
+| `objects` | sequence | `-objects` only: the annotated boxes in the image, in the form of KITTI's labels |
 
 LIDAR_TOP's time is the end of a turn, and cameras fire when the beam passes: an image belongs to the first scan that
 ends after it. Published splits by scene: train, val (trainval), test, mini_train, mini_val, and those of a
@@ -33,6 +34,7 @@ https://www.nuscenes.org/nuscenes#data-format and docs/schema_nuscenes.md of nut
 
 import bisect
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -51,7 +53,7 @@ logger = datasets.logging.get_logger(__name__)
 
 VERSION = datasets.Version("1.0.0")
 VERSIONS = ("v1.0-mini", "v1.0-trainval", "v1.0-test")
-SWEEPS = "-sweeps"
+SWEEPS, OBJECTS = "-sweeps", "-objects"
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_LEFT", "CAM_FRONT_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
 LIDAR = "LIDAR_TOP"
 TURN = 60_000  # microseconds: one turn of the LiDAR, 50 ms, and some tolerance
@@ -59,6 +61,23 @@ TURN = 60_000  # microseconds: one turn of the LiDAR, 50 ms, and some tolerance
 # numbers of the published scenes (devkit: python-sdk/nuscenes/utils/splits.py)
 VAL = """3,12-18,35-36,38-39,92-110,221,268-278,329-332,344-346,519-524,552-565,625-627,629-630,632-638,770-771,775,
 777-778,780-784,794-800,802,904-917,919-931,962-963,966-969,971-972,1059-1073"""
+OBJECT_TYPES = ["Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc", "DontCare"]
+OBJECT_FIELDS = ("type", "truncated", "occluded", "alpha", "bbox", "dimensions", "location", "rotation_y")
+# The categories of nuScenes' ten detection classes (devkit: nuscenes/eval/detection/utils.py), in KITTI's types, of
+# which none is a barrier or a cone. Other categories, as strollers and animals, are regions of DontCare.
+CATEGORIES: dict[str, str | None] = {
+    "vehicle.car": "Car",
+    "vehicle.truck": "Truck",
+    **dict.fromkeys(("vehicle.bus.bendy", "vehicle.bus.rigid", "vehicle.trailer", "vehicle.construction"), "Misc"),
+    **{f"human.pedestrian.{who}": "Pedestrian" for who in ("adult", "child", "construction_worker", "police_officer")},
+    **dict.fromkeys(("vehicle.bicycle", "vehicle.motorcycle"), "Cyclist"),
+    **dict.fromkeys(("movable_object.barrier", "movable_object.trafficcone"), None),
+}
+OCCLUDED = {"4": 0, "3": 1, "2": 1, "1": 2}  # of the share that is visible: over 80 %, over 60, over 40, less
+NEAR = 0.1  # metres: what is nearer to the camera's plane is cut off a box
+# Corners of a box of edge length 1 around the origin, and the pairs of them that an edge joins
+CORNERS = np.array(list(itertools.product((-0.5, 0.5), repeat=3)))
+EDGES = np.array([(a, b) for a, b in itertools.combinations(range(8), 2) if (a ^ b) in (1, 2, 4)])
 MINI_TRAIN = "61,553,655,757,796,1077,1094,1100"
 MINI_VAL = "103,916"
 
@@ -77,6 +96,9 @@ class Frame(NamedTuple):
     ego_at_image: np.ndarray
     lidar_to_ego: np.ndarray
     ego_at_scan: np.ndarray
+    boxes: np.ndarray | None = None
+    """(N, 13) the sample's boxes in the world: number of the type, occlusion, has points, width, length, height, qw qx
+    qy qz, x y z of the middle. None where no labels are asked for."""
 
 
 class Listing(NamedTuple):
@@ -93,15 +115,16 @@ class Listing(NamedTuple):
 
 
 def configurations(data_dir: str | os.PathLike) -> list[str]:
-    """Versions whose tables a folder holds, then the same with sweeps."""
+    """Versions whose tables a folder holds, then the same with sweeps, and with labels where there are some."""
     there = [v for v in VERSIONS if os.path.isfile(os.path.join(data_dir, v, "sample_data.json"))]
-    return there + [version + SWEEPS for version in there]
+    labelled = [v for v in there if v != "v1.0-test"]
+    return there + [version + SWEEPS for version in there] + [version + OBJECTS for version in labelled]
 
 
 def split_names(name: str, data_dir: str | os.PathLike | None) -> list[str]:
     """Splits of which a folder holds scenes. ValueError where its tables are missing."""
     folder = _tables(name, data_dir)
-    there = {scene["name"] for scene in _records(os.path.join(folder, "scene.json"))}
+    there = {scene["name"] for scene in _records(os.path.join(folder, "scene.json"), "name")}
     return [split for split, scenes in _published_splits(folder, there).items() if scenes & there]
 
 
@@ -129,7 +152,7 @@ def list_frames(
     cameras = (cameras,) if isinstance(cameras, str) else cameras or CAMERAS
     scenes = (scenes,) if isinstance(scenes, str) else scenes
     splits = (splits,) if isinstance(splits, str) else splits
-    scene_names = {row["token"]: row["name"] for row in _records(os.path.join(folder, "scene.json"))}
+    scene_names = {row["token"]: row["name"] for row in _records(os.path.join(folder, "scene.json"), "name")}
     there = set(scene_names.values())
     published = _published_splits(folder, there)
     _require(cameras, CAMERAS, f"{folder}: cameras")
@@ -137,7 +160,7 @@ def list_frames(
     _require(splits, [split for split, names in published.items() if names & there], f"{folder}: splits")
     wanted = {split: names for split, names in published.items() if splits is None or split in splits}
 
-    tables = _Tables(folder, scene_names)
+    tables = _Tables(folder, scene_names, name.endswith(OBJECTS))
     chosen = set().union(*wanted.values()) & (there if scenes is None else set(scenes))
     frames = _pair(tables, root, cameras, chosen, name.endswith(SWEEPS))
     by_split = {split: [f for f in frames if f.scene in names] for split, names in wanted.items()}
@@ -150,22 +173,26 @@ def list_frames(
 class _Tables:
     """The tables that pairs are made of, joined by their tokens."""
 
-    def __init__(self, folder: str, scene_names: dict[str, str]) -> None:
+    def __init__(self, folder: str, scene_names: dict[str, str], with_boxes: bool) -> None:
         self.folder = folder
         self.problems: list[str] = []
         self.notes: list[str] = []
-        self.scene_of_sample: dict[str, Any] = {
-            row["token"]: scene_names.get(row["scene_token"]) for row in _records(os.path.join(folder, "sample.json"))
-        }
-        channels = {row["token"]: row["channel"] for row in _records(os.path.join(folder, "sensor.json"))}
+        samples = _records(os.path.join(folder, "sample.json"), "scene_token")
+        self.scene_of_sample = {row["token"]: scene_names.get(row["scene_token"]) for row in samples}
+        channels = {row["token"]: row["channel"] for row in _records(os.path.join(folder, "sensor.json"), "channel")}
         self.sensors: dict[str, tuple[str, np.ndarray, np.ndarray]] = {}
-        for row in _records(os.path.join(folder, "calibrated_sensor.json")):
-            intrinsics = np.array(row["camera_intrinsic"] or np.zeros((0, 3)), np.float64)
-            pose = np.array([*row["rotation"], *row["translation"]], np.float64)
-            self.sensors[row["token"]] = channels.get(row["sensor_token"], ""), pose, intrinsics
+        path = os.path.join(folder, "calibrated_sensor.json")
+        for row in _records(path, "sensor_token", "camera_intrinsic", "rotation", "translation"):
+            sensor, intrinsics = channels.get(row["sensor_token"]), row["camera_intrinsic"] or []
+            if sensor is None:
+                token = row["sensor_token"]
+                self.problems.append(f"{path}: record {row['token']}: expected a sensor, found {token!r}")
+            matrix = [_vector({**row, "camera_intrinsic": line}, "camera_intrinsic", 3, path) for line in intrinsics]
+            self.sensors[row["token"]] = sensor or "", _pose(row, path), np.array(matrix).reshape(-1, 3)
         self.data = _sample_data(folder, {t: s[0] for t, s in self.sensors.items() if s[0] in (*CAMERAS, LIDAR)})
         self._drop("ego_pose", lambda row: row["pose"] is None)
         self._drop("sample with a scene", lambda row: self.scene_of_sample.get(row["sample"]) is None)
+        self.boxes = _boxes(folder, self.problems) if with_boxes else None
 
     def _drop(self, partner: str, is_lost: Callable[[dict[str, Any]], bool]) -> None:
         lost = [row["filename"] for row in self.data if is_lost(row)]
@@ -175,7 +202,7 @@ class _Tables:
             self.problems.append(f"{path}: {len(lost)} records have no {partner}, the first is {lost[0]}")
 
     def scene(self, row: dict[str, Any]) -> str:
-        return self.scene_of_sample[row["sample"]]
+        return str(self.scene_of_sample[row["sample"]])
 
 
 def _pair(tables: _Tables, root: str, cameras: Sequence[str], scenes: set[str], sweeps: bool) -> list[Frame]:
@@ -235,6 +262,7 @@ def _frame(tables: _Tables, root: str, image: dict[str, Any], scan: dict[str, An
         ego_at_image=image["pose"],
         lidar_to_ego=tables.sensors[scan["sensor"]][1],
         ego_at_scan=scan["pose"],
+        boxes=None if tables.boxes is None else tables.boxes.get(image["sample"], np.zeros((0, 13))),
     )
 
 
@@ -307,7 +335,8 @@ def _sample_data(folder: str, channels: dict[str, str]) -> list[dict[str, Any]]:
 
 def _build_index(sample_data: str, ego_pose: str, channels: dict[str, str]) -> pa.Table:
     rows: dict[str, list[Any]] = defaultdict(list)
-    for record in _records(sample_data):
+    tokens = ("sample_token", "calibrated_sensor_token", "ego_pose_token")
+    for record in _records(sample_data, *tokens, "filename", "timestamp", "is_key_frame", "width", "height"):
         if record["calibrated_sensor_token"] in channels:
             rows["sample"].append(record["sample_token"])
             rows["sensor"].append(record["calibrated_sensor_token"])
@@ -319,13 +348,38 @@ def _build_index(sample_data: str, ego_pose: str, channels: dict[str, str]) -> p
             rows["height"].append(int(record["height"]))
     egos = rows.pop("ego", [])
     wanted = set(egos)
-    poses = {
-        record["token"]: [*map(float, record["rotation"]), *map(float, record["translation"])]
-        for record in _records(ego_pose)
-        if record["token"] in wanted
-    }
+    records = _records(ego_pose, "rotation", "translation")
+    poses = {record["token"]: _pose(record, ego_pose) for record in records if record["token"] in wanted}
     pose_type = pa.list_(pa.float64(), 7)
     return pa.table({**rows, "pose": pa.array([poses.get(ego) for ego in egos], pose_type)})
+
+
+def _boxes(folder: str, problems: list[str]) -> dict[str, np.ndarray]:
+    """Sample -> its annotated boxes, see `Frame.boxes`. Those that cannot be used are left out and named."""
+    categories = {row["token"]: row["name"] for row in _records(os.path.join(folder, "category.json"), "name")}
+    instances = _records(os.path.join(folder, "instance.json"), "category_token")
+    category_of = {row["token"]: categories.get(row["category_token"]) for row in instances}
+    path = os.path.join(folder, "sample_annotation.json")
+    boxes: dict[str, list[list[float]]] = defaultdict(list)
+    for row in _records(path, "sample_token", "instance_token", "size", "rotation", "translation"):
+        category = category_of.get(row["instance_token"])
+        try:
+            if category is None:
+                raise ValueError(f"expected an instance with a category, found {row['instance_token']!r}")
+            size, pose = _vector(row, "size", 3, path), _pose(row, path)
+            if min(size) <= 0 or abs(np.linalg.norm(pose[:4]) - 1) > 0.01:
+                raise ValueError(f"expected a size above 0 and a unit quaternion, found {size} and {pose[:4]}")
+        except ValueError as error:
+            message = str(error) if str(error).startswith(path) else f"{path}: record {row['token']}: {error}"
+            problems.append(f"{message}; this label is left out")
+            continue
+        kind = CATEGORIES.get(category, "DontCare")
+        if kind is not None:
+            occluded = OCCLUDED.get(row.get("visibility_token", ""), 3)
+            has_points = row.get("num_lidar_pts", 1) + row.get("num_radar_pts", 0) > 0
+            numbers = [OBJECT_TYPES.index(kind), occluded, has_points, *size, *pose]
+            boxes[row["sample_token"]].append(numbers)
+    return {sample: np.array(found, np.float64) for sample, found in boxes.items()}
 
 
 def _keep(table: pa.Table, path: str) -> None:
@@ -338,15 +392,30 @@ def _keep(table: pa.Table, path: str) -> None:
         logger.warning(f"{path}: the index of the tables could not be kept ({error}); it is made anew each time")
 
 
-def _records(path: str) -> Iterator[dict[str, Any]]:
+def _pose(record: dict[str, Any], path: str) -> np.ndarray:
+    """qw qx qy qz tx ty tz of a record."""
+    return np.array([*_vector(record, "rotation", 4, path), *_vector(record, "translation", 3, path)])
+
+
+def _vector(record: dict[str, Any], field: str, length: int, path: str) -> list[float]:
+    values = record[field]
+    if not (isinstance(values, list) and len(values) == length and all(isinstance(v, int | float) for v in values)):
+        raise ValueError(f"{path}: record {record['token']}: expected {length} numbers as {field}, found {values!r}")
+    return values
+
+
+def _records(path: str, *fields: str) -> Iterator[dict[str, Any]]:
     """The records of a table, one JSON list of objects, without holding all of them.
 
+    Args:
+        fields: what each has, beside its token.
+
     Raises:
-        ValueError: no such file, or no whole list of objects.
+        ValueError: no such file, no whole list of objects, or one that lacks a field.
     """
     if not os.path.isfile(path):
         raise ValueError(f"{path}: expected a table of nuScenes, found no such file")
-    decoder = json.JSONDecoder()
+    decoder, expected = json.JSONDecoder(), {"token", *fields}
     with open(path, encoding="utf-8-sig") as file:
         text, position, count = file.read(1 << 20).lstrip(), 1, 0
         if not text.startswith("["):
@@ -363,8 +432,8 @@ def _records(path: str) -> Iterator[dict[str, Any]]:
                     raise ValueError(f"{path}: expected a whole record after {count}, found: {error}") from error
                 text, position = text[position:] + more, 0
                 continue
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}: expected record {count} to be an object, found {record!r}")
+            if not (isinstance(record, dict) and expected <= record.keys()):
+                raise ValueError(f"{path}: record {count}: expected the fields {sorted(expected)}, found {record!r}")
             count += 1
             yield record
 
@@ -386,7 +455,7 @@ def _load_json(path: str) -> Any:
 def _tables(name: str, data_dir: str | os.PathLike | None) -> str:
     if data_dir is None or not os.path.isdir(data_dir):
         raise ValueError(f"data_dir must be the folder of nuScenes, found no folder at {data_dir!r}")
-    folder = os.path.join(os.path.abspath(data_dir), name.removesuffix(SWEEPS))
+    folder = os.path.join(os.path.abspath(data_dir), name.removesuffix(SWEEPS).removesuffix(OBJECTS))
     if not os.path.isdir(folder):
         raise ValueError(f"{folder}: expected the folder of nuScenes' tables, found no such folder")
     return folder
@@ -438,7 +507,7 @@ def read_row(frame: Frame, whole_scans: bool = False, problems: list[str] | None
     points = part(read_points, frame.scan)
     if not (whole_scans or points is None or size is None or projection is None):
         points = points_in_view(points, projection @ lidar_to_camera, size)
-    return {
+    row = {
         "frame_id": frame.frame_id,
         "scene": frame.scene,
         "camera": frame.camera,
@@ -447,6 +516,9 @@ def read_row(frame: Frame, whole_scans: bool = False, problems: list[str] | None
         "camera_projection": None if projection is None else projection.tolist(),
         "lidar_to_camera": None if lidar_to_camera is None else lidar_to_camera.tolist(),
     }
+    if frame.boxes is not None:
+        row["objects"] = read_objects(frame, projection is not None)
+    return row
 
 
 def read_calibration(frame: Frame) -> tuple[np.ndarray, np.ndarray]:
@@ -463,6 +535,52 @@ def read_calibration(frame: Frame) -> tuple[np.ndarray, np.ndarray]:
     camera, image_ego, lidar, scan_ego = (_rigid(getattr(frame, n), f"{n} of {frame.frame_id}") for n in names)
     lidar_to_camera = np.linalg.inv(camera) @ np.linalg.inv(image_ego) @ scan_ego @ lidar
     return np.hstack([frame.intrinsics, np.zeros((3, 1))]), lidar_to_camera
+
+
+def read_objects(frame: Frame, has_calibration: bool = True) -> dict[str, list]:
+    """Field -> its value for every box of which something is in the image, in the form of KITTI's labels.
+
+    Boxes are brought to the camera at the image's time; they stand upright in its frame, about the same centre and
+    with the same heading. `bbox` is what the box covers of the image, `truncated` what share of that lies beyond its
+    borders. Categories outside the ten detection classes, and boxes without a point of a sensor, are DontCare regions.
+    """
+    objects: dict[str, list] = {field: [] for field in OBJECT_FIELDS}
+    if frame.boxes is None or not has_calibration:
+        return objects
+    poses = (_rigid(getattr(frame, name), name) for name in ("ego_at_image", "camera_to_ego"))
+    world_to_camera = np.linalg.inv(np.matmul(*poses))
+    limits = np.array(frame.size) - 1
+    for kind, occluded, has_points, width, length, height, *pose in frame.boxes:
+        to_camera = world_to_camera @ _rigid(np.array(pose), "box")
+        low, high = _extent(to_camera, np.array([length, width, height]), frame.intrinsics)
+        left, top, right, bottom = *low.clip(0, limits), *high.clip(0, limits)
+        if right <= left or bottom <= top:
+            continue
+        x, y, z = to_camera[:3, 3]
+        rotation_y = -np.arctan2(to_camera[2, 0], to_camera[0, 0])
+        known = (OBJECT_TYPES[int(kind)], [height, width, length], [x, y + height / 2, z], rotation_y)
+        unknown = ("DontCare", [-1.0] * 3, [-1000.0] * 3, -10.0)
+        name, dimensions, location, rotation_y = known if has_points and known[0] != "DontCare" else unknown
+        alpha = -10.0 if name == "DontCare" else (rotation_y - np.arctan2(x, z) + np.pi) % (2 * np.pi) - np.pi
+        truncated = 1 - (right - left) * (bottom - top) / np.prod(high - low)
+        values = (name, truncated, int(occluded), alpha, [left, top, right, bottom], dimensions, location, rotation_y)
+        for field, value in zip(OBJECT_FIELDS, values, strict=True):
+            objects[field].append(value)
+    return objects
+
+
+def _extent(to_camera: np.ndarray, size: np.ndarray, intrinsics: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest pixel (x, y) of a box's part in front of the camera; (0, 0) twice where there is none."""
+    corners = (CORNERS * size) @ to_camera[:3, :3].T + to_camera[:3, 3]
+    start, end = corners[EDGES[:, 0]], corners[EDGES[:, 1]]
+    crosses = (start[:, 2] < NEAR) != (end[:, 2] < NEAR)
+    share = (NEAR - start[crosses, 2]) / (end[crosses, 2] - start[crosses, 2])
+    cut = start[crosses] + share[:, None] * (end - start)[crosses]
+    visible = np.concatenate([corners[corners[:, 2] >= NEAR], cut]) @ intrinsics.T
+    if not len(visible):
+        return np.zeros(2), np.zeros(2)
+    pixels = visible[:, :2] / visible[:, 2:]
+    return pixels.min(axis=0), pixels.max(axis=0)
 
 
 def _rigid(pose: np.ndarray, what: str) -> np.ndarray:
@@ -555,7 +673,11 @@ class NuScenes(datasets.GeneratorBasedBuilder):
     BUILDER_CONFIGS = [  # noqa: RUF012
         NuScenesConfig(name=version + suffix, version=VERSION, description=f"nuScenes {version}, {what}")
         for version in VERSIONS
-        for suffix, what in (("", "key frames"), (SWEEPS, "key frames and sweeps"))
+        for suffix, what in (
+            ("", "key frames"),
+            (SWEEPS, "key frames and sweeps"),
+            (OBJECTS, "key frames with labels"),
+        )
     ]
     DEFAULT_CONFIG_NAME = "v1.0-trainval"
     DEFAULT_WRITER_BATCH_SIZE = 16
@@ -597,18 +719,30 @@ class NuScenes(datasets.GeneratorBasedBuilder):
 
 
 def features(name: str) -> datasets.Features:
-    """Columns, the same for every configuration."""
-    return datasets.Features(
-        {
-            "frame_id": datasets.Value("string"),
-            "scene": datasets.Value("string"),
-            "camera": datasets.Value("string"),
-            "image": datasets.Image(),
-            "points": datasets.Value("binary"),
-            "camera_projection": datasets.Array2D((3, 4), "float64"),
-            "lidar_to_camera": datasets.Array2D((4, 4), "float64"),
-        }
-    )
+    """Columns of a configuration."""
+    columns = {
+        "frame_id": datasets.Value("string"),
+        "scene": datasets.Value("string"),
+        "camera": datasets.Value("string"),
+        "image": datasets.Image(),
+        "points": datasets.Value("binary"),
+        "camera_projection": datasets.Array2D((3, 4), "float64"),
+        "lidar_to_camera": datasets.Array2D((4, 4), "float64"),
+    }
+    if name.endswith(OBJECTS):
+        columns["objects"] = datasets.Sequence(
+            {
+                "type": datasets.ClassLabel(names=OBJECT_TYPES),
+                "truncated": datasets.Value("float64"),
+                "occluded": datasets.Value("int32"),
+                "alpha": datasets.Value("float64"),
+                "bbox": datasets.Sequence(datasets.Value("float64"), length=4),
+                "dimensions": datasets.Sequence(datasets.Value("float64"), length=3),
+                "location": datasets.Sequence(datasets.Value("float64"), length=3),
+                "rotation_y": datasets.Value("float64"),
+            }
+        )
+    return datasets.Features(columns)
 
 
 def _code_hash() -> str:

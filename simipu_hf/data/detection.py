@@ -158,7 +158,7 @@ def select_labelled(frames: Sequence[str]) -> datasets.Dataset:
     Raises:
         SimIPUError: a source without the column `objects`, or no object in any row, as in KITTI's `testing/`.
     """
-    rows = select_frames(frames)
+    rows = select_frames(frames, labels=True)
     if "objects" not in rows.column_names:
         raise SimIPUError(f"{' '.join(frames)}: expected a column 'objects' of labels in every source, found none")
     if not any(objects["type"] for objects in rows["objects"]):

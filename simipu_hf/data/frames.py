@@ -21,7 +21,7 @@ OnBadRow = Literal["error", "skip"]
 # --- frames by name -------------------------------------------------------------------------------------------------
 
 
-def select_frames(specifications: Sequence[str]) -> datasets.Dataset:
+def select_frames(specifications: Sequence[str], labels: bool = False) -> datasets.Dataset:
     """The rows that the specifications name, in their order.
 
     rows = select_frames(["KITTI#train", "my_parquet#val:000001,000007"])
@@ -30,6 +30,7 @@ def select_frames(specifications: Sequence[str]) -> datasets.Dataset:
         specifications: each `SOURCE`, `SOURCE#SPLIT` or `SOURCE#SPLIT:IDS`. SOURCE is whatever
             `load_pretraining_dataset` reads; SPLIT is one of its splits (its default where empty), such as
             `train` or `train[:50%]`; IDS is a list of `frame_id`s separated by commas, or `@FILE` with one a line.
+        labels: read the labels of published data sets.
 
     Returns:
         A data set with the columns of the data contract, images not decoded, and `depth` and `objects` where every
@@ -38,7 +39,7 @@ def select_frames(specifications: Sequence[str]) -> datasets.Dataset:
     Raises:
         SimIPUError: a source that cannot be read, an id it does not have, or a frame named twice.
     """
-    parts = [_select(specification) for specification in specifications]
+    parts = [_select(specification, labels) for specification in specifications]
     if not parts:
         raise SimIPUError("no frames were named: expected SOURCE[#SPLIT[:IDS]]")
     taken: dict[str, set[Any]] = {}
@@ -53,12 +54,12 @@ def select_frames(specifications: Sequence[str]) -> datasets.Dataset:
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
 
-def _select(specification: str) -> datasets.Dataset:
+def _select(specification: str, labels: bool) -> datasets.Dataset:
     source, rest = split_source(specification)
     # a split may hold colons of its own inside brackets, as in train[:50%]
     end = rest.find(":", rest.find("]") + 1)
     split, ids = (rest, "") if end < 0 else (rest[:end], rest[end + 1 :])
-    rows = load_pretraining_dataset(source, split=split or None)
+    rows = load_pretraining_dataset(source, split=split or None, labels=labels)
     if not ids:
         return rows
     wanted = _read_ids(ids, specification)

@@ -35,6 +35,7 @@ def load_pretraining_dataset(
     cameras: Sequence[int | str] | None = None,
     scenes: Sequence[str] | None = None,
     whole_scans: bool = False,
+    labels: bool = False,
     validation_share: float | None = None,
     skipped: list[str] | None = None,
 ) -> AnyDataset:
@@ -61,6 +62,7 @@ def load_pretraining_dataset(
         cameras: Of a published data set; KITTI: 2 (left) and 3 (right).
         scenes: Of a published data set: its drives, logs or segments. Default: all.
         whole_scans: Of a published data set: keep all points, not only those that the camera sees.
+        labels: Of a published data set: with its labels, in the column `objects`, where there is such a configuration.
         validation_share: For a source without a validation split: "validation" is this share of the scenes of
             "train", chosen by a hash of their names, and "train" is the rest.
         skipped: Where given, frames that can't become a row and rows with a `frame_id` that came before are left
@@ -71,7 +73,9 @@ def load_pretraining_dataset(
         SimIPUError: nothing readable is there, a split or configuration doesn't exist, a file is missing or
             damaged, a column is missing or of another type, or the cache cannot be written.
     """
-    request = Request(split, streaming, num_proc, cache_dir, cameras, scenes, whole_scans, validation_share, skipped)
+    request = Request(
+        split, streaming, num_proc, cache_dir, cameras, scenes, whole_scans, labels, validation_share, skipped
+    )
     return join_rows(_load_parts(dataset_name, data_dir, dataset_config_name, request))
 
 
@@ -124,6 +128,7 @@ class Request:
     cameras: Sequence[int | str] | None = None
     scenes: Sequence[str] | None = None
     whole_scans: bool = False
+    labels: bool = False
     validation_share: float | None = None
     skipped: list[str] | None = None
 
@@ -135,7 +140,7 @@ def _load_parts(
     taken: dict[str, set[Any]] = {}
     for text in given_sources(dataset_name, data_dir):
         location, own_split = split_source(text)
-        source = find_source(location, dataset_config_name, must_be_folder=dataset_name is None)
+        source = find_source(location, dataset_config_name, dataset_name is None, request.labels)
         split = own_split if own_split and request.split in (None, "train") else request.split
         with named_errors(location):
             part = _load(source, replace(request, split=split), own_split or None)

@@ -137,8 +137,10 @@ def describe_frames(frames: Sequence[str]) -> tuple[str, str]:
     return " + ".join(names), " + ".join(splits)
 
 
-def find_source(location: str, dataset_config_name: str | None = None, must_be_folder: bool = False) -> Source:
-    """Recognises what `location` is.
+def find_source(
+    location: str, dataset_config_name: str | None = None, must_be_folder: bool = False, labels: bool = False
+) -> Source:
+    """Recognises what `location` is; with `labels`, prefers a configuration of a published data set that has some.
 
     Raises:
         SimIPUError: it is nothing of the kind, or has no such configuration.
@@ -159,11 +161,13 @@ def find_source(location: str, dataset_config_name: str | None = None, must_be_f
     for reader in READERS:
         names = reader.configurations(location)
         if names:
-            config = dataset_config_name or names[0]
+            labelled = [name for name in names if labels and "objects" in reader.features(name)]
+            config = dataset_config_name or [*labelled, *names][0]
             if config not in names:
                 raise SimIPUError(f"{location}: dataset_config_name: expected one of {names}, found {config!r}")
             return Source(os.path.abspath(location), "files", config, reader)
     if next(folder.rglob("*.parquet"), None) is not None:
+        location = os.path.abspath(location)  # a folder called "parquet" is not datasets' module of that name
         return Source(location, "parquet", _find_config(location, dataset_config_name))
     raise SimIPUError(
         f"{location}: expected a data set as published (KITTI, nuScenes, Waymo v2, Argoverse 2), a folder of Parquet "

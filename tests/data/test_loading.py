@@ -156,12 +156,14 @@ def test_only_the_split_asked_for_must_be_sound(object_root, tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_parquet_folder(rows, tmp_path, streaming):
-    folder = tmp_path / "parquet"
+def test_parquet_folder(rows, tmp_path, streaming, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "parquet"  # as datasets calls a module of its own, which would take train.pt for data
     folder.mkdir()
+    (tmp_path / "train.pt").touch()
     embedded = rows.with_format("arrow").map(datasets.table.embed_table_storage, batched=True)
     embedded.to_parquet(folder / "train-00000-of-00001.parquet")
-    data = load_pretraining_dataset(str(folder), streaming=streaming, cache_dir=tmp_path / "cache")
+    data = load_pretraining_dataset("parquet", streaming=streaming, cache_dir=tmp_path / "cache")
     for row, original in zip(data, rows, strict=True):
         check_row(row)
         assert row["points"] == original["points"]

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simipu_hf.dataset_scripts import nuscenes
+from simipu_hf.data.kitti_objects import KittiObjects
+from simipu_hf.data.loading import load_pretraining_dataset
+from simipu_hf.dataset_scripts import kitti, nuscenes
+from simipu_hf.errors import SimIPUError
 
 RIGS = os.environ.get("SIMIPU_RIGS")
 needs_rigs = pytest.mark.skipif(RIGS is None, reason="SIMIPU_RIGS does not name a folder of camera rigs")
@@ -163,6 +166,24 @@ class TinyTables:
             points = np.stack([x.ravel(), y.ravel(), 0 * x.ravel(), 0 * x.ravel() + 51, 0 * x.ravel()], 1)
             points.astype("<f4").tofile(path)
 
+    def annotate(self, category: str, size: list[float], place: list[float], **changes: Any) -> None:
+        """A box in the first sample of scene-0061, whose car stands at x = 10 m when the image is taken."""
+        token = f"box{len(self.tables.setdefault('sample_annotation', []))}"
+        self.tables.setdefault("category", []).append({"token": f"c_{token}", "name": category})
+        self.tables.setdefault("instance", []).append({"token": f"i_{token}", "category_token": f"c_{token}"})
+        record = {
+            "token": token,
+            "sample_token": "scene-0061_0",
+            "instance_token": f"i_{token}",
+            "visibility_token": "3",
+            "size": size,
+            "rotation": UNIT,
+            "translation": place,
+            "num_lidar_pts": 5,
+            "num_radar_pts": 0,
+        }
+        self.tables["sample_annotation"].append(record | changes)
+
     def write(self) -> str:
         for name, records in self.tables.items():
             path = self.root / "v1.0-mini" / f"{name}.json"
@@ -178,7 +199,7 @@ def tiny(tmp_path: Path) -> TinyTables:
 
 def test_published_splits_by_scene_and_builder_rows(tiny: TinyTables, tmp_path: Path) -> None:
     root = tiny.write()
-    assert nuscenes.configurations(root) == ["v1.0-mini", "v1.0-mini-sweeps"]
+    assert nuscenes.configurations(root) == ["v1.0-mini", "v1.0-mini-sweeps", "v1.0-mini-objects"]
     assert nuscenes.split_names("v1.0-mini", root) == ["mini_train", "mini_val"]
     builder = nuscenes.NuScenes(config_name="v1.0-mini", data_dir=root, cache_dir=str(tmp_path / "rows"))
     builder.download_and_prepare()
@@ -244,6 +265,80 @@ def test_damaged_frames_are_named(tiny: TinyTables) -> None:
     assert row["image"] is None
     assert "64 x 32 pixels" in problems[0]
     assert "whole points of 20 bytes" in problems[1]
+
+
+def test_boxes_come_as_kitti_labels(tiny: TinyTables, tmp_path: Path) -> None:
+    tiny.annotate("vehicle.car", [2, 4, 1.5], [30, 2, 0])  # 20 m ahead, 2 m to the left, driving ahead
+    tiny.annotate("vehicle.truck", [2, 4, 1.5], [10.5, -3, 0], visibility_token="")  # beside the camera
+    tiny.annotate("vehicle.car", [2, 4, 1.5], [30, 40, 0])  # out of view
+    tiny.annotate("vehicle.car", [2, 4, 1.5], [0, 0, 0])  # behind
+    tiny.annotate("movable_object.trafficcone", [1, 1, 1], [30, 0, 0])
+    tiny.annotate("animal", [1, 1, 1], [30, 0, 0])
+    tiny.annotate("human.pedestrian.child", [1, 1, 1], [30, 0, 0], num_lidar_pts=0)
+    root = tiny.write()
+    rows = load_pretraining_dataset(data_dir=root, labels=True, split="mini_train", cache_dir=tmp_path / "rows")
+    assert rows.features["objects"] == kitti.features("object")["objects"]
+    assert rows["objects"][1]["type"] == []
+    objects = KittiObjects.from_row(rows["objects"][0])
+    assert objects.type.tolist() == ["Car", "DontCare", "DontCare"]
+    assert objects.occluded.tolist() == [1, 1, 1]
+    np.testing.assert_allclose(objects.dimensions[0], (1.5, 2, 4))
+    np.testing.assert_allclose(objects.location[0], (-2, 0.75, 20), atol=1e-9)
+    np.testing.assert_allclose(objects.rotation_y[0], -np.pi / 2)
+    np.testing.assert_allclose(objects.alpha[0], -np.pi / 2 + np.arctan2(2, 20))
+    np.testing.assert_allclose(objects.bbox[0], (32 - 150 / 18, 16 - 37.5 / 18, 32 - 50 / 22, 16 + 37.5 / 18))
+    np.testing.assert_allclose(objects.truncated, 0, atol=1e-9)
+    np.testing.assert_allclose(objects.bbox[1], (32 - 25 / 19.5, 16 - 25 / 19.5, 32 + 25 / 19.5, 16 + 25 / 19.5))
+
+
+def test_a_box_beside_the_camera_is_cut_at_its_plane(tiny: TinyTables) -> None:
+    # from 2 m behind the camera to 10 m ahead, the near side 1.5 m to the right: u = 32 + 50 * 1.5 / 10 at its end
+    tiny.annotate("vehicle.truck", [2, 12, 2], [14, -2.5, 0], visibility_token="")
+    frame = nuscenes.list_frames("v1.0-mini-objects", tiny.write()).splits["mini_train"][0]
+    objects = nuscenes.read_objects(frame)
+    np.testing.assert_allclose(objects["bbox"], [[39.5, 0, 63, 31]])
+    assert objects["occluded"] == [3]
+    assert 0.99 < objects["truncated"][0] < 1
+
+
+def test_damaged_annotations_are_named_where_labels_are_asked_for(tiny: TinyTables, tmp_path: Path) -> None:
+    tiny.annotate("vehicle.car", [2, 4, 1.5], [30, 0, 0])
+    tiny.annotate("vehicle.car", [2, 4, 1.5], [30, 0, 0], rotation=[0, 0, 0, 0])
+    tiny.annotate("vehicle.car", [2, 4, 1.5], [30, 0, 0], instance_token="lost")
+    tiny.annotate("vehicle.car", [2, 4, 1.5], [30, 0])
+    root = tiny.write()
+    options = {"data_dir": root, "split": "mini_train", "cache_dir": tmp_path / "rows"}
+    assert "objects" not in load_pretraining_dataset(**options).column_names
+    with pytest.raises(SimIPUError, match="record box1: expected a size above 0 and a unit quaternion"):
+        load_pretraining_dataset(labels=True, **options)
+    skipped: list[str] = []
+    rows = load_pretraining_dataset(labels=True, skipped=skipped, **options)
+    assert len(rows["objects"][0]["type"]) == 1
+    assert [message.partition("record ")[2][:22] for message in skipped] == [
+        "box1: expected a size ",
+        "box2: expected an inst",
+        "box3: expected 3 numbe",
+    ]
+    (tiny.root / "v1.0-mini" / "instance.json").unlink()
+    assert nuscenes.list_frames("v1.0-mini", root).splits
+    with pytest.raises(ValueError, match=r"instance\.json: expected a table of nuScenes"):
+        nuscenes.list_frames("v1.0-mini-objects", root)
+
+
+@needs_rigs
+@pytest.mark.parametrize(("camera", "kind", "expected"), [("CAM_FRONT", "Truck", 495), ("CAM_BACK", "Car", 45)])
+def test_labels_of_the_real_key_frame_hold_the_points_that_its_table_counts(camera, kind, expected) -> None:
+    listing = nuscenes.list_frames("v1.0-mini-objects", os.path.join(str(RIGS), "nuscenes"), cameras=camera)
+    row = nuscenes.read_row(listing.splits["mini_train"][0], whole_scans=True)
+    objects = KittiObjects.from_row(row["objects"])
+    label = objects[objects.type == kind][0:1]
+    (height, width, length), angle = label.dimensions[0], label.rotation_y[0]
+    lidar_to_camera = np.array(row["lidar_to_camera"])
+    points = np.frombuffer(row["points"], "<f4").reshape(-1, 4)[:, :3] @ lidar_to_camera[:3, :3].T
+    x, up, z = (points + lidar_to_camera[:3, 3] - label.location[0]).T
+    along, across = np.cos(angle) * x - np.sin(angle) * z, np.sin(angle) * x + np.cos(angle) * z
+    inside = (abs(along) < length / 2) & (abs(across) < width / 2) & (up < 0) & (up > -height)
+    assert abs(inside.sum() - expected) < 0.05 * expected  # labels stand upright in a camera that is tilted a little
 
 
 def test_tables_are_read_record_by_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
