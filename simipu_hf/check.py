@@ -236,7 +236,7 @@ def _hub() -> str:
 # --- kernels --------------------------------------------------------------------------------------------------------
 
 
-def _cloud(device: torch.device, points: int = POINTS) -> Tensor:
+def _cloud(device: torch.device, points: int) -> Tensor:
     """A scan-like cloud (1, N, 3): dense near, sparse far, on a grid of 1/64 m, so that squares are exact."""
     generator = torch.Generator().manual_seed(0)
     distance = 3 + 60 * torch.rand(points, generator=generator).square()
@@ -268,7 +268,7 @@ def _kernel(compare: Callable[[str, torch.device], str], backend: str, device: t
 
 
 def _furthest_point_sample(backend: str, device: torch.device) -> str:
-    cloud = _cloud(device)
+    cloud = _cloud(device, POINTS)
     found, expected = (point_ops.furthest_point_sample(cloud, CENTRES, name) for name in (backend, "torch"))
     return _first_difference(found[0], expected[0], cloud[0])
 
@@ -293,7 +293,7 @@ def _first_difference(found: Tensor, expected: Tensor, points: Tensor) -> str:
 
 
 def _ball_query(backend: str, device: torch.device) -> str:
-    cloud = _cloud(device)
+    cloud = _cloud(device, POINTS)
     centres = cloud[:, :: POINTS // CENTRES].contiguous()
     for ring, found, expected in zip(
         RINGS,
@@ -319,7 +319,7 @@ def _members(neighbors: point_ops.Neighbors) -> list[dict[int, float]]:
 
 
 def _group_max(backend: str, device: torch.device) -> str:
-    cloud = _cloud(device)
+    cloud = _cloud(device, POINTS)
     neighbors = point_ops.ball_query(cloud, cloud[:, : CENTRES // 2].contiguous(), RINGS[2:], SLOTS[2:])[0]
     rows = torch.randn(POINTS, 64, generator=torch.Generator().manual_seed(0)).to(device)
     results = []

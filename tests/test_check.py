@@ -19,6 +19,13 @@ def finding(name: str) -> Finding:
     return check_module._run(name, dict(checks(CPU))[name])
 
 
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What agrees is tested elsewhere, on clouds of real size; here, what is said of it."""
+    monkeypatch.setattr(check_module, "POINTS", 2048)
+    monkeypatch.setattr(check_module, "CENTRES", 128)
+
+
 @pytest.mark.parametrize("operation", ["furthest_point_sample", "furthest_point_sample_features", "group_max"])
 def test_kernels_that_work_pass(operation: str) -> None:
     found = finding(f"{operation}, numba")
@@ -54,9 +61,8 @@ def test_what_is_not_there_is_absent() -> None:
     assert finding("two processes").status == "absent"
 
 
-@pytest.mark.parametrize("preset", ["official", "recommended"])
-def test_a_step_agrees_with_float64(preset: str) -> None:
-    found = finding(f"step, {preset}, float32")
+def test_a_step_agrees_with_float64() -> None:
+    found = finding("step, recommended, float32")
     assert found.status == "pass", found
 
 
