@@ -235,6 +235,8 @@ def data_inspect(rows: Rows, picture_path: str | None = None, as_json: AsJson = 
     """
     from simipu_hf.data.inspection import inspect_dataset
 
+    if picture_path is not None and not picture_path.lower().endswith(".png"):
+        raise SimIPUError(f"--picture_path {picture_path}: expected a name that ends in .png")
     report = inspect_dataset(**vars(rows))
     if picture_path is not None and report.sample is not None:
         from simipu_hf.visualization import draw_points_on_image, save_figure

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from .data.frames import FrameDataset
-from .files import atomic_path, atomic_write, write_json
+from .files import atomic_path, atomic_write, check_target, write_json
 from .finetuning import FineTuningTrainer, find_rgb_encoder, recipe
 from .hub.weights import EncoderWeights
 from .modeling.dense_model import SimIPUDenseModel
@@ -50,10 +50,12 @@ def compare(arguments: CompareArguments, task: "Task") -> dict[str, Any]:
         `table`: see [`summarize`]; `runs`: every run; `encoders`: what was loaded; `recipe` and `num_test_frames`.
     """
     output_dir = Path(arguments.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    check_target(output_dir, overwrite=True, is_earlier_output=lambda folder: (folder / RUNS_FILE).is_file())
     encoders = load_encoders(arguments.image_encoders)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / RUNS_FILE).touch()
     recipe = hashlib.sha256(json.dumps(arguments.recipe(), sort_keys=True).encode()).hexdigest()[:16]
-    known = read_metrics(output_dir / RUNS_FILE) if (output_dir / RUNS_FILE).is_file() else []
+    known = read_metrics(output_dir / RUNS_FILE)
     fractions = sorted(arguments.label_fractions, reverse=True)
     finished = []
     plan = list(itertools.product(encoders, arguments.modes, fractions, arguments.seeds))

@@ -42,7 +42,7 @@ from .training.distributed import (
     use_all_cores,
 )
 from .training.logging import METRICS_FILE, check_trackers, cut_metrics, read_metrics
-from .training.run_folder import RUN_FILE, data_fingerprint, find_checkpoint, prepare_run_folder, write_run_file
+from .training.run_folder import RUN_FILE, data_fingerprint, find_checkpoint, open_run_folder
 from .training.sampling import GlobalBatchSampler, create_loader
 from .visualization import draw_training_curves, save_figure
 
@@ -450,8 +450,7 @@ FREE = {
 
 def open_run(arguments: FineTuningRunArguments, trainer: FineTuningTrainer) -> str | None:
     """Prepare the run folder and write `run.yaml`; the checkpoint to resume from, `None` to start at the beginning."""
-    output_dir, resume = Path(arguments.output_dir), arguments.resume_from_checkpoint
-    checkpoint = find_checkpoint(output_dir, resume, arguments.overwrite_output_dir)
+    checkpoint = find_checkpoint(arguments, arguments.image_encoder)
     rows, test_rows = trainer.train_dataset.rows, trainer.eval_dataset and trainer.eval_dataset.rows
     record = {
         "source": describe_frames(arguments.train_frames or [str(getattr(arguments, "image_dir", None))])[0],
@@ -467,8 +466,7 @@ def open_run(arguments: FineTuningRunArguments, trainer: FineTuningTrainer) -> s
         with (checkpoint.parent / RUN_FILE).open(encoding="utf-8") as file:
             check_same_run(yaml.safe_load(file).get("identity", {}), identity, checkpoint)
     step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
-    prepare_run_folder(output_dir, step, arguments.overwrite_output_dir and resume is None)
-    write_run_file(output_dir, arguments.to_dict(), record, identity=identity)
+    open_run_folder(arguments, step, data=record, identity=identity)
     return None if checkpoint is None else str(checkpoint)
 
 

@@ -130,10 +130,9 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
     example = to_model_inputs(send_to_device(batches.example(), accelerator.device), processor.image_processor)
     try_first_step(accelerator, model, example)
 
-    record = {"arguments": arguments.to_dict(), "data": describe_data(rows), "recipe": dataclasses.asdict(recipe)}
+    record = {"data": describe_data(rows), "recipe": dataclasses.asdict(recipe)}
     output_dir = Path(arguments.output_dir)
-    overwrite = arguments.overwrite_output_dir and arguments.resume_from_checkpoint is None
-    on_main_process(accelerator, open_run_folder, output_dir, steps.first, overwrite, **record)
+    on_main_process(accelerator, open_run_folder, arguments, steps.first, **record)
     logger = RunLogger(
         accelerator,
         output_dir,
@@ -141,7 +140,7 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
         first_step=steps.first,
         rows_per_step=rows_per_forward(accelerator, arguments) * arguments.gradient_accumulation_steps,
         show=SHOWN,
-        record=record,
+        record={"arguments": arguments.to_dict(), **record},
     )
     with contextlib.closing(logger):
         optimizer, schedule = create_optimization(arguments, recipe, model, batches.steps_per_epoch, steps.last)
@@ -542,13 +541,7 @@ def open_checkpoint(
     accelerator: Accelerator, arguments: PreTrainingArguments, identity: dict[str, Any], steps: Steps
 ) -> Checkpoint | None:
     """The checkpoint to resume from, after which `steps` then begin; nothing is written."""
-    path = on_main_process(
-        accelerator,
-        find_checkpoint,
-        Path(arguments.output_dir),
-        arguments.resume_from_checkpoint,
-        arguments.overwrite_output_dir,
-    )
+    path = on_main_process(accelerator, find_checkpoint, arguments, arguments.model_name_or_path)
     if path is None:
         return None
     checkpoint = load_checkpoint(path)

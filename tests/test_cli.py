@@ -130,12 +130,13 @@ def test_flags_reach_the_functions(run, monkeypatch, tmp_path):
         "export --model a --output_dir b --image_size 64 64",
         "visualize --output_dir b --data_dir a --device cuda",
         "data push --data a --repo_id b/c --private --public",
+        "data inspect --data_dir a --picture_path thesis.tex",
     ],
 )
-def test_flags_without_effect_are_refused(run, line):
+def test_flags_without_effect_or_meaning_are_refused(run, line):
     code, _, err = run(*line.split())
     assert code == 1
-    assert "does nothing without" in err or "not both" in err
+    assert re.search("does nothing without|not both|ends in .png", err)
 
 
 def test_inspecting_damaged_data_exits_with_one(run, tmp_path):

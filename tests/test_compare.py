@@ -84,6 +84,11 @@ def test_every_combination_runs_once_and_a_killed_comparison_goes_on(arguments, 
     arguments.learning_rate = 0.5  # another recipe: nothing is reused
     compare(arguments, task)
     assert len(task.ran) == 33
+    (tmp_path / "papers").mkdir()
+    (tmp_path / "papers" / "thesis.tex").touch()
+    arguments.output_dir = str(tmp_path / "papers")
+    with pytest.raises(SimIPUError, match="holds something else"):
+        compare(arguments, task)
 
 
 def test_level_is_paired_by_seed():

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import threading
 import time
@@ -307,6 +308,26 @@ def test_output_folder_is_not_overwritten_by_accident(run, tmp_path):
     with pytest.raises(SimIPUError, match="does not look like a run"):
         run("papers", "--overwrite_output_dir")
     assert (tmp_path / "papers" / "thesis.tex").exists()
+
+
+def test_only_a_run_of_the_same_kind_and_nothing_in_it_that_is_read_is_overwritten(run):
+    out = run("out", "--max_steps", "1")
+
+    def refused(message, *flags):
+        before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+        with pytest.raises(SimIPUError, match=message):
+            run("out", "--max_steps", "1", "--overwrite_output_dir", *flags)
+        assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+    for start in (out, out / "checkpoint-1"):
+        refused("contain one another", "--model_name_or_path", str(start), "--image_encoder", "test_resnet")
+    refused("does nothing with --resume_from_checkpoint", "--resume_from_checkpoint", "latest")
+    write_frames(out / "my_data")
+    refused(r"nothing in .*out is deleted, because it holds more than a run \(my_data\)")
+    shutil.rmtree(out / "my_data")
+    record = (out / "run.yaml").read_text(encoding="utf-8")
+    (out / "run.yaml").write_text(record.replace("PreTrainingArguments", "DepthArguments"), encoding="utf-8")
+    refused(r"holds a run of another command \(DepthArguments, not PreTrainingArguments\)")
 
 
 def test_refuses_to_resume_another_configuration(run):

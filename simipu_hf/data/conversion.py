@@ -22,7 +22,7 @@ from PIL import Image
 
 from ..dataset_scripts.kitti import points_in_view
 from ..errors import SimIPUError
-from ..files import atomic_path
+from ..files import atomic_path, check_apart
 from ..modeling.geometry import pixel_transform
 from .inspection import open_source
 from .loading import load_pretraining_dataset
@@ -136,6 +136,7 @@ def convert_to_parquet(
         raise SimIPUError("expected either rows_per_shard or max_shard_size, found both")
     packing: Packing | None = Packing(image_size, image_format, quality, whole_scans)
     source, names = open_source(dataset_name, data_dir, dataset_config_name, split)
+    check_apart(source.location, target)
     options: dict[str, Any] = {"cameras": cameras, "scenes": scenes, "num_proc": num_proc, "cache_dir": cache_dir}
     splits = {
         name: load_pretraining_dataset(

@@ -90,6 +90,8 @@ class RunArguments:
             raise SimIPUError(f"--num_train_epochs must be above 0, found {self.num_train_epochs}")
         if self.push_to_hub and not self.hub_model_id:
             raise SimIPUError("--push_to_hub needs --hub_model_id user/name")
+        resumes = self.resume_from_checkpoint is not None
+        refuse_without_effect(self, ("overwrite_output_dir", not resumes, "with --resume_from_checkpoint"))
         for name in ("hub_model_id", "hub_private_repo", "hub_strategy", "hub_token"):
             refuse_without_effect(self, (name, self.push_to_hub, "without --push_to_hub"))
 

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -14,22 +15,28 @@ from typing import Any
 import torch
 import yaml
 
+import simipu_hf.modeling
 from simipu_hf.errors import SimIPUError
-from simipu_hf.files import atomic_write
+from simipu_hf.files import atomic_write, check_apart
 
+from .arguments import RunArguments
 from .checkpoint import newest_checkpoint, remove_partial_checkpoints, set_aside
 
 RUN_FILE = "run.yaml"
+# what a run, its evaluation and its publication write beside the model's code
+_WRITTEN = re.compile(
+    r"\..+|checkpoint-\d+|set_aside-\d+|image_encoder|logs|runs|pictures|predictions|README\.md|run\.yaml|metrics\.jsonl"
+    r"|training_curves\.png|model.*\.safetensors.*|config\.json|(pre)?processor_config\.json|\w+_(evaluation|results)\.json"
+)
 _PACKAGES = ("simipu-hf", "torch", "torchvision", "transformers", "timm", "accelerate", "datasets", "numpy", "scipy")
 
 
-def find_checkpoint(output_dir: Path, resume: str | None, overwrite: bool) -> Path | None:
-    """Whether a run may start in `output_dir`, and from which checkpoint. Writes nothing.
+def find_checkpoint(arguments: RunArguments, start: str | None) -> Path | None:
+    """Whether a run may start in its output folder, and from which checkpoint. Writes nothing.
 
     Args:
-        output_dir: of the run.
-        resume: `"latest"`, the path of a checkpoint, or `None`.
-        overwrite: a folder that an earlier run left may be replaced.
+        arguments: of the run.
+        start: the model that it starts from; never overwritten.
 
     Returns:
         the checkpoint to resume from; `None` to start at the beginning, also where `"latest"` finds no checkpoint
@@ -38,6 +45,7 @@ def find_checkpoint(output_dir: Path, resume: str | None, overwrite: bool) -> Pa
     Raises:
         SimIPUError: the folder holds something else, or the checkpoint does not exist.
     """
+    output_dir, resume = Path(arguments.output_dir), arguments.resume_from_checkpoint
     if output_dir.exists() and not output_dir.is_dir():
         raise SimIPUError(f"--output_dir {output_dir} is a file")
     if resume not in (None, "latest"):
@@ -50,53 +58,52 @@ def find_checkpoint(output_dir: Path, resume: str | None, overwrite: bool) -> Pa
             print(f"no checkpoint in {output_dir} yet: starting at the beginning")
         return found
     occupied = output_dir.is_dir() and any(output_dir.iterdir())
-    if occupied and not overwrite:
+    if occupied and not arguments.overwrite_output_dir:
         raise SimIPUError(
             f"--output_dir {output_dir} is not empty: choose another folder, continue the run in it with "
             "--resume_from_checkpoint latest, or replace it with --overwrite_output_dir"
         )
-    if occupied and not (output_dir / RUN_FILE).is_file():
-        raise SimIPUError(
-            f"--overwrite_output_dir: {output_dir} does not look like a run (it has no {RUN_FILE}), so nothing in it "
-            "is deleted; choose another folder"
-        )
+    if occupied:
+        check_earlier_run(output_dir, type(arguments).__name__)
+        if start is not None:
+            check_apart(start, output_dir)
     return None
 
 
-def open_run_folder(output_dir: Path, step: int, overwrite: bool, **record: Any) -> None:
-    """[`prepare_run_folder`] and [`write_run_file`]."""
-    prepare_run_folder(output_dir, step, overwrite)
-    write_run_file(output_dir, **record)
+def check_earlier_run(folder: Path, kind: str) -> None:
+    """Raises a `SimIPUError` unless a folder holds a run of the same kind, such as `DepthArguments`, and no more."""
+    kept = f"--overwrite_output_dir: nothing in {folder} is deleted, because it"
+    try:
+        record = yaml.safe_load((folder / RUN_FILE).read_text(encoding="utf-8"))
+        found = record["kind"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise SimIPUError(f"{kept} does not look like a run ({RUN_FILE}: {error})") from error
+    if found != kind:
+        raise SimIPUError(f"{kept} holds a run of another command ({found}, not {kind}); choose another folder")
+    code = {path.name for path in Path(simipu_hf.modeling.__path__[0]).glob("*.py")}
+    strangers = [p.name for p in folder.iterdir() if p.name not in code and not _WRITTEN.fullmatch(p.name)]
+    if strangers:
+        raise SimIPUError(f"{kept} holds more than a run ({', '.join(sorted(strangers)[:3])})")
 
 
-def prepare_run_folder(output_dir: Path, step: int = 0, overwrite: bool = False) -> None:
-    """Create `output_dir`, or make an earlier run's ready to go on from `step`. Main process only.
+def open_run_folder(arguments: RunArguments, step: int, **record: Any) -> None:
+    """Create the output folder, or make an earlier run's ready to go on from `step`, and write `run.yaml`.
+
+    That holds the arguments (it can be given to `--config`), versions, command, git state, and `record`. Main process
+    only, after [`find_checkpoint`].
 
     Raises:
-        SimIPUError: it cannot be written to.
+        SimIPUError: the folder cannot be written to.
     """
-    if overwrite and (output_dir / RUN_FILE).is_file():
+    output_dir = Path(arguments.output_dir)
+    if arguments.overwrite_output_dir and output_dir.is_dir():
         for path in output_dir.iterdir():
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    try:
-        with atomic_write(output_dir / ".writable"):
-            pass
-        (output_dir / ".writable").unlink()
-    except (OSError, SimIPUError) as error:
-        raise SimIPUError(f"--output_dir {output_dir} cannot be written to ({error})") from error
-    remove_partial_checkpoints(output_dir)
-    aside = set_aside(output_dir, step)
-    if aside is not None:
-        print(f"the checkpoints beyond step {step} are now in {aside}")
-
-
-def write_run_file(output_dir: Path, arguments: dict[str, Any], data: dict[str, Any], **more: Any) -> None:
-    """Write `run.yaml`: the arguments (it can be given to `--config`), versions, data, command, git state, `more`."""
-    record = {
+    written = {
+        "kind": type(arguments).__name__,
         "command": current_command(),
-        "arguments": arguments,
-        "data": data,
-        **more,
+        "arguments": arguments.to_dict(),
+        **record,
         "versions": versions(),
         "git": git_state(),
         "machine": {
@@ -104,8 +111,15 @@ def write_run_file(output_dir: Path, arguments: dict[str, Any], data: dict[str, 
             "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         },
     }
-    with atomic_write(output_dir / RUN_FILE) as stream:
-        yaml.safe_dump(record, stream, sort_keys=False, allow_unicode=True)
+    try:
+        with atomic_write(output_dir / RUN_FILE) as stream:
+            yaml.safe_dump(written, stream, sort_keys=False, allow_unicode=True)
+    except SimIPUError as error:
+        raise SimIPUError(f"--output_dir {output_dir} cannot be written to ({error})") from error
+    remove_partial_checkpoints(output_dir)
+    aside = set_aside(output_dir, step)
+    if aside is not None:
+        print(f"the checkpoints beyond step {step} are now in {aside}")
 
 
 def current_command() -> str:

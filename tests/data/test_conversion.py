@@ -112,12 +112,15 @@ def test_nothing_of_others_is_overwritten(object_root, tmp_path):
         ({"quality": 50}, "quality does nothing without"),
         ({"quality": 500, "image_format": "jpeg"}, "expected 1 to 100"),
         ({"rows_per_shard": 2, "max_shard_size": "1KB"}, "either rows_per_shard or max_shard_size"),
+        ({"output_dir": "parquet"}, "contain one another"),
         ({"split": "train"}, "#val: split: expected one, found 'train' as well"),
     ],
 )
 def test_what_would_be_ignored_is_refused(object_root, tmp_path, options, message):
+    target = object_root / options.pop("output_dir", "../parquet")
     with pytest.raises(SimIPUError, match=message):
-        convert_to_parquet(tmp_path / "parquet", data_dir=f"{object_root}#val", **options)
+        convert_to_parquet(target, data_dir=f"{object_root}#val", **options)
+    assert not target.exists()
 
 
 def test_damage_ends_it_before_anything_is_written(object_root, tmp_path):
