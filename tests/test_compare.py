@@ -164,7 +164,7 @@ def depth_arguments(tmp_path_factory):
     return CompareDepthArguments(
         image_encoders=[f"other={ENCODER}"],
         train_frames=[f"{frames}#train"],
-        test_frames=[f"{frames}#test"],
+        test_frames=[f"{frames}#test:000006"],
         output_dir=str(folder / "comparison"),
         modes=["full", "frozen"],
         seeds=[3],

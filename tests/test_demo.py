@@ -2,13 +2,10 @@
 
 import json
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from tiny_run import reset_accelerate
 
@@ -16,7 +13,6 @@ import simipu_hf.demo
 from simipu_hf.data.rows import points_from_row
 from simipu_hf.demo import DemoSettings, copy_frames, demo, load_rows, prepare_output_dir
 from simipu_hf.errors import SimIPUError, TrainingInterrupted
-from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.visualization.report import write_report
 
 TINY = DemoSettings(
@@ -94,34 +90,6 @@ def test_closing_words_say_what_where_and_next(made):
     words = simipu_hf.demo.closing_words(results)
     for part in ("report.html", "run/image_encoder", "results.json", "features_only=True", "simipu-hf pretrain"):
         assert part in words
-
-
-LOAD = """
-import sys
-import timm
-import torch
-from safetensors.torch import load_file, save_file
-
-assert not any(name.startswith("simipu_hf") for name in sys.modules)
-model = timm.create_model(f"local-dir:{sys.argv[1]}", pretrained=True, features_only=True).eval()
-with torch.no_grad():
-    maps = model(load_file(sys.argv[2])["image"])
-save_file({str(stage): map.contiguous() for stage, map in enumerate(maps)}, sys.argv[3])
-"""
-
-
-def test_plain_timm_gives_the_features_of_the_trained_encoder(made, tmp_path):
-    image = torch.randn(1, 3, 32, 96, generator=torch.Generator().manual_seed(0))
-    save_file({"image": image}, tmp_path / "image.safetensors")
-    command = [sys.executable, "-c", LOAD, made / "run" / "image_encoder", tmp_path / "image.safetensors"]
-    subprocess.run([*map(str, command), str(tmp_path / "maps.safetensors")], check=True)
-    maps = load_file(tmp_path / "maps.safetensors")
-    trained = SimIPUForPreTraining.from_pretrained(made / "run").simipu.image_encoder.eval()
-    with torch.no_grad():
-        expected = trained.forward_intermediates(image, intermediates_only=True)
-    assert len(maps) == len(expected)
-    for stage, feature in enumerate(expected):
-        torch.testing.assert_close(maps[str(stage)], feature, rtol=0, atol=1e-6)
 
 
 def test_a_changed_weight_is_noticed(made, tmp_path):

@@ -4,6 +4,7 @@ import zlib
 
 import numpy as np
 import torch
+import torchvision
 
 HEADS = {"mlp_cross_points": 1024, "mlp_cross_img": 2048, "mlp_intro_points": 1024}
 NORM = ("weight", "bias", "running_mean", "running_var")
@@ -13,25 +14,11 @@ def _norm(name: str, width: int) -> dict[str, list[int]]:
     return {f"{name}.{leaf}": [width] for leaf in NORM} | {f"{name}.num_batches_tracked": []}
 
 
-def resnet_shapes(blocks=(3, 4, 6, 3), bottleneck=True) -> dict[str, list[int]]:
-    shapes = {"conv1.weight": [64, 3, 7, 7]} | _norm("bn1", 64)
-    width = 64
-    for stage, count in enumerate(blocks):
-        inner = 64 * 2**stage
-        outer = inner * 4 if bottleneck else inner
-        for block in range(count):
-            name = f"layer{stage + 1}.{block}"
-            first = width if block == 0 else outer
-            if bottleneck:
-                convs = [(inner, first, 1), (inner, inner, 3), (outer, inner, 1)]
-            else:
-                convs = [(inner, first, 3), (inner, inner, 3)]
-            for k, (o, i, size) in enumerate(convs, start=1):
-                shapes |= {f"{name}.conv{k}.weight": [o, i, size, size]} | _norm(f"{name}.bn{k}", o)
-            if block == 0 and (stage > 0 or bottleneck):
-                shapes |= {f"{name}.downsample.0.weight": [outer, width, 1, 1]} | _norm(f"{name}.downsample.1", outer)
-        width = outer
-    return shapes
+def resnet_shapes(architecture: str = "resnet50") -> dict[str, list[int]]:
+    """torchvision's, whose names mmdetection's ResNet has."""
+    with torch.device("meta"):
+        state = getattr(torchvision.models, architecture)(weights=None).state_dict()
+    return {name: list(value.shape) for name, value in state.items() if not name.startswith("fc.")}
 
 
 def point_shapes(use_xyz=False) -> dict[str, list[int]]:
@@ -57,10 +44,10 @@ def point_shapes(use_xyz=False) -> dict[str, list[int]]:
     return shapes
 
 
-def official_shapes(use_xyz=False, blocks=(3, 4, 6, 3), bottleneck=True) -> dict[str, list[int]]:
-    shapes = {f"img_backbone.{name}": shape for name, shape in resnet_shapes(blocks, bottleneck).items()}
+def official_shapes(use_xyz=False, architecture="resnet50") -> dict[str, list[int]]:
+    shapes = {f"img_backbone.{name}": shape for name, shape in resnet_shapes(architecture).items()}
     shapes |= {f"pts_backbone.{name}": shape for name, shape in point_shapes(use_xyz).items()}
-    image_width = 2048 if bottleneck else 512
+    image_width = {"resnet18": 512, "resnet50": 2048}[architecture]
     for head, width in {**HEADS, "mlp_cross_img": image_width}.items():
         for k, out in enumerate((width, width, 128), start=1):
             shapes |= {f"{head}.layer{k}.0.weight": [out, width], f"{head}.layer{k}.0.bias": [out]}

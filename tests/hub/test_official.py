@@ -19,7 +19,7 @@ from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 
 
 def encoder_state(**kwargs):
-    return official.fill(official.resnet_shapes((2, 2, 2, 2), bottleneck=False), **kwargs)
+    return official.fill(official.resnet_shapes("resnet18"), **kwargs)
 
 
 def save(path, state, **others):
@@ -91,7 +91,7 @@ def test_converted_folder_has_the_encoder_and_its_processor(converted, pixels):
 
 def test_point_features_with_xyz_double_precision_and_branches(tmp_path):
     """A ResNet-18 to be small; its other branches' entries are ignored with their reasons."""
-    shapes = official.official_shapes(use_xyz=True, blocks=(2, 2, 2, 2), bottleneck=False)
+    shapes = official.official_shapes(use_xyz=True, architecture="resnet18")
     state = official.fill(shapes, torch.float64)
     extra = {"queue": torch.zeros(128, 8), "queue_ptr": torch.zeros(1, dtype=torch.long)}
     extra["pts_backbone_k.SA_modules.0.mlps.0.layer0.conv.weight"] = torch.zeros(32, 4, 1, 1)
