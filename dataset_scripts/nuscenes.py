@@ -291,7 +291,10 @@ def _published_splits(folder: str, there: set[str]) -> dict[str, set[str]]:
         splits = {"train": there - _scene_names(VAL), "val": _scene_names(VAL)}
     own = os.path.join(folder, "splits.json")
     if os.path.isfile(own):
-        splits |= {name: set(scenes) for name, scenes in _load_json(own).items()}
+        lists = _load_json(own)
+        if not (isinstance(lists, dict) and all(isinstance(scenes, list) for scenes in lists.values())):
+            raise ValueError(f"{own}: expected split -> list of scenes, found {str(lists)[:80]}")
+        splits |= {name: set(scenes) for name, scenes in lists.items()}
     return splits
 
 
@@ -621,9 +624,10 @@ def read_points(path: str) -> np.ndarray:
         data = file.read()
     if not data or len(data) % 20:
         raise ValueError(f"{path}: expected whole points of 20 bytes (five float32) each, found {len(data)} bytes")
-    points = np.frombuffer(data, "<f4").reshape(-1, 5)[:, :4].copy()
-    if not np.isfinite(points).all() or np.abs(points[:, :3]).max() > 1000:
-        raise ValueError(f"{path}: expected finite points within 1,000 m; are these float32 x, y, z, intensity, ring?")
+    values = np.frombuffer(data, "<f4").reshape(-1, 5)
+    points, rings = values[:, :4].copy(), values[:, 4]
+    if not (np.isfinite(points).all() and np.abs(points[:, :3]).max() <= 1000 and np.isin(rings, range(128)).all()):
+        raise ValueError(f"{path}: expected points within 1,000 m, each x, y, z, intensity, ring, found other numbers")
     points[:, 3] /= 255
     return points
 

@@ -235,6 +235,12 @@ class _Row:
             raise ValueError(f"{self.path}: expected a column {name}, found {', '.join(self.names)}")
         return self.table[self.names[name]][self.row]
 
+    def number(self, name: str) -> float:
+        value = self[name].as_py()
+        if not isinstance(value, int | float) or not np.isfinite(value):
+            raise ValueError(f"{self.path}: {name}: expected a finite number, found {value!r}")
+        return value
+
     def numbers(self, name: str) -> np.ndarray:
         """A list column's numbers; none where it is null. Never through Python lists: a scan has 678,400 floats."""
         value = self[name]
@@ -243,7 +249,7 @@ class _Row:
     def image(self, name: str) -> np.ndarray:
         """A range image (H, W, channels); (0, 0, 0) where there is none."""
         shape, values = self.numbers(f"{name}.shape").astype(int), self.numbers(f"{name}.values")
-        if len(shape) == 0:
+        if len(shape) == len(values) == 0:
             return np.zeros((0, 0, 0))
         if len(shape) != 3 or np.prod(shape) != len(values):
             raise ValueError(f"{self.path}: {name}: expected {shape.tolist()} values, found {len(values)}")
@@ -323,8 +329,8 @@ def read_calibration(frame: Frame) -> tuple[Camera, np.ndarray]:
     number = CAMERAS[frame.camera]
     calibration = _Row(frame.folder, "camera_calibration", frame.scene, number)
     names = ("f_u", "f_v", "c_u", "c_v", "k1", "k2", "p1", "p2", "k3")
-    f_u, f_v, c_u, c_v, *distortion = [float(calibration[f"intrinsic.{name}"].as_py()) for name in names]
-    size = int(calibration["width"].as_py()), int(calibration["height"].as_py())
+    f_u, f_v, c_u, c_v, *distortion = [calibration.number(f"intrinsic.{name}") for name in names]
+    size = int(calibration.number("width")), int(calibration.number("height"))
     # published pixel coordinates count from the left edge of the first pixel
     camera = Camera((f_u, f_v), (c_u - 0.5, c_v - 0.5), tuple(distortion), size)  # type: ignore[arg-type]
     image_pose = _Row(frame.folder, "camera_image", frame.scene, frame.time, number).pose("pose.transform")
@@ -418,7 +424,7 @@ def _inclinations(calibration: _Row, rows: int) -> np.ndarray:
     """Inclination of each row of a range image in radians, the highest beam first."""
     values = calibration.numbers("beam_inclination.values").astype(np.float64)
     if len(values) == 0:
-        low, high = (float(calibration[f"beam_inclination.{end}"].as_py()) for end in ("min", "max"))
+        low, high = calibration.number("beam_inclination.min"), calibration.number("beam_inclination.max")
         values = (np.arange(rows) + 0.5) / rows * (high - low) + low
     if len(values) != rows:
         raise ValueError(f"{calibration.path}: expected {rows} beam inclinations, found {len(values)}")

@@ -84,10 +84,11 @@ def prepare(
             run_in_processes(write, missing, num_proc, "Preparing", lambda item: len(item[1]), "row")
             note.write_text(json.dumps([_launch(), *map(str, paths)]), encoding="utf-8")
     rows = datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in paths])
-    prepared = set(rows["frame_id"])
     messages: list[str] = []
-    for _ in reading.rows([frame for frame in frames if frame.frame_id not in prepared], messages):
-        pass  # they are read again for the reason why they were left out
+    if len(rows) < len(frames):  # those left out are read again for the reason why
+        prepared = set(rows["frame_id"])
+        for _ in reading.rows([frame for frame in frames if frame.frame_id not in prepared], messages):
+            pass
     if messages and skipped is None:
         raise SimIPUError(messages[0].partition(": ")[2])
     if skipped is not None:

@@ -251,6 +251,15 @@ def test_damaged_tables_are_named(tiny: TinyTables) -> None:
     path.unlink()
     with pytest.raises(ValueError, match=r"sample\.json: expected a table of nuScenes, found no such file"):
         nuscenes.list_frames("v1.0-mini", root)
+    tiny.tables["calibrated_sensor"][0].pop("rotation")
+    with pytest.raises(ValueError, match=r"calibrated_sensor\.json: record 0: expected the fields .*'rotation'"):
+        nuscenes.list_frames("v1.0-mini", tiny.write())
+    tiny.tables["calibrated_sensor"][0]["rotation"] = [1, 0, 0]
+    with pytest.raises(ValueError, match=r"record cs_cam: expected 4 numbers as rotation, found \[1, 0, 0\]"):
+        nuscenes.list_frames("v1.0-mini", tiny.write())
+    (tiny.root / "v1.0-mini/splits.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"splits\.json: expected split -> list of scenes, found \[\]"):
+        nuscenes.split_names("v1.0-mini", root)
 
 
 def test_damaged_frames_are_named(tiny: TinyTables) -> None:
@@ -265,6 +274,9 @@ def test_damaged_frames_are_named(tiny: TinyTables) -> None:
     assert row["image"] is None
     assert "64 x 32 pixels" in problems[0]
     assert "whole points of 20 bytes" in problems[1]
+    np.random.default_rng(0).normal(size=(20, 4)).astype("<f4").tofile(frame.scan)
+    with pytest.raises(ValueError, match="each x, y, z, intensity, ring, found other numbers"):
+        nuscenes.read_points(frame.scan)
 
 
 def test_boxes_come_as_kitti_labels(tiny: TinyTables, tmp_path: Path) -> None:

@@ -184,6 +184,9 @@ def test_builder_rows_of_a_tiny_segment(tiny: TinySegment, tmp_path: Path) -> No
         ("camera_image", "[CameraImageComponent].pose.transform", [1.0] * 4, "expected 16 finite numbers"),
         ("camera_calibration", "[CameraCalibrationComponent].width", 64, "expected 64 x 16 pixels"),
         ("lidar", "[LiDARComponent].range_image_return1.shape", [4, 30, 4], r"expected \[4, 30, 4\] values"),
+        ("lidar", "[LiDARComponent].range_image_return1.shape", None, r"expected \[\] values"),
+        ("lidar_calibration", "[LiDARCalibrationComponent].beam_inclination.min", None, "expected a finite number"),
+        ("camera_calibration", "[CameraCalibrationComponent].intrinsic.f_u", None, "expected a finite number"),
         ("camera_image", "[CameraImageComponent].image", b"no image", "expected a readable image"),
     ],
 )
