@@ -16,6 +16,7 @@ from .features import CellMap, FrameEmbeds, Principal, ViewMatches
 from .style import BLUE, FAINT, ORANGE, RED, add_depth_bar, depth_colormap, depth_norm, styled, visible_colormap
 
 WIDTH, NARROW = 12.5, 9.4  # inches
+MATCHES_DRAWN = 100  # at random but always the same
 PIXELS = {"xlabel": "column (px)", "ylabel": "row (px)"}
 
 
@@ -58,13 +59,13 @@ def draw_depth(frame_id: str, image: np.ndarray, maps: Mapping[str, np.ndarray])
 
 
 @styled
-def draw_matches(matches: ViewMatches, max_match_distance: float | None, title: str = "", lines: int = 100) -> Figure:
+def draw_matches(matches: ViewMatches, max_match_distance: float | None, title: str = "") -> Figure:
     """Two views from above, and some of their matches as lines coloured by distance.
 
     Args:
         matches: of the two views.
         max_match_distance: the model's limit in metres, beyond which lines are red; `None`: it has none.
-        lines: how many matches to draw, at random but always the same.
+        title: of the figure, in front of what was counted.
     """
     matched = np.flatnonzero(np.isfinite(matches.distance))
     distance = matches.distance[matched]
@@ -88,18 +89,16 @@ def draw_matches(matches: ViewMatches, max_match_distance: float | None, title: 
         _style_from_above(axes, f"{name}, from above: the {len(points):,} points kept")
     panels[1].yaxis.tick_right()  # away from the lines between the panels
     panels[1].yaxis.set_label_position("right")
-    drawn = np.random.default_rng(0).permutation(matched)[:lines]
-    for index in drawn[np.argsort(matches.distance[drawn])]:
-        matched_points = matches.view[index], matches.augmented[matches.match[index]]
-        start, end = ((float(y), float(x)) for x, y, _ in matched_points)
-        color = colors(norm(matches.distance[index]))
-        figure.add_artist(
-            ConnectionPatch(
-                start, end, "data", "data", axesA=panels[0], axesB=panels[1], color=color, alpha=0.8, lw=0.8
-            )
-        )
-        for axes, (y, x) in zip(panels, (start, end), strict=True):
-            axes.plot(y, x, ".", color=color, markersize=4)
+    drawn = np.random.default_rng(0).permutation(matched)[:MATCHES_DRAWN]
+    drawn = drawn[np.argsort(matches.distance[drawn])]
+    shades = colors(norm(matches.distance[drawn]))
+    ends = [points[:, [1, 0]] for points in (matches.view[drawn], matches.augmented[matches.match[drawn]])]
+    for axes, places in zip(panels, ends, strict=True):
+        axes.scatter(*places.T, s=12, c=shades, linewidths=0)
+    left, right = panels
+    for start, end, shade in zip(*(points.tolist() for points in ends), shades, strict=True):
+        line = ConnectionPatch(start, end, "data", "data", axesA=left, axesB=right, color=shade, alpha=0.8, lw=0.8)
+        figure.add_artist(line)
     label = "distance of the matched points (m)"
     figure.colorbar(ScalarMappable(norm, colors), ax=panels, pad=0.01, label=label, extend="max", aspect=40)
     figure.suptitle(f"{title}{': ' if title else ''}{len(matched):,} matches, {mean}{beyond} ({len(drawn)} drawn)")
