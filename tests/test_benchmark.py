@@ -29,6 +29,11 @@ TINY = (
 )
 
 
+@pytest.fixture(autouse=True)
+def one_call_a_measurement(monkeypatch):
+    monkeypatch.setattr("simipu_hf.benchmark.measure.MIN_RUN_TIME", 0)
+
+
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     """Three random frames, as `save_to_disk` leaves them."""
@@ -120,8 +125,7 @@ def test_sample_keys_go_round():
     assert sample_keys([None] * 3, 5) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
 
 
-def test_functions_take_turns(monkeypatch):
-    monkeypatch.setattr("simipu_hf.benchmark.measure.MIN_RUN_TIME", 0)
+def test_functions_take_turns():
     calls = []
     seconds = median_seconds({name: lambda name=name: calls.append(name) for name in "ab"}, repeats=2)
     turns = "".join(name for name, before in zip(calls, ["", *calls], strict=False) if name != before)
