@@ -294,7 +294,7 @@ def _record(path: str, key: str, value: Any) -> dict[str, Any]:
 
 def _number(record: dict[str, Any], name: str, path: str) -> float:
     value = record.get(name)
-    if value is None or not np.isfinite(value):
+    if not isinstance(value, int | float) or not np.isfinite(value):
         raise ValueError(f"{path}: expected a finite number {name}, found {value}")
     return float(value)
 

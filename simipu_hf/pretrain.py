@@ -651,7 +651,7 @@ def describe_data(rows: AnyDataset) -> dict[str, Any]:
         "split": str(rows.split or ""),
     }
     if isinstance(rows, datasets.Dataset):
-        about |= {"rows": len(rows), "fingerprint": data_fingerprint(rows["frame_id"])}
+        about |= {"rows": len(rows), "fingerprint": data_fingerprint(rows["frame_id"][:])}
     return about
 
 

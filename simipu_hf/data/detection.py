@@ -161,7 +161,7 @@ def select_labelled(frames: Sequence[str]) -> datasets.Dataset:
     rows = select_frames(frames, labels=True)
     if "objects" not in rows.column_names:
         raise SimIPUError(f"{' '.join(frames)}: expected a column 'objects' of labels in every source, found none")
-    if not any(objects["type"] for objects in rows["objects"]):
+    if not any(objects["type"] for objects in rows["objects"][:]):
         raise SimIPUError(f"{' '.join(frames)}: expected labelled objects, found none in any of {len(rows)} frames")
     return rows
 

@@ -63,7 +63,7 @@ def _select(specification: str, labels: bool) -> datasets.Dataset:
     if not ids:
         return rows
     wanted = _read_ids(ids, specification)
-    position = {frame_id: index for index, frame_id in enumerate(rows["frame_id"])}
+    position = {frame_id: index for index, frame_id in enumerate(rows["frame_id"][:])}
     missing = [frame_id for frame_id in wanted if frame_id not in position]
     if missing:
         raise SimIPUError(f"{specification}: {len(missing)} frames are not there, the first {missing[0]!r}")
@@ -85,7 +85,7 @@ def _read_ids(ids: str, specification: str) -> list[str]:
 def frame_ids(rows: Rows) -> list[str]:
     """Names of the frames, read without decoding them."""
     if isinstance(rows, datasets.Dataset):
-        return list(rows["frame_id"])
+        return rows["frame_id"][:]
     return [str(rows[index]["frame_id"]) for index in range(len(rows))]
 
 

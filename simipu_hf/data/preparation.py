@@ -86,7 +86,7 @@ def prepare(
     rows = datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in paths])
     messages: list[str] = []
     if len(rows) < len(frames):  # those left out are read again for the reason why
-        prepared = set(rows["frame_id"])
+        prepared = set(rows["frame_id"][:])
         for _ in reading.rows([frame for frame in frames if frame.frame_id not in prepared], messages):
             pass
     if messages and skipped is None:

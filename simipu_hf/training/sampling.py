@@ -66,7 +66,7 @@ class StoredBatches:
 
     def identity(self) -> dict[str, Any]:
         """What has to be the same for a run to continue."""
-        return {"data_fingerprint": data_fingerprint(self.dataset.rows["frame_id"])}
+        return {"data_fingerprint": data_fingerprint(self.dataset.rows["frame_id"][:])}
 
     def frame_ids(self, step: int) -> list[str]:
         """The rows of this process in `step`, counted from 1."""

@@ -97,6 +97,7 @@ def test_nearest_image_within_tolerance_and_motion_between_the_times(tmp_path: P
         ("calibration/intrinsics", {"sensor_name": ["ring_side_left"]}, f"sensor_name {CAMERA}, found none"),
         ("calibration/intrinsics", {"width_px": [64]}, "expected 64 x 48 pixels"),
         ("calibration/intrinsics", {"fx_px": [float("nan")]}, "expected a finite number fx_px"),
+        ("city_SE3_egovehicle", {"qw": ["one"] * 4}, "expected a finite number qw, found one"),
     ],
 )
 def test_damage_is_named(tmp_path: Path, table: str, column: dict[str, list], message: str) -> None:
