@@ -463,8 +463,11 @@ def open_run(arguments: FineTuningRunArguments, trainer: FineTuningTrainer) -> s
     fixed |= {name: record[name] for name in ("train", "total_steps", "rows_per_step")}
     identity = json.loads(json.dumps(fixed))
     if checkpoint is not None:
-        with (checkpoint.parent / RUN_FILE).open(encoding="utf-8") as file:
-            check_same_run(yaml.safe_load(file).get("identity", {}), identity, checkpoint)
+        folders = (checkpoint.parent, checkpoint.parent.parent)  # the second of a checkpoint that was set aside
+        found = next((folder / RUN_FILE for folder in folders if (folder / RUN_FILE).is_file()), None)
+        if found is None:
+            raise SimIPUError(f"{checkpoint}: expected a checkpoint in the folder of a run, with {RUN_FILE}")
+        check_same_run(yaml.safe_load(found.read_text("utf-8")).get("identity", {}), identity, checkpoint)
     step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     open_run_folder(arguments, step, data=record, identity=identity)
     return None if checkpoint is None else str(checkpoint)

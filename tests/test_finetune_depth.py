@@ -90,6 +90,13 @@ def test_resumed_run_is_bit_equal(frames, run, tmp_path):
     assert [line["loss"] for line in straight] == [line["loss"] for line in resumed]
     with pytest.raises(SimIPUError, match=r"another configuration(.|\n)*learning_rate"):
         finetune_depth(depth_arguments(frames, tmp_path / "run", resume_from_checkpoint="latest", learning_rate=0.5))
+    aside = tmp_path / "run" / "set_aside-1" / "checkpoint-4"
+    finetune_depth(depth_arguments(frames, tmp_path / "run", resume_from_checkpoint=str(aside)))
+    shutil.move(aside, tmp_path / "alone" / "checkpoint-4")
+    with pytest.raises(SimIPUError, match=r"expected a checkpoint in the folder of a run, with run\.yaml"):
+        finetune_depth(
+            depth_arguments(frames, tmp_path / "new", resume_from_checkpoint=str(tmp_path / "alone" / "checkpoint-4"))
+        )
 
 
 def test_a_checkpoint_cut_short_is_passed_over(frames, run, tmp_path):

@@ -785,16 +785,15 @@ def read_config(name: str) -> dict[str, Any]:
     Raises:
         SimIPUError: there is no such file, or it holds something else.
     """
-    path = Path(name)
-    if path.is_file():
-        text = path.read_text(encoding="utf-8-sig")
-    elif name in packaged_configs():
-        text = (resources.files("simipu_hf.training") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
-    else:
+    file: Any = Path(name)
+    if not file.is_file():
+        file = resources.files("simipu_hf.training") / "presets" / f"{name}.yaml"
+    if not file.is_file():
         raise SimIPUError(f"--config {name}: no such file; the packaged ones are {', '.join(packaged_configs())}")
     try:
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        text = file.read_text(encoding="utf-8-sig")
+        values = json.loads(text) if name.endswith(".json") else yaml.safe_load(text)
+    except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise SimIPUError(f"--config {name} cannot be read: {error}") from error
     if isinstance(values, dict) and isinstance(values.get("arguments"), dict):
         values = values["arguments"]

@@ -104,6 +104,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         SimIPUError: it is no checkpoint, is damaged, or holds anything but tensors and plain values.
     """
     verify_checkpoint(path)
+    if (path / TRAINER_STATE).is_file():
+        raise SimIPUError(f"{path} is a checkpoint of a fine-tuning run")
     try:
         tensors = torch.load(path / STATE_TENSORS, map_location="cpu", weights_only=True)
         values = json.loads((path / STATE_VALUES).read_text(encoding="utf-8"))

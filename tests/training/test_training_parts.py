@@ -280,14 +280,15 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            ("learnin_rate: 1", "did you mean 'learning_rate'"),
-            ("[1, 2]", "expected names and values"),
-            ("a: [", "read"),
+            (b"learnin_rate: 1", "did you mean 'learning_rate'"),
+            (b"[1, 2]", "expected names and values"),
+            (b"a: [", "read"),
+            ("seed: 1".encode("utf-16"), "read"),
         ],
     )
     def test_bad_files_are_named(self, tmp_path, content, message):
         file = tmp_path / "flags.yaml"
-        file.write_text(content, encoding="utf-8")
+        file.write_bytes(content)
         with pytest.raises(SimIPUError, match=message) as error:
             parse("--config", str(file))
         assert str(file) in str(error.value)
