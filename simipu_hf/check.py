@@ -97,7 +97,7 @@ class Absent(Exception):  # noqa: N818 (not an error)
 class Failed(Absent):
     """It is there, and does not do what it should."""
 
-    status = "fail"
+    status: Literal["absent", "fail"] = "fail"
 
 
 def check(arguments: CheckArguments | None = None) -> CheckReport:

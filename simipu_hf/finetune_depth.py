@@ -99,14 +99,11 @@ def create_depth_trainer(arguments: DepthArguments, callbacks: Sequence[TrainerC
     Raises:
         SimIPUError: unusable arguments, encoder or frames, or a frame that is trained and tested on.
     """
-    train_rows, test_rows = (
-        select_depth_rows(frames, file_list, arguments.image_dir, arguments.depth_dir, arguments.on_bad_row)
-        for frames, file_list in (
-            (arguments.train_frames, arguments.train_list),
-            (arguments.test_frames, arguments.test_list),
-        )
-    )
-    if test_rows is not None:
+    where = arguments.image_dir, arguments.depth_dir, arguments.on_bad_row
+    train_rows = select_depth_rows(arguments.train_frames, arguments.train_list, *where)
+    test_rows = None
+    if arguments.test_frames or arguments.test_list:
+        test_rows = select_depth_rows(arguments.test_frames, arguments.test_list, *where)
         refuse_shared_frames(train_rows, test_rows, "test frames")
     encoder = find_rgb_encoder(arguments.image_encoder)
     print(f"image encoder: {encoder.description}", file=sys.stderr)

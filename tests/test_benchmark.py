@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from tiny_run import OVERRIDES
 
 from simipu_hf.benchmark import BenchmarkResult, benchmark_data, benchmark_ops, benchmark_step
 from simipu_hf.benchmark.inputs import sample_keys, two_view_dataset
@@ -21,17 +22,6 @@ from simipu_hf.training.arguments import (
 )
 
 CPU = torch.device("cpu")
-TINY = (
-    "projection_dim=8,point_config.num_points=[[48],[16],[8,8]],point_config.fps_sample_ranges=[[-1],[-1],[16,-1]],"
-    "point_config.num_samples=[[4,4,8],[4,4,8],[4,4,4]],point_config.radii=[[2,4,8],[4,8,16],[8,16,32]],"
-    "point_config.mlp_channels=[[[4,8],[4,8],[4,8]],[[8,8],[8,8],[8,8]],[[8,16],[8,16],[8,16]]],"
-    "point_config.aggregation_channels=[8,16,16]"
-)
-
-
-@pytest.fixture(autouse=True)
-def one_call_a_measurement(monkeypatch):
-    monkeypatch.setattr("simipu_hf.benchmark.measure.MIN_RUN_TIME", 0)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +41,9 @@ def data_dir(tmp_path_factory):
 
 
 def test_ops_measures_every_backend_and_the_whole_encoder(data_dir):
-    arguments = BenchmarkOpsArguments(data_dir=data_dir, num_points=96, config_overrides=TINY, device="cpu", repeats=1)
+    arguments = BenchmarkOpsArguments(
+        data_dir=data_dir, num_points=96, config_overrides=OVERRIDES, device="cpu", repeats=1
+    )
     rows = benchmark_ops(arguments).rows
     assert {row["backend"] for row in rows} >= {"torch", "numba", "in turn", "threads", "auto"}
     for operation in ("furthest_point_sample ", "furthest_point_sample_features", "ball_query", "group_max"):
@@ -71,7 +63,7 @@ def test_step_measures_the_whole_and_its_parts(data_dir, preset, precision):
             image_encoder="test_resnet",
             image_size=(32, 96),
             num_points=96,
-            config_overrides=TINY,
+            config_overrides=OVERRIDES,
             device="cpu",
             repeats=1,
         )

@@ -106,20 +106,16 @@ def _read_eigen_list(path: str | os.PathLike) -> list[tuple[str, str]]:
 
 
 def select_depth_rows(
-    frames: Sequence[str],
-    file_list: str | None = None,
-    image_dir: str | None = None,
-    depth_dir: str | None = None,
-    on_bad_row: OnBadRow = "error",
-) -> Rows | None:
-    """The rows that a depth command is asked for: those of an Eigen file list, or named ones; `None` for neither.
+    frames: Sequence[str], file_list: str | None, image_dir: str | None, depth_dir: str | None, on_bad_row: OnBadRow
+) -> Rows:
+    """The rows that a depth command is asked for: those of an Eigen file list, or else named ones.
 
     Raises:
         SimIPUError: as [`select_frames`] and [`EigenFrames`].
     """
     if file_list:
         return EigenFrames(file_list, str(image_dir), str(depth_dir), on_bad_row)
-    return select_frames(frames) if frames else None
+    return select_frames(frames)
 
 
 # --- ground truth ---------------------------------------------------------------------------------------------------

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_simipu import tiny_batch, tiny_config
 
 from simipu_hf.evaluation.correspondence import correspondence_recall, dense_image_embeds, pixel_recall
-from simipu_hf.modeling.configuration_simipu import SimIPUConfig
 from simipu_hf.modeling.layers import run_blocks
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 
@@ -36,27 +36,13 @@ def test_recall_without_points_is_not_a_number():
 
 def test_dense_embeds_are_those_of_the_model():
     torch.manual_seed(0)
-    point_config = {
-        "num_points": [[16]], "fps_mods": [["D-FPS"]], "fps_sample_ranges": [[-1]], "radii": [[4.0]],
-        "num_samples": [[4]], "mlp_channels": [[[8]]], "aggregation_channels": [8],
-    }  # fmt: skip
-    config = SimIPUConfig(
-        image_config={"architecture": "test_resnet", "out_indices": [-1]}, point_config=point_config, projection_dim=4
-    )
-    model = SimIPUForPreTraining(config).eval()
-    points = torch.rand(2, 60, 4) * 6 + torch.tensor([4.0, -3, -3, 0])
-    batch = {
-        "pixel_values": torch.randn(2, 3, 64, 96),
-        "points": points,
-        "points_aug": points,
-        "lidar_to_aug": torch.eye(4).repeat(2, 1, 1),
-        "lidar_to_pixel": torch.tensor([[48.0, -40, 0, 0], [32, 0, -40, 0], [1, 0, 0, 0]]).repeat(2, 1, 1),
-    }
+    config = tiny_config(architecture="test_resnet", image_config={"out_indices": [-1]})
+    model, batch = SimIPUForPreTraining(config).eval(), tiny_batch()
     with torch.no_grad():
         output = model(**batch)
     embeds, _ = dense_image_embeds(model, output.image_features, (64, 96))
     last = output.image_features[-1]
-    assert embeds.shape == (2, last.shape[-2] * last.shape[-1], 4)
+    assert embeds.shape == (2, last.shape[-2] * last.shape[-1], 16)
     # one stage: the projection of each of its cells
     head = model.inter_image_head.layers
     expected = run_blocks(head, last.flatten(2).transpose(1, 2).flatten(0, 1))

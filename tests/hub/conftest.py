@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from tiny_simipu import tiny_config
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))  # the helper modules beside this file
@@ -119,26 +120,6 @@ def export_timm(encoder: nn.Module, folder: Path, **convention) -> Path:
     return folder
 
 
-def small_model(preset: str = "recommended"):
-    from simipu_hf.modeling.configuration_simipu import SimIPUConfig
-    from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
-
-    torch.manual_seed(0)
-    config = SimIPUConfig.from_preset(
-        preset,
-        image_config={"architecture": "test_resnet"},
-        point_config={
-            "num_points": [[64], [32], [16, 16]],
-            "fps_sample_ranges": [[-1], [-1], [32, -1]],
-            "num_samples": [[4, 4, 4]] * 3,
-            "mlp_channels": [[[8, 8, 8]] * 3] * 3,
-            "aggregation_channels": [8, 8, 16],
-        },
-        projection_dim=16,
-    )
-    return randomize(SimIPUForPreTraining(config)).eval()
-
-
 RUN = """\
 command: simipu-hf pretrain --data_dir data/kitti --output_dir /home/alice/runs/1 --hub_token hf_abcdefghijklmnop
 arguments: {image_encoder: test_resnet, data_dir: data/kitti, output_dir: /home/alice/runs/1, max_steps: 20}
@@ -152,23 +133,17 @@ def run_folder(tmp_path_factory) -> Path:
     """What a finished pre-training leaves: model, processor, code, encoder, metrics, record."""
     from simipu_hf.hub.export import write_timm
     from simipu_hf.hub.sources import find_image_encoder
+    from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
     from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
     folder = tmp_path_factory.mktemp("runs") / "run"
-    model = small_model()
+    torch.manual_seed(0)
+    model = randomize(SimIPUForPreTraining(tiny_config(architecture="test_resnet")))
     model.save_pretrained(folder)
     SimIPUProcessor.from_preset("recommended", image_size=(64, 96), num_points=256).save_pretrained(folder)
     write_timm(find_image_encoder(folder), folder / "image_encoder")
     (folder / "run.yaml").write_text(RUN, encoding="utf-8")
-    lines = [
-        {
-            "step": s,
-            "loss": 14 - s,
-            "inter_modal_loss": 8 - s / 2,
-            "inter_modal_chance": 8.3,
-            "intra_modal_loss": 6 - s / 2,
-        }
-        for s in range(1, 4)
-    ]
+    chance = {"inter_modal_chance": 8.3}
+    lines = [{"step": s, "loss": 14 - s, "inter_modal_loss": 8 - s / 2, **chance} for s in range(1, 4)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return folder

@@ -12,8 +12,9 @@ from .street import LABELLED, LANE, Actor, Street
 
 LABEL_RANGE = 80.0
 """Objects further than this (metres), or of which less than a tenth is visible, are DontCare."""
-DONT_CARE = {"type": "DontCare", "truncated": -1, "occluded": -1, "alpha": -10, "rotation_y": -10} | {
-    "dimensions": (-1, -1, -1), "location": (-1000, -1000, -1000),
+DONT_CARE: dict[str, Any] = {
+    "type": "DontCare", "truncated": -1, "occluded": -1, "alpha": -10, "rotation_y": -10, "dimensions": (-1, -1, -1),
+    "location": (-1000, -1000, -1000),
 }  # fmt: skip
 
 
