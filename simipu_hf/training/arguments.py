@@ -29,7 +29,15 @@ ArgumentsT = TypeVar("ArgumentsT")
 
 
 @dataclass(kw_only=True)
-class RunArguments:
+class Arguments:
+    """What all have in common: every class checks its own fields, and those of the classes that it is made of."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+
+
+@dataclass(kw_only=True)
+class RunArguments(Arguments):
     """What every training command takes. The names are those of `transformers.TrainingArguments` and examples."""
 
     output_dir: str
@@ -80,7 +88,7 @@ class RunArguments:
     """Token; the logged-in user's if None."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         check_at_least(self, 1, "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps")
         check_at_least(
             self, 0, "max_grad_norm", "dataloader_num_workers", "eval_steps", "checkpointing_steps", "save_total_limit"
@@ -203,10 +211,7 @@ class PreTrainingArguments(RunArguments):
         )  # fmt: skip
         if not (self.data_dir or self.dataset_name):
             raise SimIPUError("no data: give --data_dir, a KITTI folder, or --dataset_name")
-        if self.image_size is not None and min(self.image_size) < 32:
-            raise SimIPUError(
-                f"--image_size takes a height and a width of at least 32 pixels, found {self.image_size}"
-            )
+        check_sizes(self, "image_size")
         if self.validation_share is not None and not 0 < self.validation_share < 1:
             raise SimIPUError(f"--validation_share must be above 0 and below 1, found {self.validation_share}")
         if self.depth_range is not None and not 0 <= self.depth_range[0] < self.depth_range[1]:
@@ -229,7 +234,7 @@ class PreTrainingArguments(RunArguments):
 
 
 @dataclass(kw_only=True)
-class FineTuningArguments:
+class FineTuningArguments(Arguments):
     """How an encoder is fine-tuned, in every task: AdamW and a one-cycle schedule over all steps."""
 
     learning_rate: float = 1e-4
@@ -243,16 +248,15 @@ class FineTuningArguments:
     decoder_first: float = 0.0
     """Share of the steps, at the start, in which the image encoder's weights are frozen."""
 
-    def check_recipe(self) -> None:
-        check_at_least(self, 0, "learning_rate", "weight_decay", "decoder_first")
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, 0, "learning_rate", "weight_decay", "decoder_first", "encoder_learning_rate")
         if not 0 < self.warmup_ratio < 1:
             raise SimIPUError(f"--warmup_ratio must be above 0 and below 1, found {self.warmup_ratio}")
         if self.decoder_first >= 1:
             raise SimIPUError(
                 f"--decoder_first must be below 1, found {self.decoder_first}; see --freeze_image_encoder"
             )
-        if self.encoder_learning_rate is not None:
-            check_at_least(self, 0, "encoder_learning_rate")
 
 
 @dataclass(kw_only=True)
@@ -282,13 +286,12 @@ class FineTuningRunArguments(RunArguments, FineTuningArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_recipe()
         for name in ("decoder_first", "encoder_learning_rate"):
             refuse_without_effect(self, (name, not self.freeze_image_encoder, "with --freeze_image_encoder"))
 
 
 @dataclass(kw_only=True)
-class DepthTaskArguments:
+class DepthTaskArguments(Arguments):
     """What a depth model sees and is measured on. The defaults are the published KITTI recipe."""
 
     kb_crop: bool = True
@@ -306,12 +309,9 @@ class DepthTaskArguments:
     on_bad_row: Literal["error", "skip"] = "error"
     """Stop at an invalid frame, or leave it out and count it."""
 
-    def check_protocol(self) -> None:
-        check_choices(self)
-        for name in ("image_size", "crop_size"):
-            size = getattr(self, name)
-            if size is not None and (len(size) != 2 or min(size) < 32):
-                raise SimIPUError(f"--{name} takes a height and a width of at least 32 pixels, found {size}")
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sizes(self, "image_size", "crop_size")
         if self.image_size is None and not self.kb_crop:
             raise SimIPUError("--no_kb_crop needs --image_size: a batch holds images of one size")
 
@@ -340,7 +340,6 @@ class DepthArguments(FineTuningRunArguments, DepthTaskArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_protocol()
         if bool(self.train_frames) == bool(self.train_list):
             raise SimIPUError("give the frames to train on: either --train_frames or --train_list")
         if self.test_frames and self.test_list:
@@ -356,7 +355,7 @@ class DepthArguments(FineTuningRunArguments, DepthTaskArguments):
 
 
 @dataclass(kw_only=True)
-class EvaluateArguments:
+class EvaluateArguments(Arguments):
     """What every evaluation takes, whatever the task."""
 
     model: str | None
@@ -377,7 +376,7 @@ class EvaluateArguments:
     """Print the result as JSON."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         if self.update_card and not (self.model and Path(self.model).is_dir()):
             raise SimIPUError(f"--update_card needs a folder, found --model {self.model}")
         refuse_without_effect(self, ("num_pictures", self.output_dir, "without --output_dir"))
@@ -421,7 +420,7 @@ class EvaluateDepthArguments(EvaluateArguments):
 
 
 @dataclass(kw_only=True)
-class DetectionTaskArguments:
+class DetectionTaskArguments(Arguments):
     """What a detector sees, finds and is measured on."""
 
     image_size: tuple[int, int] = (384, 1248)
@@ -437,13 +436,10 @@ class DetectionTaskArguments:
     on_bad_row: Literal["error", "skip"] = "error"
     """Stop at an invalid frame, or leave it out."""
 
-    def check_protocol(self) -> None:
-        check_choices(self)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         check_at_least(self, 1, "zoom")
-        if min(self.image_size) < 32:
-            raise SimIPUError(
-                f"--image_size takes a height and a width of at least 32 pixels, found {self.image_size}"
-            )
+        check_sizes(self, "image_size")
         if not self.classes or len(set(self.classes)) < len(self.classes):
             raise SimIPUError(f"--classes takes each class once, found {self.classes}")
         check_overlap(self.min_overlap)
@@ -468,7 +464,6 @@ class DetectionArguments(FineTuningRunArguments, DetectionTaskArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_protocol()
         if not self.train_frames:
             raise SimIPUError("give the frames to train on: --train_frames")
         if self.eval_steps and not self.test_frames:
@@ -533,8 +528,7 @@ class CompareArguments(FineTuningArguments):
     """Print the result as JSON."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        self.check_recipe()
+        super().__post_init__()
         for name in ("image_encoders", "train_frames", "test_frames", "modes", "label_fractions", "seeds"):
             values = getattr(self, name)
             if not values:
@@ -566,10 +560,6 @@ class CompareDepthArguments(CompareArguments, DepthTaskArguments):
         --test_frames KITTI#val --image_size 96 320 --modes full frozen --label_fractions 0.25 1 --output_dir OUT
     """
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_protocol()
-
 
 @dataclass(kw_only=True)
 class CompareDetectionArguments(CompareArguments, DetectionTaskArguments):
@@ -579,13 +569,9 @@ class CompareDetectionArguments(CompareArguments, DetectionTaskArguments):
         --test_frames KITTI#val --image_size 192 640 --label_fractions 0.25 1 --output_dir OUT
     """
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_protocol()
-
 
 @dataclass(kw_only=True)
-class CheckArguments:
+class CheckArguments(Arguments):
     """Is this machine ready? Kernels, precisions, a training step, the loader, the Hub, disk and memory.
 
     simipu-hf check
@@ -600,7 +586,7 @@ class CheckArguments:
 
 
 @dataclass(kw_only=True)
-class BenchmarkArguments:
+class BenchmarkArguments(Arguments):
     """What every benchmark takes."""
 
     data_dir: str | None = None
@@ -621,7 +607,7 @@ class BenchmarkArguments:
     """Print JSON, for programs."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         check_at_least(self, 1, "batch_size", "num_points", "repeats")
         check_seeds("seed", self.seed)
 
@@ -680,9 +666,7 @@ class BenchmarkDataArguments(BenchmarkArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(self, 1, "num_rows")
-        if self.num_workers is not None:
-            check_at_least(self, 1, "num_workers")
+        check_at_least(self, 1, "num_rows", "num_workers")
 
 
 def check_choices(arguments: Any) -> None:
@@ -705,6 +689,14 @@ def check_at_least(arguments: Any, lowest: float, *names: str) -> None:
         value = getattr(arguments, name)
         if value is not None and not value >= lowest:
             raise SimIPUError(f"--{name} must be at least {lowest}, found {value}")
+
+
+def check_sizes(arguments: Any, *names: str) -> None:
+    """Raises a `SimIPUError` for a height and width of less than 32 pixels."""
+    for name in names:
+        size = getattr(arguments, name)
+        if size is not None and (len(size) != 2 or min(size) < 32):
+            raise SimIPUError(f"--{name} takes a height and a width of at least 32 pixels, found {size}")
 
 
 def refuse_without_effect(arguments: Any, *rules: tuple[str, Any, str]) -> None:
