@@ -43,7 +43,9 @@ def build_image_encoder(config: SimIPUImageConfig) -> TimmModel:
     encoder = _create(config.architecture, timm_arguments(config))
     config.out_indices = _resolve_stages(encoder, config.out_indices)
     if config.feature_grids is None:
-        grids = _measured_grids(config.architecture, _as_json(config.model_args))
+        # sizes change no place: one measurement for all of them
+        arguments = {k: v for k, v in (config.model_args or {}).items() if k not in ("img_size", "dynamic_img_size")}
+        grids = _measured_grids(config.architecture, _as_json(arguments))
         config.feature_grids = [grid and list(grid) for grid in grids]
     for module in encoder.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -68,8 +70,22 @@ def timm_arguments(config: SimIPUImageConfig) -> dict[str, Any]:
     `config.image_size`, rounded up to what they can take (`img_size`).
     """
     arguments = dict(config.model_args or {})
-    template = _template(config.architecture, _as_json(arguments))
+    template = timm_template(config.architecture, arguments)
     return arguments | _size_arguments(template, config.image_size)
+
+
+def is_built_for_one_size(model_args: Mapping[str, Any]) -> bool:
+    """Whether a network of these arguments, as [`timm_arguments`] gives them, takes images of `img_size` alone."""
+    return "img_size" in model_args and not model_args.get("dynamic_img_size")
+
+
+def timm_template(architecture: str, model_args: Mapping[str, Any] | None = None) -> TimmModel:
+    """A timm model without memory, to look at its class, stages, names and shapes; always the same object.
+
+    Raises:
+        ValueError: timm does not know it, or cannot build it with these arguments.
+    """
+    return _template(architecture, _as_json(model_args))
 
 
 def pad_divisor(encoder: nn.Module | str) -> int:
@@ -78,7 +94,7 @@ def pad_divisor(encoder: nn.Module | str) -> int:
     Args:
         encoder: a timm model, or the name of one.
     """
-    model = _template(encoder) if isinstance(encoder, str) else encoder
+    model = timm_template(encoder) if isinstance(encoder, str) else encoder
     return max(_reductions(cast("TimmModel", model)))
 
 
@@ -93,7 +109,7 @@ def feature_grids(encoder: TimmModel, stages: Sequence[int]) -> list[FeatureGrid
             regular grid.
     """
     architecture = encoder.pretrained_cfg["architecture"]
-    own, expected = _reductions(encoder), _reductions(_template(architecture))
+    own, expected = _reductions(encoder), _reductions(timm_template(architecture))
     if own != expected:
         raise ValueError(f"this {architecture} has strides {own}, not {expected}: where its cells look is not known")
     return _grids_of_stages(architecture, _measured_grids(architecture), sorted_stages(encoder, stages))
@@ -258,7 +274,6 @@ def hold_frozen(encoder: TimmModel, config: SimIPUImageConfig) -> None:
 
 @functools.cache
 def _template(architecture: str, model_args: str = "{}") -> TimmModel:
-    """A timm model without memory, to look at its class, stages and names."""
     with torch.device("meta"):
         return _create(architecture, json.loads(model_args))
 
@@ -321,7 +336,7 @@ def _create(architecture: str, arguments: Mapping[str, Any]) -> TimmModel:
         raise ValueError(f"timm {timm.__version__} has no model named {architecture!r}{hint}")
     try:
         encoder = timm.create_model(architecture, pretrained=False, num_classes=0, **arguments)
-    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever the network's own code raises
         raise ValueError(f"timm cannot build {architecture} with {dict(arguments)}: {error}") from error
     if not hasattr(encoder, "forward_intermediates"):
         raise ValueError(f"timm model {architecture!r} has no forward_intermediates: choose another encoder")

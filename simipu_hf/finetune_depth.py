@@ -24,11 +24,12 @@ from .finetuning import (
     FineTuningTrainer,
     create_image_processor,
     create_model,
-    create_trainer,
     find_rgb_encoder,
     fine_tune,
+    prepare_trainer,
 )
 from .hub.weights import EncoderWeights, InputConvention
+from .modeling.image_encoder import is_built_for_one_size, timm_arguments
 from .modeling.image_processing_simipu import SimIPUImageProcessor
 from .modeling.modeling_simipu_depth import SimIPUForDepthEstimation
 from .training.arguments import DepthArguments, DepthTaskArguments, parse_arguments
@@ -82,10 +83,13 @@ def trainer_parts(
         train_rows, test_rows: rows, or frames; `test_rows` may be `None`.
     """
     processor, on_bad_row = create_processor(arguments, encoder.input), arguments.on_bad_row
-    augmentation = DepthAugmentation(crop_size=arguments.crop_size or default_crop_size(arguments.image_size))
     size = arguments.image_size or KB_CROP
+    model = create_model(SimIPUForDepthEstimation, encoder, size, seed, max_depth=arguments.max_depth)
+    whole_images = is_built_for_one_size(timm_arguments(model.config.image_encoder_config))
+    crop_size = arguments.crop_size or (size if whole_images else default_crop_size(arguments.image_size))
+    augmentation = DepthAugmentation(crop_size=crop_size)
     return {
-        "model": create_model(SimIPUForDepthEstimation, encoder, size, seed, max_depth=arguments.max_depth),
+        "model": model,
         "train_dataset": DepthDataset(train_rows, processor, augmentation, seed, keep_frames, on_bad_row),
         "eval_dataset": None if test_rows is None else DepthDataset(test_rows, processor, on_bad_row=on_bad_row),
         "processing_class": processor,
@@ -93,7 +97,7 @@ def trainer_parts(
     }
 
 
-def create_depth_trainer(arguments: DepthArguments, callbacks: Sequence[TrainerCallback] = ()) -> DepthTrainer:
+def create_trainer(arguments: DepthArguments, callbacks: Sequence[TrainerCallback] = ()) -> DepthTrainer:
     """The trainer of `finetune_depth`, for use from Python: `train`, `evaluate`, `hyperparameter_search`, callbacks.
 
     Raises:
@@ -108,7 +112,7 @@ def create_depth_trainer(arguments: DepthArguments, callbacks: Sequence[TrainerC
     encoder = find_rgb_encoder(arguments.image_encoder)
     print(f"image encoder: {encoder.description}", file=sys.stderr)
     parts = trainer_parts(arguments, encoder, train_rows, test_rows, arguments.seed, arguments.keep_frames)
-    return create_trainer(DepthTrainer, arguments, parts, callbacks)
+    return prepare_trainer(DepthTrainer, arguments, parts, callbacks)
 
 
 def finetune_depth(arguments: DepthArguments) -> Path:
@@ -123,7 +127,7 @@ def finetune_depth(arguments: DepthArguments) -> Path:
         SimIPUError: unusable arguments, data or checkpoint, or a loss that is no number.
         TrainingInterrupted: Ctrl-C or SIGTERM, after saving a checkpoint.
     """
-    return fine_tune(arguments, create_depth_trainer(arguments), record_in_card, format_table)
+    return fine_tune(arguments, create_trainer(arguments), record_in_card, format_table)
 
 
 if __name__ == "__main__":

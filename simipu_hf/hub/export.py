@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import math
 import re
 import warnings
 from collections import OrderedDict
@@ -41,14 +42,21 @@ from simipu_hf.hub.weights import (
     read_weights,
 )
 from simipu_hf.modeling.configuration_simipu import SimIPUConfig, SimIPUImageConfig
-from simipu_hf.modeling.image_encoder import TimmModel, build_image_encoder, image_feature_maps, pyramid_stages
+from simipu_hf.modeling.image_encoder import (
+    TimmModel,
+    build_image_encoder,
+    image_feature_maps,
+    is_built_for_one_size,
+    pad_divisor,
+    pyramid_stages,
+)
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
 Format = Literal["timm", "transformers", "torchvision", "mmdet", "official", "onnx"]
 
 # What an architecture's `pretrained_cfg` says of the network, not of the weights that timm publishes for it.
-ARCHITECTURE_FIELDS = ("first_conv", "classifier", "fixed_input_size", "min_input_size", "interpolation", "input_size")
+ARCHITECTURE_FIELDS = ("first_conv", "classifier", "fixed_input_size", "min_input_size", "interpolation")
 
 ONNX_TOLERANCE = 1e-4  # of the largest feature
 
@@ -239,11 +247,24 @@ def write_timm(weights: EncoderWeights, path: Path, tag: str = "simipu") -> None
             "paper_name": "SimIPU",
             **({"notes": ["tensor channels are B, G, R; mean and std are in that order"]} if bgr else {}),
             **weights.input.data_config(),
+            "input_size": [3, *taken_size(weights)],
         },
         # where the cells of each stage look: [stride_y, stride_x, offset_y, offset_x] in pixels, null where on no grid
         "simipu": {"channel_order": weights.input.channel_order, "feature_grids": image_config.feature_grids},
     }
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def taken_size(weights: EncoderWeights) -> tuple[int, int]:
+    """Height and width of the training images, rounded up to whole patches or windows where the network needs them.
+
+    In training images are padded for that; the loaders of timm and transformers resize to the size they are told.
+    """
+    size = weights.input.size or weights.template().pretrained_cfg["input_size"][1:]
+    needs_whole = weights.model_args.keys() & {"img_size", "dynamic_img_size"}
+    divisor = pad_divisor(weights.architecture) if needs_whole else 1
+    height, width = (math.ceil(length / divisor) * divisor for length in size)
+    return height, width
 
 
 def write_torchvision(weights: EncoderWeights, path: Path) -> None:
@@ -325,11 +346,11 @@ def write_onnx(weights: EncoderWeights, path: Path, image_size: tuple[int, int] 
     encoder = cast("TimmModel", timm.create_model(weights.architecture, num_classes=0, **weights.model_args))
     encoder.load_state_dict(plain.state_dict)
     pyramid = _Pyramid(encoder).eval()
-    height, width = image_size or weights.input.size or encoder.pretrained_cfg["input_size"][1:]
+    height, width = image_size or taken_size(weights)
     example = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
     batch, any_size = {0: torch.export.Dim.DYNAMIC}, {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     # a network built for one size: tracing it for others takes minutes before it fails
-    is_fixed = "img_size" in weights.model_args and not weights.model_args.get("dynamic_img_size")
+    is_fixed = is_built_for_one_size(weights.model_args)
     try:
         program = _onnx_program(pyramid, example, batch if is_fixed else batch | any_size)
     except Exception as error:  # torch names no common class for what it cannot trace

@@ -6,14 +6,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-import timm
 import torch
 from safetensors import safe_open
 from torch import nn
 
 from simipu_hf.errors import SimIPUError
+from simipu_hf.modeling import image_encoder
 from simipu_hf.modeling.image_encoder import TimmModel
 
 StateDict = dict[str, torch.Tensor]
@@ -140,15 +140,11 @@ class EncoderWeights:
 
 
 def timm_template(architecture: str, model_args: Mapping[str, Any] | None = None) -> TimmModel:
-    """A timm model without classifier on the meta device."""
-    if not timm.is_model(architecture):
-        raise SimIPUError(f"timm {timm.__version__} has no model named {architecture!r}")
+    """A timm model without classifier on the meta device; always the same object."""
     try:
-        with torch.device("meta"):
-            model = timm.create_model(architecture, pretrained=False, num_classes=0, **(model_args or {}))
-            return cast("TimmModel", model)
-    except Exception as error:
-        raise SimIPUError(f"timm cannot build {architecture!r} with {model_args}: {error}") from error
+        return image_encoder.timm_template(architecture, model_args)
+    except ValueError as error:
+        raise SimIPUError(str(error)) from error
 
 
 def batch_norm_eps(model: nn.Module) -> dict[str, float]:

@@ -1,7 +1,6 @@
 """Image encoders of every family: a step of each task, sizes, stages, freezing, weights of another size."""
 
 import copy
-import math
 
 import pytest
 import timm
@@ -15,67 +14,12 @@ from simipu_hf.modeling.image_encoder import (
     feature_grids,
     image_feature_maps,
     load_image_encoder_weights,
-    pad_divisor,
-    pad_to_divisor,
     pyramid_stages,
     timm_arguments,
     with_image_size,
 )
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining, SimIPUModel
 from simipu_hf.modeling.modeling_simipu_depth import SimIPUForDepthEstimation
-
-FAMILIES = {  # and what an image's height and width must be multiples of
-    "resnet18": 32,
-    "resnet50": 32,
-    "convnext_tiny": 32,
-    "vit_tiny_patch16_224": 16,
-    "vit_small_patch14_dinov2": 14,
-    "vit_small_patch16_dinov3": 16,
-    "swin_tiny_patch4_window7_224": 32,
-    "swinv2_tiny_window8_256": 32,
-    "hiera_tiny_224": 32,
-    "maxvit_nano_rw_256": 32,
-    "efficientnet_b0": 32,
-    "mobilenetv4_conv_small": 32,
-    "regnety_002": 32,
-    "efficientvit_m0": 64,
-}
-
-
-def depth_stages(architecture: str) -> list[int]:
-    with torch.device("meta"):
-        return pyramid_stages(timm.create_model(architecture))
-
-
-@pytest.mark.parametrize("architecture", FAMILIES)
-def test_a_step_of_pretraining_and_of_depth_at_two_sizes(architecture):
-    torch.manual_seed(0)
-    config = tiny_config(architecture=architecture, image_config={"image_size": (96, 320)})
-    model = SimIPUForPreTraining(config)
-    divisor = pad_divisor(model.simipu.image_encoder)
-    assert divisor == pad_divisor(architecture) == FAMILIES[architecture]
-    height, width = 96 + -96 % divisor, 320 + -320 % divisor
-    output = model(**tiny_batch(height=height, width=width), image_sizes=torch.tensor([[96, 320], [90, 300]]))
-    output.loss.backward()
-    assert torch.isfinite(output.loss)
-    grids = model.stage_grids(output.image_features, (height, width))
-    for feature_map, grid in zip(output.image_features, grids, strict=True):
-        assert tuple(feature_map.shape[-2:]) == (height // grid.stride_y, width // grid.stride_x)
-
-    stages = len(depth_stages(architecture))
-    depth = SimIPUForDepthEstimation(
-        SimIPUDepthConfig(image_config=config.image_config, decoder_channels=[16] * (stages - 1))
-    )
-    load_image_encoder_weights(depth.image_encoder, model.simipu.image_encoder.state_dict(), "pre-training")
-    depth.set_image_size((75, 202))
-    output = depth(torch.randn(1, 3, 75, 202), labels=torch.rand(1, 75, 202) * 60)
-    output.loss.backward()
-    assert output.predicted_depth.shape == (1, 75, 202)
-    assert [n for n, p in depth.decoder.named_parameters() if p.grad is None] == []
-    with torch.no_grad():
-        maps = depth.pyramid(depth.image_encoder, pad_to_divisor(torch.randn(1, 3, 75, 202), depth.image_encoder))
-    width = 202 + -202 % divisor
-    assert [m.shape[-1] for m in maps] == [math.ceil(width / stride) for stride in depth.pyramid.strides]
 
 
 @pytest.mark.parametrize("architecture", ["hiera_tiny_224", "efficientvit_m0", "test_vit"])
