@@ -20,9 +20,9 @@ def exact():
 
 @pytest.fixture(scope="module")
 def drive(tmp_path_factory):
-    """A small drive on disk: 6 train frames, 2 val, 1 test."""
+    """A small drive on disk: 3 train frames, 1 val, 1 test."""
     return synthesize_drive(
-        tmp_path_factory.mktemp("synthetic") / "drive", num_frames=9, seed=3, num_workers=1, **TINY
+        tmp_path_factory.mktemp("synthetic") / "drive", num_frames=5, seed=3, num_workers=1, **TINY
     )
 
 
@@ -40,30 +40,30 @@ def project(frame):
 
 def test_layout_is_kitti_object(drive):
     sets = {p.stem: p.read_text(encoding="utf-8").split() for p in (drive / "ImageSets").iterdir()}
-    assert sets["train"] == [f"{i:06d}" for i in range(6)]
-    assert sets["val"] == ["000006", "000007"]
+    assert sets["train"] == [f"{i:06d}" for i in range(3)]
+    assert sets["val"] == ["000003"]
     assert sets["trainval"] == sets["train"] + sets["val"]
     assert sets["test"] == ["000000"]
     for folder, names in (("training", sets["trainval"]), ("testing", sets["test"])):
         for kind, suffix in (("image_2", "png"), ("depth_2", "png"), ("velodyne", "bin"), ("calib", "txt")):
             assert sorted(p.name for p in (drive / folder / kind).iterdir()) == [f"{n}.{suffix}" for n in names]
     labels = [line.split() for p in (drive / "training" / "label_2").iterdir() for line in p.open(encoding="utf-8")]
-    assert len(labels) > 20
+    assert len(labels) > 10
     assert {len(fields) for fields in labels} == {15}
     assert not (drive / "testing" / "label_2").exists()
 
 
 def test_files_are_the_frame(drive):
-    frame = synthesize_frame(3, 5, image_size=(32, 106), lidar=Lidar(azimuth_steps=120))
+    frame = synthesize_frame(3, 2, image_size=(32, 106), lidar=Lidar(azimuth_steps=120))
     root = drive / "training"
-    np.testing.assert_array_equal(np.asarray(Image.open(root / "image_2" / "000005.png")), frame.image)
-    np.testing.assert_array_equal(np.fromfile(root / "velodyne" / "000005.bin", "<f4"), frame.points.ravel())
-    depth = np.asarray(Image.open(root / "depth_2" / "000005.png")) / 256.0
+    np.testing.assert_array_equal(np.asarray(Image.open(root / "image_2" / "000002.png")), frame.image)
+    np.testing.assert_array_equal(np.fromfile(root / "velodyne" / "000002.bin", "<f4"), frame.points.ravel())
+    depth = np.asarray(Image.open(root / "depth_2" / "000002.png")) / 256.0
     seen = frame.depth < 255
     np.testing.assert_allclose(depth[seen], frame.depth[seen], atol=1 / 512 + 1e-6)
     assert (depth[~seen] == 0).all()
     assert 0 <= frame.points[:, 3].min() < frame.points[:, 3].max() < 1
-    rows = (line.split(":") for line in (root / "calib" / "000005.txt").read_text(encoding="utf-8").splitlines())
+    rows = (line.split(":") for line in (root / "calib" / "000002.txt").read_text(encoding="utf-8").splitlines())
     calib = {name: np.array(values.split(), float) for name, values in rows}
     np.testing.assert_allclose(calib["P2"], frame.calibration.P2.ravel(), rtol=1e-9)
     assert {k: v.size for k, v in calib.items() if not k.startswith("P")} == {
@@ -72,7 +72,7 @@ def test_files_are_the_frame(drive):
 
 
 def test_workers_and_later_frames_make_no_difference_but_the_seed_does(drive, tmp_path):
-    two = files(synthesize_drive(tmp_path / "two", num_frames=9, seed=3, num_workers=2, **TINY))
+    two = files(synthesize_drive(tmp_path / "two", num_frames=5, seed=3, num_workers=2, **TINY))
     assert two == files(drive)
     other = files(synthesize_drive(tmp_path / "other", num_frames=1, seed=4, num_workers=1, val_fraction=0, **TINY))
     assert other["training/image_2/000000.png"] != two["training/image_2/000000.png"]
