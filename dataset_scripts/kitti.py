@@ -316,9 +316,9 @@ def _drive_frames(name: str, drive: _Drive, cameras: Sequence[int] | None, listi
             for key in sorted(set(images) & set(scans))
         ]
     if not frames:
-        images = f"{drive.images.format('2')} or {drive.images.format('3')}"
+        folders = f"{drive.images.format('2')} or {drive.images.format('3')}"
         in_archive = f"the colour images are in {archive.format('color')}"
-        listing.problems.append(f"{images}: expected images with a scan, found no pair; {in_archive}")
+        listing.problems.append(f"{folders}: expected images with a scan, found no pair; {in_archive}")
     return frames
 
 
