@@ -41,7 +41,7 @@ def refuse_shared_stream(train: datasets.IterableDataset, held_out: Rows, what: 
     A stream is not read for the comparison alone: every row is compared when it comes.
     """
     held_out = _undecoded(held_out)
-    names: dict[bytes, str] = {}
+    names: dict[Key, str] = {}
     for index in range(len(held_out)):
         row = held_out[index]
         names |= dict.fromkeys(_content(row), _frame_id(row, index))
