@@ -22,10 +22,15 @@ from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining, SimIPUModel
 from simipu_hf.modeling.modeling_simipu_depth import SimIPUForDepthEstimation
 
 
-@pytest.mark.parametrize("architecture", ["hiera_tiny_224", "efficientvit_m0", "test_vit"])
-def test_an_encoder_saved_after_a_change_of_size_is_the_same(architecture, tmp_path):
+FEW_BLOCKS = {"stages": [1, 1, 1, 1]}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_args"), [("hiera_tiny_224", FEW_BLOCKS), ("efficientvit_m0", {}), ("test_vit", {})]
+)
+def test_an_encoder_saved_after_a_change_of_size_is_the_same(architecture, model_args, tmp_path):
     torch.manual_seed(0)
-    image_config = {"architecture": architecture, "image_size": (64, 128)}
+    image_config = {"architecture": architecture, "image_size": (64, 128), "model_args": model_args}
     model = SimIPUForDepthEstimation(SimIPUDepthConfig(image_config=image_config)).eval()
     model.set_image_size((128, 192))
     model.save_pretrained(tmp_path)
@@ -37,7 +42,7 @@ def test_an_encoder_saved_after_a_change_of_size_is_the_same(architecture, tmp_p
 
 def test_position_embeddings_are_interpolated_over_the_image():
     """Of an embedding that is x in one channel and y in another, so is the resized one."""
-    config = SimIPUImageConfig(architecture="hiera_tiny_224", image_size=(64, 128))
+    config = SimIPUImageConfig(architecture="hiera_tiny_224", image_size=(64, 128), model_args=FEW_BLOCKS)
     encoder = build_image_encoder(config)
     with torch.no_grad():
         encoder.pos_embed.zero_()
@@ -50,17 +55,15 @@ def test_position_embeddings_are_interpolated_over_the_image():
 
 
 def test_timm_arguments_build_the_same_network():
-    for architecture, expected in (
-        ("hiera_tiny_224", {"img_size": (96, 320)}),
-        ("test_vit", {"dynamic_img_size": True}),
-        ("efficientvit_m0", {"img_size": (128, 320)}),
-        ("resnet18", {}),
+    for architecture, model_args, sizes in (
+        ("hiera_tiny_224", FEW_BLOCKS, {"img_size": (96, 320)}),
+        ("test_vit", {"drop_path_rate": 0.1}, {"dynamic_img_size": True}),
+        ("efficientvit_m0", {}, {"img_size": (128, 320)}),
+        ("test_resnet", {"drop_path_rate": 0.1}, {}),
     ):
-        config = SimIPUImageConfig(architecture=architecture, image_size=(96, 300), model_args={"drop_path_rate": 0.1})
-        if architecture == "efficientvit_m0":
-            config.model_args = None
+        config = SimIPUImageConfig(architecture=architecture, image_size=(96, 300), model_args=model_args)
         arguments = timm_arguments(config)
-        assert {k: v for k, v in arguments.items() if k != "drop_path_rate"} == expected
+        assert arguments == model_args | sizes
         with torch.device("meta"):
             plain = timm.create_model(architecture, num_classes=0, **arguments)
             ours = build_image_encoder(config)
