@@ -25,9 +25,9 @@ from .finetuning import (
     FineTuningTrainer,
     create_image_processor,
     create_model,
-    create_trainer,
     find_rgb_encoder,
     fine_tune,
+    prepare_trainer,
 )
 from .hub.weights import EncoderWeights
 from .modeling.configuration_simipu import SimIPUDetectionConfig
@@ -115,9 +115,7 @@ def trainer_parts(
     }
 
 
-def create_detection_trainer(
-    arguments: DetectionArguments, callbacks: Sequence[TrainerCallback] = ()
-) -> DetectionTrainer:
+def create_trainer(arguments: DetectionArguments, callbacks: Sequence[TrainerCallback] = ()) -> DetectionTrainer:
     """The trainer of `finetune_detection`, for use from Python.
 
     Raises:
@@ -132,7 +130,7 @@ def create_detection_trainer(
     print(f"image encoder: {encoder.description}", file=sys.stderr)
     sizes = mean_dimensions(read_labels(train_rows, arguments.on_bad_row), arguments.classes)
     parts = trainer_parts(arguments, encoder, sizes, train_rows, test_rows, arguments.seed, arguments.keep_frames)
-    return create_trainer(DetectionTrainer, arguments, parts, callbacks)
+    return prepare_trainer(DetectionTrainer, arguments, parts, callbacks)
 
 
 def finetune_detection(arguments: DetectionArguments) -> Path:
@@ -147,7 +145,7 @@ def finetune_detection(arguments: DetectionArguments) -> Path:
         SimIPUError: unusable arguments, data or checkpoint, or a loss that is no number.
         TrainingInterrupted: Ctrl-C or SIGTERM, after saving a checkpoint.
     """
-    return fine_tune(arguments, create_detection_trainer(arguments), record_in_card, format_table)
+    return fine_tune(arguments, create_trainer(arguments), record_in_card, format_table)
 
 
 if __name__ == "__main__":

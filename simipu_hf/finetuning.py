@@ -315,7 +315,7 @@ def recipe(output_dir: str | os.PathLike, **changes: Any) -> TrainingArguments:
 TrainerT = TypeVar("TrainerT", bound=FineTuningTrainer)
 
 
-def create_trainer(
+def prepare_trainer(
     trainer_class: type[TrainerT],
     arguments: FineTuningRunArguments,
     parts: dict[str, Any],

@@ -40,7 +40,6 @@ def depth_arguments(frames, output_dir, **changes) -> DepthArguments:
     fields = {
         "image_encoder": ENCODER,
         "train_frames": [frames],
-        "test_frames": [f"{frames}#test"],
         "output_dir": str(output_dir),
         "per_device_train_batch_size": 2,
         "max_steps": 4,
@@ -71,7 +70,8 @@ def assert_equal_weights(first, second):
 @pytest.fixture(scope="session")
 def run(frames, tmp_path_factory):
     """A finished run of four steps."""
-    return finetune_depth(depth_arguments(frames, tmp_path_factory.mktemp("runs") / "straight"))
+    test_frames = [f"{frames}#test"]
+    return finetune_depth(depth_arguments(frames, tmp_path_factory.mktemp("runs") / "run", test_frames=test_frames))
 
 
 # --- a run ----------------------------------------------------------------------------------------------------------
@@ -283,9 +283,7 @@ class StopAfter(TrainerCallback):
 
 
 def test_probe_leaves_the_encoder_as_it_was(frames, tmp_path):
-    run = finetune_depth(
-        depth_arguments(frames, tmp_path / "run", freeze_image_encoder=True, max_steps=2, test_frames=[])
-    )
+    run = finetune_depth(depth_arguments(frames, tmp_path / "run", freeze_image_encoder=True, max_steps=2))
     start = depth_model().state_dict()
     changed = {name.split(".")[0] for name, value in saved_weights(run).items() if not torch.equal(value, start[name])}
     assert changed == {"decoder"}
