@@ -21,7 +21,6 @@ from simipu_hf.modeling.image_encoder import (
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining, SimIPUModel
 from simipu_hf.modeling.modeling_simipu_depth import SimIPUForDepthEstimation
 
-
 FEW_BLOCKS = {"stages": [1, 1, 1, 1]}
 
 
