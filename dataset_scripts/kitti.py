@@ -184,7 +184,7 @@ def _object_frames(
             hint = "velodyne_reduced/ will do: rename it to velodyne. " if reduced else in_archive
             raise ValueError(
                 f"{folder}: expected the folder {needed}, found {_content(folder)}. {hint}"
-                'If you need other splits only, choose them: splits=("train",)'
+                "If you need other splits only, choose them, such as train"
             )
     images = {camera: _files(os.path.join(folder, f"image_{camera}"), IMAGE_SUFFIXES) for camera in cameras}
     scans, calibrations, labels = (

@@ -133,6 +133,8 @@ def inspect_dataset(
         listing = list_frames(source, wanted, cameras, scenes)
         counts, notes = {name: len(frames) for name, frames in listing.splits.items()}, listing.notes
         inspector.add_problems(listing.problems)
+        if not any(counts.values()) and not listing.problems:
+            inspector.add_problems([f"{source.location}: expected frames, found none"])
         frames: dict[str, tuple[str, Any]] = {}
         for name, found in listing.splits.items():
             for frame in found:  # trainval holds the frames of train and val once more

@@ -19,6 +19,7 @@ from ..errors import SimIPUError
 
 Sources: TypeAlias = str | os.PathLike | Sequence[str | os.PathLike]
 
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z")
 READERS: tuple[ModuleType, ...] = (kitti, nuscenes, waymo, argoverse2)
 
 
@@ -200,7 +201,7 @@ def _listed(folder: Path) -> str:
 def _describe_file(path: Path) -> str:
     if not path.exists():
         return "no such folder"
-    return "an archive: unpack it first" if path.suffix in (".zip", ".tar", ".gz", ".tgz") else "a file"
+    return "an archive: unpack it first" if path.suffix in ARCHIVES else "a file"
 
 
 def _hint(folder: Path) -> str:
@@ -209,7 +210,7 @@ def _hint(folder: Path) -> str:
     for other in near:
         if other.is_dir() and any(reader.configurations(other) for reader in READERS):
             return f"; did you mean {other}?"
-    archives = sorted(path.name for path in folder.iterdir() if path.suffix in (".zip", ".tar", ".tgz"))
+    archives = sorted(path.name for path in folder.iterdir() if path.suffix in ARCHIVES)
     if archives:
         return f"; unpack {', '.join(archives[:3])} first"
     if any((folder / place / "image_02").is_dir() for place in ("training", "testing")):

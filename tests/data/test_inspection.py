@@ -148,3 +148,10 @@ def test_only_what_is_asked_for_is_looked_at(object_root, raw_root, tmp_path):
         inspect_dataset(data_dir=raw_root, scenes=["none"])
     with pytest.raises(SimIPUError, match="can be chosen of a published data set"):
         inspect_dataset(data_dir=tmp_path / "saved", scenes=["none"])
+
+
+def test_no_frames_at_all_are_a_problem(tmp_path):
+    (tmp_path / "2011_09_26/2011_09_26_drive_0001_extract/image_02/data").mkdir(parents=True)
+    report = inspect_dataset(data_dir=tmp_path)
+    assert [problem.message for problem in report.problems] == [f"{tmp_path}: expected frames, found none"]
+    assert "only *_sync drives" in report.notes[0]

@@ -276,6 +276,8 @@ def test_what_is_no_data_set_is_named(tmp_path, object_root, raw_root):
     (tmp_path / "holiday/photo.jpg").touch()
     (tmp_path / "download").mkdir()
     (tmp_path / "download/data_object_image_2.zip").touch()
+    (tmp_path / "backup").mkdir()
+    (tmp_path / "backup/kitti.tar.gz").touch()
     (tmp_path / "tracking/training/image_02").mkdir(parents=True)
     (tmp_path / "odometry/sequences/00/image_2").mkdir(parents=True)
     shutil.copytree(object_root / "training/velodyne", tmp_path / "gray/sequences/00/velodyne")
@@ -289,6 +291,7 @@ def test_what_is_no_data_set_is_named(tmp_path, object_root, raw_root):
         ({"data_dir": tmp_path / "holiday/photo.jpg"}, "found a file"),
         ({"data_dir": tmp_path / "download/data_object_image_2.zip"}, "an archive: unpack it first"),
         ({"data_dir": tmp_path / "download"}, r"unpack data_object_image_2\.zip first"),
+        ({"data_dir": tmp_path / "backup"}, r"unpack kitti\.tar\.gz first"),
         ({"data_dir": tmp_path / "holiday"}, "as published.*found photo.jpg$"),
         ({"data_dir": object_root / "training"}, f"did you mean {object_root}"),
         ({"data_dir": object_root / "training/velodyne"}, f"did you mean {object_root}"),
