@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device, set_seed
 from huggingface_hub.errors import StrictDataclassError
 from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedConfig
 from transformers.image_utils import SizeDict
 from transformers.utils.logging import disable_progress_bar
 
@@ -97,6 +98,14 @@ IDENTIFIED_BY_RESULT = {
     *("optimizer", "learning_rate", "weight_decay", "layer_decay", "warmup_steps"),
     *("depth_range", "freeze", "anchor_weight", "validation_share"),
     *("data_dir", "dataset_name", "dataset_config_name", "train_split", "per_device_train_batch_size"),
+}
+
+FIELDS_WITH_FLAGS = {
+    "preset": "--preset",
+    "anchor_weight": "--anchor_weight",
+    "image_config.architecture": "--image_encoder",
+    "image_config.image_size": "--image_size",
+    "image_config.frozen": "--freeze",
 }
 
 
@@ -406,14 +415,18 @@ def change_config(arguments: PreTrainingArguments, config: SimIPUConfig, process
     """A configuration with the fields that the flags change.
 
     Raises:
-        SimIPUError: an unknown field.
+        SimIPUError: an unknown field, or one that has a flag of its own.
     """
     overrides = parse_overrides(arguments.config_overrides)
     sections = {"image_config": config.image_encoder_config, "point_config": config.point_encoder_config}
-    for names, known in ((overrides, config), *((overrides.get(name, {}), known) for name, known in sections.items())):
-        unknown = [name for name in names if name not in type(known).__dataclass_fields__]
-        if unknown:
-            raise SimIPUError(f"--config_overrides: {type(known).__name__} has no field {', '.join(unknown)}")
+    for section, known in (("", config), *sections.items()):
+        fields_of_all = PreTrainedConfig.__dataclass_fields__  # such as architectures
+        for name in overrides.get(section, {}) if section else overrides.keys() - sections:
+            if name not in type(known).__dataclass_fields__ or name in fields_of_all:
+                raise SimIPUError(f"--config_overrides: {type(known).__name__} has no field {name}")
+            flag = FIELDS_WITH_FLAGS.get(f"{section}.{name}".lstrip("."))
+            if flag is not None:
+                raise SimIPUError(f"--config_overrides: {name} is set by {flag}")
     fields = config.to_dict()
     if arguments.image_size is not None or arguments.model_name_or_path is None:
         size = processor.image_processor.size  # encoders with embeddings of a fixed size are built for it

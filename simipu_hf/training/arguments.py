@@ -809,7 +809,7 @@ def parse_overrides(
     for part in _split_outside_brackets(text or ""):
         name, equals, value = part.partition("=")
         section, _, inner = name.strip().rpartition(".")
-        if not equals or (section and section not in sections):
+        if not equals or (section and section not in sections) or (not section and inner in sections):
             nested = "".join(f" or {known}.name=value" for known in sections)
             raise SimIPUError(f"{name_of_flag} {part.strip()!r}: expected name=value{nested}")
         target = overrides.setdefault(section, {}) if section else overrides
