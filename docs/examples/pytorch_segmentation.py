@@ -17,7 +17,8 @@ class Segmenter(nn.Module):
 
     def __init__(self, encoder: str, num_classes: int, width: int = 128):
         super().__init__()
-        self.encoder = timm.create_model(encoder, pretrained=True, features_only=True)
+        # "getter": channels first for every family, Swin too
+        self.encoder = timm.create_model(encoder, pretrained=True, features_only=True, feature_cls="getter")
         self.reduce = nn.ModuleList(nn.Conv2d(count, width, 1) for count in self.encoder.feature_info.channels())
         self.head = nn.Sequential(nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU())
         self.classify = nn.Conv2d(width, num_classes, 1)

@@ -18,21 +18,22 @@ class PyramidBackbone(nn.Module):
 
     def __init__(self, encoder: str, out_channels: int = 256):
         super().__init__()
-        self.body = timm.create_model(encoder, pretrained=True, features_only=True)
-        self.fpn = FeaturePyramidNetwork(self.body.feature_info.channels()[-4:], out_channels, LastLevelMaxPool())
+        maps = {"features_only": True, "feature_cls": "getter", "out_indices": [-4, -3, -2, -1]}  # channels first
+        self.body = timm.create_model(encoder, pretrained=True, **maps)
+        self.fpn = FeaturePyramidNetwork(self.body.feature_info.channels(), out_channels, LastLevelMaxPool())
         self.out_channels = out_channels
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        return self.fpn({str(level): feature_map for level, feature_map in enumerate(self.body(images)[-4:])})
+        return self.fpn({str(level): feature_map for level, feature_map in enumerate(self.body(images))})
 
 
 def build_detector(encoder: str, height: int, width: int, **options) -> FasterRCNN:
     """Images of any size are resized so that they fit into `height` x `width`."""
     backbone = PyramidBackbone(encoder)
     data = timm.data.resolve_model_data_config(backbone.body)
-    mean, std = data["mean"], data["std"]
-    sizes = {"min_size": height, "max_size": width, "image_mean": mean, "image_std": std}
-    return FasterRCNN(backbone, num_classes=4, **sizes, **options)
+    options |= {"image_mean": data["mean"], "image_std": data["std"], "min_size": height, "max_size": width}
+    options["size_divisible"] = max(backbone.body.feature_info.reduction())  # the largest stride, or the patch
+    return FasterRCNN(backbone, num_classes=4, **options)
 
 
 def made_up_batch(height: int, width: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:

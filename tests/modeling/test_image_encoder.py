@@ -1,4 +1,4 @@
-"""Image encoders of every family: a step of each task, sizes, stages, freezing, weights of another size."""
+"""Image encoders: sizes, stages, freezing, weights of another size; the whole way is in hub/test_every_encoder.py."""
 
 import copy
 
