@@ -33,6 +33,7 @@ https://www.nuscenes.org/nuscenes#data-format and docs/schema_nuscenes.md of nut
 """
 
 import bisect
+import functools
 import hashlib
 import itertools
 import json
@@ -75,9 +76,9 @@ CATEGORIES: dict[str, str | None] = {
 }
 OCCLUDED = {"4": 0, "3": 1, "2": 1, "1": 2}  # of the share that is visible: over 80 %, over 60, over 40, less
 NEAR = 0.1  # metres: what is nearer to the camera's plane is cut off a box
-# Corners of a box of edge length 1 around the origin, and the pairs of them that an edge joins
+# Corners (8, 3) of a box of edge length 1 around the origin, and the four of each of its faces, in a ring
 CORNERS = np.array(list(itertools.product((-0.5, 0.5), repeat=3)))
-EDGES = np.array([(a, b) for a, b in itertools.combinations(range(8), 2) if (a ^ b) in (1, 2, 4)])
+FACES = ((0, 1, 3, 2), (4, 5, 7, 6), (0, 1, 5, 4), (2, 3, 7, 6), (0, 2, 6, 4), (1, 3, 7, 5))
 MINI_TRAIN = "61,553,655,757,796,1077,1094,1100"
 MINI_VAL = "103,916"
 
@@ -552,11 +553,16 @@ def read_objects(frame: Frame, has_calibration: bool = True) -> dict[str, list]:
         return objects
     poses = (_rigid(getattr(frame, name), name) for name in ("ego_at_image", "camera_to_ego"))
     world_to_camera = np.linalg.inv(np.matmul(*poses))
-    limits = np.array(frame.size) - 1
+    right_most, lowest = np.array(frame.size) - 1
+    planes = np.array(
+        [[0, 0, 1, -NEAR], [1, 0, 0, 0], [-1, 0, right_most, 0], [0, 1, 0, 0], [0, -1, lowest, 0]], np.float64
+    )
     for kind, occluded, has_points, width, length, height, *pose in frame.boxes:
         to_camera = world_to_camera @ _rigid(np.array(pose), "box")
-        low, high = _extent(to_camera, np.array([length, width, height]), frame.intrinsics)
-        left, top, right, bottom = *low.clip(0, limits), *high.clip(0, limits)
+        corners = (CORNERS * [length, width, height]) @ to_camera[:3, :3].T + to_camera[:3, 3]
+        faces = [(corners @ frame.intrinsics.T)[list(face)] for face in FACES]
+        low, high = _extent(faces, planes[:1])
+        (left, top), (right, bottom) = _extent(faces, planes)
         if right <= left or bottom <= top:
             continue
         x, y, z = to_camera[:3, 3]
@@ -572,18 +578,30 @@ def read_objects(frame: Frame, has_calibration: bool = True) -> dict[str, list]:
     return objects
 
 
-def _extent(to_camera: np.ndarray, size: np.ndarray, intrinsics: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lowest and highest pixel (x, y) of a box's part in front of the camera; (0, 0) twice where there is none."""
-    corners = (CORNERS * size) @ to_camera[:3, :3].T + to_camera[:3, 3]
-    start, end = corners[EDGES[:, 0]], corners[EDGES[:, 1]]
-    crosses = (start[:, 2] < NEAR) != (end[:, 2] < NEAR)
-    share = (NEAR - start[crosses, 2]) / (end[crosses, 2] - start[crosses, 2])
-    cut = start[crosses] + share[:, None] * (end - start)[crosses]
-    visible = np.concatenate([corners[corners[:, 2] >= NEAR], cut]) @ intrinsics.T
-    if not len(visible):
+def _extent(faces: Sequence[np.ndarray], planes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest pixel (x, y) of what `planes` (P, 4) leave of a box; (0, 0) twice where that is nothing.
+
+    Args:
+        faces: six times (4, 3), corners as x * depth, y * depth, depth with x and y in pixels.
+    """
+    left = np.concatenate([functools.reduce(_clip, planes, face) for face in faces])
+    if not len(left):
         return np.zeros(2), np.zeros(2)
-    pixels = visible[:, :2] / visible[:, 2:]
+    pixels = left[:, :2] / left[:, 2:]
     return pixels.min(axis=0), pixels.max(axis=0)
+
+
+def _clip(polygon: np.ndarray, plane: np.ndarray) -> np.ndarray:
+    """The part of a polygon (N, 3) where `plane[:3] @ point + plane[3]` is at least 0."""
+    side = polygon @ plane[:3] + plane[3]
+    left = []
+    for index in range(len(polygon)):
+        if (side[index - 1] < 0) != (side[index] < 0):
+            share = side[index - 1] / (side[index - 1] - side[index])
+            left.append(polygon[index - 1] + share * (polygon[index] - polygon[index - 1]))
+        if side[index] >= 0:
+            left.append(polygon[index])
+    return np.array(left).reshape(-1, 3)
 
 
 def _rigid(pose: np.ndarray, what: str) -> np.ndarray:

@@ -313,6 +313,17 @@ def test_a_box_beside_the_camera_is_cut_at_its_plane(tiny: TinyTables) -> None:
     assert 0.99 < objects["truncated"][0] < 1
 
 
+def test_a_box_over_the_border_covers_what_is_seen_of_it(tiny: TinyTables) -> None:
+    # the near end is out of view; the side 1.5 m to the right leaves it where 50 * 1.5 / depth = 31
+    tiny.annotate("vehicle.truck", [1, 8, 0.5], [10 + 6, -2, 0])  # from 2 to 10 m ahead
+    frame = nuscenes.list_frames("v1.0-mini-objects", tiny.write()).splits["mini_train"][0]
+    objects = nuscenes.read_objects(frame)
+    height = 50 * 0.25 * 31 / (50 * 1.5)
+    np.testing.assert_allclose(objects["bbox"], [[32 + 7.5, 16 - height, 63, 16 + height]])
+    whole = (50 * 2.5 / 2 - 7.5) * 50 * 0.5 / 2
+    np.testing.assert_allclose(objects["truncated"], 1 - (31 - 7.5) * 2 * height / whole)
+
+
 def test_damaged_annotations_are_named_where_labels_are_asked_for(tiny: TinyTables, tmp_path: Path) -> None:
     tiny.annotate("vehicle.car", [2, 4, 1.5], [30, 0, 0])
     tiny.annotate("vehicle.car", [2, 4, 1.5], [30, 0, 0], rotation=[0, 0, 0, 0])
