@@ -531,7 +531,7 @@ def test_second_start_on_a_finished_run_only_finishes(run):
 def test_command_prints_one_line_for_a_mistake(frames, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["", "--dataset_name", str(frames), "--output_dir", str(tmp_path), "--seed", "-1"])
     assert main() == 1
-    assert capsys.readouterr().err == "error: --seed must be at least 0, found -1\n"
+    assert capsys.readouterr().err == "error: --seed must be at least 0 and below 2**32, found -1\n"
 
 
 def test_kill_at_random_moments(frames, tmp_path):
