@@ -184,7 +184,7 @@ def _refuse_config(location: str, wanted: str | None) -> None:
 def _find_config(source: str, wanted: str | None) -> str:
     try:
         names = datasets.get_dataset_config_names(source)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+    except (ValueError, OSError, ImportError, datasets.exceptions.DatasetsError) as error:
         raise SimIPUError(f"{source}: neither a folder here nor a data set that can be read: {error}") from error
     if wanted is None and len(names) == 1:
         return names[0]
@@ -227,7 +227,7 @@ def named_errors(location: str) -> Iterator[None]:
         yield
     except SimIPUError:
         raise
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+    except (ValueError, OSError, ImportError, datasets.exceptions.DatasetsError) as error:
         cause: BaseException = error
         while isinstance(cause, datasets.exceptions.DatasetGenerationError) and cause.__cause__ is not None:
             cause = cause.__cause__  # what went wrong beneath "An error occurred while generating the dataset"

@@ -299,7 +299,8 @@ class DepthTaskArguments(Arguments):
     image_size: tuple[int, int] | None = None
     """Height and width to resize to after that."""
     crop_size: tuple[int, int] | None = None
-    """Height and width of the random training window; 352 704 or the same share of --image_size if None."""
+    """Height and width of the random training window; 352 704 or the same share of --image_size if None, the whole
+    image for encoders that take one size."""
     max_depth: float = 80.0
     """Largest depth that is predicted and evaluated, in metres."""
     evaluation_crop: Literal["garg", "eigen", "none"] = "garg"
