@@ -484,12 +484,17 @@ def _likely_columns(values: np.ndarray) -> int:
     if not len(blocks):
         return 4
     magnitudes = np.log(np.abs(blocks[:: len(blocks) // 8 + 1], dtype=np.float32) + 0.01)
-    total = max(float(magnitudes.var()), 1e-6)
-    shares = {columns: magnitudes.reshape(-1, columns).mean(axis=0).var() / total for columns in (3, 4, 5, 6, 7, 8)}
-    if not shares[4] < 0.5:
+    total = magnitudes.var()
+
+    def share_between(columns: int) -> float:
+        return magnitudes.reshape(-1, columns).mean(axis=0).var() / max(total, 1e-6)
+
+    four = share_between(4)
+    if not four < 0.5:
         return 4
-    best = max((3, 5, 6, 7, 8), key=lambda columns: round(shares[columns], 2))
-    return best if shares[best] > shares[4] + 0.1 else 4
+    shares = {columns: share_between(columns) for columns in (3, 5, 6, 7, 8)}
+    best = max(shares, key=lambda columns: round(shares[columns], 2))
+    return best if shares[best] > four + 0.1 else 4
 
 
 def points_in_view(points: np.ndarray, lidar_to_image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -15,6 +15,11 @@ def test_copies_are_the_same(name: str) -> None:
     assert len(copies) == 1
 
 
+def test_columns_of_a_scan_are_told_by_the_same_rule() -> None:
+    copies = {inspect.getsource(module._likely_columns) for module in (kitti, feature_extraction_simipu)}
+    assert len(copies) == 1
+
+
 @pytest.mark.parametrize("columns", [3, 4, 5, 6])
 @pytest.mark.parametrize("dtype", ["<f4", "<f8"])
 def test_both_checks_of_a_scan_s_layout_say_the_same(columns: int, dtype: str) -> None:
