@@ -15,6 +15,10 @@ def test_copies_are_the_same(name: str) -> None:
     assert len(copies) == 1
 
 
+def test_labels_of_both_readers_have_the_same_columns() -> None:
+    assert nuscenes.features("v1.0-mini-objects")["objects"] == kitti.features("object")["objects"]
+
+
 def test_columns_of_a_scan_are_told_by_the_same_rule() -> None:
     copies = {inspect.getsource(module._likely_columns) for module in (kitti, feature_extraction_simipu)}
     assert len(copies) == 1
