@@ -97,9 +97,8 @@ def trainer_parts(
         train_rows, test_rows: rows, or frames; `test_rows` may be `None`.
     """
     classes, processor = list(arguments.classes), create_image_processor(arguments.image_size, encoder.input)
-    model = create_model(
-        SimIPUForMonocular3DDetection, encoder, arguments.image_size, seed, classes=classes, mean_dimensions=sizes
-    )
+    fields = {"classes": classes, "mean_dimensions": sizes, "hidden_size": arguments.hidden_size}
+    model = create_model(SimIPUForMonocular3DDetection, encoder, arguments.image_size, seed, **fields)
     train, test = (
         None
         if rows is None
