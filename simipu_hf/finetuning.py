@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from .data.frames import FrameDataset, frame_ids
+from .data.frames import FrameDataset
 from .data.sources import describe_frames
 from .errors import SimIPUError, TrainingInterrupted
 from .files import atomic_folder, move_into, write_json
@@ -454,8 +454,8 @@ def open_run(arguments: FineTuningRunArguments, trainer: FineTuningTrainer) -> s
     rows, test_rows = trainer.train_dataset.rows, trainer.eval_dataset and trainer.eval_dataset.rows
     record = {
         "source": describe_frames(arguments.train_frames or [str(getattr(arguments, "image_dir", None))])[0],
-        "train": {"rows": len(rows), "fingerprint": data_fingerprint(frame_ids(rows))},
-        "test": test_rows and {"rows": len(test_rows), "fingerprint": data_fingerprint(frame_ids(test_rows))},
+        "train": {"rows": len(rows), "fingerprint": data_fingerprint(rows["frame_id"][:])},
+        "test": test_rows and {"rows": len(test_rows), "fingerprint": data_fingerprint(test_rows["frame_id"][:])},
         "total_steps": trainer.args.max_steps,
         "rows_per_step": trainer.args.train_batch_size * trainer.args.world_size,
     }

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from PIL import Image
@@ -19,7 +20,7 @@ from ..errors import SimIPUError
 from ..modeling.geometry import inside_image, project_points
 from ..modeling.image_processing_simipu import SimIPUImageProcessor
 from .frames import FrameDataset, OnBadRow, crop_window, jitter_colors, select_frames, to_pixel_values
-from .rows import Rows, calibration_from_row, image_from_row, points_from_row
+from .rows import calibration_from_row, image_from_row, points_from_row
 
 # KITTI Eigen training and evaluation use the bottom centre of every image (the "KB" crop): height, width.
 KB_CROP = (352, 1216)
@@ -28,8 +29,13 @@ KB_CROP = (352, 1216)
 # --- Eigen file lists -----------------------------------------------------------------------------------------------
 
 
-class EigenFrames:
-    """The frames of an Eigen file list that have ground truth, as rows with `frame_id` and the paths `image`, `depth`.
+def read_eigen_list(
+    file_list: str | os.PathLike,
+    image_root: str | os.PathLike,
+    depth_root: str | os.PathLike,
+    on_bad_row: OnBadRow = "error",
+) -> datasets.Dataset:
+    """The frames of an Eigen file list that have ground truth: `frame_id`, `image` (not decoded), path of `depth`.
 
     A line is `image_path depth_path`, with or without a focal length behind it (which nothing needs), and `None` for
     a missing depth. The published test list has 697 lines, 652 of them with ground truth.
@@ -44,48 +50,34 @@ class EigenFrames:
         SimIPUError: no such list, a line of another form, no line with ground truth, or a listed file is missing or
             listed twice.
     """
-
-    def __init__(
-        self,
-        file_list: str | os.PathLike,
-        image_root: str | os.PathLike,
-        depth_root: str | os.PathLike,
-        on_bad_row: OnBadRow = "error",
-    ):
-        self.image_root, self.depth_root = Path(image_root), Path(depth_root)
-        lines = _read_eigen_list(file_list)
-        self.entries = list(dict.fromkeys(lines))
-        if len(self.entries) < len(lines) and on_bad_row == "error":
-            twice = next(entry for entry in self.entries if lines.count(entry) > 1)
-            raise SimIPUError(f"{file_list}: {twice[0]} is listed twice; --on_bad_row skip takes it once")
-        missing = {
-            entry: path
-            for entry in self.entries
-            for path in (self.image_root / entry[0], self.depth_root / entry[1])
-            if not path.is_file()
-        }
-        if missing:
-            found = (
-                f"{file_list}: the files of {len(missing)} of {len(self.entries)} frames are missing, the first "
-                f"{next(iter(missing.values()))}"
-            )
-            if on_bad_row == "error":
-                raise SimIPUError(f"{found}; --on_bad_row skip leaves such frames out")
-            print(f"{found}; they are left out", file=sys.stderr)
-        self.entries = [entry for entry in self.entries if entry not in missing]
-        if not self.entries:
-            raise SimIPUError(f"{file_list}: no line has ground truth")
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        image, depth = self.entries[index]
-        path = {"bytes": None, "path": str(self.image_root / image)}  # as `datasets` has an image that is not decoded
-        return {"frame_id": image, "image": path, "depth": str(self.depth_root / depth)}
+    lines = _read_lines(file_list)
+    entries = list(dict.fromkeys(lines))
+    if len(entries) < len(lines) and on_bad_row == "error":
+        twice = next(entry for entry in entries if lines.count(entry) > 1)
+        raise SimIPUError(f"{file_list}: {twice[0]} is listed twice; --on_bad_row skip takes it once")
+    files = {(image, depth): (Path(image_root) / image, Path(depth_root) / depth) for image, depth in entries}
+    missing = {entry: path for entry, paths in files.items() for path in paths if not path.is_file()}
+    if missing:
+        found = (
+            f"{file_list}: the files of {len(missing)} of {len(entries)} frames are missing, the first "
+            f"{next(iter(missing.values()))}"
+        )
+        if on_bad_row == "error":
+            raise SimIPUError(f"{found}; --on_bad_row skip leaves such frames out")
+        print(f"{found}; they are left out", file=sys.stderr)
+    rows = [
+        {"frame_id": entry[0], "image": str(image), "depth": str(depth)}
+        for entry, (image, depth) in files.items()
+        if entry not in missing
+    ]
+    if not rows:
+        raise SimIPUError(f"{file_list}: no line has ground truth")
+    text = datasets.Value("string")
+    columns = {"frame_id": text, "image": datasets.Image(decode=False), "depth": text}
+    return datasets.Dataset.from_list(rows, features=datasets.Features(columns))
 
 
-def _read_eigen_list(path: str | os.PathLike) -> list[tuple[str, str]]:
+def _read_lines(path: str | os.PathLike) -> list[tuple[str, str]]:
     """Image and depth path of every line with ground truth, relative to their roots."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
@@ -107,14 +99,14 @@ def _read_eigen_list(path: str | os.PathLike) -> list[tuple[str, str]]:
 
 def select_depth_rows(
     frames: Sequence[str], file_list: str | None, image_dir: str | None, depth_dir: str | None, on_bad_row: OnBadRow
-) -> Rows:
+) -> datasets.Dataset:
     """The rows that a depth command is asked for: those of an Eigen file list, or else named ones.
 
     Raises:
-        SimIPUError: as [`select_frames`] and [`EigenFrames`].
+        SimIPUError: as [`select_frames`] and [`read_eigen_list`].
     """
     if file_list:
-        return EigenFrames(file_list, str(image_dir), str(depth_dir), on_bad_row)
+        return read_eigen_list(file_list, str(image_dir), str(depth_dir), on_bad_row)
     return select_frames(frames)
 
 

@@ -11,8 +11,8 @@ import torch
 
 from ..errors import SimIPUError
 from ..modeling.image_processing_simipu import SimIPUImageProcessor
-from .loading import load_pretraining_dataset, row_names, take_rows
-from .rows import ROW_FEATURES, Rows
+from .loading import join_rows, load_pretraining_dataset, row_names, take_rows
+from .rows import Rows
 from .sources import split_source
 
 OnBadRow = Literal["error", "skip"]
@@ -33,8 +33,7 @@ def select_frames(specifications: Sequence[str], labels: bool = False) -> datase
         labels: read the labels of published data sets.
 
     Returns:
-        A data set with the columns of the data contract, images not decoded, and `depth` and `objects` where every
-        source has them.
+        The columns that every source has, images not decoded.
 
     Raises:
         SimIPUError: a source that cannot be read, an id it does not have, or a frame named twice.
@@ -45,13 +44,8 @@ def select_frames(specifications: Sequence[str], labels: bool = False) -> datase
     taken: dict[str, set[Any]] = {}
     for specification, part in zip(specifications, parts, strict=True):
         take_rows(taken, specification, split_source(specification)[0], row_names(part))
-    shared = [name for name in ("depth", "objects") if all(name in part.column_names for part in parts)]
-    columns = [*ROW_FEATURES, *shared]
     # images are decoded where a damaged one is reported by its frame
-    parts = [part.select_columns(columns).cast_column("image", datasets.Image(decode=False)) for part in parts]
-    # casting copies the data, and is only needed where another writer stored a column in another way
-    parts = [part if part.features == parts[0].features else part.cast(parts[0].features) for part in parts]
-    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    return join_rows([part.cast_column("image", datasets.Image(decode=False)) for part in parts])
 
 
 def _select(specification: str, labels: bool) -> datasets.Dataset:
@@ -80,13 +74,6 @@ def _read_ids(ids: str, specification: str) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise SimIPUError(f"{specification}: the file of ids cannot be read ({error})") from error
     return [line.strip() for line in lines if line.strip()]
-
-
-def frame_ids(rows: Rows) -> list[str]:
-    """Names of the frames, read without decoding them."""
-    if isinstance(rows, datasets.Dataset):
-        return rows["frame_id"][:]
-    return [str(rows[index]["frame_id"]) for index in range(len(rows))]
 
 
 # --- samples --------------------------------------------------------------------------------------------------------

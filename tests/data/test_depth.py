@@ -12,11 +12,11 @@ from simipu_hf.data.depth import (
     DepthAugmentation,
     DepthDataset,
     DepthFrame,
-    EigenFrames,
     default_crop_size,
     image_and_depth,
     project_to_depth_map,
     read_depth_png,
+    read_eigen_list,
     resize_depth_map,
 )
 from simipu_hf.data.frames import select_frames
@@ -65,7 +65,7 @@ def eigen_list(folder, *lines, encoding="utf-8"):
     "line", ["a.png a.png 721.5377", "a.png a.png", "/a.png /a.png 721.5", "\\a.png \\a.png", "//a.png a.png"]
 )
 def test_eigen_lists_in_every_published_form(tmp_path, line):
-    rows = EigenFrames(*eigen_list(tmp_path, line, "", "b.png None 721.5377", encoding="utf-8-sig"))
+    rows = read_eigen_list(*eigen_list(tmp_path, line, "", "b.png None 721.5377", encoding="utf-8-sig"))
     assert len(rows) == 1
     assert rows[0]["frame_id"] == "a.png"
     assert (image_and_depth(rows[0])[1] == 2.0).all()
@@ -73,17 +73,17 @@ def test_eigen_lists_in_every_published_form(tmp_path, line):
 
 def test_faults_of_eigen_lists_are_named(tmp_path, capsys):
     with pytest.raises(SimIPUError, match="line 2"):
-        EigenFrames(*eigen_list(tmp_path, "a.png a.png", "b.png"))
+        read_eigen_list(*eigen_list(tmp_path, "a.png a.png", "b.png"))
     with pytest.raises(SimIPUError, match="no line has ground truth"):
-        EigenFrames(*eigen_list(tmp_path, "a.png None"))
+        read_eigen_list(*eigen_list(tmp_path, "a.png None"))
     twice = eigen_list(tmp_path, "a.png a.png", "/a.png a.png 721.5")
     with pytest.raises(SimIPUError, match=r"a\.png is listed twice"):
-        EigenFrames(*twice)
-    assert len(EigenFrames(*twice, on_bad_row="skip")) == 1
+        read_eigen_list(*twice)
+    assert len(read_eigen_list(*twice, on_bad_row="skip")) == 1
     missing = eigen_list(tmp_path, "a.png a.png", "a.png x.png", "y.png a.png")
     with pytest.raises(SimIPUError, match=r"files of 2 of 3 frames are missing, the first .*x\.png"):
-        EigenFrames(*missing)
-    assert len(EigenFrames(*missing, on_bad_row="skip")) == 1
+        read_eigen_list(*missing)
+    assert len(read_eigen_list(*missing, on_bad_row="skip")) == 1
     assert "2 of 3" in capsys.readouterr().err
 
 

@@ -121,11 +121,9 @@ def test_shared_frames_are_found_by_content(tmp_path):
     second = dataset_from_rows([make_row("3", 30), renamed, same_image, same_scan], tmp_path)
     expected = [("4", "other name"), ("2", "same image"), ("3", "same scan")]
     assert frames_on_both_sides(first, second) == expected
-    assert frames_on_both_sides(list(first), second) == expected  # rows of another kind, by their pixels
-    encoded = list(second.cast_column("image", datasets.Image(decode=False)))
-    assert frames_on_both_sides(first, encoded) == expected
-    encoded[1]["image"] = {"bytes": None, "path": "absent.png"}
-    assert frames_on_both_sides(encoded, first) == [("same image", "2"), ("same scan", "3"), ("other name", "4")]
+    damaged = [second[0], {**second[1], "image": {"bytes": None, "path": "absent.png"}}, second[2], second[3]]
+    damaged = datasets.Dataset.from_list(damaged, features=second.features)
+    assert frames_on_both_sides(damaged, first) == [("same image", "2"), ("same scan", "3"), ("other name", "4")]
     assert frames_on_both_sides(first, first.select([])) == []
     with pytest.raises(SimIPUError, match=r"--eval: 3 of 4 frames are also trained on.*'other name', '4' among"):
         refuse_shared_frames(first, second, "--eval")
