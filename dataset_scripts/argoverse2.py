@@ -197,10 +197,11 @@ def _times(folder: str, suffix: str) -> list[int]:
 
 
 def fingerprint(frames: Iterable[Frame]) -> str:
-    """Changes with every change of the frames' files, by size and time of change."""
+    """Changes with this file and with the frames' files, by size and time of change."""
     frames = list(frames)
     tables = {os.path.join(frame.log, name) for frame in frames for name in (*CALIBRATION, POSES)}
-    digest = hashlib.sha256(repr(frames).encode("utf-8"))
+    with open(__file__, "rb") as file:
+        digest = hashlib.sha256(file.read() + repr(frames).encode("utf-8"))
     for path in sorted(tables.union(*({frame.image, frame.sweep} for frame in frames))):
         found = os.stat(path) if os.path.isfile(path) else None
         digest.update(repr((path, found and found.st_size, found and found.st_mtime_ns)).encode("utf-8"))
@@ -372,22 +373,18 @@ def points_in_view(points: np.ndarray, lidar_to_image: np.ndarray, size: tuple[i
 
 @dataclass
 class Argoverse2Config(datasets.BuilderConfig):
-    """Configuration of `Argoverse2`: `splits`, `cameras`, `scenes` of `list_frames`, `whole_scans` of `read_row`.
-
-    `on_bad_row`: "error" stops at a missing or damaged file, "skip" leaves that frame out and logs why.
-    """
+    """Configuration of `Argoverse2`: `splits`, `cameras`, `scenes` of `list_frames`, `whole_scans` of `read_row`."""
 
     splits: tuple[str, ...] | None = None
     cameras: tuple[str, ...] | None = None
     scenes: tuple[str, ...] | None = None
-    on_bad_row: str = "error"
     whole_scans: bool = False
 
     def list_frames(self) -> Listing:
         return list_frames(self.name, self.data_dir, self.splits, self.cameras, self.scenes)
 
     def create_config_id(self, config_kwargs: dict[str, Any], custom_features: datasets.Features | None = None) -> str:
-        # the cache folder's name: rows prepared from files that have changed since must not be found again
+        # the cache folder's name: rows of files, or by code, that have changed since must not be found again
         if self.data_dir is not None:
             frames = [frame for split in self.list_frames().splits.values() for frame in split]
             config_kwargs = {**config_kwargs, "files": fingerprint(frames)}
@@ -405,10 +402,6 @@ class Argoverse2(datasets.GeneratorBasedBuilder):
     DEFAULT_CONFIG_NAME = "sensor"
     DEFAULT_WRITER_BATCH_SIZE = 16
 
-    def __init__(self, *args: Any, hash: str | None = None, **kwargs: Any) -> None:
-        # datasets only hashes code that it loads as a script; with this, rows of an older version are not found again
-        super().__init__(*args, hash=hash or _code_hash(), **kwargs)
-
     def _info(self) -> datasets.DatasetInfo:
         return datasets.DatasetInfo(
             description=f"{self.config.description}: camera + LiDAR pairs",
@@ -419,12 +412,10 @@ class Argoverse2(datasets.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
-        if self.config.on_bad_row not in ("error", "skip"):
-            raise ValueError(f"on_bad_row: expected 'error' or 'skip', found {self.config.on_bad_row!r}")
         listing = self.config.list_frames()
-        if listing.problems and self.config.on_bad_row == "error":
+        if listing.problems:
             raise ValueError("\n".join(listing.problems[:10]))
-        for message in listing.notes + listing.problems:
+        for message in listing.notes:
             logger.warning(message)
         if not listing.splits:
             raise ValueError(f"{self.config.data_dir}: expected images with their scans, found none")
@@ -433,12 +424,7 @@ class Argoverse2(datasets.GeneratorBasedBuilder):
 
     def _generate_examples(self, frames: Iterable[Frame]) -> Iterator[tuple[str, dict[str, Any]]]:
         for frame in frames:
-            try:
-                yield frame.frame_id, read_row(frame, self.config.whole_scans)
-            except ValueError as error:
-                if self.config.on_bad_row == "error":
-                    raise
-                logger.warning(f"frame {frame.frame_id} skipped: {error}")
+            yield frame.frame_id, read_row(frame, self.config.whole_scans)
 
 
 def features(name: str) -> datasets.Features:
@@ -454,9 +440,3 @@ def features(name: str) -> datasets.Features:
             "lidar_to_camera": datasets.Array2D((4, 4), "float64"),
         }
     )
-
-
-def _code_hash() -> str:
-    """Changes with this file."""
-    with open(__file__, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()

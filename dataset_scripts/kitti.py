@@ -323,17 +323,15 @@ def _drive_frames(name: str, drive: _Drive, cameras: Sequence[int] | None, listi
 
 
 def fingerprint(frames: Iterable[Frame]) -> str:
-    """Changes with every change of the frames' files (by size and time of change), so that a cache can't be stale."""
-    states: dict[str, tuple[int, int] | None] = {}  # frames of a drive share their calibration
-    for frame in frames:
-        for path in (frame.image, frame.scan, *frame.calibration, *([frame.labels] if frame.labels else [])):
-            if path not in states:
-                try:
-                    found = os.stat(path)
-                    states[path] = (found.st_size, found.st_mtime_ns)
-                except OSError:
-                    states[path] = None
-    return hashlib.sha256(repr((list(frames), states)).encode("utf-8")).hexdigest()
+    """Changes with this file and with the frames' files (by size and time of change): no cache is stale."""
+    frames = list(frames)
+    with open(__file__, "rb") as file:
+        digest = hashlib.sha256(file.read() + repr(frames).encode("utf-8"))
+    of_drives = {path for frame in frames for path in frame.calibration}
+    for path in sorted(of_drives.union(*((frame.image, frame.scan, frame.labels or frame.scan) for frame in frames))):
+        found = os.stat(path) if os.path.isfile(path) else None
+        digest.update(repr((path, found and found.st_size, found and found.st_mtime_ns)).encode("utf-8"))
+    return digest.hexdigest()
 
 
 def _root(data_dir: str | os.PathLike | None) -> str:
@@ -594,22 +592,18 @@ def _homogeneous(matrix: np.ndarray) -> np.ndarray:
 
 @dataclass
 class KittiConfig(datasets.BuilderConfig):
-    """Configuration of `Kitti`; `splits`, `cameras` and `scenes` as in `list_frames`, `whole_scans` as in `read_row`.
-
-    `on_bad_row`: "error" stops at a missing or damaged file, "skip" leaves that frame out and logs why.
-    """
+    """Configuration of `Kitti`: `splits`, `cameras`, `scenes` as in `list_frames`, `whole_scans` as in `read_row`."""
 
     splits: tuple[str, ...] | None = None
     cameras: tuple[int, ...] | None = None
     scenes: tuple[str, ...] | None = None
-    on_bad_row: str = "error"
     whole_scans: bool = False
 
     def list_frames(self) -> Listing:
         return list_frames(self.name, self.data_dir, self.splits, self.cameras, self.scenes)
 
     def create_config_id(self, config_kwargs: dict[str, Any], custom_features: datasets.Features | None = None) -> str:
-        # the cache folder's name: rows prepared from files that have changed since must not be found again
+        # the cache folder's name: rows of files, or by code, that have changed since must not be found again
         if self.data_dir is not None:
             frames = [frame for split in self.list_frames().splits.values() for frame in split]
             config_kwargs = {**config_kwargs, "files": fingerprint(frames)}
@@ -630,10 +624,6 @@ class Kitti(datasets.GeneratorBasedBuilder):
     DEFAULT_CONFIG_NAME = "object"
     DEFAULT_WRITER_BATCH_SIZE = 16  # whole scans have 2 MB
 
-    def __init__(self, *args: Any, hash: str | None = None, **kwargs: Any) -> None:
-        # datasets only hashes code that it loads as a script; with this, rows of an older version are not found again
-        super().__init__(*args, hash=hash or _code_hash(), **kwargs)
-
     def _info(self) -> datasets.DatasetInfo:
         return datasets.DatasetInfo(
             description=f"{self.config.description}: synchronised camera + LiDAR pairs",
@@ -644,12 +634,10 @@ class Kitti(datasets.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
-        if self.config.on_bad_row not in ("error", "skip"):
-            raise ValueError(f"on_bad_row: expected 'error' or 'skip', found {self.config.on_bad_row!r}")
         listing = self.config.list_frames()
-        if listing.problems and self.config.on_bad_row == "error":
+        if listing.problems:
             raise ValueError("\n".join(listing.problems[:10]))
-        for message in listing.notes + listing.problems:
+        for message in listing.notes:
             logger.warning(message)
         if not listing.splits:
             raise ValueError(f"{self.config.data_dir}: expected images with their scans, found none")
@@ -658,12 +646,7 @@ class Kitti(datasets.GeneratorBasedBuilder):
 
     def _generate_examples(self, frames: Iterable[Frame]) -> Iterator[tuple[str, dict[str, Any]]]:
         for frame in frames:
-            try:
-                yield frame.frame_id, read_row(frame, self.config.whole_scans)
-            except ValueError as error:
-                if self.config.on_bad_row == "error":
-                    raise
-                logger.warning(f"frame {frame.frame_id} skipped: {error}")
+            yield frame.frame_id, read_row(frame, self.config.whole_scans)
 
 
 def features(name: str) -> datasets.Features:
@@ -691,9 +674,3 @@ def features(name: str) -> datasets.Features:
             }
         )
     return datasets.Features(columns)
-
-
-def _code_hash() -> str:
-    """Changes with this file."""
-    with open(__file__, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()

@@ -472,8 +472,9 @@ def _require(wanted: Iterable[str] | None, available: Iterable[str], what: str) 
 
 
 def fingerprint(frames: Iterable[Frame]) -> str:
-    """Changes with every change of the frames' files (by size and time of change) and calibration."""
-    digest = hashlib.sha256()
+    """Changes with this file, the frames' files (by size and time of change) and their calibration."""
+    with open(__file__, "rb") as file:
+        digest = hashlib.sha256(file.read())
     for frame in frames:
         for path in (frame.image, frame.scan):
             found = os.stat(path) if os.path.isfile(path) else None
@@ -665,22 +666,18 @@ def points_in_view(points: np.ndarray, lidar_to_image: np.ndarray, size: tuple[i
 
 @dataclass
 class NuScenesConfig(datasets.BuilderConfig):
-    """Configuration of `NuScenes`: `splits`, `cameras`, `scenes` as in `list_frames`, `whole_scans` as in `read_row`.
-
-    `on_bad_row`: "error" stops at a missing or damaged file, "skip" leaves that frame out and logs why.
-    """
+    """Configuration of `NuScenes`: `splits`, `cameras`, `scenes` of `list_frames`, `whole_scans` of `read_row`."""
 
     splits: tuple[str, ...] | None = None
     cameras: tuple[str, ...] | None = None
     scenes: tuple[str, ...] | None = None
-    on_bad_row: str = "error"
     whole_scans: bool = False
 
     def list_frames(self) -> Listing:
         return list_frames(self.name, self.data_dir, self.splits, self.cameras, self.scenes)
 
     def create_config_id(self, config_kwargs: dict[str, Any], custom_features: datasets.Features | None = None) -> str:
-        # the cache folder's name: rows prepared from files that have changed since must not be found again
+        # the cache folder's name: rows of files, or by code, that have changed since must not be found again
         if self.data_dir is not None:
             frames = [frame for split in self.list_frames().splits.values() for frame in split]
             config_kwargs = {**config_kwargs, "files": fingerprint(frames)}
@@ -704,10 +701,6 @@ class NuScenes(datasets.GeneratorBasedBuilder):
     DEFAULT_CONFIG_NAME = "v1.0-trainval"
     DEFAULT_WRITER_BATCH_SIZE = 16
 
-    def __init__(self, *args: Any, hash: str | None = None, **kwargs: Any) -> None:
-        # datasets only hashes code that it loads as a script; with this, rows of an older version are not found again
-        super().__init__(*args, hash=hash or _code_hash(), **kwargs)
-
     def _info(self) -> datasets.DatasetInfo:
         return datasets.DatasetInfo(
             description=f"{self.config.description}: camera + LiDAR pairs",
@@ -718,12 +711,10 @@ class NuScenes(datasets.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
-        if self.config.on_bad_row not in ("error", "skip"):
-            raise ValueError(f"on_bad_row: expected 'error' or 'skip', found {self.config.on_bad_row!r}")
         listing = self.config.list_frames()
-        if listing.problems and self.config.on_bad_row == "error":
+        if listing.problems:
             raise ValueError("\n".join(listing.problems[:10]))
-        for message in listing.notes + listing.problems:
+        for message in listing.notes:
             logger.warning(message)
         if not listing.splits:
             raise ValueError(f"{self.config.data_dir}: expected images with their scans, found none")
@@ -732,12 +723,7 @@ class NuScenes(datasets.GeneratorBasedBuilder):
 
     def _generate_examples(self, frames: Iterable[Frame]) -> Iterator[tuple[str, dict[str, Any]]]:
         for frame in frames:
-            try:
-                yield frame.frame_id, read_row(frame, self.config.whole_scans)
-            except ValueError as error:
-                if self.config.on_bad_row == "error":
-                    raise
-                logger.warning(f"frame {frame.frame_id} skipped: {error}")
+            yield frame.frame_id, read_row(frame, self.config.whole_scans)
 
 
 def features(name: str) -> datasets.Features:
@@ -765,9 +751,3 @@ def features(name: str) -> datasets.Features:
             }
         )
     return datasets.Features(columns)
-
-
-def _code_hash() -> str:
-    """Changes with this file."""
-    with open(__file__, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()

@@ -44,8 +44,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-logger = datasets.logging.get_logger(__name__)
-
 VERSION = datasets.Version("1.0.0")
 FOLDERS = {"train": "training", "validation": "validation", "test": "testing"}
 CAMERAS = {"FRONT": 1, "FRONT_LEFT": 2, "FRONT_RIGHT": 3, "SIDE_LEFT": 4, "SIDE_RIGHT": 5}
@@ -162,9 +160,10 @@ def _segment_frames(folder: str, segment: str, cameras: Sequence[str], problems:
 
 
 def fingerprint(frames: Iterable[Frame]) -> str:
-    """Changes with every change of the frames' files, by size and time of change."""
+    """Changes with this file and with the frames' files, by size and time of change."""
     frames = list(frames)
-    digest = hashlib.sha256(repr(frames).encode("utf-8"))
+    with open(__file__, "rb") as file:
+        digest = hashlib.sha256(file.read() + repr(frames).encode("utf-8"))
     for folder, segment in sorted({(frame.folder, frame.scene) for frame in frames}):
         for component in COMPONENTS:
             path = _path(folder, component, segment)
@@ -489,22 +488,18 @@ def points_in_view(points: np.ndarray, lidar_to_image: np.ndarray, size: tuple[i
 
 @dataclass
 class WaymoConfig(datasets.BuilderConfig):
-    """Configuration of `Waymo`: `splits`, `cameras`, `scenes` as in `list_frames`, `whole_scans` as in `read_row`.
-
-    `on_bad_row`: "error" stops at a missing or damaged file, "skip" leaves that frame out and logs why.
-    """
+    """Configuration of `Waymo`: `splits`, `cameras`, `scenes` as in `list_frames`, `whole_scans` as in `read_row`."""
 
     splits: tuple[str, ...] | None = None
     cameras: tuple[str, ...] | None = None
     scenes: tuple[str, ...] | None = None
-    on_bad_row: str = "error"
     whole_scans: bool = False
 
     def list_frames(self) -> Listing:
         return list_frames(self.name, self.data_dir, self.splits, self.cameras, self.scenes)
 
     def create_config_id(self, config_kwargs: dict[str, Any], custom_features: datasets.Features | None = None) -> str:
-        # the cache folder's name: rows prepared from files that have changed since must not be found again
+        # the cache folder's name: rows of files, or by code, that have changed since must not be found again
         if self.data_dir is not None:
             frames = [frame for split in self.list_frames().splits.values() for frame in split]
             config_kwargs = {**config_kwargs, "files": fingerprint(frames)}
@@ -522,10 +517,6 @@ class Waymo(datasets.GeneratorBasedBuilder):
     DEFAULT_CONFIG_NAME = "perception"
     DEFAULT_WRITER_BATCH_SIZE = 16
 
-    def __init__(self, *args: Any, hash: str | None = None, **kwargs: Any) -> None:
-        # datasets only hashes code that it loads as a script; with this, rows of an older version are not found again
-        super().__init__(*args, hash=hash or _code_hash(), **kwargs)
-
     def _info(self) -> datasets.DatasetInfo:
         return datasets.DatasetInfo(
             description=f"{self.config.description}: camera + LiDAR pairs",
@@ -536,13 +527,9 @@ class Waymo(datasets.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
-        if self.config.on_bad_row not in ("error", "skip"):
-            raise ValueError(f"on_bad_row: expected 'error' or 'skip', found {self.config.on_bad_row!r}")
         listing = self.config.list_frames()
-        if listing.problems and self.config.on_bad_row == "error":
+        if listing.problems:
             raise ValueError("\n".join(listing.problems[:10]))
-        for message in listing.problems:
-            logger.warning(message)
         if not listing.splits:
             raise ValueError(f"{self.config.data_dir}: expected images with their scans, found none")
         # a list is what datasets divides among processes and stream shards
@@ -550,12 +537,7 @@ class Waymo(datasets.GeneratorBasedBuilder):
 
     def _generate_examples(self, frames: Iterable[Frame]) -> Iterator[tuple[str, dict[str, Any]]]:
         for frame in frames:
-            try:
-                yield frame.frame_id, read_row(frame, self.config.whole_scans)
-            except ValueError as error:
-                if self.config.on_bad_row == "error":
-                    raise
-                logger.warning(f"frame {frame.frame_id} skipped: {error}")
+            yield frame.frame_id, read_row(frame, self.config.whole_scans)
 
 
 def features(name: str) -> datasets.Features:
@@ -571,9 +553,3 @@ def features(name: str) -> datasets.Features:
             "lidar_to_camera": datasets.Array2D((4, 4), "float64"),
         }
     )
-
-
-def _code_hash() -> str:
-    """Changes with this file."""
-    with open(__file__, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()

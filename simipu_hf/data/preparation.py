@@ -1,7 +1,8 @@
 """Rows of a reader's files, prepared once: read on several processes into Arrow files of the cache.
 
-Own part, beside `datasets`' builders: an Arrow file holds 512 rows and is named by what it was made of. Preparation
-that was interrupted goes on behind the last whole file, and a folder that grew is prepared where it is new.
+Own part, beside `datasets`' builders: an Arrow file holds 512 rows and is named by the files and the code that it was
+made of. Preparation that was interrupted goes on behind the last whole file, and a folder that grew is prepared where
+it is new.
 """
 
 import hashlib
@@ -78,7 +79,9 @@ def prepare(
     with _lock(note):
         paths = _files_of_this_launch(note)
         if paths is None:
-            paths = [folder / f"{reading.module.rpartition('.')[2]}-{_name(reading, chunk)}.arrow" for chunk in chunks]
+            kind = reading.module.rpartition(".")[2]
+            digests = [_digest(reading.reader.fingerprint(chunk), reading) for chunk in chunks]
+            paths = [folder / f"{kind}-{digest}.arrow" for digest in digests]
             missing = [item for item in zip(paths, chunks, strict=True) if not item[0].is_file()]
             write = partial(_write_chunk, reading, stop_at_damage=skipped is None)
             run_in_processes(write, missing, num_proc, "Preparing", lambda item: len(item[1]), "row")
@@ -127,11 +130,6 @@ def run_in_processes(
 def _write_chunk(reading: Reading, item: tuple[Path, Sequence[Any]], stop_at_damage: bool) -> None:
     path, frames = item
     write_arrow(path, reading.rows(frames, None if stop_at_damage else []), reading.reader.features(reading.config))
-
-
-def _name(reading: Reading, frames: Sequence[Any]) -> str:
-    """Of the files of the frames, the code that reads them, and how it does."""
-    return _digest(reading.reader.fingerprint(frames), Path(str(reading.reader.__file__)).read_bytes(), reading)
 
 
 def _digest(*made_of: Any) -> str:
