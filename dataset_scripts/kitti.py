@@ -592,11 +592,15 @@ def _homogeneous(matrix: np.ndarray) -> np.ndarray:
 
 @dataclass
 class KittiConfig(datasets.BuilderConfig):
-    """Configuration of `Kitti`: `splits`, `cameras`, `scenes` as in `list_frames`, `whole_scans` as in `read_row`."""
+    """Configuration of `Kitti`: `splits`, `cameras`, `scenes` as in `list_frames`, `whole_scans` as in `read_row`.
+
+    `on_bad_row`: "error" stops at a missing or damaged file, "skip" leaves that frame out and logs why.
+    """
 
     splits: tuple[str, ...] | None = None
     cameras: tuple[int, ...] | None = None
     scenes: tuple[str, ...] | None = None
+    on_bad_row: str = "error"
     whole_scans: bool = False
 
     def list_frames(self) -> Listing:
@@ -634,10 +638,12 @@ class Kitti(datasets.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
+        if self.config.on_bad_row not in ("error", "skip"):
+            raise ValueError(f"on_bad_row: expected 'error' or 'skip', found {self.config.on_bad_row!r}")
         listing = self.config.list_frames()
-        if listing.problems:
+        if listing.problems and self.config.on_bad_row == "error":
             raise ValueError("\n".join(listing.problems[:10]))
-        for message in listing.notes:
+        for message in listing.notes + listing.problems:
             logger.warning(message)
         if not listing.splits:
             raise ValueError(f"{self.config.data_dir}: expected images with their scans, found none")
@@ -646,7 +652,12 @@ class Kitti(datasets.GeneratorBasedBuilder):
 
     def _generate_examples(self, frames: Iterable[Frame]) -> Iterator[tuple[str, dict[str, Any]]]:
         for frame in frames:
-            yield frame.frame_id, read_row(frame, self.config.whole_scans)
+            try:
+                yield frame.frame_id, read_row(frame, self.config.whole_scans)
+            except ValueError as error:
+                if self.config.on_bad_row == "error":
+                    raise
+                logger.warning(f"frame {frame.frame_id} skipped: {error}")
 
 
 def features(name: str) -> datasets.Features:

@@ -213,6 +213,14 @@ def test_object_damage_is_named(object_root, tmp_path, case):
     assert not list((tmp_path / "cache").rglob("*.arrow"))
 
 
+@pytest.mark.parametrize("case", [case for case in OBJECT_DAMAGE if case != "folder missing"])
+def test_object_damage_can_be_skipped(object_root, tmp_path, case):
+    root = object_root({"train": "000000\n000001\n"})
+    OBJECT_DAMAGE[case][0](root)
+    rows = build(root, "object", tmp_path / "cache", on_bad_row="skip")["train"]
+    assert list(rows["frame_id"]) == ["000000"]
+
+
 def test_labels_never_decide_whether_a_frame_can_be_used(object_root, tmp_path):
     root = object_root({"train": "000000\n"})
     lines = [
@@ -325,6 +333,7 @@ def test_raw_damage_is_named(raw_root, tmp_path, case):
         ("object", {"splits": ("valid",)}, "'train'"),
         ("object", {"cameras": (1,)}, "cameras"),
         ("object", {"scenes": ("2011_09_26_drive_0001_sync",)}, "'raw' only"),
+        ("object", {"on_bad_row": "ignore"}, "on_bad_row"),
     ],
 )
 def test_impossible_choices_are_errors(object_root, tmp_path, name, options, expected):
