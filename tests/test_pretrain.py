@@ -6,6 +6,8 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -53,8 +55,10 @@ def frames(tmp_path_factory):
 
 
 @pytest.fixture
-def run(frames, tmp_path):
-    """Calls `pretrain` with tiny defaults; flags as text, the output folder as a name."""
+def run(frames, tmp_path, monkeypatch):
+    """Calls `pretrain` with tiny defaults; flags as text, the output folder as a name. It draws no pictures."""
+    for name in ("draw_curves", "draw_features"):
+        monkeypatch.setattr(module, name, lambda *_: None)
 
     def call(name: str, *flags: str):
         return pretrain(arguments(frames, tmp_path / name, *flags))
@@ -70,6 +74,20 @@ def arguments(frames, output_dir, *flags: str):
         *("--checkpointing_steps", "3", "--dataloader_num_workers", "0", "--learning_rate", "0.003"),
     ]
     return parse_arguments(PreTrainingArguments, defaults + list(flags))
+
+
+@pytest.fixture(scope="module")
+def whole(frames, tmp_path_factory):
+    """A run of eight steps that nothing interrupts, with all its checkpoints; tests change copies."""
+    return pretrain(arguments(frames, tmp_path_factory.mktemp("whole") / "whole", "--save_total_limit", "0"))
+
+
+DROP_PATH = ("--config_overrides", OVERRIDES + ",image_config.model_args={drop_path_rate: 0.5}")
+
+
+@pytest.fixture(scope="module")
+def whole_with_random_layers(frames, tmp_path_factory):
+    return pretrain(arguments(frames, tmp_path_factory.mktemp("whole") / "random", *DROP_PATH))
 
 
 def weights(folder):
@@ -104,11 +122,9 @@ def stop_after(monkeypatch, step, error=None):
     monkeypatch.setattr(module, "clip_gradients", broken)
 
 
-def test_writes_a_complete_folder(run, capsys):
-    out = run("out")
-
-    assert f'timm.create_model("local-dir:{out.as_posix()}/image_encoder", pretrained=True)' in capsys.readouterr().out
-    assert [p.name for p in list_checkpoints(out)] == ["checkpoint-6", "checkpoint-8"]
+def test_writes_a_complete_folder(whole):
+    out = whole
+    assert [p.name for p in list_checkpoints(out)] == ["checkpoint-3", "checkpoint-6", "checkpoint-8"]
     assert {p.name for p in out.iterdir()} >= {
         *("config.json", "model.safetensors", "processor_config.json", "image_encoder", "metrics.jsonl", "run.yaml")
     }
@@ -127,55 +143,51 @@ def test_writes_a_complete_folder(run, capsys):
     assert lines[-1]["learning_rate/image_encoder"] == pytest.approx(0.003 * 0.99)
 
 
-def test_run_file_reproduces_the_run(run, tmp_path):
-    first = run("first", "--seed", "3")
-    record = yaml.safe_load((first / "run.yaml").read_text(encoding="utf-8"))
+def test_run_file_reproduces_the_run(whole, tmp_path):
+    record = yaml.safe_load((whole / "run.yaml").read_text(encoding="utf-8"))
     assert record["data"]["rows"] == 10
     assert record["versions"]["torch"] == torch.__version__
     again = pretrain(
         parse_arguments(
-            PreTrainingArguments, ["--config", str(first / "run.yaml"), "--output_dir", str(tmp_path / "again")]
+            PreTrainingArguments, ["--config", str(whole / "run.yaml"), "--output_dir", str(tmp_path / "again")]
         )
     )
-    assert_same_result(first, again)
+    assert_same_result(whole, again)
 
 
-@pytest.mark.parametrize(("workers", "accumulation"), [(0, "1"), (2, "2")])
-def test_resumes_to_the_bit(run, monkeypatch, workers, accumulation):
-    flags = ("--dataloader_num_workers", str(workers), "--gradient_accumulation_steps", accumulation)
-    whole = run("whole", "--gradient_accumulation_steps", accumulation)  # another number of workers changes nothing
-    with monkeypatch.context() as patch:
-        stop_after(patch, 5, error=RuntimeError("killed"))
-        with pytest.raises(RuntimeError, match="killed"):
-            run("broken", *flags)
-    (whole.parent / "broken" / ".checkpoint-6.partial").mkdir()
+@pytest.mark.parametrize(("workers", "accumulation"), [("0", "1"), ("2", "2")])
+def test_resumes_to_the_bit(request, run, tmp_path, monkeypatch, workers, accumulation):
+    flags = ("--dataloader_num_workers", workers, "--gradient_accumulation_steps", accumulation)
+    # another number of workers changes nothing
+    uninterrupted = request.getfixturevalue("whole") if accumulation == "1" else run("whole", *flags[2:])
+    break_off(run, monkeypatch, 5, *flags)
+    (tmp_path / "broken" / ".checkpoint-6.partial").mkdir()
     resumed = run("broken", *flags, "--resume_from_checkpoint", "latest")
-    assert_same_result(whole, resumed)
+    assert_same_result(uninterrupted, resumed)
     assert not (resumed / ".checkpoint-6.partial").exists()
 
 
-def test_random_layers_resume_to_the_bit(run, monkeypatch):
-    drop = ("--config_overrides", OVERRIDES + ",image_config.model_args={drop_path_rate: 0.5}")
-    whole = run("whole", *drop)
+def break_off(run, monkeypatch, step, *flags):
     with monkeypatch.context() as patch:
-        stop_after(patch, 5, error=RuntimeError("killed"))
-        with pytest.raises(RuntimeError):
-            run("broken", *drop)
-    assert_same_result(whole, run("broken", *drop, "--resume_from_checkpoint", "latest"))
+        stop_after(patch, step, error=RuntimeError("killed"))
+        with pytest.raises(RuntimeError, match="killed"):
+            run("broken", *flags)
 
 
-def test_resumes_before_the_first_checkpoint(run, monkeypatch):
-    whole = run("whole")
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3, error=RuntimeError("killed"))
-        with pytest.raises(RuntimeError):
-            run("broken")
-    assert_same_result(whole, run("broken", "--resume_from_checkpoint", "latest"))
+def test_random_layers_resume_to_the_bit(run, whole_with_random_layers, monkeypatch):
+    break_off(run, monkeypatch, 5, *DROP_PATH)
+    assert_same_result(whole_with_random_layers, run("broken", *DROP_PATH, "--resume_from_checkpoint", "latest"))
 
 
-def test_passes_over_a_damaged_checkpoint(run, capsys):
-    whole = run("whole", "--save_total_limit", "0")
-    broken = run("broken", "--save_total_limit", "0")
+def test_resumes_before_the_first_checkpoint(run, whole, monkeypatch):
+    break_off(run, monkeypatch, 3)
+    resumed = run("broken", "--resume_from_checkpoint", "latest")
+    assert_same_result(whole, resumed)
+    assert [p.name for p in list_checkpoints(resumed)] == ["checkpoint-6", "checkpoint-8"]  # two are kept
+
+
+def test_passes_over_a_damaged_checkpoint(run, whole, tmp_path, capsys):
+    broken = shutil.copytree(whole, tmp_path / "broken")
     for name in ("checkpoint-8/model.safetensors", "checkpoint-6/training_state.pt"):
         with (broken / name).open("rb+") as stream:
             stream.truncate(1000)
@@ -184,8 +196,7 @@ def test_passes_over_a_damaged_checkpoint(run, capsys):
     assert_same_result(whole, resumed)
 
 
-def test_sigterm_saves_and_says_how_to_continue(run, monkeypatch):
-    whole = run("whole")
+def test_sigterm_saves_and_says_how_to_continue(run, whole, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(patch, 4)
         with pytest.raises(TrainingInterrupted, match=r"SIGTERM after step 4 of 8.*latest") as stopped:
@@ -213,13 +224,10 @@ def test_stops_at_a_loss_that_is_no_number(run, monkeypatch, tmp_path):
     assert [line["step"] for line in metrics(tmp_path / "out")] == [2, 4]
 
 
-def test_evaluation_changes_nothing(run):
-    plain = run("plain", "--config_overrides", OVERRIDES + ",image_config.model_args={drop_path_rate: 0.5}")
-    watched = run(
-        *("watched", "--config_overrides", OVERRIDES + ",image_config.model_args={drop_path_rate: 0.5}"),
-        *("--eval_steps", "3", "--per_device_eval_batch_size", "3"),
-    )
-    assert all(torch.equal(weights(plain)[name], value) for name, value in weights(watched).items())
+def test_evaluation_changes_nothing(run, whole_with_random_layers):
+    watched = run("watched", *DROP_PATH, "--eval_steps", "3", "--per_device_eval_batch_size", "3")
+    plain = weights(whole_with_random_layers)
+    assert all(torch.equal(plain[name], value) for name, value in weights(watched).items())
     evaluations = [line for line in metrics(watched) if "eval/inter_modal_loss" in line]
     assert [line["step"] for line in evaluations] == [3, 6, 8]
     assert 0 <= evaluations[0]["eval/recall_within_1_cells"] <= evaluations[0]["eval/recall_within_5_cells"] <= 1
@@ -232,9 +240,9 @@ def test_gradient_checkpointing_computes_blocks_again_and_changes_nothing(run, m
 
     calls, forward = [], timm.models.resnet.BasicBlock.forward
     monkeypatch.setattr(timm.models.resnet.BasicBlock, "forward", counted)
-    plain, plain_calls = run("plain"), len(calls)
-    saving, saving_calls = run("saving", "--gradient_checkpointing"), len(calls) - plain_calls
-    assert saving_calls >= plain_calls + 8  # at least one in the backward pass of every step
+    plain, plain_calls = run("plain", "--max_steps", "3"), len(calls)
+    saving = run("saving", "--max_steps", "3", "--gradient_checkpointing")
+    assert len(calls) - plain_calls >= plain_calls + 3  # at least one in the backward pass of every step
     for name, value in weights(plain).items():
         torch.testing.assert_close(weights(saving)[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
@@ -245,11 +253,11 @@ def test_bf16_trains(run):
     assert math.isfinite(metrics(out)[-1]["loss"])
 
 
-def test_the_augmentation_can_be_changed(run):
-    plain, changed = run("plain"), run("changed", "--augmentation_overrides", "random_zoom=[1.5,2.0],brightness=0.4")
-    assert metrics(plain)[0]["inter_modal_loss"] != metrics(changed)[0]["inter_modal_loss"]
+def test_the_augmentation_can_be_changed(run, whole):
+    changed = run("out", "--max_steps", "2", "--augmentation_overrides", "random_zoom=[1.5,2.0],brightness=0.4")
+    assert metrics(whole)[0]["inter_modal_loss"] != metrics(changed)[0]["inter_modal_loss"]
     # a zoomed image shows fewer of the points
-    assert metrics(changed)[0]["inter_modal_chance"] < metrics(plain)[0]["inter_modal_chance"]
+    assert metrics(changed)[0]["inter_modal_chance"] < metrics(whole)[0]["inter_modal_chance"]
 
 
 def test_a_gradient_can_be_clipped(run):
@@ -345,20 +353,19 @@ def test_refuses_to_resume_another_configuration(run):
         run("out", "--resume_from_checkpoint", "latest", "--max_steps", "2")
 
 
-def test_a_longer_run_continues_a_finished_one(run):
-    whole = run("whole")
+def test_a_longer_run_continues_a_finished_one(run, whole):
     run("short", "--max_steps", "4")
     assert_same_result(whole, run("short", "--max_steps", "8", "--resume_from_checkpoint", "latest"))
 
 
-def test_a_run_that_goes_on_from_an_earlier_checkpoint_keeps_both_ways(run):
-    whole = run("whole", "--save_total_limit", "0")
-    again = ("--resume_from_checkpoint", str(whole / "checkpoint-3"), "--save_total_limit", "1")
-    run("whole", *again, "--max_steps", "4")
-    assert [p.name for p in list_checkpoints(whole)] == ["checkpoint-4"]
-    assert [p.name for p in list_checkpoints(whole / "set_aside-1")] == ["checkpoint-6", "checkpoint-8"]
-    assert [line["step"] for line in metrics(whole / "set_aside-1")] == [2, 4, 6, 8]
-    assert [line["step"] for line in metrics(whole)] == [2, 4]
+def test_a_run_that_goes_on_from_an_earlier_checkpoint_keeps_both_ways(run, whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "out")
+    again = ("--resume_from_checkpoint", str(out / "checkpoint-3"), "--save_total_limit", "1")
+    run("out", *again, "--max_steps", "4")
+    assert [p.name for p in list_checkpoints(out)] == ["checkpoint-4"]
+    assert [p.name for p in list_checkpoints(out / "set_aside-1")] == ["checkpoint-6", "checkpoint-8"]
+    assert [line["step"] for line in metrics(out / "set_aside-1")] == [2, 4, 6, 8]
+    assert [line["step"] for line in metrics(out)] == [2, 4]
 
 
 def test_a_first_step_that_fails_leaves_nothing_in_the_way(run, tmp_path, monkeypatch):
@@ -432,22 +439,21 @@ class TestFromAnEarlierModel:
 def test_whole_scenes_are_held_out(run, tmp_path):
     write_frames(tmp_path / "one", train=12)
     out = run(
-        *("out", "--dataset_name", str(tmp_path / "one"), "--validation_share", "0.4", "--eval_steps", "4"),
-        *("--per_device_eval_batch_size", "1"),
+        *("out", "--dataset_name", str(tmp_path / "one"), "--validation_share", "0.4", "--eval_steps", "2"),
+        *("--per_device_eval_batch_size", "1", "--max_steps", "3"),
     )
     record = yaml.safe_load((out / "run.yaml").read_text(encoding="utf-8"))
     assert record["data"]["rows"] < 12
     assert record["data"]["rows"] % 2 == 0  # scenes have two frames
-    assert [line["step"] for line in metrics(out) if "eval/loss" in line] == [4, 8]
+    assert [line["step"] for line in metrics(out) if "eval/loss" in line] == [2, 3]
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
-def test_several_sources_resume_to_the_bit(run, tmp_path, monkeypatch, workers):
+def test_several_sources_resume_to_the_bit(run, tmp_path, monkeypatch):
     write_frames(tmp_path / "a", train=6)
     dataset_from_rows(make_rows(8, seed=5)).save_to_disk(tmp_path / "b")
     flags = (
         *("--dataset_name", str(tmp_path / "a"), str(tmp_path / "b"), "--mixture", "1", "3"),
-        *("--dataloader_num_workers", workers),
+        *("--dataloader_num_workers", "2"),
     )
     assert_resumes(run, monkeypatch, flags)
 
@@ -481,10 +487,7 @@ def test_a_stream_ends_before_a_row_that_is_evaluated_on(run, tmp_path):
 
 def assert_resumes(run, monkeypatch, flags):
     whole = run("whole", *flags)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 5, error=RuntimeError("killed"))
-        with pytest.raises(RuntimeError, match="killed"):
-            run("broken", *flags)
+    break_off(run, monkeypatch, 5, *flags)
     assert_same_result(whole, run("broken", *flags, "--resume_from_checkpoint", "latest"))
 
 
@@ -518,14 +521,14 @@ def test_the_schedule_waits_where_the_loss_scaler_skips_a_step(run, monkeypatch)
     assert [line["learning_rate/image_encoder"] for line in metrics(out)] == [0.003] * 4
 
 
-def test_second_start_on_a_finished_run_only_finishes(run):
-    out = run("out")
-    before = weights(out)
+def test_second_start_on_a_finished_run_only_finishes(run, whole, tmp_path, capsys):
+    out = shutil.copytree(whole, tmp_path / "out")
+    (out / "model.safetensors").unlink()
     (out / ".final.partial" / "image_encoder").mkdir(parents=True)  # as if it had been killed while finishing
     (out / ".final.partial" / "image_encoder" / "config.json").write_text("{", encoding="utf-8")
     again = run("out", "--resume_from_checkpoint", "latest")
-    assert all(torch.equal(before[name], value) for name, value in weights(again).items())
-    assert len(metrics(again)) == 4
+    assert_same_result(whole, again)
+    assert f'timm.create_model("local-dir:{out.as_posix()}/image_encoder", pretrained=True)' in capsys.readouterr().out
 
 
 def test_command_prints_one_line_for_a_mistake(frames, tmp_path, capsys, monkeypatch):
@@ -534,29 +537,22 @@ def test_command_prints_one_line_for_a_mistake(frames, tmp_path, capsys, monkeyp
     assert capsys.readouterr().err == "error: --seed must be at least 0 and below 2**32, found -1\n"
 
 
-def test_kill_at_random_moments(frames, tmp_path):
-    """SIGKILL a real process again and again; the last one ends as the uninterrupted run."""
-    import subprocess
-    import sys
-
-    flags = arguments(frames, tmp_path / "whole", "--max_steps", "40", "--checkpointing_steps", "2")
+def test_a_killed_process_resumes_to_the_bit(frames, tmp_path):
+    """SIGKILL at some moment behind the second checkpoint of a real process."""
+    flags = arguments(frames, tmp_path / "whole", "--max_steps", "30", "--checkpointing_steps", "2")
     whole = pretrain(flags)
-    config = tmp_path / "flags.json"
+    config, out = tmp_path / "flags.json", tmp_path / "killed"
     config.write_text(json.dumps(flags.to_dict()), encoding="utf-8")
-    command = [sys.executable, "-m", "simipu_hf.pretrain", "--config", str(config)]
-    command += ["--output_dir", str(tmp_path / "killed"), "--resume_from_checkpoint", "latest"]
-    generator = np.random.default_rng(1)
-    out = tmp_path / "killed"
-    for _ in range(2):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        first = len(list_checkpoints(out)) and int(list_checkpoints(out)[-1].name.split("-")[1])
-        while process.poll() is None and not any(out.glob(f"checkpoint-{first + 4}")):
-            time.sleep(0.05)
-        time.sleep(generator.uniform(0, 0.3))
-        process.kill()
-        process.wait()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    assert_same_result(whole, out)
+    again = ["--config", str(config), "--output_dir", str(out), "--resume_from_checkpoint", "latest"]
+    command = [sys.executable, "-m", "simipu_hf.pretrain", *again]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (out / "checkpoint-4").exists():
+        time.sleep(0.05)
+    time.sleep(np.random.default_rng().uniform(0, 0.3))
+    process.kill()
+    assert process.wait() != 0
+    assert (out / "checkpoint-4").exists()
+    assert_same_result(whole, pretrain(parse_arguments(PreTrainingArguments, again)))
 
 
 def test_pushes_checkpoints_and_the_end(run, monkeypatch):
@@ -616,11 +612,12 @@ def test_warns_where_images_change_their_shape(frames, capsys, size, message):
     assert (message in said) if message else not said
 
 
-def test_a_damaged_first_row_that_is_skipped_does_not_end_a_finished_run(run, frames, tmp_path):
+def test_a_damaged_first_row_that_is_skipped_does_not_end_a_finished_run(frames, tmp_path):
     encoded = load_pretraining_dataset(data_dir=str(frames)).cast_column("image", datasets.Image(decode=False))
     rows = [dict(row) for row in encoded]
     rows[0]["image"] = {"bytes": b"no picture", "path": None}
     dataset_from_rows(rows).save_to_disk(tmp_path / "damaged")
-    out = run("out", "--dataset_name", str(tmp_path / "damaged"), "--on_bad_row", "skip")
+    flags = ("--dataset_name", str(tmp_path / "damaged"), "--on_bad_row", "skip", "--max_steps", "2")
+    out = pretrain(arguments(frames, tmp_path / "out", *flags))
     assert (out / "image_encoder" / "config.json").is_file()
     assert not (out / "pictures").exists()
