@@ -12,7 +12,6 @@ import torch
 from ..errors import SimIPUError
 from ..modeling.image_processing_simipu import SimIPUImageProcessor
 from .loading import join_rows, load_pretraining_dataset, row_names, take_rows
-from .rows import Rows
 from .sources import split_source
 
 OnBadRow = Literal["error", "skip"]
@@ -80,11 +79,7 @@ def _read_ids(ids: str, specification: str) -> list[str]:
 
 
 def crop_window(processor: SimIPUImageProcessor, image_size: tuple[int, ...], name: str) -> tuple[int, int, int, int]:
-    """Top, left, height and width of the part of an image that a processor keeps.
-
-    Raises:
-        SimIPUError: the image is smaller; `name` says which.
-    """
+    """Top, left, height and width of the part of an image that a processor keeps."""
     try:
         return processor.crop_window((image_size[0], image_size[1]))
     except ValueError as error:
@@ -117,14 +112,11 @@ class FrameDataset(torch.utils.data.Dataset):
         seed: of the augmentation.
         keep_frames: keep every frame that was read in memory, for small sets that are gone through many times.
         on_bad_row: `"skip"` takes the next usable row instead of one that cannot be used.
-
-    Raises:
-        SimIPUError: no rows.
     """
 
     def __init__(
         self,
-        rows: Rows | Sequence[Any],
+        rows: datasets.Dataset | Sequence[Any],
         processor: SimIPUImageProcessor,
         augmentation: Any = None,
         seed: int = 0,

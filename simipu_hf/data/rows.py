@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import datasets
 import numpy as np
@@ -33,15 +33,6 @@ from ..files import atomic_path
 from ..modeling.feature_extraction_simipu import to_point_cloud
 from ..modeling.geometry import inside_image, project_points, to_calibration
 from ..modeling.image_processing_simipu import to_8_bits
-
-
-class Rows(Protocol):
-    """Rows by index: a `datasets.Dataset`, a list, or anything else that reads them one by one."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
-
 
 ROW_FEATURES = datasets.Features(
     {
@@ -125,11 +116,7 @@ def dataset_from_rows(rows: Iterable[dict[str, Any]], cache_dir: str | os.PathLi
 
 
 def write_arrow(path: Path, rows: Iterable[dict[str, Any]], features: datasets.Features) -> None:
-    """Writes an Arrow file of rows; 16 of them are in memory at a time.
-
-    Raises:
-        SimIPUError: it cannot be written.
-    """
+    """Writes an Arrow file of rows; 16 of them are in memory at a time."""
     with atomic_path(path) as beside, ArrowWriter(path=str(beside), features=features, writer_batch_size=16) as writer:
         for row in _without_os_errors(rows):
             writer.write(features.encode_example(row))

@@ -26,11 +26,10 @@ from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor, pad
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
 from .mixture import Mixture
-from .rows import Rows
+from .rows import REQUIRED_COLUMNS
 
 Range = tuple[float, float]
 OnBadRow = Literal["error", "skip"]
-REQUIRED_COLUMNS = ("image", "points", "camera_projection", "lidar_to_camera")
 
 
 @dataclass(frozen=True)
@@ -97,9 +96,6 @@ class TwoViewAugmentation:
         """The augmentation of a preset, `"recommended"` or `"official"`, with fields changed.
 
         The official one draws image sizes; `random_resize=None` makes it keep to the image processor's.
-
-        Raises:
-            SimIPUError: an unknown preset.
         """
         try:
             values = preset_values(preset, "augmentation")
@@ -135,7 +131,13 @@ def two_view_sample(
     """
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, index])))
     mirrored = generator.random() < augmentation.flip_probability
-    lidar_to_aug = _draw_view_transform(augmentation, mirrored, generator).astype(np.float32)
+    lidar_to_aug = view_transform(
+        generator.uniform(*augmentation.rotation),
+        generator.uniform(*augmentation.scale),
+        generator.normal(size=3) * augmentation.translation_std,
+        augmentation.rotation_center,
+        mirrored,
+    ).astype(np.float32)
 
     image = processor.image_processor.load_image(row["image"])
     image_size = (image.shape[-2], image.shape[-1])
@@ -173,18 +175,6 @@ def view_transform(
     if mirrored:
         matrix[1] *= -1
     return matrix
-
-
-def _draw_view_transform(
-    augmentation: TwoViewAugmentation, mirrored: bool, generator: np.random.Generator
-) -> np.ndarray:
-    return view_transform(
-        generator.uniform(*augmentation.rotation),
-        generator.uniform(*augmentation.scale),
-        generator.normal(size=3) * augmentation.translation_std,
-        augmentation.rotation_center,
-        mirrored,
-    )
 
 
 def _augment_image(
@@ -245,7 +235,7 @@ class TwoViewDataset(torch.utils.data.Dataset):
     the end of an epoch.
 
     Args:
-        rows: a `datasets.Dataset` of the data contract, or any sequence of such rows.
+        rows: of the data contract.
         processor: of the model.
         augmentation: how the views differ.
         seed: of all augmentation.
@@ -259,7 +249,7 @@ class TwoViewDataset(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        rows: Rows,
+        rows: datasets.Dataset,
         processor: SimIPUProcessor,
         augmentation: TwoViewAugmentation,
         seed: int = 0,
@@ -270,12 +260,13 @@ class TwoViewDataset(torch.utils.data.Dataset):
             raise SimIPUError(f"on_bad_row: expected 'error' or 'skip', found {on_bad_row!r}")
         if len(rows) == 0:
             raise SimIPUError("the data set has no rows")
-        columns = getattr(rows, "column_names", REQUIRED_COLUMNS)
-        missing = [name for name in REQUIRED_COLUMNS if name not in columns]
+        missing = [name for name in REQUIRED_COLUMNS if name not in rows.column_names]
         if missing:
-            raise SimIPUError(f"the data set has no column {', '.join(missing)}; found {', '.join(columns)}")
-        self.rows: Any = rows  # what a datasets.Dataset has beyond Rows is used where it is there
-        self._arrow_rows = _as_arrow(rows) if isinstance(rows, datasets.Dataset) else None
+            raise SimIPUError(f"the data set has no column {', '.join(missing)}; found {', '.join(rows.column_names)}")
+        self.rows = rows
+        # as Arrow tables: making Python objects of a whole row costs more than all of the geometry
+        encoded = rows.select_columns(REQUIRED_COLUMNS).cast_column("image", datasets.Image(decode=False))
+        self._arrow_rows = encoded.with_format("arrow")
         self.processor = processor
         self.augmentation = augmentation
         self.seed = seed
@@ -314,25 +305,9 @@ class TwoViewDataset(torch.utils.data.Dataset):
         raise SimIPUError(f"none of the {len(self.rows)} rows can be used; the last: {last_error}")
 
     def read_row(self, index: int) -> Mapping[str, Any]:
-        """A row of the data set as it is, its image decoded.
-
-        Raises:
-            SimIPUError: names the row and why it cannot be read.
-        """
+        """A row of the data set as it is, its image decoded."""
         with self._naming_unreadable(index):
             return self.rows[index]
-
-    def _read_columns(self, index: int) -> Mapping[str, Any]:
-        """The columns that a sample needs."""
-        if self._arrow_rows is None:
-            return self.read_row(index)
-        with self._naming_unreadable(index):
-            table = self._arrow_rows[index]
-            row = {name: table[name][0].as_py() for name in REQUIRED_COLUMNS}
-            image = row["image"]
-            if image["bytes"] is None and os.path.isfile(image["path"]):
-                image["bytes"] = Path(image["path"]).read_bytes()  # Pillow reads a file in thousands of small pieces
-            return row | {"image": datasets.Image().decode_example(image)}
 
     @contextmanager
     def _naming_unreadable(self, index: int) -> Iterator[None]:
@@ -343,23 +318,21 @@ class TwoViewDataset(torch.utils.data.Dataset):
             raise SimIPUError(f"{self._row_name(index)}: cannot be read ({error})") from error
 
     def _sample(self, row_index: int, epoch: int, index: int) -> dict[str, torch.Tensor]:
-        row = self._read_columns(row_index)
+        with self._naming_unreadable(row_index):
+            table = self._arrow_rows[row_index]
+            row = {name: table[name][0].as_py() for name in REQUIRED_COLUMNS}
+            image = row["image"]
+            if image["bytes"] is None and os.path.isfile(image["path"]):
+                image["bytes"] = Path(image["path"]).read_bytes()  # Pillow reads a file in thousands of small pieces
+            row["image"] = datasets.Image().decode_example(image)
         try:
             return two_view_sample(row, self.processor, self.augmentation, seed=self.seed, epoch=epoch, index=index)
         except ValueError as error:
             raise SimIPUError(f"{self._row_name(row_index)}: {error}") from error
 
     def _row_name(self, row_index: int) -> str:
-        if "frame_id" not in getattr(self.rows, "column_names", ()):
-            return f"row {row_index}"
         frame_id = self.rows.select_columns("frame_id")[row_index]["frame_id"]  # this does not decode the image
         return f"row {row_index} (frame_id {frame_id})"
-
-
-def _as_arrow(rows: datasets.Dataset) -> datasets.Dataset:
-    """The needed columns as Arrow tables: making Python objects of a whole row costs more than all of the geometry."""
-    encoded = rows.select_columns(list(REQUIRED_COLUMNS)).cast_column("image", datasets.Image(decode=False))
-    return encoded.with_format("arrow")
 
 
 @dataclass(frozen=True)
