@@ -247,21 +247,30 @@ def load_image_encoder_weights(encoder: TimmModel, state_dict: Mapping[str, Tens
     Raises:
         ValueError: they do not fit.
     """
-    expected = encoder.state_dict()
-    missing = [name for name in expected if name not in state_dict]
-    surplus = [name for name in state_dict if name not in expected]
-    surplus = [name for name in surplus if not name.startswith(("fc.", "head.", "head_dist.", "classifier."))]
-    shapes = [
-        f"{name} {tuple(state_dict[name].shape)} instead of {tuple(value.shape)}"
-        for name, value in expected.items()
-        if name in state_dict and state_dict[name].shape != value.shape
-    ]
-    if missing or surplus or shapes:
-        raise ValueError(
-            f"{source}: these weights do not fit {encoder.pretrained_cfg['architecture']}: missing {missing[:3]}, "
-            f"unexpected {surplus[:3]}, other shapes {shapes[:3]}; give their model_args and image_size"
-        )
-    encoder.load_state_dict({name: state_dict[name] for name in expected})
+    expected, classifier = encoder.state_dict(), ("fc.", "head.", "head_dist.", "classifier.")
+    found = {name: v for name, v in state_dict.items() if name in expected or not name.startswith(classifier)}
+    if problem := weights_misfit(found, expected):
+        architecture = encoder.pretrained_cfg["architecture"]
+        raise ValueError(f"{source}: the weights do not fit {architecture}: {problem}; give model_args and image_size")
+    encoder.load_state_dict(found)
+
+
+def weights_misfit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """How names and shapes of a state dictionary differ from those of another, in words; empty where they do not."""
+    problems = {
+        "missing": [name for name in expected if name not in found],
+        "not expected": [name for name in found if name not in expected],
+        "of another shape": [
+            f"{name} is {tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
+            for name in expected
+            if name in found and found[name].shape != expected[name].shape
+        ],
+    }
+    return "; ".join(
+        f"{len(names)} {what} ({', '.join(names[:3])}{', …' * (len(names) > 3)})"
+        for what, names in problems.items()
+        if names
+    )
 
 
 def hold_frozen(encoder: TimmModel, config: SimIPUImageConfig) -> None:

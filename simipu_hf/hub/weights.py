@@ -166,22 +166,8 @@ def fold_batch_norm_eps(state_dict: StateDict, trained: Mapping[str, float], tar
 
 def check_state_dict(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], where: str) -> None:
     """Raise a SimIPUError unless both have the same names and shapes."""
-    problems = {
-        "missing": [name for name in expected if name not in found],
-        "not expected": [name for name in found if name not in expected],
-        "of another shape": [
-            f"{name} is {tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
-            for name in expected
-            if name in found and found[name].shape != expected[name].shape
-        ],
-    }
-    said = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', …' * (len(names) > 3)})"
-        for what, names in problems.items()
-        if names
-    ]
-    if said:
-        raise SimIPUError(f"{where} the weights do not fit: {'; '.join(said)}")
+    if problem := image_encoder.weights_misfit(found, expected):
+        raise SimIPUError(f"{where} the weights do not fit: {problem}")
 
 
 def read_weights(path: str | Path) -> tuple[StateDict, dict[str, Any]]:
