@@ -9,7 +9,6 @@ import importlib
 import importlib.metadata
 import itertools
 import math
-import os
 import platform
 import shutil
 import tempfile
@@ -20,24 +19,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .data.loading import load_pretraining_dataset
-from .data.synthetic import synthesize_drive
-from .data.two_views import TwoViewAugmentation, TwoViewDataset
+from .benchmark.inputs import two_view_dataset
 from .errors import SimIPUError
 from .modeling import point_ops
 from .modeling.configuration_simipu import SimIPUConfig
 from .modeling.layers import all_gather_rows
 from .modeling.modeling_simipu import SimIPUForPreTraining, build_point_encoder
-from .modeling.processing_simipu import SimIPUProcessor
-from .training.arguments import CheckArguments
+from .training.arguments import BenchmarkArguments, CheckArguments
 from .training.batch_norm import synchronize_batch_norm
 from .training.distributed import choose_device
+from .training.run_folder import package_version
 
 REQUIRED = ("torch", "torchvision", "timm", "transformers", "datasets", "accelerate", "huggingface_hub", "safetensors")
 OPTIONAL = ("numba", "triton", "spconv", "torchdata", "onnx", "onnxruntime", "tensorboard", "trackio")
@@ -163,40 +161,30 @@ def _run(name: str, function: Callable[[], str]) -> Finding:
 
 
 def _versions() -> str:
-    missing = [name for name in REQUIRED if _version(name) is None]
+    missing = [name for name in REQUIRED if package_version(name) is None]
     if missing:
         raise Failed(f"{', '.join(missing)} cannot be found", "pip install --upgrade simipu-hf")
-    found = " ".join(f"{name} {_version(name)}" for name in ("simipu-hf", *REQUIRED))
+    found = " ".join(f"{name} {package_version(name)}" for name in ("simipu-hf", *REQUIRED))
     return f"Python {platform.python_version()} on {platform.system()} {platform.machine()}; {found}"
 
 
 def _optional_packages() -> str:
-    found = {name: _version(name) or _version(f"{name}-cu126") for name in OPTIONAL}
+    found = {name: package_version(name) or package_version(f"{name}-cu126") for name in OPTIONAL}
     there = ", ".join(f"{name} {version}" for name, version in found.items() if version)
     absent = ", ".join(name for name, version in found.items() if not version)
     return f"{there or 'none'}" + (f"; absent: {absent}" if absent else "")
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _device(device: torch.device) -> str:
     if device.type != "cuda":
-        raise Absent(f"no CUDA device in use; {torch.get_num_threads()} CPU threads, {_memory() / GIB:.0f} GiB")
+        memory = psutil.virtual_memory().total / GIB
+        raise Absent(f"no CUDA device in use; {torch.get_num_threads()} CPU threads, {memory:.0f} GiB")
     properties = torch.cuda.get_device_properties(device)
     precisions = "float32, fp16" + (", bf16" if torch.cuda.is_bf16_supported() else "")
     return (
         f"{torch.cuda.device_count()} x {properties.name}, {properties.total_memory / GIB:.0f} GiB, "
         f"capability {properties.major}.{properties.minor}, CUDA {torch.version.cuda}; {precisions}"
     )
-
-
-def _memory() -> float:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.nan
 
 
 def _space(what: str, path: Path, needed: int) -> str:
@@ -250,7 +238,7 @@ def _kernel(compare: Callable[[str, torch.device], str], backend: str, device: t
     """A backend against the plain PyTorch definition, on a cloud of real size; `compare` says where they differ."""
     operation = compare.__name__.removeprefix("_")
     needed = {"numba": "cpu", "triton": "cuda"}[backend]
-    if _version(backend) is None:
+    if package_version(backend) is None:
         raise Absent(f"{backend} is not installed", f"pip install {backend}")
     if device.type != needed:
         raise Absent(f"runs on {needed}, this device is {device.type}")
@@ -477,13 +465,7 @@ def _rank(rank: int, meeting: Path) -> None:
 
 def _loader(device: torch.device) -> str:
     """Samples a second of one worker, against what the device takes of the image encoder's forward and backward."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        drive = synthesize_drive(
-            Path(folder) / "drive", 2, val_fraction=0, test_fraction=0, num_workers=0, progress=False
-        )
-        rows = load_pretraining_dataset(data_dir=drive, cache_dir=Path(folder) / "cache")
-        processor = SimIPUProcessor.from_preset("recommended")
-        dataset = TwoViewDataset(rows, processor, TwoViewAugmentation.from_preset("recommended"))
+    with two_view_dataset(BenchmarkArguments(), (384, 1248)) as dataset:
         dataset[0]
         started = time.perf_counter()
         for epoch in range(4):

@@ -7,13 +7,14 @@ import platform
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pandas
 import torch
 from torch.utils.benchmark import Measurement, Timer
+
+from simipu_hf.training.run_folder import package_version
 
 Function = Callable[[], Any]
 MIN_RUN_TIME = 0.1  # seconds of one measurement; a function that takes longer runs once
@@ -90,12 +91,6 @@ def _resident_bytes(process: Path, name: str) -> int:
 
 def machine_facts() -> dict[str, Any]:
     """What the figures depend on besides the code."""
-    versions: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
     return {
         "cpu": platform.processor() or platform.machine(),
         "cpu_count": os.cpu_count(),
@@ -103,7 +98,7 @@ def machine_facts() -> dict[str, Any]:
         "load_average": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        **versions,
+        **{package: package_version(package) for package in PACKAGES},
     }
 
 

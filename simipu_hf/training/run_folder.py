@@ -91,9 +91,6 @@ def open_run_folder(arguments: RunArguments, step: int, **record: Any) -> None:
 
     That holds the arguments (it can be given to `--config`), versions, command, git state, and `record`. Main process
     only, after [`find_checkpoint`].
-
-    Raises:
-        SimIPUError: the folder cannot be written to.
     """
     output_dir = Path(arguments.output_dir)
     if arguments.overwrite_output_dir and output_dir.is_dir():
@@ -135,13 +132,16 @@ def current_command() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that the result depends on."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found | {"torch": str(torch.__version__)}  # with the build: +cpu, +cu130
+    found = {package: package_version(package) or "not installed" for package in _PACKAGES}
+    return {"python": platform.python_version(), **found, "torch": str(torch.__version__)}  # with the build: +cpu
+
+
+def package_version(name: str) -> str | None:
+    """Of an installed package."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def git_state() -> dict[str, Any] | None:
