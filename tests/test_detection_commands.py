@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -63,15 +61,6 @@ def test_folder_holds_model_evaluation_pictures_and_card(run):
     card = (run / "README.md").read_text(encoding="utf-8")
     assert "object-detection" in card
     assert "3-D boxes of Car, Pedestrian, Cyclist" in card
-
-
-def test_the_cards_snippet_loads_the_model_without_this_package(run, tmp_path):
-    snippet = re.search(r"```python\n(.*?)```", (run / "README.md").read_text(encoding="utf-8"), flags=re.S)
-    assert snippet
-    code = "import sys; sys.modules['simipu_hf'] = None\n" + snippet[1].replace(f'"{run.name}"', repr(str(run)))
-    code += "\nassert boxes.shape[1:] == (7,) and len(names) == len(boxes)\n"
-    environment = {"HF_HOME": str(tmp_path), "PATH": "", "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=300)
 
 
 def test_evaluation_of_the_model_and_of_its_files_are_one(run, frames, tmp_path):

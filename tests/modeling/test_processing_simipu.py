@@ -1,7 +1,4 @@
-"""Processor: rows to batches, errors, saving and remote code."""
-
-import subprocess
-import sys
+"""Processor: rows to batches, errors, saving."""
 
 import numpy as np
 import pytest
@@ -166,45 +163,3 @@ def test_save_and_load(tmp_path, preset):
     loaded = SimIPUProcessor(loaded_image, SimIPUFeatureExtractor.from_pretrained(tmp_path))
     found = loaded(**row)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-WITHOUT_PACKAGE = """
-import sys
-sys.modules["simipu_hf"] = None  # importing it fails
-import numpy as np
-from PIL import Image
-from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor
-
-folder, out = sys.argv[1:]
-classes = [AutoProcessor, AutoImageProcessor, AutoFeatureExtractor]
-processor, image_processor, feature_extractor = (c.from_pretrained(folder, trust_remote_code=True) for c in classes)
-assert type(image_processor).__name__ == "SimIPUImageProcessor", image_processor
-assert type(feature_extractor).__name__ == "SimIPUFeatureExtractor", feature_extractor
-assert hasattr(image_processor, "post_process_depth_estimation")
-row = dict(np.load(folder + "/row.npz"))
-batch = processor(Image.fromarray(row.pop("image")), **row)
-np.savez(out, **{name: tensor.numpy() for name, tensor in batch.items()})
-processor.save_pretrained(folder + "/again")
-AutoProcessor.from_pretrained(folder + "/again", trust_remote_code=True)
-"""
-
-
-def test_loads_as_remote_code_without_the_package(tmp_path, monkeypatch):
-    for processor_class, auto_class in (
-        (SimIPUProcessor, "AutoProcessor"),
-        (SimIPUImageProcessor, "AutoImageProcessor"),
-        (SimIPUFeatureExtractor, "AutoFeatureExtractor"),
-    ):
-        monkeypatch.setattr(processor_class, "_auto_class", auto_class)
-    processor = SimIPUProcessor.from_preset("recommended", (64, 160), num_points=77)
-    processor.save_pretrained(tmp_path)
-    row = make_row()
-    expected = processor(**row)
-    np.savez(tmp_path / "row.npz", image=np.asarray(row.pop("images")), **row)
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    command = [sys.executable, "-c", WITHOUT_PACKAGE, str(tmp_path), str(tmp_path / "out.npz")]
-    subprocess.run(command, check=True, cwd=tmp_path, timeout=120)
-    found = np.load(tmp_path / "out.npz")
-    assert sorted(found) == sorted(expected)
-    for name in expected:
-        np.testing.assert_array_equal(found[name], expected[name].numpy())
