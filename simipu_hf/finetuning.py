@@ -22,9 +22,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .data.frames import FrameDataset
 from .data.sources import describe_frames
-from .errors import SimIPUError, TrainingInterrupted
+from .errors import SimIPUError
 from .files import atomic_folder, move_into, write_json
-from .hub.card import CURVES, write_model_card
+from .hub.card import write_model_card
 from .hub.push import HubUploader
 from .hub.sources import find_image_encoder
 from .hub.weights import EncoderWeights, InputConvention
@@ -41,10 +41,10 @@ from .training.distributed import (
     on_main_process,
     use_all_cores,
 )
-from .training.logging import METRICS_FILE, check_trackers, cut_metrics, read_metrics
+from .training.logging import METRICS_FILE, check_trackers, cut_metrics
 from .training.run_folder import RUN_FILE, data_fingerprint, find_checkpoint, open_run_folder
 from .training.sampling import GlobalBatchSampler, create_loader
-from .visualization import draw_training_curves, save_figure
+from .visualization import draw_curves
 
 
 def find_rgb_encoder(source: str | os.PathLike) -> EncoderWeights:
@@ -325,9 +325,6 @@ def prepare_trainer(
 
     Args:
         parts: model, data sets and image processor, as keyword arguments of `trainer_class`.
-
-    Raises:
-        SimIPUError: the encoder does not take images of their sizes.
     """
     model = parts["model"]
     model.freeze_image_encoder(arguments.freeze_image_encoder)
@@ -419,11 +416,7 @@ def fine_tune(
             raise
     step, last_step = trainer.state.global_step, trainer.args.max_steps
     if step < last_step:
-        raise TrainingInterrupted(
-            f"stopped by {stop.signal.name} after step {step} of {last_step}, saved checkpoint-{step}. Continue with "
-            "the same command and --resume_from_checkpoint latest",
-            exit_code=128 + stop.signal,
-        )
+        raise stop.interruption(step, last_step, output_dir / f"checkpoint-{step}")
     on_main_process(accelerator, save_final_model, trainer, output_dir)
     if trainer.eval_dataset is not None:
         result = evaluate_final_model(trainer, output_dir)
@@ -431,8 +424,7 @@ def fine_tune(
             record(output_dir, arguments.test_frames or [str(getattr(arguments, "test_list", None))], result)
             print(table(result))
     if accelerator.is_main_process:
-        if (figure := draw_training_curves(read_metrics(output_dir / METRICS_FILE))) is not None:
-            save_figure(figure, output_dir / CURVES)
+        draw_curves(output_dir, output_dir)
         write_model_card(output_dir, arguments.hub_model_id)
     if uploader is not None:
         uploader.finish()

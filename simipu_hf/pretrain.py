@@ -33,10 +33,9 @@ from simipu_hf.data.overlap import refuse_shared_frames, refuse_shared_stream
 from simipu_hf.data.rows import Frame, image_from_row
 from simipu_hf.data.sources import given_sources, refuse_second_split
 from simipu_hf.data.two_views import TwoViewAugmentation, TwoViewCollator, TwoViewDataset, to_model_inputs
-from simipu_hf.errors import SimIPUError, TrainingInterrupted, exit_code_of
+from simipu_hf.errors import SimIPUError, exit_code_of
 from simipu_hf.evaluation.correspondence import correspondence_recall
 from simipu_hf.files import atomic_folder, move_into
-from simipu_hf.hub.card import CURVES
 from simipu_hf.hub.export import write_timm
 from simipu_hf.hub.push import HubUploader
 from simipu_hf.hub.sources import find_image_encoder
@@ -54,7 +53,7 @@ from simipu_hf.training.checkpoint import (
     newest_checkpoint,
 )
 from simipu_hf.training.distributed import SharedFlags, StopRequest, create_accelerator, on_main_process
-from simipu_hf.training.logging import METRICS_FILE, RunLogger, feature_spread, read_metrics
+from simipu_hf.training.logging import RunLogger, feature_spread
 from simipu_hf.training.optimizers import (
     ChainedOptimizer,
     Recipe,
@@ -73,7 +72,7 @@ from simipu_hf.training.sampling import (
     iterate,
     seed_micro_batch,
 )
-from simipu_hf.visualization import draw_image_features, draw_training_curves, save_figure
+from simipu_hf.visualization import draw_curves, draw_image_features, save_figure
 from simipu_hf.visualization.features import encode_image
 
 LOGGED = (
@@ -224,12 +223,12 @@ def train(
                 with logger.paused_clock():
                     saved = state.save(output_dir, step, arguments.save_total_limit)
                 if uploader:
-                    draw_curves(output_dir)
+                    draw_curves(output_dir, output_dir)
                     uploader.checkpoint_saved(saved)
             if step == steps.last:
                 break
             if "stop" in raised:
-                raise interrupted(step, steps.last, stop, saved)
+                raise stop.interruption(step, steps.last, saved)
 
 
 def scalars(output: Any, with_spread: bool) -> dict[str, torch.Tensor]:
@@ -260,15 +259,6 @@ def refuse_values_that_are_not_finite(
         "Nothing was saved since; "
         + (f"the last good checkpoint is {kept}. " if kept else "there is no checkpoint yet. ")
         + "Lower the learning rate of that part, clip with --max_grad_norm, or look at the rows"
-    )
-
-
-def interrupted(step: int, last_step: int, stop: StopRequest, saved: Path) -> TrainingInterrupted:
-    """Says how to go on, with the exit code that a shell gives a process ended by that signal."""
-    return TrainingInterrupted(
-        f"stopped by {stop.signal.name} after step {step} of {last_step}, saved {saved}. "
-        "Continue with the same command and --resume_from_checkpoint latest",
-        exit_code=128 + stop.signal,
     )
 
 
@@ -315,9 +305,6 @@ def load_rows(
     """The rows to train on, how several data sets are mixed, and the rows to evaluate on where `--eval_steps` asks.
 
     Damaged frames end the run, or are left out and described in `skipped`, as `--on_bad_row` says.
-
-    Raises:
-        SimIPUError: nothing to read, no such split, or frames that are trained on among those to evaluate on.
     """
     source: dict[str, Any] = {
         "dataset_name": arguments.dataset_name,
@@ -412,11 +399,7 @@ def change_processor(arguments: PreTrainingArguments, processor: SimIPUProcessor
 
 
 def change_config(arguments: PreTrainingArguments, config: SimIPUConfig, processor: SimIPUProcessor) -> SimIPUConfig:
-    """A configuration with the fields that the flags change.
-
-    Raises:
-        SimIPUError: an unknown field, or one that has a flag of its own.
-    """
+    """A configuration with the fields that the flags change."""
     overrides = parse_overrides(arguments.config_overrides)
     sections = {"image_config": config.image_encoder_config, "point_config": config.point_encoder_config}
     for section, known in (("", config), *sections.items()):
@@ -441,11 +424,7 @@ def change_config(arguments: PreTrainingArguments, config: SimIPUConfig, process
 
 
 def load_pretrained_image_encoder(model: SimIPUForPreTraining, processor: SimIPUProcessor) -> None:
-    """Replace the image encoder's weights by timm's pretrained ones, and take the mean and deviation they expect.
-
-    Raises:
-        SimIPUError: timm has none for this architecture, or they cannot be downloaded.
-    """
+    """Replace the image encoder's weights by timm's pretrained ones, and take the mean and deviation they expect."""
     config = model.config.image_encoder_config
     try:
         source = timm.create_model(config.architecture, pretrained=True, num_classes=0, **timm_arguments(config))
@@ -566,11 +545,7 @@ def open_checkpoint(
 
 
 def prepare_model(accelerator: Accelerator, arguments: PreTrainingArguments, model: SimIPUForPreTraining) -> None:
-    """Batch norm over all processes, gradient checkpointing and compilation, as the flags say; on the device.
-
-    Raises:
-        SimIPUError: the encoder or this machine cannot do it.
-    """
+    """Batch norm over all processes, gradient checkpointing and compilation, as the flags say; on the device."""
     model.to(accelerator.device)
     if accelerator.num_processes > 1 and arguments.sync_batch_norm:
         synchronize_batch_norm(model)
@@ -684,7 +659,7 @@ def finish(
         processor.save_pretrained(folder)
         write_timm(find_image_encoder(folder), folder / "image_encoder")
     move_into(output_dir / ".final", output_dir)
-    draw_curves(output_dir)
+    draw_curves(output_dir, output_dir)
     if isinstance(batches, StoredBatches):
         with contextlib.suppress(ValueError):  # the first frame may be a damaged one
             row = batches.dataset.read_row(0)
@@ -694,13 +669,6 @@ def finish(
         print(f"{len(skipped)} damaged rows were skipped:", *skipped, sep="\n  ", file=sys.stderr)
     encoder = (output_dir / "image_encoder").as_posix()
     print(f'{encoder}: load it with timm.create_model("local-dir:{encoder}", pretrained=True)')
-
-
-def draw_curves(output_dir: Path) -> None:
-    """The losses so far, as the model card shows them."""
-    figure = draw_training_curves(read_metrics(output_dir / METRICS_FILE))
-    if figure is not None:
-        save_figure(figure, output_dir / CURVES)
 
 
 def draw_features(model: SimIPUForPreTraining, processor: SimIPUProcessor, row: Mapping[str, Any], path: Path) -> None:

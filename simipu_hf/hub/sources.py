@@ -4,7 +4,6 @@ import json
 import os
 import re
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,7 +28,7 @@ from simipu_hf.hub.weights import (
 from simipu_hf.modeling.configuration_simipu import SimIPUImageConfig
 from simipu_hf.modeling.image_encoder import TimmModel, timm_arguments
 from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
-from simipu_hf.training.checkpoint import list_checkpoints, newest_checkpoint
+from simipu_hf.training.checkpoint import newest_checkpoint
 from simipu_hf.training.distributed import choose_device
 
 TRAINED_STATISTICS = "trained_running_var.safetensors"
@@ -122,7 +121,7 @@ def model_folder(source: str | os.PathLike[str], revision: str | None = None, en
         return path
     if path.is_dir():
         damaged: list[str] = []
-        if newest := newest_checkpoint(path, on_damaged=damaged.append) or _newest_of_trainer(path):
+        if newest := newest_checkpoint(path, on_damaged=damaged.append):
             return newest
         found = "; ".join(damaged) or _listing(path)
         raise SimIPUError(f"{path}: expected config.json or a complete checkpoint-<step>, found {found}")
@@ -136,15 +135,6 @@ def model_folder(source: str | os.PathLike[str], revision: str | None = None, en
         return folder
     except Exception as error:
         raise hub_error(error, str(source)) from error
-
-
-def _newest_of_trainer(run: Path) -> Path | None:
-    """The newest checkpoint of a transformers.Trainer that is whole: `trainer_state.json` is written last."""
-    for path in reversed(list_checkpoints(run)):
-        with suppress(SimIPUError):
-            read_json(path / "trainer_state.json")
-            return path
-    return None
 
 
 def hub_error(error: Exception, repo_id: str) -> SimIPUError:

@@ -18,7 +18,7 @@ from accelerate.utils import (
     broadcast_object_list,
 )
 
-from simipu_hf.errors import SimIPUError
+from simipu_hf.errors import SimIPUError, TrainingInterrupted
 
 from .arguments import RunArguments
 from .logging import check_trackers
@@ -70,11 +70,7 @@ def check_precision(precision: str) -> None:
 
 
 def check_processes(accelerator: Accelerator) -> None:
-    """Refuse launches that start other processes than they say, or that shard the model.
-
-    Raises:
-        SimIPUError: several processes that do not know of each other, or a strategy other than data parallelism.
-    """
+    """Refuse launches that start other processes than they say, or that shard the model."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise SimIPUError(
@@ -185,6 +181,14 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def interruption(self, step: int, last_step: int, saved: Path) -> TrainingInterrupted:
+        """Says how to go on, with the exit code that a shell gives a process ended by that signal."""
+        return TrainingInterrupted(
+            f"stopped by {self.signal.name} after step {step} of {last_step}, saved {saved}. "
+            "Continue with the same command and --resume_from_checkpoint latest",
+            exit_code=128 + self.signal,
+        )
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:

@@ -15,13 +15,14 @@ from .figures import (
     draw_shared_features,
     draw_training_curves,
 )
-from .frames import visualize
+from .frames import draw_curves, visualize
 from .objects import draw_objects
 from .scene import scene_html
 from .style import PictureFolder, save_figure
 
 __all__ = [
     "PictureFolder",
+    "draw_curves",
     "draw_depth",
     "draw_image_features",
     "draw_matches",

@@ -109,11 +109,14 @@ def visualize(
         with atomic_write(written[-1]) as stream:
             stream.write(html)
     runs = [] if model is None else [Path(model), Path(model).parent]
-    logs = [run / METRICS_FILE for run in runs if (run / METRICS_FILE).is_file()]
-    curves = draw_training_curves(read_metrics(logs[0])) if logs else None
-    if curves is not None:
-        written.append(save_figure(curves, folder / CURVES))
-    return written
+    logged = next((run for run in runs if (run / METRICS_FILE).is_file()), None)
+    return written if logged is None else [*written, *draw_curves(logged, folder)]
+
+
+def draw_curves(run: Path, folder: Path) -> list[Path]:
+    """The losses of a run so far, drawn into `folder` as the model card shows them; nothing where none was logged."""
+    figure = draw_training_curves(read_metrics(run / METRICS_FILE))
+    return [] if figure is None else [save_figure(figure, folder / CURVES)]
 
 
 def load_model(source: str | os.PathLike, device: str | None = None) -> LoadedModel:
