@@ -40,7 +40,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     beside = path.with_name(f".{secrets.token_hex(4)}-{path.name}")
-    with _named_errors(path), _parents(path):
+    with _writing(path):
         beside.touch(exist_ok=False)
         permissions = beside.stat().st_mode & 0o777
         try:
@@ -81,7 +81,7 @@ def atomic_folder(
     path = Path(path)
     check_target(path, overwrite, lambda there: there.is_dir() and is_earlier_output(there))
     beside, replaced = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.replaced")
-    with _named_errors(path), _parents(path):
+    with _writing(path):
         try:
             for leftover in (beside, replaced):  # of a process that was killed
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -153,21 +153,15 @@ def _synchronize(path: Path) -> None:
 
 
 @contextmanager
-def _parents(path: Path) -> Iterator[None]:
-    """The folders above `path` exist inside the block; those that were created and stay empty go again."""
+def _writing(path: Path) -> Iterator[None]:
+    """Errors of the block name `path`. The folders above it exist; those created that stay empty are removed again."""
     created = [folder for folder in path.parents if not folder.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield
+    except OSError as error:
+        raise SimIPUError(f"{path} cannot be written: {error}") from error
     finally:
         with suppress(OSError):  # stops at the first that is not empty
             for folder in created:
                 folder.rmdir()
-
-
-@contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise SimIPUError(f"{path} cannot be written: {error}") from error

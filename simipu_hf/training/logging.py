@@ -24,11 +24,7 @@ T = TypeVar("T")
 
 
 def check_trackers(names: list[str]) -> list[str]:
-    """`names` without `"none"`.
-
-    Raises:
-        SimIPUError: an unknown tracker, or one that is not installed (accelerate would drop it silently).
-    """
+    """`names` without `"none"`; a SimIPUError for an unknown one, or one that accelerate would drop: not installed."""
     chosen = [name for name in names if name != "none"]
     for name in chosen:
         if name not in TRACKERS:
@@ -209,45 +205,36 @@ class Watch:
     def __init__(self, warn: Callable[[str], None], patience: int = 100) -> None:
         self.warn = warn
         self.patience = patience
-        self._since: dict[str, int] = {}  # kind -> the first line on which it held
+        self._since: dict[str, int] = {}  # name -> the first line on which it held
         self._warned: set[str] = set()
 
     def look(self, step: int, means: Mapping[str, float], data_wait_share: float) -> None:
         """`means` up to `step`, since the last call; they may hold `X_loss` with `X_chance`, and `X_spread`."""
+        found = {}
         for name, value in means.items():
             kind, _, quantity = name.rpartition("_")
-            if quantity == "loss" and f"{kind}_chance" in means:
-                chance = means[f"{kind}_chance"]
-                self._report(
-                    name,
-                    step,
-                    step > self.GRACE and chance - value < self.CHANCE_MARGIN,
+            chance = means.get(f"{kind}_chance")
+            if quantity == "loss" and chance is not None and step > self.GRACE and chance - value < self.CHANCE_MARGIN:
+                found[name] = (
                     f"the {kind.replace('_', '-')} loss is still at chance level ({chance:.2f}): nothing is learnt "
                     "there. Check the learning rates, and with simipu-hf data inspect that points and image belong "
-                    "together",
+                    "together"
                 )
-            if quantity == "spread":
-                self._report(
-                    name,
-                    step,
-                    value < self.MIN_SPREAD,
+            if quantity == "spread" and value < self.MIN_SPREAD:
+                found[name] = (
                     f"the {kind} features are collapsing: their spread is {value:.3f} (1 is uniform, 0 all alike). "
-                    "Lower the learning rate",
+                    "Lower the learning rate"
                 )
-        self._report(
-            "data_wait",
-            step,
-            data_wait_share > self.MAX_DATA_WAIT,
-            f"{data_wait_share:.0%} of the time is spent waiting for data; raise --dataloader_num_workers",
-        )
-
-    def _report(self, kind: str, step: int, holds: bool, text: str) -> None:
-        if not holds:
-            self._since.pop(kind, None)
-            self._warned.discard(kind)
-        elif step - self._since.setdefault(kind, step) >= self.patience and kind not in self._warned:
-            self._warned.add(kind)
-            self.warn(f"step {step}: {text}")
+        if data_wait_share > self.MAX_DATA_WAIT:
+            found["data_wait"] = (
+                f"{data_wait_share:.0%} of the time is spent waiting for data; raise --dataloader_num_workers"
+            )
+        self._since = {name: self._since.get(name, step) for name in found}
+        self._warned &= found.keys()
+        for name, text in found.items():
+            if step - self._since[name] >= self.patience and name not in self._warned:
+                self._warned.add(name)
+                self.warn(f"step {step}: {text}")
 
 
 @torch.no_grad()
