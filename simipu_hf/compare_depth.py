@@ -20,11 +20,7 @@ from .training.arguments import CompareDepthArguments
 
 
 class DepthTask(Task):
-    """Monocular depth as a task of `simipu_hf.compare`; the claims are about AbsRel.
-
-    Raises:
-        SimIPUError: frames that cannot be used, or that stand on both sides.
-    """
+    """Monocular depth as a task of `simipu_hf.compare`; the claims are about AbsRel."""
 
     trainer_class = DepthTrainer
     shown = ("abs_rel", "rmse", "silog", "a1")
