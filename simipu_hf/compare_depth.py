@@ -20,7 +20,11 @@ from .training.arguments import CompareDepthArguments
 
 
 class DepthTask(Task):
-    """Monocular depth as a task of `simipu_hf.compare`; the claims are about AbsRel."""
+    """Monocular depth as a task of `simipu_hf.compare`; the claims are about AbsRel.
+
+    Raises:
+        SimIPUError: frames that cannot be used, or that stand on both sides.
+    """
 
     trainer_class = DepthTrainer
     shown = ("abs_rel", "rmse", "silog", "a1")

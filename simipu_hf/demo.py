@@ -179,7 +179,11 @@ def stage(stages: dict[str, dict[str, Any]], folder: Path, name: str, title: str
 
 
 def prepare_output_dir(output_dir: Path, data_dir: str | os.PathLike | None, overwrite: bool) -> None:
-    """Create the folder, or empty it if it holds a demo and may be overwritten."""
+    """Create the folder, or empty it if it holds a demo and may be overwritten.
+
+    Raises:
+        SimIPUError: `data_dir` cannot be read, or the folder is in use by something else.
+    """
     if data_dir is not None:
         find_source(os.fspath(data_dir), must_be_folder=True)
         if output_dir.resolve() in (Path(data_dir).resolve(), *Path(data_dir).resolve().parents):
@@ -308,7 +312,11 @@ def summarize_pretraining(run_dir: Path, settings: DemoSettings) -> dict[str, An
 
 @torch.no_grad()
 def check_encoder(run_dir: Path, row: dict[str, Any]) -> dict[str, Any]:
-    """Load `image_encoder/` with timm and with transformers, and compare it with the encoder that was trained."""
+    """Load `image_encoder/` with timm and with transformers, and compare it with the encoder that was trained.
+
+    Raises:
+        SimIPUError: weights or features differ.
+    """
     folder = run_dir / "image_encoder"
     trained = SimIPUForPreTraining.from_pretrained(run_dir).simipu.image_encoder.eval()
     pyramid = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True).eval()

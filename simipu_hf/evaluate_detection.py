@@ -138,7 +138,11 @@ def draw_frame(frame: DetectionFrame, predictions: KittiObjects) -> Any:
 
 
 def read_folders(predictions: str, labels: str) -> list[Found]:
-    """Detections and labels of the same frames, from text files; frames without a file of detections do not count."""
+    """Detections and labels of the same frames, from text files; frames without a file of detections do not count.
+
+    Raises:
+        SimIPUError: a damaged line, or detections of a frame that has no labels.
+    """
     found, truth = read_objects_folder(predictions, with_scores=True), read_objects_folder(labels)
     for name in found:
         if name not in truth:

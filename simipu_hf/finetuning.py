@@ -325,6 +325,9 @@ def prepare_trainer(
 
     Args:
         parts: model, data sets and image processor, as keyword arguments of `trainer_class`.
+
+    Raises:
+        SimIPUError: the encoder does not take images of their sizes.
     """
     model = parts["model"]
     model.freeze_image_encoder(arguments.freeze_image_encoder)

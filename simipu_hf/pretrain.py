@@ -305,6 +305,9 @@ def load_rows(
     """The rows to train on, how several data sets are mixed, and the rows to evaluate on where `--eval_steps` asks.
 
     Damaged frames end the run, or are left out and described in `skipped`, as `--on_bad_row` says.
+
+    Raises:
+        SimIPUError: nothing to read, no such split, or frames that are trained on among those to evaluate on.
     """
     source: dict[str, Any] = {
         "dataset_name": arguments.dataset_name,
@@ -399,7 +402,11 @@ def change_processor(arguments: PreTrainingArguments, processor: SimIPUProcessor
 
 
 def change_config(arguments: PreTrainingArguments, config: SimIPUConfig, processor: SimIPUProcessor) -> SimIPUConfig:
-    """A configuration with the fields that the flags change."""
+    """A configuration with the fields that the flags change.
+
+    Raises:
+        SimIPUError: an unknown field, or one that has a flag of its own.
+    """
     overrides = parse_overrides(arguments.config_overrides)
     sections = {"image_config": config.image_encoder_config, "point_config": config.point_encoder_config}
     for section, known in (("", config), *sections.items()):
@@ -424,7 +431,11 @@ def change_config(arguments: PreTrainingArguments, config: SimIPUConfig, process
 
 
 def load_pretrained_image_encoder(model: SimIPUForPreTraining, processor: SimIPUProcessor) -> None:
-    """Replace the image encoder's weights by timm's pretrained ones, and take the mean and deviation they expect."""
+    """Replace the image encoder's weights by timm's pretrained ones, and take the mean and deviation they expect.
+
+    Raises:
+        SimIPUError: timm has none for this architecture, or they cannot be downloaded.
+    """
     config = model.config.image_encoder_config
     try:
         source = timm.create_model(config.architecture, pretrained=True, num_classes=0, **timm_arguments(config))
@@ -545,7 +556,11 @@ def open_checkpoint(
 
 
 def prepare_model(accelerator: Accelerator, arguments: PreTrainingArguments, model: SimIPUForPreTraining) -> None:
-    """Batch norm over all processes, gradient checkpointing and compilation, as the flags say; on the device."""
+    """Batch norm over all processes, gradient checkpointing and compilation, as the flags say; on the device.
+
+    Raises:
+        SimIPUError: the encoder or this machine cannot do it.
+    """
     model.to(accelerator.device)
     if accelerator.num_processes > 1 and arguments.sync_batch_norm:
         synchronize_batch_norm(model)

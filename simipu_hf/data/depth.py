@@ -100,7 +100,11 @@ def _read_lines(path: str | os.PathLike) -> list[tuple[str, str]]:
 def select_depth_rows(
     frames: Sequence[str], file_list: str | None, image_dir: str | None, depth_dir: str | None, on_bad_row: OnBadRow
 ) -> datasets.Dataset:
-    """The rows that a depth command is asked for: those of an Eigen file list, or else named ones."""
+    """The rows that a depth command is asked for: those of an Eigen file list, or else named ones.
+
+    Raises:
+        SimIPUError: as [`select_frames`] and [`EigenFrames`].
+    """
     if file_list:
         return read_eigen_list(file_list, str(image_dir), str(depth_dir), on_bad_row)
     return select_frames(frames)

@@ -79,7 +79,11 @@ def _read_ids(ids: str, specification: str) -> list[str]:
 
 
 def crop_window(processor: SimIPUImageProcessor, image_size: tuple[int, ...], name: str) -> tuple[int, int, int, int]:
-    """Top, left, height and width of the part of an image that a processor keeps."""
+    """Top, left, height and width of the part of an image that a processor keeps.
+
+    Raises:
+        SimIPUError: the image is smaller; `name` says which.
+    """
     try:
         return processor.crop_window((image_size[0], image_size[1]))
     except ValueError as error:
@@ -112,6 +116,9 @@ class FrameDataset(torch.utils.data.Dataset):
         seed: of the augmentation.
         keep_frames: keep every frame that was read in memory, for small sets that are gone through many times.
         on_bad_row: `"skip"` takes the next usable row instead of one that cannot be used.
+
+    Raises:
+        SimIPUError: no rows.
     """
 
     def __init__(

@@ -167,7 +167,11 @@ def open_source(
     dataset_config_name: str | None,
     split: str | Sequence[str] | None,
 ) -> tuple[Source, list[str]]:
-    """One source and the splits of it that are asked for; `None`: all."""
+    """One source and the splits of it that are asked for; `None`: all.
+
+    Raises:
+        SimIPUError: several sources, none, or a split that it does not have.
+    """
     (text,) = given_sources(dataset_name, data_dir, most=1)
     refuse_second_split(split if isinstance(split, str) else None, text)
     location, own_split = split_source(text)

@@ -140,7 +140,11 @@ def check_object(kind: str, bbox: Sequence[float], dimensions: Sequence[float], 
 
 
 def read_objects_folder(folder: str | os.PathLike, with_scores: bool = False) -> dict[str, KittiObjects]:
-    """Name of a frame (`000042`) -> its objects, of every `.txt` file in `folder`, sorted by name."""
+    """Name of a frame (`000042`) -> its objects, of every `.txt` file in `folder`, sorted by name.
+
+    Raises:
+        SimIPUError: there is none, or a line is damaged.
+    """
     paths = sorted(Path(folder).glob("*.txt"))
     if not paths:
         raise SimIPUError(f"{folder}: expected files like 000042.txt, one for each frame, found none")
@@ -150,7 +154,11 @@ def read_objects_folder(folder: str | os.PathLike, with_scores: bool = False) ->
 def write_objects_folder(
     folder: str | os.PathLike, objects: Mapping[str, KittiObjects], overwrite: bool = False
 ) -> None:
-    """Write one text file for each frame, also where it has no objects: the benchmark asks for all."""
+    """Write one text file for each frame, also where it has no objects: the benchmark asks for all.
+
+    Raises:
+        SimIPUError: the folder is in use and not to be overwritten, or can't be written.
+    """
     is_ours = lambda found: all(path.suffix == ".txt" for path in found.iterdir())  # noqa: E731
     with atomic_folder(Path(folder), overwrite=overwrite, is_earlier_output=is_ours) as beside:
         for name, of_frame in objects.items():

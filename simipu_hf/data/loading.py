@@ -151,7 +151,11 @@ def _load_parts(
 
 
 def take_rows(taken: dict[str, set[Any]], text: str, location: str, names: Iterable[Any]) -> None:
-    """Add the rows that the source `text` names to those `taken`; a SimIPUError where one was taken before."""
+    """Add the rows that the source `text` names to those `taken` of every location.
+
+    Raises:
+        SimIPUError: one of them was taken before.
+    """
     before = taken.setdefault(os.path.realpath(location) if os.path.exists(location) else location, set())
     again = before.intersection(names)
     if again:

@@ -21,6 +21,9 @@ class Mixture:
         sizes: rows of each source, in the order in which they are joined.
         weights: of each source, greater than 0; only their ratios count.
         seed: of the orders.
+
+    Raises:
+        SimIPUError: another number of weights, or one that is not greater than 0.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int = 0) -> None:

@@ -25,6 +25,9 @@ def refuse_shared_frames(train: datasets.Dataset, held_out: datasets.Dataset, wh
     Args:
         train, held_out: rows of the data contract, or with `image` alone.
         what: names the held-out side in the error.
+
+    Raises:
+        SimIPUError: says how many there are and names the first.
     """
     shared = frames_on_both_sides(train, held_out)
     if shared:

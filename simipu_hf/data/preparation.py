@@ -68,6 +68,9 @@ def prepare(
         skipped: where given, damaged frames are left out and described here; otherwise the first is an error.
         num_proc: processes; `None` takes one per core.
         cache_dir: default: the cache of datasets.
+
+    Raises:
+        SimIPUError: a damaged frame, or a cache that cannot be written.
     """
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "simipu_hf"
     chunks = [frames[start : start + CHUNK] for start in range(0, len(frames), CHUNK)]

@@ -116,7 +116,11 @@ def dataset_from_rows(rows: Iterable[dict[str, Any]], cache_dir: str | os.PathLi
 
 
 def write_arrow(path: Path, rows: Iterable[dict[str, Any]], features: datasets.Features) -> None:
-    """Writes an Arrow file of rows; 16 of them are in memory at a time."""
+    """Writes an Arrow file of rows; 16 of them are in memory at a time.
+
+    Raises:
+        SimIPUError: it cannot be written.
+    """
     with atomic_path(path) as beside, ArrowWriter(path=str(beside), features=features, writer_batch_size=16) as writer:
         for row in _without_os_errors(rows):
             writer.write(features.encode_example(row))

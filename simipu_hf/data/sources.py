@@ -39,7 +39,11 @@ class Source:
 
     @cached_property
     def splits(self) -> list[str]:
-        """Names of its splits; a `save_to_disk` folder without splits is "train"."""
+        """Names of its splits; a `save_to_disk` folder without splits is "train".
+
+        Raises:
+            SimIPUError: they cannot be found out.
+        """
         with named_errors(self.location):
             if self.reader is not None:
                 return self.reader.split_names(self.config, self.location)
@@ -50,7 +54,11 @@ class Source:
             return datasets.get_dataset_split_names(self.location, self.config)
 
     def find_split(self, name: str) -> str:
-        """The split that is meant: "validation" and "val" find one another, "train" finds "mini_train"."""
+        """The split that is meant: "validation" and "val" find one another, "train" finds "mini_train".
+
+        Raises:
+            SimIPUError: there is none, or several.
+        """
         names = ("validation", "val") if name in ("validation", "val") else (name,)
         found = [split for split in (name, *names) if split in self.splits]
         found = found or [split for split in self.splits if split.endswith(tuple(f"_{name}" for name in names))]
@@ -59,7 +67,11 @@ class Source:
         return found[0]
 
     def require_splits(self, wanted: Sequence[str]) -> list[str]:
-        """`wanted`, or a SimIPUError where one of them is not there."""
+        """`wanted`.
+
+        Raises:
+            SimIPUError: one of them is not there.
+        """
         if not set(wanted) <= set(self.splits):
             raise SimIPUError(f"{self.location}: split: expected some of {self.splits}, found {list(wanted)}")
         return list(wanted)

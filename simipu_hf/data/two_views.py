@@ -96,6 +96,9 @@ class TwoViewAugmentation:
         """The augmentation of a preset, `"recommended"` or `"official"`, with fields changed.
 
         The official one draws image sizes; `random_resize=None` makes it keep to the image processor's.
+
+        Raises:
+            SimIPUError: an unknown preset.
         """
         try:
             values = preset_values(preset, "augmentation")
@@ -305,7 +308,11 @@ class TwoViewDataset(torch.utils.data.Dataset):
         raise SimIPUError(f"none of the {len(self.rows)} rows can be used; the last: {last_error}")
 
     def read_row(self, index: int) -> Mapping[str, Any]:
-        """A row of the data set as it is, its image decoded."""
+        """A row of the data set as it is, its image decoded.
+
+        Raises:
+            SimIPUError: names the row and why it cannot be read.
+        """
         with self._naming_unreadable(index):
             return self.rows[index]
 

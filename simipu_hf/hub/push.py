@@ -303,7 +303,11 @@ def _is_final(error: Exception) -> bool:
 
 
 def _snapshot(folder: Path, run: Path, resumable: bool = False) -> Path:
-    """What may be published of `folder`, in a hidden folder of `run`: whatever happens to the originals meanwhile."""
+    """What may be published of `folder`, in a hidden folder of `run`: whatever happens to the originals meanwhile.
+
+    Raises:
+        SimIPUError: no model, or one whose weights cannot be read.
+    """
     weights = sorted(folder.glob("*.safetensors"))
     if not weights or not (folder / "config.json").is_file():
         raise SimIPUError(f"{folder}: expected a model's config.json and safetensors weights, found none")

@@ -744,7 +744,11 @@ def parse_arguments(cls: type[ArgumentsT], argv: Sequence[str] | None = None, pr
 
 
 def expand_config(argv: Sequence[str], cls: type) -> list[str]:
-    """`argv` with the flags that `--config FILE` holds in front, where the ones that follow win."""
+    """`argv` with the flags that `--config FILE` holds in front, where the ones that follow win.
+
+    Raises:
+        SimIPUError: as [`read_config`], or the file names a flag that the dataclass `cls` does not have.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     known, flags = parser.parse_known_args(list(argv))
@@ -771,7 +775,11 @@ def packaged_configs() -> list[str]:
 
 
 def read_config(name: str) -> dict[str, Any]:
-    """Flags from a YAML or JSON file, a `run.yaml` (its `arguments`), or a packaged configuration."""
+    """Flags from a YAML or JSON file, a `run.yaml` (its `arguments`), or a packaged configuration.
+
+    Raises:
+        SimIPUError: there is no such file, or it holds something else.
+    """
     file: Any = Path(name)
     if not file.is_file():
         file = resources.files("simipu_hf.training") / "presets" / f"{name}.yaml"

@@ -120,7 +120,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def verify_checkpoint(path: Path) -> None:
-    """Compare every file of a checkpoint with its manifest."""
+    """Compare every file of a checkpoint with its manifest.
+
+    Raises:
+        SimIPUError: naming the file, what was expected and what was found.
+    """
     manifest_path = path / MANIFEST
     if (path / TRAINER_STATE).is_file():
         return _verify_trainer_checkpoint(path)
@@ -248,7 +252,10 @@ class TrainingState:
         self.processor.save_pretrained(folder)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Take up what a checkpoint holds; a SimIPUError where it does not fit."""
+        """
+        Raises:
+            SimIPUError: the checkpoint does not fit the model or the optimizers.
+        """
         try:
             self.unwrapped_model.load_state_dict(load_file(checkpoint.path / "model.safetensors"))
             self.optimizer.load_state_dict(checkpoint.tensors["optimizer"])
@@ -265,7 +272,11 @@ class TrainingState:
 
 
 def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
-    """Raises a `SimIPUError` that lists every value that differs, nested ones as `recipe.learning_rate`."""
+    """Refuse to continue a run under other conditions than it was started with.
+
+    Raises:
+        SimIPUError: listing every value that differs, nested ones as `recipe.learning_rate`.
+    """
     saved, current = flatten(saved), flatten(current)
     differing = [
         f"{name}: {saved.get(name, 'absent')} in the checkpoint, {current.get(name, 'absent')} now"

@@ -70,7 +70,11 @@ def check_precision(precision: str) -> None:
 
 
 def check_processes(accelerator: Accelerator) -> None:
-    """Refuse launches that start other processes than they say, or that shard the model."""
+    """Refuse launches that start other processes than they say, or that shard the model.
+
+    Raises:
+        SimIPUError: several processes that do not know of each other, or a strategy other than data parallelism.
+    """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise SimIPUError(

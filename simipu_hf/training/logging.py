@@ -24,7 +24,11 @@ T = TypeVar("T")
 
 
 def check_trackers(names: list[str]) -> list[str]:
-    """`names` without `"none"`; a SimIPUError for an unknown one, or one that accelerate would drop: not installed."""
+    """`names` without `"none"`.
+
+    Raises:
+        SimIPUError: an unknown tracker, or one that is not installed (accelerate would drop it silently).
+    """
     chosen = [name for name in names if name != "none"]
     for name in chosen:
         if name not in TRACKERS:

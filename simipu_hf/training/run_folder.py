@@ -91,6 +91,9 @@ def open_run_folder(arguments: RunArguments, step: int, **record: Any) -> None:
 
     That holds the arguments (it can be given to `--config`), versions, command, git state, and `record`. Main process
     only, after [`find_checkpoint`].
+
+    Raises:
+        SimIPUError: the folder cannot be written to.
     """
     output_dir = Path(arguments.output_dir)
     if arguments.overwrite_output_dir and output_dir.is_dir():
