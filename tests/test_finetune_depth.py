@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -138,24 +136,6 @@ def test_folder_holds_model_card_evaluation_and_no_pickles(frames, run):
     for folder in (run, run / "checkpoint-4"):  # no more private than the umask makes every file
         assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
-
-
-def test_accelerate_launch_of_two_processes(frames, tmp_path):
-    flags = "--no_kb_crop --image_size 32 64 --max_steps 2 --per_device_train_batch_size 2 --report_to none"
-    flags += " --dataloader_num_workers 0 --no_flip_test --logging_steps 1"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += ["-m", "simipu_hf.finetune_depth", "--image_encoder", ENCODER, "--output_dir", str(tmp_path / "run")]
-    command += ["--train_frames", frames, "--test_frames", f"{frames}#test", *flags.split()]
-    environment = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2", "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, env={**os.environ, **environment}, timeout=300)
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [1, 2]
-    saved = json.loads((tmp_path / "run" / "depth_evaluation.json").read_text())
-    arguments = {"model": str(tmp_path / "run"), "test_frames": [f"{frames}#test"], "json": True}
-    alone = evaluate_depth(EvaluateDepthArguments(**arguments, kb_crop=False, flip_test=False, device="cpu"))
-    assert saved["num_images"] == alone["num_images"] == 2  # each process had one
-    assert saved["metrics"] == {name: pytest.approx(value, rel=1e-6) for name, value in alone["metrics"].items()}
 
 
 # --- what is served is what was measured ----------------------------------------------------------------------------

@@ -72,14 +72,19 @@ def test_own_epsilon_changes_no_bit(tmp_path):
     assert all(torch.equal(saved[name], value) for name, value in encoder.state_dict().items())
 
 
+SWIN = "swin_tiny_patch4_window7_224"
+
+
 @pytest.mark.parametrize(
     ("architecture", "arguments", "sizes"),
     [
         ("test_resnet", {}, [(64, 96), (96, 160)]),
+        ("test_convnext", {}, [(64, 96), (96, 160)]),
         ("test_efficientnet", {}, [(64, 96), (96, 160)]),
         ("test_vit", {"dynamic_img_size": True}, [(64, 96), (96, 160)]),
-        # a graph for one size, with a block of shifted windows
-        ("swin_tiny_patch4_window7_224", {"depths": (2, 1), "img_size": (64, 96)}, [(64, 96)]),
+        # a graph of its own for each size, with a block of shifted windows
+        (SWIN, {"depths": (2, 1), "img_size": (64, 96)}, [(64, 96)]),
+        (SWIN, {"depths": (2, 1), "img_size": (96, 160)}, [(96, 160)]),
     ],
 )
 @torch.no_grad()

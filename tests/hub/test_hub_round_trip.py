@@ -1,11 +1,14 @@
 """Push, then load by the cards' own lines in processes that do not have the package, on line and off line."""
 
+import pickle
+
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 
 from simipu_hf.hub.push import push_folder
+from simipu_hf.hub.sources import load_image_encoder
 
 # Runs every Python block of a card as printed, and looks at what it made.
 RUN_CARD = """
@@ -51,6 +54,17 @@ import sys
 result["imported"] = sorted({"simipu_hf", "spconv", "numba", "scipy", "torch_quickfps"} & set(sys.modules))
 """
 
+# Asks for repositories that somebody tampered with.
+TAMPERED = """
+from transformers import AutoModel
+said = result["tampered"] = {}
+for repo_id in TAMPERED_REPOSITORIES:
+    try:
+        AutoModel.from_pretrained(repo_id, trust_remote_code=repo_id.startswith("owner/simipu"))
+        said[repo_id] = "loaded"
+    except Exception as error:
+        said[repo_id] = f"{type(error).__name__}: {error}"
+"""
 
 KINDS = {"SimIPUModel", "SimIPUForPreTraining", "TimmWrapperModel", "ResNet", "FeatureListNet", "TimmBackbone"}
 
@@ -72,7 +86,10 @@ def check_card_results(result: dict, expected: list[float]) -> None:
     assert [maps["shapes"][-1][1] for name, maps in result.items() if "shapes" in maps] == [96, 96]
 
 
-def test_every_line_of_both_cards_works_without_the_package(published, run_folder, isolated, pixels, tmp_path):
+def test_every_line_of_both_cards_works_and_what_was_tampered_with_is_refused(
+    published, run_folder, isolated, pixels, tmp_path
+):
+    """Neither has the package; one process on line for both, as starting it takes most of the time."""
     encoder_file = run_folder / "image_encoder" / "model.safetensors"
     save_file({"pixels": pixels}, tmp_path / "pixels.safetensors")
     trained = timm.create_model("test_resnet", num_classes=0).eval()
@@ -84,38 +101,30 @@ def test_every_line_of_both_cards_works_without_the_package(published, run_folde
         "PIXELS": str(tmp_path / "pixels.safetensors"),
         "REPOSITORIES": ["owner/simipu", "owner/encoder"],
     }
-    check_card_results(isolated(RUN_CARD, hub=published, **values), expected)
+    mark = tmp_path / "ran"
+    tampered = tampered_repositories(published, mark)
+    result = isolated(RUN_CARD + TAMPERED, hub=published, TAMPERED_REPOSITORIES=tampered, **values)
+    said = result.pop("tampered")
+    check_card_results(result, expected)
+    assert [name for name in tampered if said[name] == "loaded"] in ([], ["owner/simipu-shapes"])
+
+    check_messages_to_tampered_repositories(tampered, tmp_path)
+    assert not mark.exists()
+
     asked = len(published.requests)
     check_card_results(isolated(RUN_CARD, offline=True, **values), expected)
     assert len(published.requests) == asked
 
 
-TAMPERED = """
-from transformers import AutoModel
-for repo_id, trust in REPOSITORIES:
-    try:
-        AutoModel.from_pretrained(repo_id, trust_remote_code=trust)
-        result[repo_id] = "loaded"
-    except Exception as error:
-        result[repo_id] = f"{type(error).__name__}: {error}"
-import os
-result["ran"] = os.path.exists(MARK)
-"""
-
-
-def test_tampered_repositories_are_refused_and_run_nothing(published, isolated, tmp_path):
-    import pickle
-
-    mark = tmp_path / "ran"
+def tampered_repositories(hub, mark) -> list[str]:
+    """Creates repositories whose pickles, if they run, write the file `mark`."""
 
     class Payload:
         def __reduce__(self):
             return open, (str(mark), "w")
 
-    from safetensors.torch import save
-
-    encoder, simipu = published.files("owner/encoder"), published.files("owner/simipu")
-    narrow = load_file(_write(tmp_path / "a.safetensors", encoder["model.safetensors"]))
+    encoder, simipu = hub.files("owner/encoder"), hub.files("owner/simipu")
+    narrow = load(encoder["model.safetensors"])
     narrow["layer1.0.conv1.weight"] = torch.zeros(32, 16, 3, 3)
     without_weights = {name: c for name, c in encoder.items() if name != "model.safetensors"}
     repositories = {
@@ -129,31 +138,13 @@ def test_tampered_repositories_are_refused_and_run_nothing(published, isolated, 
         | {"config.json": simipu["config.json"].replace(b'"projection_dim": 16', b'"projection_dim": "many"')},
     }
     for repo_id, files in repositories.items():
-        published.create(repo_id, files=files)
-    ours = isolated_with_package(published, tmp_path, list(repositories))
-    assert "of another shape (layer1.0.conv1.weight" in ours["owner/shapes"]
-    assert "pickled weights are not read" in ours["owner/pickle"]
-    assert "no readable safetensors" in ours["owner/renamed"]
-    assert "no readable JSON" in ours["owner/json"]
-    for repo_id in ("owner/simipu-shapes", "owner/simipu-type"):
-        ours.pop(repo_id)  # their image encoders are whole
-    checked = [(name, name.startswith("owner/simipu")) for name in repositories]
-    theirs = isolated(TAMPERED, hub=published, REPOSITORIES=checked, MARK=str(mark))
-    assert theirs.pop("ran") is False
-    assert not mark.exists()
-    assert "loaded" not in {name: said for name, said in theirs.items() if name != "owner/simipu-shapes"}.values()
+        hub.create(repo_id, files=files)
+    return list(repositories)
 
 
-def _write(path, content):
-    path.write_bytes(content)
-    return path
-
-
-def isolated_with_package(hub, tmp_path, repo_ids):
-    """What `load_image_encoder` says to each repository, in this process, with a cache of its own."""
+def check_messages_to_tampered_repositories(repo_ids, tmp_path) -> None:
+    """What `load_image_encoder` says to each, in this process, with a cache of its own."""
     from huggingface_hub import constants
-
-    from simipu_hf.hub.sources import load_image_encoder
 
     said = {}
     with pytest.MonkeyPatch.context() as patch:
@@ -161,7 +152,9 @@ def isolated_with_package(hub, tmp_path, repo_ids):
         for repo_id in repo_ids:
             try:
                 load_image_encoder(repo_id, verbose=False)
-                said[repo_id] = "loaded"
             except ValueError as error:
                 said[repo_id] = str(error)
-    return said
+    assert "of another shape (layer1.0.conv1.weight" in said["owner/shapes"]
+    assert "pickled weights are not read" in said["owner/pickle"]
+    assert "no readable safetensors" in said["owner/renamed"]
+    assert "no readable JSON" in said["owner/json"]

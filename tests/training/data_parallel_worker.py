@@ -1,6 +1,6 @@
 """What test_data_parallel.py runs in one process and in two; no test itself.
 
-torchrun --nproc_per_node 2 data_parallel_worker.py OUT 'JSON list of pretrain flags'
+accelerate launch --num_processes 2 data_parallel_worker.py OUT 'JSON list of pretrain flags' 'of finetune-depth flags'
 """
 
 import contextlib
@@ -14,9 +14,10 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from simipu_hf import pretrain as module
+from simipu_hf.finetune_depth import finetune_depth
 from simipu_hf.modeling.configuration_simipu import SimIPUConfig
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
-from simipu_hf.training.arguments import PreTrainingArguments, parse_arguments
+from simipu_hf.training.arguments import DepthArguments, PreTrainingArguments, parse_arguments
 from simipu_hf.training.checkpoint import TrainingState
 from simipu_hf.training.distributed import create_accelerator
 from simipu_hf.training.logging import RunLogger
@@ -121,7 +122,8 @@ def interrupted_run(flags: list[str], out: Path) -> None:
 
 
 def main() -> None:
-    out, flags = Path(sys.argv[1]), json.loads(sys.argv[2])
+    out, flags, depth_flags = Path(sys.argv[1]), *map(json.loads, sys.argv[2:])
+    finetune_depth(parse_arguments(DepthArguments, depth_flags))
     interrupted_run(flags, out)
     for architecture in ARCHITECTURES:
         for accumulation_steps in (1, 2):

@@ -1,4 +1,4 @@
-"""Two processes with B rows each are one process with 2B rows, to rounding in float64; and they resume exactly."""
+"""What `accelerate launch` of two processes computes is what one computes, to rounding; and they resume exactly."""
 
 import importlib.util
 import json
@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from depth_rows import save_rows
 from safetensors.torch import load_file
 from tiny_run import OVERRIDES, reset_accelerate, write_frames
 
 from simipu_hf.data.two_views import to_model_inputs
+from simipu_hf.evaluate_depth import evaluate_depth
+from simipu_hf.training.arguments import EvaluateDepthArguments
 from simipu_hf.training.logging import read_metrics
 
 WORKER = Path(__file__).with_name("data_parallel_worker.py")
@@ -31,10 +34,20 @@ def results(tmp_path_factory) -> Path:
         *("--dataloader_num_workers", "1", "--learning_rate", "0.003", "--gradient_accumulation_steps", "2"),
         *("--eval_steps", "3"),
     ]
+    depth_flags = [
+        *("--image_encoder", "random:test_resnet", "--output_dir", str(out / "depth"), "--no_kb_crop"),
+        *("--train_frames", save_rows(out), "--test_frames", f"{out / 'rows'}#test", "--image_size", "32", "64"),
+        *("--max_steps", "2", "--per_device_train_batch_size", "2", "--logging_steps", "1", "--no_flip_test"),
+        *("--dataloader_num_workers", "0", "--report_to", "none"),
+    ]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = "4"  # not ours: the flags count
+    launcher = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+        *("--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"),
+    ]
     process = subprocess.Popen(
-        [*launcher, str(WORKER), str(out), json.dumps(flags)],
+        [*launcher, str(WORKER), str(out), json.dumps(flags), json.dumps(depth_flags)],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -42,7 +55,7 @@ def results(tmp_path_factory) -> Path:
         start_new_session=True,  # so that a hang takes its workers with it
     )
     try:
-        _, errors = process.communicate(timeout=280)
+        _, errors = process.communicate(timeout=600)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -79,3 +92,13 @@ def test_two_processes_resume_to_the_bit(results):
     for name in ("loss", "eval/loss", "eval/recall_within_2_cells"):
         assert [line[name] for line in lines[0] if name in line] == [line[name] for line in lines[1] if name in line]
     assert [line["step"] for line in lines[1]] == [3, 3, 6, 6]
+
+
+def test_two_processes_share_the_evaluation_of_a_depth_model(results):
+    steps = [line["step"] for line in read_metrics(results / "depth" / "metrics.jsonl")]
+    assert steps == [1, 2]
+    saved = json.loads((results / "depth" / "depth_evaluation.json").read_text(encoding="utf-8"))
+    arguments = {"model": str(results / "depth"), "test_frames": [f"{results / 'rows'}#test"], "json": True}
+    alone = evaluate_depth(EvaluateDepthArguments(**arguments, kb_crop=False, flip_test=False, device="cpu"))
+    assert saved["num_images"] == alone["num_images"] == 2  # each process had one
+    assert saved["metrics"] == {name: pytest.approx(value, rel=1e-6) for name, value in alone["metrics"].items()}
