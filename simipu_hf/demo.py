@@ -51,12 +51,14 @@ DRIVE, FRAMES, RUN, PICTURES = "drive", "frames", "run", "pictures"
 VALIDATION_SHARE = 0.2
 PRETRAINED, RANDOM = "pretrained", "scratch"  # names of the two encoders of the probe
 
-# A PointNet++ of the default's three levels and samples, half as wide.
+# A PointNet++ of the default's three levels, half as wide, with half the centres and narrow heads.
 SMALL_POINT_ENCODER = (
     "point_config.num_samples=[[16,16,32],[16,16,32],[16,16,16]],"
     "point_config.mlp_channels=[[[16,16,32],[16,16,32],[32,32,64]],[[32,32,64],[32,32,64],[64,64,128]],"
     "[[64,64,128],[64,64,128],[128,128,256]]],"
-    "point_config.aggregation_channels=[64,128,256]"
+    "point_config.aggregation_channels=[64,128,256],"
+    "point_config.num_points=[[512],[128],[64,64]],point_config.fps_sample_ranges=[[-1],[-1],[64,-1]],"
+    "projection_hidden_dim=256"
 )
 
 
@@ -68,7 +70,7 @@ class DemoSettings:
         num_frames: frames in all; a fifth is held out.
         image_size: height and width of the pictures the networks see, and of the generated ones.
         image_encoder: timm name.
-        num_points: points drawn from each scan, at least 1024.
+        num_points: points drawn from each scan, at least 512.
         per_device_train_batch_size: rows per step of pre-training.
         max_steps: optimizer steps of pre-training.
     """
@@ -76,7 +78,7 @@ class DemoSettings:
     num_frames: int = 200
     image_size: tuple[int, int] = (96, 320)
     image_encoder: str = "resnet18"
-    num_points: int = 4096
+    num_points: int = 2048
     per_device_train_batch_size: int = 4
     max_steps: int = 120
 
