@@ -431,7 +431,7 @@ class DetectionTaskArguments(Arguments):
     )
     """What is detected."""
     hidden_size: int = 128
-    """Width of the feature pyramid and the head: a quarter of it makes a small encoder's step three times as fast."""
+    """Width of the feature pyramid and the head, which on the CPU cost as much as a small encoder."""
     zoom: float = 1.2
     """Largest factor by which a random window of a training image is enlarged; 1 does not."""
     min_overlap: float | None = None
