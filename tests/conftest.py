@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+# The tests have a Hub server of their own. Cleared here because huggingface_hub reads them when it is imported.
+for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+    os.environ.pop(variable, None)
+
 
 def _folder_from_env(variable: str) -> Path:
     value = os.environ.get(variable)
