@@ -40,7 +40,7 @@ from simipu_hf.modeling.image_encoder import TimmModel
 from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.pretrain import pretrain
-from simipu_hf.training.arguments import PreTrainingArguments
+from simipu_hf.training.arguments import PreTrainingArguments, read_config
 from simipu_hf.training.logging import METRICS_FILE, read_metrics
 from simipu_hf.training.run_folder import versions
 from simipu_hf.visualization import draw_depth, save_figure, visualize
@@ -50,16 +50,6 @@ REPORT, RESULTS = "report.html", "results.json"
 DRIVE, FRAMES, RUN, PICTURES = "drive", "frames", "run", "pictures"
 VALIDATION_SHARE = 0.2
 PRETRAINED, RANDOM = "pretrained", "scratch"  # names of the two encoders of the probe
-
-# A PointNet++ of the default's three levels, half as wide, with half the centres and narrow heads.
-SMALL_POINT_ENCODER = (
-    "point_config.num_samples=[[16,16,32],[16,16,32],[16,16,16]],"
-    "point_config.mlp_channels=[[[16,16,32],[16,16,32],[32,32,64]],[[32,32,64],[32,32,64],[64,64,128]],"
-    "[[64,64,128],[64,64,128],[128,128,256]]],"
-    "point_config.aggregation_channels=[64,128,256],"
-    "point_config.num_points=[[512],[128],[64,64]],point_config.fps_sample_ranges=[[-1],[-1],[64,-1]],"
-    "projection_hidden_dim=256"
-)
 
 
 @dataclass
@@ -273,7 +263,7 @@ def load_rows(frames_dir: Path, split: str) -> datasets.Dataset:
 
 
 def pretraining_arguments(frames_dir: Path, run_dir: Path, settings: DemoSettings, seed: int) -> PreTrainingArguments:
-    """The recommended recipe on a small model."""
+    """The recommended recipe on a small model, with the small point encoder of `--config two_cores`."""
     batch_size = settings.per_device_train_batch_size
     return PreTrainingArguments(
         output_dir=str(run_dir),
@@ -281,7 +271,7 @@ def pretraining_arguments(frames_dir: Path, run_dir: Path, settings: DemoSetting
         train_split="train",
         validation_split="validation",
         image_encoder=settings.image_encoder,
-        config_overrides=SMALL_POINT_ENCODER,
+        config_overrides=read_config("two_cores")["config_overrides"],
         image_size=settings.image_size,
         num_points=settings.num_points,
         per_device_train_batch_size=batch_size,
