@@ -134,15 +134,16 @@ class SimIPUForMonocular3DDetection(SimIPUDenseModel):
         hidden = self.neck(self.pyramid(self.image_encoder, pad_to_divisor(pixel_values, self.image_encoder)))
         logits, regression = (maps.float() for maps in self.head(hidden))
         projection, grid, losses = camera_projection.to(regression), self.feature_grid, None
-        if labels is not None:
-            targets = [
-                encode_targets(of_image, projection[index], grid, logits.shape[1:], self.config)
-                for index, of_image in enumerate(labels)
-            ]
-            losses = detection_losses(logits, regression, targets)
-        with torch.no_grad():
-            peaks = select_peaks(logits, regression, self.config.max_detections)
-            boxes_3d = decode_boxes(peaks.cells, peaks.values, peaks.labels, projection, grid, self.config)
+        with torch.autocast(regression.device.type, enabled=False):  # in half precision, pixels are several pixels off
+            if labels is not None:
+                targets = [
+                    encode_targets(of_image, projection[index], grid, logits.shape[1:], self.config)
+                    for index, of_image in enumerate(labels)
+                ]
+                losses = detection_losses(logits, regression, targets)
+            with torch.no_grad():
+                peaks = select_peaks(logits, regression, self.config.max_detections)
+                boxes_3d = decode_boxes(peaks.cells, peaks.values, peaks.labels, projection, grid, self.config)
         return SimIPUDetectionOutput(
             loss=None if losses is None else torch.stack(list(losses.values())).sum(),
             losses=losses,

@@ -159,6 +159,30 @@ def test_several_encoders_learn(architecture):
     assert model(pixels, projection, [EMPTY, EMPTY]).loss.isfinite()
 
 
+def test_boxes_and_losses_are_exact_under_autocast(monkeypatch):
+    """In half precision the projected centre of a box would be pixels off, and so would its cell."""
+    model, seen = tiny().eval(), []
+
+    def keep_targets(logits, regression, targets):
+        seen.append(targets[0])
+        return detection_losses(logits, regression, targets)
+
+    monkeypatch.setattr("simipu_hf.modeling.modeling_simipu_detection.detection_losses", keep_targets)
+    boxes, classes = random_boxes(30)
+    labels = EMPTY | {"boxes_3d": boxes.float(), "class_labels": classes, "boxes": torch.rand(30, 4).cumsum(-1) * 90}
+    pixels, projection = torch.randn(1, 3, 376, 1216), PROJECTION.float()[None]
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(pixels, projection, [labels])
+    model(pixels, projection, [labels])
+    half, full = seen
+    assert len(full.cells) > 10
+    assert torch.equal(half.cells, full.cells)
+    assert torch.equal(half.values, full.values)
+    peaks = select_peaks(output.logits, output.regression, model.config.max_detections)
+    expected = decode_boxes(peaks.cells, peaks.values, peaks.labels, projection, model.feature_grid, model.config)
+    assert torch.equal(output.boxes_3d, expected)
+
+
 def test_post_processing_gives_boxes_of_the_original_image():
     box = torch.tensor([1.0, 1.6, 20, 1.5, 1.6, 4, 0.4], dtype=torch.float64)
     behind, dim = box * torch.tensor([1, 1, -1, 1, 1, 1, 1]), torch.tensor([[0.9, 0.8, 0.05]])
