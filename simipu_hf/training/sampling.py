@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -207,9 +208,7 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
 
     def permutation(self, epoch: int) -> list[int]:
         """The order of the rows in `epoch`."""
-        # The generator keeps 64 bits of seed: no two (seed, epoch) below 2**32 share an order.
-        generator = torch.Generator().manual_seed(((self.seed & 0xFFFFFFFF) << 31) ^ epoch)
-        return torch.randperm(self.num_rows, generator=generator).tolist()
+        return np.random.default_rng([self.seed, epoch]).permutation(self.num_rows).tolist()
 
 
 def create_loader(
@@ -251,4 +250,5 @@ def seed_micro_batch(seed: int, index: int, process_index: int) -> None:
 
     So a checkpoint needs no random states, and evaluation cannot disturb them.
     """
-    torch.manual_seed(((seed & 0xFFFF) << 47) ^ (process_index << 34) ^ index)
+    # hashed to 32 bits: PyTorch's generator on the CPU reads no more of a seed
+    torch.manual_seed(int(np.random.SeedSequence([seed, process_index, index]).generate_state(1)[0]))
