@@ -6,8 +6,9 @@ Inputs are contiguous float32 tensors. Nothing here waits for the device. Produc
 
 # ruff: noqa: N803 (capital letters for compile-time constants)
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,13 +19,28 @@ try:
 except Exception:
     triton = None
 
+Result = TypeVar("Result")
 
+
+def _on_its_device(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Triton launches on the current device, wherever the tensors are."""
+
+    @functools.wraps(function)
+    def launch(values: Tensor, *arguments: Any) -> Result:
+        with torch.cuda.device_of(values):
+            return function(values, *arguments)
+
+    return launch
+
+
+@_on_its_device
 def furthest_point_sample(points: Tensor, num_samples: int) -> Tensor:
     """(B, N, 3) -> (B, M) int64, one program per cloud."""
     axes = points.transpose(1, 2).contiguous()  # (B, 3, N)
     return _sample(axes, num_samples, _sample_coordinates)
 
 
+@_on_its_device
 def furthest_point_sample_features(features: Tensor, num_samples: int) -> Tensor:
     """(B, N, C) -> (B, M) int64, through the full (B, N, N) matrix of squared distances.
 
@@ -50,6 +66,7 @@ def _sample(source: Tensor, num_samples: int, kernel: Any) -> Tensor:
     return samples
 
 
+@_on_its_device
 def ball_query_padded(
     points: Tensor, centers: Tensor, radii_squared: Sequence[tuple[float, float]], num_samples: Sequence[int]
 ) -> list[Tensor]:

@@ -55,7 +55,8 @@ def pixel_recall(
     Returns:
         `recall_within_{r}_cells` for each radius, 0 to 1; NaN without valid points.
     """
-    best = (point_embeds @ cell_embeds.transpose(1, 2)).argmax(-1)
+    with torch.autocast(point_embeds.device.type, enabled=False):  # half precision has ties, of which any would win
+        best = (point_embeds.float() @ cell_embeds.float().transpose(1, 2)).argmax(-1)
     offset = (cell_pixels[best] - pixels) / pixels.new_tensor(cell_size)
     distance = offset.norm(dim=-1)[valid]
     return {f"recall_within_{r}_cells": (distance <= r).float().mean().item() for r in radii}
