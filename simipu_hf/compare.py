@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from .data.frames import FrameDataset
+from .errors import SimIPUError
 from .files import atomic_path, atomic_write, check_target, write_json
 from .finetuning import FineTuningTrainer, find_rgb_encoder, recipe
 from .hub.weights import EncoderWeights
@@ -178,9 +179,12 @@ class Task:
 
 
 def run_settings(arguments: CompareArguments, folder: str, num_frames: int, seed: int) -> TrainingArguments:
-    """Arguments of a Trainer that writes nothing."""
-    if arguments.device is not None and arguments.device.startswith("cuda"):
-        torch.cuda.set_device(torch.device(arguments.device))
+    """Arguments of a Trainer that writes nothing; SimIPUError for a device that it does not take."""
+    possible = ("cpu", "cuda", "cuda:0") if torch.cuda.is_available() else ("cpu",)
+    if arguments.device not in (None, *possible):
+        raise SimIPUError(
+            f"--device {arguments.device}: expected {' or '.join(possible)}; CUDA_VISIBLE_DEVICES chooses among GPUs"
+        )
     return recipe(
         folder,
         max_steps=arguments.max_steps,

@@ -1,5 +1,6 @@
 """Comparison of encoders: what is run and reused, the two claims by hand, the depth task."""
 
+import dataclasses
 import json
 import statistics
 from pathlib import Path
@@ -17,6 +18,7 @@ from simipu_hf.compare import (
     label_subset,
     late_improvement,
     level,
+    run_settings,
     speed,
     summarize,
 )
@@ -195,6 +197,12 @@ def test_depth_frames_on_both_sides_are_refused(depth_arguments, tmp_path):
     shared = SimpleNamespace(**{**vars(depth_arguments), "test_frames": [str(tmp_path / "rows")]})
     with pytest.raises(SimIPUError, match=r"4 of 7 frames are also trained on.*'x000002'"):
         DepthTask(shared)
+
+
+def test_a_device_that_the_trainer_would_not_take_is_refused(depth_arguments, tmp_path):
+    depth_arguments = dataclasses.replace(depth_arguments, device="cuda:7")
+    with pytest.raises(SimIPUError, match=r"--device cuda:7: expected cpu.*CUDA_VISIBLE_DEVICES"):
+        run_settings(depth_arguments, str(tmp_path), num_frames=2, seed=0)
 
 
 def test_frozen_random_encoder_gets_the_statistics_of_the_frames():
