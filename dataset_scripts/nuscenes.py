@@ -53,7 +53,7 @@ from PIL import Image
 logger = datasets.logging.get_logger(__name__)
 
 VERSION = datasets.Version("1.0.0")
-VERSIONS = ("v1.0-mini", "v1.0-trainval", "v1.0-test")
+VERSIONS = ("v1.0-trainval", "v1.0-mini", "v1.0-test")  # the first that is there is read
 SWEEPS, OBJECTS = "-sweeps", "-objects"
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_LEFT", "CAM_FRONT_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
 LIDAR = "LIDAR_TOP"

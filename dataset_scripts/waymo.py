@@ -209,9 +209,9 @@ def _index(path: str) -> dict[tuple[int, ...], tuple[int, int]]:
         raise ValueError(f"{path}: expected a Parquet file of Waymo Open Dataset v2, found: {error}") from error
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=len(COMPONENTS))
 def _group(path: str, group: int) -> pa.Table:
-    """A row group. Few are kept: in published files they are large, and rows are asked for in order."""
+    """A row group. One a component is kept: in published files they are large, and rows are asked for in order."""
     try:
         return pq.ParquetFile(path).read_row_group(group)
     except (OSError, pa.ArrowException) as error:

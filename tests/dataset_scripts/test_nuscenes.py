@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,8 @@ def test_published_splits_by_scene_and_builder_rows(tiny: TinyTables, tmp_path: 
     root = tiny.write()
     assert nuscenes.configurations(root) == ["v1.0-mini", "v1.0-mini-sweeps", "v1.0-mini-objects"]
     assert nuscenes.split_names("v1.0-mini", root) == ["mini_train", "mini_val"]
+    shutil.copytree(tiny.root / "v1.0-mini", tiny.root / "v1.0-trainval")
+    assert nuscenes.configurations(root)[:2] == ["v1.0-trainval", "v1.0-mini"]
     builder = nuscenes.NuScenes(config_name="v1.0-mini", data_dir=root, cache_dir=str(tmp_path / "rows"))
     builder.download_and_prepare()
     rows = builder.as_dataset(split="mini_val")

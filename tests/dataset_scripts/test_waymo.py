@@ -11,7 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from simipu_hf.data.sources import find_source
 from simipu_hf.dataset_scripts import waymo
+from simipu_hf.errors import SimIPUError
 
 RIGS = os.environ.get("SIMIPU_RIGS")
 needs_rigs = pytest.mark.skipif(RIGS is None, reason="SIMIPU_RIGS does not name a folder of camera rigs")
@@ -166,6 +168,8 @@ def only_frame(root: str) -> waymo.Frame:
 def test_builder_rows_of_a_tiny_segment(tiny: TinySegment, tmp_path: Path) -> None:
     root = tiny.write()
     assert waymo.configurations(root) == ["perception"]
+    with pytest.raises(SimIPUError, match=r"found one of its splits; did you mean "):
+        find_source(os.path.join(root, "training"))
     builder = waymo.Waymo(data_dir=root, cache_dir=str(tmp_path / "rows"), whole_scans=True)
     builder.download_and_prepare()
     [row] = builder.as_dataset(split="train")
