@@ -18,10 +18,12 @@ from types import ModuleType
 from typing import Any
 
 import datasets
+import psutil
 from filelock import FileLock
 from tqdm.auto import tqdm
 
 from ..errors import SimIPUError
+from ..files import write_json
 from .rows import write_arrow
 
 CHUNK = 512
@@ -85,7 +87,7 @@ def prepare(
             missing = [item for item in zip(paths, chunks, strict=True) if not item[0].is_file()]
             write = partial(_write_chunk, reading, stop_at_damage=skipped is None)
             run_in_processes(write, missing, num_proc, "Preparing", lambda item: len(item[1]), "row")
-            note.write_text(json.dumps([_launch(), *map(str, paths)]), encoding="utf-8")
+            write_json(note, [_launch(), *map(str, paths)])
     rows = datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in paths])
     messages: list[str] = []
     if len(rows) < len(frames):  # those left out are read again for the reason why
@@ -141,15 +143,19 @@ def _files_of_this_launch(note: Path) -> list[Path] | None:
     if _launch() is None or not note.is_file():
         return None
     launch, *paths = json.loads(note.read_text(encoding="utf-8"))
-    return [Path(path) for path in paths] if launch == _launch() else None
+    return [Path(path) for path in paths] if launch == _launch() and all(map(os.path.isfile, paths)) else None
 
 
 def _launch() -> str | None:
-    """Names the launch that this process is a rank of; `None` where it is no part of one."""
+    """Names the launch that this process is a rank of; `None` where it is no part of one, or cannot see who did."""
     if "LOCAL_RANK" not in os.environ:
         return None
+    try:  # in a container every launcher has the same number
+        launcher = f"{os.getppid()} {psutil.Process(os.getppid()).create_time()}"
+    except psutil.Error:
+        return None
     places = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")]
-    return " ".join([str(os.getppid()), *places])
+    return " ".join([launcher, *places])
 
 
 def _lock(note: Path) -> FileLock:

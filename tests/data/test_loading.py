@@ -414,9 +414,13 @@ def test_one_rank_looks_at_the_files_for_all(object_root, tmp_path, monkeypatch)
     assert fingerprint.call_count == 1
     monkeypatch.setenv("MASTER_PORT", "29501")  # the next launch
     load_pretraining_dataset(data_dir=object_root, cache_dir=tmp_path)
+    monkeypatch.setattr("psutil.Process.create_time", lambda process: 0.0)  # a launcher of the same number, later
+    load_pretraining_dataset(data_dir=object_root, cache_dir=tmp_path)
+    next((tmp_path / "simipu_hf").glob("*.arrow")).unlink()
+    assert len(load_pretraining_dataset(data_dir=object_root, cache_dir=tmp_path)) == 3
     monkeypatch.delenv("LOCAL_RANK")
     load_pretraining_dataset(data_dir=object_root, cache_dir=tmp_path)
-    assert fingerprint.call_count == 3
+    assert fingerprint.call_count == 5
 
 
 def test_cut_rows_hold_what_the_camera_sees(kitti_mini, tmp_path):
