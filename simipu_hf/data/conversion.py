@@ -1,5 +1,6 @@
 """Packs a data set into Parquet files with the images inside."""
 
+import itertools
 import json
 import logging
 import os
@@ -195,16 +196,13 @@ def _plan_shards(
         tables = [_table(rows, index, index + 1, packing) for index in range(0, len(rows), max(1, len(rows) // 8))]
         row_size = sum(table.nbytes for table in tables) / len(tables)
         most = max(1, int(convert_file_size_to_int(max_shard_size) / row_size))
-        rows_per_shard = min(most, -(-len(rows) // num_shards))
-    starts = range(0, len(rows), rows_per_shard)
+        count = max(min(num_shards, len(rows)), -(-len(rows) // most))
+        bounds = [len(rows) * index // count for index in range(count + 1)]
+    else:
+        bounds = [*range(0, len(rows), rows_per_shard), len(rows)]
     return [
-        _Shard(
-            name,
-            start,
-            min(start + rows_per_shard, len(rows)),
-            f"data/{name}-{index:05d}-of-{len(starts):05d}.parquet",
-        )
-        for index, start in enumerate(starts)
+        _Shard(name, start, stop, f"data/{name}-{index:05d}-of-{len(bounds) - 1:05d}.parquet")
+        for index, (start, stop) in enumerate(itertools.pairwise(bounds))
     ]
 
 

@@ -94,13 +94,13 @@ def load_mixture(
 
     Args:
         dataset_name, data_dir, dataset_config_name: as `load_pretraining_dataset`.
-        mixture: a weight for each source; `None` mixes them by size.
+        mixture: a weight for each source; `None` mixes them by size, which streams do not know.
         seed: of the mixture.
         options: further arguments of `load_pretraining_dataset`.
 
     Returns:
         The rows of all sources one after another, and the `Mixture` that `TwoViewDataset` draws from them with, or
-        `None`. While streaming the rows are mixed already: by `mixture`, or by the number of shards.
+        `None`. While streaming the rows are mixed already.
 
     Raises:
         SimIPUError: as `load_pretraining_dataset`; or another number of weights than of sources.
@@ -108,7 +108,9 @@ def load_mixture(
     parts = _load_parts(dataset_name, data_dir, dataset_config_name, Request(**options))
     if not isinstance(parts[0], datasets.IterableDataset):
         return join_rows(parts), Mixture([len(part) for part in parts], mixture, seed) if mixture else None
-    weights = mixture or [part.num_shards for part in parts]
+    if len(parts) > 1 and not mixture:
+        raise SimIPUError("mixture: expected a weight for each data set, since a stream does not know its size")
+    weights = mixture or [1]
     Mixture([1] * len(parts), weights)  # checks them
     probabilities = [weight / sum(weights) for weight in weights]
     streams = _with_common_columns(parts)

@@ -99,8 +99,9 @@ def _undecoded(rows: datasets.Dataset) -> datasets.Dataset:
 def _cheap_keys(rows: datasets.Dataset) -> Iterator[list[Key]]:
     """Keys that equal frames share: the length of the image's file, and length and first points of the scan."""
     for table in rows.with_format("arrow").iter(1024):  # reads the lengths, not the rows
-        images = pa.concat_arrays(table["image"].chunks)
-        lengths, paths = pc.binary_length(images.field("bytes")).to_pylist(), images.field("path").to_pylist()
+        chunks = table["image"].chunks
+        lengths = [length for chunk in chunks for length in pc.binary_length(chunk.field("bytes")).to_pylist()]
+        paths = [path for chunk in chunks for path in chunk.field("path").to_pylist()]
         starts: list[bytes] = [b""] * len(table)
         if "points" in table.column_names:
             starts = pc.binary_slice(table["points"].cast(pa.large_binary()), 0, 64).to_pylist()

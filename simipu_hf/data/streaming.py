@@ -70,7 +70,12 @@ def stream_two_views(
     if rows.num_shards < num_processes:
         raise SimIPUError(
             f"streaming: expected at least one shard for each of {num_processes} processes, found {rows.num_shards}: "
-            "write more with simipu-hf data convert --num_shards"
+            "write a multiple of that with simipu-hf data convert --num_shards"
+        )
+    if rows.num_shards % num_processes:
+        logger.warning(
+            f"streaming: {rows.num_shards} shards are no multiple of {num_processes} processes, so each process reads "
+            "all rows and uses its part of them"
         )
     own = split_dataset_by_node(rows, process_index, num_processes) if num_processes > 1 else rows
     stream = TwoViewStream(own, processor, augmentation, seed, shuffle_buffer, on_bad_row)

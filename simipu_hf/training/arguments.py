@@ -144,7 +144,7 @@ class PreTrainingArguments(RunArguments):
     dataset_config_name: str | None = None
     """Configuration of the data set: object, odometry or raw for KITTI."""
     mixture: list[float] | None = None
-    """Weight of each of several data sets; by size if None."""
+    """Weight of each of several data sets; by size if None, which --streaming does not know."""
     streaming: bool = False
     """Read while training, prepare nothing on disk; needs --max_steps."""
     cameras: list[int | str] | None = None

@@ -135,6 +135,14 @@ def test_files_are_as_large_and_as_many_as_asked_for(object_root, tmp_path):
     assert convert_to_parquet(tmp_path / "one", **options)["shards"] == 1
     assert convert_to_parquet(tmp_path / "two", num_shards=2, **options)["shards"] == 2
     assert convert_to_parquet(tmp_path / "small", max_shard_size="1KB", **options)["shards"] == 3
+    names = [f"a/{index}" for index in range(10)]
+    row = to_row("", np.zeros((8, 8, 3), np.uint8), np.ones((5, 4)), np.eye(3, 4), np.eye(4))
+    rows = [row | {"frame_id": name} for name in names]
+    dataset_from_rows(rows, tmp_path / "ten").save_to_disk(tmp_path / "saved")
+    convert_to_parquet(tmp_path / "four", data_dir=tmp_path / "saved", num_shards=4, num_proc=1)
+    files = sorted((tmp_path / "four").rglob("*.parquet"))
+    assert [pq.read_metadata(file).num_rows for file in files] == [2, 3, 2, 3]
+    assert load_pretraining_dataset(data_dir=tmp_path / "four", cache_dir=tmp_path / "c")["frame_id"][:] == names
     for wrong in ({"image_format": "gif"}, {"image_size": (0, 5)}, {"rows_per_shard": 0}):
         with pytest.raises(SimIPUError, match=f"{next(iter(wrong))}: expected"):
             convert_to_parquet(tmp_path / "wrong", **options, **wrong)

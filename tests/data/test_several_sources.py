@@ -130,6 +130,15 @@ def test_shared_frames_are_found_by_content(tmp_path):
     refuse_shared_frames(first, second.select([0]), "--eval")
 
 
+def test_shared_frames_are_found_among_rows_of_many_chunks(tmp_path):
+    parts = [
+        dataset_from_rows([make_row(f"{part}/{index}", 10 * part + index) for index in range(3)], tmp_path / str(part))
+        for part in range(3)
+    ]
+    found = frames_on_both_sides(datasets.concatenate_datasets(parts), parts[2])
+    assert found == [(f"2/{index}",) * 2 for index in range(3)]
+
+
 def test_shared_files_are_found(object_root, tmp_path):
     train, both = (
         load_pretraining_dataset(data_dir=object_root, split=split, cache_dir=tmp_path / "cache")
@@ -206,6 +215,8 @@ def test_a_stream_sees_every_row_of_an_epoch_in_another_order_each_time(shards, 
 
 def test_streams_are_mixed_by_weight(shards, tmp_path):
     other = save(tmp_path, [f"other/{index}" for index in range(40)], first=1000)
+    with pytest.raises(SimIPUError, match="a weight for each data set"):
+        load_mixture([shards, other], streaming=True)
     rows, mixture = load_mixture([shards, other], mixture=[1, 3], streaming=True, seed=1)
     assert mixture is None
     names = [row["scene"] for row, _ in zip(rows, range(100), strict=False)]
@@ -223,6 +234,11 @@ def test_too_few_shards_are_an_error(tmp_path):
     source = save(tmp_path, ["a/0", "a/1"])
     with pytest.raises(SimIPUError, match="one shard for each of 3 processes, found 2"):
         stream_of(source, ranks=3)
+
+
+def test_shards_that_are_no_multiple_of_the_processes_are_warned_of(shards, caplog):
+    stream_of(shards, ranks=2)
+    assert "9 shards are no multiple of 2 processes" in caplog.text
 
 
 def test_damage_in_a_stream_is_named_or_left_out(tmp_path):
