@@ -176,10 +176,8 @@ def open_source(
     refuse_second_split(split if isinstance(split, str) else None, text)
     location, own_split = split_source(text)
     source = find_source(location, dataset_config_name, must_be_folder=dataset_name is None)
-    split = split or own_split or None
-    return source, source.require_splits(
-        source.splits if split is None else [split] if isinstance(split, str) else split
-    )
+    split = split or own_split or source.splits
+    return source, [source.find_split(name) for name in ([split] if isinstance(split, str) else split)]
 
 
 def _read_files(source: Source, frames: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, dict[str, Any], list[str]]]:

@@ -66,16 +66,6 @@ class Source:
             raise SimIPUError(f"{self.location}: split: expected one of {self.splits}, found {name!r}")
         return found[0]
 
-    def require_splits(self, wanted: Sequence[str]) -> list[str]:
-        """`wanted`.
-
-        Raises:
-            SimIPUError: one of them is not there.
-        """
-        if not set(wanted) <= set(self.splits):
-            raise SimIPUError(f"{self.location}: split: expected some of {self.splits}, found {list(wanted)}")
-        return list(wanted)
-
     @cached_property
     def saved(self) -> Mapping[str, datasets.Dataset]:
         try:
@@ -167,6 +157,10 @@ def find_source(
             if config not in names:
                 raise SimIPUError(f"{location}: dataset_config_name: expected one of {names}, found {config!r}")
             return Source(os.path.abspath(location), "files", config, reader)
+    if (folder / "camera_image").is_dir() and (folder / "lidar").is_dir():  # Parquet, and one level too deep
+        raise SimIPUError(
+            f"{location}: expected the folder of Waymo Open Dataset v2, found one of its splits{_hint(folder)}"
+        )
     if next(folder.rglob("*.parquet"), None) is not None:
         location = os.path.abspath(location)  # a folder called "parquet" is not datasets' module of that name
         return Source(location, "parquet", _find_config(location, dataset_config_name))
