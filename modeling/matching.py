@@ -60,8 +60,9 @@ class _HostCopy:
     """Copies of costs and masks on the CPU that nobody waits for until a solver needs them."""
 
     def __init__(self, cost: torch.Tensor, *masks: torch.Tensor | None) -> None:
-        self._cost = cost.to("cpu", non_blocking=True)
-        self._masks = [None if mask is None else mask.to("cpu", non_blocking=True) for mask in masks]
+        waits = not cost.is_cuda  # other devices have no event here to wait for
+        self._cost = cost.to("cpu", non_blocking=not waits)
+        self._masks = [None if mask is None else mask.to("cpu", non_blocking=not waits) for mask in masks]
         self._copied = None
         if cost.is_cuda:
             self._copied = torch.cuda.Event()

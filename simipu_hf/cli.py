@@ -51,7 +51,7 @@ class Source:
     dataset_config_name: str | None = None
     """object or raw for KITTI."""
     split: str | None = None
-    """A split such as train, or train[:50%]."""
+    """A split such as train; visualize takes parts as well, such as train[:50%]."""
     cameras: list[int | str] | None = None
     """Cameras to read, by the data set's names; its default ones if None."""
     scenes: list[str] | None = None
@@ -128,7 +128,7 @@ def convert(
 
     Args:
         checkpoint: An official .pth file.
-        batch_norm_eps: With which it was trained; read from the checkpoint's configuration if None.
+        batch_norm_eps: With which it was trained; 1e-3 (official), or 1e-5 where there is a classifier, if None.
     """
     from simipu_hf.hub.export import convert_checkpoint
 

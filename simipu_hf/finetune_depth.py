@@ -98,7 +98,7 @@ def trainer_parts(
 
 
 def create_trainer(arguments: DepthArguments, callbacks: Sequence[TrainerCallback] = ()) -> DepthTrainer:
-    """The trainer of `finetune_depth`, for use from Python: `train`, `evaluate`, `hyperparameter_search`, callbacks.
+    """The trainer of `finetune_depth`, for use from Python: `train`, `evaluate`, callbacks.
 
     Raises:
         SimIPUError: unusable arguments, encoder or frames, or a frame that is trained and tested on.

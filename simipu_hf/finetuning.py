@@ -39,6 +39,7 @@ from .training.distributed import (
     check_precision,
     check_processes,
     on_main_process,
+    recompute_activations,
     use_all_cores,
 )
 from .training.logging import METRICS_FILE, check_trackers, cut_metrics
@@ -332,7 +333,7 @@ def prepare_trainer(
     model = parts["model"]
     model.freeze_image_encoder(arguments.freeze_image_encoder)
     if arguments.gradient_checkpointing:
-        model.activation_checkpointing_enable()
+        recompute_activations(model)
     check_image_sizes(model, parts["train_dataset"])
     settings = trainer_settings(arguments)
     if settings.world_size > 1 and arguments.sync_batch_norm:

@@ -52,7 +52,13 @@ from simipu_hf.training.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
 )
-from simipu_hf.training.distributed import SharedFlags, StopRequest, create_accelerator, on_main_process
+from simipu_hf.training.distributed import (
+    SharedFlags,
+    StopRequest,
+    create_accelerator,
+    on_main_process,
+    recompute_activations,
+)
 from simipu_hf.training.logging import RunLogger, feature_spread
 from simipu_hf.training.optimizers import (
     ChainedOptimizer,
@@ -137,6 +143,7 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
     prepare_model(accelerator, arguments, model)
     example = to_model_inputs(send_to_device(batches.example(), accelerator.device), processor.image_processor)
     try_first_step(accelerator, model, example)
+    optimizer, schedule = create_optimization(arguments, recipe, model, batches.steps_per_epoch, steps.last)
 
     record = {"data": describe_data(rows), "recipe": dataclasses.asdict(recipe)}
     output_dir = Path(arguments.output_dir)
@@ -151,7 +158,6 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
         record={"arguments": arguments.to_dict(), **record},
     )
     with contextlib.closing(logger):
-        optimizer, schedule = create_optimization(arguments, recipe, model, batches.steps_per_epoch, steps.last)
         wrapped, optimizer = accelerator.prepare(model, optimizer)
         state = TrainingState(accelerator, wrapped, processor, optimizer, schedule, logger, batches, identity)
         if checkpoint is not None:
@@ -568,11 +574,7 @@ def prepare_model(accelerator: Accelerator, arguments: PreTrainingArguments, mod
         # the second forward pass of the compiled encoder would count the batch statistics twice
         raise SimIPUError("--torch_compile and --gradient_checkpointing exclude each other: leave one out")
     if arguments.gradient_checkpointing:
-        try:
-            model.gradient_checkpointing_enable()
-        except (AttributeError, AssertionError) as error:
-            name = model.config.image_encoder_config.architecture
-            raise SimIPUError(f"--gradient_checkpointing: timm does not support it for {name}") from error
+        recompute_activations(model)
     if arguments.torch_compile:  # the point branch's index operations gain nothing from it
         encoder = model.simipu.image_encoder
         encoder.forward_intermediates = torch.compile(encoder.forward_intermediates)

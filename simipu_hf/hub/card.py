@@ -130,6 +130,10 @@ def redact(text: str) -> str:
     """`text` without Hub tokens and without the folders of this machine: of an absolute path its last part stays."""
     text = re.sub(r"\bhf_[A-Za-z0-9]{8,}", "hf_…", text)
     text = re.sub(r"(--hub_token[ =])\S+", r"\1…", text)
+    for folder in filter(lambda folder: folder.name, (Path.cwd(), Path.home())):
+        # their names may hold spaces, at which the pattern below ends
+        for written in {str(folder), folder.as_posix(), str(folder).replace("\\", "\\\\")}:
+            text = re.sub(re.escape(written) + r"(?=[/\\])", re.escape(folder.anchor) + "-", text)
     return re.sub(r"(?<![\w/:.~…\\-])(?:/|[A-Za-z]:\\{1,2})(?:[\w.@+-]+[/\\]+)+([\w.@+-]*)", r"…/\1", text)
 
 

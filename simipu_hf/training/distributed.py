@@ -9,6 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
+import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
@@ -17,6 +18,7 @@ from accelerate.utils import (
     ProjectConfiguration,
     broadcast_object_list,
 )
+from packaging.version import Version
 
 from simipu_hf.errors import SimIPUError, TrainingInterrupted
 
@@ -35,6 +37,7 @@ def create_accelerator(arguments: RunArguments) -> Accelerator:
     check_precision(arguments.mixed_precision)
     output_dir = arguments.output_dir
     accelerator = Accelerator(
+        cpu=torch.backends.mps.is_available(),  # Apple's GPUs have no float64, which the geometry takes
         mixed_precision=arguments.mixed_precision,
         dynamo_backend="no",
         # the plugin, because ACCELERATE_GRADIENT_ACCUMULATION_STEPS overrides the plain argument
@@ -65,8 +68,24 @@ def check_precision(precision: str) -> None:
         )
     if precision == "fp16" and not torch.cuda.is_available():
         raise SimIPUError("--mixed_precision fp16 needs a GPU: without one PyTorch would compute in full precision")
-    if precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+    if precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
         raise SimIPUError(f"--mixed_precision bf16: {torch.cuda.get_device_name()} does not have it; use fp16")
+
+
+def recompute_activations(model: Any) -> None:
+    """Gradient checkpointing of a model's image encoder.
+
+    Raises:
+        SimIPUError: timm does not have it for this encoder.
+    """
+    architecture = model.config.image_encoder_config.architecture
+    try:
+        model.gradient_checkpointing_enable()
+    except (AttributeError, AssertionError) as error:
+        raise SimIPUError(f"--gradient_checkpointing: timm does not support it for {architecture}") from error
+    ignored = Version(timm.__version__) < Version("1.0.31")  # its ResNets took the setting and did nothing
+    if ignored and any(isinstance(module, timm.models.ResNet) for module in model.modules()):
+        raise SimIPUError(f"--gradient_checkpointing of {architecture} needs timm 1.0.31, found {timm.__version__}")
 
 
 def check_processes(accelerator: Accelerator) -> None:

@@ -66,6 +66,7 @@ class ChainedOptimizer(Optimizer):
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self.optimizers = list(optimizers)
         super().__init__([group for optimizer in self.optimizers for group in optimizer.param_groups], {})
+        self.defaults = {"lr": self.optimizers[0].defaults["lr"]}  # the polynomial schedule reads it
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for optimizer in self.optimizers:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -84,11 +85,13 @@ def test_bgr_is_said(folder):
     assert "expects BGR" in model_card(folder)
 
 
-def test_tokens_and_folders_are_taken_out():
+def test_tokens_and_folders_are_taken_out(monkeypatch):
     assert redact("a --hub_token=abc b") == "a --hub_token=… b"
     assert redact("hf_abcdefgh123") == "hf_…"
     assert redact('"/home/alice/runs/kitti", --a=/mnt/x/y --b /z/w') == '"…/kitti", --a=…/y --b …/w'
     assert redact(r"C:\Users\alice\runs\a") == "…/a"
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/John Doe"))
+    assert redact("data: /home/John Doe/secret/KITTI") == "data: …/KITTI"
     same = "see https://huggingface.co/owner/name/tree/main, a/b/c, 3 km/h, ./x/y, </details>"
     assert redact(same) == same
     assert redact("simipu_hf.pretrain --hub_model_id a/b") == "simipu_hf.pretrain --hub_model_id a/b"

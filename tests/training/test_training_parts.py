@@ -1,6 +1,7 @@
 """Sampling, optimization, metrics, arguments, signals, watch: each against what it promises."""
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -15,6 +16,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from simipu_hf.errors import SimIPUError
+from simipu_hf.modeling.configuration_simipu import SimIPUDepthConfig
+from simipu_hf.modeling.modeling_simipu_depth import SimIPUForDepthEstimation
 from simipu_hf.training.arguments import (
     CompareDepthArguments,
     DepthArguments,
@@ -27,7 +30,7 @@ from simipu_hf.training.arguments import (
     read_config,
 )
 from simipu_hf.training.batch_norm import ReducedBatchNorm, synchronize_batch_norm
-from simipu_hf.training.distributed import SharedFlags, StopRequest, create_accelerator
+from simipu_hf.training.distributed import SharedFlags, StopRequest, create_accelerator, recompute_activations
 from simipu_hf.training.logging import RunLogger, Watch, check_trackers, feature_spread, flatten, read_metrics
 from simipu_hf.training.optimizers import (
     ChainedOptimizer,
@@ -38,7 +41,7 @@ from simipu_hf.training.optimizers import (
     learning_rates,
 )
 from simipu_hf.training.run_folder import current_command, data_fingerprint
-from simipu_hf.training.sampling import GlobalBatchSampler
+from simipu_hf.training.sampling import GlobalBatchSampler, seed_micro_batch
 
 
 def parse(*flags: str) -> PreTrainingArguments:
@@ -71,9 +74,25 @@ class TestGlobalBatchSampler:
 
     def test_seeds_differ(self):
         orders = {
-            tuple(GlobalBatchSampler(50, 1, seed=seed).permutation(epoch)) for seed in (0, 1) for epoch in (0, 1)
+            tuple(GlobalBatchSampler(50, 1, seed=seed).permutation(epoch)) for seed in (0, 1, 2) for epoch in (0, 1)
         }
-        assert len(orders) == 4
+        assert len(orders) == 6
+
+    def test_seed_process_and_micro_batch_decide_what_the_model_draws(self):
+        draws = set()
+        for place in itertools.product((0, 1, 2), repeat=3):  # seed, micro-batch, process
+            seed_micro_batch(*place)
+            draws.add(torch.rand(()).item())
+        assert len(draws) == 27
+
+
+def test_recomputing_is_refused_where_timm_would_ignore_it(monkeypatch):
+    model = SimIPUForDepthEstimation(SimIPUDepthConfig(image_config={"architecture": "test_resnet"}))
+    recompute_activations(model)
+    assert model.image_encoder.grad_checkpointing
+    monkeypatch.setattr(timm, "__version__", "1.0.27")
+    with pytest.raises(SimIPUError, match=r"test_resnet needs timm 1\.0\.31, found 1\.0\.27"):
+        recompute_activations(model)
 
 
 class TestOptimizers:
@@ -136,7 +155,7 @@ class TestOptimizers:
         for name, parameter in layers.named_parameters():
             torch.testing.assert_close(parameter.grad, before[name] * scale, rtol=1e-3, atol=1e-9)
 
-    @pytest.mark.parametrize("name", ["cosine", "linear", "constant_with_warmup"])
+    @pytest.mark.parametrize("name", ["cosine", "linear", "constant_with_warmup", "polynomial", "inverse_sqrt"])
     def test_transformers_schedules(self, optimizer, name):
         schedule = create_schedule(
             name, optimizer, warmup_steps=2, total_steps=10, steps_per_epoch=5, decay_per_epoch=1.0
@@ -147,7 +166,8 @@ class TestOptimizers:
             optimizer.step()
             schedule.step()
         assert rates[:3] == pytest.approx([0.0, 0.05, 0.1])
-        assert rates[-1] == pytest.approx(0.1) if name.startswith("constant") else rates[-1] < 0.05
+        last = {"constant_with_warmup": 0.1, "inverse_sqrt": 0.1 * (2 / 9) ** 0.5}.get(name)
+        assert rates[-1] < 0.05 if last is None else rates[-1] == pytest.approx(last)
 
     def test_recipes_by_family(self):
         resnet, vit = (timm.create_model(name, num_classes=0) for name in ("test_resnet", "test_vit"))
