@@ -186,6 +186,8 @@ def train(
     Between logged steps the host reads nothing from the device but the assignment of points (and fp16's overflows).
     So a value that is not finite is noticed one step late on a device, before anything is logged or saved.
     """
+    if steps.first >= steps.last:  # a finished run, which a stream would go on with
+        return
     model, optimizer, logger = state.model, state.optimizer, state.logger
     image_processor, output_dir = state.processor.image_processor, Path(arguments.output_dir)
     accumulation = arguments.gradient_accumulation_steps

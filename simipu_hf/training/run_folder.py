@@ -43,7 +43,8 @@ def find_checkpoint(arguments: RunArguments, start: str | None) -> Path | None:
         yet, so that one command serves the first start and every restart.
 
     Raises:
-        SimIPUError: the folder holds something else, or the checkpoint does not exist.
+        SimIPUError: the folder holds something else, a finished model without checkpoints for `"latest"`, or the
+            checkpoint does not exist.
     """
     output_dir, resume = Path(arguments.output_dir), arguments.resume_from_checkpoint
     if output_dir.exists() and not output_dir.is_dir():
@@ -54,6 +55,10 @@ def find_checkpoint(arguments: RunArguments, start: str | None) -> Path | None:
         return Path(resume)
     if resume == "latest":
         found = newest_checkpoint(output_dir, on_damaged=lambda text: print(f"damaged, not used: {text}"))
+        if found is None and (output_dir / "config.json").is_file():
+            raise SimIPUError(
+                f"--output_dir {output_dir} holds a model and no whole checkpoint to resume from: choose another"
+            )
         if found is None:
             print(f"no checkpoint in {output_dir} yet: starting at the beginning")
         return found
@@ -126,10 +131,10 @@ def current_command() -> str:
     """The command line of this process, without what is secret in it."""
     words = [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]
     for position, word in enumerate(words):
-        if word.startswith("--hub_token="):
-            words[position] = "--hub_token=***"
-        elif word == "--hub_token" and position + 1 < len(words):
-            words[position + 1] = "***"
+        name, equals, _ = word.partition("=")
+        if name.replace("-", "_") == "__hub_token":
+            hidden = position if equals else min(position + 1, len(words) - 1)
+            words[hidden] = f"{name}=***" if equals else "***"
     return shlex.join(words)
 
 

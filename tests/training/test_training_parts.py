@@ -327,9 +327,20 @@ class TestArguments:
         arguments = parse("--push_to_hub", "--hub_model_id", "user/name", "--hub_token", "hf_secret")
         assert "hf_secret" not in str(arguments.to_dict())
         monkeypatch.setattr(
-            "sys.orig_argv", ["/usr/bin/python", "x", "--hub_token", "hf_secret", "--hub_token=hf_secret"]
+            "sys.orig_argv",
+            [
+                "/usr/bin/python",
+                "x",
+                "--hub_token",
+                "secret",
+                "--hub-token=secret",
+                "--hub-token",
+                "secret",
+                "--y",
+                "1",
+            ],
         )
-        assert "hf_secret" not in current_command()
+        assert current_command() == "python x --hub_token '***' '--hub-token=***' --hub-token '***' --y 1"
 
     @pytest.mark.parametrize(
         ("flags", "message"),
