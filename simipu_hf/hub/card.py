@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import timm
 import yaml
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
@@ -129,7 +130,7 @@ def add_evaluation(
 def redact(text: str) -> str:
     """`text` without Hub tokens and without the folders of this machine: of an absolute path its last part stays."""
     text = re.sub(r"\bhf_[A-Za-z0-9]{8,}", "hf_…", text)
-    text = re.sub(r"(--hub_token[ =])\S+", r"\1…", text)
+    text = re.sub(r"(--hub[_-]token[ =])\S+", r"\1…", text)
     for folder in filter(lambda folder: folder.name, (Path.cwd(), Path.home())):
         # their names may hold spaces, at which the pattern below ends
         for written in {str(folder), folder.as_posix(), str(folder).replace("\\", "\\\\")}:
@@ -153,6 +154,8 @@ def _metadata(
 ) -> ModelCardData:
     arguments, is_encoder = _arguments(run), kind == "encoder"
     base = arguments.get("model_name_or_path") or arguments.get("image_encoder")
+    if arguments.get("pretrained_image_encoder"):
+        base = getattr(timm.get_pretrained_cfg(architecture), "hf_hub_id", None)
     results = [
         EvalResult(
             task_type=entry["task"],
@@ -173,7 +176,7 @@ def _metadata(
         license=KITTI_LICENSE if _trained_on_kitti(run) else (run.get("data") or {}).get("license"),
         tags=["simipu", "self-supervised", "lidar", "autonomous-driving", "timm" if is_encoder else "custom_code"],
         datasets=_repositories(arguments.get("dataset_name")),
-        base_model=_repositories(f"timm/{architecture}" if arguments.get("pretrained_image_encoder") else base),
+        base_model=_repositories(base),
         eval_results=results or None,
     )
 
@@ -205,7 +208,8 @@ def _trained_on_kitti(run: dict[str, Any]) -> bool:
     if data.get("license"):
         return data["license"] == KITTI_LICENSE
     # not by the builder's name: it also reads other data in KITTI's layout
-    return any("kitti" in str(arguments.get(name)).lower() for name in ("data_dir", "dataset_name"))
+    places = ("data_dir", "dataset_name", "train_frames", "train_list", "image_dir")
+    return any("kitti" in str(arguments.get(name)).lower() for name in places)
 
 
 def _run(folder: Path) -> dict[str, Any]:
@@ -219,11 +223,14 @@ def _run(folder: Path) -> dict[str, Any]:
     return run if isinstance(run, dict) else {}
 
 
+def run_of(folder: Path) -> Path:
+    """The run that `folder` is, or is a checkpoint or the encoder of."""
+    in_a_run = re.fullmatch(r"checkpoint-\d+|image_encoder", folder.name) and not (folder / "run.yaml").is_file()
+    return folder.parent if in_a_run else folder
+
+
 def _in_run(folder: Path, name: str) -> Path | None:
-    """A file of the run that `folder` is, or is a checkpoint or the encoder of."""
-    in_a_run = re.fullmatch(r"checkpoint-\d+|image_encoder", folder.name)
-    places = [folder, folder.parent] if in_a_run else [folder]
-    return next((place / name for place in places if (place / name).is_file()), None)
+    return next((place / name for place in (folder, run_of(folder)) if (place / name).is_file()), None)
 
 
 def _evaluations(folder: Path) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from tqdm.auto import tqdm
 
 from simipu_hf.errors import SimIPUError
-from simipu_hf.hub.card import CURVES, dataset_card, redact, write_model_card
+from simipu_hf.hub.card import CURVES, dataset_card, redact, run_of, write_model_card
 from simipu_hf.hub.export import write_timm
 from simipu_hf.hub.sources import find_image_encoder, hub_error, model_folder
 from simipu_hf.hub.weights import read_json, read_safetensors
@@ -134,7 +134,7 @@ def _push(model: Path, repository: "_Repository", encoder_repo_id: str | None, m
     if not model.is_dir():
         raise SimIPUError(f"{model}: no such folder")
     folder = model_folder(model)
-    staged = _snapshot(folder, folder)
+    staged = _snapshot(folder, run_of(folder))
     try:
         _complete(staged, repository.repo_id, encoder_repo_id)
         result = PushReport(repository.url, repository.upload(staged, message))

@@ -52,9 +52,19 @@ def test_base_model_data_set_and_licence(folder):
     record["data"] = {"rows": 7, "license": "cc-by-4.0"}
     (folder / "run.yaml").write_text(yaml.safe_dump(record), encoding="utf-8")
     data = metadata(model_card(folder))
-    assert data["base_model"] == ["timm/test_resnet"]
+    assert data["base_model"] == ["timm/test_resnet.r160_in1k"]
     assert data["datasets"] == ["owner/drives"]
     assert data["license"] == "cc-by-4.0"
+
+
+@pytest.mark.parametrize("name", ["data_dir", "train_frames", "image_dir"])
+def test_models_made_from_kitti_carry_its_licence(folder, name):
+    record = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
+    record["arguments"] = {name: ["/data/KITTI#train"]}
+    (folder / "run.yaml").write_text(yaml.safe_dump(record), encoding="utf-8")
+    card = model_card(folder)
+    assert metadata(card)["license"] == "cc-by-nc-sa-3.0"
+    assert "CC BY-NC-SA" in card
 
 
 def test_encoder_card_and_folder_without_a_record(folder):
@@ -86,7 +96,7 @@ def test_bgr_is_said(folder):
 
 
 def test_tokens_and_folders_are_taken_out(monkeypatch):
-    assert redact("a --hub_token=abc b") == "a --hub_token=… b"
+    assert redact("a --hub_token=abc --hub-token abc b") == "a --hub_token=… --hub-token … b"
     assert redact("hf_abcdefgh123") == "hf_…"
     assert redact('"/home/alice/runs/kitti", --a=/mnt/x/y --b /z/w') == '"…/kitti", --a=…/y --b …/w'
     assert redact(r"C:\Users\alice\runs\a") == "…/a"

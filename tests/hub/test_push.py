@@ -152,6 +152,17 @@ def test_folders_that_are_no_complete_model(endpoint, run_folder, tmp_path):
     assert endpoint.repos == {}
 
 
+def test_an_unfinished_run_is_published_with_its_record(endpoint, checkpoint, monkeypatch):
+    monkeypatch.setattr("simipu_hf.hub.sources.newest_checkpoint", lambda path, **_: checkpoint)
+    for model, repo_id in ((checkpoint, "owner/checkpoint"), (checkpoint.parent, "owner/run")):
+        push_folder(model, repo_id, encoder_repo_id=f"{repo_id}-encoder")
+        for repository in (repo_id, f"{repo_id}-encoder"):
+            files = endpoint.files(repository)
+            assert "run.yaml" in files
+            assert b"license: cc-by-nc-sa-3.0" in files["README.md"]
+            assert b"## Recipe" in files["README.md"]
+
+
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint"])
 def test_checkpoints_are_published_in_the_background(endpoint, checkpoint, strategy, capsys):
     uploader = HubUploader("owner/run", checkpoint.parent, strategy)
