@@ -24,10 +24,10 @@ from .data.frames import FrameDataset
 from .data.sources import describe_frames
 from .errors import SimIPUError
 from .files import atomic_folder, move_into, write_json
-from .hub.card import write_model_card
+from .hub.card import redact, write_model_card
 from .hub.push import HubUploader
 from .hub.sources import find_image_encoder
-from .hub.weights import EncoderWeights, InputConvention
+from .hub.weights import EncoderWeights, InputConvention, read_json
 from .modeling.image_encoder import load_image_encoder_weights
 from .modeling.image_processing_simipu import SimIPUImageProcessor
 from .training.arguments import FineTuningRunArguments
@@ -463,8 +463,11 @@ def open_run(arguments: FineTuningRunArguments, trainer: FineTuningTrainer) -> s
         found = next((folder / RUN_FILE for folder in folders if (folder / RUN_FILE).is_file()), None)
         if found is None:
             raise SimIPUError(f"{checkpoint}: expected a checkpoint in the folder of a run, with {RUN_FILE}")
-        check_same_run(yaml.safe_load(found.read_text("utf-8")).get("identity", {}), identity, checkpoint)
-    step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+        recorded, now = yaml.safe_load(found.read_text("utf-8")).get("identity", {}), identity
+        if "…" in str(recorded):  # it was published, without the folders of its machine
+            now = json.loads(redact(json.dumps(identity)))
+        check_same_run(recorded, now, checkpoint)
+    step = 0 if checkpoint is None else read_json(checkpoint / "trainer_state.json")["global_step"]
     open_run_folder(arguments, step, data=record, identity=identity)
     return None if checkpoint is None else str(checkpoint)
 

@@ -22,6 +22,7 @@ from simipu_hf.evaluate_depth import evaluate_depth
 from simipu_hf.evaluation.depth import METRICS, DepthProtocol, evaluate_maps
 from simipu_hf.finetune_depth import DepthTrainer, create_processor, finetune_depth
 from simipu_hf.finetuning import create_model, find_rgb_encoder, recipe
+from simipu_hf.hub.card import redact
 from simipu_hf.modeling.modeling_simipu_depth import SimIPUForDepthEstimation
 from simipu_hf.training.arguments import DepthArguments, DepthTaskArguments, EvaluateDepthArguments
 
@@ -90,6 +91,10 @@ def test_resumed_run_is_bit_equal(frames, run, tmp_path):
         finetune_depth(depth_arguments(frames, tmp_path / "run", resume_from_checkpoint="latest", learning_rate=0.5))
     aside = tmp_path / "run" / "set_aside-1" / "checkpoint-4"
     finetune_depth(depth_arguments(frames, tmp_path / "run", resume_from_checkpoint=str(aside)))
+    last = shutil.copytree(run / "checkpoint-2", tmp_path / "download" / "last-checkpoint")  # as it is published
+    (last.parent / "run.yaml").write_text(redact((run / "run.yaml").read_text("utf-8")), "utf-8")
+    finetune_depth(depth_arguments(frames, tmp_path / "again", resume_from_checkpoint=str(last)))
+    assert_equal_weights(saved_weights(run), saved_weights(tmp_path / "again"))
     shutil.move(aside, tmp_path / "alone" / "checkpoint-4")
     with pytest.raises(SimIPUError, match=r"expected a checkpoint in the folder of a run, with run\.yaml"):
         finetune_depth(
