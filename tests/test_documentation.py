@@ -50,7 +50,7 @@ DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "CHANGELOG.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
 # flags of other people's commands that the texts name
 OTHER_FLAGS = {"--index-url", "--logdir", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--signal"}
