@@ -105,7 +105,7 @@ def _keeps_its_place(conv: nn.Conv2d) -> bool:
 def _measure(network: Any, size: tuple[int, int]) -> tuple[FeatureGrid | None, ...]:
     reductions = [stage["reduction"] for stage in network.feature_info]
     # three copies of the image: the footprints of three neighbouring cells in one backward pass
-    image = torch.ones(3, 3, *size, requires_grad=True)
+    image = torch.ones(3, 3, *size, dtype=torch.float32, requires_grad=True)
     maps = network.forward_intermediates(image, intermediates_only=True)
     grids: list[FeatureGrid | None] = []
     for stage, feature_map in enumerate(maps):

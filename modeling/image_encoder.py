@@ -321,7 +321,12 @@ def _grids_of_stages(
 
 
 def _size_arguments(template: TimmModel, image_size: Sequence[int] | None) -> dict[str, Any]:
-    parameters = inspect.signature(type(template).__init__).parameters
+    parameters: dict[str, inspect.Parameter] = {}
+    for base in type(template).__mro__:  # a distilled network hands its arguments on to its base class
+        own = inspect.signature(base.__init__).parameters
+        parameters |= own
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in own.values()):
+            break
     if "dynamic_img_size" in parameters:
         return {"dynamic_img_size": True}
     if image_size is None or "img_size" not in parameters or not template.pretrained_cfg.get("fixed_input_size"):

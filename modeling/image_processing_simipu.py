@@ -136,7 +136,7 @@ class SimIPUImageProcessor(TorchvisionBackend):
         image = to_8_bits(image)
         if isinstance(image, Image) and image.mode == "RGB":
             # left channels-last in memory: torchvision resizes that three times as fast
-            return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(kwargs.get("device"))
         return super().process_image(image, *args, **kwargs)
 
     def crop_window(self, image_size: tuple[int, int]) -> tuple[int, int, int, int]:

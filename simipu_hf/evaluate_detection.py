@@ -151,8 +151,17 @@ def read_folders(predictions: str, labels: str) -> list[Found]:
 
 
 def write_predictions(folder: Path, found: Sequence[Found]) -> None:
-    """A folder in KITTI's text format, in the place of an earlier one; slashes of names become underscores."""
-    objects = {re.sub(r"[^\w.-]", "_", frame.frame_id): frame.predictions for frame in found}
+    """A folder in KITTI's text format, in the place of an earlier one; slashes of names become underscores.
+
+    Raises:
+        SimIPUError: two frames would share a file.
+    """
+    objects: dict[str, KittiObjects] = {}
+    for frame in found:
+        name = re.sub(r"[^\w.-]", "_", frame.frame_id)
+        if name in objects:
+            raise SimIPUError(f"{folder}: expected frames of different names, found {name} twice: evaluate them apart")
+        objects[name] = frame.predictions
     write_objects_folder(folder, objects, overwrite=True)
 
 

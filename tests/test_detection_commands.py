@@ -13,7 +13,7 @@ from simipu_hf.compare_detection import compare_detection
 from simipu_hf.data.detection import DetectionFrame
 from simipu_hf.data.kitti_objects import KittiObjects, read_objects_folder, write_objects_folder
 from simipu_hf.errors import SimIPUError
-from simipu_hf.evaluate_detection import detect, evaluate_detection
+from simipu_hf.evaluate_detection import Found, detect, evaluate_detection, write_predictions
 from simipu_hf.finetune_detection import finetune_detection, mean_dimensions
 from simipu_hf.hub.sources import load_dense_model
 from simipu_hf.modeling.modeling_simipu_detection import SimIPUForMonocular3DDetection
@@ -80,6 +80,9 @@ def test_evaluation_of_the_model_and_of_its_files_are_one(run, frames, tmp_path)
     found = detect(network, frame.image, frame.camera_projection, processor)
     written = read_objects_folder(folders["predictions"], with_scores=True)["000004"]
     np.testing.assert_allclose(written.location, found.location, atol=1e-3)
+    same = [Found(name, found, found) for name in ("a/1", "a_1")]
+    with pytest.raises(SimIPUError, match="found a_1 twice"):
+        write_predictions(tmp_path / "twice", same)
     (tmp_path / "labels" / "000005.txt").unlink()
     with pytest.raises(SimIPUError, match=r"expected labels of every frame.*no 000005\.txt"):
         evaluate_detection(EvaluateDetectionArguments(**folders))

@@ -20,6 +20,7 @@ from simipu_hf.errors import SimIPUError
 from simipu_hf.hub.export import write_timm
 from simipu_hf.hub.sources import find_image_encoder
 from simipu_hf.modeling.geometry import FeatureGrid, pixel_transform, project_points
+from simipu_hf.modeling.image_encoder import timm_template
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 from simipu_hf.visualization import (
@@ -33,7 +34,7 @@ from simipu_hf.visualization import (
     visualize,
 )
 from simipu_hf.visualization.features import FrameEmbeds, Principal, ViewMatches, cell_map, embed_frame, similarities
-from simipu_hf.visualization.frames import aligned_frame, choose_points, load_model
+from simipu_hf.visualization.frames import _image_processor, aligned_frame, choose_points, load_model
 from simipu_hf.visualization.style import RED
 
 WIDTH, HEIGHT = 96, 32
@@ -392,6 +393,7 @@ def test_visualize_an_encoder_alone_and_data_alone(run_folder, data, tmp_path):
     encoder = visualize(tmp_path / "encoder", run_folder / "image_encoder", dataset_name=str(data), device="cpu")
     kinds = ["drive_000_points.png", "drive_000_image_features.png", "drive_000_scene.html"]
     assert [path.name for path in encoder if path.name != "training_curves.png"] == kinds
+    assert _image_processor(timm_template("vit_small_patch14_dinov2")).pad_size_divisor == 14
     alone = visualize(tmp_path / "data", dataset_name=str(data), frames=[0, 1])
     assert [path.name for path in alone if path.suffix == ".png"] == ["drive_000_points.png", "drive_001_points.png"]
 

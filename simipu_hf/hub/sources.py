@@ -70,7 +70,7 @@ def load_image_encoder(
     """
     # timm's pyramid networks do not take num_classes
     kwargs = {"features_only": True, **kwargs} if features_only else {"num_classes": 0, **kwargs}
-    if name := _timm_name(source):
+    if (name := _timm_name(source)) and channel_order in (None, "rgb"):
         architecture, description = name, _describe_timm(source)
         kwargs["pretrained"] = not str(source).startswith("random:")
     else:

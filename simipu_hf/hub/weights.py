@@ -125,6 +125,8 @@ class EncoderWeights:
             raise SimIPUError(f"channel_order must be 'rgb' or 'bgr', found {channel_order!r}")
         if channel_order in (None, self.input.channel_order):
             return self
+        if not self.state_dict:
+            raise SimIPUError(f"{self.description}: random weights are of no channel order")
         first = self.template().pretrained_cfg.get("first_conv")
         if not isinstance(first, str):
             raise SimIPUError(f"{self.architecture} has no single first convolution whose channels could be reordered")

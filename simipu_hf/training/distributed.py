@@ -9,7 +9,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
@@ -18,7 +17,6 @@ from accelerate.utils import (
     ProjectConfiguration,
     broadcast_object_list,
 )
-from packaging.version import Version
 
 from simipu_hf.errors import SimIPUError, TrainingInterrupted
 
@@ -78,14 +76,11 @@ def recompute_activations(model: Any) -> None:
     Raises:
         SimIPUError: timm does not have it for this encoder.
     """
-    architecture = model.config.image_encoder_config.architecture
     try:
         model.gradient_checkpointing_enable()
     except (AttributeError, AssertionError) as error:
+        architecture = model.config.image_encoder_config.architecture
         raise SimIPUError(f"--gradient_checkpointing: timm does not support it for {architecture}") from error
-    ignored = Version(timm.__version__) < Version("1.0.31")  # its ResNets took the setting and did nothing
-    if ignored and any(isinstance(module, timm.models.ResNet) for module in model.modules()):
-        raise SimIPUError(f"--gradient_checkpointing of {architecture} needs timm 1.0.31, found {timm.__version__}")
 
 
 def check_processes(accelerator: Accelerator) -> None:

@@ -22,7 +22,7 @@ from simipu_hf.hub.sources import load_image_encoder, model_folder
 from simipu_hf.hub.weights import read_json
 from simipu_hf.modeling.configuration_simipu import SimIPUConfig
 from simipu_hf.modeling.geometry import camera_aligned_frame, transform_cloud
-from simipu_hf.modeling.image_encoder import TimmModel
+from simipu_hf.modeling.image_encoder import TimmModel, pad_divisor
 from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
@@ -165,6 +165,7 @@ def _image_processor(encoder: TimmModel) -> SimIPUImageProcessor:
         keep_aspect_ratio=not has_size,
         image_mean=trained["mean"],
         image_std=trained["std"],
+        pad_size_divisor=pad_divisor(encoder),
     )
 
 
@@ -195,7 +196,8 @@ def draw_frame(row: Mapping[str, Any], model: LoadedModel | None = None) -> tupl
     if model.simipu is None or model.processor is None:
         return figures, scene_html(frame)
     try:
-        matches = match_views(model.simipu, model.processor, row, TwoViewAugmentation())
+        augmentation = TwoViewAugmentation.from_preset(model.simipu.config.preset, random_resize=None)
+        matches = match_views(model.simipu, model.processor, row, augmentation)
         embeds = embed_frame(model.simipu, model.processor, row, frame)
     except ValueError as error:
         raise SimIPUError(f"frame {frame.frame_id}: {error}") from error

@@ -81,6 +81,8 @@ def test_timm_name(capsys):
     assert model.num_classes == 0
     assert data["mean"] == (0.485, 0.456, 0.406)
     assert "random weights" in capsys.readouterr().err
+    with pytest.raises(SimIPUError, match="random weights are of no channel order"):
+        load_image_encoder("random:resnet18", channel_order="bgr")
 
 
 def test_input_convention_is_that_of_the_processor(tmp_path):

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from simipu_hf.modeling.configuration_simipu import SimIPUImageConfig
+from simipu_hf.modeling.configuration_simipu import SimIPUConfig, SimIPUImageConfig
 from simipu_hf.modeling.feature_grids import measure_feature_grids
 from simipu_hf.modeling.geometry import FeatureGrid, sample_feature_map
 from simipu_hf.modeling.image_encoder import build_image_encoder, configured_grids, image_feature_maps, pad_divisor
+from simipu_hf.modeling.modeling_simipu import SimIPUModel
 
 FEW_BLOCKS = {
     "swin_tiny_patch4_window7_224": {"depths": (1, 1, 1, 1)},
@@ -125,6 +126,13 @@ def test_a_feature_sampled_at_a_pixel_knows_its_colour_best(architecture):
     encoder, mirrored, grid = random_encoder(architecture, size, stage)
     explained = sum(colours_explained(network, grid, stage, size) for network in (encoder, mirrored))
     assert explained.argmax() == SHIFTS.index(0), explained / 2
+
+
+def test_places_do_not_depend_on_the_default_data_type():
+    config = SimIPUConfig.from_preset("recommended", image_config={"architecture": "test_resnet"})
+    model = SimIPUModel._from_config(config, dtype=torch.float64)
+    assert next(model.parameters()).dtype == torch.float64
+    assert model.config.image_config.feature_grids[0] == [2.0, 2.0, 0.0, 0.0]
 
 
 def test_padding_at_the_bottom_and_right_moves_no_cell():

@@ -58,6 +58,7 @@ def test_timm_arguments_build_the_same_network():
         ("hiera_tiny_224", FEW_BLOCKS, {"img_size": (96, 320)}),
         ("test_vit", {"drop_path_rate": 0.1}, {"dynamic_img_size": True}),
         ("efficientvit_m0", {}, {"img_size": (128, 320)}),
+        ("deit_tiny_distilled_patch16_224", {"depth": 1}, {"dynamic_img_size": True}),
         ("test_resnet", {"drop_path_rate": 0.1}, {}),
     ):
         config = SimIPUImageConfig(architecture=architecture, image_size=(96, 300), model_args=model_args)

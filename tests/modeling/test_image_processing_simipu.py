@@ -68,6 +68,14 @@ def test_other_modes_become_rgb(mode):
     assert batch["pixel_values"].shape == (1, 3, 32, 64)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_images_go_to_the_device_that_is_asked_for(mode):
+    image = preset("recommended", (32, 64)).process_image(
+        make_image().convert(mode), do_convert_rgb=True, device=torch.device("meta")
+    )
+    assert (image.device.type, image.shape) == ("meta", (3, 80, 250))
+
+
 def test_16_bits_are_scaled_to_8_and_32_bits_are_refused(tmp_path):
     gray = np.random.default_rng(0).integers(0, 256, (80, 250)).astype(np.uint16)
     wide = gray * 257
