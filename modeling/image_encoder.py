@@ -323,7 +323,7 @@ def _grids_of_stages(
 def _size_arguments(template: TimmModel, image_size: Sequence[int] | None) -> dict[str, Any]:
     parameters: dict[str, inspect.Parameter] = {}
     for base in type(template).__mro__:  # a distilled network hands its arguments on to its base class
-        own = inspect.signature(base.__init__).parameters
+        own = inspect.signature(base).parameters
         parameters |= own
         if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in own.values()):
             break
