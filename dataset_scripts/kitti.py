@@ -47,6 +47,11 @@ VERSION = datasets.Version("2.0.0")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 OBJECT_TYPES = ["Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc", "DontCare"]
 OBJECT_SPLITS = {"train": "training", "val": "training", "trainval": "training", "test": "testing"}
+# Of an image other than the left one, in which the benchmark's boxes are drawn, nothing is known.
+UNKNOWN_OBJECTS = {
+    "type": ["DontCare"], "truncated": [-1.0], "occluded": [-1], "alpha": [-10.0], "rotation_y": [-10.0],
+    "bbox": [[0.0, 0.0, 1e4, 1e4]], "dimensions": [[-1.0] * 3], "location": [[-1000.0] * 3],
+}  # fmt: skip
 OBJECT_FIELDS = ("type", "truncated", "occluded", "alpha", "bbox", "dimensions", "location", "rotation_y")
 LAST_SEQUENCE_WITH_POSES = 10  # of odometry: its training set
 
@@ -413,7 +418,7 @@ def read_row(frame: Frame, whole_scans: bool = False, problems: list[str] | None
         "lidar_to_camera": None if lidar_to_camera is None else lidar_to_camera.tolist(),
     }
     if frame.layout == "object":
-        row["objects"] = read_objects(frame.labels, problems)
+        row["objects"] = read_objects(frame.labels, problems) if frame.camera == 2 else UNKNOWN_OBJECTS
     return row
 
 

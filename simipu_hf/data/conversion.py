@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.info import DatasetInfosDict
@@ -42,7 +43,8 @@ class Packing:
     """What happens to each row on its way into a file.
 
     Args:
-        image_size: height and width to resize images to; `camera_projection` is adjusted. `None` keeps them.
+        image_size: height and width to resize images to; `camera_projection` and the boxes of labels follow, so that
+            the benchmark's least heights count resized pixels. `None` keeps them.
         image_format: "jpeg", "png" or "webp" to encode images anew; `None` keeps the files byte for byte, and writes
             PNG where they are resized.
         quality: of JPEG and WebP, 1 to 100.
@@ -76,6 +78,9 @@ class Packing:
             height, width = self.image_size or (image.height, image.width)
             moved = pixel_transform((0, 0, image.height, image.width), (height, width), False, True)
             row["camera_projection"] = (moved @ calibration_from_row(row)[0]).tolist()
+            if row.get("objects"):
+                corners = np.reshape(row["objects"]["bbox"], (-1, 2)) * moved.diagonal()[:2] + moved[:2, 2]
+                row["objects"] = {**row["objects"], "bbox": corners.reshape(-1, 4).tolist()}
             encoded = BytesIO()
             resized = image.resize((width, height), Image.Resampling.BILINEAR)
             resized.save(encoded, self.image_format or "png", quality=self.quality)

@@ -11,6 +11,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..modeling.geometry import inside_image, project_points
+from .kitti_objects import object_names
 from .loading import list_frames, load_pretraining_dataset
 from .rows import Frame, calibration_from_row, image_from_row, points_from_row
 from .sources import Source, find_source, given_sources, refuse_second_split, split_source
@@ -190,19 +191,10 @@ def _read_files(source: Source, frames: Iterable[tuple[str, Any]]) -> Iterator[t
 
 def _read_rows(loaded: Mapping[str, datasets.Dataset]) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
     for name, rows in loaded.items():
-        types = _object_names(rows.features)
+        types = object_names(rows.features)
         for row in rows.cast_column("image", datasets.Image(decode=False)):
             found = [types[index] for index in row["objects"]["type"]] if types else []
             yield f"{name}/{row['frame_id']}", {**row, "object_types": found}, []
-
-
-def _object_names(features: datasets.Features) -> list[str]:
-    """Names of the classes of the column `objects`, in whichever way this version of datasets describes it."""
-    if "objects" not in features:
-        return []
-    objects: Any = features["objects"]
-    kind = objects["type"] if isinstance(objects, dict) else objects.feature["type"]
-    return (kind.feature if hasattr(kind, "feature") else kind).names
 
 
 class _Inspector:

@@ -163,3 +163,13 @@ def write_objects_folder(
     with atomic_folder(Path(folder), overwrite=overwrite, is_earlier_output=is_ours) as beside:
         for name, of_frame in objects.items():
             (beside / f"{name}.txt").write_text(of_frame.to_text(), encoding="utf-8")
+
+
+def object_names(features: Mapping[str, Any]) -> list[str]:
+    """What the numbers in `type` of a column `objects` stand for; empty where there are none, or no such column."""
+    try:
+        objects: Any = features["objects"]
+        kind = objects["type"] if isinstance(objects, dict) else objects.feature["type"]
+        return list(getattr(kind, "feature", kind).names)  # datasets 3 and 4 describe a list of labels differently
+    except (AttributeError, KeyError, TypeError):
+        return []

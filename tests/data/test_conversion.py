@@ -171,3 +171,16 @@ def test_images_are_resized_and_encoded_anew(tmp_path):
     mass = np.asarray(row["image"].convert("L"), float)
     assert np.average(np.arange(20), weights=mass.sum(0)) == pytest.approx(40 / 4 - 0.5, abs=0.05)
     assert np.average(np.arange(30), weights=mass.sum(1)) == pytest.approx(30 / 2 - 0.5, abs=0.05)
+
+
+def test_boxes_of_labels_are_resized_with_their_image(object_root, tmp_path):
+    options = {"data_dir": object_root, "split": "train", "cache_dir": tmp_path / "cache", "num_proc": 1}
+    before = load_pretraining_dataset(**options)[0]
+    width, height = before["image"].size
+    convert_to_parquet(tmp_path / "small", image_size=(height // 2, width // 4), **options)
+    after = load_pretraining_dataset(data_dir=tmp_path / "small", cache_dir=tmp_path / "cache")[0]
+    scale = np.array([width // 4 / width, height // 2 / height] * 2)
+    assert len(before["objects"]["bbox"])
+    expected = (np.array(before["objects"]["bbox"]) + 0.5) * scale - 0.5
+    np.testing.assert_allclose(after["objects"]["bbox"], expected, atol=1e-4)
+    assert after["objects"]["location"] == before["objects"]["location"]

@@ -1,5 +1,6 @@
 """Samples of the detector: labels of real frames there and back, and everything that moves together."""
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -12,9 +13,11 @@ from simipu_hf.data.detection import (
     collate_detection,
     mirror_boxes,
     move_projection,
+    select_labelled,
 )
 from simipu_hf.data.frames import select_frames
-from simipu_hf.data.kitti_objects import KittiObjects
+from simipu_hf.data.kitti_objects import KittiObjects, object_names
+from simipu_hf.data.rows import dataset_from_rows, to_row
 from simipu_hf.errors import SimIPUError
 from simipu_hf.modeling.configuration_simipu import SimIPUDetectionConfig
 from simipu_hf.modeling.geometry import FeatureGrid, pixel_transform
@@ -139,3 +142,19 @@ def test_rows_without_labels_are_named_or_left_out():
         DetectionDataset(rows, processor, classes=CLASSES)[0]
     sample = DetectionDataset(rows, processor, classes=CLASSES, on_bad_row="skip")[0]
     assert sample["labels"]["boxes_3d"].shape == (0, 7)
+
+
+def test_labels_numbered_otherwise_are_refused_and_other_objects_are_no_labels(tmp_path):
+    row = to_row("log/0", np.zeros((16, 48, 3), np.uint8), np.ones((3, 4)), np.eye(3, 4), np.eye(4))
+    one = {"type": 1, "bbox": [0.0, 0, 9, 9], "dimensions": [1.0, 1, 1], "location": [0.0, 0, 9]}
+    one |= dict.fromkeys(("truncated", "occluded", "alpha", "rotation_y"), 0.0)
+    numbers = datasets.Sequence(datasets.ClassLabel(names=list(CLASSES)))
+    found = datasets.Dataset.from_list([{"objects": {name: [value] for name, value in one.items()}}])
+    found = found.cast(datasets.Features({"objects": {**found.features["objects"], "type": numbers}}))
+    rows = datasets.concatenate_datasets([dataset_from_rows([row], tmp_path / "rows"), found], axis=1)
+    rows.save_to_disk(tmp_path / "labelled")
+    with pytest.raises(SimIPUError, match=r"expected types in the order \('Car', 'Van'.*found \['Car', 'Pedestrian'"):
+        select_labelled([str(tmp_path / "labelled")])
+    for other in ({"category": [3]}, {"type": ["Car"]}, [1, 2]):
+        features = datasets.Dataset.from_list([{"objects": other}]).features
+        assert object_names(features) == []

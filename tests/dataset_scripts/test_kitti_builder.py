@@ -89,6 +89,8 @@ def test_each_camera_uses_its_own_projection(object_root, raw_root, tmp_path, na
         scenes = ("2011_09_26_drive_0001",) if name == "raw" else None
         row = build(root, name, tmp_path / "cache", cameras=(camera,), scenes=scenes)["train"][0]
         np.testing.assert_array_equal(np.ravel(row["camera_projection"]), np.array(lines[key].split(), dtype=float))
+        if camera == 3 and name == "object":  # the benchmark's boxes are drawn in the left camera's images
+            assert row["objects"]["type"] == [kitti.OBJECT_TYPES.index("DontCare")]
 
 
 def test_two_processes_and_streaming_give_the_same_rows(object_root, tmp_path):
