@@ -47,6 +47,7 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
@@ -161,7 +162,7 @@ def list_frames(
     _require(splits, [split for split, names in published.items() if names & there], f"{folder}: splits")
     wanted = {split: names for split, names in published.items() if splits is None or split in splits}
 
-    tables = _Tables(folder, scene_names, name.endswith(OBJECTS))
+    tables = _Tables(folder, scene_names, name.endswith(OBJECTS), name.endswith(SWEEPS))
     chosen = set().union(*wanted.values()) & (there if scenes is None else set(scenes))
     frames = _pair(tables, root, cameras, chosen, name.endswith(SWEEPS))
     by_split = {split: [f for f in frames if f.scene in names] for split, names in wanted.items()}
@@ -174,7 +175,7 @@ def list_frames(
 class _Tables:
     """The tables that pairs are made of, joined by their tokens."""
 
-    def __init__(self, folder: str, scene_names: dict[str, str], with_boxes: bool) -> None:
+    def __init__(self, folder: str, scene_names: dict[str, str], with_boxes: bool, sweeps: bool) -> None:
         self.folder = folder
         self.problems: list[str] = []
         self.notes: list[str] = []
@@ -190,7 +191,8 @@ class _Tables:
                 self.problems.append(f"{path}: record {row['token']}: expected a sensor, found {token!r}")
             matrix = [_vector({**row, "camera_intrinsic": line}, "camera_intrinsic", 3, path) for line in intrinsics]
             self.sensors[row["token"]] = sensor or "", _pose(row, path), np.array(matrix).reshape(-1, 3)
-        self.data = _sample_data(folder, {t: s[0] for t, s in self.sensors.items() if s[0] in (*CAMERAS, LIDAR)})
+        channels_read = {t: s[0] for t, s in self.sensors.items() if s[0] in (*CAMERAS, LIDAR)}
+        self.data = _sample_data(folder, channels_read, sweeps)
         self._drop("ego_pose", lambda row: row["pose"] is None)
         self._drop("sample with a scene", lambda row: self.scene_of_sample.get(row["sample"]) is None)
         self.boxes = _boxes(folder, self.problems) if with_boxes else None
@@ -310,8 +312,9 @@ def _scene_names(numbers: str) -> set[str]:
 # --- tables ---------------------------------------------------------------------------------------------------------
 
 
-def _sample_data(folder: str, channels: dict[str, str]) -> list[dict[str, Any]]:
-    """Records of cameras and LIDAR_TOP with their ego poses, from an index beside the cache of `datasets`.
+def _sample_data(folder: str, channels: dict[str, str], sweeps: bool) -> list[dict[str, Any]]:
+    """Records of cameras and LIDAR_TOP with their ego poses, from an index beside the cache of `datasets`; the images
+    between key frames, most of them, only with `sweeps`.
 
     The two tables have 2.6 million records each in trainval: they are read record by record, once.
     """
@@ -327,6 +330,9 @@ def _sample_data(folder: str, channels: dict[str, str]) -> list[dict[str, Any]]:
     except (OSError, pa.ArrowInvalid):
         table = _build_index(paths[0], paths[1], channels)
         _keep(table, index)
+    if not sweeps:
+        lidars = pa.array([token for token, channel in channels.items() if channel == LIDAR], pa.string())
+        table = table.filter(pc.or_(table["key"], pc.is_in(table["sensor"], lidars)))
     columns = {name: table[name].to_pylist() for name in table.column_names if name != "pose"}
     poses = table["pose"].combine_chunks()
     numbers = np.asarray(poses.flatten(), np.float64).reshape(-1, 7)

@@ -250,15 +250,22 @@ def _load_files(source: Source, split: str, request: Request) -> AnyDataset:
         raise SimIPUError(f"{source.location}: split: expected different names where streaming, found {split!r}")
     features, options = source.reader.features(source.config), {"reading": reading, "skip": skipped is not None}
     streams = [
-        datasets.IterableDataset.from_generator(_stream_rows, features, {"frames": frames[name], **options})
+        datasets.IterableDataset.from_generator(_stream_rows, features, {"runs": _runs(frames[name]), **options})
         for name in _names(split)
     ]
     return streams[0] if len(streams) == 1 else datasets.concatenate_datasets(streams)
 
 
-def _stream_rows(frames: Sequence[Any], reading: Reading, skip: bool) -> Iterator[dict[str, Any]]:
+def _runs(frames: Sequence[Any]) -> list[Sequence[Any]]:
+    """The shards of a stream: of a large data set 64 frames that lie beside one another in its files."""
+    length = max(1, min(64, len(frames) // 64))
+    return [frames[start : start + length] for start in range(0, len(frames), length)]
+
+
+def _stream_rows(runs: Sequence[Sequence[Any]], reading: Reading, skip: bool) -> Iterator[dict[str, Any]]:
     skipped: list[str] | None = [] if skip else None
-    yield from reading.rows(frames, skipped)
+    for frames in runs:
+        yield from reading.rows(frames, skipped)
     for message in skipped or ():
         logger.warning(f"skipped: {message}")
 

@@ -6,6 +6,7 @@ it is new.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -26,7 +27,7 @@ from ..errors import SimIPUError
 from ..files import write_json
 from .rows import write_arrow
 
-CHUNK = 512
+CHUNK, LONG_SCENE = 512, 32  # frames
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def prepare(
         SimIPUError: a damaged frame, or a cache that cannot be written.
     """
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "simipu_hf"
-    chunks = [frames[start : start + CHUNK] for start in range(0, len(frames), CHUNK)]
+    chunks = list(_chunks(frames))
     names = "\n".join(frame.frame_id for frame in frames)
     note = folder / f"{_digest(reading, frames[0], names)}.json"
     with _lock(note):
@@ -99,6 +100,22 @@ def prepare(
     if skipped is not None:
         skipped += messages
     return rows
+
+
+def _chunks(frames: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """At most `CHUNK` frames each. A long scene shares none with others, so that new scenes leave it as it is."""
+    chunk: list[Any] = []
+    for _, run in itertools.groupby(frames, key=lambda frame: frame.scene):
+        scene = list(run)
+        if (chunk and len(chunk) + len(scene) > CHUNK) or len(scene) >= LONG_SCENE:
+            yield from [chunk] if chunk else []
+            chunk = []
+        chunk += scene
+        if len(scene) >= LONG_SCENE:
+            yield from (chunk[start : start + CHUNK] for start in range(0, len(chunk), CHUNK))
+            chunk = []
+    if chunk:
+        yield chunk
 
 
 def run_in_processes(

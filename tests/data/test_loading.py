@@ -5,6 +5,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import datasets
@@ -14,7 +15,8 @@ import torch
 from PIL import Image
 
 from simipu_hf.data import preparation
-from simipu_hf.data.loading import load_pretraining_dataset
+from simipu_hf.data.loading import _runs, load_pretraining_dataset
+from simipu_hf.data.preparation import _chunks
 from simipu_hf.data.rows import (
     ROW_FEATURES,
     calibration_from_row,
@@ -379,6 +381,30 @@ def test_interrupted_preparation_goes_on(object_root, tmp_path, monkeypatch):
     (object_root / "training/velodyne/000002.bin").write_bytes(sound)
     assert len(load_pretraining_dataset(**options)) == 3
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+
+
+def test_new_scenes_leave_the_files_of_long_ones_as_they_are():
+    def frames(**scenes):
+        return [
+            SimpleNamespace(scene=scene, number=number) for scene, count in scenes.items() for number in range(count)
+        ]
+
+    def chunks(**scenes):
+        cut = [tuple((frame.scene, frame.number) for frame in chunk) for chunk in _chunks(frames(**scenes))]
+        assert sum(cut, ()) == tuple((frame.scene, frame.number) for frame in frames(**scenes))
+        assert all(0 < len(chunk) <= 512 for chunk in cut)
+        return set(cut)
+
+    before = chunks(b=700, d=40, e=2, f=1)
+    assert before <= chunks(a=600, b=700, c=33, d=40, e=2, f=1, g=50)
+    assert len(chunks(**{f"frame{index}": 1 for index in range(1100)})) == 3
+
+
+def test_a_stream_of_many_frames_reads_neighbours_together():
+    runs = _runs(range(10_000))
+    assert [len(run) for run in runs] == [64] * 156 + [16]
+    assert [index for run in runs for index in run] == list(range(10_000))
+    assert len(_runs(range(40))) == 40
 
 
 def test_rows_are_prepared_anew_where_files_or_code_change(object_root, tmp_path, monkeypatch):
