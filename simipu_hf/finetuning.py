@@ -273,6 +273,7 @@ class RunFolder(TrainerCallback):
         self.output_dir, self.stop, self.flags, self.uploader = output_dir, stop, flags, uploader
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)  # a resumed state holds the intervals of its first start
         if state.is_world_process_zero:
             cut_metrics(self.output_dir / METRICS_FILE, state.global_step)
 

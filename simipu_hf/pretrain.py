@@ -133,7 +133,9 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
     model, processor = create_model(arguments)
     augmentation = create_augmentation(arguments, model.config)
     batches = create_batches(accelerator, arguments, rows, mixture, processor, augmentation)
-    held_out = None if held_out_rows is None else TwoViewDataset(held_out_rows, processor, augmentation)
+    held_out = None
+    if held_out_rows is not None:
+        held_out = TwoViewDataset(held_out_rows, processor, augmentation, on_bad_row=arguments.on_bad_row)
     check_held_out(accelerator, arguments, held_out)
     by_epochs = math.ceil(arguments.num_train_epochs * batches.steps_per_epoch)
     steps = Steps(0, arguments.max_steps if arguments.max_steps > 0 else by_epochs)
@@ -166,6 +168,8 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
         publishes = arguments.push_to_hub and accelerator.is_main_process
         uploader = HubUploader.from_arguments(arguments) if publishes else None
         train(accelerator, arguments, state, steps, batches, held_out, uploader)
+    if isinstance(batches, StoredBatches):
+        skipped += [f"row {row}" for row in sorted(set(gather_object(batches.dataset.bad_rows)))]
     on_main_process(accelerator, finish, output_dir, model, processor, batches, skipped)
     if uploader:
         uploader.finish()
@@ -224,15 +228,15 @@ def train(
                 refuse_values_that_are_not_finite(raised, batches, output_dir)
             if is_logged:
                 logger.write_means(step, rates)
-            if held_out is not None and is_evaluated:
-                with logger.paused_clock():
-                    logger.write(step, evaluate(accelerator, arguments, state.unwrapped_model, held_out))
             if is_saved or "stop" in raised:
                 with logger.paused_clock():
                     saved = state.save(output_dir, step, arguments.save_total_limit)
                 if uploader:
                     draw_curves(output_dir, output_dir)
                     uploader.checkpoint_saved(saved)
+            if held_out is not None and is_evaluated:
+                with logger.paused_clock():
+                    logger.write(step, evaluate(accelerator, arguments, state.unwrapped_model, held_out))
             if step == steps.last:
                 break
             if "stop" in raised:
@@ -683,7 +687,6 @@ def finish(
         with contextlib.suppress(ValueError):  # the first frame may be a damaged one
             row = batches.dataset.read_row(0)
             draw_features(model, processor, row, output_dir / "pictures" / "image_features.png")
-        skipped = skipped + [f"row {row}" for row in batches.dataset.bad_rows]
     if skipped:
         print(f"{len(skipped)} damaged rows were skipped:", *skipped, sep="\n  ", file=sys.stderr)
     encoder = (output_dir / "image_encoder").as_posix()

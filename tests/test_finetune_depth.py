@@ -93,7 +93,9 @@ def test_resumed_run_is_bit_equal(frames, run, tmp_path):
     finetune_depth(depth_arguments(frames, tmp_path / "run", resume_from_checkpoint=str(aside)))
     last = shutil.copytree(run / "checkpoint-2", tmp_path / "download" / "last-checkpoint")  # as it is published
     (last.parent / "run.yaml").write_text(redact((run / "run.yaml").read_text("utf-8")), "utf-8")
-    finetune_depth(depth_arguments(frames, tmp_path / "again", resume_from_checkpoint=str(last)))
+    changes = {"resume_from_checkpoint": str(last), "checkpointing_steps": 1}
+    finetune_depth(depth_arguments(frames, tmp_path / "again", **changes))
+    assert (tmp_path / "again" / "checkpoint-3").is_dir()
     assert_equal_weights(saved_weights(run), saved_weights(tmp_path / "again"))
     shutil.move(aside, tmp_path / "alone" / "checkpoint-4")
     with pytest.raises(SimIPUError, match=r"expected a checkpoint in the folder of a run, with run\.yaml"):

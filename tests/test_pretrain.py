@@ -618,12 +618,26 @@ def test_warns_where_images_change_their_shape(frames, capsys, size, message):
     assert (message in said) if message else not said
 
 
-def test_a_damaged_first_row_that_is_skipped_does_not_end_a_finished_run(frames, tmp_path):
-    encoded = load_pretraining_dataset(data_dir=str(frames)).cast_column("image", datasets.Image(decode=False))
-    rows = [dict(row) for row in encoded]
-    rows[0]["image"] = {"bytes": b"no picture", "path": None}
-    dataset_from_rows(rows).save_to_disk(tmp_path / "damaged")
-    flags = ("--dataset_name", str(tmp_path / "damaged"), "--on_bad_row", "skip", "--max_steps", "2")
+def test_damaged_rows_that_are_skipped_end_neither_the_run_nor_its_evaluation(frames, tmp_path, capsys):
+    damaged = {}
+    for split in ("train", "validation"):
+        encoded = load_pretraining_dataset(data_dir=str(frames), split=split)
+        rows = [dict(row) for row in encoded.cast_column("image", datasets.Image(decode=False))]
+        rows[0]["image"] = {"bytes": f"no picture of {split}".encode(), "path": None}
+        damaged[split] = dataset_from_rows(rows)
+    datasets.DatasetDict(damaged).save_to_disk(tmp_path / "damaged")
+    flags = (
+        "--dataset_name",
+        str(tmp_path / "damaged"),
+        "--on_bad_row",
+        "skip",
+        "--max_steps",
+        "4",
+        "--eval_steps",
+        "4",
+    )
     out = pretrain(arguments(frames, tmp_path / "out", *flags))
     assert (out / "image_encoder" / "config.json").is_file()
     assert not (out / "pictures").exists()
+    assert math.isfinite(metrics(out)[-1]["eval/inter_modal_loss"])
+    assert "1 damaged rows were skipped:\n  row 0\n" in capsys.readouterr().err

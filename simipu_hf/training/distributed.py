@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
@@ -34,6 +35,7 @@ def create_accelerator(arguments: RunArguments) -> Accelerator:
     """
     check_precision(arguments.mixed_precision)
     output_dir = arguments.output_dir
+    AcceleratorState._reset_state()  # of an earlier run in this process, whose precision it would keep
     accelerator = Accelerator(
         cpu=torch.backends.mps.is_available(),  # Apple's GPUs have no float64, which the geometry takes
         mixed_precision=arguments.mixed_precision,

@@ -203,6 +203,9 @@ def test_the_flag_counts_and_not_the_environment(monkeypatch, given):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
     accelerator = create_accelerator(parse("--gradient_accumulation_steps", given, "--report_to", "none"))
     assert accelerator.gradient_accumulation_steps == int(given)
+    for precision in ("bf16", "no"):  # a second run in the same process
+        again = create_accelerator(parse("--mixed_precision", precision, "--report_to", "none"))
+        assert again.mixed_precision == precision
 
 
 def test_a_precision_that_only_the_launcher_was_given_is_refused(monkeypatch):
