@@ -330,7 +330,7 @@ def _sample_data(folder: str, channels: dict[str, str], sweeps: bool) -> list[di
     except (OSError, pa.ArrowInvalid):
         table = _build_index(paths[0], paths[1], channels)
         _keep(table, index)
-    if not sweeps:
+    if not sweeps and table.num_rows:
         lidars = pa.array([token for token, channel in channels.items() if channel == LIDAR], pa.string())
         table = table.filter(pc.or_(table["key"], pc.is_in(table["sensor"], lidars)))
     columns = {name: table[name].to_pylist() for name in table.column_names if name != "pose"}

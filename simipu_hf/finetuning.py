@@ -44,7 +44,7 @@ from .training.distributed import (
 )
 from .training.logging import METRICS_FILE, check_trackers, cut_metrics
 from .training.run_folder import RUN_FILE, data_fingerprint, find_checkpoint, open_run_folder
-from .training.sampling import GlobalBatchSampler, create_loader
+from .training.sampling import ROW_ORDER, GlobalBatchSampler, create_loader
 from .visualization import draw_curves
 
 
@@ -457,7 +457,7 @@ def open_run(arguments: FineTuningRunArguments, trainer: FineTuningTrainer) -> s
         "rows_per_step": trainer.args.train_batch_size * trainer.args.world_size,
     }
     fixed = {name: value for name, value in arguments.to_dict().items() if name not in FREE}
-    fixed |= {name: record[name] for name in ("train", "total_steps", "rows_per_step")}
+    fixed |= {name: record[name] for name in ("train", "total_steps", "rows_per_step")} | {"row_order": ROW_ORDER}
     identity = json.loads(json.dumps(fixed))
     if checkpoint is not None:
         folders = (checkpoint.parent, checkpoint.parent.parent)  # the second of a checkpoint that was set aside
@@ -466,7 +466,7 @@ def open_run(arguments: FineTuningRunArguments, trainer: FineTuningTrainer) -> s
             raise SimIPUError(f"{checkpoint}: expected a checkpoint in the folder of a run, with {RUN_FILE}")
         recorded, now = yaml.safe_load(found.read_text("utf-8")).get("identity", {}), identity
         if "…" in str(recorded):  # it was published, without the folders of its machine
-            now = json.loads(redact(json.dumps(identity)))
+            now = json.loads(redact(json.dumps(identity, ensure_ascii=False)))
         check_same_run(recorded, now, checkpoint)
     step = 0 if checkpoint is None else read_json(checkpoint / "trainer_state.json")["global_step"]
     open_run_folder(arguments, step, data=record, identity=identity)

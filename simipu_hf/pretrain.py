@@ -71,6 +71,7 @@ from simipu_hf.training.optimizers import (
 )
 from simipu_hf.training.run_folder import data_fingerprint, find_checkpoint, open_run_folder
 from simipu_hf.training.sampling import (
+    ROW_ORDER,
     Steps,
     StoredBatches,
     StreamedBatches,
@@ -168,8 +169,9 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
         publishes = arguments.push_to_hub and accelerator.is_main_process
         uploader = HubUploader.from_arguments(arguments) if publishes else None
         train(accelerator, arguments, state, steps, batches, held_out, uploader)
-    if isinstance(batches, StoredBatches):
-        skipped += [f"row {row}" for row in sorted(set(gather_object(batches.dataset.bad_rows)))]
+    for name, dataset in (("row", getattr(batches, "dataset", None)), ("held-out row", held_out)):
+        if dataset is not None:
+            skipped += [f"{name} {row}" for row in sorted(set(gather_object(dataset.bad_rows)))]
     on_main_process(accelerator, finish, output_dir, model, processor, batches, skipped)
     if uploader:
         uploader.finish()
@@ -228,15 +230,15 @@ def train(
                 refuse_values_that_are_not_finite(raised, batches, output_dir)
             if is_logged:
                 logger.write_means(step, rates)
+            if held_out is not None and is_evaluated:  # first, so that a checkpoint means that its step is logged
+                with logger.paused_clock():
+                    logger.write(step, evaluate(accelerator, arguments, state.unwrapped_model, held_out))
             if is_saved or "stop" in raised:
                 with logger.paused_clock():
                     saved = state.save(output_dir, step, arguments.save_total_limit)
                 if uploader:
                     draw_curves(output_dir, output_dir)
                     uploader.checkpoint_saved(saved)
-            if held_out is not None and is_evaluated:
-                with logger.paused_clock():
-                    logger.write(step, evaluate(accelerator, arguments, state.unwrapped_model, held_out))
             if step == steps.last:
                 break
             if "stop" in raised:
@@ -540,6 +542,7 @@ def run_identity(
     identity = {name: flags[name] for name in flags if name not in MAY_CHANGE | IDENTIFIED_BY_RESULT}
     identity |= {
         **batches.identity(),
+        "row_order": ROW_ORDER,
         "rows_per_forward": rows_per_forward(accelerator, arguments),
         "recipe": dataclasses.asdict(recipe),
         "augmentation": dataclasses.asdict(augmentation),

@@ -640,4 +640,4 @@ def test_damaged_rows_that_are_skipped_end_neither_the_run_nor_its_evaluation(fr
     assert (out / "image_encoder" / "config.json").is_file()
     assert not (out / "pictures").exists()
     assert math.isfinite(metrics(out)[-1]["eval/inter_modal_loss"])
-    assert "1 damaged rows were skipped:\n  row 0\n" in capsys.readouterr().err
+    assert "2 damaged rows were skipped:\n  row 0\n  held-out row 0\n" in capsys.readouterr().err

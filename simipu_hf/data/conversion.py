@@ -78,9 +78,10 @@ class Packing:
             height, width = self.image_size or (image.height, image.width)
             moved = pixel_transform((0, 0, image.height, image.width), (height, width), False, True)
             row["camera_projection"] = (moved @ calibration_from_row(row)[0]).tolist()
-            if row.get("objects"):
-                corners = np.reshape(row["objects"]["bbox"], (-1, 2)) * moved.diagonal()[:2] + moved[:2, 2]
-                row["objects"] = {**row["objects"], "bbox": corners.reshape(-1, 4).tolist()}
+            objects = row.get("objects")
+            if isinstance(objects, dict) and {"bbox", "rotation_y"} <= objects.keys():  # not of another form
+                corners = np.reshape(objects["bbox"], (-1, 2)) * moved.diagonal()[:2] + moved[:2, 2]
+                row["objects"] = {**objects, "bbox": corners.reshape(-1, 4).tolist()}
             encoded = BytesIO()
             resized = image.resize((width, height), Image.Resampling.BILINEAR)
             resized.save(encoded, self.image_format or "png", quality=self.quality)
@@ -201,7 +202,8 @@ def _plan_shards(
         tables = [_table(rows, index, index + 1, packing) for index in range(0, len(rows), max(1, len(rows) // 8))]
         row_size = sum(table.nbytes for table in tables) / len(tables)
         most = max(1, int(convert_file_size_to_int(max_shard_size) / row_size))
-        count = max(min(num_shards, len(rows)), -(-len(rows) // most))
+        needed = -(-len(rows) // most)
+        count = min(len(rows), -(-max(needed, 1) // num_shards) * num_shards)  # a multiple, for as many processes
         bounds = [len(rows) * index // count for index in range(count + 1)]
     else:
         bounds = [*range(0, len(rows), rows_per_shard), len(rows)]

@@ -257,8 +257,8 @@ def _load_files(source: Source, split: str, request: Request) -> AnyDataset:
 
 
 def _runs(frames: Sequence[Any]) -> list[Sequence[Any]]:
-    """The shards of a stream: of a large data set 64 frames that lie beside one another in its files."""
-    length = max(1, min(64, len(frames) // 64))
+    """The shards of a stream: of a large data set up to 64 frames that lie beside one another in its files."""
+    length = max(1, min(64, len(frames) // 1024))
     return [frames[start : start + length] for start in range(0, len(frames), length)]
 
 

@@ -131,11 +131,13 @@ def redact(text: str) -> str:
     """`text` without Hub tokens and without the folders of this machine: of an absolute path its last part stays."""
     text = re.sub(r"\bhf_[A-Za-z0-9]{8,}", "hf_…", text)
     text = re.sub(r"(--hub[_-]token[ =])\S+", r"\1…", text)
-    for folder in filter(lambda folder: folder.name, (Path.cwd(), Path.home())):
+    start = r"(?<![\w/:.~…\\-])"  # not inside a relative path or an address
+    known = [folder for folder in (Path.cwd(), Path.home()) if folder.name]
+    for folder in sorted(known, key=lambda folder: -len(folder.parts)):
         # their names may hold spaces, at which the pattern below ends
         for written in {str(folder), folder.as_posix(), str(folder).replace("\\", "\\\\")}:
-            text = re.sub(re.escape(written) + r"(?=[/\\])", re.escape(folder.anchor) + "-", text)
-    return re.sub(r"(?<![\w/:.~…\\-])(?:/|[A-Za-z]:\\{1,2})(?:[\w.@+-]+[/\\]+)+([\w.@+-]*)", r"…/\1", text)
+            text = re.sub(start + re.escape(written) + r"(?=[/\\])", re.escape(folder.anchor) + "-", text)
+    return re.sub(start + r"(?:/|[A-Za-z]:\\{1,2})(?:[\w.@+-]+[/\\]+)+([\w.@+-]*)", r"…/\1", text)
 
 
 def _render(card: type[ModelCard] | type[DatasetCard], template: str, metadata: Any, **facts: Any) -> str:

@@ -401,10 +401,10 @@ def test_new_scenes_leave_the_files_of_long_ones_as_they_are():
 
 
 def test_a_stream_of_many_frames_reads_neighbours_together():
-    runs = _runs(range(10_000))
-    assert [len(run) for run in runs] == [64] * 156 + [16]
-    assert [index for run in runs for index in run] == list(range(10_000))
-    assert len(_runs(range(40))) == 40
+    runs = _runs(range(100_000))
+    assert [len(run) for run in runs] == [64] * 1562 + [32]
+    assert [index for run in runs for index in run] == list(range(100_000))
+    assert len(_runs(range(2000))) == 2000
 
 
 def test_rows_are_prepared_anew_where_files_or_code_change(object_root, tmp_path, monkeypatch):

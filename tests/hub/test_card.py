@@ -1,6 +1,7 @@
 """Cards say what is on disk, and leave what somebody wrote by hand."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -100,8 +101,14 @@ def test_tokens_and_folders_are_taken_out(monkeypatch):
     assert redact("hf_abcdefgh123") == "hf_…"
     assert redact('"/home/alice/runs/kitti", --a=/mnt/x/y --b /z/w') == '"…/kitti", --a=…/y --b …/w'
     assert redact(r"C:\Users\alice\runs\a") == "…/a"
-    monkeypatch.setattr(Path, "home", lambda: Path("/home/John Doe"))
-    assert redact("data: /home/John Doe/secret/KITTI") == "data: …/KITTI"
+    home = Path("C:/Users/John Doe" if os.name == "nt" else "/home/John Doe")
+    monkeypatch.setattr(Path, "home", lambda: home)
+    monkeypatch.setattr(Path, "cwd", lambda: home.parent)
+    assert redact(f"data: {home / 'secret' / 'KITTI'}") == "data: …/KITTI"
+    assert (
+        redact(f"runs{home.parent.as_posix()}/a s3://bucket/home/a")
+        == f"runs{home.parent.as_posix()}/a s3://bucket/home/a"
+    )
     same = "see https://huggingface.co/owner/name/tree/main, a/b/c, 3 km/h, ./x/y, </details>"
     assert redact(same) == same
     assert redact("simipu_hf.pretrain --hub_model_id a/b") == "simipu_hf.pretrain --hub_model_id a/b"
