@@ -170,6 +170,7 @@ def object_names(features: Mapping[str, Any]) -> list[str]:
     try:
         objects: Any = features["objects"]
         kind = objects["type"] if isinstance(objects, dict) else objects.feature["type"]
-        return list(getattr(kind, "feature", kind).names)  # datasets 3 and 4 describe a list of labels differently
+        label: Any = getattr(kind, "feature", kind)  # datasets 3 and 4 describe a list of labels differently
+        return list(label.names)
     except (AttributeError, KeyError, TypeError):
         return []
