@@ -286,7 +286,7 @@ def test_it_learns_brightness_to_depth(dataset, tmp_path):
     )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert np.mean(losses[-3:]) < 0.6 * losses[0]
+    assert np.mean(losses[-3:]) < 0.6 * np.mean(losses[:3])  # batches are of four of the frames
     assert set(trainer.evaluate()) == {f"eval_{name}" for name in METRICS} | {"epoch"}
 
 
@@ -340,7 +340,7 @@ def test_a_damaged_training_frame_stops_or_is_skipped(tmp_path, capsys):
     files = {**eigen_files(tmp_path), "test_list": None}
     (tmp_path / "raw" / "1.png").write_bytes(b"damaged")
     with pytest.raises(SimIPUError, match=r"frame 1\.png"):
-        finetune_depth(depth_arguments("", tmp_path / "run", **files, max_steps=2))
+        finetune_depth(depth_arguments("", tmp_path / "run", **files, max_steps=6))  # two of three frames a step
     finetune_depth(depth_arguments("", tmp_path / "skipped", **files, max_steps=2, on_bad_row="skip"))
     assert "left out: frame 1.png" in capsys.readouterr().err
 
