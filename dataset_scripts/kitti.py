@@ -329,6 +329,7 @@ def _drive_frames(name: str, drive: _Drive, cameras: Sequence[int] | None, listi
 
 def fingerprint(frames: Iterable[Frame]) -> str:
     """Changes with this file and with the frames' files (by size and time of change), so that no cache is stale."""
+    frames = list(frames)
     states: dict[str, tuple[int, int] | None] = {}  # frames of a drive share their calibration
     for frame in frames:
         for path in (frame.image, frame.scan, *frame.calibration, *([frame.labels] if frame.labels else [])):
@@ -339,7 +340,7 @@ def fingerprint(frames: Iterable[Frame]) -> str:
                 except OSError:
                     states[path] = None
     with open(__file__, "rb") as file:
-        return hashlib.sha256(file.read() + repr((list(frames), states)).encode("utf-8")).hexdigest()
+        return hashlib.sha256(file.read() + repr((frames, states)).encode("utf-8")).hexdigest()
 
 
 def _root(data_dir: str | os.PathLike | None) -> str:

@@ -60,11 +60,11 @@ class _HostCopy:
     """Copies of costs and masks on the CPU that nobody waits for until a solver needs them."""
 
     def __init__(self, cost: torch.Tensor, *masks: torch.Tensor | None) -> None:
-        waits = not cost.is_cuda  # other devices have no event here to wait for
-        self._cost = cost.to("cpu", non_blocking=not waits)
-        self._masks = [None if mask is None else mask.to("cpu", non_blocking=not waits) for mask in masks]
+        has_event = cost.is_cuda  # what is copied from other devices is waited for at once
+        self._cost = cost.to("cpu", non_blocking=has_event)
+        self._masks = [None if mask is None else mask.to("cpu", non_blocking=has_event) for mask in masks]
         self._copied = None
-        if cost.is_cuda:
+        if has_event:
             self._copied = torch.cuda.Event()
             self._copied.record()
 

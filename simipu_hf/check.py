@@ -180,7 +180,7 @@ def _device(device: torch.device) -> str:
         memory = psutil.virtual_memory().total / GIB
         raise Absent(f"no CUDA device in use; {torch.get_num_threads()} CPU threads, {memory:.0f} GiB")
     properties = torch.cuda.get_device_properties(device)
-    precisions = "float32, fp16" + (", bf16" if torch.cuda.is_bf16_supported(False) else "")
+    precisions = "float32, fp16" + (", bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "")
     return (
         f"{torch.cuda.device_count()} x {properties.name}, {properties.total_memory / GIB:.0f} GiB, "
         f"capability {properties.major}.{properties.minor}, CUDA {torch.version.cuda}; {precisions}"
@@ -399,7 +399,7 @@ def _step(preset: str, precision: str, device: torch.device) -> str:
     """One step's losses and gradient norm on the device, against the CPU in float64."""
     if precision == "fp16" and device.type != "cuda":
         raise Absent("fp16 needs a GPU")
-    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise Absent("this GPU has no bf16", "use fp16")
     expected = _exact_losses(preset)
     torch.manual_seed(0)

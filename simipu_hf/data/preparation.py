@@ -1,8 +1,8 @@
 """Rows of a reader's files, prepared once: read on several processes into Arrow files of the cache.
 
-Own part, beside `datasets`' builders: an Arrow file holds 512 rows and is named by the files and the code that it was
-made of. Preparation that was interrupted goes on behind the last whole file, and a folder that grew is prepared where
-it is new.
+Own part, beside `datasets`' builders: an Arrow file holds at most 512 rows and is named by the files and the code that
+it was made of. Preparation that was interrupted goes on behind the last whole file, and a folder that grew by scenes
+is prepared where it is new.
 """
 
 import hashlib
@@ -107,13 +107,14 @@ def _chunks(frames: Sequence[Any]) -> Iterator[Sequence[Any]]:
     chunk: list[Any] = []
     for _, run in itertools.groupby(frames, key=lambda frame: frame.scene):
         scene = list(run)
-        if (chunk and len(chunk) + len(scene) > CHUNK) or len(scene) >= LONG_SCENE:
-            yield from [chunk] if chunk else []
+        is_long = len(scene) >= LONG_SCENE
+        if chunk and (is_long or len(chunk) + len(scene) > CHUNK):
+            yield chunk
             chunk = []
-        chunk += scene
-        if len(scene) >= LONG_SCENE:
-            yield from (chunk[start : start + CHUNK] for start in range(0, len(chunk), CHUNK))
-            chunk = []
+        if is_long:
+            yield from (scene[start : start + CHUNK] for start in range(0, len(scene), CHUNK))
+        else:
+            chunk += scene
     if chunk:
         yield chunk
 

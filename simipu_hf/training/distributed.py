@@ -68,7 +68,11 @@ def check_precision(precision: str) -> None:
         )
     if precision == "fp16" and not torch.cuda.is_available():
         raise SimIPUError("--mixed_precision fp16 needs a GPU: without one PyTorch would compute in full precision")
-    if precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
+    if (
+        precision == "bf16"
+        and torch.cuda.is_available()
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
         raise SimIPUError(f"--mixed_precision bf16: {torch.cuda.get_device_name()} does not have it; use fp16")
 
 
