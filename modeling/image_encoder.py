@@ -41,7 +41,8 @@ def build_image_encoder(config: SimIPUImageConfig) -> TimmModel:
             there is no module to freeze of a name in `config.frozen`.
     """
     encoder = _create(config.architecture, timm_arguments(config))
-    config.out_indices = _resolve_stages(encoder, config.out_indices)
+    stages = pyramid_stages(encoder, count=3) if config.out_indices is None else config.out_indices
+    config.out_indices = _checked_stages(encoder, stages, "image_config.out_indices")
     if config.feature_grids is None:
         # sizes change no place: one measurement for all of them
         arguments = {k: v for k, v in (config.model_args or {}).items() if k not in ("img_size", "dynamic_img_size")}
@@ -175,6 +176,9 @@ class FeaturePyramid(nn.Module):
         encoder: a timm model.
         out_indices: stages, in timm's numbering; `None` as in [`pyramid_stages`].
 
+    Raises:
+        ValueError: a stage that the encoder does not have, or one that is named twice.
+
     Attributes:
         stages: counted from the front.
         channels, strides: of each map.
@@ -182,7 +186,7 @@ class FeaturePyramid(nn.Module):
 
     def __init__(self, encoder: TimmModel, out_indices: Sequence[int] | None = None) -> None:
         super().__init__()
-        self.stages = pyramid_stages(encoder) if out_indices is None else sorted_stages(encoder, out_indices)
+        self.stages = pyramid_stages(encoder) if out_indices is None else _checked_stages(encoder, out_indices)
         self.channels = feature_channels(encoder, self.stages)
         self.strides: list[float] = [_reductions(encoder)[stage] for stage in self.stages]
         single = len(self.stages) > 1 and len(set(self.strides)) == 1
@@ -296,8 +300,8 @@ def _measured_grids(architecture: str, model_args: str = "{}") -> tuple[FeatureG
     problem: Exception | None = None
     for size in ((side, side), own_size) if takes_any else (own_size,):
         try:
-            # whatever device and random state the caller builds its own model with
-            with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            # whatever device, mode and random state the caller builds its own model with
+            with torch.inference_mode(False), torch.device("cpu"), torch.random.fork_rng(devices=[]):
                 arguments = json.loads(model_args) | _size_arguments(template, size)
                 return measure_feature_grids(_create(architecture, arguments), size)
         except (AssertionError, RuntimeError, ValueError) as error:  # such as windows that do not divide the size
@@ -357,22 +361,18 @@ def _create(architecture: str, arguments: Mapping[str, Any]) -> TimmModel:
     return cast("TimmModel", encoder)
 
 
-def _resolve_stages(encoder: TimmModel, out_indices: Sequence[int] | None) -> list[int]:
-    """`image_config.out_indices` counted from the front, in order, checked; by default the three coarsest."""
-    if out_indices is None:
-        return pyramid_stages(encoder, count=3)
+def _checked_stages(encoder: TimmModel, out_indices: Sequence[int], name: str = "out_indices") -> list[int]:
+    """Stages counted from the front, in order, checked; `name` is theirs in messages."""
     count = len(encoder.feature_info)
     for index in out_indices:
         if not -count <= index < count:
             raise ValueError(
-                f"image_config.out_indices: {encoder.pretrained_cfg['architecture']} has stages 0 to {count - 1} "
+                f"{name}: {encoder.pretrained_cfg['architecture']} has stages 0 to {count - 1} "
                 f"(or -{count} to -1), found {index}"
             )
     stages = sorted_stages(encoder, out_indices)
     if len(set(stages)) != len(stages):
-        raise ValueError(
-            f"image_config.out_indices: {list(out_indices)} names a stage twice: counted from the front, {stages}"
-        )
+        raise ValueError(f"{name}: {list(out_indices)} names a stage twice: counted from the front, {stages}")
     return stages
 
 

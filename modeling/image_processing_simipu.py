@@ -110,11 +110,20 @@ class SimIPUImageProcessor(TorchvisionBackend):
 
     def __init__(self, **kwargs: Unpack[SimIPUImageProcessorKwargs]) -> None:
         super().__init__(**kwargs)
+        for name in ("image_mean", "image_std"):  # one number is that of every channel
+            if isinstance(getattr(self, name), int | float):
+                setattr(self, name, (float(getattr(self, name)),) * 3)
         if self.pad_size_divisor < 1:
             raise ValueError(f"pad_size_divisor: expected at least 1, found {self.pad_size_divisor}")
 
     def with_settings(self, **settings: Any) -> "SimIPUImageProcessor":
-        """A copy of this processor with some settings changed."""
+        """A copy of this processor with some settings changed.
+
+        Raises:
+            TypeError: a setting that there is none of.
+        """
+        if unknown := sorted(settings.keys() - set(self._valid_kwargs_names)):
+            raise TypeError(f"SimIPUImageProcessor has no setting {unknown[0]!r}")
         changed = copy.copy(self)
         current = {name: getattr(self, name) for name in self._valid_kwargs_names}
         vars(changed).update(self._standardize_kwargs(**(current | settings)))

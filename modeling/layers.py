@@ -85,8 +85,9 @@ class WeightedBatchNorm(nn.Module):
     @torch.no_grad()
     def _update_running(self, mean: torch.Tensor, variance: torch.Tensor, count: torch.Tensor) -> None:
         unbiased = variance * (count / (count - 1).clamp(min=1))
-        self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
-        self.running_var.lerp_(unbiased.to(self.running_var), self.momentum)
+        momentum = self.momentum * (count >= 1).to(self.running_mean)  # no row, no statistics
+        self.running_mean.lerp_(mean.to(self.running_mean), momentum)
+        self.running_var.lerp_(unbiased.to(self.running_var), momentum)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"
@@ -108,7 +109,7 @@ class _WeightedNormalize(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
         weight = weight.to(wide)
-        count = reduce(weight.sum())
+        count = reduce(weight.sum()).clamp(min=torch.finfo(wide.dtype).tiny)  # 0 where no row counts
         with torch.autocast(rows.device.type, enabled=False):  # statistics never in half precision
             mean = reduce(weight @ wide) / count
             variance = reduce(weight @ (wide - mean).square_()) / count

@@ -1,6 +1,8 @@
 """One-to-one matching of the points of two views."""
 
+import os
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 
 import numpy as np
 import torch
@@ -10,8 +12,14 @@ try:
 except Exception:
     linear_sum_assignment = None
 
-# SciPy releases the GIL while it solves, so the clouds of a batch are solved side by side
-_SOLVERS = ThreadPoolExecutor(max_workers=8, thread_name_prefix="assignment")
+
+@cache
+def _solvers(process: int) -> ThreadPoolExecutor:
+    """SciPy releases the GIL while it solves, so the clouds of a batch are solved side by side.
+
+    Each process has threads of its own: a fork takes over none of its parent's.
+    """
+    return ThreadPoolExecutor(max_workers=8, thread_name_prefix="assignment")
 
 
 class PendingMatch:
@@ -38,7 +46,7 @@ class PendingMatch:
         self.cost = pairwise_distances(coordinates, other)
         host = _HostCopy(self.cost, mask, other_mask)
         self._jobs: list[Future[np.ndarray]] = [
-            _SOLVERS.submit(_solve, host, item) for item in range(len(coordinates))
+            _solvers(os.getpid()).submit(_solve, host, item) for item in range(len(coordinates))
         ]
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -215,6 +215,9 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
                 `pixel_values` where omitted.
             return_metrics: compute the accuracies as well, which need the rank of every positive.
         """
+        # distances between points need single precision, whatever a batch was converted to
+        wide = torch.promote_types(points.dtype, torch.float32)
+        points, points_aug, lidar_to_aug = points.to(wide), points_aug.to(wide), lidar_to_aug.to(wide)
         view = self.simipu.get_point_features(points)
         # the augmented view only yields detached keys: without gradient it costs a third and changes nothing
         with torch.no_grad():
@@ -390,7 +393,7 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
         """1 - cosine similarity to the features of the start, averaged over cells and stages."""
         if self._anchor is None:
             raise ValueError("anchor_weight is set: call anchor_image_encoder() on the model with its start weights")
-        self._anchor.to(pixel_values.device)
+        self._anchor.to(pixel_values.device, next(self.simipu.image_encoder.parameters()).dtype)
         with torch.no_grad():
             targets = image_feature_maps(self._anchor, pixel_values, self.config.image_encoder_config.stages)
         similar = [F.cosine_similarity(a.float(), b.float()) for a, b in zip(image_features, targets, strict=True)]

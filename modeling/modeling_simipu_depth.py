@@ -147,8 +147,9 @@ def silog_loss(
     mean = g.sum() / count.clamp(min=1)
     variance = torch.where(valid, g - mean, 0).square().sum() / (count - 1).clamp(min=1)
     squared = variance + mean_weight * mean.square()
-    # the square root has no finite gradient at 0
-    return torch.where((count > 1) & (squared > 0), squared, 1).sqrt() * ((count > 1) & (squared > 0))
+    # the square root has no finite gradient at 0; what is no number must stay none
+    zero = (count < 2) | (squared <= 0)
+    return torch.where(zero, 1, squared).sqrt() * ~zero
 
 
 def _resize(maps: torch.Tensor, size: Sequence[int]) -> torch.Tensor:

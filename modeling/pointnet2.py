@@ -249,7 +249,12 @@ class PointNet2Encoder(nn.Module):
 
         Args:
             points: `(B, N, 4)`, x y z in metres and reflectance.
+
+        Raises:
+            ValueError: another shape.
         """
+        if points.ndim != 3 or points.shape[-1] != 4:
+            raise ValueError(f"points must be (B, N, 4), found {tuple(points.shape)}")
         coordinates, features = points[..., :3], points[..., 3:]
         features = features.to(next(self.parameters()).dtype)
         indices = None

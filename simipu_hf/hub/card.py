@@ -24,6 +24,7 @@ KITTI_LICENSE = "cc-by-nc-sa-3.0"
 
 # model_type of a configuration -> template
 KINDS = {"simipu": "simipu", "simipu_depth": "depth", "simipu_detection": "detection"}
+TAGS = ("simipu", "self-supervised", "lidar", "autonomous-driving")
 TASKS = {"depth": "depth-estimation", "detection": "object-detection"}
 
 
@@ -99,10 +100,11 @@ def dataset_card(
         splits: rows of each split.
         header: what the folder's own card says of its files and columns.
     """
-    metadata = header or DatasetCardData()
+    metadata, tags = header or DatasetCardData(), ["lidar", "autonomous-driving", "simipu"]
     metadata.license = license or KITTI_LICENSE
     metadata.task_categories = ["image-feature-extraction", "depth-estimation"]
-    metadata["tags"] = ["lidar", "autonomous-driving", "simipu", *(["kitti"] if license is None else [])]
+    tags += ["kitti"] if license is None else []
+    metadata["tags"] = list(dict.fromkeys([*(metadata.get("tags") or []), *tags]))
     metadata.pretty_name = repo_id.split("/")[-1]
     return _render(DatasetCard, "dataset", metadata, name=repo_id, kitti=license is None, splits=splits)
 
@@ -154,7 +156,7 @@ def _render(card: type[ModelCard] | type[DatasetCard], template: str, metadata: 
 def _metadata(
     name: str, kind: str, architecture: str, run: dict[str, Any], evaluations: list[dict[str, Any]]
 ) -> ModelCardData:
-    arguments, is_encoder = _arguments(run), kind == "encoder"
+    arguments, is_encoder, task = _arguments(run), kind == "encoder", TASKS.get(kind, "image-feature-extraction")
     base = arguments.get("model_name_or_path") or arguments.get("image_encoder")
     if arguments.get("pretrained_image_encoder"):
         base = getattr(timm.get_pretrained_cfg(architecture), "hf_hub_id", None)
@@ -174,13 +176,21 @@ def _metadata(
     return ModelCardData(
         model_name=name.split("/")[-1],
         library_name="timm" if is_encoder else "transformers",
-        pipeline_tag=TASKS.get(kind, "image-feature-extraction"),
-        license=KITTI_LICENSE if _trained_on_kitti(run) else (run.get("data") or {}).get("license"),
-        tags=["simipu", "self-supervised", "lidar", "autonomous-driving", "timm" if is_encoder else "custom_code"],
+        # what transformers has no pipeline for would be offered with one that fails
+        pipeline_tag=task if kind in ("encoder", "depth") else None,
+        **_license(KITTI_LICENSE if _trained_on_kitti(run) else (run.get("data") or {}).get("license")),
+        tags=[*TAGS, task, "timm" if is_encoder else "custom_code"],
         datasets=_repositories(arguments.get("dataset_name")),
         base_model=_repositories(base),
         eval_results=results or None,
     )
+
+
+def _license(name: str | None) -> dict[str, str]:
+    """A licence as the Hub takes it: one of its identifiers, or "other" and the name."""
+    if not name:
+        return {}
+    return {"license": name} if re.fullmatch(r"[a-z0-9.-]+", name) else {"license": "other", "license_name": name}
 
 
 def _repositories(names: Any) -> list[str] | None:

@@ -287,7 +287,10 @@ def write_mmdet(weights: EncoderWeights, path: Path, prefix: str = "img_backbone
 
 
 def write_official(weights: EncoderWeights, path: Path, model: Path) -> None:
-    """A checkpoint of the whole pre-training model of the folder `model`, as the official code names it."""
+    """A checkpoint of the whole pre-training model of the folder `model`, as the official code names it.
+
+    The official code builds the preset's point encoder and heads alone, so a model with others is refused.
+    """
     file = model / "model.safetensors"
     if not file.is_file():
         raise SimIPUError(f"{model}: the official form takes a pre-training model's folder; found no {file.name}")
@@ -295,7 +298,12 @@ def write_official(weights: EncoderWeights, path: Path, model: Path) -> None:
     encoder = {f"simipu.image_encoder.{name}": value for name, value in weights.state_dict.items()}
     if not encoder.keys() <= state.keys():
         raise SimIPUError(f"{file}: the official form takes a SimIPUForPreTraining model, which this is not")
-    torch.save({"meta": {"simipu_hf": _note(weights)}, "state_dict": to_official_state_dict(state | encoder)}, path)
+    _check_resnet(weights, "official")
+    official = to_official_state_dict(state | encoder)
+    with torch.device("meta"):
+        network = SimIPUForPreTraining(SimIPUConfig.from_preset("official", **official_fields(official, weights)))
+    check_state_dict(state, network.state_dict(), f"{file}: the official network has other point encoders and heads,")
+    torch.save({"meta": {"simipu_hf": _note(weights)}, "state_dict": official}, path)
 
 
 def write_transformers(weights: EncoderWeights, path: Path) -> None:

@@ -9,6 +9,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import sleep
@@ -19,8 +20,8 @@ from huggingface_hub import DatasetCard, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from tqdm.auto import tqdm
 
-from simipu_hf.errors import SimIPUError
-from simipu_hf.hub.card import CURVES, dataset_card, redact, run_of, write_model_card
+from simipu_hf.errors import MAY_HANG, SimIPUError
+from simipu_hf.hub.card import CURVES, GENERATED, dataset_card, redact, run_of, write_model_card
 from simipu_hf.hub.export import write_timm
 from simipu_hf.hub.sources import find_image_encoder, hub_error, model_folder
 from simipu_hf.hub.weights import read_json, read_safetensors
@@ -42,6 +43,7 @@ RECORDS = ("run.yaml", "metrics.jsonl", CURVES)
 STAGED = ".hub-upload-"
 RETRIES = 4  # after a failure that may pass: a server's error, a timeout, no connection
 SHORTEST_LIMIT, SLOWEST_UPLOAD = 60, 250_000  # seconds, bytes a second: an attempt that takes longer counts as hung
+LAST_WAIT = 30  # seconds that a run which an error or a signal ends waits for a running upload
 
 
 @dataclass
@@ -178,8 +180,24 @@ class HubUploader:
         self.repository = _Repository(repo_id, token, private)
         self.output_dir, self.strategy, self.encoder_repo_id = Path(output_dir), strategy, encoder_repo_id
         self.running: Future[None] | None = None
-        for leftover in self.output_dir.glob(f"{STAGED}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        self.pending: str | None = None  # the newest checkpoint, until it is published or its failure reported
+        self._remove_staged()
+
+    def __enter__(self) -> "HubUploader":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Where an error or a signal ends the run, give a running upload a little time, and say what it left out."""
+        if kind is None or self.running is None:
+            return
+        wait_for([self.running], 0 if kind is KeyboardInterrupt else LAST_WAIT)
+        if self.pending is not None:
+            self._remove_staged()
+            folder = self.output_dir / self.pending
+            tqdm.write(
+                f"Hub: {self.pending} was not published before the run ended; publish it with\n"
+                f"  simipu-hf push --model {folder} --repo_id {self.repository.repo_id}"
+            )
 
     @classmethod
     def from_arguments(cls, arguments: RunArguments) -> "HubUploader":
@@ -196,12 +214,16 @@ class HubUploader:
     def checkpoint_saved(self, checkpoint: str | Path) -> bool:
         """Start publishing a complete checkpoint; false if it is skipped (strategy, or an upload still runs)."""
         checkpoint = Path(checkpoint)
-        if self.strategy == "end" or (self.running is not None and not self.running.done()):
+        if self.strategy == "end":
+            return False
+        self.pending = checkpoint.name
+        if self.running is not None and not self.running.done():
             return False
         try:
             staged = _snapshot(checkpoint, self.output_dir, self.strategy == "checkpoint")
         except (OSError, SimIPUError) as error:
             tqdm.write(f"Hub: {checkpoint.name} was not published: {error}")
+            self.pending = None
             return False
         self.running = _in_background(lambda: self._publish(staged, checkpoint.name))
         return True
@@ -230,7 +252,12 @@ class HubUploader:
         except Exception as error:  # whatever it is, training goes on
             tqdm.write(f"Hub: {name} was not published: {error}")
         finally:
+            self.pending = None if self.pending == name else self.pending
             shutil.rmtree(staged, ignore_errors=True)
+
+    def _remove_staged(self) -> None:
+        for leftover in self.output_dir.glob(f"{STAGED}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def push_dataset(
@@ -243,7 +270,8 @@ def push_dataset(
     """Publish a folder of Parquet files as a data set, with a card.
 
     Args:
-        data: the folder, as `simipu-hf data convert --to parquet` writes it.
+        data: the folder, as `simipu-hf data convert --to parquet` writes it. A README.md in it that somebody wrote is
+            published as it is.
         repo_id: `user/name`.
         private: `None` means private where the rows are KITTI's.
         license: the Hub's name of the rows' licence, such as `"cc-by-4.0"`; `None` means that they come from KITTI
@@ -271,11 +299,16 @@ def push_dataset(
             f"{'private' if private else 'PUBLIC'}. For other data name their --license."
         )
     own_card = folder / "README.md"
-    header = DatasetCard.load(own_card).data if own_card.is_file() else None
+    own = DatasetCard.load(own_card) if own_card.is_file() else None
+    edited = own is not None and own.text.strip() and GENERATED not in own.content
     with tempfile.TemporaryDirectory(prefix=STAGED) as staged:
         for file in [*files, *folder.glob("*.json")]:
             _place(file, Path(staged) / file.relative_to(folder))
-        (Path(staged) / "README.md").write_text(dataset_card(repo_id, license, splits, header), encoding="utf-8")
+        if edited:
+            _place(own_card, Path(staged) / "README.md")
+        else:
+            card = dataset_card(repo_id, license, splits, own.data if own else None)
+            (Path(staged) / "README.md").write_text(card, encoding="utf-8")
         repository = _Repository(repo_id, token, private, repo_type="dataset")
         return PushReport(repository.url, repository.upload(Path(staged), "Upload data set"))
 
@@ -290,7 +323,7 @@ def _in_background(action: Callable[[], Result]) -> "Future[Result]":
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()
+    threading.Thread(target=run, daemon=True, name=MAY_HANG).start()
     return future
 
 
@@ -298,7 +331,7 @@ def _is_final(error: Exception) -> bool:
     """Whether trying again cannot help."""
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
-        return status < 500 and status not in (408, 429)
+        return status < 500 and status not in (408, 409, 412, 429)  # 409, 412: another commit came first
     return isinstance(error, (HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled))
 
 
@@ -353,5 +386,5 @@ def _complete(staged: Path, repo_id: str, encoder_repo_id: str | None = None) ->
     write_model_card(staged, repo_id, encoder_repo_id)
     for file in staged.rglob("*"):
         # what resumes a run is compared byte by byte with its manifest
-        if file.suffix in TEXT and "last-checkpoint" not in file.parts:
+        if file.suffix in TEXT and file.relative_to(staged).parts[0] != "last-checkpoint":
             file.write_text(redact(file.read_text(encoding="utf-8")), encoding="utf-8")

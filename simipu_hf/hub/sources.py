@@ -4,13 +4,14 @@ import json
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import timm
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from simipu_hf.errors import SimIPUError
 from simipu_hf.hub.official import read_checkpoint
@@ -253,7 +254,9 @@ def read_input_convention(folder: Path) -> InputConvention:
     # the processor normalises value * factor; here values run from 0 to 1
     scale = 1 / (255 * image.get("rescale_factor", 1 / 255)) if image.get("do_rescale", True) else 1 / 255
     normalizes = image.get("do_normalize", True)
-    mean, std = (image["image_mean"], image["image_std"]) if normalizes else ((0.0,) * 3, (1.0,) * 3)
+    mean, std = (image["image_mean"], image["image_std"]) if normalizes else (0.0, 1.0)
+    # one number is that of every channel
+    mean, std = (value if isinstance(value, Sequence) else (value,) * 3 for value in (mean, std))
     size = image.get("size") or {}
     return InputConvention(
         "bgr" if image.get("do_flip_channel_order") else "rgb",
@@ -272,7 +275,7 @@ def _listing(folder: Path) -> str:
 def load_dense_model(
     model_class: Any, source: str | os.PathLike[str], device: str | None = None
 ) -> tuple[Any, SimIPUImageProcessor]:
-    """A saved fine-tuned model and its image processor.
+    """A saved fine-tuned model, in single precision, and its image processor.
 
     Args:
         model_class: a [`SimIPUDenseModel`].
@@ -287,7 +290,9 @@ def load_dense_model(
         fields, _ = model_class.config_class.get_config_dict(source)
         if fields.get("model_type") != wanted:
             raise SimIPUError(f"{source}: expected a {wanted!r} model, found {fields.get('model_type')!r}")
-        model, processor = model_class.from_pretrained(source), SimIPUImageProcessor.from_pretrained(source)
-    except OSError as error:
+        # weights that were saved in half precision, too: evaluation and training count in single
+        model = model_class.from_pretrained(source, dtype=torch.float32)
+        processor = SimIPUImageProcessor.from_pretrained(source)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise SimIPUError(f"{source}: no {wanted!r} model with its image processor ({error})") from error
     return model.to(choose_device(device)), processor

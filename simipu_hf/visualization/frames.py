@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from simipu_hf.data.loading import load_pretraining_dataset
@@ -148,10 +150,10 @@ def _load_simipu(source: str | os.PathLike) -> tuple[SimIPUForPreTraining, SimIP
     if read_json(folder / "config.json").get("model_type") != SimIPUConfig.model_type:
         return None
     try:
-        loaded: Any = SimIPUForPreTraining.from_pretrained(folder, output_loading_info=True)
+        loaded: Any = SimIPUForPreTraining.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
         model, info = loaded
         return None if info["missing_keys"] else (model, SimIPUProcessor.from_pretrained(folder))
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise SimIPUError(f"{folder}: the model cannot be loaded ({error})") from error
 
 

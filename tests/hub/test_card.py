@@ -81,6 +81,17 @@ def test_encoder_card_and_folder_without_a_record(folder):
         model_card(folder / "absent")
 
 
+def test_licence_that_the_hub_does_not_know_and_pipelines_that_there_are_none_of(folder):
+    record = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
+    record["data"] = {"license": "Own Licence 1.0"}
+    (folder / "run.yaml").write_text(yaml.safe_dump(record), encoding="utf-8")
+    data = metadata(model_card(folder))
+    assert (data["license"], data["license_name"]) == ("other", "Own Licence 1.0")
+    # transformers' pipeline of that name fails on a tuple of feature maps
+    assert "pipeline_tag" not in data
+    assert "image-feature-extraction" in data["tags"]
+
+
 def test_own_edits_stay(folder):
     path = write_model_card(folder, "owner/simipu")
     path.write_text(path.read_text(encoding="utf-8").replace(GENERATED, "Mine."), encoding="utf-8")

@@ -15,6 +15,7 @@ from simipu_hf.errors import SimIPUError
 from simipu_hf.hub.export import convert_checkpoint, export_image_encoder
 from simipu_hf.hub.official import official_name
 from simipu_hf.hub.sources import load_image_encoder
+from simipu_hf.modeling.configuration_simipu import SimIPUConfig
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 
 
@@ -79,6 +80,14 @@ def test_there_and_back_is_bit_equal(full_state, converted, tmp_path):
     state = torch.load(encoder.path, weights_only=True)["state_dict"]
     assert len(state) == 318
     assert all(torch.equal(value, full_state[name]) for name, value in state.items())
+
+
+def test_other_networks_have_no_official_form(tmp_path):
+    for fields in ({"image_config": {"architecture": "resnet10t"}}, {"image_config": {"architecture": "resnet18"}}):
+        SimIPUForPreTraining(SimIPUConfig.from_preset("recommended", **fields)).save_pretrained(tmp_path / "model")
+        with pytest.raises(SimIPUError, match=r"official form takes resnet18|other point encoders and heads"):
+            export_image_encoder(tmp_path / "model", tmp_path / "out.pth", "official")
+    assert not (tmp_path / "out.pth").exists()
 
 
 def test_converted_folder_has_the_encoder_and_its_processor(converted, pixels):

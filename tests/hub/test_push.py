@@ -1,8 +1,11 @@
 """Publishing: what a repository holds, and what happens when the server or the token do not play along."""
 
+import shutil
+
 import local_hub
 import pytest
 import yaml
+from huggingface_hub import DatasetCard
 
 from simipu_hf.errors import SimIPUError
 from simipu_hf.hub import push
@@ -60,13 +63,19 @@ def test_repository_holds_the_model_its_code_its_encoder_and_a_card(endpoint, ru
     assert sorted(path.name for path in run_folder.rglob("*")) == before
 
 
+def test_a_folder_below_one_of_that_name_is_redacted_as_well(endpoint, run_folder, tmp_path):
+    folder = shutil.copytree(run_folder, tmp_path / "last-checkpoint")
+    push_folder(folder, "owner/again")
+    assert not any(b"hf_abcdefghijklmnop" in content for content in endpoint.files("owner/again").values())
+
+
 def test_card_metadata_passes_and_is_truthful(endpoint, run_folder):
     push_folder(run_folder, "owner/simipu", encoder_repo_id="owner/encoder")
     assert any(path == "/api/validate-yaml" for _, path in endpoint.requests)
     card = endpoint.files("owner/simipu")["README.md"].decode()
     metadata = yaml.safe_load(card.split("---")[1])
     assert metadata["library_name"] == "transformers"
-    assert metadata["pipeline_tag"] == "image-feature-extraction"
+    assert "image-feature-extraction" in metadata["tags"]
     assert metadata["license"] == "cc-by-nc-sa-3.0"
     assert "base_model" not in metadata
     assert 'from_pretrained("owner/simipu"' in card
@@ -84,13 +93,12 @@ def test_server_errors_are_tried_again(endpoint, run_folder, capsys):
     endpoint.faults += [
         local_hub.Fault(r"repos/create", 500, method="POST"),
         local_hub.Fault(r"/commit/main", 503, method="POST"),
+        local_hub.Fault(r"/commit/main", 412, method="POST"),  # another commit came first
     ]
     push_folder(run_folder / "image_encoder", "owner/encoder")
     assert "model.safetensors" in endpoint.files("owner/encoder")
-    assert [("500" in text, "503" in text) for text in capsys.readouterr().out.splitlines()] == [
-        (True, False),
-        (False, True),
-    ]
+    lines = capsys.readouterr().out.splitlines()
+    assert [code in line for line, code in zip(lines, ("500", "503", "412"), strict=True)] == [True] * 3
 
 
 def test_persistent_server_error_is_reported_and_nothing_is_pushed_half(endpoint, run_folder):
@@ -249,5 +257,14 @@ def test_data_set_from_kitti_is_private_and_says_why(endpoint, tmp_path, capsys)
     assert capsys.readouterr().out == ""
     assert not endpoint.repos["datasets", "owner/own"].private
     assert "commercial" not in endpoint.files("owner/own", "datasets")["README.md"].decode()
+    header = "---\ntags: [mine]\n---\n"
+    (tmp_path / "rows" / "README.md").write_text(header, encoding="utf-8")
+    push_dataset(tmp_path / "rows", "owner/header", license="cc-by-4.0")
+    assert {"mine", "lidar"} <= set(
+        DatasetCard(endpoint.files("owner/header", "datasets")["README.md"].decode()).data.tags
+    )
+    (tmp_path / "rows" / "README.md").write_text(header + "Important caveat.\n", encoding="utf-8")
+    push_dataset(tmp_path / "rows", "owner/edited", license="cc-by-4.0")
+    assert endpoint.files("owner/edited", "datasets")["README.md"].decode() == header + "Important caveat.\n"
     with pytest.raises(SimIPUError, match="Parquet"):
         push_dataset(tmp_path / "absent", "owner/own")

@@ -10,8 +10,15 @@ from conftest import export_timm
 from safetensors.torch import load_file
 
 from simipu_hf.errors import SimIPUError
-from simipu_hf.hub.sources import find_image_encoder, load_image_encoder, model_folder, read_input_convention
+from simipu_hf.hub.sources import (
+    find_image_encoder,
+    load_dense_model,
+    load_image_encoder,
+    model_folder,
+    read_input_convention,
+)
 from simipu_hf.modeling.configuration_simipu import SimIPUDepthConfig
+from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
 from simipu_hf.modeling.modeling_simipu_depth import SimIPUForDepthEstimation
 
 
@@ -74,6 +81,16 @@ def test_depth_run_of_the_trainer(tmp_path):
     assert model_folder(tmp_path).name == "checkpoint-20"
     model, _ = load_image_encoder(tmp_path, verbose=False)
     assert is_trained(model, depth.image_encoder.state_dict())
+
+
+def test_a_model_saved_in_half_precision_is_loaded_in_single(tmp_path):
+    depth = SimIPUForDepthEstimation(SimIPUDepthConfig(image_config={"architecture": "test_resnet"}))
+    depth.bfloat16().save_pretrained(tmp_path)
+    SimIPUImageProcessor().save_pretrained(tmp_path)
+    assert load_dense_model(SimIPUForDepthEstimation, tmp_path, "cpu")[0].dtype == torch.float32
+    (tmp_path / "model.safetensors").write_bytes(b"none" * 9)
+    with pytest.raises(SimIPUError, match="no 'simipu_depth' model"):
+        load_dense_model(SimIPUForDepthEstimation, tmp_path)
 
 
 def test_timm_name(capsys):

@@ -124,6 +124,21 @@ def test_floats_are_what_they_are_as_bytes():
     assert processor(np.zeros((80, 250, 3), np.float32))["pixel_values"][..., :80, :250].max() < 0  # black
 
 
+def test_one_number_is_that_of_every_channel():
+    image, half = make_image(), {"image_mean": 0.5, "image_std": 0.25}
+    expected = SimIPUImageProcessor(image_mean=[0.5] * 3, image_std=[0.25] * 3)(image, return_tensors="pt")
+    assert torch.equal(SimIPUImageProcessor(**half)(image, return_tensors="pt").pixel_values, expected.pixel_values)
+    scaled = torch.rand(3, 40, 40)
+    assert SimIPUImageProcessor(**half, do_rescale=False)(scaled, return_tensors="pt").pixel_values.isfinite().all()
+
+
+def test_a_misspelt_setting_is_refused():
+    with pytest.raises(TypeError, match="no setting 'do_resise'"):
+        SimIPUImageProcessor().with_settings(do_resise=False)
+    with pytest.raises(TypeError, match="do_resise"):
+        SimIPUProcessor.from_preset("recommended")(make_image(), do_resise=False)
+
+
 @pytest.mark.parametrize("image", ["no/such/image.png", torch.zeros(7, 32, 32), b"none"])
 def test_an_image_that_cannot_be_read_is_named(image):
     with pytest.raises(ValueError, match="image: cannot be read as RGB"):

@@ -1,5 +1,8 @@
 import itertools
+import multiprocessing
+import os
 
+import pytest
 import torch
 
 from simipu_hf.modeling.matching import PendingMatch
@@ -26,6 +29,25 @@ def test_empty_slots_are_not_matched():
     assert matched.sum() == 3
     assert not matched[4]
     assert set(match[0, matched].tolist()) == {1, 3, 4}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process")  # of a fork beside threads: that is the case here
+def test_a_forked_process_has_solvers_of_its_own():
+    points = torch.rand(1, 4, 3, generator=torch.Generator().manual_seed(0))
+    expected = PendingMatch(points, points).result()[0]  # starts the threads of this process
+
+    def child(results):
+        results.put(PendingMatch(points, points).result()[0].tolist())
+
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    process = context.Process(target=child, args=(results,), daemon=True)
+    process.start()
+    try:
+        assert results.get(timeout=60) == expected.tolist()
+    finally:
+        process.kill()
 
 
 def test_distances_of_coinciding_points_far_away_are_exact():

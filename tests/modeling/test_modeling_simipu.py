@@ -102,6 +102,21 @@ def test_distant_matches_are_dropped(model):
     assert output.intra_modal_chance.exp().item() <= 32 + 1e-3
 
 
+@pytest.mark.parametrize("empty", ["matches", "image"])
+def test_a_batch_without_pairs_leaves_no_nan(empty):
+    model = SimIPUForPreTraining(tiny_config(max_match_distance=1e-9 if empty == "matches" else 2.0))
+    batch = tiny_batch()
+    if empty == "matches":
+        batch["points_aug"] = batch["points_aug"] + 5
+    else:
+        batch["lidar_to_pixel"] = -batch["lidar_to_pixel"]  # all of it behind the camera
+    output = model(**batch)
+    output.loss.backward()
+    assert (output.intra_modal_loss if empty == "matches" else output.inter_modal_loss) == 0
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+    assert all(buffer.isfinite().all() for buffer in model.buffers())
+
+
 def test_base_model_encodes_either_input(model):
     batch = tiny_batch()
     base = model.simipu.eval()
@@ -172,6 +187,16 @@ def test_low_precision_loading_runs(model, tmp_path):
     output.loss.backward()
     assert output.point_output.features.dtype == torch.bfloat16
     assert output.loss.item() == pytest.approx(model.train()(**batch).loss.item(), rel=0.3)
+
+
+def test_a_batch_in_half_precision_is_compared_in_single(model):
+    model.anchor_image_encoder()
+    model.config.anchor_weight = 1.0
+    batch = {name: value.bfloat16() if value.is_floating_point() else value for name, value in tiny_batch().items()}
+    output = model.bfloat16()(**batch)
+    output.loss.backward()
+    assert output.loss.isfinite()
+    assert output.match_distance.dtype == torch.float32
 
 
 def test_autocast_runs(model):

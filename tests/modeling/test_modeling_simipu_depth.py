@@ -56,6 +56,12 @@ def test_perfect_prediction_has_no_loss_and_no_nan():
     assert torch.isfinite(prediction.grad).all()
 
 
+def test_a_prediction_that_is_no_number_has_no_number_for_a_loss():
+    prediction = torch.full((1, 4, 4), 9.0)
+    prediction[0, 0, 0] = torch.nan
+    assert silog_loss(prediction, torch.full((1, 4, 4), 5.0)).isnan()
+
+
 def test_resnet50_decoder_has_the_published_widths():
     with torch.device("meta"):
         model = SimIPUForDepthEstimation(SimIPUDepthConfig(image_config={"architecture": "resnet50"}))
@@ -172,6 +178,8 @@ def test_gradient_checkpointing_changes_nothing():
     [
         ({"max_depth": 0.0}, "max_depth"),
         ({"out_indices": []}, "out_indices"),
+        ({"out_indices": [1, 2, 3, 7]}, "has stages 0 to 4"),
+        ({"out_indices": [3, 4, -1]}, "names a stage twice"),
         ({"decoder_channels": [8]}, "one fewer than stages"),
     ],
 )
