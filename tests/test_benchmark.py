@@ -24,6 +24,11 @@ from simipu_hf.training.arguments import (
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def short_measurements(monkeypatch):
+    monkeypatch.setattr("simipu_hf.benchmark.measure.MIN_RUN_TIME", 1e-4)
+
+
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     """Three random frames, as `save_to_disk` leaves them."""

@@ -381,9 +381,9 @@ def test_visualize_writes_every_picture_of_a_run(run_folder, data, tmp_path):
     assert sorted(p.name for p in (tmp_path / "new" / "pictures").iterdir()) == sorted(expected)
     for path in written:
         if path.suffix == ".png":
-            pixels = np.asarray(Image.open(path).convert("RGB"))
-            assert pixels.shape[1] > 500
-            assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+            picture = Image.open(path).convert("RGB")
+            assert picture.width > 500
+            assert picture.getcolors(maxcolors=50) is None, "50 colours or fewer"
     assert "Features" in written[-2].read_text(encoding="utf-8")
     again = visualize(tmp_path / "new" / "pictures", data_dir=data, frames=[1])
     assert again == [written[0], written[5]]  # replaced
