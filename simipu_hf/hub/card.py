@@ -160,6 +160,8 @@ def _metadata(
     base = arguments.get("model_name_or_path") or arguments.get("image_encoder")
     if arguments.get("pretrained_image_encoder"):
         base = getattr(timm.get_pretrained_cfg(architecture), "hf_hub_id", None)
+    own_license = (run.get("data") or {}).get("license")
+    license, license_name = _license(KITTI_LICENSE if _trained_on_kitti(run) else own_license)
     results = [
         EvalResult(
             task_type=entry["task"],
@@ -178,7 +180,8 @@ def _metadata(
         library_name="timm" if is_encoder else "transformers",
         # what transformers has no pipeline for would be offered with one that fails
         pipeline_tag=task if kind in ("encoder", "depth") else None,
-        **_license(KITTI_LICENSE if _trained_on_kitti(run) else (run.get("data") or {}).get("license")),
+        license=license,
+        license_name=license_name,
         tags=[*TAGS, task, "timm" if is_encoder else "custom_code"],
         datasets=_repositories(arguments.get("dataset_name")),
         base_model=_repositories(base),
@@ -186,11 +189,11 @@ def _metadata(
     )
 
 
-def _license(name: str | None) -> dict[str, str]:
+def _license(name: str | None) -> tuple[str | None, str | None]:
     """A licence as the Hub takes it: one of its identifiers, or "other" and the name."""
-    if not name:
-        return {}
-    return {"license": name} if re.fullmatch(r"[a-z0-9.-]+", name) else {"license": "other", "license_name": name}
+    if not name or re.fullmatch(r"[a-z0-9.-]+", name):
+        return name or None, None
+    return "other", name
 
 
 def _repositories(names: Any) -> list[str] | None:
