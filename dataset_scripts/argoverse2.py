@@ -203,9 +203,14 @@ def fingerprint(frames: Iterable[Frame]) -> str:
     with open(__file__, "rb") as file:
         digest = hashlib.sha256(file.read() + repr(frames).encode("utf-8"))
     for path in sorted(tables.union(*({frame.image, frame.sweep} for frame in frames))):
-        found = os.stat(path) if os.path.isfile(path) else None
-        digest.update(repr((path, found and found.st_size, found and found.st_mtime_ns)).encode("utf-8"))
+        digest.update(repr((path, _state(path))).encode("utf-8"))
     return digest.hexdigest()
+
+
+def _state(path: str) -> tuple[int, int] | None:
+    """Size and time of change of a file: what was read of it is used again only while they stay the same."""
+    found = os.stat(path) if os.path.isfile(path) else None
+    return found and (found.st_size, found.st_mtime_ns)
 
 
 def _root(data_dir: str | os.PathLike | None) -> str:
@@ -278,7 +283,7 @@ def read_calibration(frame: Frame) -> tuple[np.ndarray, np.ndarray, tuple[int, i
 
 
 @functools.lru_cache(maxsize=16)
-def _table(path: str, key: str) -> dict[Any, dict[str, Any]]:
+def _table(path: str, key: str, state: tuple[int, int] | None) -> dict[Any, dict[str, Any]]:
     """The records of a small feather table by one of its columns."""
     records = _read_feather(path).to_pylist()
     if records and key not in records[0]:
@@ -287,7 +292,7 @@ def _table(path: str, key: str) -> dict[Any, dict[str, Any]]:
 
 
 def _record(path: str, key: str, value: Any) -> dict[str, Any]:
-    table = _table(path, key)
+    table = _table(path, key, _state(path))
     if value not in table:
         raise ValueError(f"{path}: expected a record with {key} {value}, found none among {len(table)}")
     return table[value]
@@ -318,14 +323,23 @@ def _rigid(path: str, key: str, value: Any) -> np.ndarray:
     return matrix
 
 
-def check_image(path: str, size: tuple[int, int] | None = None) -> tuple[int, int]:
-    """Width and height of the image, without decoding it. ValueError where it is missing, broken, or not of `size`."""
+def image_size(path: str) -> tuple[int, int]:
+    """Width and height of an image, without decoding it. ValueError where it is missing, or by PNG's checksums or the
+    mark at JPEG's end not whole; what is between is not looked at."""
     try:
-        with Image.open(path) as image:
-            found = image.size
+        with open(path, "rb") as file, Image.open(file) as image:
             image.verify()
+            file.seek(-min(4096, os.path.getsize(path)), os.SEEK_END)
+            if image.format in ("JPEG", "MPO") and b"\xff\xd9" not in file.read():
+                raise ValueError("a JPEG that is cut short")
+            return image.size
     except Exception as error:
         raise ValueError(f"{path}: expected a readable image, found: {error}") from error
+
+
+def check_image(path: str, size: tuple[int, int] | None = None) -> tuple[int, int]:
+    """`image_size`, and a ValueError where that is not `size`."""
+    found = image_size(path)
     if size is not None and found != size:
         raise ValueError(
             f"{path}: expected {size[0]} x {size[1]} pixels as intrinsics.feather says, found {found[0]} x {found[1]}"
@@ -333,9 +347,13 @@ def check_image(path: str, size: tuple[int, int] | None = None) -> tuple[int, in
     return found
 
 
-@functools.lru_cache(maxsize=2)
 def read_points(path: str) -> np.ndarray:
     """A sweep of both LiDARs, (N, 4) float32: x, y, z in metres in the ego frame, intensity from 0 to 1."""
+    return _points(path, _state(path))
+
+
+@functools.lru_cache(maxsize=2)
+def _points(path: str, state: tuple[int, int] | None) -> np.ndarray:
     table = _read_feather(path)
     missing = [name for name in ("x", "y", "z", "intensity") if name not in table.column_names]
     if missing or len(table) == 0:

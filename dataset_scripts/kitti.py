@@ -24,7 +24,8 @@ A row is one camera image with the LiDAR scan of the same instant:
 | | | with `whole_scans=True` all |
 | `camera_projection` | 3 x 4 float64 | rectified camera 0 -> pixels: `P2`, `P3` (raw: `P_rect_0x`) |
 | `lidar_to_camera` | 4 x 4 float64 | LiDAR -> rectified camera 0: `R0_rect @ Tr_velo_to_cam` |
-| `objects` | sequence | `object` only: the 15 label fields of every object; empty where a frame has no label file |
+| `objects` | sequence | `object` only: the 15 label fields of every object; empty where there is no `label_2`, |
+| | | one region of DontCare, all of the image, where that lacks the frame's file |
 
 The formats are those of the benchmark's own development kits (`readme.txt` of the object, odometry and raw data kits):
 https://www.cvlibs.net/datasets/kitti
@@ -47,8 +48,9 @@ VERSION = datasets.Version("2.0.0")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 OBJECT_TYPES = ["Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc", "DontCare"]
 OBJECT_SPLITS = {"train": "training", "val": "training", "trainval": "training", "test": "testing"}
-# Of an image other than the left one, in which the benchmark's boxes are drawn, nothing is known.
-UNKNOWN_OBJECTS = {
+# Nothing is known of an image other than the left one, in which the benchmark's boxes are drawn, nor of one that
+# lacks its file of labels.
+UNKNOWN_OBJECTS: dict[str, list] = {
     "type": ["DontCare"], "truncated": [-1.0], "occluded": [-1], "alpha": [-10.0], "rotation_y": [-10.0],
     "bbox": [[0.0, 0.0, 1e4, 1e4]], "dimensions": [[-1.0] * 3], "location": [[-1000.0] * 3],
 }  # fmt: skip
@@ -147,7 +149,7 @@ def _list_object(root: str, splits: Sequence[str] | None, cameras: Sequence[int]
     listing = Listing({}, [], [])
     for split, id_file in _object_splits(root).items():
         if splits is None or split in splits:
-            found = _object_frames(root, OBJECT_SPLITS[split], id_file, cameras, drives, listing.problems)
+            found = _object_frames(root, OBJECT_SPLITS[split], id_file, cameras, drives, listing)
             if found:
                 listing.splits[split] = found
     return listing
@@ -172,13 +174,17 @@ def _object_drives(root: str) -> dict[str, str]:
     for place in ("mapping", "devkit/mapping", "devkit_object/mapping"):
         paths = [os.path.join(root, place, f"train_{name}.txt") for name in ("rand", "mapping")]
         if all(map(os.path.isfile, paths)):
-            order, lines = re.findall(r"\d+", " ".join(_lines(paths[0]))), _lines(paths[1])
-            return {f"training/{index:06d}": lines[int(line) - 1].split()[1] for index, line in enumerate(order)}
+            order, lines = re.findall(r"\d+", " ".join(_lines(paths[0]))), [line.split() for line in _lines(paths[1])]
+            for line in map(int, order):
+                if not (0 < line <= len(lines) and len(lines[line - 1]) == 3):
+                    found = " ".join(lines[line - 1]) if 0 < line <= len(lines) else f"{len(lines)} lines"
+                    raise ValueError(f"{paths[1]}: line {line}: expected day, drive and frame, found {found!r}")
+            return {f"training/{index:06d}": lines[int(line) - 1][1] for index, line in enumerate(order)}
     return {}
 
 
 def _object_frames(
-    root: str, part: str, id_file: str | None, cameras: Sequence[int], drives: dict[str, str], problems: list[str]
+    root: str, part: str, id_file: str | None, cameras: Sequence[int], drives: dict[str, str], listing: Listing
 ) -> list[Frame]:
     """Frames of `part`, "training" or "testing"; a frame that lacks a file has the path where it should be."""
     folder = os.path.join(root, part)
@@ -197,15 +203,23 @@ def _object_frames(
         for name, suffix in (("velodyne", ".bin"), ("calib", ".txt"), ("label_2", ".txt"))
     )
     known = sorted(set(scans).union(*images.values()))
+    keys = known if id_file is None else _listed_ids(id_file, known, folder, listing.problems)
+    unlabelled = [key for key in keys if labels and key not in labels]
+    if unlabelled:
+        listing.notes.append(
+            f"{folder}: {len(unlabelled)} of {len(keys)} frames have no file in label_2, the first {unlabelled[0]}: "
+            "nothing is known of their objects"
+        )
     frames = []
-    for key in known if id_file is None else _listed_ids(id_file, known, folder, problems):
+    for key in keys:
         scan = scans.get(key, os.path.join(folder, "velodyne", f"{key}.bin"))
         calibration = calibrations.get(key, os.path.join(folder, "calib", f"{key}.txt"))
+        label = labels.get(key, os.path.join(folder, "label_2", f"{key}.txt") if labels else None)
         scene = drives.get(f"{part}/{key}", f"{part}/{key}")
         for camera in cameras:
             image = images[camera].get(key, os.path.join(folder, f"image_{camera}", f"{key}.png"))
             frame_id = key if camera == 2 else f"{key}_image_{camera}"
-            frames.append(Frame("object", frame_id, scene, camera, image, scan, (calibration,), labels.get(key)))
+            frames.append(Frame("object", frame_id, scene, camera, image, scan, (calibration,), label))
     return frames
 
 
@@ -391,8 +405,8 @@ def read_row(frame: Frame, whole_scans: bool = False, problems: list[str] | None
         problems: where given, a message for each damaged part is appended here and the part is None.
 
     Raises:
-        ValueError: a file is missing or damaged; names the file, what was expected and what was found. Labels never
-            are: lines of `label_2` that can't be used are left out (and appended to `problems`).
+        ValueError: a file is missing or damaged; names the file, what was expected and what was found. Lines of
+            `label_2` never are: those that can't be used are left out (and appended to `problems`).
     """
 
     def part(read: Callable[..., Any], *arguments: Any) -> Any:
@@ -419,22 +433,27 @@ def read_row(frame: Frame, whole_scans: bool = False, problems: list[str] | None
         "lidar_to_camera": None if lidar_to_camera is None else lidar_to_camera.tolist(),
     }
     if frame.layout == "object":
-        row["objects"] = read_objects(frame.labels, problems) if frame.camera == 2 else UNKNOWN_OBJECTS
+        row["objects"] = part(read_objects, frame.labels, problems) if frame.camera == 2 else UNKNOWN_OBJECTS
     return row
 
 
-def check_image(frame: Frame, size: tuple[int, int] | None = None) -> tuple[int, int]:
-    """Width and height of the image, without decoding it.
-
-    Raises:
-        ValueError: it is missing, broken, or not of `size`.
-    """
+def image_size(path: str) -> tuple[int, int]:
+    """Width and height of an image, without decoding it. ValueError where it is missing, or by PNG's checksums or the
+    mark at JPEG's end not whole; what is between is not looked at."""
     try:
-        with Image.open(frame.image) as image:
-            found = image.size
+        with open(path, "rb") as file, Image.open(file) as image:
             image.verify()
+            file.seek(-min(4096, os.path.getsize(path)), os.SEEK_END)
+            if image.format in ("JPEG", "MPO") and b"\xff\xd9" not in file.read():
+                raise ValueError("a JPEG that is cut short")
+            return image.size
     except Exception as error:
-        raise ValueError(f"{frame.image}: expected a readable image, found: {error}") from error
+        raise ValueError(f"{path}: expected a readable image, found: {error}") from error
+
+
+def check_image(frame: Frame, size: tuple[int, int] | None = None) -> tuple[int, int]:
+    """`image_size`, and a ValueError where that is not `size`."""
+    found = image_size(frame.image)
     if size is not None and found != size:
         raise ValueError(
             f"{frame.image}: expected {size[0]} x {size[1]} pixels, the S_rect_{frame.camera:02d} of "
@@ -447,8 +466,11 @@ def read_points(path: str) -> np.ndarray:
     """A scan, (N, 4) float32 x, y, z (metres, LiDAR frame), reflectance; finite, at least one point."""
     if not os.path.isfile(path):
         raise ValueError(f"{path}: expected a LiDAR scan, found no such file")
-    with open(path, "rb") as file:
-        data = file.read()
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise ValueError(f"{path}: expected a LiDAR scan, found: {error}") from error
     layout = likely_layout(data)
     if not data or len(data) % 16:
         hint = f", which look like {layout}" if layout else ""
@@ -539,10 +561,12 @@ def read_calibration(frame: Frame) -> tuple[np.ndarray, np.ndarray, tuple[int, i
 
 def read_objects(path: str | None, problems: list[str] | None = None) -> dict[str, list]:
     """Field -> its value for every object of a label file; the fields are the benchmark's 15, boxes and vectors as
-    lists; empty lists where there is no file (`path` None).
+    lists. Empty lists where a folder has no labels (`path` None), `UNKNOWN_OBJECTS` where it has others'.
 
     A 16th field, the score of a prediction, is dropped. Lines that can't be used are left out and named in `problems`.
     """
+    if path is not None and not os.path.isfile(path):
+        return UNKNOWN_OBJECTS
     objects: dict[str, list] = {field: [] for field in OBJECT_FIELDS}
     for number, line in enumerate(_lines(path) if path else (), start=1):
         values = line.split()
@@ -563,8 +587,11 @@ def read_objects(path: str | None, problems: list[str] | None = None) -> dict[st
 
 
 def _lines(path: str) -> list[str]:
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
-        return file.read().splitlines()
+    try:
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
+            return file.read().splitlines()
+    except OSError as error:
+        raise ValueError(f"{path}: expected a text file, found: {error}") from error
 
 
 def _read_values(path: str) -> dict[str, str]:

@@ -39,6 +39,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ VERSIONS = ("v1.0-trainval", "v1.0-mini", "v1.0-test")  # the first that is ther
 SWEEPS, OBJECTS = "-sweeps", "-objects"
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_LEFT", "CAM_FRONT_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
 LIDAR = "LIDAR_TOP"
+INDEXED = ("sample_data", "ego_pose", "calibrated_sensor", "sensor")  # the tables that an index is made of
 TURN = 60_000  # microseconds: one turn of the LiDAR, 50 ms, and some tolerance
 
 # numbers of the published scenes (devkit: python-sdk/nuscenes/utils/splits.py)
@@ -191,8 +193,8 @@ class _Tables:
                 self.problems.append(f"{path}: record {row['token']}: expected a sensor, found {token!r}")
             matrix = [_vector({**row, "camera_intrinsic": line}, "camera_intrinsic", 3, path) for line in intrinsics]
             self.sensors[row["token"]] = sensor or "", _pose(row, path), np.array(matrix).reshape(-1, 3)
-        channels_read = {t: s[0] for t, s in self.sensors.items() if s[0] in (*CAMERAS, LIDAR)}
-        self.data = _sample_data(folder, channels_read, sweeps)
+        self.data = _sample_data(folder, {token: sensor[0] for token, sensor in self.sensors.items()}, sweeps)
+        self._drop("calibrated_sensor", lambda row: row["sensor"] not in self.sensors)
         self._drop("ego_pose", lambda row: row["pose"] is None)
         self._drop("sample with a scene", lambda row: self.scene_of_sample.get(row["sample"]) is None)
         self.boxes = _boxes(folder, self.problems) if with_boxes else None
@@ -297,6 +299,9 @@ def _published_splits(folder: str, there: set[str]) -> dict[str, set[str]]:
         lists = _load_json(own)
         if not (isinstance(lists, dict) and all(isinstance(scenes, list) for scenes in lists.values())):
             raise ValueError(f"{own}: expected split -> list of scenes, found {str(lists)[:80]}")
+        for name in lists:
+            if not re.fullmatch(r"\w+", name):
+                raise ValueError(f"{own}: expected names of splits of letters, digits and _, found {name!r}")
         splits |= {name: set(scenes) for name, scenes in lists.items()}
     return splits
 
@@ -313,12 +318,12 @@ def _scene_names(numbers: str) -> set[str]:
 
 
 def _sample_data(folder: str, channels: dict[str, str], sweeps: bool) -> list[dict[str, Any]]:
-    """Records of cameras and LIDAR_TOP with their ego poses, from an index beside the cache of `datasets`; the images
-    between key frames, most of them, only with `sweeps`.
+    """Records of cameras and LIDAR_TOP, and those of no known sensor, with their ego poses, from an index beside the
+    cache of `datasets`; the images between key frames, most of them, only with `sweeps`.
 
-    The two tables have 2.6 million records each in trainval: they are read record by record, once.
+    Two of the tables have 2.6 million records each in trainval: they are read record by record, once.
     """
-    paths = [os.path.join(folder, f"{table}.json") for table in ("sample_data", "ego_pose")]
+    paths = [os.path.join(folder, f"{table}.json") for table in INDEXED]
     for path in paths:
         if not os.path.isfile(path):
             raise ValueError(f"{path}: expected a table of nuScenes, found no such file")
@@ -331,8 +336,8 @@ def _sample_data(folder: str, channels: dict[str, str], sweeps: bool) -> list[di
         table = _build_index(paths[0], paths[1], channels)
         _keep(table, index)
     if not sweeps and table.num_rows:
-        lidars = pa.array([token for token, channel in channels.items() if channel == LIDAR], pa.string())
-        table = table.filter(pc.or_(table["key"], pc.is_in(table["sensor"], lidars)))
+        cameras = pa.array([token for token, channel in channels.items() if channel != LIDAR], pa.string())
+        table = table.filter(pc.or_(table["key"], pc.invert(pc.is_in(table["sensor"], cameras))))
     columns = {name: table[name].to_pylist() for name in table.column_names if name != "pose"}
     poses = table["pose"].combine_chunks()
     numbers = np.asarray(poses.flatten(), np.float64).reshape(-1, 7)
@@ -347,7 +352,7 @@ def _build_index(sample_data: str, ego_pose: str, channels: dict[str, str]) -> p
     rows: dict[str, list[Any]] = defaultdict(list)
     tokens = ("sample_token", "calibrated_sensor_token", "ego_pose_token")
     for record in _records(sample_data, *tokens, "filename", "timestamp", "is_key_frame", "width", "height"):
-        if record["calibrated_sensor_token"] in channels:
+        if channels.get(record["calibrated_sensor_token"], LIDAR) in (*CAMERAS, LIDAR):
             rows["sample"].append(record["sample_token"])
             rows["sensor"].append(record["calibrated_sensor_token"])
             rows["ego"].append(record["ego_pose_token"])
@@ -627,14 +632,23 @@ def _rigid(pose: np.ndarray, what: str) -> np.ndarray:
     return matrix
 
 
-def check_image(path: str, size: tuple[int, int]) -> tuple[int, int]:
-    """Width and height of the image, without decoding it. ValueError where it is missing, broken, or not of `size`."""
+def image_size(path: str) -> tuple[int, int]:
+    """Width and height of an image, without decoding it. ValueError where it is missing, or by PNG's checksums or the
+    mark at JPEG's end not whole; what is between is not looked at."""
     try:
-        with Image.open(path) as image:
-            found = image.size
+        with open(path, "rb") as file, Image.open(file) as image:
             image.verify()
+            file.seek(-min(4096, os.path.getsize(path)), os.SEEK_END)
+            if image.format in ("JPEG", "MPO") and b"\xff\xd9" not in file.read():
+                raise ValueError("a JPEG that is cut short")
+            return image.size
     except Exception as error:
         raise ValueError(f"{path}: expected a readable image, found: {error}") from error
+
+
+def check_image(path: str, size: tuple[int, int]) -> tuple[int, int]:
+    """`image_size`, and a ValueError where that is not `size`."""
+    found = image_size(path)
     if found != size:
         raise ValueError(f"{path}: expected {size[0]} x {size[1]} pixels as its record, found {found[0]} x {found[1]}")
     return found
@@ -645,8 +659,11 @@ def read_points(path: str) -> np.ndarray:
     left out."""
     if not os.path.isfile(path):
         raise ValueError(f"{path}: expected a LiDAR scan, found no such file")
-    with open(path, "rb") as file:
-        data = file.read()
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise ValueError(f"{path}: expected a LiDAR scan, found: {error}") from error
     if not data or len(data) % 20:
         raise ValueError(f"{path}: expected whole points of 20 bytes (five float32) each, found {len(data)} bytes")
     values = np.frombuffer(data, "<f4").reshape(-1, 5)

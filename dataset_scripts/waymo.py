@@ -34,6 +34,7 @@ import functools
 import hashlib
 import io
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -143,7 +144,7 @@ def list_frames(
 
 def _segments(folder: str) -> list[str]:
     names = sorted(os.listdir(os.path.join(folder, "camera_image")))
-    return [name.removesuffix(".parquet") for name in names if name.endswith(".parquet")]
+    return [name.removesuffix(".parquet") for name in names if re.fullmatch(r"[^.].*\.parquet", name)]
 
 
 def _segment_frames(folder: str, segment: str, cameras: Sequence[str], problems: list[str]) -> list[Frame]:
@@ -152,7 +153,8 @@ def _segment_frames(folder: str, segment: str, cameras: Sequence[str], problems:
         problems.append(f"{folder}: segment {segment}: expected {', '.join(missing)}/{segment}.parquet, found no file")
         return []
     try:
-        keys = sorted(_index(_path(folder, "camera_image", segment)))
+        path = _path(folder, "camera_image", segment)
+        keys = sorted(_index(path, _state(path)))
     except ValueError as error:
         problems.append(str(error))
         return []
@@ -169,9 +171,14 @@ def fingerprint(frames: Iterable[Frame]) -> str:
     for folder, segment in sorted({(frame.folder, frame.scene) for frame in frames}):
         for component in COMPONENTS:
             path = _path(folder, component, segment)
-            found = os.stat(path) if os.path.isfile(path) else None
-            digest.update(repr((path, found and found.st_size, found and found.st_mtime_ns)).encode("utf-8"))
+            digest.update(repr((path, _state(path))).encode("utf-8"))
     return digest.hexdigest()
+
+
+def _state(path: str) -> tuple[int, int] | None:
+    """Size and time of change of a file: what was read of it is used again only while they stay the same."""
+    found = os.stat(path) if os.path.isfile(path) else None
+    return found and (found.st_size, found.st_mtime_ns)
 
 
 def _root(data_dir: str | os.PathLike | None) -> str:
@@ -194,7 +201,7 @@ def _path(folder: str, component: str, segment: str) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _index(path: str) -> dict[tuple[int, ...], tuple[int, int]]:
+def _index(path: str, state: tuple[int, int] | None) -> dict[tuple[int, ...], tuple[int, int]]:
     """Keys of a file's rows, the segment left out, to row group and row: files do not share an order."""
     try:
         file = pq.ParquetFile(path)
@@ -210,7 +217,7 @@ def _index(path: str) -> dict[tuple[int, ...], tuple[int, int]]:
 
 
 @functools.lru_cache(maxsize=len(COMPONENTS))
-def _group(path: str, group: int) -> pa.Table:
+def _group(path: str, group: int, state: tuple[int, int] | None) -> pa.Table:
     """A row group. One a component is kept: in published files they are large, and rows are asked for in order."""
     try:
         return pq.ParquetFile(path).read_row_group(group)
@@ -223,12 +230,14 @@ class _Row:
 
     def __init__(self, folder: str, component: str, segment: str, *key: int) -> None:
         self.path = _path(folder, component, segment)
-        if not os.path.isfile(self.path):
+        state = _state(self.path)
+        if state is None:
             raise ValueError(f"{self.path}: expected the component {component}, found no such file")
-        if key not in _index(self.path):
+        index = _index(self.path, state)
+        if key not in index:
             raise ValueError(f"{self.path}: expected a row with the key {key}, found none")
-        group, self.row = _index(self.path)[key]
-        self.table = _group(self.path, group)
+        group, self.row = index[key]
+        self.table = _group(self.path, group, state)
         self.names = {name.rpartition("].")[2]: name for name in self.table.column_names}
 
     def __getitem__(self, name: str) -> Any:
@@ -395,12 +404,17 @@ def distort(x: np.ndarray, y: np.ndarray, distortion: Sequence[float]) -> tuple[
     )
 
 
-@functools.lru_cache(maxsize=2)
 def read_points(folder: str, segment: str, time: int) -> np.ndarray:
     """All returns of all lasers of a frame, (N, 4) float32: x, y, z in metres, vehicle frame, and tanh(intensity)."""
+    return _points(folder, segment, time, tuple(_state(_path(folder, name, segment)) for name in COMPONENTS))
+
+
+@functools.lru_cache(maxsize=2)
+def _points(folder: str, segment: str, time: int, states: tuple[tuple[int, int] | None, ...]) -> np.ndarray:
     vehicle = _Row(folder, "vehicle_pose", segment, time).pose("world_from_vehicle.transform")
     clouds = []
-    for _, laser in sorted(key for key in _index(_path(folder, "lidar", segment)) if key[0] == time):
+    lidar = _path(folder, "lidar", segment)
+    for _, laser in sorted(key for key in _index(lidar, _state(lidar)) if key[0] == time):
         scan = _Row(folder, "lidar", segment, time, laser)
         calibration = _Row(folder, "lidar_calibration", segment, laser)
         extrinsic = calibration.pose("extrinsic.transform")
@@ -415,9 +429,7 @@ def read_points(folder: str, segment: str, time: int) -> np.ndarray:
                 clouds.append(np.column_stack([points, np.tanh(image[..., 1][valid])]))
     cloud = np.concatenate(clouds) if clouds else np.zeros((0, 4))
     if len(cloud) == 0 or not np.isfinite(cloud).all():
-        raise ValueError(
-            f"{_path(folder, 'lidar', segment)}: expected finite points at time {time}, found others or none"
-        )
+        raise ValueError(f"{lidar}: expected finite points at time {time}, found others or none")
     return cloud.astype("<f4")
 
 

@@ -45,11 +45,11 @@ class Source:
     """Rows to read."""
 
     data_dir: str | None = None
-    """KITTI, Parquet or save_to_disk folder."""
+    """Folder of KITTI, nuScenes, Waymo, Argoverse 2, Parquet or save_to_disk."""
     dataset_name: str | None = None
     """Hub id, or a folder."""
     dataset_config_name: str | None = None
-    """object or raw for KITTI."""
+    """Configuration of the data set: object, odometry or raw for KITTI."""
     split: str | None = None
     """A split such as train; visualize takes parts as well, such as train[:50%]."""
     cameras: list[int | str] | None = None
@@ -216,7 +216,7 @@ def demo(
     simipu-hf demo --data_dir KITTI
 
     Args:
-        data_dir: KITTI, Parquet or save_to_disk folder; a synthetic drive is generated if None.
+        data_dir: Folder to read rows from, as for pretrain; a synthetic drive is generated if None.
         seed: Of the drive, the weights and the order of frames.
         overwrite_output_dir: Delete what an earlier demo left there.
     """

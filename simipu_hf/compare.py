@@ -1,8 +1,9 @@
 """Which image encoder is the better start? What the comparisons of all tasks share.
 
 Every combination of encoder, mode (all weights trained, or the decoder alone), share of the labels and seed is one run
-of the task's recipe on the same frames with the same number of steps. Each encoder is compared with `scratch`, random
-weights of its architecture, seed by seed, and two claims are kept apart:
+of the task's recipe on the same frames with the same number of steps. Each encoder is compared with scratch, random
+weights of its architecture (`scratch`; of a further architecture `scratch-resnet18`), seed by seed, and two claims are
+kept apart:
 
 - speed: the share of scratch's steps after which the encoder reaches scratch's final value;
 - level: the difference at the end, which says what the encoder is worth where scratch has stopped improving, and what
@@ -15,7 +16,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,11 +34,13 @@ from .finetuning import FineTuningTrainer, find_rgb_encoder, recipe
 from .hub.weights import EncoderWeights
 from .modeling.dense_model import SimIPUDenseModel
 from .training.arguments import CompareArguments
-from .training.logging import read_metrics
+from .training.logging import cut_metrics, read_metrics
+from .training.run_folder import weights_fingerprint
 
 RUNS_FILE, RESULT_FILE, TABLE_FILE, PLOT_FILE = "runs.jsonl", "comparison.json", "comparison.md", "comparison.png"
 BASELINE = "scratch"
-# scratch has converged when its mean improves by less than this share over the last quarter of the steps
+# scratch has converged when its mean improves by less than this share since the last evaluation within three quarters
+# of the steps
 CONVERGED = 0.01
 
 
@@ -54,7 +57,7 @@ def compare(arguments: CompareArguments, task: "Task") -> dict[str, Any]:
     check_target(output_dir, overwrite=True, is_earlier_output=lambda folder: (folder / RUNS_FILE).is_file())
     encoders = load_encoders(arguments.image_encoders)
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / RUNS_FILE).touch()
+    cut_metrics(output_dir / RUNS_FILE, math.inf)  # a line cut short would spoil the next one
     recipe = hashlib.sha256(json.dumps(arguments.recipe(), sort_keys=True).encode()).hexdigest()[:16]
     known = read_metrics(output_dir / RUNS_FILE)
     fractions = sorted(arguments.label_fractions, reverse=True)
@@ -62,15 +65,16 @@ def compare(arguments: CompareArguments, task: "Task") -> dict[str, Any]:
     plan = list(itertools.product(encoders, arguments.modes, fractions, arguments.seeds))
     for name, mode, fraction, seed in tqdm(plan, desc="runs", unit="run"):
         key = {"encoder": name, "mode": mode, "label_fraction": fraction, "seed": seed, "recipe": recipe}
-        key["weights"] = fingerprint(encoders[name])
+        encoder = encoders[name]
+        key["weights"] = weights_fingerprint(encoder.state_dict, [encoder.architecture, encoder.model_args])
         run = next((run for run in known if key.items() <= run.items()), None)
         if run is None:
-            run = key | task.run(encoders[name], mode, fraction, seed)
+            run = key | task.run(encoder, mode, fraction, seed)
             if (fraction, seed) == (fractions[0], arguments.seeds[0]):
                 task.draw(output_dir / "pictures" / f"{name}_{mode}")
             with (output_dir / RUNS_FILE).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(run) + "\n")
-        finished.append(run)
+        finished.append(run | {"baseline": baseline_of(encoder, encoders)})
     result = {
         "recipe": arguments.recipe(),
         "encoders": {name: encoder.description for name, encoder in encoders.items()},
@@ -88,20 +92,24 @@ def compare(arguments: CompareArguments, task: "Task") -> dict[str, Any]:
 
 
 def load_encoders(named_sources: Iterable[str]) -> dict[str, EncoderWeights]:
-    """The encoders of `NAME=SOURCE` arguments by name, `scratch` first; it is added where it is missing."""
+    """The encoders of `NAME=SOURCE` arguments by name, `scratch` first; what they are compared with is added where it
+    is missing: `scratch`, of the first one's architecture, and one for every further architecture."""
     sources = dict(entry.split("=", 1) for entry in named_sources)
     encoders = {name: find_rgb_encoder(source) for name, source in sources.items()}
     if BASELINE not in encoders:
         encoders[BASELINE] = find_rgb_encoder(f"random:{next(iter(encoders.values())).architecture}")
-    return {BASELINE: encoders.pop(BASELINE), **encoders}
+    encoders = {BASELINE: encoders.pop(BASELINE), **encoders}
+    for encoder in list(encoders.values()):
+        baseline = baseline_of(encoder, encoders)
+        if baseline not in encoders:
+            encoders[baseline] = find_rgb_encoder(f"random:{encoder.architecture}")
+    return encoders
 
 
-def fingerprint(encoder: EncoderWeights) -> str:
-    """Of architecture and weights."""
-    digest = hashlib.sha256(json.dumps([encoder.architecture, encoder.model_args], default=str).encode())
-    for name, value in encoder.state_dict.items():
-        digest.update(name.encode() + value.detach().cpu().contiguous().view(-1).numpy().tobytes())
-    return digest.hexdigest()[:16]
+def baseline_of(encoder: EncoderWeights, encoders: Mapping[str, EncoderWeights]) -> str:
+    """Name of the random weights of an encoder's architecture."""
+    same = encoder.architecture == encoders[BASELINE].architecture
+    return BASELINE if same else f"{BASELINE}-{encoder.architecture}"
 
 
 def label_subset(num_frames: int, fraction: float, seed: int) -> list[int]:
@@ -229,13 +237,12 @@ def estimate_batch_norm(model: SimIPUDenseModel, dataset: Any) -> None:
 
 
 def summarize(runs: Sequence[dict[str, Any]], task: Task) -> list[dict[str, Any]]:
-    """Mean and spread over seeds per encoder, mode and label fraction, and the two claims against `scratch`.
+    """Mean and spread over seeds per encoder, mode and label fraction, and the two claims against scratch.
 
     Returns:
         One entry each, with `num_frames`, `num_seeds`, `mean` and `std` of every metric and `curve` (`step`, mean and
-        all values of the first metric). Beside `scratch` also `level` and `speed`, see [`level`] and [`speed`];
-        `scratch` itself has `late_improvement`, its relative improvement over the last quarter of the steps, and
-        `converged` (`None` where it was evaluated less than twice).
+        all values of the first metric), and `baseline`, the name of its scratch. Beside scratch also `level` and
+        `speed`, see [`level`] and [`speed`]; scratch itself has what [`late_improvement`] returns.
     """
     groups: dict[tuple, dict[int, dict[str, Any]]] = {}
     for run in runs:
@@ -256,9 +263,10 @@ def summarize(runs: Sequence[dict[str, Any]], task: Task) -> list[dict[str, Any]
             "std": {name: spread(of_metric) for name, of_metric in values.items()},
             "curve": [{"step": point[0]["step"], "values": [p[metric] for p in point]} for point in points],
         }
-        baseline = groups.get((mode, fraction, BASELINE), {})
+        entry["baseline"] = next(iter(group.values()))["baseline"]
+        baseline = groups.get((mode, fraction, entry["baseline"]), {})
         pairs = [(group[seed], baseline[seed]) for seed in group if seed in baseline]
-        if encoder == BASELINE:
+        if encoder == entry["baseline"]:
             entry |= late_improvement(entry["curve"], sign)
         elif pairs:
             entry["level"] = level([(run["metrics"][metric], base["metrics"][metric]) for run, base in pairs], sign)
@@ -321,14 +329,21 @@ def speed(
 
 
 def late_improvement(curve: Sequence[dict[str, Any]], sign: int = 1) -> dict[str, Any]:
-    """How much scratch's mean still improves over the last quarter of the steps, and whether that is convergence."""
+    """Has scratch converged?
+
+    Returns:
+        `late_improvement`: how much its mean improves, relatively, since the last evaluation within three quarters of
+        the steps; `late_share`: the share of the steps since then, a quarter where one lies there; `converged`. All
+        `None` where it was evaluated less than twice.
+    """
     if len(curve) < 2:
-        return {"late_improvement": None, "converged": None}
+        return {"late_improvement": None, "late_share": None, "converged": None}
     start = 0.75 * curve[-1]["step"]
     earlier = [point for point in curve if point["step"] <= start] or curve[:1]
     before, after = (statistics.fmean(point["values"]) for point in (earlier[-1], curve[-1]))
     improvement = sign * (before - after) / (max(before, after) or 1.0)
-    return {"late_improvement": improvement, "converged": improvement < CONVERGED}
+    share = 1 - earlier[-1]["step"] / curve[-1]["step"]
+    return {"late_improvement": improvement, "late_share": share, "converged": improvement < CONVERGED}
 
 
 def format_table(result: dict[str, Any], task: Task) -> str:
@@ -360,11 +375,11 @@ def describe_claims(table: Sequence[dict[str, Any]], metric: str) -> list[str]:
     claims = []
     for entry in table:
         what = f"{_MODES[entry['mode']]} weights, {entry['num_frames']} frames"
-        if entry["encoder"] == BASELINE and entry["late_improvement"] is not None:
+        if entry.get("late_improvement") is not None:
             state = "converged" if entry["converged"] else "not converged: the level says what this budget gives"
             claims.append(
-                f"{BASELINE} ({what}) improved by {100 * entry['late_improvement']:.1f} % over the last quarter of "
-                f"the steps, {state} (rule: less than {CONVERGED:.0%})."
+                f"{entry['encoder']} ({what}) improved by {100 * entry['late_improvement']:.1f} % over the last "
+                f"{100 * entry['late_share']:.0f} % of the steps, {state} (rule: less than {CONVERGED:.0%})."
             )
         if "speed" in entry:
             claims.append(f"{entry['encoder']} ({what}): {_speed_in_words(entry, metric)} {_level_in_words(entry)}")
@@ -376,11 +391,11 @@ def _speed_in_words(entry: dict[str, Any], metric: str) -> str:
     if len(entry["curve"]) < 2:
         return "SPEED is not known from one evaluation (--num_evaluations)."
     if speed["mean"] is None:
-        return f"SPEED: {BASELINE}'s final {metric} is not reached."
+        return f"SPEED: {entry['baseline']}'s final {metric} is not reached."
     std = None if speed["std"] is None else 100 * speed["std"]
     return (
-        f"SPEED: {BASELINE}'s final {metric} after {100 * speed['mean']:.0f}{_plus_minus(std, '.0f')} % of its steps "
-        f"({speed['seeds_reached']} of {entry['num_seeds']} seeds reach it)."
+        f"SPEED: {entry['baseline']}'s final {metric} after {100 * speed['mean']:.0f}{_plus_minus(std, '.0f')} % of "
+        f"its steps ({speed['seeds_reached']} of {entry['num_seeds']} seeds reach it)."
     )
 
 

@@ -3,8 +3,11 @@
 import io
 import os
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
+
+MAY_HANG = "may-hang"  # name of the daemon threads that a command does not wait for at its end
 
 
 class SimIPUError(ValueError):
@@ -27,21 +30,27 @@ def exit_code_of(run: Callable[[], Any]) -> int:
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot encode a character shows its escape
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    code = 0
     try:
         run()
     except TrainingInterrupted as stopped:
         print(stopped, file=sys.stderr)
-        return stopped.exit_code
+        code = stopped.exit_code
     except (SimIPUError, OSError) as error:  # OSError: a full disk, a missing permission
         if os.environ.get("SIMIPU_DEBUG"):
             raise
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        code = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
-    _leave_process_group()  # after an error the others may wait in a collective: the launcher ends them
-    return 0
+        code = 130
+    else:
+        _leave_process_group()  # after an error the others may wait in a collective: the launcher ends them
+    if any(thread.name == MAY_HANG for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # the interpreter's own end would kill the thread, and some C code then aborts the process
+    return code
 
 
 def _leave_process_group() -> None:

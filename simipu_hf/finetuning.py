@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from traceback import clear_frames
 from typing import Any, TypeVar
@@ -42,7 +42,7 @@ from .training.distributed import (
     recompute_activations,
     use_all_cores,
 )
-from .training.logging import METRICS_FILE, check_trackers, cut_metrics
+from .training.logging import METRICS_FILE, check_trackers, cut_metrics, json_line
 from .training.run_folder import RUN_FILE, data_fingerprint, find_checkpoint, open_run_folder
 from .training.sampling import ROW_ORDER, GlobalBatchSampler, create_loader
 from .visualization import draw_curves
@@ -200,15 +200,28 @@ class FineTuningTrainer(Trainer):
         self._learning_rates = {f"learning_rate/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
         with self._after_backward:
             loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):  # before the optimizer spreads it
+        if broken := self._not_finite(loss):  # before the optimizer spreads it
             keys = self._sampler(self.args.max_steps).step_keys(self.state.global_step)
             names = [self.train_dataset.frame(row).frame_id for batch in keys for _, row in batch]
             raise SimIPUError(
-                f"step {self.state.global_step + 1}: the loss is {loss.item()}. Frames of the step: "
+                f"step {self.state.global_step + 1}: the {broken}. Frames of the step: "
                 f"{', '.join(names)}. The weights were not updated: lower --learning_rate, or look at the frames, "
                 "and go on from the last checkpoint"
             )
         return loss
+
+    def _not_finite(self, loss: torch.Tensor) -> str | None:
+        """What of a step is not finite; not the gradient in fp16, whose scaler skips the step.
+
+        Reading the loss waits for the backward pass, so that reading the gradient costs no second wait.
+        """
+        if not torch.isfinite(loss):
+            return f"loss is {loss.item()}"
+        if self.accelerator.sync_gradients and self.accelerator.scaler is None:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+            if not torch.isfinite(norm):
+                return f"norm of the gradient is {norm.item()}"
+        return None
 
     def own_test_frames(self) -> Iterator[Any]:
         """This process's share of the frames to evaluate on."""
@@ -281,7 +294,7 @@ class RunFolder(TrainerCallback):
         line = {name.replace("eval_", "eval/", 1): value for name, value in state.log_history[-1].items()}
         if state.is_world_process_zero and "train_runtime" not in line:  # the Trainer's summary at the end
             with (self.output_dir / METRICS_FILE).open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line) + "\n")
+                stream.write(json_line(line))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.flags.put(state.global_step, stop=self.stop.requested)
@@ -412,16 +425,16 @@ def fine_tune(
     checkpoint = on_main_process(accelerator, open_run, arguments, trainer)
     publishes = arguments.push_to_hub and accelerator.is_main_process
     uploader = HubUploader.from_arguments(arguments) if publishes else None
-    with StopRequest() as stop:
+    with StopRequest() as stop, uploader or nullcontext():
         trainer.add_callback(RunFolder(output_dir, stop, SharedFlags(accelerator), uploader))
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
         except BaseException as error:
             clear_frames(error.__traceback__)  # ends the loader's workers, which ignore the signals that end a process
             raise
-    step, last_step = trainer.state.global_step, trainer.args.max_steps
-    if step < last_step:
-        raise stop.interruption(step, last_step, output_dir / f"checkpoint-{step}")
+        step, last_step = trainer.state.global_step, trainer.args.max_steps
+        if step < last_step:
+            raise stop.interruption(step, last_step, output_dir / f"checkpoint-{step}")
     on_main_process(accelerator, save_final_model, trainer, output_dir)
     if trainer.eval_dataset is not None:
         result = evaluate_final_model(trainer, output_dir)

@@ -30,7 +30,7 @@ from transformers.utils.logging import disable_progress_bar
 from simipu_hf.data.loading import AnyDataset, load_mixture, load_pretraining_dataset
 from simipu_hf.data.mixture import Mixture
 from simipu_hf.data.overlap import refuse_shared_frames, refuse_shared_stream
-from simipu_hf.data.rows import Frame, image_from_row
+from simipu_hf.data.rows import Frame, dataset_from_stream, image_from_row
 from simipu_hf.data.sources import given_sources, refuse_second_split
 from simipu_hf.data.two_views import TwoViewAugmentation, TwoViewCollator, TwoViewDataset, to_model_inputs
 from simipu_hf.errors import SimIPUError, exit_code_of
@@ -38,7 +38,7 @@ from simipu_hf.evaluation.correspondence import correspondence_recall
 from simipu_hf.files import atomic_folder, move_into
 from simipu_hf.hub.export import write_timm
 from simipu_hf.hub.push import HubUploader
-from simipu_hf.hub.sources import find_image_encoder
+from simipu_hf.hub.sources import find_image_encoder, model_folder
 from simipu_hf.modeling.configuration_simipu import POINT_CONFIGS, SimIPUConfig
 from simipu_hf.modeling.image_encoder import load_image_encoder_weights, pad_divisor, timm_arguments
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
@@ -69,7 +69,7 @@ from simipu_hf.training.optimizers import (
     create_schedule,
     learning_rates,
 )
-from simipu_hf.training.run_folder import data_fingerprint, find_checkpoint, open_run_folder
+from simipu_hf.training.run_folder import data_fingerprint, find_checkpoint, open_run_folder, weights_fingerprint
 from simipu_hf.training.sampling import (
     ROW_ORDER,
     Steps,
@@ -89,6 +89,12 @@ LOGGED = (
     "anchor_loss",
 )
 SHOWN = {"intra_modal_loss": "intra", "inter_modal_loss": "inter", "inter_modal_chance": "chance"}
+
+MAX_SKIPPED_STEPS = 50  # in a row; the loss scale, halved in each, has then gone far below any that helps
+NO_LOSS_SCALE = (
+    f"the gradient was not finite in {MAX_SKIPPED_STEPS} steps in a row, whatever the loss scale of fp16. Use "
+    "--mixed_precision bf16 or no, lower the learning rate, or look at the rows"
+)
 
 # A resumed run may change these flags; every other flag identifies the run. Those of the second part are identified by
 # what follows from them: the model's configuration, the processor, the augmentation, the recipe, the rows.
@@ -197,9 +203,10 @@ def train(
     model, optimizer, logger = state.model, state.optimizer, state.logger
     image_processor, output_dir = state.processor.image_processor, Path(arguments.output_dir)
     accumulation = arguments.gradient_accumulation_steps
-    flags, recomputing = SharedFlags(accelerator), kept_running_statistics(model)
+    flags, recomputing, skipped = SharedFlags(accelerator), kept_running_statistics(model), 0
     model.train()
-    with StopRequest() as stop, iterate(batches.loader(steps.first, steps.last)) as loader:
+    loading = iterate(batches.loader(steps.first, steps.last))
+    with StopRequest() as stop, uploader or contextlib.nullcontext(), loading as loader:
         for index, batch in enumerate(logger.timed(loader), start=steps.first * accumulation):
             step = index // accumulation + 1
             is_logged = steps.is_due(step, arguments.logging_steps)
@@ -214,8 +221,12 @@ def train(
                     logger.add(clip_gradients(accelerator, optimizer, arguments.max_grad_norm))
                     rates = learning_rates(optimizer)
                 optimizer.step()
-                if accelerator.sync_gradients and not optimizer.step_was_skipped:
-                    state.schedule.step()
+                if accelerator.sync_gradients:
+                    skipped = skipped + 1 if optimizer.step_was_skipped else 0
+                    if skipped == MAX_SKIPPED_STEPS:
+                        raise SimIPUError(f"step {step}: {NO_LOSS_SCALE}")
+                    if not skipped:
+                        state.schedule.step()
                 optimizer.zero_grad()
             if not accelerator.sync_gradients:
                 continue
@@ -340,7 +351,7 @@ def load_rows(
     held_out = load_pretraining_dataset(split=arguments.validation_split, **source)
     what = f"--validation_split {arguments.validation_split}"
     if isinstance(held_out, datasets.IterableDataset):
-        held_out = datasets.Dataset.from_generator(held_out.__iter__, features=held_out.features)
+        held_out = dataset_from_stream(held_out)
         rows = refuse_shared_stream(rows, held_out, what)
     else:
         refuse_shared_frames(rows, held_out, what)
@@ -354,7 +365,8 @@ def create_model(arguments: PreTrainingArguments) -> tuple[SimIPUForPreTraining,
         SimIPUError: an unknown encoder, stage or configuration field, too few points for the sampler, or flags that
             contradict the earlier model.
     """
-    start = arguments.model_name_or_path
+    source = arguments.model_name_or_path
+    start = model_folder(source) if source else None
     try:
         if start:
             config = SimIPUConfig.from_pretrained(start)
@@ -368,12 +380,15 @@ def create_model(arguments: PreTrainingArguments) -> tuple[SimIPUForPreTraining,
             processor.image_processor.pad_size_divisor = pad_divisor(config.image_encoder_config.architecture)
         change_processor(arguments, processor)
         config = change_config(arguments, config, processor)
-        model = SimIPUForPreTraining.from_pretrained(start, config=config) if start else SimIPUForPreTraining(config)
+        if start:  # weights that were saved in half precision are trained in single
+            model = SimIPUForPreTraining.from_pretrained(start, config=config, dtype=torch.float32)
+        else:
+            model = SimIPUForPreTraining(config)
     except SimIPUError:
         raise
     except (ValueError, ImportError, OSError, RuntimeError, StrictDataclassError) as error:
         said = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
-        raise SimIPUError(f"--model_name_or_path {start}: {said}" if start else str(said)) from error
+        raise SimIPUError(f"--model_name_or_path {source}: {said}" if source else str(said)) from error
     needed = sum(getattr(model.config.point_config, "num_points", [[0]])[0])
     if processor.feature_extractor.num_points < needed:
         raise SimIPUError(
@@ -550,7 +565,9 @@ def run_identity(
         "feature_extractor": processor.feature_extractor.to_dict(),
         "model_config": config,
     }
-    if arguments.lr_scheduler_type not in ("exponential", "constant", "constant_with_warmup"):
+    if model.config.anchor_weight > 0:  # the weights are still those of the start
+        identity["anchor"] = weights_fingerprint(model.simipu.image_encoder.state_dict())
+    if arguments.lr_scheduler_type not in ("exponential", "constant", "constant_with_warmup", "inverse_sqrt"):
         identity["total_steps"] = steps.last
     return json.loads(json.dumps(identity, default=str))
 
@@ -658,12 +675,8 @@ def create_optimization(
 
 def describe_data(rows: AnyDataset) -> dict[str, Any]:
     """What `run.yaml` says about the data; of a stream neither the number of rows nor their names are known."""
-    info = rows.info
-    about = {
-        "dataset": info.builder_name or "",
-        "config": info.config_name or "",
-        "split": str(rows.split or ""),
-    }
+    named = {"dataset": rows.info.builder_name, "config": rows.info.config_name, "split": rows.split}
+    about: dict[str, Any] = {name: str(value) for name, value in named.items() if value}
     if isinstance(rows, datasets.Dataset):
         about |= {"rows": len(rows), "fingerprint": data_fingerprint(rows["frame_id"][:])}
     return about

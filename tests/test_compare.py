@@ -31,6 +31,7 @@ from simipu_hf.finetune_depth import create_processor
 from simipu_hf.finetuning import create_model, find_rgb_encoder
 from simipu_hf.modeling.modeling_simipu_depth import SimIPUForDepthEstimation
 from simipu_hf.training.arguments import CompareArguments, CompareDepthArguments, DepthTaskArguments
+from simipu_hf.training.logging import read_metrics
 
 ENCODER = "random:test_resnet"
 
@@ -82,6 +83,7 @@ def test_every_combination_runs_once_and_a_killed_comparison_goes_on(arguments, 
     (folder / "runs.jsonl").write_text("\n".join([*lines[:-1], lines[-1][:20]]), encoding="utf-8")  # while writing
     again = compare(arguments, task)
     assert len(task.ran) == 17
+    assert len(read_metrics(folder / "runs.jsonl")) == 16
     assert [run["metrics"] for run in again["runs"]] == [run["metrics"] for run in result["runs"]]
     arguments.learning_rate = 0.5  # another recipe: nothing is reused
     compare(arguments, task)
@@ -124,27 +126,40 @@ def test_speed_is_the_share_of_scratchs_steps_until_its_final_value(curve, final
     assert claim["share"] == [pytest.approx(share) if share else None]
 
 
+def test_every_architecture_has_its_scratch(arguments):
+    arguments.image_encoders = [f"a={ENCODER}", "b=random:test_resnet", "c=random:test_vit"]
+    result = compare(arguments, FakeTask())
+    baselines = {entry["encoder"]: entry["baseline"] for entry in result["table"]}
+    vit = "scratch-test_vit"
+    assert baselines == {"scratch": "scratch", "a": "scratch", "b": "scratch", "c": vit, vit: vit}
+    claims = describe_claims(result["table"], "error")
+    assert any(claim.startswith("c (") and "SPEED: scratch-test_vit's final error" in claim for claim in claims)
+    assert any(claim.startswith("scratch-test_vit (") and "% of the steps" in claim for claim in claims)
+
+
 def test_scratch_has_converged_when_the_last_quarter_brings_less_than_a_percent():
     def improvement(*values):
         return late_improvement([{"step": s + 1, "values": [v]} for s, v in enumerate(values)])
 
-    assert improvement(0.5, 0.4, 0.3, 0.27) == {"late_improvement": pytest.approx(0.1), "converged": False}
+    late = improvement(0.5, 0.4, 0.3, 0.27)
+    assert late == {"late_improvement": pytest.approx(0.1), "late_share": 0.25, "converged": False}
     assert improvement(0.5, 0.4, 0.3, 0.298)["converged"] is True
-    assert improvement(0.3) == {"late_improvement": None, "converged": None}
+    assert improvement(0.3, 0.2)["late_share"] == 0.5  # no evaluation lies at three quarters
+    assert improvement(0.3) == {"late_improvement": None, "late_share": None, "converged": None}
 
 
 def test_claims_are_told_apart_in_words():
     def run(encoder, seed, *values):
         metrics = {"error": values[-1], "score": 0.0}
         return {"encoder": encoder, "mode": "full", "label_fraction": 1.0, "seed": seed, "metrics": metrics,
-                "num_frames": 9, "curve": points(*values)}  # fmt: skip
+                "num_frames": 9, "curve": points(*values), "baseline": "scratch"}  # fmt: skip
 
     runs = [run("scratch", 0, 0.8, 0.6, 0.5, 0.4), run("scratch", 1, 0.8, 0.6, 0.5, 0.4)]
     runs += [run("simipu", 0, 0.4, 0.4, 0.38, 0.36), run("simipu", 1, 0.6, 0.4, 0.38, 0.38)]
     table = summarize(runs, FakeTask())
     assert table[1]["std"]["error"] == pytest.approx(statistics.stdev([0.36, 0.38]))
     scratch, simipu = describe_claims(table, "error")
-    assert "improved by 20.0 % over the last quarter of the steps, not converged" in scratch
+    assert "improved by 20.0 % over the last 25 % of the steps, not converged" in scratch
     assert "rule: less than 1%" in scratch
     assert "SPEED: scratch's final error after 38 ± 18 % of its steps (2 of 2 seeds reach it)" in simipu
     assert "LEVEL at the end: -7.5 ± 3.5 % (by seed -10.0, -5.0; better for 2 of 2)" in simipu

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,8 +22,9 @@ from simipu_hf.errors import SimIPUError, TrainingInterrupted
 from simipu_hf.evaluate_depth import evaluate_depth
 from simipu_hf.evaluation.depth import METRICS, DepthProtocol, evaluate_maps
 from simipu_hf.finetune_depth import DepthTrainer, create_processor, finetune_depth
-from simipu_hf.finetuning import create_model, find_rgb_encoder, recipe
+from simipu_hf.finetuning import RunFolder, create_model, find_rgb_encoder, recipe
 from simipu_hf.hub.card import redact
+from simipu_hf.hub.push import HubUploader
 from simipu_hf.modeling.modeling_simipu_depth import SimIPUForDepthEstimation
 from simipu_hf.training.arguments import DepthArguments, DepthTaskArguments, EvaluateDepthArguments
 
@@ -122,10 +124,15 @@ def test_a_signal_ends_the_run_after_a_checkpoint(frames, run, tmp_path, monkeyp
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(DepthTrainer, "training_step", interrupted)
-    arguments = depth_arguments(frames, tmp_path / "run", checkpointing_steps=0)
+    monkeypatch.setattr(HubUploader, "checkpoint_saved", lambda self, path: None)
+    left = []
+    monkeypatch.setattr(HubUploader, "__exit__", lambda self, kind, *_: left.append(kind))
+    push = {"push_to_hub": True, "hub_model_id": "user/name"}
+    arguments = depth_arguments(frames, tmp_path / "run", checkpointing_steps=0, **push)
     with pytest.raises(TrainingInterrupted, match="SIGTERM after step 3 of 4") as stopped:
         finetune_depth(arguments)
     assert stopped.value.exit_code == 143
+    assert left == [TrainingInterrupted]
     monkeypatch.undo()
     finetune_depth(depth_arguments(frames, tmp_path / "run", resume_from_checkpoint="latest"))
     assert_equal_weights(saved_weights(run), saved_weights(tmp_path / "run"))
@@ -351,6 +358,30 @@ def test_a_loss_that_is_no_number_names_its_frames(frames, tmp_path, monkeypatch
     )
     with pytest.raises(SimIPUError, match=r"step 1: the loss is nan\. Frames of the step: 00000\d, 00000\d"):
         finetune_depth(depth_arguments(frames, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_gradient_that_is_no_number_ends_the_run_before_the_step(frames, tmp_path, monkeypatch, accumulation):
+    def broken(self, *args, **kwargs):
+        loss = compute(self, *args, **kwargs)
+        if self.state.global_step == 1:
+            self.model.decoder.to_depth.weight.register_hook(lambda gradient: gradient * torch.inf)
+        return loss
+
+    compute = DepthTrainer.compute_loss
+    monkeypatch.setattr(DepthTrainer, "compute_loss", broken)
+    arguments = depth_arguments(
+        frames, tmp_path / "run", checkpointing_steps=1, gradient_accumulation_steps=accumulation
+    )
+    with pytest.raises(SimIPUError, match=r"step 2: the norm of the gradient is (nan|inf)\. Frames of the step: 0"):
+        finetune_depth(arguments)
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_metrics_are_json_whatever_the_numbers(tmp_path):
+    state = SimpleNamespace(log_history=[{"grad_norm": float("inf"), "step": 1}], is_world_process_zero=True)
+    RunFolder(tmp_path, None, None).on_log(None, state, None)
+    assert (tmp_path / "metrics.jsonl").read_text(encoding="utf-8") == '{"grad_norm": null, "step": 1}\n'
 
 
 def test_a_first_forward_that_fails_leaves_nothing_behind(frames, tmp_path, monkeypatch):

@@ -197,11 +197,15 @@ def test_passes_over_a_damaged_checkpoint(run, whole, tmp_path, capsys):
 
 
 def test_sigterm_saves_and_says_how_to_continue(run, whole, monkeypatch):
+    left = []
     with monkeypatch.context() as patch:
         stop_after(patch, 4)
+        patch.setattr(HubUploader, "checkpoint_saved", lambda self, path: None)
+        patch.setattr(HubUploader, "__exit__", lambda self, kind, *_: left.append(kind))
         with pytest.raises(TrainingInterrupted, match=r"SIGTERM after step 4 of 8.*latest") as stopped:
-            run("stopped")
+            run("stopped", "--push_to_hub", "--hub_model_id", "user/name")
     assert stopped.value.exit_code == 128 + signal.SIGTERM
+    assert left == [TrainingInterrupted]
     assert_same_result(whole, run("stopped", "--resume_from_checkpoint", "latest"))
 
 
@@ -358,6 +362,13 @@ def test_a_longer_run_continues_a_finished_one(run, whole):
     assert_same_result(whole, run("short", "--max_steps", "8", "--resume_from_checkpoint", "latest"))
 
 
+def test_the_last_step_may_change_where_the_schedule_does_not_depend_on_it(run):
+    flags = ("--lr_scheduler_type", "inverse_sqrt", "--warmup_steps", "1")
+    out = run("out", *flags, "--max_steps", "1")
+    run("out", *flags, "--max_steps", "2", "--resume_from_checkpoint", "latest")
+    assert (out / "checkpoint-2").is_dir()
+
+
 def test_a_run_that_goes_on_from_an_earlier_checkpoint_keeps_both_ways(run, whole, tmp_path):
     out = shutil.copytree(whole, tmp_path / "out")
     again = ("--resume_from_checkpoint", str(out / "checkpoint-3"), "--save_total_limit", "1")
@@ -366,6 +377,19 @@ def test_a_run_that_goes_on_from_an_earlier_checkpoint_keeps_both_ways(run, whol
     assert [p.name for p in list_checkpoints(out / "set_aside-1")] == ["checkpoint-6", "checkpoint-8"]
     assert [line["step"] for line in metrics(out / "set_aside-1")] == [2, 4, 6, 8]
     assert [line["step"] for line in metrics(out)] == [2, 4]
+
+
+def test_a_checkpoint_of_another_run_starts_in_an_empty_folder_alone(run, whole, tmp_path):
+    mine, notes = run("mine", "--max_steps", "2", "--seed", "1"), tmp_path / "notes"
+    notes.mkdir()
+    (notes / "config.json").write_text("mine", encoding="utf-8")
+    again = ("--resume_from_checkpoint", str(whole / "checkpoint-3"))
+    for folder in (mine, notes):
+        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+        with pytest.raises(SimIPUError, match="not empty"):
+            run(folder.name, *again)
+        assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert (run("new", *again) / "checkpoint-8").is_dir()
 
 
 def test_a_first_step_that_fails_leaves_nothing_in_the_way(run, tmp_path, monkeypatch):
@@ -502,12 +526,21 @@ def test_pretrained_vit_with_an_anchor_and_a_frozen_part(run, frames, tmp_path, 
     )
     assert_resumes(run, monkeypatch, flags)
     out = tmp_path / "whole"
+    monkeypatch.setattr(module.timm, "create_model", lambda *a, pretrained=False, **k: scaled(create(*a, **k)))
+    with pytest.raises(SimIPUError, match=r"anchor: \w+ in the checkpoint, \w+ now"):
+        run("broken", *flags, "--resume_from_checkpoint", "latest")
     assert yaml.safe_load((out / "run.yaml").read_text(encoding="utf-8"))["recipe"]["optimizer"] == "adamw"
     assert metrics(out)[-1]["anchor_loss"] > 0
     start = SimIPUForPreTraining.from_pretrained(out / "checkpoint-3").state_dict()
     encoder = "simipu.image_encoder."
     for part, trained in (("blocks.0.attn.qkv.weight", False), ("blocks.1.attn.qkv.weight", True)):
         assert torch.equal(weights(out)[encoder + part], start[encoder + part]) is not trained
+
+
+def scaled(model):
+    for parameter in model.parameters():
+        parameter.data *= 2
+    return model
 
 
 def test_the_schedule_waits_where_the_loss_scaler_skips_a_step(run, monkeypatch):
@@ -520,6 +553,9 @@ def test_the_schedule_waits_where_the_loss_scaler_skips_a_step(run, monkeypatch)
     monkeypatch.setattr(module, "create_accelerator", create_accelerator)
     out = run("out")
     assert [line["learning_rate/image_encoder"] for line in metrics(out)] == [0.003] * 4
+    monkeypatch.setattr(module, "MAX_SKIPPED_STEPS", 3)
+    with pytest.raises(SimIPUError, match=r"step 3: the gradient was not finite.* fp16"):
+        run("stopped")
 
 
 def test_second_start_on_a_finished_run_only_finishes(run, whole, tmp_path, capsys):

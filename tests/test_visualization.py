@@ -154,6 +154,8 @@ def test_cells_lie_over_the_pixels_that_they_saw():
     strided = cell_map(np.zeros((12, 28, 1)), FeatureGrid(8.0, 8.0, 0.0, 0.0), resize, frame)
     np.testing.assert_allclose(strided.pixels[0, 0], -0.25)  # a convolution of stride 8 sees around pixel 0
     assert strided.extent == pytest.approx((-2.25, 109.75, 45.75, -2.25))
+    assert strided.bordered().extent == pytest.approx((-6.25, 113.75, 49.75, -6.25))
+    np.testing.assert_allclose(strided.bordered().pixels[1:-1, 1:-1], strided.pixels)
 
 
 def test_image_features_are_drawn_over_the_image_stage_by_stage():
@@ -164,7 +166,7 @@ def test_image_features_are_drawn_over_the_image_stage_by_stage():
     stages = {"stage 2, stride 8": cell_map(values, PATCHES, resize, frame)}
     figure = draw_image_features(frame, stages)
     shown = figure.axes[1].images[0]
-    assert tuple(shown.get_extent()) == (-0.5, 95.5, 31.5, -0.5)
+    assert tuple(shown.get_extent()) == (-8.5, 103.5, 39.5, -8.5)  # the image, and a cell beyond it
     assert len(np.unique(np.asarray(shown.get_array()).reshape(-1, 3), axis=0)) == 2
     assert "stage 2" in figure.axes[1].get_title(loc="left")
     (without,) = draw_image_features(frame, stages, photograph=False).axes

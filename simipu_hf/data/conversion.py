@@ -26,7 +26,9 @@ from ..dataset_scripts.kitti import points_in_view
 from ..errors import SimIPUError
 from ..files import atomic_path, check_apart
 from ..modeling.geometry import pixel_transform
+from .depth import read_depth_png, resize_depth_map
 from .inspection import open_source
+from .kitti_objects import by_field
 from .loading import load_pretraining_dataset
 from .preparation import run_in_processes
 from .rows import calibration_from_row, image_from_row, points_from_row
@@ -43,8 +45,8 @@ class Packing:
     """What happens to each row on its way into a file.
 
     Args:
-        image_size: height and width to resize images to; `camera_projection` and the boxes of labels follow, so that
-            the benchmark's least heights count resized pixels. `None` keeps them.
+        image_size: height and width to resize images to; `camera_projection`, the boxes of labels and `depth` follow,
+            so that the benchmark's least heights count resized pixels. `None` keeps them.
         image_format: "jpeg", "png" or "webp" to encode images anew; `None` keeps the files byte for byte, and writes
             PNG where they are resized.
         quality: of JPEG and WebP, 1 to 100.
@@ -79,14 +81,25 @@ class Packing:
             moved = pixel_transform((0, 0, image.height, image.width), (height, width), False, True)
             row["camera_projection"] = (moved @ calibration_from_row(row)[0]).tolist()
             objects = row.get("objects")
-            if isinstance(objects, dict) and {"bbox", "rotation_y"} <= objects.keys():  # not of another form
-                corners = np.reshape(objects["bbox"], (-1, 2)) * moved.diagonal()[:2] + moved[:2, 2]
-                row["objects"] = {**objects, "bbox": corners.reshape(-1, 4).tolist()}
-            encoded = BytesIO()
+            if objects and {"bbox", "rotation_y"} <= by_field(objects).keys():  # not of another form
+                corners = np.reshape(by_field(objects)["bbox"], (-1, 2)) * moved.diagonal()[:2] + moved[:2, 2]
+                boxes = corners.reshape(-1, 4).tolist()
+                if isinstance(objects, dict):
+                    row["objects"] = {**objects, "bbox": boxes}
+                else:
+                    row["objects"] = [{**one, "bbox": box} for one, box in zip(objects, boxes, strict=True)]
+            if row.get("depth") is not None and self.image_size is not None:
+                depth = resize_depth_map(read_depth_png(row["depth"], f"frame {row['frame_id']}"), height, width)
+                row["depth"] = _encode(Image.fromarray((depth * 256).round().astype(np.uint16)), "png")
             resized = image.resize((width, height), Image.Resampling.BILINEAR)
-            resized.save(encoded, self.image_format or "png", quality=self.quality)
-            row["image"] = {"bytes": encoded.getvalue(), "path": None}
+            row["image"] = _encode(resized, self.image_format or "png", quality=self.quality)
         return row
+
+
+def _encode(image: Image.Image, image_format: str, **options: Any) -> dict[str, Any]:
+    data = BytesIO()
+    image.save(data, image_format, **options)
+    return {"bytes": data.getvalue(), "path": None}
 
 
 def convert_to_parquet(
@@ -151,6 +164,10 @@ def convert_to_parquet(
         ).cast_column("image", datasets.Image(decode=False))
         for name in names
     }
+    for rows in splits.values() if image_size else ():
+        depth = rows.features.get("depth")
+        if not (depth is None or (isinstance(depth, datasets.Image) and depth.decode)):
+            raise SimIPUError(f"{source.location}: depth: expected datasets.Image to resize with image, found {depth}")
     already_cut = source.reader is not None
     packing = None if (already_cut or whole_scans) and not (image_size or image_format) else packing
     shards = [
@@ -270,5 +287,4 @@ def _write_card(folder: Path, splits: dict[str, datasets.Dataset], config_name: 
     header = DatasetCardData(configs=[{"config_name": config_name, "data_files": files}])
     info = datasets.DatasetInfo(features=_stored_features(next(iter(splits.values()))), splits=infos)
     DatasetInfosDict({config_name: info}).to_dataset_card_data(header)
-    text = f"---\n{header.to_yaml()}\n---\n\nSynchronised camera images and LiDAR scans, one pair a row.\n"
-    (folder / "README.md").write_text(text, encoding="utf-8", newline="\n")
+    (folder / "README.md").write_text(f"---\n{header.to_yaml()}\n---\n", encoding="utf-8", newline="\n")

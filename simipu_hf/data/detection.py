@@ -16,7 +16,7 @@ import torch
 from ..errors import SimIPUError
 from ..modeling.geometry import pixel_transform
 from .frames import FrameDataset, OnBadRow, crop_window, jitter_colors, select_frames, to_pixel_values
-from .kitti_objects import NEIGHBOURS, OBJECT_TYPES, KittiObjects, check_object, object_names
+from .kitti_objects import NEIGHBOURS, OBJECT_TYPES, KittiObjects, by_field, check_object, object_names
 from .rows import calibration_from_row, image_from_row
 
 EVERY_CLASS = -1
@@ -164,7 +164,7 @@ def select_labelled(frames: Sequence[str]) -> datasets.Dataset:
     names = object_names(rows.features)
     if names not in ([], list(OBJECT_TYPES)):
         raise SimIPUError(f"{' '.join(frames)}: objects: expected types in the order {OBJECT_TYPES}, found {names}")
-    if not any(objects["type"] for objects in rows["objects"][:]):
+    if not any(by_field(objects).get("type") for objects in rows["objects"][:]):
         raise SimIPUError(f"{' '.join(frames)}: expected labelled objects, found none in any of {len(rows)} frames")
     return rows
 

@@ -1,6 +1,7 @@
 """Frames by name, and the samples of them that a fine-tuned model is trained and measured on, whatever its task."""
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -60,6 +61,10 @@ def _select(specification: str, labels: bool) -> datasets.Dataset:
     missing = [frame_id for frame_id in wanted if frame_id not in position]
     if missing:
         raise SimIPUError(f"{specification}: {len(missing)} frames are not there, the first {missing[0]!r}")
+    scenes = Counter(rows["frame_id"][:])
+    several = [frame_id for frame_id in wanted if scenes[frame_id] > 1]
+    if several:
+        raise SimIPUError(f"{specification}: expected one frame {several[0]!r}, found {scenes[several[0]]}")
     if len(set(wanted)) < len(wanted):
         raise SimIPUError(f"{specification}: a frame is named twice")
     return rows.select([position[frame_id] for frame_id in wanted])

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..modeling.geometry import inside_image, project_points
-from .kitti_objects import object_names
+from .kitti_objects import by_field, object_names
 from .loading import list_frames, load_pretraining_dataset
 from .rows import Frame, calibration_from_row, image_from_row, points_from_row
 from .sources import Source, find_source, given_sources, refuse_second_split, split_source
@@ -186,14 +186,14 @@ def _read_files(source: Source, frames: Iterable[tuple[str, Any]]) -> Iterator[t
     for label, frame in frames:
         damage: list[str] = []
         row = source.reader.read_row(frame, whole_scans=True, problems=damage)
-        yield label, {**row, "object_types": row.get("objects", {}).get("type", [])}, damage
+        yield label, {**row, "object_types": by_field(row.get("objects"))["type"]}, damage
 
 
 def _read_rows(loaded: Mapping[str, datasets.Dataset]) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
     for name, rows in loaded.items():
         types = object_names(rows.features)
         for row in rows.cast_column("image", datasets.Image(decode=False)):
-            found = [types[index] for index in row["objects"]["type"]] if types else []
+            found = [types[index] for index in by_field(row["objects"])["type"]] if types else []
             yield f"{name}/{row['frame_id']}", {**row, "object_types": found}, []
 
 

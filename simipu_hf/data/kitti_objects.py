@@ -58,8 +58,9 @@ class KittiObjects:
         return KittiObjects(**picked)
 
     @classmethod
-    def from_row(cls, objects: Mapping[str, Sequence], names: Sequence[str] = OBJECT_TYPES) -> KittiObjects:
+    def from_row(cls, objects: Any, names: Sequence[str] = OBJECT_TYPES) -> KittiObjects:
         """From the column `objects` of a row; `names` are those that the numbers of its `type` stand for."""
+        objects = by_field(objects)
         count = len(objects["type"])
         types = [kind if isinstance(kind, str) else names[kind] for kind in objects["type"]]
         return cls(
@@ -163,6 +164,14 @@ def write_objects_folder(
     with atomic_folder(Path(folder), overwrite=overwrite, is_earlier_output=is_ours) as beside:
         for name, of_frame in objects.items():
             (beside / f"{name}.txt").write_text(of_frame.to_text(), encoding="utf-8")
+
+
+def by_field(objects: Any) -> Mapping[str, Sequence]:
+    """Field -> its value for every object of a row, also where they are stored one by one, or not at all."""
+    if isinstance(objects, Mapping):
+        return objects
+    names = objects[0] if objects else [field.name for field in fields(KittiObjects) if field.name != "score"]
+    return {name: [one[name] for one in objects or ()] for name in names}
 
 
 def object_names(features: Mapping[str, Any]) -> list[str]:

@@ -54,8 +54,8 @@ def load_pretraining_dataset(
             `save_to_disk`. Both take a list: the rows of all. `SOURCE#SPLIT` takes another split for "train".
         dataset_config_name: "object", "odometry" or "raw" for KITTI, the name of a configuration otherwise. None: the
             one it has.
-        split: One split or an expression such as "train[:50%]+val" (names only where streaming or saved with
-            `save_to_disk`). "validation" and "val" find one another. None: "train", or the only split.
+        split: One split or an expression such as "train[:50%]+val" (names only where streaming, except of what
+            `save_to_disk` wrote). "validation" and "val" find one another. None: "train", or the only split.
         streaming: Read while iterating, prepare nothing on disk.
         num_proc: Processes that prepare the rows; None: one per core.
         cache_dir: Folder of prepared rows; default: the cache of `datasets`.
@@ -66,8 +66,8 @@ def load_pretraining_dataset(
         validation_share: For a source without a validation split: "validation" is this share of the scenes of
             "train", chosen by a hash of their names, and "train" is the rest.
         skipped: Where given, frames that can't become a row and rows with a `frame_id` that came before are left
-            out, and a message for each is appended here (while streaming, they are logged). Otherwise the first of
-            them is an error.
+            out, and a message for each is appended here. Otherwise the first of them is an error. While streaming,
+            such frames are logged as they come, and repeated rows are not looked for.
 
     Raises:
         SimIPUError: nothing readable is there, a split or configuration doesn't exist, a file is missing or
@@ -168,7 +168,8 @@ def take_rows(taken: dict[str, set[Any]], text: str, location: str, names: Itera
 def row_names(rows: datasets.Dataset) -> list[tuple[str, str]]:
     """Scene and frame of every row: KITTI's training and testing frames share their numbers."""
     # sliced: a column of datasets is iterated a hundred times slower
-    return list(zip(rows["scene"][:], rows["frame_id"][:], strict=True))
+    names = zip(rows["scene"][:], rows["frame_id"][:], strict=True)
+    return [(scene or scene_of(frame_id), frame_id) for scene, frame_id in names]
 
 
 def _load(source: Source, request: Request, train_split: str | None) -> AnyDataset:
@@ -331,19 +332,20 @@ def _share(dataset: AnyDataset, held_out: bool, share: float, location: str) -> 
     if not 0 < share < 1:
         raise SimIPUError(f"validation_share: expected a share between 0 and 1, found {share}")
     if isinstance(dataset, datasets.IterableDataset):
-        return dataset.filter(partial(_is_on_side, share=share, held_out=held_out), input_columns="scene")
-    scenes = dataset["scene"][:]
-    places = {scene: _place(scene) for scene in set(scenes)}
+        is_on_side = partial(_is_on_side, share=share, held_out=held_out)
+        return dataset.filter(is_on_side, input_columns=["scene", "frame_id"])
+    names = row_names(dataset)
+    places = {scene: _place(scene) for scene, _ in names}
     if not min(places.values()) < share <= max(places.values()):
         raise SimIPUError(
             f"{location}: validation_share {share} puts all of {len(places)} scenes on one side: choose a value "
             f"between {min(places.values()):.3f} and {max(places.values()):.3f}"
         )
-    return dataset.select([index for index, scene in enumerate(scenes) if _is_on_side(scene, share, held_out)])
+    return dataset.select([index for index, name in enumerate(names) if _is_on_side(*name, share, held_out)])
 
 
-def _is_on_side(scene: str, share: float, held_out: bool) -> bool:
-    return (_place(scene) < share) == held_out
+def _is_on_side(scene: str | None, frame_id: str, share: float, held_out: bool) -> bool:
+    return (_place(scene or scene_of(frame_id)) < share) == held_out
 
 
 def _place(scene: str) -> float:
@@ -352,13 +354,20 @@ def _place(scene: str) -> float:
 
 
 def join_rows(parts: Sequence[AnyDataset]) -> AnyDataset:
-    """The rows of all parts one after another, with the columns that all of them have."""
+    """The rows of all parts one after another, with the columns that all of them have, of one type."""
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(_with_common_columns(parts))
 
 
 def _with_common_columns(parts: Sequence[AnyDataset]) -> list[AnyDataset]:
     columns = [column for column in parts[0].column_names if all(column in part.column_names for part in parts)]
-    selected = [part.select_columns(columns) for part in parts]
+    unlike = [
+        column
+        for column in columns
+        if column not in ROW_FEATURES and any(part.features[column] != parts[0].features[column] for part in parts)
+    ]
+    if unlike:
+        logger.warning(f"columns left out, since their types differ between the data sets: {', '.join(unlike)}")
+    selected = [part.select_columns([column for column in columns if column not in unlike]) for part in parts]
     features = selected[0].features
     # casting copies the data, and is only needed where another writer stored a column in another way
     return [part if part.features == features else part.cast(features) for part in selected]

@@ -85,7 +85,7 @@ def prepare(
             kind = reading.module.rpartition(".")[2]
             digests = [_digest(reading.reader.fingerprint(chunk), reading) for chunk in chunks]
             paths = [folder / f"{kind}-{digest}.arrow" for digest in digests]
-            missing = [item for item in zip(paths, chunks, strict=True) if not item[0].is_file()]
+            missing = [item for item in zip(paths, chunks, strict=True) if not _is_whole(reading, *item)]
             write = partial(_write_chunk, reading, stop_at_damage=skipped is None)
             run_in_processes(write, missing, num_proc, "Preparing", lambda item: len(item[1]), "row")
             write_json(note, [_launch(), *map(str, paths)])
@@ -117,6 +117,18 @@ def _chunks(frames: Sequence[Any]) -> Iterator[Sequence[Any]]:
             chunk += scene
     if chunk:
         yield chunk
+
+
+def _is_whole(reading: Reading, path: Path, frames: Sequence[Any]) -> bool:
+    """Whether a file holds all frames that can be read: some may have been left out for a passing reason."""
+    if not path.is_file():
+        return False
+    rows = datasets.Dataset.from_file(str(path))
+    if len(rows) == len(frames):
+        return True
+    prepared = set(rows["frame_id"][:])
+    left_out = [frame for frame in frames if frame.frame_id not in prepared]
+    return next(reading.rows(left_out, []), None) is None
 
 
 def run_in_processes(

@@ -12,6 +12,7 @@
 The points are bytes because every other column type is 10 to 2,000 times slower to read. Further columns are allowed.
 """
 
+import atexit
 import os
 import re
 import secrets
@@ -26,7 +27,7 @@ from typing import Any
 import datasets
 import numpy as np
 from datasets.arrow_writer import ArrowWriter
-from PIL import Image
+from PIL import ExifTags, Image
 
 from ..errors import SimIPUError
 from ..files import atomic_path
@@ -62,7 +63,7 @@ def to_row(
 
     Args:
         frame_id: Unique name of the frame.
-        image: The undistorted image: PIL image, (H, W, 3) uint8 RGB array, path, or the bytes of an image file.
+        image: The undistorted image: PIL image, (H, W, 3) RGB array, path, or the bytes of an image file.
         points: (N, 4) x, y, z in metres in the LiDAR frame, and reflectance (zeros where the sensor has none).
         camera_projection: (3, 4) matrix from the camera frame to pixels. For a pinhole camera with intrinsics K (3, 3)
             it is `[K | 0]`.
@@ -78,6 +79,8 @@ def to_row(
         encoded = {"bytes": image, "path": None}
     elif isinstance(image, str | os.PathLike):
         encoded = os.path.abspath(image)
+    elif isinstance(image, np.ndarray):  # datasets would store 16 bits modulo 256
+        encoded = image_from_row({"frame_id": frame_id, "image": image})
     with _naming(frame_id):
         cloud = to_point_cloud(points)
     row = {
@@ -113,6 +116,15 @@ def dataset_from_rows(rows: Iterable[dict[str, Any]], cache_dir: str | os.PathLi
     path = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / f"rows-{secrets.token_hex(8)}.arrow"
     write_arrow(path, rows, ROW_FEATURES)
     return datasets.Dataset.from_file(str(path))
+
+
+def dataset_from_stream(rows: datasets.IterableDataset) -> datasets.Dataset:
+    """All rows of a stream, in a file of the cache of datasets that is removed when this process ends."""
+    if rows.features:  # their images as they are, not decoded and encoded anew
+        rows = rows.cast_column("image", datasets.Image(decode=False))
+    stored = dataset_from_rows(rows)
+    atexit.register(Path(stored.cache_files[0]["filename"]).unlink, missing_ok=True)
+    return stored
 
 
 def write_arrow(path: Path, rows: Iterable[dict[str, Any]], features: datasets.Features) -> None:
@@ -161,20 +173,30 @@ def calibration_from_row(row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray
 
 
 def image_from_row(row: Mapping[str, Any]) -> Image.Image:
-    """Decoded RGB image of a row, whether the column is decoded (PIL image) or not (`{"bytes", "path"}`).
+    """Decoded RGB image of a row, whether the column is decoded (PIL image) or not (`{"bytes", "path"}`); alpha is
+    dropped.
 
-    To have a broken file reported by its row, read the data set with `cast_column("image", Image(decode=False))`.
+    To have a broken file reported by its row, read the data set with `cast_column("image", Image(decode=False))`,
+    since datasets turns images by their EXIF orientation as it decodes them.
 
     Raises:
-        SimIPUError: the image can't be read.
+        SimIPUError: the image can't be read, or is to be turned by its EXIF orientation: whether the calibration is
+            that of the pixels as they are stored or as they are shown cannot be told.
     """
     image = row["image"]
     try:
         if not isinstance(image, np.ndarray | Image.Image):
             encoded = image if isinstance(image, dict) else {"bytes": None, "path": image}
             image = Image.open(encoded["path"] if encoded["bytes"] is None else BytesIO(encoded["bytes"]))
+        orientation = image.getexif().get(ExifTags.Base.Orientation) if isinstance(image, Image.Image) else None
+        if orientation in range(2, 9):
+            raise ValueError(
+                f"EXIF orientation {orientation}: turn the pixels to what camera_projection speaks of, without the tag"
+            )
         image = to_8_bits(image)
-        return (Image.fromarray(image) if isinstance(image, np.ndarray) else image).convert("RGB")
+        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:
         raise _row_error(row, "image", "a readable image", f"{type(error).__name__}: {error}") from error
 

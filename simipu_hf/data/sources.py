@@ -1,6 +1,7 @@
 """Recognises where rows can be read: files of published data sets, Parquet, `save_to_disk`, the Hub."""
 
 import errno
+import glob
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -69,7 +70,7 @@ class Source:
     @cached_property
     def saved(self) -> Mapping[str, datasets.Dataset]:
         try:
-            saved = datasets.load_from_disk(self.location)
+            saved = datasets.load_from_disk(self.location).with_format(None)  # it keeps the format it was saved in
         except Exception as error:  # a folder that lacks a file or has no rows raises IndexError, KeyError and others
             raise SimIPUError(
                 f"{self.location}: expected what save_to_disk wrote, with rows, found: {error}"
@@ -161,8 +162,11 @@ def find_source(
         raise SimIPUError(
             f"{location}: expected the folder of Waymo Open Dataset v2, found one of its splits{_hint(folder)}"
         )
-    if next(folder.rglob("*.parquet"), None) is not None:
+    names = (name for _, _, names in os.walk(folder, followlinks=True) for name in names)
+    if any(name.endswith(".parquet") for name in names):
         location = os.path.abspath(location)  # a folder called "parquet" is not datasets' module of that name
+        if location != glob.escape(location):
+            raise SimIPUError(f"{location}: expected a path without *, ? and [, which datasets expands for Parquet")
         return Source(location, "parquet", _find_config(location, dataset_config_name))
     raise SimIPUError(
         f"{location}: expected a data set as published (KITTI, nuScenes, Waymo v2, Argoverse 2), a folder of Parquet "
@@ -179,7 +183,10 @@ def _find_config(source: str, wanted: str | None) -> str:
     try:
         names = datasets.get_dataset_config_names(source)
     except (ValueError, OSError, ImportError, datasets.exceptions.DatasetsError) as error:
-        raise SimIPUError(f"{source}: neither a folder here nor a data set that can be read: {error}") from error
+        what, folder = "neither a folder here nor a data set that can be read", Path(source)
+        if folder.is_dir():
+            what = f"expected a folder of one data set, found {_listed(folder)}{_hint(folder)}"
+        raise SimIPUError(f"{source}: {what} ({error})") from error
     if wanted is None and len(names) == 1:
         return names[0]
     if wanted is None or wanted not in names:

@@ -26,7 +26,7 @@ from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor, pad
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
 from .mixture import Mixture
-from .rows import REQUIRED_COLUMNS
+from .rows import REQUIRED_COLUMNS, image_from_row
 
 Range = tuple[float, float]
 OnBadRow = Literal["error", "skip"]
@@ -314,13 +314,13 @@ class TwoViewDataset(torch.utils.data.Dataset):
             SimIPUError: names the row and why it cannot be read.
         """
         with self._naming_unreadable(index):
-            return self.rows[index]
+            row = self.rows.cast_column("image", datasets.Image(decode=False))[index]
+            return {**row, "image": image_from_row(row)}
 
     @contextmanager
     def _naming_unreadable(self, index: int) -> Iterator[None]:
         try:
             yield
-        # Reading a row decodes its image, and Pillow raises OSError, SyntaxError, ValueError and errors of its own.
         except Exception as error:
             raise SimIPUError(f"{self._row_name(index)}: cannot be read ({error})") from error
 
@@ -331,7 +331,7 @@ class TwoViewDataset(torch.utils.data.Dataset):
             image = row["image"]
             if image["bytes"] is None and os.path.isfile(image["path"]):
                 image["bytes"] = Path(image["path"]).read_bytes()  # Pillow reads a file in thousands of small pieces
-            row["image"] = datasets.Image().decode_example(image)
+            row["image"] = image_from_row(row)
         try:
             return two_view_sample(row, self.processor, self.augmentation, seed=self.seed, epoch=epoch, index=index)
         except ValueError as error:

@@ -191,12 +191,12 @@ class HubUploader:
         if kind is None or self.running is None:
             return
         wait_for([self.running], 0 if kind is KeyboardInterrupt else LAST_WAIT)
-        if self.pending is not None:
+        left_out = self.pending  # once: the upload may fail meanwhile
+        if left_out is not None:
             self._remove_staged()
-            folder = self.output_dir / self.pending
             tqdm.write(
-                f"Hub: {self.pending} was not published before the run ended; publish it with\n"
-                f"  simipu-hf push --model {folder} --repo_id {self.repository.repo_id}"
+                f"Hub: {left_out} was not published before the run ended; publish it with\n"
+                f"  simipu-hf push --model {self.output_dir / left_out} --repo_id {self.repository.repo_id}"
             )
 
     @classmethod
@@ -250,7 +250,8 @@ class HubUploader:
             commit = self.repository.upload(staged, f"Training in progress, {name}")
             tqdm.write(f"Hub: published {name} as {self.repository.repo_id} ({commit[:8]})")
         except Exception as error:  # whatever it is, training goes on
-            tqdm.write(f"Hub: {name} was not published: {error}")
+            if staged.exists():  # else the run has ended, and has said so
+                tqdm.write(f"Hub: {name} was not published: {error}")
         finally:
             self.pending = None if self.pending == name else self.pending
             shutil.rmtree(staged, ignore_errors=True)

@@ -85,6 +85,9 @@ def load_image_encoder(
     try:
         model = cast("TimmModel", timm.create_model(architecture, **kwargs))
     except Exception as error:
+        if kwargs["pretrained"] is True and architecture == str(source):
+            hint = f"timm's weights cannot be had; random ones are called random:{architecture}"
+            raise SimIPUError(f"{source}: {hint}: {error}") from error
         raise SimIPUError(f"{source}: timm cannot build {architecture} from it: {error}") from error
     model.pretrained_cfg.pop("state_dict", None)  # else the model would hold its initial weights for ever
     if verbose:
@@ -289,7 +292,8 @@ def load_dense_model(
     try:
         fields, _ = model_class.config_class.get_config_dict(source)
         if fields.get("model_type") != wanted:
-            raise SimIPUError(f"{source}: expected a {wanted!r} model, found {fields.get('model_type')!r}")
+            made = f"; make one with simipu-hf finetune-{wanted.removeprefix('simipu_')}" * (wanted != "simipu")
+            raise SimIPUError(f"{source}: expected a {wanted!r} model, found {fields.get('model_type')!r}{made}")
         # weights that were saved in half precision, too: evaluation and training count in single
         model = model_class.from_pretrained(source, dtype=torch.float32)
         processor = SimIPUImageProcessor.from_pretrained(source)

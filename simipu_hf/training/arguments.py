@@ -65,7 +65,7 @@ class RunArguments(Arguments):
     seed: int = 0
     """Of new weights, row order and augmentation."""
     dataloader_num_workers: int = 2
-    """Processes that load data; the result does not depend on it."""
+    """Processes that load data; the result depends on it with --streaming alone."""
     logging_steps: int = 10
     """Optimizer steps per logged line."""
     eval_steps: int = 0
@@ -146,7 +146,7 @@ class PreTrainingArguments(RunArguments):
     mixture: list[float] | None = None
     """Weight of each of several data sets; by size if None, which --streaming does not know."""
     streaming: bool = False
-    """Read while training, prepare nothing on disk; needs --max_steps."""
+    """Read while training, prepare nothing on disk; needs --max_steps and --lr_scheduler_type cosine, say."""
     cameras: list[int | str] | None = None
     """Cameras of a published data set, by its own names; its default ones if None."""
     scenes: list[str] | None = None
@@ -210,7 +210,7 @@ class PreTrainingArguments(RunArguments):
             "warmup_steps",
         )  # fmt: skip
         if not (self.data_dir or self.dataset_name):
-            raise SimIPUError("no data: give --data_dir, a KITTI folder, or --dataset_name")
+            raise SimIPUError("no data: give --data_dir or --dataset_name")
         check_sizes(self, "image_size")
         if self.validation_share is not None and not 0 < self.validation_share < 1:
             raise SimIPUError(f"--validation_share must be above 0 and below 1, found {self.validation_share}")
@@ -323,6 +323,7 @@ class DepthArguments(FineTuningRunArguments, DepthTaskArguments):
 
     accelerate launch -m simipu_hf.finetune_depth --image_encoder RUN --train_frames KITTI#train \\
         --test_frames KITTI#val --output_dir OUT
+
     accelerate launch -m simipu_hf.finetune_depth --image_encoder resnet50 --train_list eigen_train.txt \\
         --test_list eigen_test.txt --image_dir KITTI_RAW --depth_dir KITTI_DEPTH --output_dir OUT
 
@@ -505,8 +506,8 @@ class CompareArguments(FineTuningArguments):
     """What every comparison of image encoders takes, whatever the task."""
 
     image_encoders: list[str]
-    """NAME=SOURCE ..., SOURCE being whatever the task's --image_encoder takes. scratch, random weights of the first
-    one's architecture, is added where missing; the others are compared with it."""
+    """NAME=SOURCE ..., SOURCE being whatever the task's --image_encoder takes. Each is compared with
+    random weights of its architecture, added where missing: scratch, and scratch-ARCHITECTURE of a further one."""
     train_frames: list[str]
     """Frames with labels: SOURCE, SOURCE#SPLIT or SOURCE#SPLIT:ID,ID,..."""
     test_frames: list[str]
@@ -546,8 +547,11 @@ class CompareArguments(FineTuningArguments):
                 raise SimIPUError(f"--image_encoders {encoder}: expected NAME=SOURCE")
         if not all(0 < fraction <= 1 for fraction in self.label_fractions):
             raise SimIPUError(f"--label_fractions must be above 0 and at most 1, found {self.label_fractions}")
-        if min(self.max_steps, self.batch_size) < 1 or not 1 <= self.num_evaluations <= self.max_steps:
-            raise SimIPUError("--max_steps and --batch_size must be at least 1, --num_evaluations 1 to --max_steps")
+        for name in ("max_steps", "batch_size", "num_evaluations"):
+            if getattr(self, name) < 1:
+                raise SimIPUError(f"--{name} must be at least 1, found {getattr(self, name)}")
+        if self.num_evaluations > self.max_steps:
+            raise SimIPUError(f"--num_evaluations {self.num_evaluations} is more than --max_steps {self.max_steps}")
 
     def recipe(self) -> dict[str, Any]:
         """What all runs share; runs of another recipe in the same folder are not reused."""
@@ -593,7 +597,7 @@ class BenchmarkArguments(Arguments):
     """What every benchmark takes."""
 
     data_dir: str | None = None
-    """Rows to run on: KITTI, Parquet or save_to_disk folder; synthetic frames if neither is given."""
+    """Folder to read rows from, as for pretrain; synthetic frames if neither is given."""
     dataset_name: str | None = None
     """Hub id, or a folder."""
     preset: Literal["recommended", "official"] = "recommended"
@@ -734,7 +738,8 @@ def parse_arguments(cls: type[ArgumentsT], argv: Sequence[str] | None = None, pr
         SimIPUError: a configuration file that is missing or names an unknown flag, or a value that `cls` refuses.
         SystemExit: a flag that is not known or cannot be read (code 2), and `--help`.
     """
-    about_config = f"--config FILE reads flags from YAML, JSON, a run.yaml, or one of {', '.join(packaged_configs())}."
+    packaged = f", or one of {', '.join(packaged_configs())}" if _takes_packaged_configs(cls) else ""
+    about_config = f"--config FILE reads flags from YAML, JSON or a run.yaml{packaged}."
     description = f"{inspect.cleandoc(cls.__doc__ or '')}\n\n{about_config}"
     flags = expand_config(sys.argv[1:] if argv is None else argv, cls)
     # what `cls` refuses is for the caller: tyro would print it in a form of its own
@@ -747,7 +752,8 @@ def expand_config(argv: Sequence[str], cls: type) -> list[str]:
     """`argv` with the flags that `--config FILE` holds in front, where the ones that follow win.
 
     Raises:
-        SimIPUError: as [`read_config`], or the file names a flag that the dataclass `cls` does not have.
+        SimIPUError: as [`read_config`], or the file names a flag that the dataclass `cls` does not have. Of a packaged
+            configuration the benchmarks take the flags that they share with `pretrain`; other commands refuse it.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
@@ -755,9 +761,14 @@ def expand_config(argv: Sequence[str], cls: type) -> list[str]:
     if known.config is None:
         return flags
     names = [field.name for field in dataclasses.fields(cls)]
+    packaged = not Path(known.config).is_file() and known.config in packaged_configs()
+    if packaged and not _takes_packaged_configs(cls):
+        raise SimIPUError(f"--config {known.config} is for pretrain and benchmark")
     from_file = []
     for name, value in read_config(known.config).items():
         if name not in names:
+            if packaged:
+                continue  # it describes a training; a benchmark takes what concerns it
             close = difflib.get_close_matches(str(name), names, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise SimIPUError(f"--config {known.config}: unknown flag {name!r}{hint}")
@@ -766,6 +777,10 @@ def expand_config(argv: Sequence[str], cls: type) -> list[str]:
         else:
             from_file += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return from_file + flags
+
+
+def _takes_packaged_configs(cls: type) -> bool:
+    return any(field.name == "preset" for field in dataclasses.fields(cls))
 
 
 def packaged_configs() -> list[str]:

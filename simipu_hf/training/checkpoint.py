@@ -129,7 +129,8 @@ def verify_checkpoint(path: Path) -> None:
     if (path / TRAINER_STATE).is_file():
         return _verify_trainer_checkpoint(path)
     if not manifest_path.is_file():
-        raise SimIPUError(f"{path} is not a training checkpoint: it has no {MANIFEST}")
+        hint = "".join(f"; did you mean {inside}?" for inside in list_checkpoints(path)[-1:])
+        raise SimIPUError(f"{path} is not a training checkpoint: it has no {MANIFEST}{hint}")
     try:
         files = dict(json.loads(manifest_path.read_text(encoding="utf-8"))["files"])
         expected = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}

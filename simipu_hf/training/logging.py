@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,19 +41,22 @@ def check_trackers(names: list[str]) -> list[str]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a last line that was cut short is left out."""
+    """The lines of a `metrics.jsonl`; one that was cut short is left out."""
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines():
-        try:
+        with suppress(json.JSONDecodeError):
             lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
     return lines
 
 
-def cut_metrics(path: Path, step: int) -> None:
+def json_line(values: Mapping[str, Any]) -> str:
+    """A line of a `metrics.jsonl`; what is not a finite number, which JSON does not have, becomes null."""
+    return json.dumps(json.loads(json.dumps(values), parse_constant=lambda _: None)) + "\n"
+
+
+def cut_metrics(path: Path, step: float) -> None:
     """Drop the lines beyond `step`, and a line cut short, so that no step appears twice after a resume."""
-    kept = [line for line in read_metrics(path) if line["step"] <= step] if step and path.exists() else []
+    kept = [line for line in read_metrics(path) if line.get("step", 0) <= step] if step and path.exists() else []
     with atomic_write(path) as stream:
         stream.writelines(json.dumps(line) + "\n" for line in kept)
 
@@ -144,10 +147,7 @@ class RunLogger:
         """Write one line to `metrics.jsonl`, flushed so that a kill loses none, and to the trackers."""
         if not self.main:
             return
-        line = {"step": step, **values}
-        # JSON has no NaN: what is not a finite number is written as null
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        self._stream.write(json.dumps(finite) + "\n")
+        self._stream.write(json_line({"step": step, **values}))
         self._stream.flush()
         self.accelerator.log(dict(values), step=step)
 

@@ -2,13 +2,14 @@
 
 import hashlib
 import importlib.metadata
+import json
 import platform
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +44,19 @@ def find_checkpoint(arguments: RunArguments, start: str | None) -> Path | None:
         yet, so that one command serves the first start and every restart.
 
     Raises:
-        SimIPUError: the folder holds something else, a finished model without checkpoints for `"latest"`, or the
-            checkpoint does not exist.
+        SimIPUError: the folder holds something else, also than the run of the checkpoint, or a finished model without
+            checkpoints for `"latest"`, or the checkpoint does not exist.
     """
-    output_dir, resume = Path(arguments.output_dir), arguments.resume_from_checkpoint
+    output_dir, resume, checkpoint = Path(arguments.output_dir), arguments.resume_from_checkpoint, None
     if output_dir.exists() and not output_dir.is_dir():
         raise SimIPUError(f"--output_dir {output_dir} is a file")
     if resume not in (None, "latest"):
-        if not Path(resume).is_dir():
+        checkpoint = Path(resume)
+        if not checkpoint.is_dir():
             raise SimIPUError(f"--resume_from_checkpoint {resume}: no such folder")
-        return Path(resume)
+        folder = checkpoint.resolve().parent
+        if output_dir.resolve() == (folder.parent if folder.name.startswith("set_aside-") else folder):
+            return checkpoint
     if resume == "latest":
         found = newest_checkpoint(output_dir, on_damaged=lambda text: print(f"damaged, not used: {text}"))
         if found is None and (output_dir / "config.json").is_file():
@@ -72,7 +76,7 @@ def find_checkpoint(arguments: RunArguments, start: str | None) -> Path | None:
         check_earlier_run(output_dir, type(arguments).__name__)
         if start is not None:
             check_apart(start, output_dir)
-    return None
+    return checkpoint  # of another run: this one starts, in a folder of its own
 
 
 def check_earlier_run(folder: Path, kind: str) -> None:
@@ -164,6 +168,14 @@ def git_state() -> dict[str, Any] | None:
 def _git(*arguments: str) -> str:
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+
+def weights_fingerprint(weights: Mapping[str, torch.Tensor], about: Any = None) -> str:
+    """A short digest of named tensors of any data type, and of what JSON can say `about` them."""
+    digest = hashlib.sha256(json.dumps(about, default=str).encode())
+    for name, value in weights.items():
+        digest.update(name.encode() + value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def data_fingerprint(frame_ids: Iterable[str]) -> str:

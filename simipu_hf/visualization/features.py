@@ -92,6 +92,16 @@ class CellMap:
     def with_values(self, values: np.ndarray) -> "CellMap":
         return replace(self, values=values)
 
+    def bordered(self) -> "CellMap":
+        """One more cell on every side, as the outermost ones: beyond them the nearest cell counts."""
+        step, around = self.cell_size, ((1, 1), (1, 1), (0, 0))
+        pixels = np.pad(self.pixels, around, mode="edge")
+        pixels[0, :, 1] -= step[1]
+        pixels[-1, :, 1] += step[1]
+        pixels[:, 0, 0] -= step[0]
+        pixels[:, -1, 0] += step[0]
+        return CellMap(np.pad(self.values, around, "edge"), pixels, step, np.pad(self.inside, around[:2], "edge"))
+
 
 def cell_map(values: np.ndarray, grid: FeatureGrid, resize: np.ndarray, frame: Frame) -> CellMap:
     """Places a map of the processed image over the original image.

@@ -180,8 +180,11 @@ def draw_retrieval(frame: Frame, points: np.ndarray, maps: Sequence[CellMap], na
         cells = maps[row]
         values = np.where(cells.inside, cells.values[..., 0], np.nan)
         best = cells.pixels[np.unravel_index(np.nanargmax(values), values.shape)]
+        cells = cells.with_values(values[..., None]).bordered()
         _show_image(axes, frame, brightness=0.6, gray=True)
-        shown = axes.imshow(values, cmap=heat, extent=cells.extent, alpha=0.7, interpolation="nearest", zorder=1)
+        shown = axes.imshow(
+            cells.values[..., 0], cmap=heat, extent=cells.extent, alpha=0.7, interpolation="nearest", zorder=1
+        )
         _stay_within(axes, frame)
         axes.plot(*best, "s", mfc="none", mec="white", ms=9, mew=1.6, label="most similar cell", zorder=3)
         axes.plot(*pixels[row], "+", color="#4dffea", ms=15, mew=2.2, label="where the point is", zorder=3)
@@ -243,6 +246,7 @@ def _show_image(axes: Axes, frame: Frame, brightness: float = 1.0, gray: bool = 
 
 
 def _show_cells(axes: Axes, cells: CellMap, alpha: float = 1.0) -> None:
+    cells = cells.bordered()
     axes.imshow(cells.values, extent=cells.extent, alpha=alpha, interpolation="nearest", zorder=1)
 
 

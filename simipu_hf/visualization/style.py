@@ -96,5 +96,5 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
         SimIPUError: the file cannot be written.
     """
     with atomic_path(path) as beside:
-        figure.savefig(beside, format="png", dpi=120)
+        figure.savefig(beside, format="png", dpi=120, bbox_inches="tight")
     return Path(path)

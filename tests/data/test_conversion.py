@@ -1,6 +1,7 @@
 """Conversion to Parquet is exact, resumable and atomic."""
 
 import errno
+import io
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -8,9 +9,11 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from simipu_hf.data import conversion
 from simipu_hf.data.conversion import convert_to_parquet
+from simipu_hf.data.depth import image_and_depth
 from simipu_hf.data.loading import load_pretraining_dataset
 from simipu_hf.data.rows import dataset_from_rows, points_from_row, to_row
 from simipu_hf.errors import SimIPUError
@@ -171,6 +174,28 @@ def test_images_are_resized_and_encoded_anew(tmp_path):
     mass = np.asarray(row["image"].convert("L"), float)
     assert np.average(np.arange(20), weights=mass.sum(0)) == pytest.approx(40 / 4 - 0.5, abs=0.05)
     assert np.average(np.arange(30), weights=mass.sum(1)) == pytest.approx(30 / 2 - 0.5, abs=0.05)
+
+
+def test_labels_one_by_one_and_depth_are_resized_with_their_image(tmp_path):
+    depth = np.zeros((60, 80), np.uint16)
+    depth[30, 40] = 10 * 256
+    png = io.BytesIO()
+    Image.fromarray(depth).save(png, "png")
+    rows = [to_row("log/0", np.zeros((60, 80, 3), np.uint8), np.ones((2, 4)), np.eye(3, 4), np.eye(4))]
+    rows = dataset_from_rows(rows, tmp_path / "rows").add_column(
+        "objects", [[{"bbox": [9.5, 19.5, 29.5, 39.5], "rotation_y": 0.0}]]
+    )
+    rows.add_column("depth", ["depth.png"]).save_to_disk(tmp_path / "paths")
+    pictures = rows.add_column("depth", [{"bytes": png.getvalue(), "path": None}])
+    pictures.cast_column("depth", datasets.Image()).save_to_disk(tmp_path / "saved")
+    options = {"image_size": (30, 20), "cache_dir": tmp_path / "cache"}
+    with pytest.raises(SimIPUError, match=r"depth: expected datasets\.Image"):
+        convert_to_parquet(tmp_path / "wrong", str(tmp_path / "paths"), **options)
+    convert_to_parquet(tmp_path / "small", str(tmp_path / "saved"), **options)
+    row = load_pretraining_dataset(str(tmp_path / "small"), cache_dir=tmp_path / "cache")[0]
+    assert row["objects"][0]["bbox"] == [2, 9.5, 7, 19.5]
+    target = image_and_depth(row)[1]
+    assert (target.shape, target[15, 10], target.sum()) == ((30, 20), 10, 10)
 
 
 def test_boxes_of_labels_are_resized_with_their_image(object_root, tmp_path):

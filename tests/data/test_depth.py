@@ -46,6 +46,11 @@ def test_frames_are_selected_by_split_and_id(frames, tmp_path):
         select_frames([f"{frames}#train:000001,000009"])
     with pytest.raises(SimIPUError, match="twice"):
         select_frames([f"{frames}#train:000001,000001"])
+    rows = select_frames([f"{frames}#train:000000,000001"])
+    rows = rows.remove_columns("frame_id").add_column("frame_id", ["000000", "000000"])
+    rows.remove_columns("scene").add_column("scene", ["a", "b"]).save_to_disk(tmp_path / "scenes")
+    with pytest.raises(SimIPUError, match="expected one frame '000000', found 2"):
+        select_frames([f"{tmp_path / 'scenes'}#:000000"])
     with pytest.raises(SimIPUError, match=r"expected other rows than those taken before, found .*'000001'\) again"):
         select_frames([f"{frames}#train:000001", f"{frames}/../{Path(frames).name}#train"])
     with pytest.raises(SimIPUError, match="banana"):

@@ -13,10 +13,12 @@ from simipu_hf.data.detection import (
     collate_detection,
     mirror_boxes,
     move_projection,
+    objects_from_row,
     select_labelled,
 )
 from simipu_hf.data.frames import select_frames
-from simipu_hf.data.kitti_objects import KittiObjects, object_names
+from simipu_hf.data.inspection import inspect_dataset
+from simipu_hf.data.kitti_objects import OBJECT_TYPES, KittiObjects, object_names
 from simipu_hf.data.rows import dataset_from_rows, to_row
 from simipu_hf.errors import SimIPUError
 from simipu_hf.modeling.configuration_simipu import SimIPUDetectionConfig
@@ -158,3 +160,24 @@ def test_labels_numbered_otherwise_are_refused_and_other_objects_are_no_labels(t
     for other in ({"category": [3]}, {"type": ["Car"]}, [1, 2]):
         features = datasets.Dataset.from_list([{"objects": other}]).features
         assert object_names(features) == []
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_labels_may_be_stored_one_by_one_and_be_absent_of_a_row(tmp_path, one_by_one):
+    number, numbers = datasets.Value("float64"), datasets.Sequence(datasets.Value("float64"))
+    fields = {"type": datasets.ClassLabel(names=list(OBJECT_TYPES))}
+    fields |= dict.fromkeys(("bbox", "dimensions", "location"), numbers)
+    fields |= dict.fromkeys(("truncated", "occluded", "alpha", "rotation_y"), number)
+    one = dict.fromkeys(fields, 0) | {"bbox": [0, 0, 9, 9], "dimensions": [1, 1, 1], "location": [0, 0, 9]}
+    labels = [one] if one_by_one else {name: [value] for name, value in one.items()}
+    kind = [fields] if one_by_one else {name: datasets.Sequence(field) for name, field in fields.items()}
+    found = datasets.Dataset.from_list(
+        [{"objects": labels}, {"objects": None}], features=datasets.Features({"objects": kind})
+    )
+    image, points = np.zeros((16, 48, 3), np.uint8), np.ones((3, 4))
+    rows = [to_row(f"log/{index}", image, points, np.eye(3, 4), np.eye(4)) for index in range(2)]
+    rows = datasets.concatenate_datasets([dataset_from_rows(rows, tmp_path / "rows"), found], axis=1)
+    rows.save_to_disk(tmp_path / "labelled")
+    selected = select_labelled([str(tmp_path / "labelled")])
+    assert objects_from_row(selected[0]).type.tolist() == ["Car"]
+    assert inspect_dataset(tmp_path / "labelled").objects == {"Car": 1}

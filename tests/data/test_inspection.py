@@ -18,8 +18,9 @@ def test_inspection_counts_and_measures(object_root):
     scans = [np.fromfile(path, "<f4").reshape(-1, 4) for path in sorted(object_root.glob("t*ing/velodyne/*.bin"))]
     points = np.concatenate(scans)
     assert (report.splits, report.frames) == ({"train": 3, "val": 2, "test": 1}, 6)
-    assert (report.image_sizes, report.objects) == ({"48x16": 6}, {"Car": 2})
-    assert report.problems == report.notes == []
+    assert (report.image_sizes, report.objects) == ({"48x16": 6}, {"DontCare": 4, "Car": 2})
+    assert report.problems == []
+    assert ["have no file in label_2" in note for note in report.notes] == [True, True]  # of train and val
     for index, column in enumerate(("x", "y", "z", "reflectance")):
         found = report.ranges[column]
         np.testing.assert_allclose(
@@ -137,7 +138,7 @@ def test_scans_of_other_columns_and_labels_that_cannot_be_used_are_named(object_
     report = inspect_dataset(data_dir=object_root, split="train")
     assert [problem.frames for problem in report.problems] == [["train/000000"], ["train/000001"]]
     assert "000001.txt, line 1" in report.problems[1].message
-    assert report.objects == {"Car": 3}
+    assert report.objects == {"Car": 3, "DontCare": 1}
 
 
 def test_only_what_is_asked_for_is_looked_at(object_root, raw_root, tmp_path):

@@ -70,6 +70,24 @@ def test_images_come_as_path_bytes_array_or_pil(tmp_path):
         np.testing.assert_array_equal(np.asarray(image_from_row(row)), np.full((4, 6, 3), (1, 2, 3)))
 
 
+def test_an_image_is_stored_and_read_in_one_way(tmp_path):
+    wide = np.full((4, 6, 3), 0x40FF, np.uint16)
+    wide[0] = 0x8001
+    clear = Image.new("RGBA", (6, 4), (1, 2, 3, 0))
+    first, second = dataset_from_rows([make_row(image=wide), make_row("b", image=clear)], tmp_path)
+    np.testing.assert_array_equal(np.asarray(first["image"])[:2, 0], [[128] * 3, [65] * 3])
+    assert image_from_row(second).getpixel((0, 0)) == (1, 2, 3)
+    for suffix, orientation in (("png", 6), ("jpg", 3), ("jpg", 1)):
+        exif = Image.Exif()
+        exif[0x112] = orientation
+        Image.new("RGB", (6, 4)).save(tmp_path / f"turned.{suffix}", exif=exif)
+        if orientation == 1:
+            make_row(image=tmp_path / "turned.jpg")
+        else:
+            with pytest.raises(SimIPUError, match=f"frame a: image: .* EXIF orientation {orientation}"):
+                make_row(image=tmp_path / f"turned.{suffix}")
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -173,11 +191,13 @@ def test_parquet_folder(rows, tmp_path, streaming, monkeypatch):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_saved_folder(rows, tmp_path, streaming):
-    rows.save_to_disk(tmp_path / "one")
+    rows.with_format("torch").save_to_disk(tmp_path / "one")
     datasets.DatasetDict(train=rows, val=rows.select([0])).save_to_disk(tmp_path / "many")
 
     def count(folder, split):
-        return len(list(load_pretraining_dataset(tmp_path / folder, split=split, streaming=streaming)))
+        loaded = list(load_pretraining_dataset(tmp_path / folder, split=split, streaming=streaming))
+        check_row(loaded[0])  # whatever format it was saved in
+        return len(loaded)
 
     assert [count("one", None), count("one", "train"), count("one", "train[:2]")] == [4, 4, 2]
     assert [count("many", None), count("many", "validation"), count("many", "train[3:]+val")] == [4, 1, 2]
@@ -255,6 +275,22 @@ def test_damage_is_one_clear_error_and_can_be_skipped(object_root, tmp_path, num
         assert skipped[0].startswith("frame 000001: ")
 
 
+@pytest.mark.parametrize("skipped", [[], None])
+def test_a_frame_left_out_for_a_passing_reason_comes_back(object_root, tmp_path, monkeypatch, skipped):
+    def away(path):
+        if path.endswith("000001.bin"):
+            raise ValueError(f"{path}: a disk that is away")
+        return read_points(path)
+
+    read_points = kitti.read_points
+    load = partial(load_pretraining_dataset, data_dir=object_root, num_proc=1, cache_dir=tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr(kitti, "read_points", away)
+        assert len(load(skipped=[])) == 2
+    assert len(load(skipped=skipped)) == 3
+    assert not skipped
+
+
 def test_a_scan_without_a_point_in_the_image_is_damage(object_root, tmp_path):
     np.full((2, 4), -5.0, "<f4").tofile(object_root / "training/velodyne/000001.bin")
     with pytest.raises(SimIPUError, match="frame 000001: expected points of the scan in the image, found none"):
@@ -283,6 +319,9 @@ def test_what_is_no_data_set_is_named(tmp_path, object_root, raw_root):
     (tmp_path / "tracking/training/image_02").mkdir(parents=True)
     (tmp_path / "odometry/sequences/00/image_2").mkdir(parents=True)
     shutil.copytree(object_root / "training/velodyne", tmp_path / "gray/sequences/00/velodyne")
+    (tmp_path / "several/rows").mkdir(parents=True)
+    for name in ("train.parquet", "test.txt"):
+        (tmp_path / "several/rows" / name).write_text("none", encoding="utf-8")
     reduced = shutil.copytree(object_root, tmp_path / "reduced/kitti")
     (reduced / "training/velodyne").rename(reduced / "training/velodyne_reduced")
     cases = [
@@ -299,6 +338,7 @@ def test_what_is_no_data_set_is_named(tmp_path, object_root, raw_root):
         ({"data_dir": object_root / "training/velodyne"}, f"did you mean {object_root}"),
         ({"data_dir": raw_root / "2011_09_26"}, f"did you mean {raw_root}"),
         ({"data_dir": reduced.parent}, f"did you mean {reduced}"),
+        ({"data_dir": tmp_path / "several"}, "expected a folder of one data set, found rows"),
         ({"data_dir": reduced}, "rename it to velodyne"),
         ({"data_dir": tmp_path / "odometry"}, r"found none; they are in KITTI's data_odometry_velodyne\.zip"),
         ({"data_dir": tmp_path / "gray"}, r"no pair; the colour images are in KITTI's data_odometry_color\.zip"),
@@ -327,6 +367,17 @@ def test_a_folder_s_name_may_hold_the_mark_of_a_split(object_root, tmp_path):
     assert split_source("absent#val#2") == ("absent", "val#2")
     rows = load_pretraining_dataset(data_dir=f"{folder}#val", cache_dir=tmp_path / "cache")
     assert list(rows["frame_id"]) == ["000003", "000004"]
+
+
+def test_parquet_below_a_linked_folder_and_a_path_that_datasets_would_expand(rows, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "linked").mkdir()
+    rows.to_parquet(tmp_path / "real/train-00000-of-00001.parquet")
+    (tmp_path / "linked/data").symlink_to(tmp_path / "real")
+    assert len(load_pretraining_dataset(data_dir=tmp_path / "linked", cache_dir=tmp_path / "cache")) == 4
+    (tmp_path / "real").rename(tmp_path / "a [1]")
+    with pytest.raises(SimIPUError, match=r"a \[1\]: expected a path without"):
+        load_pretraining_dataset(data_dir=tmp_path / "a [1]")
 
 
 def test_an_address_of_parquet_files_is_streamed(rows, tmp_path):

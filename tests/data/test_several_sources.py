@@ -2,6 +2,8 @@
 
 import json
 from collections import Counter
+from functools import partial
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -11,7 +13,7 @@ from simipu_hf.data.conversion import convert_to_parquet
 from simipu_hf.data.loading import load_mixture, load_pretraining_dataset
 from simipu_hf.data.mixture import Mixture
 from simipu_hf.data.overlap import frames_on_both_sides, refuse_shared_frames
-from simipu_hf.data.rows import dataset_from_rows, scene_of, to_row
+from simipu_hf.data.rows import ROW_FEATURES, dataset_from_rows, dataset_from_stream, scene_of, to_row
 from simipu_hf.data.streaming import stream_two_views
 from simipu_hf.data.two_views import TwoViewAugmentation, TwoViewCollator
 from simipu_hf.errors import SimIPUError
@@ -51,6 +53,19 @@ def test_sources_are_joined_in_order(object_root, tmp_path):
             load_mixture(data_dir=[saved, object_root], mixture=weights, **options)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_of_other_types_are_left_out(tmp_path, streaming, caplog):
+    sources = []
+    for name, times in (("a", [1, 2]), ("b", ["noon", "one"])):
+        rows = datasets.load_from_disk(save(tmp_path / name, [f"{name}/0", f"{name}/1"]))
+        rows.add_column("time", times).add_column("number", [1, 2]).save_to_disk(tmp_path / name / "timed")
+        sources.append(tmp_path / name / "timed")
+    rows = load_pretraining_dataset(sources, streaming=streaming)
+    assert [row["frame_id"] for row in rows] == ["a/0", "a/1", "b/0", "b/1"]
+    assert set(rows.column_names) == {*ROW_FEATURES, "number"}
+    assert "left out, since their types differ between the data sets: time" in caplog.text
+
+
 def test_a_mixture_keeps_its_proportions_and_reaches_every_row():
     mixture = Mixture((70, 20, 10), (1, 2, 1), seed=5)
     counts = Counter()
@@ -88,6 +103,32 @@ def test_scenes_are_held_out_whole(tmp_path):
         load_pretraining_dataset(source, validation_share=1e-6)
     with pytest.raises(SimIPUError, match="between 0 and 1"):
         load_pretraining_dataset(source, validation_share=2)
+
+
+def test_a_scene_that_is_null_is_made_of_the_name(tmp_path):
+    rows = datasets.load_from_disk(save(tmp_path, [f"log{log}/0" for log in range(20)]))
+    scenes = [None if index % 2 else scene for index, scene in enumerate(rows["scene"][:])]
+    rows.remove_columns("scene").add_column("scene", scenes).save_to_disk(tmp_path / "null")
+    options = {"split": "validation", "validation_share": 0.2}
+    expected = [row["frame_id"] for row in load_pretraining_dataset(tmp_path / "saved", **options)]
+    for streaming in (False, True):
+        held_out = load_pretraining_dataset(tmp_path / "null", streaming=streaming, **options)
+        assert [row["frame_id"] for row in held_out] == expected
+
+
+def test_a_stream_that_is_stored_is_fresh_and_leaves_nothing(object_root, monkeypatch):
+    at_exit = []
+    monkeypatch.setattr("atexit.register", lambda *args, **kwargs: at_exit.append(partial(*args, **kwargs)))
+    for count in (60, 30):
+        np.ones((count, 4), "<f4").tofile(object_root / "training/velodyne/000000.bin")
+        stream = load_pretraining_dataset(data_dir=object_root, whole_scans=True, streaming=True)
+        stored = dataset_from_stream(stream)
+        assert (len(stored), len(stored[0]["points"])) == (3, count * 16)
+        [file] = stored.cache_files
+        assert stored.cast_column("image", datasets.Image(decode=False))[0]["image"]["bytes"] is None
+    for remove in at_exit:
+        remove()
+    assert not Path(file["filename"]).exists()
 
 
 def test_a_source_with_a_validation_split_keeps_it(object_root, tmp_path):
@@ -213,7 +254,9 @@ def test_a_stream_sees_every_row_of_an_epoch_in_another_order_each_time(shards, 
     assert seen[0] != seen[1] != names
 
 
-def test_streams_are_mixed_by_weight(shards, tmp_path):
+def test_streams_are_mixed_by_weight(shards, tmp_path, monkeypatch):
+    # datasets waits as long each time that a mixture is left
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
     other = save(tmp_path, [f"other/{index}" for index in range(40)], first=1000)
     with pytest.raises(SimIPUError, match="a weight for each data set"):
         load_mixture([shards, other], streaming=True)

@@ -394,11 +394,18 @@ def break_image(rows):
     rows[2]["image"] = {"bytes": buffer.getvalue()[:2000], "path": None}
 
 
+def turn_image(rows):
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x112] = 6
+    rows[2]["image"].save(buffer, "JPEG", exif=exif)
+    rows[2]["image"] = {"bytes": buffer.getvalue(), "path": None}
+
+
 def look_away(rows):
     rows[2]["lidar_to_camera"] = (np.diag([1, 1, -1, 1]) @ LIDAR_TO_CAMERA).tolist()
 
 
-@pytest.mark.parametrize("change", [break_points, break_image, look_away])
+@pytest.mark.parametrize("change", [break_points, break_image, turn_image, look_away])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_bad_rows_are_named_or_replaced_by_the_next(change, num_workers):
     with pytest.raises(SimIPUError, match=r"row 2 \(frame_id 000002\): "):
@@ -414,6 +421,12 @@ def test_bad_rows_are_named_or_replaced_by_the_next(change, num_workers):
     expected = make_sample(dataset.rows[3], dataset.processor, dataset.augmentation, seed=5, index=2)
     assert torch.equal(batches[1]["points_aug"][0], expected["points_aug"])
     assert not torch.equal(batches[1]["lidar_to_aug"][0], batches[1]["lidar_to_aug"][1])
+
+
+def test_alpha_is_dropped_as_everywhere_else():
+    dataset = make_dataset(1, change=lambda rows: rows[0]["image"].putalpha(0))
+    expected = make_sample(make_row(count=300), dataset.processor, dataset.augmentation, seed=5)
+    assert equal(dataset[0], expected)
 
 
 def test_a_data_set_that_cannot_work_is_refused():

@@ -107,6 +107,19 @@ def test_damage_is_named(tmp_path: Path, table: str, column: dict[str, list], me
         argoverse2.read_row(frame)
 
 
+def test_what_changes_on_disk_is_read_again(tmp_path: Path) -> None:
+    log = tmp_path / "val" / "log"
+    make_log(log, **{"calibration/intrinsics": {"fx_px": [77.0]}})
+    [frame] = argoverse2.list_frames("sensor", tmp_path, cameras=CAMERA).splits["val"]
+    assert argoverse2.read_row(frame)["camera_projection"][0][0] == 77
+    make_log(log)
+    sweep = pyarrow.feather.read_table(frame.sweep)
+    pyarrow.feather.write_feather(sweep.slice(0, 64), frame.sweep)
+    row = argoverse2.read_row(frame, whole_scans=True)
+    assert row["camera_projection"][0][0] == 40
+    assert len(row["points"]) == 64 * 16
+
+
 def test_missing_and_truncated_files_are_named(tmp_path: Path) -> None:
     log = tmp_path / "val" / "log"
     make_log(log)

@@ -1,9 +1,11 @@
 """The readers are files of their own, so what they share is copied: the copies must stay the same."""
 
 import inspect
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from simipu_hf.dataset_scripts import argoverse2, kitti, nuscenes, waymo
 from simipu_hf.modeling import feature_extraction_simipu
@@ -12,6 +14,21 @@ from simipu_hf.modeling import feature_extraction_simipu
 def test_copies_are_the_same() -> None:
     copies = {inspect.getsource(reader.points_in_view) for reader in (argoverse2, kitti, nuscenes, waymo)}
     assert len(copies) == 1
+
+
+def test_an_image_cut_short_is_told_by_the_same_rule(tmp_path: Path) -> None:
+    copies = {inspect.getsource(reader.image_size) for reader in (argoverse2, kitti, nuscenes)}
+    assert len(copies) == 1
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 64, 3), dtype=np.uint8)
+    for suffix in ("jpg", "png"):
+        path = tmp_path / f"image.{suffix}"
+        Image.fromarray(pixels).save(path)
+        data = path.read_bytes()
+        path.write_bytes(data + b"\0" * 100)  # padding is harmless
+        assert kitti.image_size(str(path)) == (64, 32)
+        path.write_bytes(data[:-100])
+        with pytest.raises(ValueError, match=f"{suffix}: expected a readable image"):
+            kitti.image_size(str(path))
 
 
 def test_labels_of_both_readers_have_the_same_columns() -> None:

@@ -58,8 +58,31 @@ def test_objects_have_all_label_fields(object_root, tmp_path):
         "location": [[-2.1, 1.65, 12.3]] * 2,
         "rotation_y": [-1.45, -1.45],
     }
-    for row in (rows[1], rows[2]):  # an empty label file, no label file
-        assert all(values == [] for values in row["objects"].values())
+    assert all(values == [] for values in rows[1]["objects"].values())  # an empty label file
+
+
+def test_a_frame_without_a_label_file_among_labelled_ones_is_one_unknown_region(object_root):
+    listing = kitti.list_frames("object", object_root())
+    assert ["2 of 4 frames have no file in label_2, the first 000002" in note for note in listing.notes] == [True]
+    assert kitti.read_row(listing.splits["train"][2])["objects"] == kitti.UNKNOWN_OBJECTS
+    assert kitti.read_row(listing.splits["test"][0])["objects"]["type"] == []
+
+
+@pytest.mark.parametrize("path", ["velodyne/000001.bin", "calib/000001.txt", "label_2/000001.txt"])
+def test_a_file_that_cannot_be_read_is_damage_of_its_frame(object_root, monkeypatch, path):
+    frame = kitti.list_frames("object", object_root()).splits["train"][1]
+
+    def broken(file, *args, **kwargs):
+        if str(file).replace(os.sep, "/").endswith(path):
+            raise OSError(5, "Input/output error")
+        return open(file, *args, **kwargs)
+
+    monkeypatch.setattr(kitti, "open", broken, raising=False)
+    with pytest.raises(ValueError, match=rf"{path[-10:]}: expected a .* found: .*Input/output error"):
+        kitti.read_row(frame)
+    problems = []
+    kitti.read_row(frame, problems=problems)
+    assert len(problems) == 1
 
 
 def test_raw_pairs_every_image_that_has_a_scan(raw_root, tmp_path):
@@ -268,6 +291,9 @@ def test_object_frames_know_their_drive_where_the_devkit_is_at_hand(object_root,
     frames = kitti.list_frames("object", root).splits
     assert [frame.scene[-6] for frame in frames["train"]] == ["3", "1", "4", "2"]
     assert [frame.scene for frame in frames["test"]] == ["testing/000000", "testing/000001"]
+    (root / "devkit_object/mapping/train_mapping.txt").write_text(mapping[:60])
+    with pytest.raises(ValueError, match=r"mapping\.txt: line 3: expected day, drive and frame, found '2 lines'"):
+        kitti.list_frames("object", root)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import datasets
 import numpy as np
@@ -244,9 +245,11 @@ def test_parts_that_were_not_downloaded_are_counted(tiny: TinyTables) -> None:
 
 def test_damaged_tables_are_named(tiny: TinyTables) -> None:
     tiny.tables["ego_pose"].pop(0)
+    tiny.tables["sample_data"][1]["calibrated_sensor_token"] = "lost"
     root = tiny.write()
     listing = nuscenes.list_frames("v1.0-mini", root)
-    assert "1 records have no ego_pose" in listing.problems[0]
+    assert "1 records have no calibrated_sensor, the first is samples/LIDAR_TOP" in listing.problems[0]
+    assert "1 records have no ego_pose" in listing.problems[1]
     path = tiny.root / "v1.0-mini" / "sample.json"
     path.write_text(path.read_text(encoding="utf-8")[:-20], encoding="utf-8")
     with pytest.raises(ValueError, match=r"sample\.json: expected a whole record"):
@@ -263,6 +266,9 @@ def test_damaged_tables_are_named(tiny: TinyTables) -> None:
     (tiny.root / "v1.0-mini/splits.json").write_text("[]")
     with pytest.raises(ValueError, match=r"splits\.json: expected split -> list of scenes, found \[\]"):
         nuscenes.split_names("v1.0-mini", root)
+    (tiny.root / "v1.0-mini/splits.json").write_text('{"day-light": ["scene-0061"]}')
+    with pytest.raises(ValueError, match=r"splits\.json: expected names of splits .* found 'day-light'"):
+        nuscenes.split_names("v1.0-mini", root)
 
 
 def test_damaged_frames_are_named(tiny: TinyTables) -> None:
@@ -277,6 +283,10 @@ def test_damaged_frames_are_named(tiny: TinyTables) -> None:
     assert row["image"] is None
     assert "64 x 32 pixels" in problems[0]
     assert "whole points of 20 bytes" in problems[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nuscenes, "open", Mock(side_effect=OSError(5, "Input/output error")), raising=False)
+        with pytest.raises(ValueError, match=r"\.bin: expected a LiDAR scan, found: .*Input/output error"):
+            nuscenes.read_points(frame.scan)
     np.random.default_rng(0).normal(size=(20, 4)).astype("<f4").tofile(frame.scan)
     with pytest.raises(ValueError, match="each x, y, z, intensity, ring, found other numbers"):
         nuscenes.read_points(frame.scan)
@@ -372,6 +382,15 @@ def test_tables_are_read_record_by_record(tmp_path: Path, monkeypatch: pytest.Mo
     path = tmp_path / "table.json"
     path.write_text("\ufeff" + json.dumps(records, indent=1), encoding="utf-8")  # longer than one part that is read
     assert list(nuscenes._records(str(path))) == records
+
+
+def test_the_index_is_made_anew_where_a_sensor_is_repaired(tiny: TinyTables) -> None:
+    root, path = tiny.write(), tiny.root / "v1.0-mini" / "sensor.json"
+    sound = path.read_text()
+    path.write_text(sound.replace("CAM_FRONT", "RADAR_FRONT"))
+    assert not nuscenes.list_frames("v1.0-mini", root).splits
+    path.write_text(sound)
+    assert nuscenes.list_frames("v1.0-mini", root).splits
 
 
 def test_the_index_is_kept_and_renewed(tiny: TinyTables, monkeypatch: pytest.MonkeyPatch) -> None:

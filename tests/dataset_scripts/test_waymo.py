@@ -139,9 +139,6 @@ class TinySegment:
         }
 
     def write(self) -> str:
-        waymo._index.cache_clear()
-        waymo._group.cache_clear()
-        waymo.read_points.cache_clear()
         lists = {
             "values": pa.list_(pa.float32()),
             "shape": pa.list_(pa.int32(), 3),
@@ -199,6 +196,19 @@ def test_damage_is_named(tiny: TinySegment, component: str, column: str, value: 
     frame = only_frame(tiny.write())
     with pytest.raises(ValueError, match=message):
         waymo.read_row(frame)
+
+
+def test_what_changes_on_disk_is_read_again(tiny: TinySegment) -> None:
+    tiny.rows["camera_calibration"]["[CameraCalibrationComponent].intrinsic.f_u"] = 77.0
+    frame = only_frame(tiny.write())
+    assert waymo.read_row(frame)["camera_projection"][0][0] == 77
+    tiny.rows["camera_calibration"]["[CameraCalibrationComponent].intrinsic.f_u"] = 20.0
+    tiny.rows["lidar"]["[LiDARComponent].range_image_return1.values"][0] = 9.0
+    (tiny.folder / "camera_image" / "._seg.parquet").write_bytes(b"of another system")
+    frame = only_frame(tiny.write())
+    row = waymo.read_row(frame, whole_scans=True)
+    assert row["camera_projection"][0][0] == 20
+    np.testing.assert_allclose(np.linalg.norm(np.frombuffer(row["points"], "<f4")[:3]), 9, rtol=1e-6)
 
 
 def test_missing_and_truncated_files_are_named(tiny: TinySegment) -> None:

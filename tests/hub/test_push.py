@@ -1,13 +1,16 @@
 """Publishing: what a repository holds, and what happens when the server or the token do not play along."""
 
 import shutil
+import subprocess
+import sys
+import threading
 
 import local_hub
 import pytest
 import yaml
 from huggingface_hub import DatasetCard
 
-from simipu_hf.errors import SimIPUError
+from simipu_hf.errors import MAY_HANG, SimIPUError
 from simipu_hf.hub import push
 from simipu_hf.hub.push import HubUploader, push_dataset, push_folder
 from simipu_hf.hub.sources import load_image_encoder
@@ -17,6 +20,10 @@ from simipu_hf.hub.sources import load_image_encoder
 def no_waiting(monkeypatch):
     """Waiting between attempts is not what is tested here."""
     monkeypatch.setattr(push, "sleep", lambda seconds: None)
+    yield
+    for thread in threading.enumerate():
+        if thread.name == MAY_HANG:  # with it a command of a later test would end the process
+            thread.join()
 
 
 # of this package's loop, and of transformers.Trainer
@@ -197,6 +204,36 @@ def test_checkpoint_deleted_during_its_upload_is_still_published_whole(endpoint,
     shutil.rmtree(checkpoint)
     wait(uploader)
     assert endpoint.files("owner/run")["model.safetensors"] == weights
+
+
+def test_a_run_that_ends_early_waits_for_an_upload_and_names_what_it_left_out(checkpoint, monkeypatch, capsys):
+    released = threading.Event()
+    monkeypatch.setattr(push._Repository, "upload", lambda *_: released.wait(30) and "c" * 40)
+    threading.Timer(0.2, released.set).start()
+    for limit in (30, 0.1):
+        monkeypatch.setattr(push, "LAST_WAIT", limit)
+        uploader = HubUploader("owner/run", checkpoint.parent)
+        uploader.checkpoint_saved(checkpoint)
+        with pytest.raises(RuntimeError), uploader:
+            raise RuntimeError
+        released.clear()
+    said = capsys.readouterr().out
+    released.set()
+    wait(uploader)
+    assert not list(checkpoint.parent.glob(".hub*"))
+    assert said.index("published checkpoint-20 as owner/run") < said.index("checkpoint-20 was not published before")
+    assert f"simipu-hf push --model {checkpoint} --repo_id owner/run" in said
+
+
+def test_an_upload_that_hangs_changes_no_exit_code():
+    program = (
+        "import time; from simipu_hf.errors import *; from simipu_hf.hub.push import _in_background\n"
+        "def run():\n _in_background(lambda: time.sleep(60)); raise TrainingInterrupted('stopped', 143)\n"
+        "import atexit; atexit.register(lambda: print('the interpreter ended it'))\n"
+        "raise SystemExit(exit_code_of(run))"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (143, "", "stopped\n")
 
 
 def test_strategy_end_publishes_only_the_end(endpoint, checkpoint):

@@ -132,6 +132,8 @@ def test_damage_is_named_and_passed_over(tmp_path, damage, message):
     heard = []
     assert newest_checkpoint(tmp_path, on_damaged=heard.append) == good
     assert len(heard) == 1
+    with pytest.raises(SimIPUError, match=r"did you mean .*checkpoint-2\?"):  # the run, not one of its checkpoints
+        load_checkpoint(tmp_path)
 
 
 def flip_a_bit(file):

@@ -41,7 +41,7 @@ from simipu_hf.training.optimizers import (
     create_schedule,
     learning_rates,
 )
-from simipu_hf.training.run_folder import current_command, data_fingerprint
+from simipu_hf.training.run_folder import current_command, data_fingerprint, weights_fingerprint
 from simipu_hf.training.sampling import GlobalBatchSampler, seed_micro_batch
 
 
@@ -490,3 +490,11 @@ def test_fingerprint_is_of_frames_and_their_order():
     assert data_fingerprint(["a", "b"]) == data_fingerprint(iter(["a", "b"]))
     assert data_fingerprint(["a", "b"]) != data_fingerprint(["b", "a"])
     assert data_fingerprint(["ab"]) != data_fingerprint(["a", "b"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_fingerprint_is_of_weights_of_any_type(dtype):
+    weights = {"a": torch.arange(6, dtype=dtype).view(2, 3), "n": torch.tensor(1, dtype=dtype)}
+    assert weights_fingerprint(weights) == weights_fingerprint({n: value.clone() for n, value in weights.items()})
+    assert weights_fingerprint(weights) != weights_fingerprint({**weights, "n": torch.tensor(2, dtype=dtype)})
+    assert weights_fingerprint(weights) != weights_fingerprint(weights, "resnet18")
