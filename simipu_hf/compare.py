@@ -57,7 +57,9 @@ def compare(arguments: CompareArguments, task: "Task") -> dict[str, Any]:
     check_target(output_dir, overwrite=True, is_earlier_output=lambda folder: (folder / RUNS_FILE).is_file())
     encoders = load_encoders(arguments.image_encoders)
     output_dir.mkdir(parents=True, exist_ok=True)
-    cut_metrics(output_dir / RUNS_FILE, math.inf)  # a line cut short would spoil the next one
+    (output_dir / RUNS_FILE).touch()
+    if (output_dir / RUNS_FILE).read_bytes()[-1:] not in (b"", b"\n"):
+        cut_metrics(output_dir / RUNS_FILE, math.inf)  # a line cut short would spoil the next one
     recipe = hashlib.sha256(json.dumps(arguments.recipe(), sort_keys=True).encode()).hexdigest()[:16]
     known = read_metrics(output_dir / RUNS_FILE)
     fractions = sorted(arguments.label_fractions, reverse=True)

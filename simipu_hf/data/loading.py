@@ -358,12 +358,19 @@ def join_rows(parts: Sequence[AnyDataset]) -> AnyDataset:
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(_with_common_columns(parts))
 
 
+def _unlike(feature: Any, other: Any) -> bool:
+    """Whether two columns differ in more than whether their images are decoded."""
+    both_images = isinstance(feature, datasets.Image) and isinstance(other, datasets.Image)
+    return feature != other and not both_images
+
+
 def _with_common_columns(parts: Sequence[AnyDataset]) -> list[AnyDataset]:
     columns = [column for column in parts[0].column_names if all(column in part.column_names for part in parts)]
     unlike = [
         column
         for column in columns
-        if column not in ROW_FEATURES and any(part.features[column] != parts[0].features[column] for part in parts)
+        if column not in ROW_FEATURES
+        and any(_unlike(part.features[column], parts[0].features[column]) for part in parts)
     ]
     if unlike:
         logger.warning(f"columns left out, since their types differ between the data sets: {', '.join(unlike)}")

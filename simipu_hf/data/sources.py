@@ -162,8 +162,7 @@ def find_source(
         raise SimIPUError(
             f"{location}: expected the folder of Waymo Open Dataset v2, found one of its splits{_hint(folder)}"
         )
-    names = (name for _, _, names in os.walk(folder, followlinks=True) for name in names)
-    if any(name.endswith(".parquet") for name in names):
+    if _holds_parquet(folder):
         location = os.path.abspath(location)  # a folder called "parquet" is not datasets' module of that name
         if location != glob.escape(location):
             raise SimIPUError(f"{location}: expected a path without *, ? and [, which datasets expands for Parquet")
@@ -172,6 +171,18 @@ def find_source(
         f"{location}: expected a data set as published (KITTI, nuScenes, Waymo v2, Argoverse 2), a folder of Parquet "
         f"files, or a save_to_disk folder; found {_listed(folder)}{_hint(folder)}"
     )
+
+
+def _holds_parquet(folder: Path) -> bool:
+    """Whether a Parquet file lies anywhere in a folder, also behind links, but for those to what was looked at."""
+    seen = set(map(str, folder.resolve().parents))
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(place) in seen:
+            folders.clear()
+        elif any(name.endswith(".parquet") for name in names):
+            return True
+        seen.add(os.path.realpath(place))
+    return False
 
 
 def _refuse_config(location: str, wanted: str | None) -> None:

@@ -191,9 +191,9 @@ def _metadata(
 
 def _license(name: str | None) -> tuple[str | None, str | None]:
     """A licence as the Hub takes it: one of its identifiers, or "other" and the name."""
-    if not name or re.fullmatch(r"[a-z0-9.-]+", name):
-        return name or None, None
-    return "other", name
+    if not name or re.fullmatch(r"[a-z0-9.-]+", name.lower()):
+        return name.lower() if name else None, None
+    return "other", re.sub(r"[^a-z0-9.]+", "-", name.lower())
 
 
 def _repositories(names: Any) -> list[str] | None:

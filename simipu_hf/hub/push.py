@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import sleep
@@ -21,7 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from tqdm.auto import tqdm
 
 from simipu_hf.errors import MAY_HANG, SimIPUError
-from simipu_hf.hub.card import CURVES, GENERATED, dataset_card, redact, run_of, write_model_card
+from simipu_hf.hub.card import CURVES, GENERATED, KITTI_LICENSE, dataset_card, redact, run_of, write_model_card
 from simipu_hf.hub.export import write_timm
 from simipu_hf.hub.sources import find_image_encoder, hub_error, model_folder
 from simipu_hf.hub.weights import read_json, read_safetensors
@@ -43,7 +44,7 @@ RECORDS = ("run.yaml", "metrics.jsonl", CURVES)
 STAGED = ".hub-upload-"
 RETRIES = 4  # after a failure that may pass: a server's error, a timeout, no connection
 SHORTEST_LIMIT, SLOWEST_UPLOAD = 60, 250_000  # seconds, bytes a second: an attempt that takes longer counts as hung
-LAST_WAIT = 30  # seconds that a run which an error or a signal ends waits for a running upload
+LAST_WAIT = 20  # seconds that a run which an error or a signal ends waits for a running upload
 
 
 @dataclass
@@ -190,7 +191,10 @@ class HubUploader:
         """Where an error or a signal ends the run, give a running upload a little time, and say what it left out."""
         if kind is None or self.running is None:
             return
-        wait_for([self.running], 0 if kind is KeyboardInterrupt else LAST_WAIT)
+        if not self.running.done() and kind is not KeyboardInterrupt:
+            tqdm.write(f"Hub: waiting up to {LAST_WAIT} s for an upload")
+            with suppress(KeyboardInterrupt):
+                wait_for([self.running], LAST_WAIT)
         left_out = self.pending  # once: the upload may fail meanwhile
         if left_out is not None:
             self._remove_staged()
@@ -272,7 +276,7 @@ def push_dataset(
 
     Args:
         data: the folder, as `simipu-hf data convert --to parquet` writes it. A README.md in it that somebody wrote is
-            published as it is.
+            kept; only the licence is written into its header.
         repo_id: `user/name`.
         private: `None` means private where the rows are KITTI's.
         license: the Hub's name of the rows' licence, such as `"cc-by-4.0"`; `None` means that they come from KITTI
@@ -293,23 +297,23 @@ def push_dataset(
             splits[split] = splits.get(split, 0) + pyarrow.parquet.read_metadata(file).num_rows
         except (OSError, ValueError) as error:
             raise SimIPUError(f"{file}: this Parquet file cannot be read: {error}") from error
+    own_card = folder / "README.md"
+    own = DatasetCard.load(own_card) if own_card.is_file() else None
+    edited = own if own is not None and own.text.strip() and GENERATED not in own.content else None
+    license = license or (edited.data.license if edited else None)
     if license is None:
         private = True if private is None else private
         tqdm.write(
             "These rows are treated as KITTI's: CC BY-NC-SA 3.0, no commercial use, same terms. The repository is "
             f"{'private' if private else 'PUBLIC'}. For other data name their --license."
         )
-    own_card = folder / "README.md"
-    own = DatasetCard.load(own_card) if own_card.is_file() else None
-    edited = own is not None and own.text.strip() and GENERATED not in own.content
     with tempfile.TemporaryDirectory(prefix=STAGED) as staged:
         for file in [*files, *folder.glob("*.json")]:
             _place(file, Path(staged) / file.relative_to(folder))
         if edited:
-            _place(own_card, Path(staged) / "README.md")
-        else:
-            card = dataset_card(repo_id, license, splits, own.data if own else None)
-            (Path(staged) / "README.md").write_text(card, encoding="utf-8")
+            edited.data.license = license or KITTI_LICENSE
+        card = str(edited or dataset_card(repo_id, license, splits, own.data if own else None))
+        (Path(staged) / "README.md").write_text(card, encoding="utf-8")
         repository = _Repository(repo_id, token, private, repo_type="dataset")
         return PushReport(repository.url, repository.upload(Path(staged), "Upload data set"))
 

@@ -54,9 +54,14 @@ def find_checkpoint(arguments: RunArguments, start: str | None) -> Path | None:
         checkpoint = Path(resume)
         if not checkpoint.is_dir():
             raise SimIPUError(f"--resume_from_checkpoint {resume}: no such folder")
-        folder = checkpoint.resolve().parent
+        folder = checkpoint.absolute().parent.resolve()
         if output_dir.resolve() == (folder.parent if folder.name.startswith("set_aside-") else folder):
             return checkpoint
+        if output_dir.is_dir() and any(output_dir.iterdir()):
+            raise SimIPUError(
+                f"--output_dir {output_dir} is not empty, and {resume} is a checkpoint of another run: choose another "
+                "folder to start from it, or --resume_from_checkpoint latest for the run in this one"
+            )
     if resume == "latest":
         found = newest_checkpoint(output_dir, on_damaged=lambda text: print(f"damaged, not used: {text}"))
         if found is None and (output_dir / "config.json").is_file():

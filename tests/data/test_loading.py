@@ -319,6 +319,9 @@ def test_what_is_no_data_set_is_named(tmp_path, object_root, raw_root):
     (tmp_path / "tracking/training/image_02").mkdir(parents=True)
     (tmp_path / "odometry/sequences/00/image_2").mkdir(parents=True)
     shutil.copytree(object_root / "training/velodyne", tmp_path / "gray/sequences/00/velodyne")
+    (tmp_path / "loop").mkdir()
+    (tmp_path / "loop/again").symlink_to(tmp_path / "loop")
+    (tmp_path / "loop/up").symlink_to(tmp_path)
     (tmp_path / "several/rows").mkdir(parents=True)
     for name in ("train.parquet", "test.txt"):
         (tmp_path / "several/rows" / name).write_text("none", encoding="utf-8")
@@ -338,6 +341,7 @@ def test_what_is_no_data_set_is_named(tmp_path, object_root, raw_root):
         ({"data_dir": object_root / "training/velodyne"}, f"did you mean {object_root}"),
         ({"data_dir": raw_root / "2011_09_26"}, f"did you mean {raw_root}"),
         ({"data_dir": reduced.parent}, f"did you mean {reduced}"),
+        ({"data_dir": tmp_path / "loop"}, "as published.*found again, up"),
         ({"data_dir": tmp_path / "several"}, "expected a folder of one data set, found rows"),
         ({"data_dir": reduced}, "rename it to velodyne"),
         ({"data_dir": tmp_path / "odometry"}, r"found none; they are in KITTI's data_odometry_velodyne\.zip"),

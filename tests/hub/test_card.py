@@ -86,7 +86,7 @@ def test_licence_that_the_hub_does_not_know_and_pipelines_that_there_are_none_of
     record["data"] = {"license": "Own Licence 1.0"}
     (folder / "run.yaml").write_text(yaml.safe_dump(record), encoding="utf-8")
     data = metadata(model_card(folder))
-    assert (data["license"], data["license_name"]) == ("other", "Own Licence 1.0")
+    assert (data["license"], data["license_name"]) == ("other", "own-licence-1.0")
     # transformers' pipeline of that name fails on a tuple of feature maps
     assert "pipeline_tag" not in data
     assert "image-feature-extraction" in data["tags"]

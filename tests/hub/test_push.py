@@ -302,6 +302,7 @@ def test_data_set_from_kitti_is_private_and_says_why(endpoint, tmp_path, capsys)
     )
     (tmp_path / "rows" / "README.md").write_text(header + "Important caveat.\n", encoding="utf-8")
     push_dataset(tmp_path / "rows", "owner/edited", license="cc-by-4.0")
-    assert endpoint.files("owner/edited", "datasets")["README.md"].decode() == header + "Important caveat.\n"
+    edited = DatasetCard(endpoint.files("owner/edited", "datasets")["README.md"].decode())
+    assert (edited.text.strip(), edited.data.tags, edited.data.license) == ("Important caveat.", ["mine"], "cc-by-4.0")
     with pytest.raises(SimIPUError, match="Parquet"):
         push_dataset(tmp_path / "absent", "owner/own")
