@@ -300,7 +300,8 @@ def push_dataset(
     own_card = folder / "README.md"
     own = DatasetCard.load(own_card) if own_card.is_file() else None
     edited = own if own is not None and own.text.strip() and GENERATED not in own.content else None
-    license = license or (edited.data.license if edited else None)
+    if license is None and edited and edited.data.license != KITTI_LICENSE:
+        license = edited.data.license
     if license is None:
         private = True if private is None else private
         tqdm.write(

@@ -302,6 +302,9 @@ def test_data_set_from_kitti_is_private_and_says_why(endpoint, tmp_path, capsys)
     )
     (tmp_path / "rows" / "README.md").write_text(header + "Important caveat.\n", encoding="utf-8")
     push_dataset(tmp_path / "rows", "owner/edited", license="cc-by-4.0")
+    assert not endpoint.repos["datasets", "owner/edited"].private
+    push_dataset(tmp_path / "rows", "owner/kitti-edited")  # no licence in it, none given
+    assert endpoint.repos["datasets", "owner/kitti-edited"].private
     edited = DatasetCard(endpoint.files("owner/edited", "datasets")["README.md"].decode())
     assert (edited.text.strip(), edited.data.tags, edited.data.license) == ("Important caveat.", ["mine"], "cc-by-4.0")
     with pytest.raises(SimIPUError, match="Parquet"):
