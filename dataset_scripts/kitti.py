@@ -176,9 +176,11 @@ def _object_drives(root: str) -> dict[str, str]:
         if all(map(os.path.isfile, paths)):
             order, lines = re.findall(r"\d+", " ".join(_lines(paths[0]))), [line.split() for line in _lines(paths[1])]
             for line in map(int, order):
-                if not (0 < line <= len(lines) and len(lines[line - 1]) == 3):
-                    found = " ".join(lines[line - 1]) if 0 < line <= len(lines) else f"{len(lines)} lines"
-                    raise ValueError(f"{paths[1]}: line {line}: expected day, drive and frame, found {found!r}")
+                fields = lines[line - 1] if 0 < line <= len(lines) else [f"{len(lines)} lines"]
+                if len(fields) != 3:
+                    raise ValueError(
+                        f"{paths[1]}: line {line}: expected day, drive and frame, found {' '.join(fields)!r}"
+                    )
             return {f"training/{index:06d}": lines[int(line) - 1][1] for index, line in enumerate(order)}
     return {}
 

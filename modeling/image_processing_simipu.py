@@ -110,11 +110,15 @@ class SimIPUImageProcessor(TorchvisionBackend):
 
     def __init__(self, **kwargs: Unpack[SimIPUImageProcessorKwargs]) -> None:
         super().__init__(**kwargs)
-        for name in ("image_mean", "image_std"):  # one number is that of every channel
-            if isinstance(getattr(self, name), int | float):
-                setattr(self, name, (float(getattr(self, name)),) * 3)
         if self.pad_size_divisor < 1:
             raise ValueError(f"pad_size_divisor: expected at least 1, found {self.pad_size_divisor}")
+
+    def _standardize_kwargs(self, **kwargs: Any) -> dict:  # type: ignore[override]
+        """transformers' form of settings; one mean, or one deviation, is that of every channel."""
+        for name in ("image_mean", "image_std"):
+            if isinstance(kwargs.get(name), int | float):
+                kwargs[name] = (float(kwargs[name]),) * 3
+        return super()._standardize_kwargs(**kwargs)
 
     def with_settings(self, **settings: Any) -> "SimIPUImageProcessor":
         """A copy of this processor with some settings changed.

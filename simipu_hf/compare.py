@@ -64,11 +64,15 @@ def compare(arguments: CompareArguments, task: "Task") -> dict[str, Any]:
     known = read_metrics(output_dir / RUNS_FILE)
     fractions = sorted(arguments.label_fractions, reverse=True)
     finished = []
+    weights = {
+        name: weights_fingerprint(encoder.state_dict, [encoder.architecture, encoder.model_args])
+        for name, encoder in encoders.items()
+    }
     plan = list(itertools.product(encoders, arguments.modes, fractions, arguments.seeds))
     for name, mode, fraction, seed in tqdm(plan, desc="runs", unit="run"):
         key = {"encoder": name, "mode": mode, "label_fraction": fraction, "seed": seed, "recipe": recipe}
         encoder = encoders[name]
-        key["weights"] = weights_fingerprint(encoder.state_dict, [encoder.architecture, encoder.model_args])
+        key["weights"] = weights[name]
         run = next((run for run in known if key.items() <= run.items()), None)
         if run is None:
             run = key | task.run(encoder, mode, fraction, seed)

@@ -30,7 +30,7 @@ from transformers.utils.logging import disable_progress_bar
 from simipu_hf.data.loading import AnyDataset, load_mixture, load_pretraining_dataset
 from simipu_hf.data.mixture import Mixture
 from simipu_hf.data.overlap import refuse_shared_frames, refuse_shared_stream
-from simipu_hf.data.rows import Frame, dataset_from_stream, image_from_row
+from simipu_hf.data.rows import Frame, dataset_from_stream
 from simipu_hf.data.sources import given_sources, refuse_second_split
 from simipu_hf.data.two_views import TwoViewAugmentation, TwoViewCollator, TwoViewDataset, to_model_inputs
 from simipu_hf.errors import SimIPUError, exit_code_of
@@ -519,7 +519,7 @@ def create_batches(
 def warn_of_squeezed_images(dataset: TwoViewDataset) -> None:
     """Say so where the resize changes the images' shape by a fifth: the preset's size is that of KITTI's camera."""
     try:
-        width, height = image_from_row(dataset.read_row(0)).size
+        width, height = dataset.read_row(0)["image"].size
     except ValueError:  # a damaged row is reported when it is used
         return
     new_height, new_width = dataset.processor.image_processor.output_size((height, width))

@@ -81,8 +81,9 @@ class Packing:
             moved = pixel_transform((0, 0, image.height, image.width), (height, width), False, True)
             row["camera_projection"] = (moved @ calibration_from_row(row)[0]).tolist()
             objects = row.get("objects")
-            if objects and {"bbox", "rotation_y"} <= by_field(objects).keys():  # not of another form
-                corners = np.reshape(by_field(objects)["bbox"], (-1, 2)) * moved.diagonal()[:2] + moved[:2, 2]
+            labels = by_field(objects)
+            if objects and {"bbox", "rotation_y"} <= labels.keys():  # not of another form
+                corners = np.reshape(labels["bbox"], (-1, 2)) * moved.diagonal()[:2] + moved[:2, 2]
                 boxes = corners.reshape(-1, 4).tolist()
                 if isinstance(objects, dict):
                     row["objects"] = {**objects, "bbox": boxes}

@@ -1,7 +1,6 @@
 """Frames by name, and the samples of them that a fine-tuned model is trained and measured on, whatever its task."""
 
 import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -57,17 +56,18 @@ def _select(specification: str, labels: bool) -> datasets.Dataset:
     if not ids:
         return rows
     wanted = _read_ids(ids, specification)
-    position = {frame_id: index for index, frame_id in enumerate(rows["frame_id"][:])}
-    missing = [frame_id for frame_id in wanted if frame_id not in position]
+    positions: dict[str, list[int]] = {}
+    for index, frame_id in enumerate(rows["frame_id"][:]):
+        positions.setdefault(frame_id, []).append(index)
+    missing = [frame_id for frame_id in wanted if frame_id not in positions]
     if missing:
         raise SimIPUError(f"{specification}: {len(missing)} frames are not there, the first {missing[0]!r}")
-    scenes = Counter(rows["frame_id"][:])
-    several = [frame_id for frame_id in wanted if scenes[frame_id] > 1]
+    several = [frame_id for frame_id in wanted if len(positions[frame_id]) > 1]
     if several:
-        raise SimIPUError(f"{specification}: expected one frame {several[0]!r}, found {scenes[several[0]]}")
+        raise SimIPUError(f"{specification}: expected one frame {several[0]!r}, found {len(positions[several[0]])}")
     if len(set(wanted)) < len(wanted):
         raise SimIPUError(f"{specification}: a frame is named twice")
-    return rows.select([position[frame_id] for frame_id in wanted])
+    return rows.select([positions[frame_id][0] for frame_id in wanted])
 
 
 def _read_ids(ids: str, specification: str) -> list[str]:

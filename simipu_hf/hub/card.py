@@ -191,9 +191,10 @@ def _metadata(
 
 def _license(name: str | None) -> tuple[str | None, str | None]:
     """A licence as the Hub takes it: one of its identifiers, or "other" and the name."""
-    if not name or re.fullmatch(r"[a-z0-9.-]+", name.lower()):
-        return name.lower() if name else None, None
-    return "other", re.sub(r"[^a-z0-9.]+", "-", name.lower())
+    if not name:
+        return None, None
+    identifier = re.sub(r"[^a-z0-9.]+", "-", name.lower())
+    return (identifier, None) if identifier == name.lower() else ("other", identifier)
 
 
 def _repositories(names: Any) -> list[str] | None:

@@ -193,8 +193,7 @@ def convert_checkpoint(
 def _write_pretraining_model(
     weights: EncoderWeights, state: StateDict, report: ConversionReport, path: Path, checkpoint: str | Path
 ) -> None:
-    with torch.device("meta"):
-        model = SimIPUForPreTraining(SimIPUConfig.from_preset("official", **official_fields(state, weights)))
+    model = _official_network(state, weights)
     expected = model.state_dict()
     converted = {f"simipu.image_encoder.{name}": value for name, value in weights.state_dict.items()}
     report.kind = "pre-training model"
@@ -300,9 +299,8 @@ def write_official(weights: EncoderWeights, path: Path, model: Path) -> None:
         raise SimIPUError(f"{file}: the official form takes a SimIPUForPreTraining model, which this is not")
     _check_resnet(weights, "official")
     official = to_official_state_dict(state | encoder)
-    with torch.device("meta"):
-        network = SimIPUForPreTraining(SimIPUConfig.from_preset("official", **official_fields(official, weights)))
-    check_state_dict(state, network.state_dict(), f"{file}: the official network has other point encoders and heads,")
+    expected = _official_network(official, weights).state_dict()
+    check_state_dict(state, expected, f"{file}: the official network has other point encoders and heads,")
     torch.save({"meta": {"simipu_hf": _note(weights)}, "state_dict": official}, path)
 
 
@@ -435,6 +433,12 @@ def _transformers_name(name: str) -> str:
         stage, block, kind, rest = match.groups()
         return f"encoder.stages.{int(stage) - 1}.layers.{block}.shortcut.{leaf[kind]}.{rest}"
     raise SimIPUError(f"{name} is no name of a plain ResNet")
+
+
+def _official_network(state: StateDict, weights: EncoderWeights) -> SimIPUForPreTraining:
+    """The network, without memory, that weights under official names belong to."""
+    with torch.device("meta"):
+        return SimIPUForPreTraining(SimIPUConfig.from_preset("official", **official_fields(state, weights)))
 
 
 def _check_resnet(weights: EncoderWeights, form: str) -> None:

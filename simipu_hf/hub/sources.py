@@ -292,11 +292,15 @@ def load_dense_model(
     try:
         fields, _ = model_class.config_class.get_config_dict(source)
         if fields.get("model_type") != wanted:
-            made = f"; make one with simipu-hf finetune-{wanted.removeprefix('simipu_')}" * (wanted != "simipu")
-            raise SimIPUError(f"{source}: expected a {wanted!r} model, found {fields.get('model_type')!r}{made}")
+            raise SimIPUError(
+                f"{source}: expected a {wanted!r} model, found {fields.get('model_type')!r}; make one with "
+                f"simipu-hf finetune-{wanted.removeprefix('simipu_')}"
+            )
         # weights that were saved in half precision, too: evaluation and training count in single
         model = model_class.from_pretrained(source, dtype=torch.float32)
         processor = SimIPUImageProcessor.from_pretrained(source)
+    except SimIPUError:
+        raise
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise SimIPUError(f"{source}: no {wanted!r} model with its image processor ({error})") from error
     return model.to(choose_device(device)), processor

@@ -50,6 +50,7 @@ def find_checkpoint(arguments: RunArguments, start: str | None) -> Path | None:
     output_dir, resume, checkpoint = Path(arguments.output_dir), arguments.resume_from_checkpoint, None
     if output_dir.exists() and not output_dir.is_dir():
         raise SimIPUError(f"--output_dir {output_dir} is a file")
+    occupied = output_dir.is_dir() and any(output_dir.iterdir())
     if resume not in (None, "latest"):
         checkpoint = Path(resume)
         if not checkpoint.is_dir():
@@ -57,7 +58,7 @@ def find_checkpoint(arguments: RunArguments, start: str | None) -> Path | None:
         folder = checkpoint.absolute().parent.resolve()
         if output_dir.resolve() == (folder.parent if folder.name.startswith("set_aside-") else folder):
             return checkpoint
-        if output_dir.is_dir() and any(output_dir.iterdir()):
+        if occupied:
             raise SimIPUError(
                 f"--output_dir {output_dir} is not empty, and {resume} is a checkpoint of another run: choose another "
                 "folder to start from it, or --resume_from_checkpoint latest for the run in this one"
@@ -71,7 +72,6 @@ def find_checkpoint(arguments: RunArguments, start: str | None) -> Path | None:
         if found is None:
             print(f"no checkpoint in {output_dir} yet: starting at the beginning")
         return found
-    occupied = output_dir.is_dir() and any(output_dir.iterdir())
     if occupied and not arguments.overwrite_output_dir:
         raise SimIPUError(
             f"--output_dir {output_dir} is not empty: choose another folder, continue the run in it with "
