@@ -1,4 +1,4 @@
-"""Every configuration and every preset of SimIPU: the encoders, how their features are compared, depth.
+"""Every configuration and every preset of SimIPU: the encoders, how their features are compared, depth, detection.
 
 Every difference between the official implementation and the recommended setting is one field here, so that
 an ablation is a flag. `SimIPUConfig.from_preset("official")` reproduces the official configuration

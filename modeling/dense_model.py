@@ -44,6 +44,7 @@ class SimIPUDenseModel(PreTrainedModel):
         """Make the encoder take images of another height and width, its position embeddings interpolated."""
         config: Any = self.config
         self.image_encoder = with_image_size(self.image_encoder, config.image_encoder_config, image_size)
+        self.train(self.training)
 
     def freeze_image_encoder(self, freeze: bool = True) -> None:
         """Train everything but the encoder: it gets no gradient and stays in evaluation mode (a probe)."""

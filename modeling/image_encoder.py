@@ -54,8 +54,7 @@ def build_image_encoder(config: SimIPUImageConfig) -> TimmModel:
                 module.eps = config.batch_norm_eps
             if config.batch_norm_momentum is not None:
                 module.momentum = config.batch_norm_momentum
-    for name in config.frozen:
-        _frozen_part(encoder, name).requires_grad_(False)
+    hold_frozen(encoder, config)
     for tensor in (*encoder.parameters(), *encoder.buffers()):
         if not tensor.is_meta:
             # timm has just initialised it by the architecture's own scheme: transformers leaves it as it is
@@ -239,11 +238,13 @@ def with_image_size(encoder: TimmModel, config: SimIPUImageConfig, image_size: S
             grids = (model.tokens_spatial_shape for model in (resized, encoder))  # Hiera's, which timm leaves to us
             state[name] = resample_abs_pos_embed(state[name], *grids, num_prefix_tokens=0)
     resized.load_state_dict(state)
-    return resized.to(next(encoder.parameters()).device).train(encoder.training)
+    for name, parameter in resized.named_parameters():
+        parameter.requires_grad_(encoder.get_parameter(name).requires_grad)
+    return resized.to(next(encoder.parameters())).train(encoder.training)  # device and data type
 
 
 def load_image_encoder_weights(encoder: TimmModel, state_dict: Mapping[str, Tensor], source: str) -> None:
-    """Load the weights of a timm model of the same architecture and size, a classifier among them left out.
+    """Load the weights of a timm model of the same architecture and size, without a classifier.
 
     Args:
         source: what they come from, for the message.
@@ -251,12 +252,10 @@ def load_image_encoder_weights(encoder: TimmModel, state_dict: Mapping[str, Tens
     Raises:
         ValueError: they do not fit.
     """
-    expected, classifier = encoder.state_dict(), ("fc.", "head.", "head_dist.", "classifier.")
-    found = {name: v for name, v in state_dict.items() if name in expected or not name.startswith(classifier)}
-    if problem := weights_misfit(found, expected):
+    if problem := weights_misfit(state_dict, encoder.state_dict()):
         architecture = encoder.pretrained_cfg["architecture"]
         raise ValueError(f"{source}: the weights do not fit {architecture}: {problem}; give model_args and image_size")
-    encoder.load_state_dict(found)
+    encoder.load_state_dict(state_dict)
 
 
 def weights_misfit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
@@ -278,9 +277,12 @@ def weights_misfit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) 
 
 
 def hold_frozen(encoder: TimmModel, config: SimIPUImageConfig) -> None:
-    """Put the frozen modules into evaluation mode again, after `train()`."""
+    """Give the frozen parts no gradient, and put them into evaluation mode.
+
+    Again after `train()`, which every `from_pretrained` ends with: transformers makes new parameters of loaded weights.
+    """
     for name in config.frozen:
-        part = _frozen_part(encoder, name)
+        part = _frozen_part(encoder, name).requires_grad_(False)
         if isinstance(part, nn.Module):
             part.eval()
 

@@ -183,13 +183,18 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
             if config.loss_per_stage
             else FeatureMapHead(sum(image_channels), *widths)
         )
-        if config.inter_modal_point_gradient == "none":
-            self.inter_point_head.requires_grad_(False)
         if config.cell_sampling == "grid":
             configured_grids(config.image_encoder_config)  # refuses stages without one before the first step
         # the encoder that training started from is no part of the model: neither saved nor trained
         object.__setattr__(self, "_anchor", None)
         self.post_init()
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "SimIPUForPreTraining":
+        super().train(mode)
+        if self.config.inter_modal_point_gradient == "none":  # again after loading, as in `hold_frozen`
+            self.inter_point_head.requires_grad_(False)
+        return self
 
     @can_return_tuple
     def forward(

@@ -56,7 +56,12 @@ class DenseDepthDecoder(nn.Module):
         hidden = self.project(pyramid[-1])
         for block, skip in zip(self.blocks, reversed(pyramid[:-1]), strict=True):
             hidden = block(hidden, skip)
-        return torch.sigmoid(self.to_depth(hidden)) * self.max_depth
+        # in single precision at least: the eight bits of a bfloat16 make a few dozen depths
+        precision = torch.promote_types(hidden.dtype, torch.float32)
+        weight, bias = self.to_depth.weight.to(precision), self.to_depth.bias.to(precision)
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = nn.functional.conv2d(hidden.to(precision), weight, bias, padding=self.to_depth.padding)
+        return torch.sigmoid(logits) * self.max_depth
 
 
 class SimIPUForDepthEstimation(SimIPUDenseModel):
@@ -95,7 +100,6 @@ class SimIPUForDepthEstimation(SimIPUDenseModel):
         self,
         pixel_values: torch.Tensor,
         labels: torch.Tensor | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> DepthEstimatorOutput:
         """Predict depth, and the loss where `labels` are given.

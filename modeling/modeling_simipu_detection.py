@@ -120,7 +120,6 @@ class SimIPUForMonocular3DDetection(SimIPUDenseModel):
         pixel_values: Tensor,
         camera_projection: Tensor,
         labels: Sequence[Mapping[str, Tensor]] | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> SimIPUDetectionOutput:
         """Detect objects, and compute the losses where `labels` are given.
@@ -298,12 +297,13 @@ def encode_targets(
     cells, values = encode_boxes(boxes_3d[order], class_labels[order], camera_projection, grid, config)
     column, row = cells.unbind(-1)
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-    place = class_labels[order] * height * width + row * width + column
-    is_last = torch.ones_like(inside)
+    order, cells, values = order[inside], cells[inside], values[inside]
+    place = class_labels[order] * height * width + cells[:, 1] * width + cells[:, 0]
+    is_last = torch.ones_like(order, dtype=torch.bool)
     for index in range(len(order)):
         is_last[:index] &= place[:index] != place[index]
-    kept = inside & is_last
-    cells, values, boxes = cells[kept], values[kept], labels["boxes"][order][kept]
+    order, cells, values = order[is_last], cells[is_last], values[is_last]
+    boxes, class_labels = labels["boxes"][order], class_labels[order]
     y, x = (torch.arange(length, device=cells.device) for length in (height, width))
     heat_map, weight = values.new_zeros(classes, height, width), values.new_ones(classes, height, width)
     for box, label in zip(labels["ignored_boxes"], labels["ignored_labels"].tolist(), strict=True):
@@ -311,11 +311,11 @@ def encode_targets(
         covered = ((y >= low[1]) & (y <= high[1]))[:, None] & (x >= low[0]) & (x <= high[0])
         weight[slice(None) if label < 0 else label][..., covered] = 0
     sides = (boxes[:, 2:] - boxes[:, :2]) / boxes.new_tensor([grid.stride_x, grid.stride_y])
-    for cell, label, sigma in zip(cells, class_labels[order][kept].tolist(), _gaussian_sigma(sides), strict=True):
+    for cell, label, sigma in zip(cells, class_labels.tolist(), _gaussian_sigma(sides), strict=True):
         squared = (x - cell[0]).square() + (y - cell[1]).square()[:, None]
         heat_map[label] = torch.maximum(heat_map[label], torch.exp(-squared / (2 * sigma**2)))
     weight[heat_map == 1] = 1
-    return DetectionTargets(heat_map, weight, cells, class_labels[order][kept], values)
+    return DetectionTargets(heat_map, weight, cells, class_labels, values)
 
 
 def _gaussian_sigma(sides: Tensor) -> Tensor:

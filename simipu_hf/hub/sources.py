@@ -222,8 +222,9 @@ def _from_timm_folder(folder: Path, config: dict[str, Any], where: str) -> Encod
     state = read_safetensors(file)
     template = timm_template(config["architecture"], {k: v for k, v in model_args.items() if k != "num_classes"})
     state, eps = _as_trained(folder / TRAINED_STATISTICS, state, batch_norm_eps(template))
-    keys = template.state_dict().keys()
-    if all(name.split(".")[0] in ("fc", "head", "classifier") for name in state.keys() - keys):
+    keys, declared = template.state_dict().keys(), template.pretrained_cfg.get("classifier") or ()
+    classifiers = {"fc", "head", "classifier", *([declared] if isinstance(declared, str) else declared)}
+    if all(name.split(".")[0] in classifiers for name in state.keys() - keys):
         state = {name: value for name, value in state.items() if name in keys}
     order = (config.get("simipu") or {}).get("channel_order", "rgb")
     convention = InputConvention.from_data_config(pretrained_cfg, order)

@@ -129,8 +129,8 @@ def test_what_does_not_exist_is_named(fields, message):
 
 def test_weights_that_do_not_fit_are_named():
     encoder = build_image_encoder(SimIPUImageConfig(architecture="test_resnet"))
-    weights = timm.create_model("test_resnet", num_classes=10).state_dict()
-    load_image_encoder_weights(encoder, weights, "with a classifier")
+    weights = timm.create_model("test_resnet", num_classes=0).state_dict()
+    load_image_encoder_weights(encoder, weights, "fitting")
     assert torch.equal(encoder.layer1[0].conv1.weight, weights["layer1.0.conv1.weight"])
     with pytest.raises(ValueError, match=r"somewhere: the weights do not fit test_resnet: .*not expected \(surp"):
         load_image_encoder_weights(encoder, {"surprise": torch.zeros(1)}, "somewhere")

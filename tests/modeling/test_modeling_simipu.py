@@ -42,6 +42,17 @@ def test_a_step_has_finite_losses_and_gradients_where_it_should(preset):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
+def test_what_is_frozen_stays_so_after_loading(tmp_path):
+    built = SimIPUForPreTraining(tiny_config("official", image_config={"frozen": ["conv1", "layer1"]}))
+    built.save_pretrained(tmp_path)
+    loaded = SimIPUForPreTraining.from_pretrained(tmp_path)
+    trained, expected = ({n for n, p in m.named_parameters() if p.requires_grad} for m in (loaded, built))
+    assert trained == expected
+    frozen = {name for name, _ in loaded.named_parameters()} - trained
+    assert {name.split(".")[0] for name in frozen} == {"simipu", "inter_point_head"}
+    assert {name.split(".")[2] for name in frozen if name.startswith("simipu")} == {"conv1", "layer1"}
+
+
 def test_chance_level_counts_the_points_of_the_batch():
     output = SimIPUForPreTraining(tiny_config("official"))(**tiny_batch(batch_size=3))
     assert output.inter_modal_chance.item() == pytest.approx(math.log(3 * 32))
