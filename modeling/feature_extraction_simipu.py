@@ -1,5 +1,6 @@
 """Feature extractor of SimIPU: LiDAR scans in, clouds of a fixed number of points that the camera sees out."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from .geometry import camera_aligned_frame, inside_image, project_points, to_cal
 
 # No LiDAR sees 100 km far, and no reflectance is counted beyond 16 bits: larger values are another type of number.
 LARGEST_VALUE = 1e5
+OF_A_MAP = "subtract an origin from the coordinates of a map, which float32 cannot hold"
 
 
 class SimIPUFeatureExtractor(FeatureExtractionMixin):
@@ -81,8 +83,19 @@ class SimIPUFeatureExtractor(FeatureExtractionMixin):
             lidar_to_frame, frame_to_pixel = camera_aligned_frame(projection, extrinsics)
             cloud = transform_cloud(scan, lidar_to_frame)
         else:
+            self._check_axes(extrinsics)
             cloud, frame_to_pixel = scan, projection @ extrinsics
         return self._in_view(cloud, frame_to_pixel, image_size), frame_to_pixel
+
+    def _check_axes(self, lidar_to_camera: np.ndarray) -> None:
+        """Refuses a camera that does not look along the axis of x that `point_cloud_range` was made for."""
+        towards_x = lidar_to_camera[2, 0]  # of the optical axis, in the LiDAR's axes
+        if self.point_cloud_range is not None and towards_x < 0.5:
+            raise ValueError(
+                "lidar_to_camera: expected a camera that looks along x, within 60 degrees, as the official preset's "
+                f"point_cloud_range in LiDAR axes does, found {math.degrees(math.acos(max(towards_x, -1))):.0f}; use "
+                "the recommended preset"
+            )
 
     def _in_view(self, cloud: np.ndarray, frame_to_pixel: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
         kept = cloud
@@ -117,7 +130,7 @@ class SimIPUFeatureExtractor(FeatureExtractionMixin):
         camera_projection: Any,
         lidar_to_camera: Any,
         image_size: Any,
-        frame_id: Sequence[str] | None = None,
+        frame_id: str | Sequence[str] | None = None,
         seed: int = 0,
         return_tensors: str | None = "pt",
     ) -> BatchFeature:
@@ -139,6 +152,7 @@ class SimIPUFeatureExtractor(FeatureExtractionMixin):
         if not isinstance(points, list | tuple):
             rows = [[value] for value in rows]
         names = [f"row {row}" for row in range(len(rows[0]))] if frame_id is None else frame_id
+        names = [names] if isinstance(names, str) else names
         clouds, projections = [], []
         for name, *row in zip(names, *rows, strict=True):
             with naming_row(name):
@@ -156,8 +170,8 @@ def to_point_cloud(points: Any) -> np.ndarray:
         points: bytes of little-endian float32 records of four, or an array or tensor `(N, 4)`.
 
     Raises:
-        ValueError: half a record, another shape, NaN or infinite values, or bytes that are not four float32 a point;
-            the message then names the number and type that they are likely to be.
+        ValueError: half a record, another shape, NaN, infinite or huge values, or bytes that are not four float32 a
+            point; the message then names the number and type that they are likely to be.
     """
     if isinstance(points, bytes | bytearray | memoryview):
         values = _four_columns(points)
@@ -172,6 +186,10 @@ def to_point_cloud(points: Any) -> np.ndarray:
         raise ValueError(
             f"points: expected finite values, found {bad.sum()} of {len(values)} with NaN or infinity, the first at "
             f"index {bad.argmax()}"
+        )
+    if np.abs(values).max(initial=0) > LARGEST_VALUE:
+        raise ValueError(
+            f"points: expected metres from the sensor, found values up to {np.abs(values).max():.2g}: {OF_A_MAP}"
         )
     return values
 
@@ -200,7 +218,7 @@ def _likely_layout(data: bytes | bytearray | memoryview) -> str | None:
         if largest[dtype] <= LARGEST_VALUE:
             columns = _likely_columns(values)
             return None if (dtype, columns) == ("<f4", 4) else f"{columns} columns of {values.dtype.name}"
-    return f"another type: as float32 its values reach {largest['<f4']:.2g}"
+    return f"another type: as float32 its values reach {largest['<f4']:.2g} ({OF_A_MAP})"
 
 
 def _likely_columns(values: np.ndarray) -> int:

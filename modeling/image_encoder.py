@@ -279,7 +279,7 @@ def weights_misfit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) 
 def hold_frozen(encoder: TimmModel, config: SimIPUImageConfig) -> None:
     """Give the frozen parts no gradient, and put them into evaluation mode.
 
-    Again after `train()`, which every `from_pretrained` ends with: transformers makes new parameters of loaded weights.
+    Again after `train()`, with which `from_pretrained` ends: transformers makes new parameters of loaded weights.
     """
     for name in config.frozen:
         part = _frozen_part(encoder, name).requires_grad_(False)

@@ -3,10 +3,13 @@
 import copy
 import functools
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import PIL.ExifTags
+import PIL.Image
 import torch
 from PIL.Image import Image
 from transformers import BatchFeature
@@ -42,12 +45,27 @@ def pad_to_largest(images: Sequence[torch.Tensor], divisor: int = 32) -> torch.T
     return batch
 
 
+def refuse_turned(image: Any) -> None:
+    """
+    Raises:
+        ValueError: an image, or the file of one, that is to be turned by its EXIF orientation: whether a calibration
+            is that of the pixels as they are stored or as they are shown cannot be told.
+    """
+    if isinstance(image, str | os.PathLike) and os.path.isfile(image):
+        image = PIL.Image.open(image)
+    orientation = image.getexif().get(PIL.ExifTags.Base.Orientation) if isinstance(image, Image) else None
+    if orientation in range(2, 9):
+        raise ValueError(
+            f"EXIF orientation {orientation}: turn the pixels to what camera_projection speaks of, without the tag"
+        )
+
+
 def to_8_bits(image: Any) -> Any:
     """The image with 8 bits a channel; 16 bits are scaled to them, anything else is returned as it is.
 
     Raises:
-        ValueError: fewer than 16 bits stored in 16, 32-bit integers and booleans, which do not say what is white, or
-            floats in a file.
+        ValueError: at most 12 bits stored in 16, by the largest value of this image, 32-bit integers and booleans,
+            which do not say what is white, or floats in a file.
     """
     mode = image.mode if isinstance(image, Image) else str(getattr(image, "dtype", "")).removeprefix("torch.")
     if mode.startswith("I;16") or mode == "uint16":
@@ -147,7 +165,8 @@ class SimIPUImageProcessor(TorchvisionBackend):
     def process_image(self, image: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """transformers' conversion of one image to a tensor (C, height, width), of 16-bit images as well."""
         image = to_8_bits(image)
-        if isinstance(image, Image) and image.mode == "RGB":
+        if isinstance(image, Image) and kwargs.get("do_convert_rgb"):
+            image = image if image.mode == "RGB" else image.convert("RGB")  # alpha is dropped, as of rows
             # left channels-last in memory: torchvision resizes that three times as fast
             return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(kwargs.get("device"))
         return super().process_image(image, *args, **kwargs)

@@ -155,7 +155,6 @@ def ball_query(
 
     Source: official `ball_query_cuda.cu`.
     """
-    dtype = points.dtype
     points, centers = _at_least_float32(points).contiguous(), _at_least_float32(centers).contiguous()
     backend = _choose(
         "ball_query",
@@ -168,7 +167,7 @@ def ball_query(
     )
     if backend == "numba":
         rings = numba_ball_query(points, centers, _squared_radii(radii, points.dtype), num_samples)
-        return [Neighbors(index, weight.to(dtype), offsets) for index, weight, offsets in rings]
+        return [Neighbors(*ring) for ring in rings]
     if backend == "triton":
         padded = triton_ball_query_padded(points, centers, _squared_radii(radii, points.dtype), num_samples)
     else:
@@ -177,7 +176,7 @@ def ball_query(
     return [
         Neighbors(
             index=(index + first_row).flatten(),
-            weight=torch.ones(index.numel(), dtype=dtype, device=index.device),
+            weight=torch.ones(index.numel(), dtype=points.dtype, device=index.device),
             offsets=torch.arange(0, index.numel() + 1, index.shape[-1], device=index.device),
         )
         for index in padded

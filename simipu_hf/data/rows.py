@@ -12,7 +12,6 @@
 The points are bytes because every other column type is 10 to 2,000 times slower to read. Further columns are allowed.
 """
 
-import atexit
 import os
 import re
 import secrets
@@ -27,13 +26,13 @@ from typing import Any
 import datasets
 import numpy as np
 from datasets.arrow_writer import ArrowWriter
-from PIL import ExifTags, Image
+from PIL import Image
 
-from ..errors import SimIPUError
+from ..errors import AT_THE_END, SimIPUError
 from ..files import atomic_path
 from ..modeling.feature_extraction_simipu import to_point_cloud
 from ..modeling.geometry import inside_image, project_points, to_calibration
-from ..modeling.image_processing_simipu import to_8_bits
+from ..modeling.image_processing_simipu import refuse_turned, to_8_bits
 
 ROW_FEATURES = datasets.Features(
     {
@@ -79,18 +78,18 @@ def to_row(
         encoded = {"bytes": image, "path": None}
     elif isinstance(image, str | os.PathLike):
         encoded = os.path.abspath(image)
-    elif isinstance(image, np.ndarray):  # datasets would store 16 bits modulo 256
-        encoded = image_from_row({"frame_id": frame_id, "image": image})
+    elif isinstance(image, np.ndarray | Image.Image):
+        # datasets would store 16 bits modulo 256, and of an image that was opened and then changed its file
+        encoded = image_from_row({"frame_id": frame_id, "image": image}).copy()
     with _naming(frame_id):
-        cloud = to_point_cloud(points)
-    row = {
-        "frame_id": str(frame_id),
-        "image": encoded,
-        "points": cloud.astype("<f4", copy=False).tobytes(),
-        "camera_projection": np.asarray(camera_projection, dtype=np.float64).tolist(),
-        "lidar_to_camera": np.asarray(lidar_to_camera, dtype=np.float64).tolist(),
-        "scene": scene_of(str(frame_id)) if scene is None else str(scene),
-    }
+        row = {
+            "frame_id": str(frame_id),
+            "image": encoded,
+            "points": to_point_cloud(points).astype("<f4", copy=False).tobytes(),
+            "camera_projection": np.asarray(camera_projection, dtype=np.float64).tolist(),
+            "lidar_to_camera": np.asarray(lidar_to_camera, dtype=np.float64).tolist(),
+            "scene": scene_of(str(frame_id)) if scene is None else str(scene),
+        }
     check_row(row)
     return row
 
@@ -123,7 +122,7 @@ def dataset_from_stream(rows: datasets.IterableDataset) -> datasets.Dataset:
     if rows.features:  # their images as they are, not decoded and encoded anew
         rows = rows.cast_column("image", datasets.Image(decode=False))
     stored = dataset_from_rows(rows)
-    atexit.register(Path(stored.cache_files[0]["filename"]).unlink, missing_ok=True)
+    AT_THE_END.callback(Path(stored.cache_files[0]["filename"]).unlink, missing_ok=True)
     return stored
 
 
@@ -188,11 +187,7 @@ def image_from_row(row: Mapping[str, Any]) -> Image.Image:
         if not isinstance(image, np.ndarray | Image.Image):
             encoded = image if isinstance(image, dict) else {"bytes": None, "path": image}
             image = Image.open(encoded["path"] if encoded["bytes"] is None else BytesIO(encoded["bytes"]))
-        orientation = image.getexif().get(ExifTags.Base.Orientation) if isinstance(image, Image.Image) else None
-        if orientation in range(2, 9):
-            raise ValueError(
-                f"EXIF orientation {orientation}: turn the pixels to what camera_projection speaks of, without the tag"
-            )
+        refuse_turned(image)
         image = to_8_bits(image)
         image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
         image.load()

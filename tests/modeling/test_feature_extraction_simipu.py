@@ -51,6 +51,21 @@ def test_recommended_keeps_what_the_camera_sees_between_two_depths_in_its_frame(
     assert len(everything) > len(kept)
 
 
+@pytest.mark.parametrize(("degrees", "refused"), [(-90, True), (-55, False), (0, False), (55, False), (180, True)])
+def test_official_range_is_for_cameras_along_x(degrees, refused):
+    angle = np.radians(degrees)
+    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+    extrinsics = EXTRINSICS.copy()
+    extrinsics[:3, :3] = EXTRINSICS[:3, :3] @ turn.T
+    official = SimIPUProcessor.from_preset("official").feature_extractor
+    if refused:
+        with pytest.raises(ValueError, match=f"looks along x, .* found {abs(degrees)}"):
+            official.visible_points(make_points(), PROJECTION, extrinsics, SIZE)
+    else:
+        official.visible_points(make_points(), PROJECTION, extrinsics, SIZE)
+    SimIPUFeatureExtractor().visible_points(make_points(), PROJECTION, extrinsics, SIZE)
+
+
 def test_drawing_is_without_replacement_where_there_are_enough_points():
     points = make_points(50)
     for num_points, distinct in ((50, 50), (20, 20), (500, 50)):
@@ -106,6 +121,10 @@ def spoiled(points, value):
         (spoiled(make_points(), np.nan), "expected finite values, found 1 of 3000 .* at index 5"),
         (spoiled(make_points(), np.inf).tobytes(), "expected finite values, found 1 of 3000 .* at index 5"),
         (spoiled(make_points(), 1e19).tobytes(), "expected four float32 .* as float32 its values reach 1e[+]19"),
+        (
+            make_points().astype(float) + 4.5e5,
+            "expected metres .*, found values up to 4.5e[+]05: subtract",
+        ),
     ],
 )
 def test_a_damaged_scan_is_named(points, message):

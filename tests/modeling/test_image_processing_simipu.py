@@ -41,8 +41,6 @@ def test_official_pixel_values_are_bgr_minus_mean_padded_with_zeros():
 def test_padding_follows_the_divisor(divisor, padded):
     processor = SimIPUImageProcessor(size={"height": 50, "width": 100}, pad_size_divisor=divisor)
     assert processor(make_image(), return_tensors="pt")["pixel_values"].shape[-2:] == padded
-    with pytest.raises(ValueError, match="pad_size_divisor: expected at least 1, found 0"):
-        SimIPUImageProcessor(pad_size_divisor=0)
 
 
 def test_the_crop_is_the_bottom_centre_and_is_saved(tmp_path):
@@ -66,6 +64,12 @@ def test_other_modes_become_rgb(mode):
     batch = preset("recommended", (32, 64))(make_image().convert(mode), return_tensors="pt")
     assert sorted(batch) == ["image_sizes", "pixel_values"]
     assert batch["pixel_values"].shape == (1, 3, 32, 64)
+
+
+def test_alpha_is_dropped_as_of_stored_rows():
+    processor, clear = preset("recommended", (32, 64)), make_image()
+    clear.putalpha(0)
+    assert torch.equal(processor(clear)["pixel_values"], processor(make_image())["pixel_values"])
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
@@ -132,7 +136,9 @@ def test_one_number_is_that_of_every_channel():
     assert SimIPUImageProcessor(**half, do_rescale=False)(scaled, return_tensors="pt").pixel_values.isfinite().all()
 
 
-def test_a_misspelt_setting_is_refused():
+def test_wrong_settings_are_refused():
+    with pytest.raises(ValueError, match="pad_size_divisor: expected at least 1, found 0"):
+        SimIPUImageProcessor(pad_size_divisor=0)
     with pytest.raises(TypeError, match="no setting 'do_resise'"):
         SimIPUImageProcessor().with_settings(do_resise=False)
     with pytest.raises(TypeError, match="do_resise"):

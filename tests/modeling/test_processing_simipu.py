@@ -118,6 +118,17 @@ def test_bad_rows_are_named(change, message):
         processor(**good, crop_size={"height": 200, "width": 100})
 
 
+def test_turned_images_are_refused_with_points(tmp_path):
+    processor, row = SimIPUProcessor.from_preset("recommended", (32, 64), num_points=16), make_row()
+    exif = Image.Exif()
+    exif[0x112] = 3
+    Image.new("RGB", (250, 80)).save(tmp_path / "turned.png", exif=exif)
+    for image in (tmp_path / "turned.png", Image.open(tmp_path / "turned.png")):
+        with pytest.raises(ValueError, match="row 0: EXIF orientation 3"):
+            processor(**row | {"images": image})
+    processor(Image.open(tmp_path / "turned.png"))
+
+
 def test_settings_may_change_for_a_call_and_geometry_follows():
     processor, row = SimIPUProcessor.from_preset("recommended", (32, 64), num_points=50), make_row()
     changed = {"crop_size": {"height": 40, "width": 120}, "size": {"height": 64, "width": 96}}

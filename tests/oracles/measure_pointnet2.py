@@ -1,6 +1,6 @@
 """How much faster, and in how much less memory, the point encoder runs than its grouped definition.
 
-    python tests/oracles/measure_pointnet2.py --data_dir KITTI
+    python tests/oracles/measure_pointnet2.py --data_dir KITTI --preset official
 
 Takes the flags of `simipu-hf benchmark ops`. Prints both, forward and backward, and how far their features are apart
 in float64 on the first cloud; in float32 a rounding error can change which point is drawn next, and all that follows.
@@ -12,10 +12,11 @@ from functools import partial
 import torch
 from grouped_pointnet2 import GroupedPointNet2
 
-from simipu_hf.benchmark.inputs import choose_device, described, training_batch, two_view_dataset
+from simipu_hf.benchmark.inputs import described, training_batch, two_view_dataset
 from simipu_hf.benchmark.measure import BenchmarkResult, median_seconds, peak_bytes
 from simipu_hf.benchmark.ops import create_encoder
 from simipu_hf.training.arguments import BenchmarkOpsArguments, parse_arguments
+from simipu_hf.training.distributed import choose_device
 
 
 def measure(arguments: BenchmarkOpsArguments) -> BenchmarkResult:
