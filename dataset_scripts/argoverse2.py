@@ -45,6 +45,7 @@ from PIL import Image
 logger = datasets.logging.get_logger(__name__)
 
 VERSION = datasets.Version("1.0.0")
+LICENSE = "CC BY-NC-SA 4.0"
 SPLITS = ("train", "val", "test")
 CAMERAS = (
     "ring_front_center",
@@ -430,7 +431,7 @@ class Argoverse2(datasets.GeneratorBasedBuilder):
             description=f"{self.config.description}: camera + LiDAR pairs",
             features=features(self.config.name),
             homepage="https://www.argoverse.org/av2.html",
-            license="CC BY-NC-SA 4.0",
+            license=LICENSE,
             citation="Wilson et al.: Argoverse 2: Next Generation Datasets for Self-Driving Perception. NeurIPS 2021.",
         )
 
@@ -450,7 +451,10 @@ class Argoverse2(datasets.GeneratorBasedBuilder):
     def _generate_examples(self, frames: Iterable[Frame]) -> Iterator[tuple[str, dict[str, Any]]]:
         for frame in frames:
             try:
-                yield frame.frame_id, read_row(frame, self.config.whole_scans)
+                row = read_row(frame, self.config.whole_scans)
+                if not row["points"]:
+                    raise ValueError(f"frame {frame.frame_id}: expected points of the scan in the image, found none")
+                yield frame.frame_id, row
             except ValueError as error:
                 if self.config.on_bad_row == "error":
                     raise

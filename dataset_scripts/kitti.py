@@ -25,7 +25,7 @@ A row is one camera image with the LiDAR scan of the same instant:
 | `camera_projection` | 3 x 4 float64 | rectified camera 0 -> pixels: `P2`, `P3` (raw: `P_rect_0x`) |
 | `lidar_to_camera` | 4 x 4 float64 | LiDAR -> rectified camera 0: `R0_rect @ Tr_velo_to_cam` |
 | `objects` | sequence | `object` only: the 15 label fields of every object; empty where there is no `label_2`, |
-| | | one region of DontCare, all of the image, where that lacks the frame's file |
+| | | one region of DontCare, all of the image, where that lacks the frame's file or a line can't be used |
 
 The formats are those of the benchmark's own development kits (`readme.txt` of the object, odometry and raw data kits):
 https://www.cvlibs.net/datasets/kitti
@@ -133,6 +133,9 @@ def list_frames(
         ValueError: `data_dir` is no such KITTI folder, or a split, camera or scene asked for is not there.
     """
     root = _root(data_dir)
+    splits = (splits,) if isinstance(splits, str) else splits
+    cameras = (cameras,) if isinstance(cameras, int | str) else cameras
+    scenes = (scenes,) if isinstance(scenes, str) else scenes
     chosen = None if cameras is None else [int(camera) for camera in cameras]
     if chosen is not None and not set(chosen) <= {2, 3}:
         raise ValueError(f"cameras: expected 2 and / or 3 (KITTI's colour cameras), found {chosen}")
@@ -259,6 +262,7 @@ def _list_drives(
     drives = _odometry_drives(root) if name == "odometry" else _raw_drives(root, listing)
     if scenes is not None:
         listing.notes.clear()  # of what was not asked for
+        listing.problems.clear()
         suffix = "_sync" if name == "raw" else ""
         scenes = [scene if scene.endswith(suffix) else f"{scene}{suffix}" for scene in scenes]
         _require(scenes, [drive.scene for drive in drives], f"{root}: scenes")
@@ -566,27 +570,31 @@ def read_objects(path: str | None, problems: list[str] | None = None) -> dict[st
     """Field -> its value for every object of a label file; the fields are the benchmark's 15, boxes and vectors as
     lists. Empty lists where a folder has no labels (`path` None), `UNKNOWN_OBJECTS` where it has others'.
 
-    A 16th field, the score of a prediction, is dropped. Lines that can't be used are left out and named in `problems`.
+    A 16th field, the score of a prediction, is dropped. Lines that can't be used are named in `problems`, and stand as
+    one region of DontCare, all of the image: where their objects are is not known.
     """
     if path is not None and not os.path.isfile(path):
         return UNKNOWN_OBJECTS
     objects: dict[str, list] = {field: [] for field in OBJECT_FIELDS}
+    names, is_whole = {name.lower(): name for name in OBJECT_TYPES}, True
     for number, line in enumerate(_lines(path) if path else (), start=1):
         values = line.split()
         try:
             if not values:
                 continue
-            if len(values) not in (15, 16) or values[0] not in OBJECT_TYPES:
+            if len(values) not in (15, 16) or values[0].lower() not in names:
                 raise ValueError(f"expected 15 fields, the first one of {OBJECT_TYPES}, found {len(values)}")
             truncated, occluded, alpha, *box, rotation_y = [float(value) for value in values[1:15]]
-            parsed = (values[0], truncated, int(occluded), alpha, box[:4], box[4:7], box[7:10], rotation_y)
+            kind = names[values[0].lower()]
+            parsed = (kind, truncated, int(occluded), alpha, box[:4], box[4:7], box[7:10], rotation_y)
         except (ValueError, OverflowError) as error:
             if problems is not None:
                 problems.append(f"{path}, line {number}: {error}: {line.strip()!r}; this label is left out")
+            is_whole = False
             continue
         for field, value in zip(OBJECT_FIELDS, parsed, strict=True):
             objects[field].append(value)
-    return objects
+    return objects if is_whole else {field: objects[field] + UNKNOWN_OBJECTS[field] for field in OBJECT_FIELDS}
 
 
 def _lines(path: str) -> list[str]:
@@ -692,7 +700,10 @@ class Kitti(datasets.GeneratorBasedBuilder):
     def _generate_examples(self, frames: Iterable[Frame]) -> Iterator[tuple[str, dict[str, Any]]]:
         for frame in frames:
             try:
-                yield frame.frame_id, read_row(frame, self.config.whole_scans)
+                row = read_row(frame, self.config.whole_scans)
+                if not row["points"]:
+                    raise ValueError(f"frame {frame.frame_id}: expected points of the scan in the image, found none")
+                yield frame.frame_id, row
             except ValueError as error:
                 if self.config.on_bad_row == "error":
                     raise

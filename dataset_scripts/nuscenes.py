@@ -55,6 +55,7 @@ from PIL import Image
 logger = datasets.logging.get_logger(__name__)
 
 VERSION = datasets.Version("1.0.0")
+LICENSE = "CC BY-NC-SA 4.0 and the terms of use of nuScenes"
 VERSIONS = ("v1.0-trainval", "v1.0-mini", "v1.0-test")  # the first that is there is read
 SWEEPS, OBJECTS = "-sweeps", "-objects"
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_LEFT", "CAM_FRONT_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
@@ -212,23 +213,29 @@ class _Tables:
 
 def _pair(tables: _Tables, root: str, cameras: Sequence[str], scenes: set[str], sweeps: bool) -> list[Frame]:
     """Every image with the first scan that ends after it, both on disk."""
-    on_disk = _FilesOnDisk(root)
+
+    @functools.cache
+    def names(folder: str) -> frozenset[str]:  # one listing a folder instead of one question a file
+        full = os.path.join(root, *folder.split("/"))
+        return frozenset(os.listdir(full)) if os.path.isdir(full) else frozenset()
+
     missing: Counter[str] = Counter()
-    scans: dict[str, list[tuple[int, dict[str, Any]]]] = defaultdict(list)
+    scans: dict[str, list[dict[str, Any]]] = defaultdict(list)
     images = []
     for row in tables.data:
         channel, scene = tables.sensors[row["sensor"]][0], tables.scene(row)
         wanted = scene in scenes and (channel == LIDAR or (channel in cameras and (sweeps or row["key"])))
         if not wanted:
             continue
-        if row["filename"] not in on_disk:
+        folder, _, name = row["filename"].rpartition("/")
+        if name not in names(folder):
             missing[channel] += channel != LIDAR or row["key"]  # sweeps of the LiDAR are a help, not a need
         elif channel == LIDAR:
-            scans[scene].append((row["time"], row))
+            scans[scene].append(row)
         else:
             images.append(row)
     for found in scans.values():
-        found.sort(key=lambda item: item[0])
+        found.sort(key=lambda row: row["time"])
     frames, alone = [], 0
     for row in sorted(images, key=lambda row: (tables.scene(row), row["time"], row["filename"])):
         scan = _scan_of(row["time"], scans[tables.scene(row)])
@@ -244,12 +251,12 @@ def _pair(tables: _Tables, root: str, cameras: Sequence[str], scenes: set[str], 
     return frames
 
 
-def _scan_of(time: int, scans: list[tuple[int, dict[str, Any]]]) -> dict[str, Any] | None:
+def _scan_of(time: int, scans: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The first scan that ends at `time` or later, else the last before it; None where both are over a turn away."""
-    after = bisect.bisect_left(scans, time, key=lambda item: item[0])
+    after = bisect.bisect_left(scans, time, key=lambda row: row["time"])
     for index in (after, after - 1):
-        if 0 <= index < len(scans) and abs(scans[index][0] - time) <= TURN:
-            return scans[index][1]
+        if 0 <= index < len(scans) and abs(scans[index]["time"] - time) <= TURN:
+            return scans[index]
     return None
 
 
@@ -271,21 +278,6 @@ def _frame(tables: _Tables, root: str, image: dict[str, Any], scan: dict[str, An
     )
 
 
-class _FilesOnDisk:
-    """Whether files exist, by one listing a folder instead of one question a file."""
-
-    def __init__(self, root: str) -> None:
-        self.root = root
-        self.folders: dict[str, set[str]] = {}
-
-    def __contains__(self, path: str) -> bool:
-        folder, _, name = path.rpartition("/")
-        if folder not in self.folders:
-            full = os.path.join(self.root, *folder.split("/"))
-            self.folders[folder] = set(os.listdir(full)) if os.path.isdir(full) else set()
-        return name in self.folders[folder]
-
-
 def _published_splits(folder: str, there: set[str]) -> dict[str, set[str]]:
     version = os.path.basename(folder)
     if version == "v1.0-test":
@@ -296,7 +288,11 @@ def _published_splits(folder: str, there: set[str]) -> dict[str, set[str]]:
         splits = {"train": there - _scene_names(VAL), "val": _scene_names(VAL)}
     own = os.path.join(folder, "splits.json")
     if os.path.isfile(own):
-        lists = _load_json(own)
+        try:
+            with open(own, encoding="utf-8-sig") as file:
+                lists = json.load(file)
+        except ValueError as error:
+            raise ValueError(f"{own}: expected JSON, found: {error}") from error
         if not (isinstance(lists, dict) and all(isinstance(scenes, list) for scenes in lists.values())):
             raise ValueError(f"{own}: expected split -> list of scenes, found {str(lists)[:80]}")
         for name in lists:
@@ -353,14 +349,17 @@ def _build_index(sample_data: str, ego_pose: str, channels: dict[str, str]) -> p
     tokens = ("sample_token", "calibrated_sensor_token", "ego_pose_token")
     for record in _records(sample_data, *tokens, "filename", "timestamp", "is_key_frame", "width", "height"):
         if channels.get(record["calibrated_sensor_token"], LIDAR) in (*CAMERAS, LIDAR):
+            if not isinstance(record["filename"], str):
+                what = f"{sample_data}: record {record['token']}"
+                raise ValueError(f"{what}: expected a path as filename, found {record['filename']!r}")
             rows["sample"].append(record["sample_token"])
             rows["sensor"].append(record["calibrated_sensor_token"])
             rows["ego"].append(record["ego_pose_token"])
             rows["filename"].append(record["filename"])
-            rows["time"].append(int(record["timestamp"]))
+            rows["time"].append(_whole_number(record, "timestamp", sample_data))
             rows["key"].append(bool(record["is_key_frame"]))
-            rows["width"].append(int(record["width"]))
-            rows["height"].append(int(record["height"]))
+            rows["width"].append(_whole_number(record, "width", sample_data))
+            rows["height"].append(_whole_number(record, "height", sample_data))
     egos = rows.pop("ego", [])
     wanted = set(egos)
     records = _records(ego_pose, "rotation", "translation")
@@ -382,17 +381,20 @@ def _boxes(folder: str, problems: list[str]) -> dict[str, np.ndarray]:
             if category is None:
                 raise ValueError(f"expected an instance with a category, found {row['instance_token']!r}")
             size, pose = _vector(row, "size", 3, path), _pose(row, path)
-            if min(size) <= 0 or abs(np.linalg.norm(pose[:4]) - 1) > 0.01:
-                raise ValueError(f"expected a size above 0 and a unit quaternion, found {size} and {pose[:4]}")
+            is_finite = np.isfinite([*size, *pose]).all()
+            if not is_finite or min(size) <= 0 or abs(np.linalg.norm(pose[:4]) - 1) > 0.01:
+                expected = "a size above 0, a unit quaternion and a finite translation"
+                raise ValueError(f"expected {expected}, found {size} and {pose.tolist()}")
+            counts = [row.get("num_lidar_pts", 1), row.get("num_radar_pts", 0)]
+            if not all(isinstance(count, int | float) for count in counts):
+                raise ValueError(f"expected numbers of LiDAR and radar points, found {counts}")
         except ValueError as error:
-            message = str(error) if str(error).startswith(path) else f"{path}: record {row['token']}: {error}"
-            problems.append(f"{message}; this label is left out")
+            problems.append(str(error) if str(error).startswith(path) else f"{path}: record {row['token']}: {error}")
             continue
         kind = CATEGORIES.get(category, "DontCare")
         if kind is not None:
             occluded = OCCLUDED.get(row.get("visibility_token", ""), 3)
-            has_points = row.get("num_lidar_pts", 1) + row.get("num_radar_pts", 0) > 0
-            numbers = [OBJECT_TYPES.index(kind), occluded, has_points, *size, *pose]
+            numbers = [OBJECT_TYPES.index(kind), occluded, sum(counts) > 0, *size, *pose]
             boxes[row["sample_token"]].append(numbers)
     return {sample: np.array(found, np.float64) for sample, found in boxes.items()}
 
@@ -410,6 +412,13 @@ def _keep(table: pa.Table, path: str) -> None:
 def _pose(record: dict[str, Any], path: str) -> np.ndarray:
     """qw qx qy qz tx ty tz of a record."""
     return np.array([*_vector(record, "rotation", 4, path), *_vector(record, "translation", 3, path)])
+
+
+def _whole_number(record: dict[str, Any], field: str, path: str) -> int:
+    value = record[field]
+    if not isinstance(value, int | float) or not np.isfinite(value):
+        raise ValueError(f"{path}: record {record['token']}: expected a number as {field}, found {value!r}")
+    return int(value)
 
 
 def _vector(record: dict[str, Any], field: str, length: int, path: str) -> list[float]:
@@ -459,14 +468,6 @@ def _skip(text: str, position: int) -> int:
     return position
 
 
-def _load_json(path: str) -> Any:
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            return json.load(file)
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, found: {error}") from error
-
-
 def _tables(name: str, data_dir: str | os.PathLike | None) -> str:
     if data_dir is None or not os.path.isdir(data_dir):
         raise ValueError(f"data_dir must be the folder of nuScenes, found no folder at {data_dir!r}")
@@ -483,10 +484,11 @@ def _require(wanted: Iterable[str] | None, available: Iterable[str], what: str) 
 
 
 def fingerprint(frames: Iterable[Frame]) -> str:
-    """Changes with this file, the frames' files (by size and time of change) and their calibration."""
+    """Changes with this file, the frames' files (by size and time of change) and what the tables say of them."""
     with open(__file__, "rb") as file:
         digest = hashlib.sha256(file.read())
     for frame in frames:
+        digest.update(repr(frame[:6]).encode("utf-8"))
         for path in (frame.image, frame.scan):
             found = os.stat(path) if os.path.isfile(path) else None
             digest.update(repr((path, found and found.st_size, found and found.st_mtime_ns)).encode("utf-8"))
@@ -734,7 +736,7 @@ class NuScenes(datasets.GeneratorBasedBuilder):
             description=f"{self.config.description}: camera + LiDAR pairs",
             features=features(self.config.name),
             homepage="https://www.nuscenes.org",
-            license="CC BY-NC-SA 4.0 and the terms of use of nuScenes",
+            license=LICENSE,
             citation="Caesar et al.: nuScenes: A multimodal dataset for autonomous driving. CVPR 2020.",
         )
 
@@ -754,7 +756,10 @@ class NuScenes(datasets.GeneratorBasedBuilder):
     def _generate_examples(self, frames: Iterable[Frame]) -> Iterator[tuple[str, dict[str, Any]]]:
         for frame in frames:
             try:
-                yield frame.frame_id, read_row(frame, self.config.whole_scans)
+                row = read_row(frame, self.config.whole_scans)
+                if not row["points"]:
+                    raise ValueError(f"frame {frame.frame_id}: expected points of the scan in the image, found none")
+                yield frame.frame_id, row
             except ValueError as error:
                 if self.config.on_bad_row == "error":
                     raise

@@ -48,18 +48,14 @@ from PIL import Image
 logger = datasets.logging.get_logger(__name__)
 
 VERSION = datasets.Version("1.0.0")
+LICENSE = "Waymo Dataset License Agreement for Non-Commercial Use"
 FOLDERS = {"train": "training", "validation": "validation", "test": "testing"}
 CAMERAS = {"FRONT": 1, "FRONT_LEFT": 2, "FRONT_RIGHT": 3, "SIDE_LEFT": 4, "SIDE_RIGHT": 5}
 COMPONENTS = ("camera_image", "camera_calibration", "lidar", "lidar_calibration", "lidar_pose", "vehicle_pose")
 OPENCV_FROM_WAYMO = np.array([[0.0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
 TOP = 1  # the laser whose pixels have poses of their own
 
-SEGMENT, TIME, CAMERA, LASER = (
-    "key.segment_context_name",
-    "key.frame_timestamp_micros",
-    "key.camera_name",
-    "key.laser_name",
-)
+TIME, CAMERA, LASER = "key.frame_timestamp_micros", "key.camera_name", "key.laser_name"
 
 
 class Frame(NamedTuple):
@@ -424,6 +420,12 @@ def _points(folder: str, segment: str, time: int, states: tuple[tuple[int, int] 
         for name in ("range_image_return1", "range_image_return2"):
             image = scan.image(name)
             if image.size:
+                if image.shape[2] < 2:
+                    raise ValueError(f"{lidar}: {name}: expected range and intensity, found the shape {image.shape}")
+                shape = (*image.shape[:2], 6)
+                if pixel_poses is not None and pixel_poses.shape != shape:
+                    path = _path(folder, "lidar_pose", segment)
+                    raise ValueError(f"{path}: expected poses of the shape {shape}, found {pixel_poses.shape}")
                 inclinations = _inclinations(calibration, len(image))
                 points, valid = range_image_to_points(image[..., 0], inclinations, extrinsic, pixel_poses, vehicle)
                 clouds.append(np.column_stack([points, np.tanh(image[..., 1][valid])]))
@@ -540,7 +542,7 @@ class Waymo(datasets.GeneratorBasedBuilder):
             description=f"{self.config.description}: camera + LiDAR pairs",
             features=features(self.config.name),
             homepage="https://waymo.com/open",
-            license="Waymo Dataset License Agreement for Non-Commercial Use",
+            license=LICENSE,
             citation="Sun et al.: Scalability in Perception for Autonomous Driving: Waymo Open Dataset. CVPR 2020.",
         )
 
@@ -560,7 +562,10 @@ class Waymo(datasets.GeneratorBasedBuilder):
     def _generate_examples(self, frames: Iterable[Frame]) -> Iterator[tuple[str, dict[str, Any]]]:
         for frame in frames:
             try:
-                yield frame.frame_id, read_row(frame, self.config.whole_scans)
+                row = read_row(frame, self.config.whole_scans)
+                if not row["points"]:
+                    raise ValueError(f"frame {frame.frame_id}: expected points of the scan in the image, found none")
+                yield frame.frame_id, row
             except ValueError as error:
                 if self.config.on_bad_row == "error":
                     raise

@@ -58,7 +58,7 @@ class DenseDepthDecoder(nn.Module):
             hidden = block(hidden, skip)
         # in single precision at least: the eight bits of a bfloat16 make a few dozen depths
         precision = torch.promote_types(hidden.dtype, torch.float32)
-        weight, bias = self.to_depth.weight.to(precision), self.to_depth.bias.to(precision)
+        weight, bias = (parameter.to(precision) for parameter in self.to_depth.parameters())
         with torch.autocast(hidden.device.type, enabled=False):
             logits = nn.functional.conv2d(hidden.to(precision), weight, bias, padding=self.to_depth.padding)
         return torch.sigmoid(logits) * self.max_depth

@@ -120,7 +120,7 @@ def _in_threads(function: Callable, calls: Iterable[tuple]) -> list:
         return list(pool.map(lambda call: function(*call), calls))
 
 
-def _jit(**options: Any) -> Callable:
+def jit(**options: Any) -> Callable:
     """Compile on first use and keep the result on disk; without Numba leave the function as it is."""
 
     def compiled(function: Callable) -> Callable:
@@ -135,7 +135,7 @@ def _jit(**options: Any) -> Callable:
     return compiled
 
 
-@_jit()
+@jit()
 def _sample_coordinates(points, samples):
     n = len(points)
     order, starts = _buckets(points)
@@ -181,7 +181,7 @@ def _sample_coordinates(points, samples):
         samples[m] = farthest_point[best]
 
 
-@_jit()
+@jit()
 def _buckets(points):
     """A balanced k-d tree: point indices by bucket, and where each bucket starts (the end included)."""
     order = np.arange(len(points))
@@ -202,7 +202,7 @@ def _buckets(points):
     return order, starts
 
 
-@_jit()
+@jit()
 def _extent(points, axis, order, start, end):
     low = high = points[order[start], axis]
     for i in range(start + 1, end):
@@ -211,7 +211,7 @@ def _extent(points, axis, order, start, end):
     return low, high
 
 
-@_jit()
+@jit()
 def _partition(points, axis, order, start, end, middle):
     """Hoare's quickselect: afterwards nothing in order[start:middle] lies above anything in order[middle:end]."""
     left, right = start, end - 1
@@ -235,7 +235,7 @@ def _partition(points, axis, order, start, end, middle):
             return
 
 
-@_jit()
+@jit()
 def _sample_features(features, samples):
     n = len(features)
     samples[:] = 0
@@ -259,7 +259,7 @@ def _sample_features(features, samples):
         samples[m] = top
 
 
-@_jit()
+@jit()
 def _sift_down(heap, nearest):
     moved, parent = heap[0], 0
     while 2 * parent + 1 < len(heap):
@@ -273,12 +273,12 @@ def _sift_down(heap, nearest):
     heap[parent] = moved
 
 
-@_jit()
+@jit()
 def _farther(nearest, i, j):
     return nearest[i] > nearest[j] or (nearest[i] == nearest[j] and i < j)
 
 
-@_jit(fastmath={"reassoc", "nsz", "contract"})  # lets the sum run in several lanes
+@jit(fastmath={"reassoc", "nsz", "contract"})  # lets the sum run in several lanes
 def _dot(a, b):
     total = a.dtype.type(0)
     for c in range(len(a)):
@@ -286,7 +286,7 @@ def _dot(a, b):
     return total
 
 
-@_jit()
+@jit()
 def _query(points, centers, low, high, slots, first_row, index, count):
     """Fill `count` (rings, centres) and `index`: ring s from slot centres * sum(slots[:s]) on, without gaps."""
     num_rings = len(slots)
@@ -327,7 +327,7 @@ def _query(points, centers, low, high, slots, first_row, index, count):
             count[s, m] = found[s]
 
 
-@_jit()
+@jit()
 def _insert(members, found, slots, point):
     """Insert into a sorted list that keeps the `slots` smallest; returns its length."""
     if found == slots:
@@ -342,7 +342,7 @@ def _insert(members, found, slots, point):
     return found + 1
 
 
-@_jit()
+@jit()
 def _grid(points, radius):
     """Counting sort by cell: point indices by cell, where each cell starts, and the grid's origin and cell size."""
     origin, size = np.empty(2), np.empty(2)
@@ -363,7 +363,7 @@ def _grid(points, radius):
     return order, starts, origin, size
 
 
-@_jit()
+@jit()
 def _cell(value, origin, size):
     cell = (value - origin) / size
     if not cell > 0:  # also where it is not a number
@@ -371,7 +371,7 @@ def _cell(value, origin, size):
     return int(min(cell, GRID_SIZE - 1.0))
 
 
-@_jit()
+@jit()
 def _gather_max(rows, index, offsets, maximum, argument, first, last):
     for g in range(first, last):
         best, best_row = maximum[g], argument[g]
@@ -385,7 +385,7 @@ def _gather_max(rows, index, offsets, maximum, argument, first, last):
                 best_row[c] = row if better else best_row[c]
 
 
-@_jit()
+@jit()
 def _scatter_add(gradient, argument, rows_gradient, first, last):
     for g in range(len(gradient)):
         for c in range(first, last):

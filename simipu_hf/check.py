@@ -169,7 +169,9 @@ def _versions() -> str:
 
 
 def _optional_packages() -> str:
-    found = {name: package_version(name) or package_version(f"{name}-cu126") for name in OPTIONAL}
+    # what is imported as spconv is installed as spconv-cu126, or for another version of CUDA
+    distributions = importlib.metadata.packages_distributions()
+    found = {name: package_version(distributions.get(name, [name])[0]) for name in OPTIONAL}
     there = ", ".join(f"{name} {version}" for name, version in found.items() if version)
     absent = ", ".join(name for name, version in found.items() if not version)
     return f"{there or 'none'}" + (f"; absent: {absent}" if absent else "")

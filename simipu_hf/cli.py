@@ -70,10 +70,10 @@ class Shards:
     """Files of a split, at least: for streaming, processes times data-loading workers."""
     image_size: tuple[int, int] | None = None
     """Resize the images to this height and width."""
-    image_format: Literal["png", "jpeg"] | None = None
+    image_format: Literal["png", "jpeg", "webp"] | None = None
     """Encode the images anew."""
     quality: int = 90
-    """Of jpeg."""
+    """Of jpeg and webp."""
     whole_scans: Switch = False
     """Keep the points that the camera does not see."""
     num_proc: int | None = None

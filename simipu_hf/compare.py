@@ -14,15 +14,19 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from torch import nn
 from torch.optim.swa_utils import update_bn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
@@ -33,9 +37,10 @@ from .files import atomic_path, atomic_write, check_target, write_json
 from .finetuning import FineTuningTrainer, find_rgb_encoder, recipe
 from .hub.weights import EncoderWeights
 from .modeling.dense_model import SimIPUDenseModel
+from .modeling.image_encoder import image_feature_maps, pad_to_divisor
 from .training.arguments import CompareArguments
 from .training.logging import cut_metrics, read_metrics
-from .training.run_folder import weights_fingerprint
+from .training.run_folder import data_fingerprint, weights_fingerprint
 
 RUNS_FILE, RESULT_FILE, TABLE_FILE, PLOT_FILE = "runs.jsonl", "comparison.json", "comparison.md", "comparison.png"
 BASELINE = "scratch"
@@ -60,29 +65,30 @@ def compare(arguments: CompareArguments, task: "Task") -> dict[str, Any]:
     (output_dir / RUNS_FILE).touch()
     if (output_dir / RUNS_FILE).read_bytes()[-1:] not in (b"", b"\n"):
         cut_metrics(output_dir / RUNS_FILE, math.inf)  # a line cut short would spoil the next one
-    recipe = hashlib.sha256(json.dumps(arguments.recipe(), sort_keys=True).encode()).hexdigest()[:16]
+    settings = arguments.recipe() | task.data
+    recipe = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     known = read_metrics(output_dir / RUNS_FILE)
     fractions = sorted(arguments.label_fractions, reverse=True)
     finished = []
-    weights = {
-        name: weights_fingerprint(encoder.state_dict, [encoder.architecture, encoder.model_args])
-        for name, encoder in encoders.items()
-    }
+    identities = {}
+    for name, encoder in encoders.items():
+        about = [encoder.architecture, encoder.model_args, asdict(encoder.input)]
+        weights = weights_fingerprint(encoder.state_dict, about)
+        identities[name] = {"encoder": name, "recipe": recipe, "weights": weights}
     plan = list(itertools.product(encoders, arguments.modes, fractions, arguments.seeds))
     for name, mode, fraction, seed in tqdm(plan, desc="runs", unit="run"):
-        key = {"encoder": name, "mode": mode, "label_fraction": fraction, "seed": seed, "recipe": recipe}
+        key = identities[name] | {"mode": mode, "label_fraction": fraction, "seed": seed}
         encoder = encoders[name]
-        key["weights"] = weights[name]
         run = next((run for run in known if key.items() <= run.items()), None)
         if run is None:
             run = key | task.run(encoder, mode, fraction, seed)
-            if (fraction, seed) == (fractions[0], arguments.seeds[0]):
-                task.draw(output_dir / "pictures" / f"{name}_{mode}")
             with (output_dir / RUNS_FILE).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(run) + "\n")
+            if (fraction, seed) == (fractions[0], arguments.seeds[0]):
+                task.draw(output_dir / "pictures" / f"{name}_{mode}")
         finished.append(run | {"baseline": baseline_of(encoder, encoders)})
     result = {
-        "recipe": arguments.recipe(),
+        "recipe": settings,
         "encoders": {name: encoder.description for name, encoder in encoders.items()},
         "num_test_frames": len(task.test_frames),
         "table": summarize(finished, task),
@@ -90,7 +96,7 @@ def compare(arguments: CompareArguments, task: "Task") -> dict[str, Any]:
     }
     write_json(output_dir / RESULT_FILE, result)
     with atomic_write(output_dir / TABLE_FILE) as stream:
-        stream.write(format_table(result, task) + list_pictures(output_dir))
+        stream.write(format_table(result, task) + list_pictures(result, output_dir))
     plot_comparison(result, task, output_dir / PLOT_FILE)
     if not arguments.json:
         print((output_dir / TABLE_FILE).read_text(encoding="utf-8"))
@@ -99,23 +105,43 @@ def compare(arguments: CompareArguments, task: "Task") -> dict[str, Any]:
 
 def load_encoders(named_sources: Iterable[str]) -> dict[str, EncoderWeights]:
     """The encoders of `NAME=SOURCE` arguments by name, `scratch` first; what they are compared with is added where it
-    is missing: `scratch`, of the first one's architecture, and one for every further architecture."""
+    is missing: `scratch`, of the first one's network, and one for every further network."""
     sources = dict(entry.split("=", 1) for entry in named_sources)
     encoders = {name: find_rgb_encoder(source) for name, source in sources.items()}
     if BASELINE not in encoders:
-        encoders[BASELINE] = find_rgb_encoder(f"random:{next(iter(encoders.values())).architecture}")
+        encoders[BASELINE] = random_encoder(next(iter(encoders.values())))
     encoders = {BASELINE: encoders.pop(BASELINE), **encoders}
     for encoder in list(encoders.values()):
         baseline = baseline_of(encoder, encoders)
         if baseline not in encoders:
-            encoders[baseline] = find_rgb_encoder(f"random:{encoder.architecture}")
+            encoders[baseline] = random_encoder(encoder)
     return encoders
 
 
+def random_encoder(encoder: EncoderWeights) -> EncoderWeights:
+    """Random weights of an encoder's network, with timm's normalisation of images for the architecture."""
+    random = find_rgb_encoder(f"random:{encoder.architecture}")
+    settings = network_settings(encoder)
+    description = f"{random.description}, {settings}" if settings else random.description
+    return replace(encoder, state_dict={}, model_args=settings, input=random.input, description=description)
+
+
+def network_settings(encoder: EncoderWeights) -> dict[str, Any]:
+    """The arguments of timm that an encoder was made with, without the image size, which every task sets."""
+    sizes = ("img_size", "dynamic_img_size")
+    return {name: value for name, value in sorted(encoder.model_args.items()) if name not in sizes}
+
+
+def network_name(encoder: EncoderWeights) -> str:
+    """Architecture and settings of an encoder's network, as part of a file's name."""
+    settings = (f"-{name}={value}" for name, value in network_settings(encoder).items())
+    return re.sub(r"[^\w.=-]+", "_", encoder.architecture + "".join(settings))
+
+
 def baseline_of(encoder: EncoderWeights, encoders: Mapping[str, EncoderWeights]) -> str:
-    """Name of the random weights of an encoder's architecture."""
-    same = encoder.architecture == encoders[BASELINE].architecture
-    return BASELINE if same else f"{BASELINE}-{encoder.architecture}"
+    """Name of the random weights of an encoder's network."""
+    name = network_name(encoder)
+    return BASELINE if name == network_name(encoders[BASELINE]) else f"{BASELINE}-{name}"
 
 
 def label_subset(num_frames: int, fraction: float, seed: int) -> list[int]:
@@ -135,6 +161,7 @@ class Task:
         train, test: whose frames are read once, and kept in memory.
 
     Attributes:
+        data: fingerprints of the frames on both sides; runs on other frames are not reused.
         shown: the metrics in the table, the first being the one that the claims are about.
         higher_is_better: the metrics of which that is true.
     """
@@ -142,7 +169,7 @@ class Task:
     trainer_class: type[FineTuningTrainer]
     shown: tuple[str, ...]
     higher_is_better: tuple[str, ...]
-    latest: FineTuningTrainer
+    latest: FineTuningTrainer | None = None
 
     def __init__(self, arguments: CompareArguments, train: FrameDataset, test: FrameDataset):
         self.arguments = arguments
@@ -150,6 +177,14 @@ class Task:
             list(data.usable_frames(tqdm(range(len(data)), what, leave=False)))
             for what, data in (("training frames", train), ("test frames", test))
         )
+        sides = (("train", self.train_frames, train), ("test", self.test_frames, test))
+        self.data = {
+            side: {
+                "frames": data_fingerprint(frame.frame_id for frame in frames),
+                "rows": getattr(data.rows, "_fingerprint", None),  # by datasets, of their content
+            }
+            for side, frames, data in sides
+        }
 
     def parts(self, encoder: EncoderWeights, frames: Sequence[Any], seed: int) -> dict[str, Any]:
         """Keyword arguments of the trainer: a new model with the encoder's weights, `frames` to train on, the test
@@ -159,6 +194,7 @@ class Task:
     def run(self, encoder: EncoderWeights, mode: str, fraction: float, seed: int) -> dict[str, Any]:
         """One run: `metrics` at its end, `num_frames` it was trained on, and `curve`, a list of `step` and the value
         of the first metric; further entries are kept."""
+        self.latest = None  # before the next model takes memory on the GPU
         arguments, started, metric = self.arguments, time.perf_counter(), self.shown[0]
         labelled = [self.train_frames[index] for index in label_subset(len(self.train_frames), fraction, seed)]
         with TemporaryDirectory() as folder:
@@ -187,9 +223,11 @@ class Task:
 
     def draw(self, folder: Path) -> None:
         """Pictures of what the model of the latest run predicts for two test frames."""
+        assert self.latest is not None
         data = self.latest.eval_dataset
         data.rows = data.rows[:2]
-        self.latest.evaluate_frames(folder)
+        with suppress(SimIPUError):  # after drawing: neither frame may have a target that counts
+            self.latest.evaluate_frames(folder)
 
 
 def run_settings(arguments: CompareArguments, folder: str, num_frames: int, seed: int) -> TrainingArguments:
@@ -207,7 +245,7 @@ def run_settings(arguments: CompareArguments, folder: str, num_frames: int, seed
         weight_decay=arguments.weight_decay,
         warmup_steps=arguments.warmup_ratio,
         seed=seed,
-        use_cpu=arguments.device == "cpu",
+        use_cpu=arguments.device == "cpu" or not torch.cuda.is_available(),
         save_strategy="no",
         logging_steps=max(1, arguments.max_steps // 10),
         disable_tqdm=True,
@@ -236,7 +274,19 @@ def estimate_batch_norm(model: SimIPUDenseModel, dataset: Any) -> None:
             indices = range(first, min(first + 8, len(dataset)))
             yield torch.stack([dataset.pixel_values(index) for index in indices]).to(model.device)
 
-    update_bn(batches(), model.image_encoder)
+    update_bn(batches(), UsedStages(model))
+
+
+class UsedStages(nn.Module):
+    """The image encoder as a model uses it: without the layers behind the last stage of its pyramid."""
+
+    def __init__(self, model: SimIPUDenseModel):
+        super().__init__()
+        self.encoder, self.stages = model.image_encoder, model.pyramid.stages
+        self.training = self.encoder.training
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return image_feature_maps(self.encoder, pad_to_divisor(pixel_values, self.encoder), self.stages)
 
 
 # --- what the runs say ----------------------------------------------------------------------------------------------
@@ -270,11 +320,11 @@ def summarize(runs: Sequence[dict[str, Any]], task: Task) -> list[dict[str, Any]
             "curve": [{"step": point[0]["step"], "values": [p[metric] for p in point]} for point in points],
         }
         entry["baseline"] = next(iter(group.values()))["baseline"]
-        baseline = groups.get((mode, fraction, entry["baseline"]), {})
-        pairs = [(group[seed], baseline[seed]) for seed in group if seed in baseline]
+        baseline = groups[mode, fraction, entry["baseline"]]
+        pairs = [(run, baseline[seed]) for seed, run in group.items()]
         if encoder == entry["baseline"]:
             entry |= late_improvement(entry["curve"], sign)
-        elif pairs:
+        else:
             entry["level"] = level([(run["metrics"][metric], base["metrics"][metric]) for run, base in pairs], sign)
             entry["speed"] = speed([(run["curve"], base["curve"][-1]) for run, base in pairs], metric, sign)
         table.append(entry)
@@ -364,8 +414,9 @@ def format_table(result: dict[str, Any], task: Task) -> str:
         cells = [f"{entry['mean'][name]:.4f}{_plus_minus(entry['std'][name], '.4f')}" for name in shown]
         lines.append(f"| {_MODES[entry['mode']]} | {entry['num_frames']} | {entry['encoder']} | {' | '.join(cells)} |")
     recipe = result["recipe"]
+    steps = f"{recipe['max_steps']} steps of at most {recipe['batch_size']} frames"
     about = (
-        f"{result['num_test_frames']} test frames, {recipe['max_steps']} steps of {recipe['batch_size']} frames, "
+        f"{result['num_test_frames']} test frames, {steps}, "
         f"mean ± standard deviation over {max(entry['num_seeds'] for entry in result['table'])} seeds."
     )
     claims = [f"- {claim}" for claim in describe_claims(result["table"], shown[0])]
@@ -416,9 +467,11 @@ def _level_in_words(entry: dict[str, Any]) -> str:
     )
 
 
-def list_pictures(output_dir: Path) -> str:
-    """The pictures of a comparison as Markdown, frame by frame."""
-    paths = sorted((output_dir / "pictures").glob("*/*.png"), key=lambda path: (path.name, path.parent.name))
+def list_pictures(result: dict[str, Any], output_dir: Path) -> str:
+    """The pictures of a comparison's encoders as Markdown, frame by frame."""
+    folders = {f"{entry['encoder']}_{entry['mode']}" for entry in result["table"]}
+    paths = [path for folder in folders for path in (output_dir / "pictures" / folder).glob("*.png")]
+    paths.sort(key=lambda path: (path.name, path.parent.name))
     return "".join(
         f"\n{path.parent.name}:\n![{path.stem}]({path.relative_to(output_dir).as_posix()})\n" for path in paths
     )

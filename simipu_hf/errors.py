@@ -1,5 +1,7 @@
 """The exceptions of this package, and how a command ends with them."""
 
+import atexit
+import contextlib
 import io
 import os
 import sys
@@ -8,10 +10,18 @@ from collections.abc import Callable
 from typing import Any
 
 MAY_HANG = "may-hang"  # name of the daemon threads that a command does not wait for at its end
+AT_THE_END = contextlib.ExitStack()  # what a process removes, however it ends
+atexit.register(AT_THE_END.close)
 
 
 class SimIPUError(ValueError):
     """Bad input. The message names the file, row or flag, what was expected and what was found."""
+
+    def __init__(self, message: str = "") -> None:
+        # PyTorch raises a data-loading worker's error again with the text of its whole traceback
+        if message.startswith("Caught SimIPUError in DataLoader worker") and not os.environ.get("SIMIPU_DEBUG"):
+            message = message.rpartition(f"\n{__name__}.SimIPUError: ")[2].rstrip()
+        super().__init__(message)
 
 
 class TrainingInterrupted(Exception):  # noqa: N818 (nothing went wrong)
@@ -47,6 +57,8 @@ def exit_code_of(run: Callable[[], Any]) -> int:
     else:
         _leave_process_group()  # after an error the others may wait in a collective: the launcher ends them
     if any(thread.name == MAY_HANG for thread in threading.enumerate()):
+        with contextlib.suppress(OSError):
+            AT_THE_END.close()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # the interpreter's own end would kill the thread, and some C code then aborts the process

@@ -115,7 +115,7 @@ def detect(
     (found,) = processor.post_process_3d_object_detection(
         outputs, [camera_projection], [(height, width)], threshold=threshold
     )
-    values = {name: value.double().cpu().numpy() for name, value in found.items()}
+    values = {name: value.cpu().double().numpy() for name, value in found.items()}
     unknown = np.full(len(values["scores"]), -1.0)
     return KittiObjects(
         type=np.array([model.config.classes[int(label)] for label in values["labels"]], dtype="U14"),

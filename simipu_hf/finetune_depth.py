@@ -22,6 +22,7 @@ from .evaluate_depth import PictureWriter, format_table, record_in_card
 from .evaluation.depth import DepthProtocol, evaluate_frames
 from .finetuning import (
     FineTuningTrainer,
+    announce,
     create_image_processor,
     create_model,
     find_rgb_encoder,
@@ -110,7 +111,7 @@ def create_trainer(arguments: DepthArguments, callbacks: Sequence[TrainerCallbac
         test_rows = select_depth_rows(arguments.test_frames, arguments.test_list, *where)
         refuse_shared_frames(train_rows, test_rows, "test frames")
     encoder = find_rgb_encoder(arguments.image_encoder)
-    print(f"image encoder: {encoder.description}", file=sys.stderr)
+    announce(f"image encoder: {encoder.description}")
     parts = trainer_parts(arguments, encoder, train_rows, test_rows, arguments.seed, arguments.keep_frames)
     return prepare_trainer(DepthTrainer, arguments, parts, callbacks)
 

@@ -23,6 +23,7 @@ from .errors import SimIPUError, exit_code_of
 from .evaluate_detection import detect_frames, format_table, record_in_card, score
 from .finetuning import (
     FineTuningTrainer,
+    announce,
     create_image_processor,
     create_model,
     find_rgb_encoder,
@@ -77,7 +78,7 @@ def mean_dimensions(labels: Iterable[KittiObjects], classes: Sequence[str]) -> l
         raise SimIPUError(f"--train_frames: expected labels of {', '.join(missing or classes)}, found none")
     empty = sum(not np.isin(of_frame.type, list(classes)).any() for of_frame in labels)
     counts = ", ".join(f"{len(size)} {name}" for name, size in known.items())
-    print(f"labels: {counts}; {empty} of {len(labels)} frames have none of them", file=sys.stderr)
+    announce(f"labels: {counts}; {empty} of {len(labels)} frames have none of them")
     return [list(usual[name]) if name in usual else known[name].mean(axis=0).tolist() for name in classes]
 
 
@@ -99,16 +100,12 @@ def trainer_parts(
     classes, processor = list(arguments.classes), create_image_processor(arguments.image_size, encoder.input)
     fields = {"classes": classes, "mean_dimensions": sizes, "hidden_size": arguments.hidden_size}
     model = create_model(SimIPUForMonocular3DDetection, encoder, arguments.image_size, seed, **fields)
-    train, test = (
-        None
-        if rows is None
-        else DetectionDataset(rows, processor, augmentation, seed, keep_frames, arguments.on_bad_row, classes=classes)
-        for rows, augmentation in ((train_rows, DetectionAugmentation(zoom=arguments.zoom)), (test_rows, None))
-    )
+    augmentation = DetectionAugmentation(zoom=arguments.zoom)
+    about: dict[str, Any] = {"on_bad_row": arguments.on_bad_row, "classes": classes}
     return {
         "model": model,
-        "train_dataset": train,
-        "eval_dataset": test,
+        "train_dataset": DetectionDataset(train_rows, processor, augmentation, seed, keep_frames, **about),
+        "eval_dataset": None if test_rows is None else DetectionDataset(test_rows, processor, **about),
         "processing_class": processor,
         "min_overlap": arguments.min_overlap,
     }
@@ -126,7 +123,7 @@ def create_trainer(arguments: DetectionArguments, callbacks: Sequence[TrainerCal
         refuse_shared_frames(train_rows, test_rows, "--test_frames")
         read_labels(test_rows, arguments.on_bad_row)
     encoder = find_rgb_encoder(arguments.image_encoder)
-    print(f"image encoder: {encoder.description}", file=sys.stderr)
+    announce(f"image encoder: {encoder.description}")
     sizes = mean_dimensions(read_labels(train_rows, arguments.on_bad_row), arguments.classes)
     parts = trainer_parts(arguments, encoder, sizes, train_rows, test_rows, arguments.seed, arguments.keep_frames)
     return prepare_trainer(DetectionTrainer, arguments, parts, callbacks)

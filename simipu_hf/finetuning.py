@@ -48,6 +48,12 @@ from .training.sampling import ROW_ORDER, GlobalBatchSampler, create_loader
 from .visualization import draw_curves
 
 
+def announce(text: str) -> None:
+    """Print on standard error in the main process alone, also before the processes are connected."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
+
+
 def find_rgb_encoder(source: str | os.PathLike) -> EncoderWeights:
     """The image encoder at `source` (a run or encoder folder, a Hub id, a `.pth`, a timm name, `random:<timm name>`)
     for RGB images and with the architecture's own batch-norm epsilon, as the fine-tuned models are built."""
@@ -321,6 +327,8 @@ def recipe(output_dir: str | os.PathLike, **changes: Any) -> TrainingArguments:
         "remove_unused_columns": False,
         "ddp_timeout": 7200,  # the others wait while the main process writes the final folder
         "report_to": "none",
+        # not Apple's GPUs, which have no float64; without use_cpu the Trainer refuses bf16 on the CPU
+        "use_cpu": not torch.cuda.is_available(),
     }
     arguments = TrainingArguments(str(output_dir), **{**settings, **changes})
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are several processes, never nn.DataParallel
@@ -437,7 +445,7 @@ def fine_tune(
             raise stop.interruption(step, last_step, output_dir / f"checkpoint-{step}")
     on_main_process(accelerator, save_final_model, trainer, output_dir)
     if trainer.eval_dataset is not None:
-        result = evaluate_final_model(trainer, output_dir)
+        result = evaluate_final_model(trainer, output_dir, arguments)
         if accelerator.is_main_process:
             record(output_dir, arguments.test_frames or [str(getattr(arguments, "test_list", None))], result)
             print(table(result))
@@ -493,14 +501,22 @@ def save_final_model(trainer: FineTuningTrainer, output_dir: Path) -> None:
     move_into(output_dir / ".final", output_dir)
 
 
-def evaluate_final_model(trainer: FineTuningTrainer, output_dir: Path) -> dict[str, Any]:
-    """The task's evaluation, as JSON, and pictures; a failure leaves the model where it is, and says so."""
+def evaluate_final_model(
+    trainer: FineTuningTrainer, output_dir: Path, arguments: FineTuningRunArguments
+) -> dict[str, Any]:
+    """The task's evaluation, as JSON, and pictures; a failure leaves the model where it is, and says so.
+
+    It is computed without the autocast of training, in single precision, in which the saved model is loaded.
+    """
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     try:
         result = trainer.evaluate_frames(output_dir / "pictures")
     except SimIPUError as error:
+        test_list = getattr(arguments, "test_list", None)
+        frames = f"--test_list {test_list}" if test_list else f"--test_frames {' '.join(arguments.test_frames)}"
         raise SimIPUError(
             f"the model is saved in {output_dir}, but could not be evaluated: {error}. Evaluate it later with "
-            f"simipu-hf evaluate-{trainer.task} --model {output_dir}"
+            f"simipu-hf evaluate-{trainer.task} --model {output_dir} {frames} and the evaluation flags of this command"
         ) from error
     if trainer.is_world_process_zero():
         description = {"image_encoder": trainer.model.config.image_encoder_config.architecture}

@@ -55,11 +55,12 @@ from simipu_hf.training.checkpoint import (
 from simipu_hf.training.distributed import (
     SharedFlags,
     StopRequest,
+    check_precision,
     create_accelerator,
     on_main_process,
     recompute_activations,
 )
-from simipu_hf.training.logging import RunLogger, feature_spread
+from simipu_hf.training.logging import RunLogger, check_trackers, feature_spread
 from simipu_hf.training.optimizers import (
     ChainedOptimizer,
     Recipe,
@@ -133,6 +134,7 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
         TrainingInterrupted: Ctrl-C or SIGTERM, after saving a checkpoint.
     """
     disable_progress_bar()  # of every save; the run has one bar
+    check_before_loading(arguments)
     skipped: list[str] = []
     rows, mixture, held_out_rows = load_rows(arguments, skipped)  # before the processes join: it may take hours
     accelerator = create_accelerator(arguments)
@@ -217,6 +219,7 @@ def train(
                 with recomputing:
                     accelerator.backward(output.loss)
                 logger.add(scalars(output, with_spread=is_logged))
+                del output  # or its maps would be kept through the next forward pass
                 if accelerator.sync_gradients:
                     logger.add(clip_gradients(accelerator, optimizer, arguments.max_grad_norm))
                     rates = learning_rates(optimizer)
@@ -324,6 +327,14 @@ def eval_batch_size(arguments: PreTrainingArguments) -> int:
 # What `pretrain` is made of, in its order.
 
 
+def check_before_loading(arguments: PreTrainingArguments) -> None:
+    """Raises a `SimIPUError` for what needs no data to be known: trackers, precision, an output folder in use."""
+    check_trackers(arguments.report_to)
+    check_precision(arguments.mixed_precision)
+    if arguments.resume_from_checkpoint is None:
+        find_checkpoint(arguments, arguments.model_name_or_path)
+
+
 def load_rows(
     arguments: PreTrainingArguments, skipped: list[str]
 ) -> tuple[AnyDataset, Mixture | None, datasets.Dataset | None]:
@@ -349,6 +360,7 @@ def load_rows(
     if not arguments.eval_steps:
         return rows, mixture, None
     held_out = load_pretraining_dataset(split=arguments.validation_split, **source)
+    skipped[:] = dict.fromkeys(skipped)  # both come from the same files with --validation_share
     what = f"--validation_split {arguments.validation_split}"
     if isinstance(held_out, datasets.IterableDataset):
         held_out = dataset_from_stream(held_out)
@@ -471,10 +483,9 @@ def load_pretrained_image_encoder(model: SimIPUForPreTraining, processor: SimIPU
         load_image_encoder_weights(model.simipu.image_encoder, source.state_dict(), config.architecture)
     except Exception as error:  # timm and the Hub client raise their own, by version
         raise SimIPUError(f"--pretrained_image_encoder: no weights for {config.architecture} ({error})") from error
-    if processor.image_processor.do_rescale:  # official images are not: they keep the official mean
-        expected: Any = source.pretrained_cfg
-        processor.image_processor.image_mean = tuple(expected["mean"])
-        processor.image_processor.image_std = tuple(expected["std"])
+    expected: Any = source.pretrained_cfg
+    processor.image_processor.image_mean = tuple(expected["mean"])
+    processor.image_processor.image_std = tuple(expected["std"])
 
 
 def create_augmentation(arguments: PreTrainingArguments, config: SimIPUConfig) -> TwoViewAugmentation:
@@ -675,7 +686,8 @@ def create_optimization(
 
 def describe_data(rows: AnyDataset) -> dict[str, Any]:
     """What `run.yaml` says about the data; of a stream neither the number of rows nor their names are known."""
-    named = {"dataset": rows.info.builder_name, "config": rows.info.config_name, "split": rows.split}
+    info = rows.info
+    named = {"dataset": info.builder_name, "config": info.config_name, "split": rows.split, "license": info.license}
     about: dict[str, Any] = {name: str(value) for name, value in named.items() if value}
     if isinstance(rows, datasets.Dataset):
         about |= {"rows": len(rows), "fingerprint": data_fingerprint(rows["frame_id"][:])}

@@ -8,10 +8,10 @@ import pytest
 import torch
 from tiny_run import OVERRIDES
 
-from simipu_hf.benchmark import BenchmarkResult, benchmark_data, benchmark_ops, benchmark_step
+from simipu_hf.benchmark import BenchmarkResult, benchmark_data, benchmark_ops, benchmark_step, step
 from simipu_hf.benchmark.inputs import sample_keys, two_view_dataset
 from simipu_hf.benchmark.measure import median_seconds, peak_bytes
-from simipu_hf.benchmark.step import BACKWARD, IMAGE, OPTIMIZER, POINTS, STEP, WAITING
+from simipu_hf.benchmark.step import BACKWARD, IMAGE, OPTIMIZER, POINTS, STEP, WAITING, create_model
 from simipu_hf.data.rows import check_row, dataset_from_rows, to_row
 from simipu_hf.errors import SimIPUError
 from simipu_hf.training.arguments import (
@@ -58,8 +58,12 @@ def test_ops_measures_every_backend_and_the_whole_encoder(data_dir):
     assert rows[-1]["part"] == "point encoder"
 
 
-@pytest.mark.parametrize(("preset", "precision"), [("recommended", "no"), ("official", "bf16")])
-def test_step_measures_the_whole_and_its_parts(data_dir, preset, precision):
+@pytest.mark.parametrize(
+    ("preset", "precision"), [("recommended", "no"), ("official", "bf16"), ("recommended", "fp16")]
+)
+def test_step_measures_the_whole_and_its_parts(data_dir, preset, precision, monkeypatch):
+    models = []
+    monkeypatch.setattr(step, "create_model", lambda *given: models.append(create_model(*given)) or models[0])
     result = benchmark_step(
         BenchmarkStepArguments(
             data_dir=data_dir,
@@ -73,12 +77,12 @@ def test_step_measures_the_whole_and_its_parts(data_dir, preset, precision):
             repeats=1,
         )
     )
-    seconds = {row["part"].strip(): row["seconds"] for row in result.rows}
+    seconds = {row["part"]: row["seconds"] for row in result.rows}
     parts = ["point encoder", "image encoder", WAITING, "heads, sampling and losses", BACKWARD]
     assert list(seconds) == [IMAGE, POINTS, STEP, OPTIMIZER, *parts]
     assert all(seconds[part] >= 0 for part in parts)
     assert min(seconds["point encoder"], seconds["image encoder"], seconds[BACKWARD]) > 0
-    assert result.summary["step_over_image_encoder"] == seconds[STEP] / seconds[IMAGE]
+    assert all(parameter.isfinite().all() for parameter in models[0].parameters())
     assert 0 <= result.summary["share_of_time_waiting"] < 1
     assert json.loads(json.dumps(result.to_dict()))["settings"]["pixel_values"][1] == 3
     assert "step over image encoder" in str(result)
@@ -91,8 +95,6 @@ def test_data_counts_rows(data_dir):
     rows = {row["part"]: row for row in benchmark_data(arguments).rows}
     names = ("decode the image", "decode and resize the image", "two-view batches, one worker", "loader, 1 worker")
     assert tuple(rows) == names
-    for row in rows.values():
-        assert row["rows_per_second"] == pytest.approx(1 / row["seconds"])
     assert rows["decode and resize the image"]["of_decode_and_resize"] == 1
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,6 +54,15 @@ def test_a_kernel_that_raises_fails_and_the_others_go_on(monkeypatch: pytest.Mon
     found = finding("furthest_point_sample, numba")
     assert found.status == "fail"
     assert "ZeroDivisionError" in found.detail
+
+
+def test_optional_packages_are_found_by_what_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "spconv_cu120-2.3.8.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: spconv-cu120\nVersion: 2.3.8\n", "utf-8")
+    (folder / "top_level.txt").write_text("spconv\n", "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "spconv 2.3.8" in finding("optional packages").detail
 
 
 def test_what_is_not_there_is_absent() -> None:

@@ -6,18 +6,23 @@ import statistics
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
+import timm
 import torch
 from depth_rows import make_rows, save_rows
+from timm.models import save_for_hf
 
 from simipu_hf.compare import (
     Task,
+    baseline_of,
     compare,
     describe_claims,
     estimate_batch_norm,
     label_subset,
     late_improvement,
     level,
+    load_encoders,
     run_settings,
     speed,
     summarize,
@@ -43,7 +48,7 @@ class FakeTask(Task):
     higher_is_better = ("score",)
 
     def __init__(self):
-        self.ran, self.test_frames = [], [None] * 3
+        self.ran, self.test_frames, self.data = [], [None] * 3, {"train": "abc"}
 
     def run(self, encoder, mode, fraction, seed):
         self.ran.append((mode, fraction, seed))
@@ -72,13 +77,18 @@ def arguments(tmp_path):
 
 def test_every_combination_runs_once_and_a_killed_comparison_goes_on(arguments, tmp_path):
     task = FakeTask()
+    task.draw(tmp_path / "comparison" / "pictures" / "earlier_full")  # of an encoder that is not compared any more
+    (tmp_path / "comparison" / "runs.jsonl").touch()
     result = compare(arguments, task)
     assert len(task.ran) == 2 * 2 * 2 * 2
     assert [entry["num_frames"] for entry in result["table"] if entry["mode"] == "full"] == [100, 100, 50, 50]
     folder = tmp_path / "comparison"
     for file in ("comparison.json", "comparison.md", "comparison.png", "runs.jsonl"):
         assert (folder / file).stat().st_size > 0
-    assert "![000_frame](pictures/other_frozen/000_frame.png)" in (folder / "comparison.md").read_text("utf-8")
+    report = (folder / "comparison.md").read_text("utf-8")
+    assert "![000_frame](pictures/other_frozen/000_frame.png)" in report
+    assert "earlier_full" not in report
+    assert "3 test frames, 400 steps of at most 8 frames, mean" in report
     lines = (folder / "runs.jsonl").read_text(encoding="utf-8").splitlines()
     (folder / "runs.jsonl").write_text("\n".join([*lines[:-1], lines[-1][:20]]), encoding="utf-8")  # while writing
     again = compare(arguments, task)
@@ -88,6 +98,9 @@ def test_every_combination_runs_once_and_a_killed_comparison_goes_on(arguments, 
     arguments.learning_rate = 0.5  # another recipe: nothing is reused
     compare(arguments, task)
     assert len(task.ran) == 33
+    task.data = {"train": "xyz"}  # other frames: neither
+    compare(arguments, task)
+    assert len(task.ran) == 49
     (tmp_path / "papers").mkdir()
     (tmp_path / "papers" / "thesis.tex").touch()
     arguments.output_dir = str(tmp_path / "papers")
@@ -135,6 +148,37 @@ def test_every_architecture_has_its_scratch(arguments):
     claims = describe_claims(result["table"], "error")
     assert any(claim.startswith("c (") and "SPEED: scratch-test_vit's final error" in claim for claim in claims)
     assert any(claim.startswith("scratch-test_vit (") and "% of the steps" in claim for claim in claims)
+
+
+def save_encoder(folder, **model_args):
+    model = timm.create_model("test_resnet", num_classes=0, **model_args)
+    save_for_hf(model, folder, model_args=model_args, safe_serialization=True)
+
+
+def test_scratch_is_the_same_network(tmp_path):
+    save_encoder(tmp_path / "a", output_stride=8)
+    encoders = load_encoders([f"a={tmp_path / 'a'}"])
+    assert encoders["scratch"].model_args == {"output_stride": 8}
+    assert not encoders["scratch"].state_dict
+    encoders = load_encoders([f"plain={ENCODER}", f"a={tmp_path / 'a'}"])
+    assert list(encoders) == ["scratch", "plain", "a", "scratch-test_resnet-output_stride=8"]
+    vit = ["a=random:test_vit", "b=random:test_vit"]
+    encoders = load_encoders(vit)
+    encoders["b"].model_args |= {"dynamic_img_size": True, "img_size": [160, 160]}  # as of a run
+    assert {baseline_of(encoder, encoders) for encoder in encoders.values()} == {"scratch"}
+
+
+def test_an_encoder_that_is_fed_otherwise_is_another(arguments, tmp_path):
+    save_encoder(tmp_path / "a")
+    arguments = dataclasses.replace(arguments, image_encoders=[f"a={tmp_path / 'a'}"], modes=["full"], seeds=[0])
+    task = FakeTask()
+    compare(arguments, task)
+    assert len(task.ran) == 4
+    config = json.loads((tmp_path / "a" / "config.json").read_text("utf-8"))
+    config["pretrained_cfg"]["mean"] = [0.1, 0.2, 0.3]
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config), "utf-8")
+    compare(arguments, task)
+    assert len(task.ran) == 6  # scratch is not run again
 
 
 def test_scratch_has_converged_when_the_last_quarter_brings_less_than_a_percent():
@@ -207,6 +251,41 @@ def test_depth_runs_are_the_same_for_the_same_weights_and_seed(depth_arguments):
     assert saved["table"][1]["level"]["percent"] == [0.0]
 
 
+def test_runs_on_other_frames_are_not_reused_and_kept_whatever_their_pictures(depth_arguments, tmp_path):
+    rows = {"train": make_rows(range(4)), "test": make_rows([10, 11, 6])}  # the first two are farther than 80 m
+    rows = {name: dataset_from_rows(part, cache_dir=str(tmp_path / "cache")) for name, part in rows.items()}
+    datasets.DatasetDict(rows).save_to_disk(tmp_path / "rows")
+    arguments = dataclasses.replace(
+        depth_arguments,
+        image_encoders=[f"scratch={ENCODER}"],
+        train_frames=[f"{tmp_path / 'rows'}#train:@{tmp_path / 'ids.txt'}"],
+        test_frames=[f"{tmp_path / 'rows'}#test"],
+        output_dir=str(tmp_path / "comparison"),
+        modes=["full"],
+        max_steps=1,
+        num_evaluations=1,
+    )
+    for ids in (["000000", "000001"], ["000000", "000002", "000003"]):
+        (tmp_path / "ids.txt").write_text("\n".join(ids), encoding="utf-8")
+        (run,) = compare_depth(arguments)["runs"]
+        assert run["num_frames"] == len(ids)
+    assert len(read_metrics(tmp_path / "comparison" / "runs.jsonl")) == 2
+    drawn = sorted(path.name for path in (tmp_path / "comparison" / "pictures" / "scratch_full").iterdir())
+    assert drawn == ["000_000010.png", "001_000011.png"]
+
+
+def test_a_run_does_not_keep_the_model_of_the_run_before(depth_arguments, monkeypatch):
+    def parts(*_):
+        assert task.latest is None
+        raise KeyboardInterrupt
+
+    task = DepthTask(depth_arguments)
+    task.latest = object()
+    monkeypatch.setattr(task, "parts", parts)
+    with pytest.raises(KeyboardInterrupt):
+        task.run(find_rgb_encoder(ENCODER), "full", 1.0, 0)
+
+
 def test_depth_frames_on_both_sides_are_refused(depth_arguments, tmp_path):
     dataset_from_rows(make_rows(range(2, 9), prefix="x"), cache_dir=str(tmp_path)).save_to_disk(tmp_path / "rows")
     shared = SimpleNamespace(**{**vars(depth_arguments), "test_frames": [str(tmp_path / "rows")]})
@@ -220,13 +299,18 @@ def test_a_device_that_the_trainer_would_not_take_is_refused(depth_arguments, tm
         run_settings(depth_arguments, str(tmp_path), num_frames=2, seed=0)
 
 
-def test_frozen_random_encoder_gets_the_statistics_of_the_frames():
+# of MobileNetV4, a norm behind the pooling would see a single value of a single frame
+@pytest.mark.parametrize(
+    ("architecture", "stem", "frames"), [("resnet18", "conv1", 6), ("mobilenetv4_conv_small_035", "conv_stem", 1)]
+)
+def test_frozen_random_encoder_gets_the_statistics_of_the_frames(architecture, stem, frames):
     processor = create_processor(DepthTaskArguments(kb_crop=False, image_size=(32, 64)))
-    dataset = DepthDataset(list(make_rows()), processor)
-    model = create_model(SimIPUForDepthEstimation, find_rgb_encoder("random:resnet18"))
+    dataset = DepthDataset(list(make_rows(range(frames))), processor)
+    model = create_model(SimIPUForDepthEstimation, find_rgb_encoder(f"random:{architecture}")).eval()
     estimate_batch_norm(model, dataset)
+    assert not model.image_encoder.training
     images = [frame.image for frame in dataset.usable_frames()]
-    first = model.image_encoder.conv1(to_pixel_values(images, processor))
+    first = model.image_encoder.get_submodule(stem)(to_pixel_values(images, processor))
     torch.testing.assert_close(model.image_encoder.bn1.running_mean, first.mean((0, 2, 3)), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(model.image_encoder.bn1.running_var, first.var((0, 2, 3)), atol=1e-5, rtol=1e-4)
     assert model.image_encoder.bn1.momentum == 0.1

@@ -142,9 +142,12 @@ def test_frames_without_labels_are_refused(frames, tmp_path):
         finetune_detection(detection_arguments(frames, tmp_path, train_frames=[frames, f"{frames}#test"]))
 
 
-def test_sizes_are_the_benchmarks_or_those_of_the_labels():
+def test_sizes_are_the_benchmarks_or_those_of_the_labels(monkeypatch, capsys):
     labels = [KittiObjects.from_row(make_row(i, type="Tram", dimensions=[3, 2, 10 + i])["objects"]) for i in range(3)]
     assert mean_dimensions(labels, ["Tram", "Car"]) == [[3, 2, 11], [1.53, 1.63, 3.88]]
+    monkeypatch.setenv("RANK", "1")  # another process than the first
+    mean_dimensions(labels, ["Tram", "Car"])
+    assert capsys.readouterr().err.count("labels: 3 Tram") == 1
 
 
 def test_boxes_lie_where_the_image_shows_them():

@@ -194,6 +194,27 @@ def test_command_prints_metrics_or_json(frames, run, capsys):
     assert json.loads(capsys.readouterr().out)["num_images"] == 2
 
 
+def test_pictures_of_other_frames_are_replaced(frames, run, tmp_path):
+    for frame in ("000000", "000001"):
+        arguments = {"model": str(run), "test_frames": [f"{frames}#train:{frame}"], "output_dir": str(tmp_path)}
+        evaluate_depth(EvaluateDepthArguments(**arguments, kb_crop=False, device="cpu", json=True))
+        assert [path.name for path in (tmp_path / "pictures").iterdir()] == [f"000_{frame}.png"]
+
+
+def test_a_run_in_bf16_reports_what_its_saved_model_does(frames, tmp_path):
+    test = {"test_frames": [f"{frames}#test"], "flip_test": False}
+    run = finetune_depth(depth_arguments(frames, tmp_path / "run", **test, mixed_precision="bf16"))
+    measured = evaluate_depth(EvaluateDepthArguments(model=str(run), **test, kb_crop=False, json=True))["metrics"]
+    reported = json.loads((run / "depth_evaluation.json").read_text())["metrics"]
+    assert reported == pytest.approx(measured, rel=1e-6)
+
+
+def test_apples_gpus_are_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.training_args.is_torch_mps_available", lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert recipe(tmp_path).device.type == "cpu"
+
+
 def test_evaluation_of_a_crop_is_not_that_of_the_whole_image(tmp_path):
     rows = list(make_rows(range(1), 375, 1242))
     model = depth_model()
@@ -338,7 +359,9 @@ def test_a_failing_evaluation_costs_nothing(tmp_path, monkeypatch):
     files = eigen_files(tmp_path)
     (tmp_path / "test.txt").write_text("/3.png 3.png\n", encoding="utf-8")
     (tmp_path / "depth" / "3.png").write_bytes(b"damaged")
-    with pytest.raises(SimIPUError, match=r"the model is saved in .*run.*3\.png.*evaluate-depth"):
+    with pytest.raises(
+        SimIPUError, match=r"the model is saved in .*run.*3\.png.*evaluate-depth .*--test_list .*test\.txt"
+    ):
         finetune_depth(depth_arguments("", tmp_path / "run", **files, max_steps=1))
     assert (tmp_path / "run" / "model.safetensors").is_file()
 
@@ -406,6 +429,6 @@ def test_bad_flags_are_named(frames, tmp_path):
 def test_names_of_frames_hide_folders_and_ids():
     assert describe_frames(["/data/kitti/#train[:50%]:000001,000002", "user/logs"]) == (
         "kitti + logs",
-        "train[:50%] + all",
+        "train[:50%] + train",
     )
     assert describe_frames(["C:\\data\\kitti#val", "/x/kitti#test"]) == ("kitti", "val + test")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import datasets
 import numpy as np
@@ -37,6 +38,7 @@ from simipu_hf.training.arguments import PreTrainingArguments, parse_arguments
 from simipu_hf.training.checkpoint import list_checkpoints
 from simipu_hf.training.logging import read_metrics
 from simipu_hf.training.optimizers import clip_gradients
+from simipu_hf.training.run_folder import find_checkpoint
 
 TIMES = ("rows_per_second", "seconds_per_step", "data_wait_share", "memory_gb")
 
@@ -251,8 +253,16 @@ def test_gradient_checkpointing_computes_blocks_again_and_changes_nothing(run, m
         torch.testing.assert_close(weights(saving)[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_bf16_trains(run):
+def test_bf16_trains(run, monkeypatch):
+    def recorded(self, x):
+        output = forward(self, x)
+        seen.add(output.dtype)
+        return output
+
+    seen, forward = set(), torch.nn.Conv2d.forward
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", recorded)
     out = run("out", "--mixed_precision", "bf16", "--max_steps", "3")
+    assert torch.bfloat16 in seen
     assert all(value.dtype != torch.bfloat16 for value in weights(out).values())
     assert math.isfinite(metrics(out)[-1]["loss"])
 
@@ -265,8 +275,23 @@ def test_the_augmentation_can_be_changed(run, whole):
 
 
 def test_a_gradient_can_be_clipped(run):
-    out = run("out", "--max_grad_norm", "0.001", "--max_steps", "2")
-    assert metrics(out)[0]["grad_norm/image_encoder"] > 0.001  # logged as it was before clipping
+    plain, clipped = run("plain", "--max_steps", "2"), run("clipped", "--max_grad_norm", "0.001", "--max_steps", "2")
+    assert metrics(clipped)[0]["grad_norm/image_encoder"] > 0.001  # logged as it was before clipping
+    name = "simipu.image_encoder.layer4.0.conv1.weight"
+    assert not torch.equal(weights(clipped)[name], weights(plain)[name])
+
+
+def test_the_maps_of_a_step_are_freed_before_the_next(run, monkeypatch):
+    def watched(self, **inputs):
+        alive.append(bool(last) and last.pop()() is not None)
+        output = forward(self, **inputs)
+        last.append(weakref.ref(output.image_embeds))
+        return output
+
+    alive, last, forward = [], [], SimIPUForPreTraining.forward
+    monkeypatch.setattr(SimIPUForPreTraining, "forward", watched)
+    run("out", "--max_steps", "4")
+    assert alive == [False] * 5  # the first is the trial
 
 
 @pytest.mark.parametrize(
@@ -319,11 +344,33 @@ def test_output_folder_is_not_overwritten_by_accident(run, tmp_path):
         run("out", "--max_steps", "1")
     run("out", "--max_steps", "2", "--overwrite_output_dir")
     assert [p.name for p in list_checkpoints(out)] == ["checkpoint-2"]
+    thesis = tmp_path / "papers" / "pictures" / "thesis.tex"
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("years of work", encoding="utf-8")
+    for flags in (["--overwrite_output_dir"], ["--resume_from_checkpoint", "latest"]):
+        with pytest.raises(SimIPUError, match=f"^{flags[0]}.* in .*papers.* does not look like a run"):
+            run("papers", *flags)
+    assert thesis.exists()
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "slurm-17.out").touch()  # a job's log file: its first start is no danger to anything
+    arguments = PreTrainingArguments(
+        data_dir="KITTI", output_dir=str(tmp_path / "job"), resume_from_checkpoint="latest"
+    )
+    assert find_checkpoint(arguments, None) is None
+
+
+def test_what_needs_no_data_is_checked_before_it_is_read(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "load_rows", lambda *_: pytest.fail("the data is read"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     (tmp_path / "papers").mkdir()
     (tmp_path / "papers" / "thesis.tex").write_text("years of work", encoding="utf-8")
-    with pytest.raises(SimIPUError, match="does not look like a run"):
-        run("papers", "--overwrite_output_dir")
-    assert (tmp_path / "papers" / "thesis.tex").exists()
+    for name, flags, message in (
+        ("out", ["--report_to", "tensorbord"], "unknown tracker"),
+        ("out", ["--mixed_precision", "fp16"], "needs a GPU"),
+        ("papers", [], "not empty"),
+    ):
+        with pytest.raises(SimIPUError, match=message):
+            run(name, *flags)
 
 
 def test_only_a_run_of_the_same_kind_and_nothing_in_it_that_is_read_is_overwritten(run):
@@ -377,6 +424,8 @@ def test_a_run_that_goes_on_from_an_earlier_checkpoint_keeps_both_ways(run, whol
     assert [p.name for p in list_checkpoints(out / "set_aside-1")] == ["checkpoint-6", "checkpoint-8"]
     assert [line["step"] for line in metrics(out / "set_aside-1")] == [2, 4, 6, 8]
     assert [line["step"] for line in metrics(out)] == [2, 4]
+    run("out", "--resume_from_checkpoint", str(out / "set_aside-1" / "checkpoint-6"))
+    assert_same_result(whole, out)
 
 
 def test_a_checkpoint_of_another_run_starts_in_an_empty_folder_alone(run, whole, tmp_path):
@@ -408,7 +457,7 @@ def test_trying_the_first_step_changes_nothing_and_finds_what_is_not_trained(fra
     module.try_first_step(Accelerator(cpu=True), model, tiny_batch(height=32, width=96))
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     frozen = {name.split(".")[2] for name, p in model.named_parameters() if not p.requires_grad}
-    assert frozen == {"layer2", "layer3", "layer4"} - {"layer2"}  # stage 2 is layer2
+    assert frozen == {"layer3", "layer4"}  # stage 2 is layer2
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -494,6 +543,32 @@ def test_a_stream_resumes_to_the_bit(run, tmp_path, monkeypatch):
             *("--dataloader_num_workers", "2", "--eval_steps", "6"),
         ),
     )
+
+
+@pytest.mark.parametrize("missing", [[], ["scene"]])
+def test_scenes_of_a_stream_are_held_out(run, tmp_path, missing):
+    rows = dataset_from_rows([{**row, "frame_id": f"{row['scene']}/{row['frame_id']}"} for row in make_rows(24)])
+    rows.remove_columns(missing).to_parquet(tmp_path / "rows" / "train-0.parquet")
+    flags = (
+        *("--dataset_name", str(tmp_path / "rows"), "--streaming", "--lr_scheduler_type", "constant"),
+        *("--eval_steps", "2", "--per_device_eval_batch_size", "1"),
+    )
+    out = run("out", *flags, "--validation_share", "0.4", "--max_steps", "2")
+    assert math.isfinite(metrics(out)[-1]["eval/loss"])
+    with pytest.raises(SimIPUError, match=r"stream: .* in the checkpoint"):
+        run("out", *flags, "--validation_share", "0.3", "--resume_from_checkpoint", "latest")
+
+
+@pytest.mark.parametrize(("streaming", "name"), [(False, "row 5 (frame_id frame-0-5)"), (True, "frame frame-0-5")])
+def test_what_a_worker_says_is_its_message_alone(run, tmp_path, streaming, name):
+    rows = make_rows(12)
+    rows[5]["image"] = {"bytes": b"no picture", "path": None}
+    dataset_from_rows(rows).to_parquet(tmp_path / "rows" / "train-0.parquet")
+    flags = ("--streaming", "--lr_scheduler_type", "constant") if streaming else ()
+    with pytest.raises(SimIPUError) as error:
+        run("out", "--dataset_name", str(tmp_path / "rows"), "--dataloader_num_workers", "1", *flags)
+    assert str(error.value).startswith(f"{name}: image: expected a readable image, found Unidentified")
+    assert str(error.value).count("frame-0-5") == len(str(error.value).splitlines()) == 1
 
 
 def test_a_stream_ends_before_a_row_that_is_evaluated_on(run, tmp_path):
@@ -652,6 +727,18 @@ def test_warns_where_images_change_their_shape(frames, capsys, size, message):
     module.warn_of_squeezed_images(TwoViewDataset(rows, processor, TwoViewAugmentation()))
     said = capsys.readouterr().err
     assert (message in said) if message else not said
+
+
+def test_damage_that_both_sides_find_is_told_once(frames, tmp_path, monkeypatch):
+    def load(skipped, **_):
+        skipped += ["frame 1: no scan", "frame 2: no scan"]
+        return dataset_from_rows(make_rows(2, seed=len(skipped)), tmp_path)
+
+    monkeypatch.setattr(module, "load_mixture", lambda **options: (load(**options), None))
+    monkeypatch.setattr(module, "load_pretraining_dataset", load)
+    skipped = []
+    module.load_rows(arguments(frames, tmp_path / "out", "--on_bad_row", "skip", "--eval_steps", "1"), skipped)
+    assert skipped == ["frame 1: no scan", "frame 2: no scan"]
 
 
 def test_damaged_rows_that_are_skipped_end_neither_the_run_nor_its_evaluation(frames, tmp_path, capsys):

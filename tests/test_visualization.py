@@ -2,6 +2,7 @@
 
 import base64
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from simipu_hf.visualization import (
     draw_points_on_image,
     draw_retrieval,
     draw_training_curves,
+    frames,
     scene_html,
     visualize,
 )
@@ -181,7 +183,7 @@ def test_matches_join_their_points_and_far_ones_are_red():
     view, augmented = rng.uniform(0, 30, (2, 8, 3))
     match = rng.permutation(8)
     distance = np.array([0.1, 0.2, 0.3, 1.9, 2.1, 5.0, np.inf, 0.4])
-    figure = draw_matches(ViewMatches(view, augmented, match, distance), 2.0)
+    figure = draw_matches(ViewMatches(view, augmented, match, distance), 2.0, "frame")
     title = figure.get_suptitle()
     assert "7 matches" in title
     assert "28.6% beyond the limit of 2 m" in title
@@ -197,9 +199,9 @@ def test_matches_join_their_points_and_far_ones_are_red():
 
 def test_matches_without_a_limit_or_without_any_match():
     points = np.random.default_rng(0).uniform(0, 30, (2, 4, 3))
-    assert "no limit" in draw_matches(ViewMatches(*points, np.arange(4), np.ones(4)), None).get_suptitle()
+    assert "no limit" in draw_matches(ViewMatches(*points, np.arange(4), np.ones(4)), None, "frame").get_suptitle()
     none = ViewMatches(*points, np.zeros(4, dtype=int), np.full(4, np.inf))
-    assert "0 matches" in draw_matches(none, 2.0).get_suptitle()
+    assert "0 matches" in draw_matches(none, 2.0, "frame").get_suptitle()
 
 
 def test_retrieval_marks_the_true_pixel_and_the_most_similar_cell():
@@ -208,14 +210,13 @@ def test_retrieval_marks_the_true_pixel_and_the_most_similar_cell():
     values = np.zeros((4, 12, 1))
     values[2, 7] = 0.9  # centre: column 59.5, row 19.5
     cells = cell_map(values, PATCHES, np.eye(3), frame)
+    cells = replace(cells, cell_size=np.array([8, 4]))  # an image that was stretched
     figure = draw_retrieval(frame, point[None], [cells], ["point 5"])
     marks = {line.get_label(): line.get_xydata()[0] for line in figure.axes[0].lines}
     np.testing.assert_allclose(marks["where the point is"], [43.5, 14.7], atol=1e-5)
     np.testing.assert_allclose(marks["most similar cell"], [59.5, 19.5])
-    off = np.hypot(16, 4.8)
-    assert f"point 5, 10.0 m ahead: most similar cell {off:.0f} px off ({off / 8:.1f} cells)" in figure.axes[
-        0
-    ].get_title(loc="left")
+    said = "point 5, 10.0 m ahead: most similar cell 17 px off (2.3 cells)"  # (16, 4.8) pixels, (2, 1.2) cells
+    assert said in figure.axes[0].get_title(loc="left")
 
 
 def test_similarity_is_the_cosine_and_padding_is_never_the_best_cell():
@@ -389,6 +390,18 @@ def test_visualize_writes_every_picture_of_a_run(run_folder, data, tmp_path):
     assert "Features" in written[-2].read_text(encoding="utf-8")
     again = visualize(tmp_path / "new" / "pictures", data_dir=data, frames=[1])
     assert again == [written[0], written[5]]  # replaced
+
+
+def test_an_image_encoder_of_no_run_and_no_size(run_folder, data, tmp_path, monkeypatch):
+    sizes = []
+    encode = frames.encode_image
+    monkeypatch.setattr(
+        frames, "encode_image", lambda *given: sizes.append(given[1].output_size((32, 96))) or encode(*given)
+    )
+    monkeypatch.chdir(run_folder)  # whose curves are not those of this encoder
+    written = visualize(tmp_path, "random:test_resnet", dataset_name=str(data), device="cpu")
+    assert "training_curves.png" not in [path.name for path in written]
+    assert sizes == [(32, 96)]  # as small as the image is
 
 
 def test_visualize_an_encoder_alone_and_data_alone(run_folder, data, tmp_path):

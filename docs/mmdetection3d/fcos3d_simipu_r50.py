@@ -8,6 +8,8 @@ model = dict(
     backbone=dict(
         depth=50,
         style="pytorch",  # the stride lies in the 3 x 3 convolution
+        frozen_stages=-1,  # the base freezes what ImageNet taught
+        norm_eval=False,
         norm_cfg=dict(type="BN", eps=1e-05, requires_grad=True),
         init_cfg=dict(type="Pretrained", checkpoint="encoder.pth", prefix="img_backbone"),
     ),

@@ -31,7 +31,8 @@ from .inspection import open_source
 from .kitti_objects import by_field
 from .loading import load_pretraining_dataset
 from .preparation import run_in_processes
-from .rows import calibration_from_row, image_from_row, points_from_row
+from .rows import REQUIRED_COLUMNS, calibration_from_row, image_from_row, points_from_row
+from .sources import undecoded
 
 logger = logging.getLogger(__name__)
 
@@ -68,18 +69,25 @@ class Packing:
         if self.image_size is not None and min(self.image_size) < 1:
             raise SimIPUError(f"image_size: expected height and width in pixels, found {self.image_size}")
 
+    @property
+    def columns(self) -> list[str]:
+        """The columns that it needs or changes; all others are copied as they are stored."""
+        return [*REQUIRED_COLUMNS, *(("objects", "depth") if self.image_size else ())]
+
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row (its image undecoded) as it is written."""
+        """The row (its images undecoded) as it is written."""
         row = dict(row)
+        image = image_from_row(row)
+        projection, lidar_to_camera = calibration_from_row(row)
         if not self.whole_scans:
-            projection, lidar_to_camera = calibration_from_row(row)
-            size = image_from_row(row).size
-            row["points"] = points_in_view(points_from_row(row), projection @ lidar_to_camera, size).tobytes()
+            points = points_in_view(points_from_row(row), projection @ lidar_to_camera, image.size)
+            if not len(points):
+                raise SimIPUError(f"frame {row['frame_id']}: expected points of the scan in the image, found none")
+            row["points"] = points.tobytes()
         if self.image_size is not None or self.image_format is not None:
-            image = image_from_row(row)
             height, width = self.image_size or (image.height, image.width)
             moved = pixel_transform((0, 0, image.height, image.width), (height, width), False, True)
-            row["camera_projection"] = (moved @ calibration_from_row(row)[0]).tolist()
+            row["camera_projection"] = (moved @ projection).tolist()
             objects = row.get("objects")
             labels = by_field(objects)
             if objects and {"bbox", "rotation_y"} <= labels.keys():  # not of another form
@@ -155,6 +163,12 @@ def convert_to_parquet(
         raise SimIPUError(f"rows_per_shard: expected at least 1, found {rows_per_shard}")
     if rows_per_shard is not None and max_shard_size != "500MB":
         raise SimIPUError("expected either rows_per_shard or max_shard_size, found both")
+    if num_shards < 1:
+        raise SimIPUError(f"num_shards: expected at least 1, found {num_shards}")
+    try:
+        convert_file_size_to_int(max_shard_size)
+    except ValueError as error:
+        raise SimIPUError(f"max_shard_size: expected a size such as '500MB', found {max_shard_size!r}") from error
     packing: Packing | None = Packing(image_size, image_format, quality, whole_scans)
     source, names = open_source(dataset_name, data_dir, dataset_config_name, split)
     check_apart(source.location, target)
@@ -167,7 +181,7 @@ def convert_to_parquet(
     }
     for rows in splits.values() if image_size else ():
         depth = rows.features.get("depth")
-        if not (depth is None or (isinstance(depth, datasets.Image) and depth.decode)):
+        if not (depth is None or isinstance(depth, datasets.Image)):
             raise SimIPUError(f"{source.location}: depth: expected datasets.Image to resize with image, found {depth}")
     already_cut = source.reader is not None
     packing = None if (already_cut or whole_scans) and not (image_size or image_format) else packing
@@ -180,7 +194,7 @@ def convert_to_parquet(
     missing = [shard for shard in shards if not (partial_dir / shard.file).is_file()]
     try:
         write = partial(_write_shard, partial_dir, splits, packing)
-        run_in_processes(write, missing, num_proc, "Converting", lambda shard: shard.stop - shard.start, "row")
+        run_in_processes(write, missing, num_proc, "Converting", lambda shard: shard.stop - shard.start)
     except SimIPUError as error:
         done = sum((partial_dir / shard.file).is_file() for shard in shards)
         raise SimIPUError(
@@ -245,6 +259,8 @@ def _prepare_partial(
     )
     path = folder / MANIFEST
     if path.is_file() and path.read_text(encoding="utf-8") == manifest:
+        for leftover in (folder / "data").glob(".*"):  # of a process that was killed
+            leftover.unlink()
         return
     if path.is_file():
         logger.warning(f"{folder}: another conversion, or its data set has changed since; starting over")
@@ -270,11 +286,17 @@ def _stored_features(rows: datasets.Dataset) -> datasets.Features:
 
 def _table(rows: datasets.Dataset, start: int, stop: int, packing: Packing | None) -> pa.Table:
     features = _stored_features(rows)
-    if packing is None:
-        table = rows.with_format("arrow")[start:stop]
-    else:
-        packed = [packing(rows[index]) for index in range(start, stop)]
-        table = datasets.Dataset.from_list(packed, features=features).with_format("arrow")[:]
+    table = rows.with_format("arrow")[start:stop]
+    if packing is not None:
+        columns = [column for column in packing.columns if column in features]
+        needed = undecoded(rows.select_columns(columns))
+        packed = datasets.Dataset.from_list(
+            [packing(needed[index]) for index in range(start, stop)],
+            features=datasets.Features({column: features[column] for column in columns}),
+        )
+        for column in columns:
+            place = table.column_names.index(column)
+            table = table.set_column(place, column, packed.with_format("arrow")[:][column])
     return embed_table_storage(table.cast(features.arrow_schema))
 
 

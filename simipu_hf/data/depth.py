@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def select_depth_rows(
     """The rows that a depth command is asked for: those of an Eigen file list, or else named ones.
 
     Raises:
-        SimIPUError: as [`select_frames`] and [`EigenFrames`].
+        SimIPUError: as [`select_frames`] and [`read_eigen_list`].
     """
     if file_list:
         return read_eigen_list(file_list, str(image_dir), str(depth_dir), on_bad_row)
@@ -156,19 +157,21 @@ def _nearest_wins(row: np.ndarray, column: np.ndarray, depth: np.ndarray, height
     return nearest.reshape(height, width).astype(np.float32)
 
 
-def read_depth_png(source: Image.Image | str | os.PathLike, name: str | None = None) -> np.ndarray:
-    """Metres of a KITTI depth PNG, opened or by its path: 16-bit grey, value / 256, 0 where unknown.
+def read_depth_png(source: Image.Image | Mapping[str, Any] | str | os.PathLike, name: str | None = None) -> np.ndarray:
+    """Metres of a KITTI depth PNG: 16-bit grey, value / 256, 0 where unknown. `source` is opened, its path, or
+    `{"bytes", "path"}` of a column that is not decoded.
 
     Raises:
         SimIPUError: the file is missing, no image, or not 16-bit grey; `name` says which.
     """
     if not isinstance(source, Image.Image):
+        if not isinstance(source, Mapping):
+            source, name = {"bytes": None, "path": source}, str(source)
         try:
-            with Image.open(source) as image:
-                image.load()
-                return read_depth_png(image, str(source))
-        except OSError as error:
-            raise SimIPUError(f"{source}: cannot be read as a depth PNG ({error})") from error
+            source = Image.open(source["path"] if source["bytes"] is None else BytesIO(source["bytes"]))
+            source.load()
+        except Exception as error:  # Pillow raises more than OSError
+            raise SimIPUError(f"{name}: cannot be read as a depth PNG ({error})") from error
     if source.mode not in ("I;16", "I;16B", "I;16L", "I"):
         raise SimIPUError(f"{name}: expected a 16-bit grey depth PNG, found mode {source.mode!r}")
     return np.asarray(source).astype(np.float32) / 256.0
@@ -179,7 +182,7 @@ def image_and_depth(row: Mapping[str, Any]) -> tuple[Image.Image, np.ndarray]:
 
     Args:
         row: a row of the data contract (`frame_id`, `image`, `points`, `camera_projection`, `lidar_to_camera`),
-            or one with `image` and `depth`: a KITTI-style 16-bit PNG, opened or its path.
+            or one with `image` and `depth`: a KITTI-style 16-bit PNG as [`read_depth_png`] takes it.
 
     Returns:
         The RGB image, and `(H, W)` float32 of its size, metres.

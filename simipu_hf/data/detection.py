@@ -47,7 +47,7 @@ class DetectionLabels:
         """Of labels as KITTI has them.
 
         Neighbouring classes (a van, where cars are looked for), and objects of the classes whose box in space is
-        unknown or reaches behind the camera, are regions of their class; DontCare is one of every class.
+        unknown or has its middle behind the camera, are regions of their class; DontCare is one of every class.
         """
         names = [*classes, *(NEIGHBOURS.get(name, "") for name in classes)]
         index = np.array([names.index(kind) if kind in names else len(names) for kind in objects.type], dtype=np.int64)

@@ -12,7 +12,7 @@ import torch
 from ..errors import SimIPUError
 from ..modeling.image_processing_simipu import SimIPUImageProcessor
 from .loading import join_rows, load_pretraining_dataset, row_names, take_rows
-from .sources import split_source
+from .sources import split_ids, split_source, undecoded
 
 OnBadRow = Literal["error", "skip"]
 
@@ -43,15 +43,12 @@ def select_frames(specifications: Sequence[str], labels: bool = False) -> datase
     taken: dict[str, set[Any]] = {}
     for specification, part in zip(specifications, parts, strict=True):
         take_rows(taken, specification, split_source(specification)[0], row_names(part))
-    # images are decoded where a damaged one is reported by its frame
-    return join_rows([part.cast_column("image", datasets.Image(decode=False)) for part in parts])
+    return join_rows([undecoded(part) for part in parts])
 
 
 def _select(specification: str, labels: bool) -> datasets.Dataset:
     source, rest = split_source(specification)
-    # a split may hold colons of its own inside brackets, as in train[:50%]
-    end = rest.find(":", rest.find("]") + 1)
-    split, ids = (rest, "") if end < 0 else (rest[:end], rest[end + 1 :])
+    split, ids = split_ids(rest)
     rows = load_pretraining_dataset(source, split=split or None, labels=labels)
     if not ids:
         return rows

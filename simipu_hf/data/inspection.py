@@ -11,10 +11,12 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..modeling.geometry import inside_image, project_points
-from .kitti_objects import by_field, object_names
+from .depth import read_depth_png
+from .detection import objects_from_row
+from .kitti_objects import OBJECT_TYPES, by_field, object_names
 from .loading import list_frames, load_pretraining_dataset
-from .rows import Frame, calibration_from_row, image_from_row, points_from_row
-from .sources import Source, find_source, given_sources, refuse_second_split, split_source
+from .rows import Frame, calibration_from_row, image_from_row, points_from_row, scene_of
+from .sources import Source, find_source, given_sources, refuse_second_split, split_source, undecoded
 
 NEXT_TO_NOTHING = 0.02  # of the image's cells with a point, or of the scan's points in the image
 CELL = 32  # pixels
@@ -186,15 +188,27 @@ def _read_files(source: Source, frames: Iterable[tuple[str, Any]]) -> Iterator[t
     for label, frame in frames:
         damage: list[str] = []
         row = source.reader.read_row(frame, whole_scans=True, problems=damage)
-        yield label, {**row, "object_types": by_field(row.get("objects"))["type"]}, damage
+        types = by_field(row.get("objects"))["type"]
+        yield label, {**row, "object_types": types, "has_labels": bool(types)}, damage
 
 
 def _read_rows(loaded: Mapping[str, datasets.Dataset]) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
     for name, rows in loaded.items():
-        types = object_names(rows.features)
-        for row in rows.cast_column("image", datasets.Image(decode=False)):
-            found = [types[index] for index in by_field(row["objects"])["type"]] if types else []
-            yield f"{name}/{row['frame_id']}", {**row, "object_types": found}, []
+        names = object_names(rows.features)
+        for row in undecoded(rows):
+            types = _object_types(row, names)
+            # those that training on labels takes
+            has_labels = bool(types) and names in ([], list(OBJECT_TYPES))
+            yield f"{name}/{row['frame_id']}", {**row, "object_types": types, "has_labels": has_labels}, []
+
+
+def _object_types(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Types of the objects of a row; empty where its column `objects` is of another form."""
+    try:
+        types = by_field(row.get("objects"))["type"]
+        return [kind if isinstance(kind, str) else names[kind] for kind in types]
+    except (KeyError, IndexError, TypeError):
+        return []
 
 
 class _Inspector:
@@ -222,8 +236,12 @@ class _Inspector:
     def look_at(self, label: str, row: Mapping[str, Any], damage: Sequence[str]) -> None:
         """`row` holds None for parts that its reader described in `damage`."""
         self.add_problems(damage, label)
-        self.scenes.add(str(row.get("scene", "")))
+        self.scenes.add(row.get("scene") or scene_of(row["frame_id"]))
         self.objects.update(row["object_types"])
+        if row["has_labels"]:
+            self._read(label, row, objects_from_row)
+        if isinstance(row.get("depth"), Mapping):
+            self._read(label, row, lambda row: read_depth_png(row["depth"], f"frame {row['frame_id']}"))
         described = {column for column in ("image", "points", "camera_projection") if damage and row[column] is None}
         image = None if "image" in described else self._read(label, row, image_from_row)
         points = None if "points" in described else self._read(label, row, points_from_row)

@@ -58,11 +58,11 @@ class KittiObjects:
         return KittiObjects(**picked)
 
     @classmethod
-    def from_row(cls, objects: Any, names: Sequence[str] = OBJECT_TYPES) -> KittiObjects:
-        """From the column `objects` of a row; `names` are those that the numbers of its `type` stand for."""
+    def from_row(cls, objects: Any) -> KittiObjects:
+        """From the column `objects` of a row; numbers of its `type` are indices into `OBJECT_TYPES`."""
         objects = by_field(objects)
         count = len(objects["type"])
-        types = [kind if isinstance(kind, str) else names[kind] for kind in objects["type"]]
+        types = [kind if isinstance(kind, str) else OBJECT_TYPES[kind] for kind in objects["type"]]
         return cls(
             type=np.array(types, dtype="U14"),
             bbox=np.array(objects["bbox"], float).reshape(count, 4),

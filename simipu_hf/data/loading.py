@@ -16,7 +16,7 @@ from ..errors import SimIPUError
 from .mixture import Mixture
 from .preparation import Reading, prepare
 from .rows import ROW_FEATURES, check_features, check_row, scene_of
-from .sources import Source, Sources, find_source, given_sources, named_errors, split_source
+from .sources import Source, Sources, find_source, given_sources, named_errors, split_source, undecoded
 
 AnyDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
@@ -64,7 +64,7 @@ def load_pretraining_dataset(
         whole_scans: Of a published data set: keep all points, not only those that the camera sees.
         labels: Of a published data set: with its labels, in the column `objects`, where there is such a configuration.
         validation_share: For a source without a validation split: "validation" is this share of the scenes of
-            "train", chosen by a hash of their names, and "train" is the rest.
+            "train", chosen by a hash of their names, and "train" is the rest. Other splits stay whole.
         skipped: Where given, frames that can't become a row and rows with a `frame_id` that came before are left
             out, and a message for each is appended here. Otherwise the first of them is an error. While streaming,
             such frames are logged as they come, and repeated rows are not looked for.
@@ -144,9 +144,11 @@ def _load_parts(
         location, own_split = split_source(text)
         source = find_source(location, dataset_config_name, dataset_name is None, request.labels)
         split = own_split if own_split and request.split in (None, "train") else request.split
+        own_request = replace(request, split=split)
         with named_errors(location):
-            part = _load(source, replace(request, split=split), own_split or None)
-        names = row_names(part) if isinstance(part, datasets.Dataset) else _names(split or "train")
+            part = _load(source, own_request, own_split or None)
+            _, planned = _plan_split(source, own_request, own_split or None)
+        names = row_names(part) if isinstance(part, datasets.Dataset) else _names(planned)
         take_rows(taken, text, source.location, names)
         parts.append(part)
     return parts
@@ -189,24 +191,24 @@ def _load(source: Source, request: Request, train_split: str | None) -> AnyDatas
             cache_dir=None if request.cache_dir is None else os.fspath(request.cache_dir),
         )
     dataset = _checked(dataset, source.location, split, request.skipped)
-    if request.validation_share is None:
+    if request.validation_share is None or held_out is None:
         return dataset
     return _share(dataset, held_out, request.validation_share, source.location)
 
 
-def _plan_split(source: Source, request: Request, train_split: str | None) -> tuple[bool, str]:
-    """Whether the rows held out of a split are wanted, and the split to read."""
-    split, held_out = request.split, False
+def _plan_split(source: Source, request: Request, train_split: str | None) -> tuple[bool | None, str]:
+    """Whether the rows held out of a split are wanted or its others (`None`: all of them), and the split to read."""
+    shared = train_split or source.default_split
+    split, held_out = shared if request.split is None else request.split, None
     if request.validation_share is not None:
         if any(re.fullmatch(r"(.*_)?val(idation)?", name) for name in source.splits):
             raise SimIPUError(f"{source.location} has the splits {source.splits}: leave validation_share out")
         held_out = split in ("validation", "val")
-    if held_out:
-        split = train_split
-    if split is None:
-        split = source.splits[0] if len(source.splits) == 1 else "train"
+        split = shared if held_out else split
     for name in set(_names(split)):
         split = re.sub(rf"(?<![\w.-]){re.escape(name)}(?![\w.-])", source.find_split(name), split)
+    if held_out is False and not any(source.find_split(name) in _names(split) for name in _names(shared)):
+        held_out = None
     return held_out, split
 
 
@@ -239,14 +241,19 @@ def _load_files(source: Source, split: str, request: Request) -> AnyDataset:
     frames = {name: listing.splits.get(name, []) for name in names}
     empty = [name for name, found in frames.items() if not found]
     if empty:
-        raise SimIPUError(f"{source.location}: split {empty[0]!r}: expected images with their scans, found none")
+        message = f"{source.location}: split {empty[0]!r}: expected images with their scans, found none"
+        raise SimIPUError("\n".join([message, *listing.notes[:10]]))
+    for note in listing.notes[:10]:
+        logger.warning(note)
+    if len(listing.notes) > 10:
+        logger.warning(f"{source.location}: {len(listing.notes) - 10} more notes; simipu-hf data inspect lists all")
     reading = Reading(source.reader.__name__, source.config, request.whole_scans)
     if not request.streaming:
         prepared = {
             name: prepare(reading, found, skipped, request.num_proc, request.cache_dir)
             for name, found in frames.items()
         }
-        return _take(split, prepared)
+        return _with_license(_take(split, prepared), source)
     if "[" in split or len(names) < len(_names(split)):
         raise SimIPUError(f"{source.location}: split: expected different names where streaming, found {split!r}")
     features, options = source.reader.features(source.config), {"reading": reading, "skip": skipped is not None}
@@ -254,7 +261,13 @@ def _load_files(source: Source, split: str, request: Request) -> AnyDataset:
         datasets.IterableDataset.from_generator(_stream_rows, features, {"runs": _runs(frames[name]), **options})
         for name in _names(split)
     ]
-    return streams[0] if len(streams) == 1 else datasets.concatenate_datasets(streams)
+    return _with_license(streams[0] if len(streams) == 1 else datasets.concatenate_datasets(streams), source)
+
+
+def _with_license(rows: AnyDataset, source: Source) -> AnyDataset:
+    # KITTI's reader names none: the synthetic drive has the same layout
+    rows.info.license = getattr(source.reader, "LICENSE", "")
+    return rows
 
 
 def _runs(frames: Sequence[Any]) -> list[Sequence[Any]]:
@@ -319,8 +332,9 @@ def _with_scene(dataset: AnyDataset) -> AnyDataset:
         return dataset
     if isinstance(dataset, datasets.Dataset):
         return dataset.add_column("scene", [scene_of(frame_id) for frame_id in dataset["frame_id"][:]])
-    features = datasets.Features({**dataset.features, "scene": ROW_FEATURES["scene"]})
-    return dataset.map(_add_scene, features=features)
+    encoded = undecoded(dataset)  # a map or a filter decodes images, and what it has decoded stays so
+    features = datasets.Features({**encoded.features, "scene": ROW_FEATURES["scene"]})
+    return encoded.map(_add_scene, features=features)
 
 
 def _add_scene(row: dict[str, Any]) -> dict[str, Any]:
@@ -333,7 +347,7 @@ def _share(dataset: AnyDataset, held_out: bool, share: float, location: str) -> 
         raise SimIPUError(f"validation_share: expected a share between 0 and 1, found {share}")
     if isinstance(dataset, datasets.IterableDataset):
         is_on_side = partial(_is_on_side, share=share, held_out=held_out)
-        return dataset.filter(is_on_side, input_columns=["scene", "frame_id"])
+        return undecoded(dataset).filter(is_on_side, input_columns=["scene", "frame_id"])
     names = row_names(dataset)
     places = {scene: _place(scene) for scene, _ in names}
     if not min(places.values()) < share <= max(places.values()):

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import SimIPUError
+from .sources import undecoded
 
 Key: TypeAlias = tuple[str, Any]
 
@@ -42,10 +43,9 @@ def refuse_shared_stream(
     A stream is not read for the comparison alone: every row is compared when it comes.
     """
     names: dict[Key, str] = {}
-    for row in _undecoded(held_out):
+    for row in _compared_columns(held_out):
         names |= dict.fromkeys(_content(row), row["frame_id"])
-    encoded = train.cast_column("image", datasets.Image(decode=False)) if train.features else train
-    return encoded.filter(partial(_is_not_shared, names=names, what=what, count=len(held_out)))
+    return undecoded(train).filter(partial(_is_not_shared, names=names, what=what, count=len(held_out)))
 
 
 def _is_not_shared(row: Mapping[str, Any], names: Mapping[Key, str], what: str, count: int) -> bool:
@@ -75,7 +75,7 @@ def frames_on_both_sides(first: datasets.Dataset, second: datasets.Dataset) -> l
     Returns:
         At most one pair for each row of `second`, in their order.
     """
-    first, second = _undecoded(first), _undecoded(second)
+    first, second = _compared_columns(first), _compared_columns(second)
     places: dict[Key, list[int]] = defaultdict(list)
     for index, keys in enumerate(_cheap_keys(first)):
         for key in keys:
@@ -91,9 +91,9 @@ def frames_on_both_sides(first: datasets.Dataset, second: datasets.Dataset) -> l
     return pairs
 
 
-def _undecoded(rows: datasets.Dataset) -> datasets.Dataset:
+def _compared_columns(rows: datasets.Dataset) -> datasets.Dataset:
     columns = [column for column in ("frame_id", "image", "points") if column in rows.column_names]
-    return rows.select_columns(columns).cast_column("image", datasets.Image(decode=False))
+    return undecoded(rows.select_columns(columns))
 
 
 def _cheap_keys(rows: datasets.Dataset) -> Iterator[list[Key]]:
@@ -115,7 +115,9 @@ def _content(row: Mapping[str, Any]) -> list[Key]:
     keys: list[Key] = []
     if row.get("points"):
         keys.append(("points", hashlib.sha256(row["points"]).digest()))
-    image = row["image"]
+    image = row["image"] or {"bytes": None, "path": None}
+    if image["bytes"] is None and image["path"] is None:
+        return keys
     try:
         data = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
     except OSError:

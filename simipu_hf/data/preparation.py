@@ -8,10 +8,13 @@ is prepared where it is new.
 import hashlib
 import itertools
 import json
+import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +31,9 @@ from ..files import write_json
 from .rows import write_arrow
 
 CHUNK, LONG_SCENE = 512, 32  # frames
+DAY = 24 * 60 * 60  # seconds
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,17 +49,26 @@ class Reading:
         return sys.modules[self.module]
 
     def rows(self, frames: Sequence[Any], skipped: list[str] | None) -> Iterator[dict[str, Any]]:
-        """Rows of the frames; damaged ones end it with a SimIPUError, or are left out and described in `skipped`."""
+        """Rows of the frames; damaged ones end it with a SimIPUError, or are left out and described in `skipped`.
+
+        Lines of labels that cannot be used are logged, and left out.
+        """
         for frame in frames:
+            problems: list[str] = []
             try:
-                row = self.reader.read_row(frame, self.whole_scans)
+                row = self.reader.read_row(frame, self.whole_scans, problems)
+                if None in row.values():
+                    raise ValueError(problems[0].removeprefix(f"frame {frame.frame_id}: "))
                 if not row["points"]:
                     raise ValueError(f"frame {frame.frame_id}: expected points of the scan in the image, found none")
-                yield row
             except ValueError as error:
                 if skipped is None:
                     raise SimIPUError(str(error)) from error
                 skipped.append(f"frame {frame.frame_id}: {error}")
+                continue
+            for message in problems:  # labels that cannot be used
+                logger.warning(message)
+            yield row
 
 
 def prepare(
@@ -86,8 +101,9 @@ def prepare(
             digests = [_digest(reading.reader.fingerprint(chunk), reading) for chunk in chunks]
             paths = [folder / f"{kind}-{digest}.arrow" for digest in digests]
             missing = [item for item in zip(paths, chunks, strict=True) if not _is_whole(reading, *item)]
+            _remove_leftovers(folder)
             write = partial(_write_chunk, reading, stop_at_damage=skipped is None)
-            run_in_processes(write, missing, num_proc, "Preparing", lambda item: len(item[1]), "row")
+            run_in_processes(write, missing, num_proc, "Preparing", lambda item: len(item[1]))
             write_json(note, [_launch(), *map(str, paths)])
     rows = datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in paths])
     messages: list[str] = []
@@ -137,12 +153,14 @@ def run_in_processes(
     num_proc: int | None,
     title: str,
     weight: Callable[[Any], int],
-    unit: str,
 ) -> None:
-    """`work(item)` for every item with a progress bar, on as many processes as are of use; the first error ends it."""
+    """`work(item)` for every item with a progress bar, on as many processes as are of use; the first error ends it.
+
+    `weight(item)` is its number of rows.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = min(num_proc or cores, len(items))
-    with tqdm(total=sum(map(weight, items)), desc=title, unit=unit, disable=not items) as progress:
+    with tqdm(total=sum(map(weight, items)), desc=title, unit="row", disable=not items) as progress:
         if processes <= 1:
             for item in items:
                 work(item)
@@ -162,6 +180,14 @@ def run_in_processes(
 def _write_chunk(reading: Reading, item: tuple[Path, Sequence[Any]], stop_at_damage: bool) -> None:
     path, frames = item
     write_arrow(path, reading.rows(frames, None if stop_at_damage else []), reading.reader.features(reading.config))
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Unfinished files of processes that were killed. One that is younger than a day may be another's at work."""
+    for path in folder.glob(".*.arrow"):
+        with suppress(OSError):  # it was finished just now
+            if time.time() - path.stat().st_mtime > DAY:
+                path.unlink()
 
 
 def _digest(*made_of: Any) -> str:

@@ -67,6 +67,11 @@ class Source:
             raise SimIPUError(f"{self.location}: split: expected one of {self.splits}, found {name!r}")
         return found[0]
 
+    @property
+    def default_split(self) -> str:
+        """The split where none is named: the only one, or "train"."""
+        return self.splits[0] if len(self.splits) == 1 else "train"
+
     @cached_property
     def saved(self) -> Mapping[str, datasets.Dataset]:
         try:
@@ -114,6 +119,16 @@ def split_source(text: str) -> tuple[str, str]:
     return (text[: marks[0]], text[marks[0] + 1 :]) if marks else (text, "")
 
 
+def split_ids(rest: str) -> tuple[str, str]:
+    """ "SPLIT:IDS" -> SPLIT, IDS. Colons inside brackets are part of the split.
+
+    >>> split_ids("train[:2]+val[1:]:000001,000002")
+    ('train[:2]+val[1:]', '000001,000002')
+    """
+    split, *ids = re.split(r":(?![^\[]*\])", rest, maxsplit=1)
+    return split, "".join(ids)
+
+
 def refuse_second_split(split: str | None, *sources: str) -> None:
     """Raise a SimIPUError where a source names a split, SOURCE#SPLIT, and another one is given beside it."""
     for text in sources:
@@ -125,8 +140,28 @@ def describe_frames(frames: Sequence[str]) -> tuple[str, str]:
     """Names of the data sets and of their splits, without folders and without lists of ids."""
     sources, rests = zip(*map(split_source, frames), strict=True)
     names = dict.fromkeys(re.split(r"[/\\]", source.rstrip("/\\"))[-1] for source in sources)
-    splits = dict.fromkeys(re.split(r":(?![^\[]*\])", rest)[0] or "all" for rest in rests)
-    return " + ".join(names), " + ".join(splits)
+    splits = [split_ids(rest)[0] or _default_split(source) for source, rest in zip(sources, rests, strict=True)]
+    return " + ".join(names), " + ".join(dict.fromkeys(splits))
+
+
+def _default_split(location: str) -> str:
+    """The name of the split that is read where none is named; "train" where the source cannot be looked at."""
+    try:
+        source = find_source(location)
+        return source.find_split(source.default_split)
+    except SimIPUError:
+        return "train"
+
+
+def undecoded(rows: Any) -> Any:
+    """The rows, or the stream of rows, with all columns of images as `{"bytes", "path"}`.
+
+    A damaged image is then an error where it is decoded, which names the frame, and not where its row is read.
+    """
+    for column, feature in (rows.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+    return rows
 
 
 def find_source(

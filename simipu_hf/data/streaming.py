@@ -5,7 +5,7 @@ at the start of a block of rows, and how many rows of the block are done. The sh
 loses its rows on resuming, so shards are shuffled by `datasets` and rows within blocks here.
 """
 
-import inspect
+import logging
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,15 +17,14 @@ from datasets.distributed import split_dataset_by_node
 
 from ..errors import SimIPUError
 from ..modeling.processing_simipu import SimIPUProcessor
-from .rows import image_from_row
+from .rows import REQUIRED_COLUMNS, image_from_row
+from .sources import undecoded
 from .two_views import TwoViewAugmentation, two_view_sample
 
 logger = datasets.logging.get_logger(__name__)
 
-# Arguments of IterableDataset.shuffle. Newer versions read several shards in turns, and do not resume that exactly.
+# Arguments of IterableDataset.shuffle: several shards read in turns would not be resumed exactly.
 SHARDS_ONLY = {"buffer_size": 1, "max_buffer_input_shards": 1}
-if "max_buffer_input_shards" not in inspect.signature(datasets.IterableDataset.shuffle).parameters:
-    del SHARDS_ONLY["max_buffer_input_shards"]
 
 
 def stream_two_views(
@@ -61,8 +60,13 @@ def stream_two_views(
         A `torchdata.stateful_dataloader.StatefulDataLoader`: iterate it, move batches to the device yourself.
 
     Raises:
-        SimIPUError: torchdata is not installed, or there are fewer shards than processes.
+        SimIPUError: torchdata is not installed, or datasets is older than 5.0, or there are fewer shards than
+            processes.
     """
+    if int(datasets.__version__.partition(".")[0]) < 5:
+        raise SimIPUError(
+            f"streaming needs datasets >= 5.0, found {datasets.__version__}: older versions do not resume exactly"
+        )
     try:
         from torchdata.stateful_dataloader import StatefulDataLoader
     except ImportError as error:
@@ -97,7 +101,7 @@ class TwoViewStream(torch.utils.data.IterableDataset):
         shuffle_buffer: int,
         on_bad_row: str,
     ) -> None:
-        self.rows = rows.cast_column("image", datasets.Image(decode=False)) if rows.features else rows
+        self.rows = undecoded(rows.select_columns(REQUIRED_COLUMNS))
         self.processor = processor
         self.augmentation = augmentation
         self.seed = seed
@@ -129,6 +133,7 @@ class TwoViewStream(torch.utils.data.IterableDataset):
         rows = self.rows.shuffle(seed=zlib.crc32(f"{self.seed}/{epoch}".encode()), **SHARDS_ONLY)
         if self._state["rows"] is not None:
             rows.load_state_dict(self._state["rows"])
+            datasets.logging.get_logger("datasets.iterable_dataset").addFilter(_is_not_about_the_buffer)
         reader, block_start = iter(rows), self._state["rows"]
         while True:
             done = self._state["done"]
@@ -151,8 +156,14 @@ class TwoViewStream(torch.utils.data.IterableDataset):
             row = {**row, "image": image_from_row(row)}
             return two_view_sample(row, self.processor, self.augmentation, **place)
         except ValueError as error:
-            message = f"frame {row.get('frame_id')}: {error}"
+            names_frame = isinstance(error, SimIPUError)
+            message = str(error) if names_frame else f"frame {row.get('frame_id')}: {error}"
             if self.on_bad_row == "error":
                 raise SimIPUError(message) from error
             logger.warning(f"left out: {message}")
             return None
+
+
+def _is_not_about_the_buffer(record: logging.LogRecord) -> bool:
+    """`datasets` warns of rows in a shuffle buffer, which are lost on resuming; one of size 1 holds none."""
+    return "shuffle buffer" not in record.getMessage()

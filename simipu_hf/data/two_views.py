@@ -321,6 +321,9 @@ class TwoViewDataset(torch.utils.data.Dataset):
     def _naming_unreadable(self, index: int) -> Iterator[None]:
         try:
             yield
+        except SimIPUError as error:
+            said = str(error).removeprefix(f"frame {self._frame_id(index)}: ")
+            raise SimIPUError(f"{self._row_name(index)}: {said}") from error
         except Exception as error:
             raise SimIPUError(f"{self._row_name(index)}: cannot be read ({error})") from error
 
@@ -338,8 +341,10 @@ class TwoViewDataset(torch.utils.data.Dataset):
             raise SimIPUError(f"{self._row_name(row_index)}: {error}") from error
 
     def _row_name(self, row_index: int) -> str:
-        frame_id = self.rows.select_columns("frame_id")[row_index]["frame_id"]  # this does not decode the image
-        return f"row {row_index} (frame_id {frame_id})"
+        return f"row {row_index} (frame_id {self._frame_id(row_index)})"
+
+    def _frame_id(self, row_index: int) -> str:
+        return self.rows.select_columns("frame_id")[row_index]["frame_id"]  # this does not decode the image
 
 
 @dataclass(frozen=True)

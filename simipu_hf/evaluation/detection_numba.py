@@ -2,8 +2,9 @@
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
+
+from simipu_hf.modeling.point_ops_numba import jit
 
 # what a label or a detection is to a class and a difficulty
 COUNTED, IGNORED, OTHER, DONT_CARE = 0, 1, -1, -2
@@ -21,7 +22,7 @@ class Frames(NamedTuple):
     label_angles: np.ndarray
 
 
-@numba.njit(cache=True, nogil=True)
+@jit()
 def match_all(frames, detection_roles, label_roles, overlaps, covered, min_overlap, thresholds, counting):
     """Detections (N,) that are true positives at the last threshold; true positives, false positives and summed
     similarity (T, 3) at every threshold."""
@@ -45,7 +46,7 @@ def match_all(frames, detection_roles, label_roles, overlaps, covered, min_overl
     return matched, totals
 
 
-@numba.njit(cache=True, nogil=True)
+@jit()
 def _match(frames, frame, detection_roles, label_roles, pairs, threshold, counting, taken, matched, total):
     """Match the detections of a frame that reach `threshold` to its labels, and add to `total`.
 
@@ -88,7 +89,7 @@ def _match(frames, frame, detection_roles, label_roles, pairs, threshold, counti
         total[1] += not excused
 
 
-@numba.njit(cache=True, nogil=True)
+@jit()
 def pair_overlaps(detection_starts, label_starts, pair_starts, image_boxes, image_labels, boxes, labels):
     """(P, 4): in the image, share of the detection in the image, from above, in space; boxes are x, z, length, width,
     rotation_y, y of the bottom, height."""
@@ -103,7 +104,7 @@ def pair_overlaps(detection_starts, label_starts, pair_starts, image_boxes, imag
     return result
 
 
-@numba.njit(cache=True, nogil=True)
+@jit()
 def _image_overlap(a, b):
     """Intersection over union of two image boxes, and over the area of the first."""
     width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
@@ -113,7 +114,7 @@ def _image_overlap(a, b):
     return shared / (area + (b[2] - b[0]) * (b[3] - b[1]) - shared), shared / area
 
 
-@numba.njit(cache=True, nogil=True)
+@jit()
 def _upright_overlap(a, b):
     """Intersection over union of two boxes from above and in space."""
     if min(a[2], a[3], b[2], b[3]) <= 0 or np.hypot(a[0] - b[0], a[1] - b[1]) > np.hypot(a[2], a[3]) + np.hypot(
@@ -127,7 +128,7 @@ def _upright_overlap(a, b):
     return shared / (a[2] * a[3] + b[2] * b[3] - shared), volume / union if union > 0 else 0.0
 
 
-@numba.njit(cache=True, nogil=True)
+@jit()
 def rectangle_intersection(a, b):
     """Area that two rectangles (x, z, length, width, rotation_y) share: the first is clipped at the four sides of the
     second, in the second's own frame (Sutherland and Hodgman, 1974)."""

@@ -1,6 +1,7 @@
 """Model and data-set cards: `templates/`, filled in from what a run left on disk."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -117,11 +118,11 @@ def add_evaluation(
     Args:
         task: the Hub's name of the task, such as `"depth-estimation"`.
         dataset, split: what it was evaluated on.
-        metrics: name -> value.
+        metrics: name -> value; one that is not finite is left out.
         protocol: in words: crop, range, alignment, number of images.
     """
     path = Path(folder) / EVALUATIONS
-    entry = {"task": task, "dataset": dataset, "split": split, "protocol": protocol, "metrics": dict(metrics)}
+    entry = {"task": task, "dataset": dataset, "split": split, "protocol": protocol, "metrics": _finite(metrics)}
     key = ("task", "dataset", "split", "protocol")
     others = [e for e in _evaluations(Path(folder)) if any(e.get(k) != entry[k] for k in key)]
     with atomic_write(path) as stream:
@@ -129,17 +130,24 @@ def add_evaluation(
     return path
 
 
+def _finite(metrics: dict[str, Any]) -> dict[str, float]:
+    """JSON and the Hub's model-index take no NaN."""
+    return {name: float(value) for name, value in metrics.items() if math.isfinite(float(value))}
+
+
 def redact(text: str) -> str:
     """`text` without Hub tokens and without the folders of this machine: of an absolute path its last part stays."""
     text = re.sub(r"\bhf_[A-Za-z0-9]{8,}", "hf_…", text)
     text = re.sub(r"(--hub[_-]token[ =])\S+", r"\1…", text)
+    text = re.sub(r"\bfile:/{2,3}(?=/|[A-Za-z]:)", "", text)
     start = r"(?<![\w/:.~…\\-])"  # not inside a relative path or an address
     known = [folder for folder in (Path.cwd(), Path.home()) if folder.name]
     for folder in sorted(known, key=lambda folder: -len(folder.parts)):
         # their names may hold spaces, at which the pattern below ends
         for written in {str(folder), folder.as_posix(), str(folder).replace("\\", "\\\\")}:
             text = re.sub(start + re.escape(written) + r"(?=[/\\])", re.escape(folder.anchor) + "-", text)
-    return re.sub(start + r"(?:/|[A-Za-z]:\\{1,2})(?:[\w.@+-]+[/\\]+)+([\w.@+-]*)", r"…/\1", text)
+    root = r"(?:/|\\{2,4}|[A-Za-z]:(?:/|\\{1,2}))"  # of a drive, or of another machine; in JSON \ is written \\
+    return re.sub(start + root + r"(?:[\w.@+-]+[/\\]+)+([\w.@+-]*)", r"…/\1", text)
 
 
 def _render(card: type[ModelCard] | type[DatasetCard], template: str, metadata: Any, **facts: Any) -> str:
@@ -159,7 +167,9 @@ def _metadata(
     arguments, is_encoder, task = _arguments(run), kind == "encoder", TASKS.get(kind, "image-feature-extraction")
     base = arguments.get("model_name_or_path") or arguments.get("image_encoder")
     if arguments.get("pretrained_image_encoder"):
-        base = getattr(timm.get_pretrained_cfg(architecture), "hf_hub_id", None)
+        # an encoder folder names its architecture without the tag of the weights that it started from
+        named = timm.get_pretrained_cfg(arguments.get("image_encoder") or architecture)
+        base = getattr(named, "hf_hub_id", None)
     own_license = (run.get("data") or {}).get("license")
     license, license_name = _license(KITTI_LICENSE if _trained_on_kitti(run) else own_license)
     results = [
@@ -194,7 +204,9 @@ def _license(name: str | None) -> tuple[str | None, str | None]:
     if not name:
         return None, None
     identifier = re.sub(r"[^a-z0-9.]+", "-", name.lower())
-    return (identifier, None) if identifier == name.lower() else ("other", identifier)
+    # "CC BY-NC-SA 3.0", as data sets write it
+    is_known = identifier == name.lower() or re.fullmatch(r"cc-by(-nc)?(-sa|-nd)?-\d\.\d", identifier)
+    return (identifier, None) if is_known else ("other", identifier)
 
 
 def _repositories(names: Any) -> list[str] | None:
@@ -221,10 +233,12 @@ def _pictures(folder: Path) -> list[str]:
 
 def _trained_on_kitti(run: dict[str, Any]) -> bool:
     arguments, data = _arguments(run), run.get("data") or {}
-    if data.get("license"):
-        return data["license"] == KITTI_LICENSE
-    # not by the builder's name: it also reads other data in KITTI's layout
-    places = ("data_dir", "dataset_name", "train_frames", "train_list", "image_dir")
+    if _license(data.get("license"))[0] == KITTI_LICENSE:
+        return True
+    places = ["image_encoder", "model_name_or_path"]  # what it started from
+    if not data.get("license"):
+        # not by the builder's name: it also reads other data in KITTI's layout
+        places += ["data_dir", "dataset_name", "train_frames", "train_list", "image_dir"]
     return any("kitti" in str(arguments.get(name)).lower() for name in places)
 
 
@@ -255,6 +269,6 @@ def _evaluations(folder: Path) -> list[dict[str, Any]]:
         return []
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return [{**entry, "metrics": {k: float(v) for k, v in entry["metrics"].items()}} for entry in content]
+        return [{**entry, "metrics": _finite(entry["metrics"])} for entry in content]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SimIPUError(f"{path}: expected the list that add_evaluation writes: {error!r}") from error

@@ -57,8 +57,8 @@ Format = Literal["timm", "transformers", "torchvision", "mmdet", "official", "on
 
 # What an architecture's `pretrained_cfg` says of the network, not of the weights that timm publishes for it.
 ARCHITECTURE_FIELDS = ("first_conv", "classifier", "fixed_input_size", "min_input_size", "interpolation")
-
 ONNX_TOLERANCE = 1e-4  # of the largest feature
+ONNX_LIMIT = 1536 * 2**20  # bytes of weights: PyTorch writes more of them into a second file
 
 
 @dataclass
@@ -349,6 +349,11 @@ def write_onnx(weights: EncoderWeights, path: Path, image_size: tuple[int, int] 
     if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
         raise SimIPUError(f'the onnx form needs {" and ".join(missing)}: pip install "simipu-hf[onnx]"')
     plain = weights.with_own_eps()
+    if (size := sum(value.nbytes for value in plain.state_dict.values())) > ONNX_LIMIT:
+        raise SimIPUError(
+            f"the onnx form is one file of at most {ONNX_LIMIT / 1e9:.1f} GB; the weights of this "
+            f"{weights.architecture} have {size / 1e9:.1f} GB: use the timm form"
+        )
     encoder = cast("TimmModel", timm.create_model(weights.architecture, num_classes=0, **weights.model_args))
     encoder.load_state_dict(plain.state_dict)
     pyramid = _Pyramid(encoder).eval()

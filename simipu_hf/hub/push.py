@@ -14,17 +14,32 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import sleep
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pyarrow.parquet
 from huggingface_hub import DatasetCard, HfApi, constants
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+)
 from tqdm.auto import tqdm
 
 from simipu_hf.errors import MAY_HANG, SimIPUError
-from simipu_hf.hub.card import CURVES, GENERATED, KITTI_LICENSE, dataset_card, redact, run_of, write_model_card
+from simipu_hf.hub.card import (
+    CURVES,
+    EVALUATIONS,
+    GENERATED,
+    KITTI_LICENSE,
+    dataset_card,
+    redact,
+    run_of,
+    write_model_card,
+)
 from simipu_hf.hub.export import write_timm
-from simipu_hf.hub.sources import find_image_encoder, hub_error, model_folder
+from simipu_hf.hub.sources import TRAINED_STATISTICS, find_image_encoder, hub_error, model_folder
 from simipu_hf.hub.weights import read_json, read_safetensors
 from simipu_hf.training.arguments import RunArguments
 
@@ -41,6 +56,11 @@ RESUME = re.compile(
 )
 # What of a run belongs to each of its checkpoints, and to its encoder.
 RECORDS = ("run.yaml", "metrics.jsonl", CURVES)
+# What an upload writes under names that an earlier one may have had more of; in the Hub's patterns, * also matches /.
+REPLACED = {
+    "model": ["model[.-]*safetensors*", TRAINED_STATISTICS, "image_encoder/*", "pictures/*", *RECORDS, EVALUATIONS],
+    "dataset": ["*.parquet", "*.json"],
+}
 STAGED = ".hub-upload-"
 RETRIES = 4  # after a failure that may pass: a server's error, a timeout, no connection
 SHORTEST_LIMIT, SLOWEST_UPLOAD = 60, 250_000  # seconds, bytes a second: an attempt that takes longer counts as hung
@@ -75,7 +95,7 @@ class _Repository:
         return f"{constants.ENDPOINT}/{'datasets/' if self.repo_type == 'dataset' else ''}{self.repo_id}"
 
     def upload(self, folder: Path, message: str) -> str:
-        """Publish exactly what is in `folder`, and return the commit."""
+        """Publish what is in `folder`, without what an earlier upload left of its kind, and return the commit."""
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         limit, attempt = SHORTEST_LIMIT + size / SLOWEST_UPLOAD, 0
         while True:
@@ -92,15 +112,37 @@ class _Repository:
     def _commit(self, folder: Path, message: str) -> str:
         api, kind = HfApi(token=self.token), self.repo_type
         api.create_repo(self.repo_id, repo_type=kind, private=self.private, exist_ok=True)
+        if self.private and not api.repo_info(self.repo_id, repo_type=kind).private:
+            raise SimIPUError(
+                f"Hub repository {self.repo_id}: expected a private one, found a public one, which stays public: make "
+                "it private in its settings, or choose another"
+            )
         if self.revision is not None:
             api.create_branch(self.repo_id, repo_type=kind, branch=self.revision, exist_ok=True)
+        replaced = list(REPLACED[kind])
+        if (folder / "last-checkpoint").is_dir():
+            replaced.append("last-checkpoint/*")
         return api.upload_folder(
             repo_id=self.repo_id,
             repo_type=kind,
             folder_path=folder,
             commit_message=message,
             revision=self.revision,
+            ignore_patterns=["README.md"] if self._keeps_its_card(api, folder) else None,
+            delete_patterns=replaced,
         ).oid
+
+    def _keeps_its_card(self, api: HfApi, folder: Path) -> bool:
+        """Whether the repository's card was edited there, and the folder's is a generated one."""
+        if GENERATED not in (folder / "README.md").read_text(encoding="utf-8-sig"):
+            return False
+        with tempfile.TemporaryDirectory() as fresh:
+            place: dict[str, Any] = {"repo_type": self.repo_type, "revision": self.revision, "local_dir": fresh}
+            try:
+                card = api.hf_hub_download(self.repo_id, "README.md", force_download=True, **place)
+            except EntryNotFoundError:
+                return False
+            return GENERATED not in Path(card).read_text(encoding="utf-8-sig", errors="replace")
 
 
 def push_folder(
@@ -138,10 +180,12 @@ def _push(model: Path, repository: "_Repository", encoder_repo_id: str | None, m
         raise SimIPUError(f"{model}: no such folder")
     folder = model_folder(model)
     staged = _snapshot(folder, run_of(folder))
+    failure = "the model was not published"
     try:
         _complete(staged, repository.repo_id, encoder_repo_id)
         result = PushReport(repository.url, repository.upload(staged, message))
         if encoder_repo_id is not None:
+            failure = "the model was published, its image encoder was not"
             encoder = replace(repository, repo_id=encoder_repo_id)
             write_timm(find_image_encoder(folder).with_channel_order("rgb"), staged / "rgb")
             for name in RECORDS:
@@ -150,6 +194,8 @@ def _push(model: Path, repository: "_Repository", encoder_repo_id: str | None, m
             write_model_card(staged / "rgb", encoder_repo_id)
             encoder.upload(staged / "rgb", message)
             result.encoder_url = encoder.url
+    except SimIPUError as error:
+        raise SimIPUError(f"{failure}: {error}") from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return result
@@ -241,7 +287,7 @@ class HubUploader:
         except Exception as error:
             encoder = f" --encoder_repo_id {self.encoder_repo_id}" if self.encoder_repo_id else ""
             tqdm.write(
-                f"Hub: the model was not published: {error}\nIt is in {self.output_dir}; publish it later with\n"
+                f"Hub: {error}\nIt is in {self.output_dir}; publish it later with\n"
                 f"  simipu-hf push --model {self.output_dir} --repo_id {self.repository.repo_id}{encoder}"
             )
             return None
@@ -305,8 +351,8 @@ def push_dataset(
     if license is None:
         private = True if private is None else private
         tqdm.write(
-            "These rows are treated as KITTI's: CC BY-NC-SA 3.0, no commercial use, same terms. The repository is "
-            f"{'private' if private else 'PUBLIC'}. For other data name their --license."
+            "These rows are treated as KITTI's: CC BY-NC-SA 3.0, no commercial use, same terms. They go to a "
+            f"{'private' if private else 'PUBLIC'} repository. For other data name their --license."
         )
     with tempfile.TemporaryDirectory(prefix=STAGED) as staged:
         for file in [*files, *folder.glob("*.json")]:
@@ -338,14 +384,14 @@ def _is_final(error: Exception) -> bool:
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         return status < 500 and status not in (408, 409, 412, 429)  # 409, 412: another commit came first
-    return isinstance(error, (HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled))
+    return isinstance(error, (HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, SimIPUError))
 
 
 def _snapshot(folder: Path, run: Path, resumable: bool = False) -> Path:
     """What may be published of `folder`, in a hidden folder of `run`: whatever happens to the originals meanwhile.
 
     Raises:
-        SimIPUError: no model, or one whose weights cannot be read.
+        SimIPUError: no model, one whose weights cannot be read, or a file that cannot be copied or is no text.
     """
     weights = sorted(folder.glob("*.safetensors"))
     if not weights or not (folder / "config.json").is_file():
@@ -362,8 +408,14 @@ def _snapshot(folder: Path, run: Path, resumable: bool = False) -> Path:
         staged = Path(tempfile.mkdtemp(prefix=STAGED, dir=run))
     except OSError:  # a read-only folder can still be published
         staged = Path(tempfile.mkdtemp(prefix=STAGED))
-    for name, file in files.items():
-        _place(file, staged / name)
+    try:
+        for name, file in files.items():
+            _place(file, staged / name)
+            if file.suffix in TEXT:
+                (staged / name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise SimIPUError(f"{file}: cannot be published: {error}") from error
     return staged
 
 
@@ -372,14 +424,13 @@ def _public_files(folder: Path) -> Iterator[Path]:
         for file in sorted((folder / sub).glob("[!.]*")):
             if file.is_file() and file.suffix in PUBLIC and not RESUME.fullmatch(file.name):
                 yield file
-    yield from sorted(folder.glob("logs/**/events.out.tfevents.*"))
 
 
 def _place(file: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix in (".safetensors", ".pt", ".pth", ".parquet"):  # never changed in place: a link is a snapshot
         try:
-            return target.hardlink_to(file)
+            return target.hardlink_to(file.resolve())  # of a link to a file, such as in the Hub's cache, the file
         except OSError:
             pass
     shutil.copyfile(file, target)

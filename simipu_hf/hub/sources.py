@@ -89,7 +89,8 @@ def load_image_encoder(
             hint = f"timm's weights cannot be had; random ones are called random:{architecture}"
             raise SimIPUError(f"{source}: {hint}: {error}") from error
         raise SimIPUError(f"{source}: timm cannot build {architecture} from it: {error}") from error
-    model.pretrained_cfg.pop("state_dict", None)  # else the model would hold its initial weights for ever
+    for network in (model, getattr(model, "model", model)):  # of a wrapper for its features as well
+        network.pretrained_cfg.pop("state_dict", None)  # else the model would hold its initial weights for ever
     if verbose:
         print(description, file=sys.stderr)
     return model, timm.data.resolve_model_data_config(model)
@@ -133,7 +134,8 @@ def model_folder(source: str | os.PathLike[str], revision: str | None = None, en
         raise SimIPUError(f"{source}: no such file or folder, no Hub id (user/name), and no timm model of that name")
     try:
         for patterns in (["*.json", "image_encoder/*"], ["*.json", "*.safetensors"]):
-            folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
+            kept: dict[str, Any] = {"allow_patterns": patterns, "ignore_patterns": "last-checkpoint/*"}
+            folder = Path(snapshot_download(str(source), revision=revision, **kept))
             if encoder_only and (folder / "image_encoder" / "config.json").is_file():
                 break
         return folder
@@ -178,10 +180,10 @@ def _from_folder(folder: Path, where: str) -> EncoderWeights:
 def _from_simipu(folder: Path, config: dict[str, Any], where: str) -> EncoderWeights:
     """From a SimIPU (or depth) model; its `image_encoder/` folder is used where its own weights are absent."""
     files = _weight_files(folder)
-    if not files:
+    if missing := [file.name for file in files if not file.is_file()]:
         if (folder / "image_encoder" / "config.json").is_file():
             return _from_folder(folder / "image_encoder", f"{where}, image_encoder/")
-        raise SimIPUError(f"{where}: expected model.safetensors, found {_listing(folder)}")
+        raise SimIPUError(f"{where}: expected {missing[0]}, found {_listing(folder)}")
     try:
         image_config = SimIPUImageConfig(**config["image_config"])
         model_args = timm_arguments(image_config)
@@ -207,7 +209,7 @@ def _weight_files(folder: Path) -> list[Path]:
         if any(Path(name).name != name for name in names):
             raise SimIPUError(f"{index}: names weight files outside its folder")
         return [folder / name for name in sorted(names)]
-    return [folder / "model.safetensors"] if (folder / "model.safetensors").is_file() else []
+    return [folder / "model.safetensors"]
 
 
 def _from_timm_folder(folder: Path, config: dict[str, Any], where: str) -> EncoderWeights:

@@ -221,6 +221,14 @@ class PreTrainingArguments(RunArguments):
                 "--streaming does not know the length of an epoch: it needs --max_steps and a --lr_scheduler_type "
                 "other than exponential, such as cosine"
             )
+        if self.pretrained_image_encoder and self.preset == "official":
+            raise SimIPUError(
+                "--pretrained_image_encoder: timm's weights take RGB images divided by their deviation, those of "
+                "--preset official are BGR and are not: leave one of the two out"
+            )
+        for name in ("momentum", "adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise SimIPUError(f"--{name} must be at least 0 and below 1, found {getattr(self, name)}")
         schedule = self.lr_scheduler_type
         refuse_without_effect(
             self,
@@ -547,9 +555,7 @@ class CompareArguments(FineTuningArguments):
                 raise SimIPUError(f"--image_encoders {encoder}: expected NAME=SOURCE")
         if not all(0 < fraction <= 1 for fraction in self.label_fractions):
             raise SimIPUError(f"--label_fractions must be above 0 and at most 1, found {self.label_fractions}")
-        for name in ("max_steps", "batch_size", "num_evaluations"):
-            if getattr(self, name) < 1:
-                raise SimIPUError(f"--{name} must be at least 1, found {getattr(self, name)}")
+        check_at_least(self, 1, "max_steps", "batch_size", "num_evaluations")
         if self.num_evaluations > self.max_steps:
             raise SimIPUError(f"--num_evaluations {self.num_evaluations} is more than --max_steps {self.max_steps}")
 
@@ -727,7 +733,8 @@ def check_seeds(name: str, *seeds: int) -> None:
 def parse_arguments(cls: type[ArgumentsT], argv: Sequence[str] | None = None, prog: str | None = None) -> ArgumentsT:
     """Command-line flags to an instance of the dataclass `cls`, whose docstrings are the help.
 
-    `--config FILE` is read as if its flags stood before those of the command line, which therefore win.
+    Every `--config FILE` is read, in order, as if its flags stood before those of the command line, which therefore
+    win.
 
     Args:
         cls: its fields are the flags.
@@ -749,34 +756,36 @@ def parse_arguments(cls: type[ArgumentsT], argv: Sequence[str] | None = None, pr
 
 
 def expand_config(argv: Sequence[str], cls: type) -> list[str]:
-    """`argv` with the flags that `--config FILE` holds in front, where the ones that follow win.
+    """`argv` with the flags that each `--config FILE` holds in front, where the ones that follow win.
 
     Raises:
-        SimIPUError: as [`read_config`], or the file names a flag that the dataclass `cls` does not have. Of a packaged
+        SimIPUError: as [`read_config`], or a file names a flag that the dataclass `cls` does not have. Of a packaged
             configuration the benchmarks take the flags that they share with `pretrain`; other commands refuse it.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
+    parser.add_argument("--config", action="append", default=[])
     known, flags = parser.parse_known_args(list(argv))
-    if known.config is None:
-        return flags
+    return [flag for config in known.config for flag in _flags_of(config, cls)] + flags
+
+
+def _flags_of(config: str, cls: type) -> list[str]:
     names = [field.name for field in dataclasses.fields(cls)]
-    packaged = not Path(known.config).is_file() and known.config in packaged_configs()
+    packaged = not Path(config).is_file() and config in packaged_configs()
     if packaged and not _takes_packaged_configs(cls):
-        raise SimIPUError(f"--config {known.config} is for pretrain and benchmark")
+        raise SimIPUError(f"--config {config} is for pretrain and benchmark")
     from_file = []
-    for name, value in read_config(known.config).items():
+    for name, value in read_config(config).items():
         if name not in names:
             if packaged:
                 continue  # it describes a training; a benchmark takes what concerns it
             close = difflib.get_close_matches(str(name), names, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise SimIPUError(f"--config {known.config}: unknown flag {name!r}{hint}")
+            raise SimIPUError(f"--config {config}: unknown flag {name!r}{hint}")
         if isinstance(value, bool):
             from_file.append(f"--{name}" if value else f"--no_{name}")
         else:
             from_file += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return from_file + flags
+    return from_file
 
 
 def _takes_packaged_configs(cls: type) -> bool:
@@ -789,8 +798,20 @@ def packaged_configs() -> list[str]:
     return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
 
 
+class _TextLoader(yaml.SafeLoader):
+    """Leaves numbers as they are written: the name of a scene may look like one, as 6380_000 and 010 do."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (so in the class that it is made of)
+        first: [rule for rule in rules if rule[0] in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:null")]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 def read_config(name: str) -> dict[str, Any]:
     """Flags from a YAML or JSON file, a `run.yaml` (its `arguments`), or a packaged configuration.
+
+    Returns:
+        name -> `True`, `False`, `None`, or the value as text; lists of them. Numbers are numbers in JSON alone.
 
     Raises:
         SimIPUError: there is no such file, or it holds something else.
@@ -802,7 +823,7 @@ def read_config(name: str) -> dict[str, Any]:
         raise SimIPUError(f"--config {name}: no such file; the packaged ones are {', '.join(packaged_configs())}")
     try:
         text = file.read_text(encoding="utf-8-sig")
-        values = json.loads(text) if name.endswith(".json") else yaml.safe_load(text)
+        values = json.loads(text) if name.endswith(".json") else yaml.load(text, _TextLoader)
     except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise SimIPUError(f"--config {name} cannot be read: {error}") from error
     if isinstance(values, dict) and isinstance(values.get("arguments"), dict):

@@ -61,7 +61,7 @@ def save_checkpoint(
     save_model: Callable[[Path], None],
     tensors: dict[str, Any],
     values: dict[str, Any],
-    total_limit: int | None = None,
+    total_limit: int = 0,
 ) -> Path:
     """Write `output_dir/checkpoint-<step>` and delete the oldest beyond `total_limit`. Main process only.
 
@@ -69,6 +69,7 @@ def save_checkpoint(
         save_model: writes the model's and the processor's files into the folder it is given.
         tensors: nested dictionaries, lists and tuples of tensors, numbers and strings.
         values: anything JSON can hold.
+        total_limit: checkpoints to keep; 0 keeps all.
 
     Returns:
         the checkpoint's folder.
@@ -235,7 +236,6 @@ class TrainingState:
             "scaler": scaler and scaler.state_dict(),
             "processes": gather_object([{"logger": self.logger.state_dict(), "batches": self.batches.state_dict()}]),
         }
-        values = {"identity": self.identity}
         return on_main_process(
             self.accelerator,
             save_checkpoint,
@@ -243,8 +243,8 @@ class TrainingState:
             step,
             save_model=self.save_model,
             tensors=tensors,
-            values=values,
-            total_limit=total_limit or None,
+            values={"identity": self.identity},
+            total_limit=total_limit,
         )
 
     def save_model(self, folder: Path) -> None:
@@ -282,7 +282,7 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -
     differing = [
         f"{name}: {saved.get(name, 'absent')} in the checkpoint, {current.get(name, 'absent')} now"
         for name in sorted({*saved, *current})
-        if saved.get(name) != current.get(name)
+        if saved.get(name, "absent") != current.get(name, "absent")
     ]
     if differing:
         raise SimIPUError(

@@ -92,8 +92,9 @@ class RunLogger:
         self.rows_per_step = rows_per_step
         self.show = show
         self.main = accelerator.is_main_process
-        purge = {"tensorboard": {"purge_step": first_step + 1}} if first_step else {}
-        accelerator.init_trackers("pretrain", config=flatten(record), init_kwargs=purge)
+        purge = {"tensorboard": {"purge_step": first_step + 1}}  # also what a start without a checkpoint wrote
+        config = {n: v if isinstance(v, (int, float, str, bool)) else str(v) for n, v in flatten(record).items()}
+        accelerator.init_trackers("pretrain", config=config, init_kwargs=purge)
         if self.main:
             cut_metrics(output_dir / METRICS_FILE, first_step)
             self._stream = (output_dir / METRICS_FILE).open("a", encoding="utf-8")
@@ -116,7 +117,7 @@ class RunLogger:
     def add(self, values: Mapping[str, torch.Tensor]) -> None:
         """Add scalar tensors to the running means, without reading them."""
         for name, value in values.items():
-            wide = value.detach().to(torch.float32 if value.device.type == "mps" else torch.float64)
+            wide = value.detach().to(torch.float64)
             self._sums[name] = self._sums[name] + wide if name in self._sums else wide
             self._counts[name] = self._counts.get(name, 0) + 1
 
@@ -250,11 +251,11 @@ def feature_spread(embeds: torch.Tensor) -> torch.Tensor:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries to one level with dotted names, and what trackers cannot hold to text."""
+    """Nested dictionaries to one level with dotted names."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = value if isinstance(value, (int, float, str, bool)) else str(value)
+            flat[prefix + name] = value
     return flat

@@ -38,7 +38,7 @@ def choose_recipe(arguments: PreTrainingArguments, image_encoder: nn.Module, tot
     optimizer = arguments.optimizer or ("sgd" if has_batch_norm else "adamw")
     if optimizer == "sgd":
         defaults = Recipe("sgd", learning_rate=0.03, weight_decay=1e-4, layer_decay=1.0, warmup_steps=0)
-    elif arguments.pretrained_image_encoder:
+    elif arguments.pretrained_image_encoder or arguments.model_name_or_path:
         defaults = Recipe("adamw", 1e-4, weight_decay=0.05, layer_decay=0.75, warmup_steps=total_steps // 20)
     else:
         defaults = Recipe("adamw", 1e-3, weight_decay=0.05, layer_decay=1.0, warmup_steps=total_steps // 20)

@@ -22,6 +22,7 @@ from simipu_hf.files import atomic_write, check_apart
 
 from .arguments import RunArguments
 from .checkpoint import newest_checkpoint, remove_partial_checkpoints, set_aside
+from .logging import METRICS_FILE
 
 RUN_FILE = "run.yaml"
 # what a run, its evaluation and its publication write beside the model's code
@@ -44,13 +45,13 @@ def find_checkpoint(arguments: RunArguments, start: str | None) -> Path | None:
         yet, so that one command serves the first start and every restart.
 
     Raises:
-        SimIPUError: the folder holds something else, also than the run of the checkpoint, or a finished model without
-            checkpoints for `"latest"`, or the checkpoint does not exist.
+        SimIPUError: the folder holds something else than an earlier start of this command or the run of the
+            checkpoint, or a finished model without checkpoints for `"latest"`, or the checkpoint does not exist.
     """
     output_dir, resume, checkpoint = Path(arguments.output_dir), arguments.resume_from_checkpoint, None
     if output_dir.exists() and not output_dir.is_dir():
         raise SimIPUError(f"--output_dir {output_dir} is a file")
-    occupied = output_dir.is_dir() and any(output_dir.iterdir())
+    occupied, kind = output_dir.is_dir() and any(output_dir.iterdir()), type(arguments).__name__
     if resume not in (None, "latest"):
         checkpoint = Path(resume)
         if not checkpoint.is_dir():
@@ -70,6 +71,9 @@ def find_checkpoint(arguments: RunArguments, start: str | None) -> Path | None:
                 f"--output_dir {output_dir} holds a model and no whole checkpoint to resume from: choose another"
             )
         if found is None:
+            # a job's log file may lie there already
+            if occupied and any(_WRITTEN.fullmatch(path.name) for path in output_dir.glob("[!.]*")):
+                check_kind(output_dir, kind, f"--resume_from_checkpoint latest: no run starts in {output_dir}")
             print(f"no checkpoint in {output_dir} yet: starting at the beginning")
         return found
     if occupied and not arguments.overwrite_output_dir:
@@ -78,26 +82,32 @@ def find_checkpoint(arguments: RunArguments, start: str | None) -> Path | None:
             "--resume_from_checkpoint latest, or replace it with --overwrite_output_dir"
         )
     if occupied:
-        check_earlier_run(output_dir, type(arguments).__name__)
+        check_earlier_run(output_dir, kind, f"--overwrite_output_dir: nothing in {output_dir} is deleted")
         if start is not None:
             check_apart(start, output_dir)
     return checkpoint  # of another run: this one starts, in a folder of its own
 
 
-def check_earlier_run(folder: Path, kind: str) -> None:
-    """Raises a `SimIPUError` unless a folder holds a run of the same kind, such as `DepthArguments`, and no more."""
-    kept = f"--overwrite_output_dir: nothing in {folder} is deleted, because it"
+def check_earlier_run(folder: Path, kind: str, refusal: str) -> None:
+    """Raises a `SimIPUError`, which begins with `refusal`, unless a folder holds a run of `kind` and no more."""
+    check_kind(folder, kind, refusal)
+    code = {path.name for path in Path(simipu_hf.modeling.__path__[0]).glob("*.py")}
+    strangers = [p.name for p in folder.iterdir() if p.name not in code and not _WRITTEN.fullmatch(p.name)]
+    if strangers:
+        raise SimIPUError(f"{refusal}, because it holds more than a run ({', '.join(sorted(strangers)[:3])})")
+
+
+def check_kind(folder: Path, kind: str, refusal: str) -> None:
+    """Raises a `SimIPUError`, which begins with `refusal`, unless a folder's run is of `kind`: `DepthArguments`."""
     try:
         record = yaml.safe_load((folder / RUN_FILE).read_text(encoding="utf-8"))
         found = record["kind"]
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise SimIPUError(f"{kept} does not look like a run ({RUN_FILE}: {error})") from error
+        raise SimIPUError(f"{refusal}, because it does not look like a run ({RUN_FILE}: {error})") from error
     if found != kind:
-        raise SimIPUError(f"{kept} holds a run of another command ({found}, not {kind}); choose another folder")
-    code = {path.name for path in Path(simipu_hf.modeling.__path__[0]).glob("*.py")}
-    strangers = [p.name for p in folder.iterdir() if p.name not in code and not _WRITTEN.fullmatch(p.name)]
-    if strangers:
-        raise SimIPUError(f"{kept} holds more than a run ({', '.join(sorted(strangers)[:3])})")
+        raise SimIPUError(
+            f"{refusal}, because it holds a run of another command ({found}, not {kind}); choose another folder"
+        )
 
 
 def open_run_folder(arguments: RunArguments, step: int, **record: Any) -> None:
@@ -134,6 +144,10 @@ def open_run_folder(arguments: RunArguments, step: int, **record: Any) -> None:
     aside = set_aside(output_dir, step)
     if aside is not None:
         print(f"the checkpoints beyond step {step} are now in {aside}")
+    start = Path(arguments.resume_from_checkpoint or "").absolute().parent
+    is_set_aside = start.name.startswith("set_aside-") and start.resolve().parent == output_dir.resolve()
+    if is_set_aside and (start / METRICS_FILE).is_file():  # the lines of the steps that led there
+        shutil.copyfile(start / METRICS_FILE, output_dir / METRICS_FILE)
 
 
 def current_command() -> str:
@@ -162,7 +176,7 @@ def package_version(name: str) -> str | None:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Commit of the working folder's repository and whether it has changes; `None` outside of one."""
+    """Commit of the repository that this package lies in and whether it has changes; `None` outside of one."""
     try:
         commit = _git("rev-parse", "HEAD")
         return {"commit": commit, "changed": bool(_git("status", "--porcelain", "--untracked-files=no"))}

@@ -4,7 +4,7 @@ import functools
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import datasets
@@ -99,9 +99,15 @@ class StreamedBatches:
         processor: SimIPUProcessor,
         augmentation: TwoViewAugmentation,
     ) -> None:
-        sources = [str(place) for place in (arguments.dataset_name, arguments.data_dir, arguments.train_split)]
+        sources = (
+            arguments.dataset_name,
+            arguments.data_dir,
+            arguments.train_split,
+            arguments.dataset_config_name,
+            arguments.validation_share,
+        )
         self._identity = {
-            "stream": data_fingerprint(sources),
+            "stream": data_fingerprint(map(str, sources)),
             "num_processes": accelerator.num_processes,
             "num_workers": arguments.dataloader_num_workers,
         }
@@ -141,6 +147,7 @@ class StreamedBatches:
         self.stream.load_state_dict(state)
 
 
+@dataclass(eq=False)
 class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
     """Batches of `(epoch, row)` keys for one process, from optimizer step `first_step` to `last_step`.
 
@@ -162,34 +169,25 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
         SimIPUError: fewer rows than one optimizer step takes.
     """
 
-    def __init__(
-        self,
-        num_rows: int,
-        batch_size: int,
-        *,
-        accumulation_steps: int = 1,
-        num_processes: int = 1,
-        process_index: int = 0,
-        seed: int = 0,
-        first_step: int = 0,
-        last_step: int = 1,
-    ):
-        rows_per_step = batch_size * num_processes * accumulation_steps
-        if num_rows < rows_per_step:
+    num_rows: int
+    batch_size: int
+    _: KW_ONLY
+    accumulation_steps: int = 1
+    num_processes: int = 1
+    process_index: int = 0
+    seed: int = 0
+    first_step: int = 0
+    last_step: int = 1
+
+    def __post_init__(self) -> None:
+        rows_per_step = self.batch_size * self.num_processes * self.accumulation_steps
+        if self.num_rows < rows_per_step:
             raise SimIPUError(
-                f"the data set has {num_rows} rows, but one optimizer step takes {rows_per_step} "
-                f"({batch_size} per process x {num_processes} processes x {accumulation_steps} accumulation steps): "
-                "lower --per_device_train_batch_size or --gradient_accumulation_steps"
+                f"the data set has {self.num_rows} rows, but one optimizer step takes {rows_per_step} "
+                f"({self.batch_size} per process x {self.num_processes} processes x {self.accumulation_steps} "
+                "accumulation steps): lower --per_device_train_batch_size or --gradient_accumulation_steps"
             )
-        self.num_rows = num_rows
-        self.batch_size = batch_size
-        self.accumulation_steps = accumulation_steps
-        self.num_processes = num_processes
-        self.process_index = process_index
-        self.seed = seed
-        self.first_step = first_step
-        self.last_step = last_step
-        self.steps_per_epoch = num_rows // rows_per_step
+        self.steps_per_epoch = self.num_rows // rows_per_step
         self._permuted_epoch = -1
         self._rows: list[int] = []
 

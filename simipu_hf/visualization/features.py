@@ -208,10 +208,9 @@ def match_views(
     processor: SimIPUProcessor,
     row: Mapping[str, Any],
     augmentation: TwoViewAugmentation,
-    seed: int = 0,
 ) -> ViewMatches:
     """Draws two views of a row as in training and matches the points that the model keeps of each."""
-    sample = two_view_sample(row, processor, augmentation, seed=seed, epoch=0, index=0)
+    sample = two_view_sample(row, processor, augmentation, seed=0, epoch=0, index=0)
     points, points_aug, lidar_to_aug = (
         sample[name][None].to(model.device) for name in ("points", "points_aug", "lidar_to_aug")
     )

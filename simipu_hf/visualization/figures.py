@@ -59,7 +59,7 @@ def draw_depth(frame_id: str, image: np.ndarray, maps: Mapping[str, np.ndarray])
 
 
 @styled
-def draw_matches(matches: ViewMatches, max_match_distance: float | None, title: str = "") -> Figure:
+def draw_matches(matches: ViewMatches, max_match_distance: float | None, title: str) -> Figure:
     """Two views from above, and some of their matches as lines coloured by distance.
 
     Args:
@@ -189,8 +189,9 @@ def draw_retrieval(frame: Frame, points: np.ndarray, maps: Sequence[CellMap], na
         axes.plot(*best, "s", mfc="none", mec="white", ms=9, mew=1.6, label="most similar cell", zorder=3)
         axes.plot(*pixels[row], "+", color="#4dffea", ms=15, mew=2.2, label="where the point is", zorder=3)
         figure.colorbar(shown, ax=axes, pad=0.01, label="cosine similarity", aspect=15)
-        off = np.linalg.norm(best - pixels[row])
-        where = f"most similar cell {off:.0f} px off ({off / cells.cell_size[0]:.1f} cells)"
+        off = best - pixels[row]
+        distances = np.linalg.norm(off), np.linalg.norm(off / cells.cell_size)
+        where = "most similar cell {:.0f} px off ({:.1f} cells)".format(*distances)
         axes.set(title=f"{names[row]}, {depth[row]:.1f} m ahead: {where}", **PIXELS)
         if row == 0:
             axes.legend(loc="upper right", ncols=2)

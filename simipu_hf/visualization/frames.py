@@ -110,7 +110,9 @@ def visualize(
         written.append(folder / f"{name}_scene.html")
         with atomic_write(written[-1]) as stream:
             stream.write(html)
-    runs = [] if model is None else [Path(model), Path(model).parent]
+    runs: list[Path] = []
+    if model is not None and (Path(model).is_dir() or Path(model).suffix == ".safetensors"):  # no timm name, no .pth
+        runs = [Path(model), Path(model).parent]
     logged = next((run for run in runs if (run / METRICS_FILE).is_file()), None)
     return written if logged is None else [*written, *draw_curves(logged, folder)]
 
@@ -158,7 +160,7 @@ def _load_simipu(source: str | os.PathLike) -> tuple[SimIPUForPreTraining, SimIP
 
 
 def _image_processor(encoder: TimmModel) -> SimIPUImageProcessor:
-    """For an encoder alone: the size it was trained at where it says so, else the image's, reduced if large."""
+    """For an encoder alone: the size it was trained at where it says so, else at most `LONG_EDGE` pixels."""
     trained = encoder.pretrained_cfg
     has_size = trained.get("fixed_input_size") or trained.get("crop_mode") == "squash"
     height, width = trained["input_size"][1:] if has_size else (LONG_EDGE, LONG_EDGE)
@@ -192,8 +194,12 @@ def draw_frame(row: Mapping[str, Any], model: LoadedModel | None = None) -> tupl
     figures = {"points": draw_points_on_image(frame)}
     if model is None:
         return figures, scene_html(frame)
+    image_processor = model.image_processor
+    if model.simipu is None and image_processor.keep_aspect_ratio:  # of no size: images are reduced, never enlarged
+        edge = min(LONG_EDGE, max(frame.image.shape[:2]))
+        image_processor = image_processor.with_settings(size={"height": edge, "width": edge})
     figures["image_features"] = draw_image_features(
-        frame, encode_image(model.encoder, model.image_processor, frame, model.stages)
+        frame, encode_image(model.encoder, image_processor, frame, model.stages)
     )
     if model.simipu is None or model.processor is None:
         return figures, scene_html(frame)

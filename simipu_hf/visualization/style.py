@@ -70,7 +70,7 @@ def add_depth_bar(figure: Figure, mappable: ScalarMappable, axes: Axes | list[Ax
 
 
 class PictureFolder:
-    """Pictures of the first `count` frames that are given, named by number and frame.
+    """Pictures of the first `count` frames that are given, named by number and frame, in the place of earlier ones.
 
     Args:
         folder: `None` draws nothing.
@@ -84,6 +84,9 @@ class PictureFolder:
         if self.folder is None or self.drawn == self.count:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self.drawn == 0:
+            for earlier in self.folder.glob("[0-9][0-9][0-9]_*.png"):
+                earlier.unlink()
         name = re.sub(r"[^A-Za-z0-9]+", "_", frame_id)
         save_figure(draw(), self.folder / f"{self.drawn:03d}_{name}.png")
         self.drawn += 1

@@ -2,15 +2,18 @@
 
 import errno
 import io
+import typing
 from pathlib import Path
 from unittest.mock import Mock
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from simipu_hf import cli
 from simipu_hf.data import conversion
 from simipu_hf.data.conversion import convert_to_parquet
 from simipu_hf.data.depth import image_and_depth
@@ -53,6 +56,29 @@ def test_rows_of_any_source_can_be_converted(tmp_path):
     assert load_pretraining_dataset(str(tmp_path / "twice"), cache_dir=tmp_path / "cache")[1]["frame_id"] == "b"
 
 
+@pytest.mark.parametrize("options", [{}, {"image_size": (2, 3)}, {"image_format": "webp"}])
+def test_other_columns_are_copied_as_they_are_stored(tmp_path, options):
+    jpeg = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 48, 3), np.uint8)).save(jpeg, "jpeg", quality=98)
+    rows = [to_row(name, np.zeros((4, 6, 3), np.uint8), np.ones((2, 4)), np.eye(3, 4), np.eye(4)) for name in "ab"]
+    images = [{"bytes": jpeg.getvalue(), "path": None}, {"bytes": jpeg.getvalue()[:300], "path": None}]  # one is cut
+    rows = dataset_from_rows(rows, tmp_path / "rows").add_column("right", images)
+    rows = rows.cast_column("right", datasets.Image())
+    times = pa.table({"time": pa.array([1700000000123456789] * 2, pa.timestamp("ns"))})
+    rows = datasets.concatenate_datasets([rows, datasets.Dataset(times)], axis=1)
+    rows.save_to_disk(tmp_path / "saved")
+    convert_to_parquet(tmp_path / "parquet", str(tmp_path / "saved"), num_proc=1, **options)
+    table = pq.read_table(tmp_path / "parquet/data/train-00000-of-00001.parquet")
+    assert [image["bytes"] for image in table["right"].to_pylist()] == [image["bytes"] for image in images]
+    assert table["time"][0].value == 1700000000123456789
+    assert load_pretraining_dataset(str(tmp_path / "parquet"), cache_dir=tmp_path / "c").features == rows.features
+
+
+def test_the_command_takes_every_format():
+    choices, _ = typing.get_args(typing.get_type_hints(cli.Shards)["image_format"])
+    assert sorted(typing.get_args(choices)) == sorted(conversion.FORMATS)
+
+
 @pytest.mark.parametrize("kind", ["kitti", "rows"])
 def test_an_interrupted_conversion_goes_on_and_ends_equal(object_root, tmp_path, monkeypatch, kind):
     if kind == "rows":
@@ -78,6 +104,7 @@ def test_an_interrupted_conversion_goes_on_and_ends_equal(object_root, tmp_path,
             convert_to_parquet(tmp_path / "resumed", **options)
     assert not (tmp_path / "resumed").exists()
     assert len(list((tmp_path / "resumed.partial/data").iterdir())) == 2
+    (tmp_path / "resumed.partial/data/.1234abcd-train-00002-of-00003.parquet").touch()  # as a process killed leaves it
 
     assert convert_to_parquet(tmp_path / "resumed", **options)["resumed_shards"] == 2
     assert not (tmp_path / "resumed.partial").exists()
@@ -133,6 +160,13 @@ def test_damage_ends_it_before_anything_is_written(object_root, tmp_path):
     assert not (tmp_path / "parquet.partial").exists()
 
 
+def test_a_scan_behind_the_camera_is_named(tmp_path):
+    row = to_row("log/0", np.zeros((4, 6, 3), np.uint8), np.full((2, 4), -1.0), np.eye(3, 4), np.eye(4))
+    dataset_from_rows([row], tmp_path / "rows").save_to_disk(tmp_path / "saved")
+    with pytest.raises(SimIPUError, match="frame log/0: expected points of the scan in the image, found none"):
+        convert_to_parquet(tmp_path / "parquet", str(tmp_path / "saved"))
+
+
 def test_files_are_as_large_and_as_many_as_asked_for(object_root, tmp_path):
     options = {"data_dir": object_root, "split": "train", "cache_dir": tmp_path / "cache", "num_proc": 2}
     assert convert_to_parquet(tmp_path / "one", **options)["shards"] == 1
@@ -146,7 +180,8 @@ def test_files_are_as_large_and_as_many_as_asked_for(object_root, tmp_path):
     files = sorted((tmp_path / "four").rglob("*.parquet"))
     assert [pq.read_metadata(file).num_rows for file in files] == [2, 3, 2, 3]
     assert load_pretraining_dataset(data_dir=tmp_path / "four", cache_dir=tmp_path / "c")["frame_id"][:] == names
-    for wrong in ({"image_format": "gif"}, {"image_size": (0, 5)}, {"rows_per_shard": 0}):
+    numbers = ({"rows_per_shard": 0}, {"num_shards": 0}, {"max_shard_size": "large"})
+    for wrong in ({"image_format": "gif"}, {"image_size": (0, 5)}, *numbers):
         with pytest.raises(SimIPUError, match=f"{next(iter(wrong))}: expected"):
             convert_to_parquet(tmp_path / "wrong", **options, **wrong)
 
@@ -186,11 +221,14 @@ def test_labels_one_by_one_and_depth_are_resized_with_their_image(tmp_path):
         "objects", [[{"bbox": [9.5, 19.5, 29.5, 39.5], "rotation_y": 0.0}]]
     )
     rows.add_column("depth", ["depth.png"]).save_to_disk(tmp_path / "paths")
-    pictures = rows.add_column("depth", [{"bytes": png.getvalue(), "path": None}])
-    pictures.cast_column("depth", datasets.Image()).save_to_disk(tmp_path / "saved")
+    for name, data in (("saved", png.getvalue()), ("cut", png.getvalue()[:60])):
+        pictures = rows.add_column("depth", [{"bytes": data, "path": None}])
+        pictures.cast_column("depth", datasets.Image()).save_to_disk(tmp_path / name)
     options = {"image_size": (30, 20), "cache_dir": tmp_path / "cache"}
     with pytest.raises(SimIPUError, match=r"depth: expected datasets\.Image"):
         convert_to_parquet(tmp_path / "wrong", str(tmp_path / "paths"), **options)
+    with pytest.raises(SimIPUError, match="frame log/0: cannot be read as a depth PNG"):
+        convert_to_parquet(tmp_path / "wrong", str(tmp_path / "cut"), **options)
     convert_to_parquet(tmp_path / "small", str(tmp_path / "saved"), **options)
     row = load_pretraining_dataset(str(tmp_path / "small"), cache_dir=tmp_path / "cache")[0]
     assert row["objects"][0]["bbox"] == [2, 9.5, 7, 19.5]

@@ -1,7 +1,9 @@
 """Frames with depth: selection, sparse targets against hand-made projections, Eigen lists, training samples."""
 
+import io
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,8 @@ from simipu_hf.data.depth import (
     resize_depth_map,
 )
 from simipu_hf.data.frames import select_frames
+from simipu_hf.data.rows import dataset_from_rows
+from simipu_hf.data.sources import describe_frames
 from simipu_hf.errors import SimIPUError
 from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
 
@@ -40,6 +44,8 @@ def test_frames_are_selected_by_split_and_id(frames, tmp_path):
     assert select_frames([frames])["frame_id"][:2] == ["000000", "000001"]
     rows = select_frames([f"{frames}#train:000003,000001", f"{frames}#test"])
     assert list(rows["frame_id"]) == ["000003", "000001", "000006", "000007"]
+    rows = select_frames([f"{frames}#train[:2]+test[1:]", f"{frames}#train[2:]+test[:1]:000006"])
+    assert list(rows["frame_id"]) == ["000000", "000001", "000007", "000006"]
     (tmp_path / "ids.txt").write_text("000002\n000000\n", encoding="utf-8-sig")
     assert list(select_frames([f"{frames}#:@{tmp_path / 'ids.txt'}"])["frame_id"]) == ["000002", "000000"]
     with pytest.raises(SimIPUError, match="'000009'"):
@@ -55,6 +61,14 @@ def test_frames_are_selected_by_split_and_id(frames, tmp_path):
         select_frames([f"{frames}#train:000001", f"{frames}/../{Path(frames).name}#train"])
     with pytest.raises(SimIPUError, match="banana"):
         select_frames([f"{frames}#banana"])
+
+
+def test_splits_are_described_by_the_names_that_are_read(frames, tmp_path):
+    for name in ("mini_train", "val"):
+        datasets.DatasetDict({name: select_frames([frames])}).save_to_disk(tmp_path / name)
+    assert describe_frames([frames, f"{frames}#test:000006"]) == ("rows", "train + test")
+    assert describe_frames([str(tmp_path / "mini_train")]) == ("mini_train", "mini_train")
+    assert describe_frames([str(tmp_path / "val"), f"{frames}#train[:1]+test[1:]"])[1] == "val + train[:1]+test[1:]"
 
 
 def eigen_list(folder, *lines, encoding="utf-8"):
@@ -197,6 +211,21 @@ def test_frames_that_cannot_be_used_stop_or_are_left_out(capsys):
     assert [frame.frame_id for frame in dataset.usable_frames()] == ["000000", "000002"]
     assert "left out: frame 000001" in capsys.readouterr().err
     assert dataset.frame(1).frame_id == "000002"
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_depth_that_cannot_be_read_is_named_by_its_frame(tmp_path, capsys, decode):
+    png = io.BytesIO()
+    Image.fromarray(np.full((64, 96), 512, np.uint16)).save(png, "png")
+    depth = [{"bytes": data, "path": None} for data in (png.getvalue(), png.getvalue()[:60])]
+    rows = dataset_from_rows(make_rows(range(2)), str(tmp_path / "rows")).add_column("depth", depth)
+    rows.cast_column("depth", datasets.Image(decode=decode)).save_to_disk(tmp_path / "saved")
+    rows = select_frames([str(tmp_path / "saved")])
+    with pytest.raises(SimIPUError, match="frame 000001: cannot be read as a depth PNG"):
+        DepthDataset(rows, PROCESSOR)[1]
+    [frame] = DepthDataset(rows, PROCESSOR, on_bad_row="skip").usable_frames()
+    assert (frame.target == 2).all()
+    assert "left out: frame 000001" in capsys.readouterr().err
 
 
 # --- training samples -----------------------------------------------------------------------------------------------

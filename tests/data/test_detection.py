@@ -162,13 +162,15 @@ def test_labels_numbered_otherwise_are_refused_and_other_objects_are_no_labels(t
         assert object_names(features) == []
 
 
-@pytest.mark.parametrize("one_by_one", [False, True])
-def test_labels_may_be_stored_one_by_one_and_be_absent_of_a_row(tmp_path, one_by_one):
+@pytest.mark.parametrize(("one_by_one", "kind_of"), [(False, "number"), (True, "number"), (True, "text")])
+def test_labels_may_be_stored_one_by_one_and_be_absent_of_a_row(tmp_path, one_by_one, kind_of):
     number, numbers = datasets.Value("float64"), datasets.Sequence(datasets.Value("float64"))
-    fields = {"type": datasets.ClassLabel(names=list(OBJECT_TYPES))}
+    is_text = kind_of == "text"
+    fields = {"type": datasets.Value("string") if is_text else datasets.ClassLabel(names=list(OBJECT_TYPES))}
     fields |= dict.fromkeys(("bbox", "dimensions", "location"), numbers)
     fields |= dict.fromkeys(("truncated", "occluded", "alpha", "rotation_y"), number)
     one = dict.fromkeys(fields, 0) | {"bbox": [0, 0, 9, 9], "dimensions": [1, 1, 1], "location": [0, 0, 9]}
+    one["type"] = "Car" if is_text else 0
     labels = [one] if one_by_one else {name: [value] for name, value in one.items()}
     kind = [fields] if one_by_one else {name: datasets.Sequence(field) for name, field in fields.items()}
     found = datasets.Dataset.from_list(
@@ -180,4 +182,5 @@ def test_labels_may_be_stored_one_by_one_and_be_absent_of_a_row(tmp_path, one_by
     rows.save_to_disk(tmp_path / "labelled")
     selected = select_labelled([str(tmp_path / "labelled")])
     assert objects_from_row(selected[0]).type.tolist() == ["Car"]
-    assert inspect_dataset(tmp_path / "labelled").objects == {"Car": 1}
+    report = inspect_dataset(tmp_path / "labelled")
+    assert (report.objects, report.problems) == ({"Car": 1}, [])

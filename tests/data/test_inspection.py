@@ -1,8 +1,10 @@
 """Inspection measures what is there and finds all damage at once."""
 
+import io
 import json
 import shutil
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -96,11 +98,17 @@ def test_inspection_of_rows(tmp_path):
     rows = [to_row(name, np.zeros((4, 6, 3), np.uint8), np.ones((2, 4)), np.eye(3, 4), np.eye(4)) for name in "aabc"]
     rows[2]["points"] = b"\0" * 10
     rows[3]["image"] = None
-    dataset_from_rows(rows, tmp_path / "rows").save_to_disk(tmp_path / "saved")
+    png = io.BytesIO()
+    Image.fromarray(np.ones((4, 6), np.uint16)).save(png, "png")
+    depth = [png.getvalue()[:length] for length in (45, None, None, None)]
+    rows = dataset_from_rows(rows, tmp_path / "rows")
+    rows = rows.add_column("depth", [{"bytes": data, "path": None} for data in depth])
+    rows.cast_column("depth", datasets.Image()).save_to_disk(tmp_path / "saved")
     report = inspect_dataset(str(tmp_path / "saved"))
     assert report.splits == {"train": 3}
     assert [(problem.frames, problem.message.partition(": ")[0]) for problem in report.problems] == [
         ([], str(tmp_path / "saved")),
+        (["train/a"], "frame a"),
         (["train/b"], "frame b"),
         (["train/c"], "frame c"),
     ]
@@ -135,10 +143,12 @@ def test_scans_of_other_columns_and_labels_that_cannot_be_used_are_named(object_
     (training / "label_2/000001.txt").write_text(
         "Boat 0 0 0 1 1 5 5 1 1 1 0 0 9 0\nCar 0 0 0 1 1 5 5 1 1 1 0 0 9 0 0.9\n"
     )
+    (training / "label_2/000002.txt").write_text("Van 0 0 0 5 1 1 5 1 1 1 0 0 9 0\n")
     report = inspect_dataset(data_dir=object_root, split="train")
-    assert [problem.frames for problem in report.problems] == [["train/000000"], ["train/000001"]]
+    assert [problem.frames for problem in report.problems] == [[f"train/00000{index}"] for index in range(3)]
     assert "000001.txt, line 1" in report.problems[1].message
-    assert report.objects == {"Car": 3, "DontCare": 1}
+    assert report.problems[2].message.startswith("frame 000002, object 0: expected left <= right")
+    assert report.objects == {"Car": 3, "Van": 1, "DontCare": 1}
 
 
 def test_only_what_is_asked_for_is_looked_at(object_root, raw_root, tmp_path):

@@ -74,7 +74,13 @@ def test_an_image_is_stored_and_read_in_one_way(tmp_path):
     wide = np.full((4, 6, 3), 0x40FF, np.uint16)
     wide[0] = 0x8001
     clear = Image.new("RGBA", (6, 4), (1, 2, 3, 0))
-    first, second = dataset_from_rows([make_row(image=wide), make_row("b", image=clear)], tmp_path)
+    Image.new("RGB", (12, 8)).save(tmp_path / "opened.png")
+    opened = Image.open(tmp_path / "opened.png")
+    opened.thumbnail((6, 4))
+    opened.paste((9, 9, 9), (0, 0, 6, 4))
+    rows = [make_row(image=wide), make_row("b", image=clear), make_row("c", image=opened)]
+    first, second, third = dataset_from_rows(rows, tmp_path)
+    assert (third["image"].size, third["image"].getpixel((0, 0))) == ((6, 4), (9, 9, 9))
     np.testing.assert_array_equal(np.asarray(first["image"])[:2, 0], [[128] * 3, [65] * 3])
     assert image_from_row(second).getpixel((0, 0)) == (1, 2, 3)
     for suffix, orientation in (("png", 6), ("jpg", 3), ("jpg", 1)):
@@ -141,8 +147,7 @@ def test_an_interrupted_generator_leaves_nothing(tmp_path):
 # --- loading
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("num_proc", [None, 2])
+@pytest.mark.parametrize(("streaming", "num_proc"), [(False, None), (False, 2), (True, None)])
 def test_kitti_object(object_root, tmp_path, streaming, num_proc):
     data = load_pretraining_dataset(
         data_dir=object_root, streaming=streaming, num_proc=num_proc, cache_dir=tmp_path / "cache"
@@ -246,6 +251,18 @@ def test_duplicate_frames(tmp_path):
     assert len(skipped) == 1
 
 
+@pytest.mark.parametrize("name", ["train", "day_train"])
+def test_a_share_is_held_out_of_train_alone(tmp_path, name):
+    rows = dataset_from_rows((make_row(f"log{index}/0") for index in range(20)), tmp_path / "rows")
+    test = dataset_from_rows((make_row(f"test{index}/0") for index in range(20)), tmp_path / "test")
+    datasets.DatasetDict({name: rows, "test": test}).save_to_disk(tmp_path / "saved")
+    load = partial(load_pretraining_dataset, data_dir=tmp_path / "saved", validation_share=0.3)
+    train, held_out = ({*load(split=split)["frame_id"]} for split in (name, "validation"))
+    assert 0 < len(held_out) < 20
+    assert train == {*rows["frame_id"]} - held_out
+    assert list(load(split="test")["frame_id"]) == list(test["frame_id"])
+
+
 def test_no_row_is_read_twice(object_root, tmp_path):
     options = {"cache_dir": tmp_path / "cache"}
     assert len(load_pretraining_dataset(data_dir=object_root, split="train+val+test", **options)) == 5 + 1
@@ -255,7 +272,8 @@ def test_no_row_is_read_twice(object_root, tmp_path):
     for sources in ([object_root, object_root], [f"{object_root}#train", f"{object_root}#val+train"]):
         with pytest.raises(SimIPUError, match=r"expected other rows than those taken before, found .*000000"):
             load_pretraining_dataset(data_dir=sources, **options)
-    for source in (f"{object_root}#train+train", [f"{object_root}#train", f"{object_root}#val+train"]):
+    streams = [f"{object_root}#train", f"{object_root}#val+train"], [f"{object_root}#val", f"{object_root}#validation"]
+    for source in (f"{object_root}#train+train", *streams):
         with pytest.raises(SimIPUError, match=r"expected (different names|other rows)"):
             load_pretraining_dataset(data_dir=source, streaming=True, **options)
 

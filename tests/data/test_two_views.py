@@ -478,19 +478,3 @@ def test_real_frames(kitti_mini, preset):
             u, v = new_width - u * new_width / width, v * new_height / height
         assert np.abs(project(sample["lidar_to_pixel"], sample["points"]) - np.column_stack([u, v])).max() < 1e-2
         assert len(np.unique(sample["points"].numpy(), axis=0)) > 4000
-
-
-@pytest.mark.parametrize("preset", ["recommended", "official"])
-def test_rows_that_hold_only_the_points_in_view_give_equal_samples(kitti_mini, preset):
-    processor = SimIPUProcessor.from_preset(preset, (64, 208), num_points=2048)
-    row = real_row(kitti_mini / "training", 3)
-    scan = np.frombuffer(row["points"], "<f4").reshape(-1, 4)
-    homogeneous = (
-        row["camera_projection"] @ row["lidar_to_camera"] @ np.column_stack([scan[:, :3], np.ones(len(scan))]).T
-    )
-    pixels, size = homogeneous[:2] / homogeneous[2], np.array(row["image"].size)[:, None]
-    seen = (homogeneous[2] > 0) & (pixels > -1.5).all(0) & (pixels < size + 0.5).all(0)
-    cut = {**row, "points": scan[seen].tobytes()}
-    augmentation = TwoViewAugmentation.from_preset(preset)
-    assert seen.mean() < 0.3
-    assert equal(make_sample(cut, processor, augmentation), make_sample(row, processor, augmentation))

@@ -14,6 +14,8 @@ from simipu_hf.modeling import feature_extraction_simipu
 def test_copies_are_the_same() -> None:
     copies = {inspect.getsource(reader.points_in_view) for reader in (argoverse2, kitti, nuscenes, waymo)}
     assert len(copies) == 1
+    builders = (argoverse2.Argoverse2, kitti.Kitti, nuscenes.NuScenes, waymo.Waymo)
+    assert len({inspect.getsource(builder._generate_examples) for builder in builders}) == 1
 
 
 def test_an_image_cut_short_is_told_by_the_same_rule(tmp_path: Path) -> None:

@@ -99,8 +99,11 @@ def test_raw_pairs_every_image_that_has_a_scan(raw_root, tmp_path):
 
 @pytest.mark.parametrize("drive", ["2011_09_26_drive_0001_sync", "2011_09_26_drive_0001"])
 def test_raw_drive_and_camera_are_selectable(raw_root, tmp_path, drive):
+    (raw_root / "2011_09_26/2011_09_28_drive_0003_sync").mkdir()  # damage, but to no drive that is asked for
     rows = build(raw_root, "raw", tmp_path / "cache", scenes=(drive,), cameras=(3,))["train"]
     assert list(rows["frame_id"]) == [f"2011_09_26_drive_0001_sync_image_03_{index:010d}" for index in (0, 2)]
+    frames = kitti.list_frames("raw", raw_root, splits="train", cameras=3, scenes=drive).splits["train"]
+    assert [frame.frame_id for frame in frames] == list(rows["frame_id"])
 
 
 @pytest.mark.parametrize(("name", "keys"), [("object", ("P2", "P3")), ("raw", ("P_rect_02", "P_rect_03"))])
@@ -208,6 +211,7 @@ OBJECT_DAMAGE = {
     "scan of five columns": (lambda root: scan_of(5).tofile(root / SCAN), [SCAN, "5 columns of float32"]),
     "scan of six columns": (lambda root: scan_of(6).tofile(root / SCAN), [SCAN, "6 columns of float32"]),
     "scan in millimetres": (lambda root: (1000 * scan_of(4)).tofile(root / SCAN), [SCAN, "within 1,000 m", "float32"]),
+    "scan behind the camera": (points(SCAN, [[-9, 0, 0, 0]]), ["frame 000001", "points of the scan in the image"]),
     "ImageSets names an absent frame": (
         overwrite("ImageSets/train.txt", b"000000\n000077\n"),
         ["ImageSets/train.txt, line 2", "000077"],
@@ -250,13 +254,15 @@ def test_labels_never_decide_whether_a_frame_can_be_used(object_root, tmp_path):
     root = object_root({"train": "000000\n"})
     lines = [
         "Car 0 0",
-        LABEL.strip() + " 0.75",
+        LABEL.strip().replace("Car", "car") + " 0.75",
         LABEL.strip().replace("Car", "Boat"),
         LABEL.strip().replace("1.60", "x"),
     ]
     (root / LABELS).write_text("\n".join(lines))
     objects = build(root, "object", tmp_path / "cache")["train"][0]["objects"]
-    assert (objects["type"], objects["rotation_y"]) == ([0], [-1.45])
+    # in the place of those that cannot be used: a region, all of the image, of which nothing is known
+    assert (objects["type"], objects["rotation_y"]) == ([0, 8], [-1.45, -10])
+    assert objects["bbox"][1] == [0, 0, 1e4, 1e4]
     problems = []
     kitti.read_row(kitti.list_frames("object", root).splits["train"][0], problems=problems)
     assert [problem.partition(":")[0].rpartition(", ")[2] for problem in problems] == ["line 1", "line 3", "line 4"]

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -235,12 +236,17 @@ def test_own_splits_and_choices_that_are_not_there(tiny: TinyTables) -> None:
             nuscenes.list_frames("v1.0-mini", root, **choice)
 
 
-def test_parts_that_were_not_downloaded_are_counted(tiny: TinyTables) -> None:
+def test_parts_that_were_not_downloaded_are_counted(tiny: TinyTables, caplog: pytest.LogCaptureFixture) -> None:
     root = tiny.write()
     next(tiny.root.glob("samples/CAM_FRONT/scene-0061_1*")).unlink()
     listing = nuscenes.list_frames("v1.0-mini", root)
     assert len(listing.splits["mini_train"]) == 1
     assert "1 files of CAM_FRONT are not on disk" in listing.notes[0]
+    assert len(load_pretraining_dataset(data_dir=root, split="mini_train")) == 1
+    assert caplog.messages.count(listing.notes[0]) == 1
+    shutil.rmtree(tiny.root / "samples/CAM_FRONT")
+    with pytest.raises(SimIPUError, match=r"expected images .* found none\n.*2 files of CAM_FRONT are not on disk"):
+        load_pretraining_dataset(data_dir=root, split="mini_train")
 
 
 def test_damaged_tables_are_named(tiny: TinyTables) -> None:
@@ -263,6 +269,13 @@ def test_damaged_tables_are_named(tiny: TinyTables) -> None:
     tiny.tables["calibrated_sensor"][0]["rotation"] = [1, 0, 0]
     with pytest.raises(ValueError, match=r"record cs_cam: expected 4 numbers as rotation, found \[1, 0, 0\]"):
         nuscenes.list_frames("v1.0-mini", tiny.write())
+    tiny.tables["calibrated_sensor"][0]["rotation"] = UNIT
+    for field in ("timestamp", "width", "filename"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(tiny.tables["sample_data"][0], field, None)
+            root = tiny.write()
+        with pytest.raises(ValueError, match=rf"sample_data\.json: record .*: expected a .* as {field}, found None"):
+            nuscenes.list_frames("v1.0-mini", root)
     (tiny.root / "v1.0-mini/splits.json").write_text("[]")
     with pytest.raises(ValueError, match=r"splits\.json: expected split -> list of scenes, found \[\]"):
         nuscenes.split_names("v1.0-mini", root)
@@ -303,6 +316,7 @@ def test_boxes_come_as_kitti_labels(tiny: TinyTables, tmp_path: Path) -> None:
     root = tiny.write()
     rows = load_pretraining_dataset(data_dir=root, labels=True, split="mini_train", cache_dir=tmp_path / "rows")
     assert rows.features["objects"] == kitti.features("object")["objects"]
+    assert rows.info.license.startswith("CC BY-NC-SA 4.0")  # which the card of a model made from them states
     assert rows["objects"][1]["type"] == []
     objects = KittiObjects.from_row(rows["objects"][0])
     assert objects.type.tolist() == ["Car", "DontCare", "DontCare"]
@@ -342,10 +356,12 @@ def test_damaged_annotations_are_named_where_labels_are_asked_for(tiny: TinyTabl
     tiny.annotate("vehicle.car", [2, 4, 1.5], [30, 0, 0], rotation=[0, 0, 0, 0])
     tiny.annotate("vehicle.car", [2, 4, 1.5], [30, 0, 0], instance_token="lost")
     tiny.annotate("vehicle.car", [2, 4, 1.5], [30, 0])
+    tiny.annotate("vehicle.car", [2, 4, 1.5], [float("nan"), 0, 0])
+    tiny.annotate("vehicle.car", [2, 4, 1.5], [30, 0, 0], num_lidar_pts=None)
     root = tiny.write()
     options = {"data_dir": root, "split": "mini_train", "cache_dir": tmp_path / "rows"}
     assert "objects" not in load_pretraining_dataset(**options).column_names
-    with pytest.raises(SimIPUError, match="record box1: expected a size above 0 and a unit quaternion"):
+    with pytest.raises(SimIPUError, match="record box1: expected a size above 0, a unit quaternion"):
         load_pretraining_dataset(labels=True, **options)
     skipped: list[str] = []
     rows = load_pretraining_dataset(labels=True, skipped=skipped, **options)
@@ -354,6 +370,8 @@ def test_damaged_annotations_are_named_where_labels_are_asked_for(tiny: TinyTabl
         "box1: expected a size ",
         "box2: expected an inst",
         "box3: expected 3 numbe",
+        "box4: expected a size ",
+        "box5: expected numbers",
     ]
     (tiny.root / "v1.0-mini" / "instance.json").unlink()
     assert nuscenes.list_frames("v1.0-mini", root).splits
@@ -377,8 +395,8 @@ def test_labels_of_the_real_key_frame_hold_the_points_that_its_table_counts(came
     assert abs(inside.sum() - expected) < 0.05 * expected  # labels stand upright in a camera that is tilted a little
 
 
-def test_tables_are_read_record_by_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    records = [{"token": f"t{i}", "text": "{[,]}" * 20} for i in range(3000)]
+def test_tables_are_read_record_by_record(tmp_path: Path) -> None:
+    records = [{"token": f"t{i}", "text": "{[,]}" * 20} for i in range(30000)]
     path = tmp_path / "table.json"
     path.write_text("\ufeff" + json.dumps(records, indent=1), encoding="utf-8")  # longer than one part that is read
     assert list(nuscenes._records(str(path))) == records
@@ -391,6 +409,16 @@ def test_the_index_is_made_anew_where_a_sensor_is_repaired(tiny: TinyTables) -> 
     assert not nuscenes.list_frames("v1.0-mini", root).splits
     path.write_text(sound)
     assert nuscenes.list_frames("v1.0-mini", root).splits
+
+
+def test_rows_are_prepared_anew_where_a_table_is_repaired(tiny: TinyTables) -> None:
+    load = partial(load_pretraining_dataset, data_dir=tiny.write(), split="mini_train", num_proc=1)
+    assert set(load()["scene"]) == {"scene-0061"}
+    tiny.tables["scene"][0]["name"] = "scene-0553"
+    tiny.tables["sensor"][0]["channel"] = "CAM_BACK"
+    tiny.write()
+    assert set(load()["scene"]) == {"scene-0553"}
+    assert set(load()["camera"]) == {"CAM_BACK"}
 
 
 def test_the_index_is_kept_and_renewed(tiny: TinyTables, monkeypatch: pytest.MonkeyPatch) -> None:

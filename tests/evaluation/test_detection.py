@@ -1,14 +1,18 @@
 """KITTI's evaluation of detections against a slow implementation of its definition, and its text files."""
 
 import dataclasses
+import importlib.util
 import math
 
 import numpy as np
 import pytest
+from numba.core.caching import CompileResultCacheImpl
 from oracles.kitti_evaluation import average_precision, corners, shared_area
 
 from simipu_hf.data.kitti_objects import KittiObjects, read_objects_folder, write_objects_folder
+from simipu_hf.data.synthetic import rays
 from simipu_hf.errors import SimIPUError
+from simipu_hf.evaluation import detection_numba
 from simipu_hf.evaluation.detection import DIFFICULTIES, evaluate_detection
 from simipu_hf.evaluation.detection_numba import rectangle_intersection
 
@@ -129,6 +133,13 @@ def test_orientation_is_left_out_where_predictions_have_none():
     unknown = dataclasses.replace(objects, alpha=np.array([-10.0]))
     assert "aos" in evaluate_detection([objects], [objects])["Car"]
     assert "aos" not in evaluate_detection([unknown], [objects])["Car"]
+
+
+@pytest.mark.parametrize("module", [detection_numba, rays])
+def test_kernels_are_compiled_where_nothing_can_be_cached(module, monkeypatch):
+    monkeypatch.setattr(CompileResultCacheImpl, "_locator_classes", [])
+    spec = importlib.util.spec_from_file_location(f"{module.__package__}.again", module.__file__)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def test_shared_area_of_rectangles():

@@ -182,13 +182,6 @@ class Handler(BaseHTTPRequestHandler):
 
     # routes
 
-    def whoami(self) -> None:
-        name, may_write = self.user()
-        if name is None:
-            raise HubError(401, "Invalid credentials in Authorization header")
-        role = "write" if may_write else "read"
-        self.send_json({"type": "user", "name": name, "orgs": [], "auth": {"accessToken": {"role": role}}})
-
     def validate_yaml(self) -> None:
         import yaml
 
@@ -222,13 +215,6 @@ class Handler(BaseHTTPRequestHandler):
         body = {"_id": "0", "id": repo_id, "sha": sha, "private": repo.private, "tags": [], "downloads": 0, "likes": 0}
         body |= {"author": repo_id.split("/")[0], "lastModified": date, "createdAt": date, "gated": False}
         self.send_json({**body, "siblings": [{"rfilename": name} for name in sorted(files)]})
-
-    def refs(self, kind: str, repo_id: str) -> None:
-        repo = self.readable(kind, repo_id)
-        branches = [
-            {"name": name, "ref": f"refs/heads/{name}", "targetCommit": repo.at(name)[0]} for name in repo.branches
-        ]
-        self.send_json({"branches": branches, "tags": [], "converts": []})
 
     def branch(self, kind: str, repo_id: str, name: str) -> None:
         repo = self.writable(kind, repo_id)
@@ -302,13 +288,6 @@ class Handler(BaseHTTPRequestHandler):
             [{"type": "directory", "path": f, "size": 0, "oid": "0" * 40} for f in sorted(folders)] + entries
         )
 
-    def paths_info(self, kind: str, repo_id: str, revision: str) -> None:
-        repo = self.readable(kind, repo_id)
-        _, files = repo.at(revision)
-        text = self.content.decode()
-        paths = json.loads(text)["paths"] if text.startswith("{") else parse_qs(text).get("paths", [])
-        self.send_json([self.entry(repo, name, files[name]) for name in paths if name in files])
-
     def entry(self, repo: Repo, name: str, content: bytes) -> dict:
         entry = {"type": "file", "path": name, "size": len(content), "oid": git_id(content)}
         if name in repo.lfs:
@@ -336,15 +315,12 @@ class Handler(BaseHTTPRequestHandler):
 
 REPO = r"([^/]+/[^/]+)"
 ROUTES: list[tuple[str, Callable]] = [
-    (r"/api/whoami-v2", Handler.whoami),
     (r"/api/validate-yaml", Handler.validate_yaml),
     (r"/api/repos/create", Handler.create_repo),
     (rf"/api/(models|datasets)/{REPO}/preupload/([^/]+)", Handler.preupload),
     (rf"/api/(models|datasets)/{REPO}/commit/([^/]+)", Handler.commit),
     (rf"/api/(models|datasets)/{REPO}/tree/([^/]+)(?:/(.*))?", Handler.tree),
-    (rf"/api/(models|datasets)/{REPO}/paths-info/([^/]+)", Handler.paths_info),
     (rf"/api/(models|datasets)/{REPO}/branch/([^/]+)", Handler.branch),
-    (rf"/api/(models|datasets)/{REPO}/refs", Handler.refs),
     (rf"/api/(models|datasets)/{REPO}(?:/revision/([^/]+))?", Handler.info),
     (r"/objects/([0-9a-f]{64})", Handler.lfs_object),
     (rf"/(?:(datasets)/)?{REPO}\.git/info/lfs/objects/batch", Handler.lfs_batch),

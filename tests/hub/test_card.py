@@ -5,12 +5,14 @@ import os
 import shutil
 from pathlib import Path
 
+import datasets
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 
 from simipu_hf.errors import SimIPUError
 from simipu_hf.hub.card import CURVES, GENERATED, add_evaluation, model_card, redact, write_model_card
+from simipu_hf.pretrain import describe_data
 
 
 @pytest.fixture
@@ -36,7 +38,8 @@ def test_facts_of_the_run(folder):
 
 def test_evaluation_becomes_a_model_index(folder):
     add_evaluation(folder, "depth-estimation", "KITTI Eigen", "test", {"abs_rel": 0.09}, "Garg crop, 80 m")
-    add_evaluation(folder, "depth-estimation", "KITTI Eigen", "test", {"abs_rel": 0.07}, "Garg crop, 80 m")
+    metrics = {"abs_rel": 0.07, "rmse": float("nan"), "silog": float("inf")}
+    add_evaluation(folder, "depth-estimation", "KITTI Eigen", "test", metrics, "Garg crop, 80 m")
     card = model_card(folder, "owner/simipu")
     (result,) = ModelCard(card).data.eval_results
     assert (result.metric_type, result.metric_value, result.dataset_split) == ("abs_rel", 0.07, "test")
@@ -56,9 +59,12 @@ def test_base_model_data_set_and_licence(folder):
     assert data["base_model"] == ["timm/test_resnet.r160_in1k"]
     assert data["datasets"] == ["owner/drives"]
     assert data["license"] == "cc-by-4.0"
+    record["arguments"]["image_encoder"] = "resnet18.a2_in1k"  # not the tag that timm takes for the name alone
+    (folder / "run.yaml").write_text(yaml.safe_dump(record), encoding="utf-8")
+    assert metadata(model_card(folder / "image_encoder"))["base_model"] == ["timm/resnet18.a2_in1k"]
 
 
-@pytest.mark.parametrize("name", ["data_dir", "train_frames", "image_dir"])
+@pytest.mark.parametrize("name", ["data_dir", "train_frames", "image_dir", "image_encoder", "model_name_or_path"])
 def test_models_made_from_kitti_carry_its_licence(folder, name):
     record = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
     record["arguments"] = {name: ["/data/KITTI#train"]}
@@ -81,12 +87,24 @@ def test_encoder_card_and_folder_without_a_record(folder):
         model_card(folder / "absent")
 
 
-def test_licence_that_the_hub_does_not_know_and_pipelines_that_there_are_none_of(folder):
-    record = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
-    record["data"] = {"license": "Own Licence 1.0"}
+@pytest.mark.parametrize(
+    ("license", "identifier", "name"),
+    [
+        ("Own Licence 1.0", "other", "own-licence-1.0"),
+        ("CC BY-NC-SA 4.0", "cc-by-nc-sa-4.0", None),  # as the readers write it
+        ("CC BY-NC-SA 3.0", "cc-by-nc-sa-3.0", None),
+        ("", None, None),
+    ],
+)
+def test_licence_of_the_rows_and_pipelines_that_there_are_none_of(folder, license, identifier, name):
+    rows = datasets.Dataset.from_dict({"frame_id": ["a"]})
+    rows.info.license = license
+    record = {"arguments": {"data_dir": "drives"}, "data": describe_data(rows)}
     (folder / "run.yaml").write_text(yaml.safe_dump(record), encoding="utf-8")
-    data = metadata(model_card(folder))
-    assert (data["license"], data["license_name"]) == ("other", "own-licence-1.0")
+    card = model_card(folder)
+    data = metadata(card)
+    assert (data.get("license"), data.get("license_name")) == (identifier, name)
+    assert ("Its training images are KITTI's" in card) == (identifier == "cc-by-nc-sa-3.0")
     # transformers' pipeline of that name fails on a tuple of feature maps
     assert "pipeline_tag" not in data
     assert "image-feature-extraction" in data["tags"]
@@ -111,7 +129,8 @@ def test_tokens_and_folders_are_taken_out(monkeypatch):
     assert redact("a --hub_token=abc --hub-token abc b") == "a --hub_token=… --hub-token … b"
     assert redact("hf_abcdefgh123") == "hf_…"
     assert redact('"/home/alice/runs/kitti", --a=/mnt/x/y --b /z/w') == '"…/kitti", --a=…/y --b …/w'
-    assert redact(r"C:\Users\alice\runs\a") == "…/a"
+    assert redact(r"C:\Users\alice\runs\a D:/alice/secret/KITTI") == "…/a …/KITTI"
+    assert redact(r"file:///home/alice/x/y file:///C:/alice/z \\nas\alice\KITTI") == "…/y …/z …/KITTI"
     home = Path("C:/Users/John Doe" if os.name == "nt" else "/home/John Doe")
     monkeypatch.setattr(Path, "home", lambda: home)
     monkeypatch.setattr(Path, "cwd", lambda: home.parent)

@@ -108,6 +108,14 @@ def test_onnx_computes_what_pytorch_does(architecture, arguments, sizes, tmp_pat
         export._compare_onnx(report.path, export._Pyramid(encoder), pixels)
 
 
+def test_an_onnx_graph_that_is_too_large_for_one_file_is_refused(folder, tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+    monkeypatch.setattr(export, "ONNX_LIMIT", 40_000_000)
+    with pytest.raises(SimIPUError, match=r"at most 0\.0 GB; the weights of this resnet18 have 0\.0 GB"):
+        export_image_encoder(folder, tmp_path / "encoder.onnx", "onnx")
+    assert list(tmp_path.iterdir()) == [folder]
+
+
 @torch.no_grad()
 def test_torchvision_form(encoder, folder, tmp_path, pixels):
     report = export_image_encoder(folder, tmp_path / "out", "torchvision")

@@ -7,6 +7,7 @@ import zlib
 import numpy as np
 import official_names as official
 import pytest
+import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -133,8 +134,6 @@ def test_encoder_alone_under_each_prefix(prefix, tmp_path, pixels):
     report = convert_checkpoint(path, tmp_path / "out")
     assert report.kind == "image encoder"
     assert len(report.mapped) == len(state)
-    import timm
-
     expected = timm.create_model("resnet18", num_classes=0).eval()
     expected.load_state_dict(state)
     for module in expected.modules():
@@ -190,8 +189,6 @@ def test_truncated_files(tmp_path, share, legacy):
 
 
 def test_other_networks_and_other_files(tmp_path):
-    import timm
-
     for name in ("vit_tiny_patch16_224", "mobilenetv3_small_050"):
         torch.save(timm.create_model(name).state_dict(), tmp_path / "other.pth")
         with pytest.raises(SimIPUError, match="nothing in it matches"):

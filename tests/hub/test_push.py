@@ -72,8 +72,59 @@ def test_repository_holds_the_model_its_code_its_encoder_and_a_card(endpoint, ru
 
 def test_a_folder_below_one_of_that_name_is_redacted_as_well(endpoint, run_folder, tmp_path):
     folder = shutil.copytree(run_folder, tmp_path / "last-checkpoint")
+    (folder / "logs").mkdir()
+    (folder / "logs" / "events.out.tfevents.1.host").write_bytes(b"hf_abcdefghijklmnop")  # of TensorBoard, all flags
     push_folder(folder, "owner/again")
     assert not any(b"hf_abcdefghijklmnop" in content for content in endpoint.files("owner/again").values())
+
+
+def test_an_upload_replaces_what_an_earlier_one_left_and_nothing_else(endpoint, run_folder):
+    earlier = ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "image_encoder/old.json")
+    others = ("last-checkpoint/model.safetensors", "demo/old.png", "examples.json", ".gitattributes")
+    endpoint.create("owner/simipu", files=dict.fromkeys((*earlier, "pictures/old.png", *others), b"{}"))
+    push_folder(run_folder, "owner/simipu")
+    files = endpoint.files("owner/simipu")
+    assert [name for name, content in files.items() if content == b"{}"] == list(others)
+    assert {"model.safetensors", "image_encoder/config.json"} <= set(files)
+
+
+def test_a_folder_of_links_as_in_the_cache_of_the_hub(endpoint, run_folder, tmp_path):
+    folder = shutil.copytree(run_folder / "image_encoder", tmp_path / "encoder")
+    (folder / "model.safetensors").rename(tmp_path / "blob")
+    (folder / "model.safetensors").symlink_to("../blob")
+    push_folder(folder, "owner/encoder")
+    assert endpoint.files("owner/encoder")["model.safetensors"] == (tmp_path / "blob").read_bytes()
+
+
+def test_a_card_that_was_edited_on_the_hub_stays(endpoint, run_folder, tmp_path):
+    folder = shutil.copytree(run_folder / "image_encoder", tmp_path / "encoder")
+    push_folder(folder, "owner/encoder")
+    endpoint.repos["models", "owner/encoder"].add("main", {"README.md": b"Edited on the Hub."})
+    endpoint.faults.append(local_hub.Fault(r"/resolve/.*README", 500))  # tried again, not taken for none there
+    push_folder(folder, "owner/encoder")
+    files = endpoint.files("owner/encoder")
+    assert files["README.md"] == b"Edited on the Hub."
+    assert "model.safetensors" in files
+    (folder / "README.md").write_text("Edited here.", encoding="utf-8")
+    push_folder(folder, "owner/encoder")
+    assert endpoint.files("owner/encoder")["README.md"] == b"Edited here."
+
+
+def test_files_that_cannot_be_published_are_named_and_leave_nothing_behind(run_folder, tmp_path, monkeypatch):
+    folder = shutil.copytree(run_folder / "image_encoder", tmp_path / "encoder")
+    before = {*folder.iterdir(), folder / "notes.md"}
+    (folder / "notes.md").write_bytes("Zürich".encode("latin-1"))
+    with pytest.raises(SimIPUError, match=r"encoder.notes\.md: cannot be published: .*utf-8"):
+        push_folder(folder, "owner/encoder")
+    assert {*folder.iterdir()} == before
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(push, "_place", full)
+    with pytest.raises(SimIPUError, match=r"config\.json: cannot be published: No space left"):
+        push_folder(folder, "owner/encoder")
+    assert {*folder.iterdir()} == before
 
 
 def test_card_metadata_passes_and_is_truthful(endpoint, run_folder):
@@ -180,6 +231,7 @@ def test_an_unfinished_run_is_published_with_its_record(endpoint, checkpoint, mo
 
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint"])
 def test_checkpoints_are_published_in_the_background(endpoint, checkpoint, strategy, capsys):
+    endpoint.create("owner/run", files={"last-checkpoint/rng_state_7.pth": b"of a run with more processes"})
     uploader = HubUploader("owner/run", checkpoint.parent, strategy)
     assert uploader.checkpoint_saved(checkpoint)
     wait(uploader)
@@ -187,6 +239,7 @@ def test_checkpoints_are_published_in_the_background(endpoint, checkpoint, strat
     assert {"model.safetensors", "image_encoder/model.safetensors", "README.md", "run.yaml"} <= set(files)
     resumable = {name for name in files if name.startswith("last-checkpoint/")}
     assert ({f"last-checkpoint/{name}" for name in RESUME} <= resumable) == (strategy == "checkpoint")
+    assert ("last-checkpoint/rng_state_7.pth" in resumable) == (strategy != "checkpoint")
     assert not RESUME & set(files)
     assert not any("training_args" in name for name in files)
     assert "published checkpoint-20" in capsys.readouterr().out
@@ -194,8 +247,6 @@ def test_checkpoints_are_published_in_the_background(endpoint, checkpoint, strat
 
 
 def test_checkpoint_deleted_during_its_upload_is_still_published_whole(endpoint, checkpoint):
-    import shutil
-
     weights = (checkpoint / "model.safetensors").read_bytes()
     endpoint.faults.append(local_hub.Fault(r"repos/create", delay=0.5))
     uploader = HubUploader("owner/run", checkpoint.parent)
@@ -242,11 +293,13 @@ def test_strategy_end_publishes_only_the_end(endpoint, checkpoint):
     assert endpoint.repos == {}
 
 
-def test_finish_publishes_model_and_encoder(endpoint, run_folder):
+def test_finish_publishes_model_and_encoder(endpoint, run_folder, capsys):
     uploader = HubUploader("owner/run", run_folder, encoder_repo_id="owner/encoder")
     report = uploader.finish()
     assert report.encoder_url.endswith("owner/encoder")
     assert "model.safetensors" in endpoint.files("owner/run")
+    assert HubUploader("owner/run", run_folder, encoder_repo_id="somebody/encoder").finish() is None
+    assert "the model was published, its image encoder was not: Hub repository somebody" in capsys.readouterr().out
 
 
 def test_failures_are_reported_and_never_raised(endpoint, checkpoint, run_folder, capsys):
@@ -294,6 +347,16 @@ def test_data_set_from_kitti_is_private_and_says_why(endpoint, tmp_path, capsys)
     assert capsys.readouterr().out == ""
     assert not endpoint.repos["datasets", "owner/own"].private
     assert "commercial" not in endpoint.files("owner/own", "datasets")["README.md"].decode()
+    for shard in range(2):
+        rows.shard(2, shard).to_parquet(tmp_path / "rows" / f"train-{shard:05d}-of-00002.parquet")
+    (tmp_path / "rows" / "train-00000-of-00001.parquet").unlink()
+    with pytest.raises(SimIPUError, match=r"owner/own: expected a private one, found a public one"):
+        push_dataset(tmp_path / "rows", "owner/own")
+    shards = [name for name in endpoint.files("owner/own", "datasets") if name.endswith("parquet")]
+    assert shards == ["train-00000-of-00001.parquet"]
+    push_dataset(tmp_path / "rows", "owner/own", license="cc-by-4.0")
+    shards = [name for name in endpoint.files("owner/own", "datasets") if name.endswith("parquet")]
+    assert shards == ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]
     header = "---\ntags: [mine]\n---\n"
     (tmp_path / "rows" / "README.md").write_text(header, encoding="utf-8")
     push_dataset(tmp_path / "rows", "owner/header", license="cc-by-4.0")

@@ -44,7 +44,7 @@ def as_checkpoint(run_folder, target):
     return save_checkpoint(target.parent, step, save_model=save_model, tensors={}, values={})
 
 
-def test_run_folder(run_folder, trained, capsys):
+def test_run_folder(run_folder, trained, tmp_path, capsys):
     model, data = load_image_encoder(run_folder)
     assert is_trained(model, trained)
     assert data["input_size"] == (3, 64, 96)
@@ -54,6 +54,9 @@ def test_run_folder(run_folder, trained, capsys):
     assert [map.shape[1] for map in pyramid.eval()(torch.zeros(1, 3, 64, 96))] == [48, 96]
     from_file, _ = load_image_encoder(run_folder / "model.safetensors", verbose=False)
     assert is_trained(from_file, trained)
+    vit = export_timm(timm.create_model("test_vit", num_classes=0), tmp_path / "vit")
+    wrapped, _ = load_image_encoder(vit, features_only=True, verbose=False)
+    assert "state_dict" not in wrapped.model.pretrained_cfg
     grey, _ = load_image_encoder(run_folder, in_chans=1, verbose=False)
     assert grey.conv1[0].weight.shape == (16, 1, 3, 3)
 
@@ -91,6 +94,20 @@ def test_a_model_saved_in_half_precision_is_loaded_in_single(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"none" * 9)
     with pytest.raises(SimIPUError, match="no 'simipu_depth' model"):
         load_dense_model(SimIPUForDepthEstimation, tmp_path)
+
+
+def test_a_sharded_model_on_the_hub_is_read_from_its_encoder_folder(
+    endpoint, run_folder, trained, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    files = {p.relative_to(run_folder).as_posix(): p.read_bytes() for p in run_folder.rglob("*") if p.is_file()}
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    files["model.safetensors.index.json"] = json.dumps(index).encode()
+    files["model-00001-of-00002.safetensors"] = files.pop("model.safetensors")
+    files["last-checkpoint/trainer_state.json"] = b"{}"
+    endpoint.create("owner/simipu", files=files)
+    assert is_trained(load_image_encoder("owner/simipu", verbose=False)[0], trained)
+    assert not list(tmp_path.rglob("last-checkpoint"))
 
 
 def test_timm_name(capsys):

@@ -170,6 +170,6 @@ def pickled(tmp_path, file):
 
 
 def test_differences_between_runs_are_all_listed(tmp_path):
-    check_same_run({"a": 1}, {"a": 1}, tmp_path)
+    check_same_run({"a": 1, "zoom": [1, 1.5]}, {"a": 1, "zoom": [1.0, 1.5]}, tmp_path)
     with pytest.raises(SimIPUError, match=r"(?s)a: 1 in the checkpoint, 2 now.*b: absent in the checkpoint, 3 now"):
         check_same_run({"a": 1, "c": 0}, {"a": 2, "b": 3, "c": 0}, tmp_path)

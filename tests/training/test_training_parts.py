@@ -6,19 +6,26 @@ import json
 import math
 import os
 import signal
+from importlib import resources
 from itertools import chain
 from unittest.mock import Mock
 
+import datasets
 import pytest
 import timm
 import torch
 import yaml
 from accelerate import Accelerator
+from tiny_run import make_rows
 from torch import nn
 
+from simipu_hf.data.rows import dataset_from_rows
+from simipu_hf.data.streaming import stream_two_views
+from simipu_hf.data.two_views import TwoViewAugmentation
 from simipu_hf.errors import SimIPUError
 from simipu_hf.modeling.configuration_simipu import SimIPUDepthConfig
 from simipu_hf.modeling.modeling_simipu_depth import SimIPUForDepthEstimation
+from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 from simipu_hf.training.arguments import (
     CompareDepthArguments,
     DepthArguments,
@@ -28,7 +35,6 @@ from simipu_hf.training.arguments import (
     packaged_configs,
     parse_arguments,
     parse_overrides,
-    read_config,
 )
 from simipu_hf.training.batch_norm import ReducedBatchNorm, synchronize_batch_norm
 from simipu_hf.training.distributed import SharedFlags, StopRequest, create_accelerator, recompute_activations
@@ -42,7 +48,7 @@ from simipu_hf.training.optimizers import (
     learning_rates,
 )
 from simipu_hf.training.run_folder import current_command, data_fingerprint, weights_fingerprint
-from simipu_hf.training.sampling import GlobalBatchSampler, seed_micro_batch
+from simipu_hf.training.sampling import GlobalBatchSampler, StreamedBatches, seed_micro_batch
 
 
 def parse(*flags: str) -> PreTrainingArguments:
@@ -85,6 +91,23 @@ class TestGlobalBatchSampler:
             seed_micro_batch(*place)
             draws.add(torch.rand(()).item())
         assert len(draws) == 27
+
+
+class TestStreams:
+    def test_all_flags_that_choose_the_rows_identify_a_stream(self, tmp_path):
+        rows = dataset_from_rows(make_rows(2), tmp_path).to_iterable_dataset()
+        choices = ("validation_share=0.1", "validation_share=0.2", "dataset_config_name=raw", "train_split=all")
+        views = SimIPUProcessor.from_preset("recommended"), TwoViewAugmentation()
+        found = [
+            StreamedBatches(Accelerator(cpu=True), parse(*flags), rows, *views).identity()["stream"]
+            for flags in ([], *([f"--{choice}"] for choice in choices))
+        ]
+        assert len(set(found)) == len(choices) + 1
+
+    def test_versions_of_datasets_that_lose_rows_are_refused(self, monkeypatch):
+        monkeypatch.setattr(datasets, "__version__", "4.8.5")
+        with pytest.raises(SimIPUError, match=r"needs datasets >= 5.0, found 4.8.5"):
+            stream_two_views(None, None, None, seed=0, batch_size=1, collate=list)
 
 
 def test_recomputing_is_refused_where_timm_does_not_have_it():
@@ -176,9 +199,10 @@ class TestOptimizers:
         resnet, vit = (timm.create_model(name, num_classes=0) for name in ("test_resnet", "test_vit"))
         official = choose_recipe(parse(), resnet, 1000)
         assert (official.optimizer, official.learning_rate, official.weight_decay) == ("sgd", 0.03, 1e-4)
-        recipe = choose_recipe(parse("--pretrained_image_encoder", "--weight_decay", "0.2"), vit, 1000)
-        assert (recipe.optimizer, recipe.learning_rate, recipe.weight_decay) == ("adamw", 1e-4, 0.2)
-        assert (recipe.layer_decay, recipe.warmup_steps) == (0.75, 50)
+        for start in (["--pretrained_image_encoder"], ["--model_name_or_path", "run"]):
+            recipe = choose_recipe(parse(*start, "--weight_decay", "0.2"), vit, 1000)
+            assert (recipe.optimizer, recipe.learning_rate, recipe.weight_decay) == ("adamw", 1e-4, 0.2)
+            assert (recipe.layer_decay, recipe.warmup_steps) == (0.75, 50)
         with pytest.raises(SimIPUError, match="--layer_decay does nothing with sgd"):
             choose_recipe(parse("--layer_decay", "0.5"), resnet, 1000)
         with pytest.raises(SimIPUError, match="--momentum does nothing with adamw"):
@@ -252,6 +276,13 @@ class TestLogging:
         logger.close()
         assert read_metrics(file) == [{"step": 2, "loss": 1.5}, {"step": 4, "loss": None}]
 
+    def test_tensorboard_drops_what_is_written_again(self, tmp_path, monkeypatch):
+        given = []
+        monkeypatch.setattr(Accelerator, "init_trackers", lambda *_, init_kwargs, **__: given.append(init_kwargs))
+        for first_step in (0, 4):  # also where an earlier start left no checkpoint
+            self.logger(tmp_path, first_step).close()
+        assert given == [{"tensorboard": {"purge_step": step}} for step in (1, 5)]
+
     def test_flags_values_that_are_not_finite(self, tmp_path):
         logger = self.logger(tmp_path)
         logger.add({"a": torch.tensor(1.0), "b": torch.tensor(math.inf)})
@@ -267,7 +298,7 @@ def test_trackers_are_checked():
 
 
 def test_flatten():
-    assert flatten({"a": {"b": 1, "c": [1, 2]}, "d": None}) == {"a.b": 1, "a.c": "[1, 2]", "d": "None"}
+    assert flatten({"a": {"b": 1, "c": [1, 2]}, "d": None}) == {"a.b": 1, "a.c": [1, 2], "d": None}
 
 
 class TestArguments:
@@ -289,6 +320,14 @@ class TestArguments:
         assert arguments.torch_compile is True
         assert arguments.num_points is None
 
+    def test_files_are_read_in_order_and_names_that_look_like_numbers_stay_names(self, tmp_path):
+        (tmp_path / "a.yaml").write_text("seed: 5\nnum_points: 99\ntorch_compile: yes\n", encoding="utf-8")
+        names = "scenes: [10017090168044687777_6380_000, 010]\ntrain_split: 1_0\nnum_points: 77\nimage_size: null\n"
+        (tmp_path / "b.yaml").write_text(names, encoding="utf-8")
+        found = parse("--config", str(tmp_path / "a.yaml"), f"--config={tmp_path / 'b.yaml'}", "--seed", "6")
+        assert (found.scenes, found.train_split) == (["10017090168044687777_6380_000", "010"], "1_0")
+        assert (found.seed, found.num_points, found.torch_compile, found.image_size) == (6, 77, True, None)
+
     def test_own_record_reproduces(self, tmp_path):
         first = parse("--image_size", "64", "96", "--no_sync_batch_norm", "--mixture", "1", "2")
         file = tmp_path / "run.yaml"
@@ -300,8 +339,9 @@ class TestArguments:
         arguments = parse("--config", name)
         assert isinstance(arguments, PreTrainingArguments)
         flat = arguments.to_dict()
-        values = {n: tuple(v) if isinstance(v, list) else v for n, v in read_config(name).items()}
-        assert all(flat[flag] == value for flag, value in values.items())
+        file = resources.files("simipu_hf.training") / "presets" / f"{name}.yaml"
+        for flag, value in yaml.safe_load(file.read_text(encoding="utf-8")).items():
+            assert flat[flag] == (tuple(value) if isinstance(value, list) else value)
 
     @pytest.mark.parametrize(
         ("content", "message"),
@@ -363,6 +403,9 @@ class TestArguments:
             (["--streaming"], "needs --max_steps"),
             (["--validation_share", "1"], "above 0 and below 1"),
             (["--depth_range", "80", "1"], "the nearest and the farthest"),
+            (["--preset", "official", "--pretrained_image_encoder"], "leave one of the two out"),
+            (["--adam_beta1", "1"], "--adam_beta1 must be at least 0 and below 1, found 1"),
+            (["--momentum", "-1"], "--momentum must be at least 0 and below 1, found -1"),
         ],
     )
     def test_flags_without_effect_or_meaning_are_refused(self, flags, message):
@@ -475,8 +518,6 @@ class TestReducedBatchNorm:
         torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
 
     def test_conversion_keeps_names_and_fused_activations(self):
-        import timm
-
         encoder = timm.create_model("test_efficientnet", num_classes=0).eval()
         x = torch.randn(1, 3, 32, 32)
         names, expected = list(encoder.state_dict()), encoder(x)

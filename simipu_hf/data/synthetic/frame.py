@@ -45,7 +45,7 @@ def synthesize_frame(
     """Frame `index` of the drive named by `seed`, each in a street of its own; a pure function of its arguments.
 
     frame = synthesize_frame(0, 7, image_size=(96, 320))
-    frame.image.shape, frame.points.shape  # (96, 320, 3), (122346, 4)
+    frame.image.shape, frame.points.shape  # (96, 320, 3), (128445, 4)
 
     Args:
         image_size: height and width in pixels; the field of view is KITTI's at any width.

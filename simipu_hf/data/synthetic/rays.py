@@ -1,7 +1,8 @@
 """Rays against triangles: Embree where it is installed, else a bounding volume hierarchy in Numba (Linux on ARM)."""
 
-import numba
 import numpy as np
+
+from ...modeling.point_ops_numba import jit
 
 try:
     from embreex.mesh_construction import TriangleMesh
@@ -58,7 +59,7 @@ class NumbaTriangles:
 Triangles: type[EmbreeTriangles | NumbaTriangles] = NumbaTriangles if EmbreeScene is None else EmbreeTriangles
 
 
-@numba.njit(cache=True, nogil=True)
+@jit()
 def _trace(boxes, order, corners, origins, directions, reach, any_hit):
     found = np.full(len(origins), -1, np.int32)
     distance = np.full(len(origins), np.inf, np.float32)
@@ -81,7 +82,7 @@ def _trace(boxes, order, corners, origins, directions, reach, any_hit):
     return found, distance
 
 
-@numba.njit(cache=True, nogil=True)
+@jit()
 def _enters(box, origin, direction, reach):
     near, far = 0.0, reach
     for axis in range(3):
@@ -91,7 +92,7 @@ def _enters(box, origin, direction, reach):
     return near <= far
 
 
-@numba.njit(cache=True, nogil=True)
+@jit()
 def _intersect(corner, origin, direction):
     """Distance along a ray to a triangle, inf where it misses (Möller and Trumbore, 1997)."""
     a, b, offset = _minus(corner[1], corner[0]), _minus(corner[2], corner[0]), _minus(origin, corner[0])
@@ -104,16 +105,16 @@ def _intersect(corner, origin, direction):
 
 
 # vectors as tuples: arrays would be allocated for each triangle
-@numba.njit(cache=True, nogil=True)
+@jit()
 def _minus(a, b):
     return a[0] - b[0], a[1] - b[1], a[2] - b[2]
 
 
-@numba.njit(cache=True, nogil=True)
+@jit()
 def _dot(a, b):
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
 
-@numba.njit(cache=True, nogil=True)
+@jit()
 def _cross(a, b):
     return a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]

@@ -67,6 +67,11 @@ def synthesize_drive(
             raise SimIPUError(f"{name}: expected {expected}, found {found}")
     least = 1 if num_frames >= 3 else 0
     val, test = (max(round(num_frames * share), least) if share else 0 for share in (val_fraction, test_fraction))
+    if num_frames - val - test < 1:
+        raise SimIPUError(
+            f"val_fraction, test_fraction: expected at least 1 of {num_frames} frames left for training, found {val} "
+            f"for validation and {test} for testing"
+        )
     with atomic_folder(Path(output_dir)) as folder:
         _write_image_sets(folder, num_frames - val - test, val, test)
         for kind in ("image_2", "velodyne", "calib", "depth_2", "label_2"):
