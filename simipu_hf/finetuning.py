@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .data.frames import FrameDataset
-from .data.sources import describe_frames
+from .data.sources import name_sources
 from .errors import SimIPUError
 from .files import atomic_folder, move_into, write_json
 from .hub.card import redact, write_model_card
@@ -471,7 +471,7 @@ def open_run(arguments: FineTuningRunArguments, trainer: FineTuningTrainer) -> s
     checkpoint = find_checkpoint(arguments, arguments.image_encoder)
     rows, test_rows = trainer.train_dataset.rows, trainer.eval_dataset and trainer.eval_dataset.rows
     record = {
-        "source": describe_frames(arguments.train_frames or [str(getattr(arguments, "image_dir", None))])[0],
+        "source": name_sources(arguments.train_frames or [str(getattr(arguments, "image_dir", None))]),
         "train": {"rows": len(rows), "fingerprint": data_fingerprint(rows["frame_id"][:])},
         "test": test_rows and {"rows": len(test_rows), "fingerprint": data_fingerprint(test_rows["frame_id"][:])},
         "total_steps": trainer.args.max_steps,

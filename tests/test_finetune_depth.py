@@ -427,7 +427,7 @@ def test_bad_flags_are_named(frames, tmp_path):
 
 
 def test_names_of_frames_hide_folders_and_ids():
-    assert describe_frames(["/data/kitti/#train[:50%]:000001,000002", "user/logs"]) == (
+    assert describe_frames(["/data/kitti/#train[:50%]:000001,000002", "/data/logs"]) == (
         "kitti + logs",
         "train[:50%] + train",
     )

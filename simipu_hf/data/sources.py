@@ -138,10 +138,14 @@ def refuse_second_split(split: str | None, *sources: str) -> None:
 
 def describe_frames(frames: Sequence[str]) -> tuple[str, str]:
     """Names of the data sets and of their splits, without folders and without lists of ids."""
-    sources, rests = zip(*map(split_source, frames), strict=True)
-    names = dict.fromkeys(re.split(r"[/\\]", source.rstrip("/\\"))[-1] for source in sources)
-    splits = [split_ids(rest)[0] or _default_split(source) for source, rest in zip(sources, rests, strict=True)]
-    return " + ".join(names), " + ".join(dict.fromkeys(splits))
+    splits = [split_ids(rest)[0] or _default_split(source) for source, rest in map(split_source, frames)]
+    return name_sources(frames), " + ".join(dict.fromkeys(splits))
+
+
+def name_sources(frames: Sequence[str]) -> str:
+    """Names of the data sets, without their folders."""
+    sources = (split_source(text)[0].rstrip("/\\") for text in frames)
+    return " + ".join(dict.fromkeys(re.split(r"[/\\]", source)[-1] for source in sources))
 
 
 def _default_split(location: str) -> str:
