@@ -25,7 +25,7 @@ A row is one camera image with the LiDAR scan of the same instant:
 | `camera_projection` | 3 x 4 float64 | rectified camera 0 -> pixels: `P2`, `P3` (raw: `P_rect_0x`) |
 | `lidar_to_camera` | 4 x 4 float64 | LiDAR -> rectified camera 0: `R0_rect @ Tr_velo_to_cam` |
 | `objects` | sequence | `object` only: the 15 label fields of every object; empty where there is no `label_2`, |
-| | | one region of DontCare, all of the image, where that lacks the frame's file or a line can't be used |
+| | | one region of DontCare, all of the image, where that lacks the frame's file or its line can't be read |
 
 The formats are those of the benchmark's own development kits (`readme.txt` of the object, odometry and raw data kits):
 https://www.cvlibs.net/datasets/kitti
@@ -570,31 +570,34 @@ def read_objects(path: str | None, problems: list[str] | None = None) -> dict[st
     """Field -> its value for every object of a label file; the fields are the benchmark's 15, boxes and vectors as
     lists. Empty lists where a folder has no labels (`path` None), `UNKNOWN_OBJECTS` where it has others'.
 
-    A 16th field, the score of a prediction, is dropped. Lines that can't be used are named in `problems`, and stand as
-    one region of DontCare, all of the image: where their objects are is not known.
+    A 16th field, the score of a prediction, is dropped. A line that can't be used is named in `problems` and becomes a
+    region of DontCare: its box, or all of the image where that can't be read.
     """
     if path is not None and not os.path.isfile(path):
         return UNKNOWN_OBJECTS
     objects: dict[str, list] = {field: [] for field in OBJECT_FIELDS}
-    names, is_whole = {name.lower(): name for name in OBJECT_TYPES}, True
+    names = {name.lower(): name for name in OBJECT_TYPES}
     for number, line in enumerate(_lines(path) if path else (), start=1):
         values = line.split()
         try:
             if not values:
                 continue
-            if len(values) not in (15, 16) or values[0].lower() not in names:
-                raise ValueError(f"expected 15 fields, the first one of {OBJECT_TYPES}, found {len(values)}")
+            region = UNKNOWN_OBJECTS["bbox"][0]
+            if len(values) not in (15, 16):
+                raise ValueError(f"expected 15 fields, found {len(values)}")
             truncated, occluded, alpha, *box, rotation_y = [float(value) for value in values[1:15]]
-            kind = names[values[0].lower()]
-            parsed = (kind, truncated, int(occluded), alpha, box[:4], box[4:7], box[7:10], rotation_y)
+            region = box[:4]
+            kind = names.get(values[0].lower())
+            if kind is None:
+                raise ValueError(f"expected a type of {OBJECT_TYPES}")
+            parsed = [kind, truncated, int(occluded), alpha, region, box[4:7], box[7:10], rotation_y]
         except (ValueError, OverflowError) as error:
             if problems is not None:
-                problems.append(f"{path}, line {number}: {error}: {line.strip()!r}; this label is left out")
-            is_whole = False
-            continue
+                problems.append(f"{path}, line {number}: {error}: {line.strip()!r}; it is a region of DontCare")
+            parsed = [UNKNOWN_OBJECTS[field][0] if field != "bbox" else region for field in OBJECT_FIELDS]
         for field, value in zip(OBJECT_FIELDS, parsed, strict=True):
             objects[field].append(value)
-    return objects if is_whole else {field: objects[field] + UNKNOWN_OBJECTS[field] for field in OBJECT_FIELDS}
+    return objects
 
 
 def _lines(path: str) -> list[str]:

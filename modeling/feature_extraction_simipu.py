@@ -13,7 +13,6 @@ from .geometry import camera_aligned_frame, inside_image, project_points, to_cal
 
 # No LiDAR sees 100 km far, and no reflectance is counted beyond 16 bits: larger values are another type of number.
 LARGEST_VALUE = 1e5
-OF_A_MAP = "subtract an origin from the coordinates of a map, which float32 cannot hold"
 
 
 class SimIPUFeatureExtractor(FeatureExtractionMixin):
@@ -88,9 +87,9 @@ class SimIPUFeatureExtractor(FeatureExtractionMixin):
         return self._in_view(cloud, frame_to_pixel, image_size), frame_to_pixel
 
     def _check_axes(self, lidar_to_camera: np.ndarray) -> None:
-        """Refuses a camera that does not look along the axis of x that `point_cloud_range` was made for."""
+        """Refuses a camera that does not look along x where `point_cloud_range` keeps what is ahead along x alone."""
         towards_x = lidar_to_camera[2, 0]  # of the optical axis, in the LiDAR's axes
-        if self.point_cloud_range is not None and towards_x < 0.5:
+        if self.point_cloud_range is not None and self.point_cloud_range[0] >= 0 and towards_x < 0.5:
             raise ValueError(
                 "lidar_to_camera: expected a camera that looks along x, within 60 degrees, as the official preset's "
                 f"point_cloud_range in LiDAR axes does, found {math.degrees(math.acos(max(towards_x, -1))):.0f}; use "
@@ -187,9 +186,10 @@ def to_point_cloud(points: Any) -> np.ndarray:
             f"points: expected finite values, found {bad.sum()} of {len(values)} with NaN or infinity, the first at "
             f"index {bad.argmax()}"
         )
-    if np.abs(values).max(initial=0) > LARGEST_VALUE:
+    largest = np.abs(values[:, :3]).max(initial=0)
+    if largest > LARGEST_VALUE:
         raise ValueError(
-            f"points: expected metres from the sensor, found values up to {np.abs(values).max():.2g}: {OF_A_MAP}"
+            f"points: expected metres from the sensor, found values up to {largest:.2g}{_of_a_map(largest)}"
         )
     return values
 
@@ -218,7 +218,12 @@ def _likely_layout(data: bytes | bytearray | memoryview) -> str | None:
         if largest[dtype] <= LARGEST_VALUE:
             columns = _likely_columns(values)
             return None if (dtype, columns) == ("<f4", 4) else f"{columns} columns of {values.dtype.name}"
-    return f"another type: as float32 its values reach {largest['<f4']:.2g} ({OF_A_MAP})"
+    return f"another type: as float32 its values reach {largest['<f4']:.2g}{_of_a_map(largest['<f4'])}"
+
+
+def _of_a_map(largest: float) -> str:
+    """A hint for coordinates that may be those of a map."""
+    return "; subtract an origin from coordinates of a map, which float32 cannot hold" if largest < 1e8 else ""
 
 
 def _likely_columns(values: np.ndarray) -> int:

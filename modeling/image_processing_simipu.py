@@ -45,19 +45,23 @@ def pad_to_largest(images: Sequence[torch.Tensor], divisor: int = 32) -> torch.T
     return batch
 
 
-def refuse_turned(image: Any) -> None:
-    """
+def open_unturned(image: Any) -> Any:
+    """The image, opened where it is the path of a file; what Pillow cannot read is returned as it is.
+
     Raises:
         ValueError: an image, or the file of one, that is to be turned by its EXIF orientation: whether a calibration
             is that of the pixels as they are stored or as they are shown cannot be told.
     """
-    if isinstance(image, str | os.PathLike) and os.path.isfile(image):
-        image = PIL.Image.open(image)
-    orientation = image.getexif().get(PIL.ExifTags.Base.Orientation) if isinstance(image, Image) else None
+    try:
+        image = PIL.Image.open(image) if isinstance(image, str | os.PathLike) and os.path.isfile(image) else image
+        orientation = image.getexif().get(PIL.ExifTags.Base.Orientation) if isinstance(image, Image) else None
+    except Exception:  # `load_image` names it
+        return image
     if orientation in range(2, 9):
         raise ValueError(
             f"EXIF orientation {orientation}: turn the pixels to what camera_projection speaks of, without the tag"
         )
+    return image
 
 
 def to_8_bits(image: Any) -> Any:

@@ -31,6 +31,17 @@ class UpSample(nn.Module):
         return self.conv2(self.conv1(hidden).relu()).relu()
 
 
+class PreciseConv2d(nn.Conv2d):
+    """Computed in single precision at least: the eight bits of a bfloat16 make a few dozen depths in all."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if hidden.dtype.itemsize >= 4:
+            return super().forward(hidden)
+        assert self.bias is not None
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self._conv_forward(hidden.float(), self.weight.float(), self.bias.float())
+
+
 class DenseDepthDecoder(nn.Module):
     """Feature pyramid, finest first, to depth in (0, `max_depth`) at the finest map's resolution.
 
@@ -49,19 +60,14 @@ class DenseDepthDecoder(nn.Module):
         self.blocks = nn.ModuleList(
             UpSample(width, skip, out) for width, skip, out in zip(widths[:-1], skips, channels, strict=True)
         )
-        self.to_depth = nn.Conv2d(widths[-1], 1, 3, padding=1)
+        self.to_depth = PreciseConv2d(widths[-1], 1, 3, padding=1)
 
     def forward(self, pyramid: Sequence[torch.Tensor]) -> torch.Tensor:
         """`(B, 1, H_0, W_0)`, metres."""
         hidden = self.project(pyramid[-1])
         for block, skip in zip(self.blocks, reversed(pyramid[:-1]), strict=True):
             hidden = block(hidden, skip)
-        # in single precision at least: the eight bits of a bfloat16 make a few dozen depths
-        precision = torch.promote_types(hidden.dtype, torch.float32)
-        weight, bias = (parameter.to(precision) for parameter in self.to_depth.parameters())
-        with torch.autocast(hidden.device.type, enabled=False):
-            logits = nn.functional.conv2d(hidden.to(precision), weight, bias, padding=self.to_depth.padding)
-        return torch.sigmoid(logits) * self.max_depth
+        return torch.sigmoid(self.to_depth(hidden)) * self.max_depth
 
 
 class SimIPUForDepthEstimation(SimIPUDenseModel):

@@ -37,7 +37,7 @@ class Neighbors(NamedTuple):
 
     Args:
         index (`(E,)`, int64): rows into the flattened (B * N) points.
-        weight (`(E,)`, dtype of the points): how many slots of its group the entry holds.
+        weight (`(E,)`, dtype of the points, at least float32): how many slots of its group the entry holds.
         offsets (`(G + 1,)`, int64): group g owns entries `offsets[g]:offsets[g + 1]`, at least one.
     """
 

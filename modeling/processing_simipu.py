@@ -10,7 +10,7 @@ from transformers import BatchFeature, ProcessorMixin
 
 from .configuration_simipu import preset_values
 from .feature_extraction_simipu import SimIPUFeatureExtractor, naming_row
-from .image_processing_simipu import SimIPUImageProcessor, refuse_turned
+from .image_processing_simipu import SimIPUImageProcessor, open_unturned
 
 
 class SimIPUProcessor(ProcessorMixin):
@@ -103,7 +103,7 @@ class SimIPUProcessor(ProcessorMixin):
         for name, image in zip(names, images, strict=True):
             with naming_row(name):
                 if points is not None:
-                    refuse_turned(image)
+                    image = open_unturned(image)
                 loaded.append(image_processor.load_image(image))
                 sizes.append(tuple(loaded[-1].shape[-2:]))
                 transforms.append(image_processor.pixel_transform(sizes[-1]))

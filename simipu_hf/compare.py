@@ -19,11 +19,12 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import nn
@@ -40,7 +41,7 @@ from .modeling.dense_model import SimIPUDenseModel
 from .modeling.image_encoder import image_feature_maps, pad_to_divisor
 from .training.arguments import CompareArguments
 from .training.logging import cut_metrics, read_metrics
-from .training.run_folder import data_fingerprint, weights_fingerprint
+from .training.run_folder import weights_fingerprint
 
 RUNS_FILE, RESULT_FILE, TABLE_FILE, PLOT_FILE = "runs.jsonl", "comparison.json", "comparison.md", "comparison.png"
 BASELINE = "scratch"
@@ -126,6 +127,22 @@ def random_encoder(encoder: EncoderWeights) -> EncoderWeights:
     return replace(encoder, state_dict={}, model_args=settings, input=random.input, description=description)
 
 
+def fingerprint(frames: Iterable[Any]) -> str:
+    """A short digest of what frames hold, names, images and labels: the same wherever their files lie."""
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if is_dataclass(value):
+            for field in fields(value):
+                add(getattr(value, field.name))
+        else:
+            digest.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
+
+    for frame in frames:
+        add(frame)
+    return digest.hexdigest()[:16]
+
+
 def network_settings(encoder: EncoderWeights) -> dict[str, Any]:
     """The arguments of timm that an encoder was made with, without the image size, which every task sets."""
     sizes = ("img_size", "dynamic_img_size")
@@ -177,14 +194,7 @@ class Task:
             list(data.usable_frames(tqdm(range(len(data)), what, leave=False)))
             for what, data in (("training frames", train), ("test frames", test))
         )
-        sides = (("train", self.train_frames, train), ("test", self.test_frames, test))
-        self.data = {
-            side: {
-                "frames": data_fingerprint(frame.frame_id for frame in frames),
-                "rows": getattr(data.rows, "_fingerprint", None),  # by datasets, of their content
-            }
-            for side, frames, data in sides
-        }
+        self.data = {"train": fingerprint(self.train_frames), "test": fingerprint(self.test_frames)}
 
     def parts(self, encoder: EncoderWeights, frames: Sequence[Any], seed: int) -> dict[str, Any]:
         """Keyword arguments of the trainer: a new model with the encoder's weights, `frames` to train on, the test
@@ -245,10 +255,10 @@ def run_settings(arguments: CompareArguments, folder: str, num_frames: int, seed
         weight_decay=arguments.weight_decay,
         warmup_steps=arguments.warmup_ratio,
         seed=seed,
-        use_cpu=arguments.device == "cpu" or not torch.cuda.is_available(),
         save_strategy="no",
         logging_steps=max(1, arguments.max_steps // 10),
         disable_tqdm=True,
+        **({"use_cpu": True} if arguments.device == "cpu" else {}),
     )
 
 

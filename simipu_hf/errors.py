@@ -11,13 +11,19 @@ from typing import Any
 
 MAY_HANG = "may-hang"  # name of the daemon threads that a command does not wait for at its end
 AT_THE_END = contextlib.ExitStack()  # what a process removes, however it ends
-atexit.register(AT_THE_END.close)
+
+
+@atexit.register
+def clean_up() -> None:
+    with contextlib.suppress(OSError):  # Windows removes no file that is mapped into memory
+        AT_THE_END.close()
 
 
 class SimIPUError(ValueError):
     """Bad input. The message names the file, row or flag, what was expected and what was found."""
 
-    def __init__(self, message: str = "") -> None:
+    def __init__(self, message: object = "") -> None:
+        message = str(message)
         # PyTorch raises a data-loading worker's error again with the text of its whole traceback
         if message.startswith("Caught SimIPUError in DataLoader worker") and not os.environ.get("SIMIPU_DEBUG"):
             message = message.rpartition(f"\n{__name__}.SimIPUError: ")[2].rstrip()
@@ -57,8 +63,7 @@ def exit_code_of(run: Callable[[], Any]) -> int:
     else:
         _leave_process_group()  # after an error the others may wait in a collective: the launcher ends them
     if any(thread.name == MAY_HANG for thread in threading.enumerate()):
-        with contextlib.suppress(OSError):
-            AT_THE_END.close()
+        clean_up()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # the interpreter's own end would kill the thread, and some C code then aborts the process

@@ -328,7 +328,7 @@ def recipe(output_dir: str | os.PathLike, **changes: Any) -> TrainingArguments:
         "ddp_timeout": 7200,  # the others wait while the main process writes the final folder
         "report_to": "none",
         # not Apple's GPUs, which have no float64; without use_cpu the Trainer refuses bf16 on the CPU
-        "use_cpu": not torch.cuda.is_available(),
+        "use_cpu": torch.backends.mps.is_available() or not torch.accelerator.is_available(),
     }
     arguments = TrainingArguments(str(output_dir), **{**settings, **changes})
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are several processes, never nn.DataParallel

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import shutil
 import statistics
 from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import numpy as np
 import pytest
 import timm
 import torch
@@ -19,6 +21,7 @@ from simipu_hf.compare import (
     compare,
     describe_claims,
     estimate_batch_norm,
+    fingerprint,
     label_subset,
     late_improvement,
     level,
@@ -28,8 +31,10 @@ from simipu_hf.compare import (
     summarize,
 )
 from simipu_hf.compare_depth import DepthTask, compare_depth
-from simipu_hf.data.depth import DepthDataset
+from simipu_hf.data.depth import DepthDataset, DepthFrame
+from simipu_hf.data.detection import DetectionFrame
 from simipu_hf.data.frames import to_pixel_values
+from simipu_hf.data.kitti_objects import KittiObjects
 from simipu_hf.data.rows import dataset_from_rows
 from simipu_hf.errors import SimIPUError
 from simipu_hf.finetune_depth import create_processor
@@ -269,9 +274,23 @@ def test_runs_on_other_frames_are_not_reused_and_kept_whatever_their_pictures(de
         (tmp_path / "ids.txt").write_text("\n".join(ids), encoding="utf-8")
         (run,) = compare_depth(arguments)["runs"]
         assert run["num_frames"] == len(ids)
+    shutil.move(tmp_path / "rows", tmp_path / "moved")  # the same frames somewhere else: reused
+    shutil.copytree(tmp_path / "moved", tmp_path / "rows")
+    assert compare_depth(arguments)["runs"] == [run]
     assert len(read_metrics(tmp_path / "comparison" / "runs.jsonl")) == 2
     drawn = sorted(path.name for path in (tmp_path / "comparison" / "pictures" / "scratch_full").iterdir())
     assert drawn == ["000_000010.png", "001_000011.png"]
+
+
+def test_frames_are_told_apart_by_what_they_hold():
+    frame = DepthFrame("a", np.zeros((2, 3, 3), np.uint8), np.ones((2, 3)), np.ones((4, 6)), (0, 0, 2, 3))
+    labels = KittiObjects.from_row([])
+    detection = DetectionFrame("a", frame.image, np.eye(3, 4), labels)
+    others = [dataclasses.replace(frame, **{name: getattr(frame, name) + 1}) for name in ("image", "target", "depth")]
+    others += [dataclasses.replace(frame, frame_id="b"), detection]
+    others += [dataclasses.replace(detection, objects=dataclasses.replace(labels, bbox=np.ones((1, 4))))]
+    assert len({fingerprint([one]) for one in (frame, *others)}) == 1 + len(others)
+    assert fingerprint([frame]) == fingerprint([dataclasses.replace(frame, image=frame.image.copy())])
 
 
 def test_a_run_does_not_keep_the_model_of_the_run_before(depth_arguments, monkeypatch):

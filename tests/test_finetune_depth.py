@@ -429,6 +429,6 @@ def test_bad_flags_are_named(frames, tmp_path):
 def test_names_of_frames_hide_folders_and_ids():
     assert describe_frames(["/data/kitti/#train[:50%]:000001,000002", "/data/logs"]) == (
         "kitti + logs",
-        "train[:50%] + train",
+        "train[:50%] + all",
     )
     assert describe_frames(["C:\\data\\kitti#val", "/x/kitti#test"]) == ("kitti", "val + test")

@@ -344,7 +344,7 @@ def test_output_folder_is_not_overwritten_by_accident(run, tmp_path):
         run("out", "--max_steps", "1")
     run("out", "--max_steps", "2", "--overwrite_output_dir")
     assert [p.name for p in list_checkpoints(out)] == ["checkpoint-2"]
-    thesis = tmp_path / "papers" / "pictures" / "thesis.tex"
+    thesis = tmp_path / "papers" / "image_encoder" / "thesis.tex"
     thesis.parent.mkdir(parents=True)
     thesis.write_text("years of work", encoding="utf-8")
     for flags in (["--overwrite_output_dir"], ["--resume_from_checkpoint", "latest"]):
@@ -426,6 +426,7 @@ def test_a_run_that_goes_on_from_an_earlier_checkpoint_keeps_both_ways(run, whol
     assert [line["step"] for line in metrics(out)] == [2, 4]
     run("out", "--resume_from_checkpoint", str(out / "set_aside-1" / "checkpoint-6"))
     assert_same_result(whole, out)
+    assert [line["step"] for line in metrics(out / "set_aside-2")] == [2, 4]
 
 
 def test_a_checkpoint_of_another_run_starts_in_an_empty_folder_alone(run, whole, tmp_path):

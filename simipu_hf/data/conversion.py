@@ -259,8 +259,8 @@ def _prepare_partial(
     )
     path = folder / MANIFEST
     if path.is_file() and path.read_text(encoding="utf-8") == manifest:
-        for leftover in (folder / "data").glob(".*"):  # of a process that was killed
-            leftover.unlink()
+        for leftover in (folder / "data").glob(".*.parquet"):  # of a process that was killed
+            leftover.unlink(missing_ok=True)
         return
     if path.is_file():
         logger.warning(f"{folder}: another conversion, or its data set has changed since; starting over")
@@ -293,10 +293,9 @@ def _table(rows: datasets.Dataset, start: int, stop: int, packing: Packing | Non
         packed = datasets.Dataset.from_list(
             [packing(needed[index]) for index in range(start, stop)],
             features=datasets.Features({column: features[column] for column in columns}),
-        )
+        ).with_format("arrow")[:]
         for column in columns:
-            place = table.column_names.index(column)
-            table = table.set_column(place, column, packed.with_format("arrow")[:][column])
+            table = table.set_column(table.column_names.index(column), column, packed[column])
     return embed_table_storage(table.cast(features.arrow_schema))
 
 

@@ -6,6 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
@@ -207,9 +208,15 @@ def _plan_split(source: Source, request: Request, train_split: str | None) -> tu
         split = shared if held_out else split
     for name in set(_names(split)):
         split = re.sub(rf"(?<![\w.-]){re.escape(name)}(?![\w.-])", source.find_split(name), split)
-    if held_out is False and not any(source.find_split(name) in _names(split) for name in _names(shared)):
+    if held_out is False and not _is_part_of(source, shared, split):
         held_out = None
     return held_out, split
+
+
+def _is_part_of(source: Source, shared: str, split: str) -> bool:
+    with suppress(SimIPUError):  # there is no such split
+        return any(source.find_split(name) in _names(split) for name in _names(shared))
+    return False
 
 
 def _names(split: str) -> list[str]:
@@ -243,10 +250,13 @@ def _load_files(source: Source, split: str, request: Request) -> AnyDataset:
     if empty:
         message = f"{source.location}: split {empty[0]!r}: expected images with their scans, found none"
         raise SimIPUError("\n".join([message, *listing.notes[:10]]))
-    for note in listing.notes[:10]:
-        logger.warning(note)
-    if len(listing.notes) > 10:
-        logger.warning(f"{source.location}: {len(listing.notes) - 10} more notes; simipu-hf data inspect lists all")
+    if os.environ.get("RANK", "0") == "0":  # before the processes are connected
+        for note in listing.notes[:10]:
+            logger.warning(note)
+        if len(listing.notes) > 10:
+            logger.warning(
+                f"{source.location}: {len(listing.notes) - 10} more notes; simipu-hf data inspect lists all"
+            )
     reading = Reading(source.reader.__name__, source.config, request.whole_scans)
     if not request.streaming:
         prepared = {

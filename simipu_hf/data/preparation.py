@@ -32,6 +32,7 @@ from .rows import write_arrow
 
 CHUNK, LONG_SCENE = 512, 32  # frames
 DAY = 24 * 60 * 60  # seconds
+LOGGED_LABELS = 10  # of those that cannot be used
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +52,9 @@ class Reading:
     def rows(self, frames: Sequence[Any], skipped: list[str] | None) -> Iterator[dict[str, Any]]:
         """Rows of the frames; damaged ones end it with a SimIPUError, or are left out and described in `skipped`.
 
-        Lines of labels that cannot be used are logged, and left out.
+        Labels that cannot be used are logged.
         """
+        labels = 0
         for frame in frames:
             problems: list[str] = []
             try:
@@ -66,9 +68,12 @@ class Reading:
                     raise SimIPUError(str(error)) from error
                 skipped.append(f"frame {frame.frame_id}: {error}")
                 continue
-            for message in problems:  # labels that cannot be used
+            for message in problems[: max(0, LOGGED_LABELS - labels)]:
                 logger.warning(message)
+            labels += len(problems)
             yield row
+        if labels > LOGGED_LABELS:
+            logger.warning(f"{labels - LOGGED_LABELS} more labels cannot be used; simipu-hf data inspect names all")
 
 
 def prepare(

@@ -32,7 +32,7 @@ from ..errors import AT_THE_END, SimIPUError
 from ..files import atomic_path
 from ..modeling.feature_extraction_simipu import to_point_cloud
 from ..modeling.geometry import inside_image, project_points, to_calibration
-from ..modeling.image_processing_simipu import refuse_turned, to_8_bits
+from ..modeling.image_processing_simipu import open_unturned, to_8_bits
 
 ROW_FEATURES = datasets.Features(
     {
@@ -62,7 +62,8 @@ def to_row(
 
     Args:
         frame_id: Unique name of the frame.
-        image: The undistorted image: PIL image, (H, W, 3) RGB array, path, or the bytes of an image file.
+        image: The undistorted image: PIL image, (H, W, 3) RGB array, path, or the bytes of an image file. Of a path
+            or of bytes the file is kept; of pixels a PNG is made.
         points: (N, 4) x, y, z in metres in the LiDAR frame, and reflectance (zeros where the sensor has none).
         camera_projection: (3, 4) matrix from the camera frame to pixels. For a pinhole camera with intrinsics K (3, 3)
             it is `[K | 0]`.
@@ -187,8 +188,7 @@ def image_from_row(row: Mapping[str, Any]) -> Image.Image:
         if not isinstance(image, np.ndarray | Image.Image):
             encoded = image if isinstance(image, dict) else {"bytes": None, "path": image}
             image = Image.open(encoded["path"] if encoded["bytes"] is None else BytesIO(encoded["bytes"]))
-        refuse_turned(image)
-        image = to_8_bits(image)
+        image = to_8_bits(open_unturned(image))
         image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
         image.load()
         return image if image.mode == "RGB" else image.convert("RGB")

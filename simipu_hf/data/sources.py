@@ -149,12 +149,12 @@ def name_sources(frames: Sequence[str]) -> str:
 
 
 def _default_split(location: str) -> str:
-    """The name of the split that is read where none is named; "train" where the source cannot be looked at."""
+    """The name of the split that is read where none is named; "all" of a list of files, which has none."""
     try:
         source = find_source(location)
         return source.find_split(source.default_split)
     except SimIPUError:
-        return "train"
+        return "all"
 
 
 def undecoded(rows: Any) -> Any:

@@ -146,7 +146,9 @@ def redact(text: str) -> str:
         # their names may hold spaces, at which the pattern below ends
         for written in {str(folder), folder.as_posix(), str(folder).replace("\\", "\\\\")}:
             text = re.sub(start + re.escape(written) + r"(?=[/\\])", re.escape(folder.anchor) + "-", text)
-    root = r"(?:/|\\{2,4}|[A-Za-z]:(?:/|\\{1,2}))"  # of a drive, or of another machine; in JSON \ is written \\
+    # of another machine, of a drive; in JSON \ is written \\
+    text = re.sub(start + r"\\{2,4}[\w-][\w.-]{2,}\\{1,2}(?:[\w.@+$-]+\\{1,2})*([\w.@+$-]*)", r"…/\1", text)
+    root = r"(?:/|[A-Za-z]:(?:/|\\{1,2}))"
     return re.sub(start + root + r"(?:[\w.@+-]+[/\\]+)+([\w.@+-]*)", r"…/\1", text)
 
 

@@ -17,7 +17,7 @@ from time import sleep
 from typing import Any, Literal, TypeVar
 
 import pyarrow.parquet
-from huggingface_hub import DatasetCard, HfApi, constants
+from huggingface_hub import DatasetCard, HfApi, ModelCard, constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -56,11 +56,11 @@ RESUME = re.compile(
 )
 # What of a run belongs to each of its checkpoints, and to its encoder.
 RECORDS = ("run.yaml", "metrics.jsonl", CURVES)
-# What an upload writes under names that an earlier one may have had more of; in the Hub's patterns, * also matches /.
-REPLACED = {
-    "model": ["model[.-]*safetensors*", TRAINED_STATISTICS, "image_encoder/*", "pictures/*", *RECORDS, EVALUATIONS],
-    "dataset": ["*.parquet", "*.json"],
-}
+# What an earlier upload may have left under names that this one does not have; the Hub's * also matches /.
+REPLACED = [
+    *("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors", TRAINED_STATISTICS),
+    *("image_encoder/*", "logs/*events.out.tfevents*", *RECORDS, EVALUATIONS),
+]
 STAGED = ".hub-upload-"
 RETRIES = 4  # after a failure that may pass: a server's error, a timeout, no connection
 SHORTEST_LIMIT, SLOWEST_UPLOAD = 60, 250_000  # seconds, bytes a second: an attempt that takes longer counts as hung
@@ -119,22 +119,32 @@ class _Repository:
             )
         if self.revision is not None:
             api.create_branch(self.repo_id, repo_type=kind, branch=self.revision, exist_ok=True)
-        replaced = list(REPLACED[kind])
-        if (folder / "last-checkpoint").is_dir():
-            replaced.append("last-checkpoint/*")
-        return api.upload_folder(
+        keeps_its_card = self._keeps_its_card(api, folder)
+        commit = api.upload_folder(
             repo_id=self.repo_id,
             repo_type=kind,
             folder_path=folder,
             commit_message=message,
             revision=self.revision,
-            ignore_patterns=["README.md"] if self._keeps_its_card(api, folder) else None,
-            delete_patterns=replaced,
-        ).oid
+            ignore_patterns=["README.md"] if keeps_its_card else None,
+            delete_patterns=self._replaced(folder),
+        )
+        if keeps_its_card:
+            tqdm.write(f"{self.repo_id}: its card, which was edited there, is kept")
+        return commit.oid
+
+    def _replaced(self, folder: Path) -> list[str]:
+        if self.repo_type == "dataset":  # the shards of these splits alone
+            names = (
+                file.relative_to(folder).as_posix().removesuffix(".parquet") for file in folder.rglob("*.parquet")
+            )
+            splits = sorted({re.sub(r"-\d+-of-\d+$", "", name) for name in names})
+            return [split + suffix for split in splits for suffix in (".parquet", "-?????-of-?????.parquet")]
+        return [*REPLACED, *(["last-checkpoint/*"] if (folder / "last-checkpoint").is_dir() else [])]
 
     def _keeps_its_card(self, api: HfApi, folder: Path) -> bool:
-        """Whether the repository's card was edited there, and the folder's is a generated one."""
-        if GENERATED not in (folder / "README.md").read_text(encoding="utf-8-sig"):
+        """Whether a model's card was edited on the Hub, and the folder's is a generated one."""
+        if self.repo_type == "dataset" or GENERATED not in (folder / "README.md").read_text(encoding="utf-8-sig"):
             return False
         with tempfile.TemporaryDirectory() as fresh:
             place: dict[str, Any] = {"repo_type": self.repo_type, "revision": self.revision, "local_dir": fresh}
@@ -142,7 +152,9 @@ class _Repository:
                 card = api.hf_hub_download(self.repo_id, "README.md", force_download=True, **place)
             except EntryNotFoundError:
                 return False
-            return GENERATED not in Path(card).read_text(encoding="utf-8-sig", errors="replace")
+            content = Path(card).read_text(encoding="utf-8-sig", errors="replace")
+        text = ModelCard(content, ignore_metadata_errors=True).text  # one with a header alone is the Hub's
+        return bool(text.strip()) and GENERATED not in content
 
 
 def push_folder(
@@ -178,10 +190,10 @@ def push_folder(
 def _push(model: Path, repository: "_Repository", encoder_repo_id: str | None, message: str) -> PushReport:
     if not model.is_dir():
         raise SimIPUError(f"{model}: no such folder")
-    folder = model_folder(model)
-    staged = _snapshot(folder, run_of(folder))
-    failure = "the model was not published"
+    failure, staged = "the model was not published", None
     try:
+        folder = model_folder(model)
+        staged = _snapshot(folder, run_of(folder))
         _complete(staged, repository.repo_id, encoder_repo_id)
         result = PushReport(repository.url, repository.upload(staged, message))
         if encoder_repo_id is not None:
@@ -194,10 +206,11 @@ def _push(model: Path, repository: "_Repository", encoder_repo_id: str | None, m
             write_model_card(staged / "rgb", encoder_repo_id)
             encoder.upload(staged / "rgb", message)
             result.encoder_url = encoder.url
-    except SimIPUError as error:
+    except (OSError, SimIPUError) as error:
         raise SimIPUError(f"{failure}: {error}") from error
     finally:
-        shutil.rmtree(staged, ignore_errors=True)
+        if staged is not None:
+            shutil.rmtree(staged, ignore_errors=True)
     return result
 
 

@@ -802,7 +802,7 @@ class _TextLoader(yaml.SafeLoader):
     """Leaves numbers as they are written: the name of a scene may look like one, as 6380_000 and 010 do."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (so in the class that it is made of)
-        first: [rule for rule in rules if rule[0] in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:null")]
+        first: [rule for rule in rules if rule[0].rpartition(":")[2] not in ("int", "float", "timestamp")]
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 

@@ -182,8 +182,10 @@ def remove_partial_checkpoints(output_dir: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def set_aside(output_dir: Path, step: int) -> Path | None:
+def set_aside(output_dir: Path, step: int, is_way_back: bool = False) -> Path | None:
     """Move the checkpoints beyond `step` into a folder of their own, with a copy of the metrics that led there.
+
+    `is_way_back`: to a checkpoint that was set aside, so that the one of `step`, too, is of another continuation.
 
     A run that goes on from an earlier checkpoint leaves another continuation behind: it is neither deleted nor taken
     for the newest.
@@ -191,8 +193,8 @@ def set_aside(output_dir: Path, step: int) -> Path | None:
     Returns:
         that folder; `None` where there are no such checkpoints.
     """
-    beyond = [path for path in list_checkpoints(output_dir) if int(path.name.split("-")[1]) > step]
-    if not beyond:
+    beyond = [path for path in list_checkpoints(output_dir) if int(path.name.split("-")[1]) > step - is_way_back]
+    if not beyond and not is_way_back:
         return None
     folder = next(f for n in itertools.count(1) if not (f := output_dir / f"set_aside-{n}").exists())
     folder.mkdir()

@@ -18,7 +18,7 @@ import yaml
 
 import simipu_hf.modeling
 from simipu_hf.errors import SimIPUError
-from simipu_hf.files import atomic_write, check_apart
+from simipu_hf.files import atomic_path, atomic_write, check_apart
 
 from .arguments import RunArguments
 from .checkpoint import newest_checkpoint, remove_partial_checkpoints, set_aside
@@ -71,8 +71,8 @@ def find_checkpoint(arguments: RunArguments, start: str | None) -> Path | None:
                 f"--output_dir {output_dir} holds a model and no whole checkpoint to resume from: choose another"
             )
         if found is None:
-            # a job's log file may lie there already
-            if occupied and any(_WRITTEN.fullmatch(path.name) for path in output_dir.glob("[!.]*")):
+            # a job's log file may lie there already; image_encoder/ would be replaced
+            if any((output_dir / name).exists() for name in (RUN_FILE, "image_encoder")):
                 check_kind(output_dir, kind, f"--resume_from_checkpoint latest: no run starts in {output_dir}")
             print(f"no checkpoint in {output_dir} yet: starting at the beginning")
         return found
@@ -141,13 +141,14 @@ def open_run_folder(arguments: RunArguments, step: int, **record: Any) -> None:
     except SimIPUError as error:
         raise SimIPUError(f"--output_dir {output_dir} cannot be written to ({error})") from error
     remove_partial_checkpoints(output_dir)
-    aside = set_aside(output_dir, step)
-    if aside is not None:
-        print(f"the checkpoints beyond step {step} are now in {aside}")
     start = Path(arguments.resume_from_checkpoint or "").absolute().parent
-    is_set_aside = start.name.startswith("set_aside-") and start.resolve().parent == output_dir.resolve()
-    if is_set_aside and (start / METRICS_FILE).is_file():  # the lines of the steps that led there
-        shutil.copyfile(start / METRICS_FILE, output_dir / METRICS_FILE)
+    is_way_back = start.name.startswith("set_aside-") and start.resolve().parent == output_dir.resolve()
+    aside = set_aside(output_dir, step, is_way_back)
+    if aside is not None:
+        print(f"the {'other' if is_way_back else f'checkpoints beyond step {step}'} continuation is now in {aside}")
+    if is_way_back and (start / METRICS_FILE).is_file():  # the lines of the steps that led there
+        with atomic_path(output_dir / METRICS_FILE) as beside:
+            shutil.copyfile(start / METRICS_FILE, beside)
 
 
 def current_command() -> str:

@@ -83,12 +83,13 @@ class PictureFolder:
         """Save what `draw` returns, which is only called where there is room."""
         if self.folder is None or self.drawn == self.count:
             return
+        figure = draw()
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.drawn == 0:
             for earlier in self.folder.glob("[0-9][0-9][0-9]_*.png"):
                 earlier.unlink()
         name = re.sub(r"[^A-Za-z0-9]+", "_", frame_id)
-        save_figure(draw(), self.folder / f"{self.drawn:03d}_{name}.png")
+        save_figure(figure, self.folder / f"{self.drawn:03d}_{name}.png")
         self.drawn += 1
 
 

@@ -251,12 +251,17 @@ def test_duplicate_frames(tmp_path):
     assert len(skipped) == 1
 
 
-@pytest.mark.parametrize("name", ["train", "day_train"])
+@pytest.mark.parametrize("name", ["train", "day_train", "day"])
 def test_a_share_is_held_out_of_train_alone(tmp_path, name):
     rows = dataset_from_rows((make_row(f"log{index}/0") for index in range(20)), tmp_path / "rows")
     test = dataset_from_rows((make_row(f"test{index}/0") for index in range(20)), tmp_path / "test")
     datasets.DatasetDict({name: rows, "test": test}).save_to_disk(tmp_path / "saved")
     load = partial(load_pretraining_dataset, data_dir=tmp_path / "saved", validation_share=0.3)
+    if name == "day":  # no train: nothing is held out, unless it is named
+        assert len(load(split="day")) == 20
+        load = partial(load, data_dir=f"{tmp_path / 'saved'}#day")
+        assert 0 < len(load(split="validation")) < 20
+        return
     train, held_out = ({*load(split=split)["frame_id"]} for split in (name, "validation"))
     assert 0 < len(held_out) < 20
     assert train == {*rows["frame_id"]} - held_out

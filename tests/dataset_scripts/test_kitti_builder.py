@@ -260,9 +260,10 @@ def test_labels_never_decide_whether_a_frame_can_be_used(object_root, tmp_path):
     ]
     (root / LABELS).write_text("\n".join(lines))
     objects = build(root, "object", tmp_path / "cache")["train"][0]["objects"]
-    # in the place of those that cannot be used: a region, all of the image, of which nothing is known
-    assert (objects["type"], objects["rotation_y"]) == ([0, 8], [-1.45, -10])
-    assert objects["bbox"][1] == [0, 0, 1e4, 1e4]
+    # in the place of those that cannot be used: a region of which nothing is known
+    assert (objects["type"], objects["rotation_y"]) == ([8, 0, 8, 8], [-10, -1.45, -10, -10])
+    everything, box = [0, 0, 1e4, 1e4], [10, 2.5, 30, 12.75]
+    assert objects["bbox"] == [everything, box, box, everything]
     problems = []
     kitti.read_row(kitti.list_frames("object", root).splits["train"][0], problems=problems)
     assert [problem.partition(":")[0].rpartition(", ")[2] for problem in problems] == ["line 1", "line 3", "line 4"]

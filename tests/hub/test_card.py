@@ -139,6 +139,8 @@ def test_tokens_and_folders_are_taken_out(monkeypatch):
         redact(f"runs{home.parent.as_posix()}/a s3://bucket/home/a")
         == f"runs{home.parent.as_posix()}/a s3://bucket/home/a"
     )
+    regular = r'"(\\w+\\.)+|\\d+/\\w+/x"'  # as JSON writes an expression
+    assert redact(regular) == regular
     same = "see https://huggingface.co/owner/name/tree/main, a/b/c, 3 km/h, ./x/y, </details>"
     assert redact(same) == same
     assert redact("simipu_hf.pretrain --hub_model_id a/b") == "simipu_hf.pretrain --hub_model_id a/b"

@@ -80,8 +80,9 @@ def test_a_folder_below_one_of_that_name_is_redacted_as_well(endpoint, run_folde
 
 def test_an_upload_replaces_what_an_earlier_one_left_and_nothing_else(endpoint, run_folder):
     earlier = ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "image_encoder/old.json")
-    others = ("last-checkpoint/model.safetensors", "demo/old.png", "examples.json", ".gitattributes")
-    endpoint.create("owner/simipu", files=dict.fromkeys((*earlier, "pictures/old.png", *others), b"{}"))
+    earlier = (*earlier, "logs/pretrain/1/events.out.tfevents.1.host")
+    others = ("last-checkpoint/model.safetensors", "pictures/mine.png", "model-v1/model.safetensors", ".gitattributes")
+    endpoint.create("owner/simipu", files=dict.fromkeys((*earlier, *others), b"{}"))
     push_folder(run_folder, "owner/simipu")
     files = endpoint.files("owner/simipu")
     assert [name for name, content in files.items() if content == b"{}"] == list(others)
@@ -99,6 +100,9 @@ def test_a_folder_of_links_as_in_the_cache_of_the_hub(endpoint, run_folder, tmp_
 def test_a_card_that_was_edited_on_the_hub_stays(endpoint, run_folder, tmp_path):
     folder = shutil.copytree(run_folder / "image_encoder", tmp_path / "encoder")
     push_folder(folder, "owner/encoder")
+    endpoint.repos["models", "owner/encoder"].add("main", {"README.md": b"---\nlicense: mit\n---\n"})
+    push_folder(folder, "owner/encoder")
+    assert b"timm" in endpoint.files("owner/encoder")["README.md"]  # what the Hub writes into a new repository
     endpoint.repos["models", "owner/encoder"].add("main", {"README.md": b"Edited on the Hub."})
     endpoint.faults.append(local_hub.Fault(r"/resolve/.*README", 500))  # tried again, not taken for none there
     push_folder(folder, "owner/encoder")

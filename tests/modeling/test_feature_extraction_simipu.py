@@ -123,7 +123,7 @@ def spoiled(points, value):
         (spoiled(make_points(), 1e19).tobytes(), "expected four float32 .* as float32 its values reach 1e[+]19"),
         (
             make_points().astype(float) + 4.5e5,
-            "expected metres .*, found values up to 4.5e[+]05: subtract",
+            "expected metres .*, found values up to 4.5e[+]05; subtract",
         ),
     ],
 )

@@ -105,6 +105,7 @@ def test_points_may_be_bytes_arrays_or_tensors_and_drawing_follows_the_seed():
         ({"camera_projection": np.eye(3)}, "camera_projection: expected shape"),
         ({"lidar_to_camera": 2 * LIDAR_TO_CAMERA}, "lidar_to_camera: expected the last row 0 0 0 1"),
         ({"images": "no/such/image.png"}, "image: cannot be read as RGB"),
+        ({"images": __file__}, "image: cannot be read as RGB"),
     ],
 )
 def test_bad_rows_are_named(change, message):
