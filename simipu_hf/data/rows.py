@@ -33,6 +33,7 @@ from ..files import atomic_path
 from ..modeling.feature_extraction_simipu import to_point_cloud
 from ..modeling.geometry import inside_image, project_points, to_calibration
 from ..modeling.image_processing_simipu import open_unturned, to_8_bits
+from .sources import undecoded
 
 ROW_FEATURES = datasets.Features(
     {
@@ -120,9 +121,7 @@ def dataset_from_rows(rows: Iterable[dict[str, Any]], cache_dir: str | os.PathLi
 
 def dataset_from_stream(rows: datasets.IterableDataset) -> datasets.Dataset:
     """All rows of a stream, in a file of the cache of datasets that is removed when this process ends."""
-    if rows.features:  # their images as they are, not decoded and encoded anew
-        rows = rows.cast_column("image", datasets.Image(decode=False))
-    stored = dataset_from_rows(rows)
+    stored = dataset_from_rows(undecoded(rows))  # images as they are, not decoded and encoded anew
     AT_THE_END.callback(Path(stored.cache_files[0]["filename"]).unlink, missing_ok=True)
     return stored
 

@@ -27,6 +27,7 @@ from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
 from .mixture import Mixture
 from .rows import REQUIRED_COLUMNS, image_from_row
+from .sources import undecoded
 
 Range = tuple[float, float]
 OnBadRow = Literal["error", "skip"]
@@ -314,7 +315,7 @@ class TwoViewDataset(torch.utils.data.Dataset):
             SimIPUError: names the row and why it cannot be read.
         """
         with self._naming_unreadable(index):
-            row = self.rows.cast_column("image", datasets.Image(decode=False))[index]
+            row = undecoded(self.rows)[index]
             return {**row, "image": image_from_row(row)}
 
     @contextmanager
