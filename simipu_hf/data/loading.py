@@ -57,7 +57,8 @@ def load_pretraining_dataset(
             one it has.
         split: One split or an expression such as "train[:50%]+val" (names only where streaming, except of what
             `save_to_disk` wrote). "validation" and "val" find one another. None: "train", or the only split.
-        streaming: Read while iterating, prepare nothing on disk.
+        streaming: Read while iterating, prepare nothing on disk. Images may then come undecoded, as `{"bytes",
+            "path"}`: `image_from_row(row)` gives the picture in either case.
         num_proc: Processes that prepare the rows; None: one per core.
         cache_dir: Folder of prepared rows; default: the cache of `datasets`.
         cameras: Of a published data set; KITTI: 2 (left) and 3 (right).
