@@ -470,8 +470,8 @@ class DetectionArguments(FineTuningRunArguments, DetectionTaskArguments):
     accelerate launch -m simipu_hf.finetune_detection --image_encoder RUN --train_frames KITTI#train \\
         --test_frames KITTI#val --output_dir OUT
 
-    Frames, named as for finetune-depth, need labels in the column `objects`, which KITTI's object benchmark and a
-    synthetic drive have.
+    Frames, named as for finetune-depth, need labels in the column `objects`, which KITTI's object benchmark,
+    nuScenes' annotations and a synthetic drive have.
     """
 
     def __post_init__(self) -> None:
