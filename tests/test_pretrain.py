@@ -416,16 +416,18 @@ def test_the_last_step_may_change_where_the_schedule_does_not_depend_on_it(run):
     assert (out / "checkpoint-2").is_dir()
 
 
-def test_a_run_that_goes_on_from_an_earlier_checkpoint_keeps_both_ways(run, whole, tmp_path):
+def test_a_run_that_goes_on_from_an_earlier_checkpoint_keeps_both_ways(run, whole, tmp_path, capsys):
     out = shutil.copytree(whole, tmp_path / "out")
     again = ("--resume_from_checkpoint", str(out / "checkpoint-3"), "--save_total_limit", "1")
     run("out", *again, "--max_steps", "4")
+    assert f"the checkpoints beyond step 3 are now in {out / 'set_aside-1'}" in capsys.readouterr().out
     assert [p.name for p in list_checkpoints(out)] == ["checkpoint-4"]
     assert [p.name for p in list_checkpoints(out / "set_aside-1")] == ["checkpoint-6", "checkpoint-8"]
     assert [line["step"] for line in metrics(out / "set_aside-1")] == [2, 4, 6, 8]
     assert [line["step"] for line in metrics(out)] == [2, 4]
     run("out", "--resume_from_checkpoint", str(out / "set_aside-1" / "checkpoint-6"))
     assert_same_result(whole, out)
+    assert f"the other continuation is now in {out / 'set_aside-2'}" in capsys.readouterr().out
     assert [line["step"] for line in metrics(out / "set_aside-2")] == [2, 4]
 
 

@@ -145,7 +145,8 @@ def open_run_folder(arguments: RunArguments, step: int, **record: Any) -> None:
     is_way_back = start.name.startswith("set_aside-") and start.resolve().parent == output_dir.resolve()
     aside = set_aside(output_dir, step, is_way_back)
     if aside is not None:
-        print(f"the {'other' if is_way_back else f'checkpoints beyond step {step}'} continuation is now in {aside}")
+        moved = "the other continuation is" if is_way_back else f"the checkpoints beyond step {step} are"
+        print(f"{moved} now in {aside}")
     if is_way_back and (start / METRICS_FILE).is_file():  # the lines of the steps that led there
         with atomic_path(output_dir / METRICS_FILE) as beside:
             shutil.copyfile(start / METRICS_FILE, beside)
