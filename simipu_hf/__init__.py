@@ -20,30 +20,18 @@ _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "modeling" / "modeling_simipu.py").is_file():
     __path__.append(str(_checkout))
 
-if TYPE_CHECKING:
-    from .hub.sources import load_image_encoder
-    from .modeling.configuration_simipu import SimIPUConfig, SimIPUDepthConfig, SimIPUDetectionConfig
-    from .modeling.feature_extraction_simipu import SimIPUFeatureExtractor
-    from .modeling.image_processing_simipu import SimIPUImageProcessor
-    from .modeling.modeling_simipu import SimIPUForPreTraining, SimIPUModel
-    from .modeling.modeling_simipu_depth import SimIPUForDepthEstimation
-    from .modeling.modeling_simipu_detection import SimIPUForMonocular3DDetection
-    from .modeling.processing_simipu import SimIPUProcessor
-
-__all__ = [
-    "SimIPUConfig",
-    "SimIPUDepthConfig",
-    "SimIPUDetectionConfig",
-    "SimIPUFeatureExtractor",
-    "SimIPUForDepthEstimation",
-    "SimIPUForMonocular3DDetection",
-    "SimIPUForPreTraining",
-    "SimIPUImageProcessor",
-    "SimIPUModel",
-    "SimIPUProcessor",
-    "__version__",
-    "load_image_encoder",
-]
+if TYPE_CHECKING:  # "as": for type checkers, which do not compute __all__
+    from .hub.sources import load_image_encoder as load_image_encoder
+    from .modeling.configuration_simipu import SimIPUConfig as SimIPUConfig
+    from .modeling.configuration_simipu import SimIPUDepthConfig as SimIPUDepthConfig
+    from .modeling.configuration_simipu import SimIPUDetectionConfig as SimIPUDetectionConfig
+    from .modeling.feature_extraction_simipu import SimIPUFeatureExtractor as SimIPUFeatureExtractor
+    from .modeling.image_processing_simipu import SimIPUImageProcessor as SimIPUImageProcessor
+    from .modeling.modeling_simipu import SimIPUForPreTraining as SimIPUForPreTraining
+    from .modeling.modeling_simipu import SimIPUModel as SimIPUModel
+    from .modeling.modeling_simipu_depth import SimIPUForDepthEstimation as SimIPUForDepthEstimation
+    from .modeling.modeling_simipu_detection import SimIPUForMonocular3DDetection as SimIPUForMonocular3DDetection
+    from .modeling.processing_simipu import SimIPUProcessor as SimIPUProcessor
 
 _MODULES = {
     "SimIPUConfig": "modeling.configuration_simipu",
@@ -58,6 +46,7 @@ _MODULES = {
     "SimIPUProcessor": "modeling.processing_simipu",
     "load_image_encoder": "hub.sources",
 }
+__all__ = ["__version__", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:

@@ -20,14 +20,13 @@ from simipu_hf.errors import SimIPUError
 
 
 @contextmanager
-def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """An open stream whose content replaces the file `path` when the block succeeds. `mode` is `"w"` or `"wb"`.
+def atomic_write(path: str | Path) -> Iterator[IO[str]]:
+    """An open stream of text that replaces the file `path` when the block succeeds.
 
     Raises:
         SimIPUError: it cannot be written (full disk, no permission); an earlier file is untouched.
     """
-    encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
-    with atomic_path(path) as beside, beside.open(mode, encoding=encoding, newline=newline) as stream:
+    with atomic_path(path) as beside, beside.open("w", encoding="utf-8", newline="\n") as stream:
         yield stream
 
 

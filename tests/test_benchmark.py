@@ -3,16 +3,15 @@
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
-from tiny_run import OVERRIDES
+from tiny_run import OVERRIDES, write_frames
 
 from simipu_hf.benchmark import BenchmarkResult, benchmark_data, benchmark_ops, benchmark_step, step
 from simipu_hf.benchmark.inputs import sample_keys, two_view_dataset
 from simipu_hf.benchmark.measure import median_seconds, peak_bytes
 from simipu_hf.benchmark.step import BACKWARD, IMAGE, OPTIMIZER, POINTS, STEP, WAITING, create_model
-from simipu_hf.data.rows import check_row, dataset_from_rows, to_row
+from simipu_hf.data.rows import check_row
 from simipu_hf.errors import SimIPUError
 from simipu_hf.training.arguments import (
     BenchmarkArguments,
@@ -31,18 +30,9 @@ def short_measurements(monkeypatch):
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    """Three random frames, as `save_to_disk` leaves them."""
-    rng = np.random.default_rng(0)
-    projection = np.array([[60.0, 0, 60, 0], [0, 60, 20, 0], [0, 0, 1, 0]])
-    lidar_to_camera = np.array([[0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
     folder = tmp_path_factory.mktemp("benchmark")
-    rows = []
-    for index in range(3):
-        points = rng.uniform([2, -10, -2, 0], [40, 10, 0.5, 1], (600, 4))
-        image = rng.integers(0, 255, (40, 120, 3), dtype=np.uint8)
-        rows.append(to_row(str(index), image, points, projection, lidar_to_camera))
-    dataset_from_rows(rows, folder / "cache").save_to_disk(folder / "rows")
-    return str(folder / "rows")
+    write_frames(folder, train=3)
+    return str(folder)
 
 
 def test_ops_measures_every_backend_and_the_whole_encoder(data_dir):
@@ -101,7 +91,6 @@ def test_data_counts_rows(data_dir):
 @pytest.mark.parametrize(
     ("arguments", "settings", "message"),
     [
-        (BenchmarkOpsArguments, {"preset": "best"}, "--preset 'best'"),
         (BenchmarkStepArguments, {"repeats": 0}, "--repeats must be at least 1, found 0"),
         (BenchmarkStepArguments, {"image_encoder": "resnet51"}, "resnet51"),
         (BenchmarkDataArguments, {"num_workers": 0}, "--num_workers must be at least 1, found 0"),

@@ -2,10 +2,10 @@
 
 import json
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from html_pages import References
 from safetensors.torch import load_file, save_file
 from tiny_run import reset_accelerate
 
@@ -34,30 +34,6 @@ def made(tmp_path_factory):
     reset_accelerate()
     assert report == folder / "report.html"
     return folder
-
-
-class References(HTMLParser):
-    """Everything that a page would fetch, also inside its frames."""
-
-    FETCHES = {"src", "srcset", "data", "poster", "action", "background"}  # noqa: RUF012
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.fetched: list[str] = []
-        self.tags: list[str] = []
-        self.sections: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        values = dict(attributes)
-        self.fetched += [value for name, value in attributes if name in self.FETCHES]
-        if tag == "link":
-            self.fetched.append(values["href"])
-        if tag == "section":
-            self.sections.append(values["id"])
-        if "srcdoc" in values:
-            self.fetched += References(values["srcdoc"]).fetched
 
 
 def test_report_needs_no_other_file(made):

@@ -38,8 +38,8 @@ def test_permissions_follow_the_umask(tmp_path, umask):
     weights = {"x": torch.zeros(3)}
     before = os.umask(umask)
     try:
-        with atomic_write(tmp_path / "a.bin", "wb") as stream:
-            stream.write(b"x")
+        with atomic_write(tmp_path / "a.txt") as stream:
+            stream.write("x")
         with atomic_path(tmp_path / "b.safetensors") as beside:
             save_file(weights, beside)
         with atomic_folder(tmp_path / "c") as beside:
@@ -47,7 +47,7 @@ def test_permissions_follow_the_umask(tmp_path, umask):
             save_file(weights, beside / "d" / "e.safetensors")
     finally:
         os.umask(before)
-    for name, expected in (("a.bin", 0o666), ("b.safetensors", 0o666), ("c", 0o777), ("c/d/e.safetensors", 0o666)):
+    for name, expected in (("a.txt", 0o666), ("b.safetensors", 0o666), ("c", 0o777), ("c/d/e.safetensors", 0o666)):
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == expected & ~umask, name
 
 
@@ -58,6 +58,8 @@ def test_a_folder_appears_at_the_end(tmp_path):
     assert [p.name for p in (tmp_path / "a" / "out").iterdir()] == ["file"]
     with pytest.raises(TypeError), atomic_folder(tmp_path / "b" / "out") as beside:
         (beside / "file").write_bytes("no bytes")
+    with pytest.raises(SimIPUError, match=r"out cannot be written: .*No space"), atomic_folder(tmp_path / "b" / "out"):
+        raise OSError(28, "No space left on device")
     assert os.listdir(tmp_path) == ["a"]
 
 

@@ -160,6 +160,7 @@ def test_run_file_reproduces_the_run(whole, tmp_path):
 @pytest.mark.parametrize(("workers", "accumulation"), [("0", "1"), ("2", "2")])
 def test_resumes_to_the_bit(request, run, tmp_path, monkeypatch, workers, accumulation):
     flags = ("--dataloader_num_workers", workers, "--gradient_accumulation_steps", accumulation)
+    flags += DROP_PATH if accumulation == "2" else ()
     # another number of workers changes nothing
     uninterrupted = request.getfixturevalue("whole") if accumulation == "1" else run("whole", *flags[2:])
     break_off(run, monkeypatch, 5, *flags)
@@ -174,11 +175,6 @@ def break_off(run, monkeypatch, step, *flags):
         stop_after(patch, step, error=RuntimeError("killed"))
         with pytest.raises(RuntimeError, match="killed"):
             run("broken", *flags)
-
-
-def test_random_layers_resume_to_the_bit(run, whole_with_random_layers, monkeypatch):
-    break_off(run, monkeypatch, 5, *DROP_PATH)
-    assert_same_result(whole_with_random_layers, run("broken", *DROP_PATH, "--resume_from_checkpoint", "latest"))
 
 
 def test_resumes_before_the_first_checkpoint(run, whole, monkeypatch):
@@ -267,13 +263,6 @@ def test_bf16_trains(run, monkeypatch):
     assert math.isfinite(metrics(out)[-1]["loss"])
 
 
-def test_the_augmentation_can_be_changed(run, whole):
-    changed = run("out", "--max_steps", "2", "--augmentation_overrides", "random_zoom=[1.5,2.0],brightness=0.4")
-    assert metrics(whole)[0]["inter_modal_loss"] != metrics(changed)[0]["inter_modal_loss"]
-    # a zoomed image shows fewer of the points
-    assert metrics(changed)[0]["inter_modal_chance"] < metrics(whole)[0]["inter_modal_chance"]
-
-
 def test_a_gradient_can_be_clipped(run):
     plain, clipped = run("plain", "--max_steps", "2"), run("clipped", "--max_grad_norm", "0.001", "--max_steps", "2")
     assert metrics(clipped)[0]["grad_norm/image_encoder"] > 0.001  # logged as it was before clipping
@@ -312,9 +301,7 @@ def test_the_maps_of_a_step_are_freed_before_the_next(run, monkeypatch):
         (["--augmentation_overrides", "hue=2"], "augmentation hue: expected 0 to 0.5"),
         (["--augmentation_overrides", "image.hue=0.1"], "expected name=value$"),
         (["--per_device_train_batch_size", "11"], "10 rows, but one optimizer step takes 11"),
-        (["--report_to", "tensorbord"], "unknown tracker"),
         (["--report_to", "swanlab"], "not installed"),
-        (["--mixed_precision", "fp16"], "needs a GPU"),
         (["--dataset_name", "/no/such/folder"], "no such folder"),
         (["--eval_steps", "2", "--per_device_eval_batch_size", "7"], "6 rows"),
         (["--resume_from_checkpoint", "/no/such/checkpoint"], "no such folder"),
@@ -331,8 +318,6 @@ def test_the_maps_of_a_step_are_freed_before_the_next(run, monkeypatch):
     ],
 )
 def test_refuses_bad_values_before_writing(run, tmp_path, flags, message):
-    if "fp16" in flags and torch.cuda.is_available():
-        pytest.skip("this machine has fp16")
     with pytest.raises(SimIPUError, match=message):
         run("out", *flags)
     assert not (tmp_path / "out").exists()
@@ -753,14 +738,8 @@ def test_damaged_rows_that_are_skipped_end_neither_the_run_nor_its_evaluation(fr
         damaged[split] = dataset_from_rows(rows)
     datasets.DatasetDict(damaged).save_to_disk(tmp_path / "damaged")
     flags = (
-        "--dataset_name",
-        str(tmp_path / "damaged"),
-        "--on_bad_row",
-        "skip",
-        "--max_steps",
-        "4",
-        "--eval_steps",
-        "4",
+        *("--dataset_name", str(tmp_path / "damaged"), "--on_bad_row", "skip"),
+        *("--max_steps", "4", "--eval_steps", "4"),
     )
     out = pretrain(arguments(frames, tmp_path / "out", *flags))
     assert (out / "image_encoder" / "config.json").is_file()

@@ -3,13 +3,13 @@
 import base64
 import json
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
 import torch
+from html_pages import References
 from matplotlib.collections import PathCollection
 from matplotlib.colors import LogNorm, to_hex
 from matplotlib.patches import ConnectionPatch
@@ -293,22 +293,10 @@ def make_embeds(frame: Frame) -> tuple[FrameEmbeds, Principal]:
     return FrameEmbeds(cells, frame.points[:20, :3], rng.normal(size=(20, 6))), Principal.fit(rows)
 
 
-class References(HTMLParser):
-    """What a page would fetch."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.found = []
-        self.feed(html)
-
-    def handle_starttag(self, tag, attributes):
-        self.found += [value for name, value in attributes if name in ("src", "href", "srcset", "action")]
-
-
 def test_page_holds_the_points_and_needs_nothing_else():
     frame = make_frame(name='<!--<script></script><script>alert("x")</script> & more')
     html = scene_html(frame, *make_embeds(frame))
-    assert References(html).found == []
+    assert References(html).fetched == []
     assert "default-src 'none'" in html.partition("<script")[0]
     assert "<script>alert" not in html
     drawn = traces(html)

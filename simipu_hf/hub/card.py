@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
 from simipu_hf.errors import SimIPUError
-from simipu_hf.files import atomic_write
+from simipu_hf.files import atomic_write, write_json
 from simipu_hf.hub.sources import read_input_convention
 from simipu_hf.hub.weights import InputConvention, read_json
 from simipu_hf.training.logging import read_metrics
@@ -125,8 +125,7 @@ def add_evaluation(
     entry = {"task": task, "dataset": dataset, "split": split, "protocol": protocol, "metrics": _finite(metrics)}
     key = ("task", "dataset", "split", "protocol")
     others = [e for e in _evaluations(Path(folder)) if any(e.get(k) != entry[k] for k in key)]
-    with atomic_write(path) as stream:
-        stream.write(json.dumps([*others, entry], indent=2) + "\n")
+    write_json(path, [*others, entry])
     return path
 
 

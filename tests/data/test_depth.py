@@ -179,15 +179,6 @@ def test_target_of_a_row_comes_from_its_depth_or_its_points():
         image_and_depth({**row, "depth": Image.fromarray(stored[1:])})
 
 
-def test_real_frame_has_the_density_of_a_64_beam_scan(kitti_mini):
-    row = select_frames([f"{kitti_mini}#trainval"])[1]
-    depth = DepthFrame.from_row(row, WHOLE).depth
-    known = depth > 0
-    assert 15_000 < known.sum() < 25_000
-    assert not known[: len(depth) // 4].any()  # the scanner sees at most 2 degrees above the horizon
-    assert 4 < np.median(depth[-20:][known[-20:]]) < 9  # road in front of the car
-
-
 # --- what a model sees ----------------------------------------------------------------------------------------------
 
 

@@ -417,13 +417,6 @@ def test_an_address_of_parquet_files_is_streamed(rows, tmp_path):
         assert len([check_row(row) for row in stream]) == expected
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
-def test_a_cache_that_cannot_be_written_is_named(object_root, tmp_path):
-    (tmp_path / "cache").mkdir(mode=0o555)
-    with pytest.raises(SimIPUError, match=r"cache.simipu_hf: the cache of prepared rows cannot be written"):
-        load_pretraining_dataset(data_dir=object_root, cache_dir=tmp_path / "cache")
-
-
 def test_a_file_in_the_cache_s_place_is_named(object_root, tmp_path):
     (tmp_path / "cache").touch()
     with pytest.raises(SimIPUError, match=r"cache.simipu_hf: the cache of prepared rows cannot be written"):

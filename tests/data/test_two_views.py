@@ -13,6 +13,7 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 from transformers.image_utils import SizeDict
 
+from simipu_hf.data.rows import REQUIRED_COLUMNS, ROW_FEATURES
 from simipu_hf.data.two_views import (
     TwoViewAugmentation,
     TwoViewCollator,
@@ -221,8 +222,6 @@ def test_draws_cover_their_ranges_and_image_and_view_flip_together():
 
 
 def test_official_preset_draws_sizes_within_the_official_range():
-    augmentation = TwoViewAugmentation.from_preset("official")
-    assert augmentation.random_resize == ((640, 192), (2400, 720))
     small = TwoViewAugmentation.from_preset("official", random_resize=((64, 20), (240, 72)))
     processor = SimIPUProcessor.from_preset("official", num_points=8)
     row = make_row(count=200)
@@ -324,17 +323,8 @@ def test_images_of_bytes_and_of_floats_share_a_batch():
 
 
 def to_dataset(rows):
-    features = datasets.Features(
-        {
-            "frame_id": datasets.Value("string"),
-            "image": datasets.Image(),
-            "points": datasets.Value("binary"),
-            "camera_projection": datasets.Array2D((3, 4), "float64"),
-            "lidar_to_camera": datasets.Array2D((4, 4), "float64"),
-        }
-    )
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
-    return datasets.Dataset.from_dict(columns, features=features)
+    features = datasets.Features({name: ROW_FEATURES[name] for name in REQUIRED_COLUMNS})
+    return datasets.Dataset.from_list(rows, features=features)
 
 
 def make_dataset(count=6, on_bad_row="error", change=None, **augmentation):
@@ -441,40 +431,3 @@ def test_a_data_set_that_cannot_work_is_refused():
     broken = make_dataset(2, "skip", change=lambda rows: [row.update(points=b"") for row in rows])
     with pytest.raises(SimIPUError, match="none of the 2 rows can be used; the last: row 0"):
         broken[1]
-
-
-def real_row(folder, index):
-    text = (folder / "calib" / f"{index:06d}.txt").read_text(encoding="utf-8")
-    calib = {k: np.array(v.split(), float) for k, v in (line.split(":") for line in text.splitlines() if line)}
-    rectify, extrinsic = np.eye(4), np.eye(4)
-    rectify[:3, :3], extrinsic[:3] = calib["R0_rect"].reshape(3, 3), calib["Tr_velo_to_cam"].reshape(3, 4)
-    return {
-        "image": Image.open(folder / "image_2" / f"{index:06d}.png"),
-        "points": (folder / "velodyne" / f"{index:06d}.bin").read_bytes(),
-        "camera_projection": calib["P2"].reshape(3, 4),
-        "lidar_to_camera": rectify @ extrinsic,
-    }
-
-
-@pytest.mark.parametrize("preset", ["recommended", "official"])
-def test_real_frames(kitti_mini, preset):
-    processor = SimIPUProcessor.from_preset(preset, num_points=4096)
-    augmentation = TwoViewAugmentation.from_preset(preset, flip_probability=1.0)
-    for index in (0, 7):
-        row = real_row(kitti_mini / "training", index)
-        sample = make_sample(row, processor, augmentation, index=index)
-        pixels = original_pixels(sample["points"], preset, row["camera_projection"], row["lidar_to_camera"])
-        u, v = pixels.T
-        width, height = row["image"].size
-        margin = 0.5 if preset == "recommended" else 0
-        assert pixels.min() >= -margin - 1e-3
-        assert u.max() <= width - 1 + margin + 1e-3
-        assert v.max() <= height - 1 + margin + 1e-3
-        new_height, new_width = sample["image"].shape[-2:]
-        if preset == "recommended":
-            u, v = (u + 0.5) * new_width / width - 0.5, (v + 0.5) * new_height / height - 0.5
-            u = new_width - 1 - u
-        else:
-            u, v = new_width - u * new_width / width, v * new_height / height
-        assert np.abs(project(sample["lidar_to_pixel"], sample["points"]) - np.column_stack([u, v])).max() < 1e-2
-        assert len(np.unique(sample["points"].numpy(), axis=0)) > 4000

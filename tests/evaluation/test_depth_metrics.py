@@ -54,19 +54,6 @@ def test_metrics_equal_a_scalar_computation(seed):
         assert actual[name] == pytest.approx(expected[name], rel=1e-12, abs=1e-12), name
 
 
-def test_metrics_by_hand():
-    actual = depth_metrics(np.array([2.0, 3.0, 10.0, 4.0]), np.array([2.0, 2.0, 5.0, 4.0]))
-    log_errors = [0.0, math.log(1.5), math.log(2.0), 0.0]
-    assert actual["a1"] == 0.5
-    assert actual["a2"] == 0.75  # 1.5 < 1.5625
-    assert actual["a3"] == 0.75  # 2 > 1.953125
-    assert actual["abs_rel"] == pytest.approx((0.5 + 1.0) / 4, rel=1e-12)
-    assert actual["sq_rel"] == pytest.approx((0.5 + 5.0) / 4, rel=1e-12)
-    assert actual["rmse"] == pytest.approx(math.sqrt((1 + 25) / 4), rel=1e-12)
-    assert actual["rmse_log"] == pytest.approx(math.sqrt(sum(g * g for g in log_errors) / 4), rel=1e-12)
-    assert actual["log10"] == pytest.approx((math.log10(1.5) + math.log10(2)) / 4, rel=1e-12)
-
-
 def test_a_ratio_of_exactly_the_threshold_does_not_count():
     assert depth_metrics(np.array([5.0]), np.array([4.0]))["a1"] == 0
 

