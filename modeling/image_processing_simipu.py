@@ -175,6 +175,10 @@ class SimIPUImageProcessor(TorchvisionBackend):
             return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(kwargs.get("device"))
         return super().process_image(image, *args, **kwargs)
 
+    def convert_to_rgb(self, image: Any, *args: Any, **kwargs: Any) -> Any:
+        """transformers' conversion of an array (C, height, width), but alpha is dropped, as of images of Pillow."""
+        return super().convert_to_rgb(image[:3] if image.shape[0] == 4 else image, *args, **kwargs)
+
     def crop_window(self, image_size: tuple[int, int]) -> tuple[int, int, int, int]:
         """Top, left, height and width of the part of an image of height and width `image_size` that is kept.
 
@@ -355,7 +359,7 @@ class SimIPUImageProcessor(TorchvisionBackend):
         ):
             boxes = image_boxes(boxes_3d, torch.as_tensor(projection).to(boxes_3d), (int(size[0]), int(size[1])))
             visible = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-            kept = (scores >= threshold) & visible & (boxes_3d[:, 2] > 0)
+            kept = (scores > 0) & (scores >= threshold) & visible & (boxes_3d[:, 2] > 0)
             angle = boxes_3d[:, 6] - torch.atan2(boxes_3d[:, 0], boxes_3d[:, 2])
             alpha = torch.atan2(angle.sin(), angle.cos())
             columns = {"scores": scores, "labels": labels, "boxes_3d": boxes_3d, "boxes": boxes, "alpha": alpha}

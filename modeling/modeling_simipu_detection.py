@@ -282,8 +282,8 @@ def encode_targets(
     map_size: Sequence[int],
     config: SimIPUDetectionConfig,
 ) -> DetectionTargets:
-    """What the head has to predict for one image. Where two centres share a cell, the nearer object has it; a centre
-    outside the map has none.
+    """What the head has to predict for one image. Where two centres of one class share a cell, the nearer object has
+    it; a centre outside the map has none.
 
     Args:
         labels: `class_labels` (n,) indices into `config.classes`, `boxes_3d` (n, 7) and `boxes` (n, 4), left, top,
@@ -365,6 +365,7 @@ class _Peaks(NamedTuple):
 
 def select_peaks(logits: Tensor, regression: Tensor, count: int) -> _Peaks:
     """The best `count` local maxima of the heat maps: scores and classes (B, K), cells (B, K, 2), numbers (B, K, 9).
+    Where there are fewer, the others have the score 0.
 
     A score is the heat map's, times exp(-spread of the log depth): boxes whose depth is unsure come later.
     """

@@ -59,15 +59,16 @@ def compare(arguments: CompareArguments, task: "Task") -> dict[str, Any]:
     Returns:
         `table`: see [`summarize`]; `runs`: every run; `encoders`: what was loaded; `recipe` and `num_test_frames`.
     """
-    output_dir = Path(arguments.output_dir)
-    check_target(output_dir, overwrite=True, is_earlier_output=lambda folder: (folder / RUNS_FILE).is_file())
+    output_dir, task_name = Path(arguments.output_dir), task.trainer_class.task
+    check_output_dir(output_dir, task_name)
     encoders = load_encoders(arguments.image_encoders)
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / RUNS_FILE).touch()
     if (output_dir / RUNS_FILE).read_bytes()[-1:] not in (b"", b"\n"):
         cut_metrics(output_dir / RUNS_FILE, math.inf)  # a line cut short would spoil the next one
     settings = arguments.recipe() | task.data
-    recipe = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    counted = {name: value for name, value in settings.items() if name not in ("train_frames", "test_frames")}
+    recipe = hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:16]
     known = read_metrics(output_dir / RUNS_FILE)
     fractions = sorted(arguments.label_fractions, reverse=True)
     finished = []
@@ -75,7 +76,7 @@ def compare(arguments: CompareArguments, task: "Task") -> dict[str, Any]:
     for name, encoder in encoders.items():
         about = [encoder.architecture, encoder.model_args, asdict(encoder.input)]
         weights = weights_fingerprint(encoder.state_dict, about)
-        identities[name] = {"encoder": name, "recipe": recipe, "weights": weights}
+        identities[name] = {"task": task_name, "encoder": name, "recipe": recipe, "weights": weights}
     plan = list(itertools.product(encoders, arguments.modes, fractions, arguments.seeds))
     for name, mode, fraction, seed in tqdm(plan, desc="runs", unit="run"):
         key = identities[name] | {"mode": mode, "label_fraction": fraction, "seed": seed}
@@ -102,6 +103,18 @@ def compare(arguments: CompareArguments, task: "Task") -> dict[str, Any]:
     if not arguments.json:
         print((output_dir / TABLE_FILE).read_text(encoding="utf-8"))
     return result
+
+
+def check_output_dir(output_dir: Path, task_name: str) -> None:
+    """Raises a `SimIPUError` unless a folder is free or holds an earlier comparison of the same task."""
+    check_target(output_dir, overwrite=True, is_earlier_output=lambda folder: (folder / RUNS_FILE).is_file())
+    runs = read_metrics(output_dir / RUNS_FILE) if (output_dir / RUNS_FILE).is_file() else []
+    for run in runs:
+        if run.get("task", task_name) != task_name:
+            raise SimIPUError(
+                f"{output_dir / RUNS_FILE}: expected runs of {task_name}, found runs of {run['task']}; choose another "
+                "--output_dir"
+            )
 
 
 def load_encoders(named_sources: Iterable[str]) -> dict[str, EncoderWeights]:

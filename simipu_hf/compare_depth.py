@@ -7,9 +7,10 @@ The comparison itself is `simipu_hf.compare`. Frames are decoded and resized onc
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from .compare import Task, compare
+from .compare import Task, check_output_dir, compare
 from .data.depth import DepthDataset
 from .data.frames import select_frames
 from .data.overlap import refuse_shared_frames
@@ -51,4 +52,5 @@ def compare_depth(arguments: CompareDepthArguments) -> dict[str, Any]:
     Raises:
         SimIPUError: unusable arguments, encoders or frames, or a frame on both sides.
     """
+    check_output_dir(Path(arguments.output_dir), DepthTask.trainer_class.task)
     return compare(arguments, DepthTask(arguments))

@@ -7,9 +7,10 @@ The comparison itself is `simipu_hf.compare`. Frames are decoded once and kept i
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from .compare import Task, compare
+from .compare import Task, check_output_dir, compare
 from .data.detection import DetectionDataset, read_labels, select_labelled
 from .data.overlap import refuse_shared_frames
 from .evaluate_detection import MEANS
@@ -60,4 +61,5 @@ def compare_detection(arguments: CompareDetectionArguments) -> dict[str, Any]:
     Raises:
         SimIPUError: unusable arguments, encoders, frames or labels, or a frame on both sides.
     """
+    check_output_dir(Path(arguments.output_dir), DetectionTask.trainer_class.task)
     return compare(arguments, DetectionTask(arguments))

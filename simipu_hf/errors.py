@@ -2,11 +2,12 @@
 
 import atexit
 import contextlib
+import errno
 import io
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 MAY_HANG = "may-hang"  # name of the daemon threads that a command does not wait for at its end
@@ -43,9 +44,11 @@ def exit_code_of(run: Callable[[], Any]) -> int:
 
     `SIMIPU_DEBUG=1` in the environment shows the traceback of a mistake as well.
     """
-    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot encode a character shows its escape
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot encode a character shows its escape
+            setattr(sys, name, OptionalReader(stream))
     code = 0
     try:
         run()
@@ -68,6 +71,38 @@ def exit_code_of(run: Callable[[], Any]) -> int:
         sys.stderr.flush()
         os._exit(code)  # the interpreter's own end would kill the thread, and some C code then aborts the process
     return code
+
+
+class OptionalReader:
+    """A text stream that goes on without its reader: a run must end as it should when its terminal is closed, or when
+    the Ctrl-C that it is to save after has ended the `tee` behind it first."""
+
+    def __init__(self, stream: io.TextIOWrapper):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._without_reader():
+            return self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._without_reader():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _without_reader(self) -> Iterator[None]:
+        """What cannot be written because nobody reads it any more goes nowhere, and so does all that follows."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO, errno.EINVAL):  # a pipe, a terminal, a pipe of Windows
+                raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
 
 
 def _leave_process_group() -> None:

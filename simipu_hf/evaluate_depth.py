@@ -73,17 +73,23 @@ class PictureWriter(PictureFolder):
 
 
 def format_table(result: dict[str, Any]) -> str:
-    """The nine metrics as two lines of text."""
+    """What was counted, and the nine metrics, as three lines of text."""
     names = "  ".join(f"{name:>8}" for name in METRICS)
-    return names + "\n" + "  ".join(f"{result['metrics'][name]:8.4f}" for name in METRICS)
+    values = "  ".join(f"{result['metrics'][name]:8.4f}" for name in METRICS)
+    return f"{describe_protocol(result)}\n{names}\n{values}"
 
 
 def record_in_card(folder: Path, frames: Sequence[str], result: dict[str, Any]) -> None:
     """Keep a result where the model card takes its `model-index` from; paths are reduced to their last part."""
+    text = describe_protocol(result)
+    add_evaluation(folder, "depth-estimation", *describe_frames(frames), result["metrics"], text, frames)
+
+
+def describe_protocol(result: dict[str, Any]) -> str:
+    """What was counted, and how."""
     protocol = result["protocol"]
-    text = (
+    return (
         f"{result['num_images']} images{', KB crop 352 x 1216' if protocol['kb_crop'] else ''}, {protocol['crop']} "
         f"crop, {protocol['min_depth']:g} to {protocol['max_depth']:g} m, "
         f"{'flip test' if protocol['flip_test'] else 'no flip test'}, no median scaling, per image and then averaged"
     )
-    add_evaluation(folder, "depth-estimation", *describe_frames(frames), result["metrics"], text)

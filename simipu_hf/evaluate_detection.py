@@ -218,4 +218,4 @@ def record_in_card(folder: Path, frames: Sequence[str], result: dict[str, Any]) 
         f"over union above {overlaps}; ap_* are means of the moderate ones over the classes with labels"
     )
     shown = {name: value for name, value in result["metrics"].items() if name in MEANS or name.endswith("3d_moderate")}
-    add_evaluation(folder, "object-detection", *describe_frames(frames), shown, text)
+    add_evaluation(folder, "object-detection", *describe_frames(frames), shown, text, frames)

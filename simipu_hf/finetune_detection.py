@@ -29,6 +29,7 @@ from .finetuning import (
     find_rgb_encoder,
     fine_tune,
     prepare_trainer,
+    refuse_occupied_folder,
 )
 from .hub.weights import EncoderWeights
 from .modeling.configuration_simipu import SimIPUDetectionConfig
@@ -141,6 +142,7 @@ def finetune_detection(arguments: DetectionArguments) -> Path:
         SimIPUError: unusable arguments, data or checkpoint, or a loss that is no number.
         TrainingInterrupted: Ctrl-C or SIGTERM, after saving a checkpoint.
     """
+    refuse_occupied_folder(arguments)
     return fine_tune(arguments, create_trainer(arguments), record_in_card, format_table)
 
 

@@ -24,7 +24,7 @@ from .data.frames import FrameDataset
 from .data.sources import name_sources
 from .errors import SimIPUError
 from .files import atomic_folder, move_into, write_json
-from .hub.card import redact, write_model_card
+from .hub.card import write_model_card
 from .hub.push import HubUploader
 from .hub.sources import find_image_encoder
 from .hub.weights import EncoderWeights, InputConvention, read_json
@@ -32,7 +32,14 @@ from .modeling.image_encoder import load_image_encoder_weights
 from .modeling.image_processing_simipu import SimIPUImageProcessor
 from .training.arguments import FineTuningRunArguments
 from .training.batch_norm import kept_running_statistics, synchronize_batch_norm
-from .training.checkpoint import check_same_run
+from .training.checkpoint import (
+    WRITE_ERRORS,
+    check_same_run,
+    remove_partial_trainer_checkpoints,
+    verify_checkpoint,
+    write_error,
+    write_manifest,
+)
 from .training.distributed import (
     SharedFlags,
     StopRequest,
@@ -43,7 +50,14 @@ from .training.distributed import (
     use_all_cores,
 )
 from .training.logging import METRICS_FILE, check_trackers, cut_metrics, json_line
-from .training.run_folder import RUN_FILE, data_fingerprint, find_checkpoint, open_run_folder
+from .training.run_folder import (
+    RUN_FILE,
+    check_kind,
+    data_fingerprint,
+    find_checkpoint,
+    open_run_folder,
+    weights_fingerprint,
+)
 from .training.sampling import ROW_ORDER, GlobalBatchSampler, create_loader
 from .visualization import draw_curves
 
@@ -259,6 +273,16 @@ class FineTuningTrainer(Trainer):
         self.state.epoch = self.state.global_step / self._sampler(1).steps_per_epoch
         super().log(logs, start_time)
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step = self.state.global_step
+        checkpoint = Path(str(self.args.output_dir)) / f"checkpoint-{step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except WRITE_ERRORS as error:
+            raise write_error(checkpoint, error) from error
+        self.accelerator.wait_for_everyone()  # every process writes a file of its own
+        on_main_process(self.accelerator, write_manifest, checkpoint, step)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Without the Trainer's pickle of its arguments, which would hold secrets and cannot be loaded safely."""
         if self.args.should_save:
@@ -457,13 +481,19 @@ def fine_tune(
     return output_dir
 
 
-# what a resumed run may change; the frames and the schedule are identified by their own record
+# what a resumed run may change; the encoder, the frames and the schedule are identified by what they are
 FREE = {
     "output_dir", "train_frames", "train_list", "test_frames", "test_list", "image_dir", "depth_dir", "keep_frames",
     "evaluation_crop", "flip_test", "min_overlap", "num_train_epochs", "max_steps", "per_device_train_batch_size",
     "report_to", "dataloader_num_workers", "logging_steps", "eval_steps", "checkpointing_steps", "save_total_limit",
-    "gradient_checkpointing", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy",
+    "gradient_checkpointing", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "image_encoder",
 }  # fmt: skip
+
+
+def refuse_occupied_folder(arguments: FineTuningRunArguments) -> None:
+    """Raises a `SimIPUError` where a run cannot start in its folder, before data and encoder are read."""
+    if arguments.resume_from_checkpoint is None:
+        find_checkpoint(arguments, arguments.image_encoder)
 
 
 def open_run(arguments: FineTuningRunArguments, trainer: FineTuningTrainer) -> str | None:
@@ -479,18 +509,26 @@ def open_run(arguments: FineTuningRunArguments, trainer: FineTuningTrainer) -> s
     }
     fixed = {name: value for name, value in arguments.to_dict().items() if name not in FREE}
     fixed |= {name: record[name] for name in ("train", "total_steps", "rows_per_step")} | {"row_order": ROW_ORDER}
+    config = trainer.model.config.image_encoder_config
+    fixed["image_encoder"] = {
+        "architecture": config.architecture,
+        "model_args": config.model_args,
+        "weights": weights_fingerprint(trainer.model.image_encoder.state_dict()),  # none is trained yet
+    }
+    fixed["image_processor"] = trainer.processing_class.to_dict()
     identity = json.loads(json.dumps(fixed))
     if checkpoint is not None:
         folders = (checkpoint.parent, checkpoint.parent.parent)  # the second of a checkpoint that was set aside
         found = next((folder / RUN_FILE for folder in folders if (folder / RUN_FILE).is_file()), None)
         if found is None:
             raise SimIPUError(f"{checkpoint}: expected a checkpoint in the folder of a run, with {RUN_FILE}")
-        recorded, now = yaml.safe_load(found.read_text("utf-8")).get("identity", {}), identity
-        if "…" in str(recorded):  # it was published, without the folders of its machine
-            now = json.loads(redact(json.dumps(identity, ensure_ascii=False)))
-        check_same_run(recorded, now, checkpoint)
+        check_kind(found.parent, type(arguments).__name__, f"{checkpoint} is not resumed from")
+        verify_checkpoint(checkpoint)
+        check_same_run(yaml.safe_load(found.read_text("utf-8")).get("identity", {}), identity, checkpoint)
     step = 0 if checkpoint is None else read_json(checkpoint / "trainer_state.json")["global_step"]
-    open_run_folder(arguments, step, data=record, identity=identity)
+    if (Path(arguments.output_dir) / RUN_FILE).is_file():
+        remove_partial_trainer_checkpoints(Path(arguments.output_dir))
+    open_run_folder(arguments, step, trainer.args.max_steps, data=record, identity=identity)
     return None if checkpoint is None else str(checkpoint)
 
 

@@ -158,7 +158,7 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
 
     record = {"data": describe_data(rows), "recipe": dataclasses.asdict(recipe)}
     output_dir = Path(arguments.output_dir)
-    on_main_process(accelerator, open_run_folder, arguments, steps.first, **record)
+    on_main_process(accelerator, open_run_folder, arguments, steps.first, steps.last, **record)
     logger = RunLogger(
         accelerator,
         output_dir,
@@ -357,11 +357,11 @@ def load_rows(
     }
     refuse_second_split(arguments.train_split, *given_sources(arguments.dataset_name, arguments.data_dir))
     rows, mixture = load_mixture(mixture=arguments.mixture, seed=arguments.seed, split=arguments.train_split, **source)
+    what = f"--validation_split {arguments.validation_split}"
     if not arguments.eval_steps:
-        return rows, mixture, None
+        return refuse_shared_stream(rows, None, what) if arguments.streaming else rows, mixture, None
     held_out = load_pretraining_dataset(split=arguments.validation_split, **source)
     skipped[:] = dict.fromkeys(skipped)  # both come from the same files with --validation_share
-    what = f"--validation_split {arguments.validation_split}"
     if isinstance(held_out, datasets.IterableDataset):
         held_out = dataset_from_stream(held_out)
         rows = refuse_shared_stream(rows, held_out, what)

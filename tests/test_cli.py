@@ -198,6 +198,29 @@ raise SystemExit(exit_code_of(lambda: None))
     assert python(program).stdout.split() == [b"removed"]
 
 
+def test_a_command_ends_as_it_should_when_nobody_reads_its_output_any_more(tmp_path):
+    program = """
+import signal, sys
+from pathlib import Path
+from simipu_hf.errors import TrainingInterrupted, exit_code_of
+
+def run():
+    for _ in range(3):
+        print("x" * 100_000, flush=True)
+        print("y", file=sys.stderr)
+    Path(sys.argv[1]).touch()
+    raise TrainingInterrupted("saved", exit_code=130)
+
+raise SystemExit(exit_code_of(run))
+"""
+    command, saved = [sys.executable, "-c", program, str(tmp_path / "saved")], tmp_path / "saved"
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(60) == 130
+    assert saved.exists()
+
+
 def test_completion_knows_commands_and_flags(run):
     script = run("--tyro-print-completion", "bash")[1]
     assert all(word in script for word in ("finetune-depth", "synthesize", "--per_device_train_batch_size"))

@@ -49,6 +49,7 @@ ENCODER = "random:test_resnet"
 class FakeTask(Task):
     """The value falls from 1 by a rate of the encoder, the seed adds a constant."""
 
+    trainer_class = SimpleNamespace(task="fake")
     shown = ("error", "score")
     higher_is_better = ("score",)
 
@@ -111,6 +112,20 @@ def test_every_combination_runs_once_and_a_killed_comparison_goes_on(arguments, 
     arguments.output_dir = str(tmp_path / "papers")
     with pytest.raises(SimIPUError, match="holds something else"):
         compare(arguments, task)
+
+
+@pytest.mark.parametrize(
+    ("encoders", "message"),
+    [
+        (["a=x", "a=y"], "expected each NAME once, found a a"),
+        (["../a=x"], r"--image_encoders \.\./a=x: expected a NAME of letters"),
+        (["a b=x"], "expected a NAME of letters"),
+        (["a="], "expected NAME=SOURCE"),
+    ],
+)
+def test_names_of_encoders_are_told_apart_and_fit_for_files(arguments, encoders, message):
+    with pytest.raises(SimIPUError, match=message):
+        dataclasses.replace(arguments, image_encoders=encoders)
 
 
 def test_level_is_paired_by_seed():
@@ -275,7 +290,8 @@ def test_runs_on_other_frames_are_not_reused_and_kept_whatever_their_pictures(de
         (run,) = compare_depth(arguments)["runs"]
         assert run["num_frames"] == len(ids)
     shutil.move(tmp_path / "rows", tmp_path / "moved")  # the same frames somewhere else: reused
-    shutil.copytree(tmp_path / "moved", tmp_path / "rows")
+    arguments.train_frames = [f"{tmp_path / 'moved'}#train:@{tmp_path / 'ids.txt'}"]
+    arguments.test_frames = [f"{tmp_path / 'moved'}#test"]
     assert compare_depth(arguments)["runs"] == [run]
     assert len(read_metrics(tmp_path / "comparison" / "runs.jsonl")) == 2
     drawn = sorted(path.name for path in (tmp_path / "comparison" / "pictures" / "scratch_full").iterdir())
@@ -310,6 +326,14 @@ def test_depth_frames_on_both_sides_are_refused(depth_arguments, tmp_path):
     shared = SimpleNamespace(**{**vars(depth_arguments), "test_frames": [str(tmp_path / "rows")]})
     with pytest.raises(SimIPUError, match=r"4 of 7 frames are also trained on.*'x000002'"):
         DepthTask(shared)
+
+
+def test_a_folder_of_another_task_is_refused_before_frames_are_read(depth_arguments, tmp_path):
+    (tmp_path / "runs.jsonl").write_text('{"task": "detection"}\n', encoding="utf-8")
+    missing = [str(tmp_path / "missing")]
+    arguments = dataclasses.replace(depth_arguments, train_frames=missing, output_dir=str(tmp_path))
+    with pytest.raises(SimIPUError, match=r"runs\.jsonl: expected runs of depth, found runs of detection"):
+        compare_depth(arguments)
 
 
 def test_a_device_that_the_trainer_would_not_take_is_refused(depth_arguments, tmp_path):

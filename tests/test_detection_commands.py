@@ -133,13 +133,13 @@ def test_a_bad_label_is_named_before_training(tmp_path, change, message):
 
 def test_frames_without_labels_are_refused(frames, tmp_path):
     with pytest.raises(SimIPUError, match="expected labels of Tram, found none"):
-        finetune_detection(detection_arguments(frames, tmp_path, classes=["Car", "Tram"]))
+        finetune_detection(detection_arguments(frames, tmp_path / "run", classes=["Car", "Tram"]))
     unlabelled = [{**row, "objects": {name: [] for name in row["objects"]}} for row in map(make_row, range(2))]
     datasets.Dataset.from_list(unlabelled).cast_column("image", datasets.Image()).save_to_disk(tmp_path / "rows")
     with pytest.raises(SimIPUError, match="expected labelled objects, found none in any of 2 frames"):
-        finetune_detection(detection_arguments(frames, tmp_path, test_frames=[str(tmp_path / "rows")]))
+        finetune_detection(detection_arguments(frames, tmp_path / "run", test_frames=[str(tmp_path / "rows")]))
     with pytest.raises(SimIPUError, match="2 of 2 frames are also trained on"):
-        finetune_detection(detection_arguments(frames, tmp_path, train_frames=[frames, f"{frames}#test"]))
+        finetune_detection(detection_arguments(frames, tmp_path / "run", train_frames=[frames, f"{frames}#test"]))
 
 
 def test_sizes_are_the_benchmarks_or_those_of_the_labels(monkeypatch, capsys):

@@ -7,10 +7,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 from depth_rows import make_rows, save_rows
 from PIL import Image
 from safetensors.torch import load_file
+from timm.models import save_for_hf
 from transformers import Trainer, TrainerCallback, TrainingArguments, pipeline
 
 from simipu_hf.cli import run as run_command
@@ -106,13 +108,60 @@ def test_resumed_run_is_bit_equal(frames, run, tmp_path):
         )
 
 
-def test_a_checkpoint_cut_short_is_passed_over(frames, run, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "size"), [("trainer_state.json", 50), ("model.safetensors", 1000), ("scheduler.pt", None)]
+)
+def test_a_damaged_checkpoint_is_named_and_passed_over(frames, run, tmp_path, name, size):
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "model.safetensors").unlink()
-    newest = tmp_path / "run" / "checkpoint-4" / "trainer_state.json"
-    newest.write_text(newest.read_text()[:50])
+    file = tmp_path / "run" / "checkpoint-4" / name
+    file.unlink() if size is None else os.truncate(file, size)
+    with pytest.raises(SimIPUError, match=f"checkpoint-4 is damaged: {name} "):
+        finetune_depth(depth_arguments(frames, tmp_path / "run", resume_from_checkpoint=str(file.parent)))
     finetune_depth(depth_arguments(frames, tmp_path / "run", resume_from_checkpoint="latest"))
     assert_equal_weights(saved_weights(run), saved_weights(tmp_path / "run"))
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(frames, run, tmp_path, monkeypatch):
+    def full(self, output_dir):
+        if self.state.global_step == 4:
+            raise RuntimeError("PytorchStreamWriter failed writing file")
+        save(self, output_dir)
+
+    save = DepthTrainer._save_optimizer_and_scheduler
+    monkeypatch.setattr(DepthTrainer, "_save_optimizer_and_scheduler", full)
+    with pytest.raises(
+        SimIPUError, match=r"could not write checkpoint .*checkpoint-4.*good checkpoint is .*checkpoint-2"
+    ):
+        finetune_depth(depth_arguments(frames, tmp_path / "run"))
+    assert (tmp_path / "run" / "checkpoint-4").is_dir()
+    monkeypatch.undo()
+    finetune_depth(depth_arguments(frames, tmp_path / "run", resume_from_checkpoint="latest"))
+    assert_equal_weights(saved_weights(run), saved_weights(tmp_path / "run"))
+    assert not list((tmp_path / "run").glob("set_aside-*"))
+
+
+def test_an_encoder_is_known_by_what_it_is_and_a_run_by_its_command(frames, tmp_path):
+    encoder, run = tmp_path / "encoder", tmp_path / "run"
+    torch.manual_seed(5)
+    save_for_hf(timm.create_model("test_resnet", num_classes=0), encoder, safe_serialization=True)
+    finetune_depth(depth_arguments(frames, run, image_encoder=str(encoder), max_steps=1))
+    moved = shutil.move(encoder, tmp_path / "moved")
+    resumed = {"max_steps": 1, "resume_from_checkpoint": "latest"}
+    finetune_depth(depth_arguments(frames, run, image_encoder=str(moved), **resumed))
+    config = json.loads((moved / "config.json").read_text("utf-8"))
+    config["pretrained_cfg"]["mean"] = [0.1, 0.2, 0.3]
+    (moved / "config.json").write_text(json.dumps(config), "utf-8")
+    with pytest.raises(
+        SimIPUError, match=r"image_processor\.image_mean: .* in the checkpoint, \[0\.1, 0\.2, 0\.3\] now$"
+    ):
+        finetune_depth(depth_arguments(frames, run, image_encoder=str(moved), **resumed))
+    with pytest.raises(SimIPUError, match=r"image_encoder\.weights: "):
+        finetune_depth(depth_arguments(frames, run, **resumed))
+    record = (run / "run.yaml").read_text("utf-8")
+    (run / "run.yaml").write_text(record.replace("kind: DepthArguments", "kind: PreTrainingArguments"), "utf-8")
+    with pytest.raises(SimIPUError, match=r"another command \(PreTrainingArguments, not DepthArguments\)"):
+        finetune_depth(depth_arguments(frames, run, **resumed))
 
 
 def test_a_signal_ends_the_run_after_a_checkpoint(frames, run, tmp_path, monkeypatch):
@@ -189,7 +238,7 @@ def test_pipeline_returns_what_evaluation_measures(size, flags, tmp_path):
 def test_command_prints_metrics_or_json(frames, run, capsys):
     flags = ["--model", str(run), "--test_frames", f"{frames}#test", "--no_kb_crop", "--device", "cpu"]
     run_command(["evaluate-depth", *flags])
-    assert capsys.readouterr().out.split()[0] == "a1"
+    assert capsys.readouterr().out.splitlines()[1].split()[0] == "a1"
     run_command(["evaluate-depth", *flags, "--json"])
     assert json.loads(capsys.readouterr().out)["num_images"] == 2
 
@@ -319,6 +368,12 @@ def test_it_learns_brightness_to_depth(dataset, tmp_path):
 
 
 # --- refusals before the first step ---------------------------------------------------------------------------------
+
+
+def test_an_occupied_folder_is_refused_before_frames_are_read(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(SimIPUError, match="is not empty"):
+        finetune_depth(depth_arguments(str(tmp_path / "missing"), tmp_path))
 
 
 def test_frames_on_both_sides_are_refused_by_content(frames, tmp_path):

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import weakref
+from unittest.mock import Mock
 
 import datasets
 import numpy as np
@@ -26,10 +27,12 @@ from tiny_simipu import tiny_batch
 from simipu_hf import pretrain as module
 from simipu_hf.data.loading import load_pretraining_dataset
 from simipu_hf.data.rows import dataset_from_rows
+from simipu_hf.data.streaming import stream_two_views
 from simipu_hf.data.two_views import TwoViewAugmentation, TwoViewDataset
 from simipu_hf.errors import SimIPUError, TrainingInterrupted
 from simipu_hf.hub.card import model_card
 from simipu_hf.hub.push import HubUploader
+from simipu_hf.hub.sources import model_folder
 from simipu_hf.modeling.configuration_simipu import SimIPUConfig
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
@@ -394,11 +397,17 @@ def test_a_longer_run_continues_a_finished_one(run, whole):
     assert_same_result(whole, run("short", "--max_steps", "8", "--resume_from_checkpoint", "latest"))
 
 
-def test_the_last_step_may_change_where_the_schedule_does_not_depend_on_it(run):
+def test_the_last_step_may_change_where_the_schedule_does_not_depend_on_it(run, monkeypatch):
     flags = ("--lr_scheduler_type", "inverse_sqrt", "--warmup_steps", "1")
     out = run("out", *flags, "--max_steps", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr("simipu_hf.pretrain.finish", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run("out", *flags, "--max_steps", "2", "--resume_from_checkpoint", "latest")
+    assert model_folder(out) == out / "checkpoint-2"  # not the model of the first end
+    assert model_folder(out / "set_aside-1") == out / "set_aside-1"
     run("out", *flags, "--max_steps", "2", "--resume_from_checkpoint", "latest")
-    assert (out / "checkpoint-2").is_dir()
+    assert model_folder(out) == out
 
 
 def test_a_run_that_goes_on_from_an_earlier_checkpoint_keeps_both_ways(run, whole, tmp_path, capsys):
@@ -531,6 +540,11 @@ def test_a_stream_resumes_to_the_bit(run, tmp_path, monkeypatch):
             *("--dataloader_num_workers", "2", "--eval_steps", "6"),
         ),
     )
+    monkeypatch.setitem(stream_two_views.__kwdefaults__, "shuffle_buffer", 2)  # the state is that of datasets as well
+    flags = ("--dataset_name", str(tmp_path / "rows"), "--streaming", "--lr_scheduler_type", "constant")
+    run("other", *flags, "--max_steps", "2")
+    out = run("other", *flags, "--max_steps", "4", "--eval_steps", "2", "--resume_from_checkpoint", "latest")
+    assert [line["step"] for line in metrics(out) if "eval/loss" in line] == [4]
 
 
 @pytest.mark.parametrize("missing", [[], ["scene"]])

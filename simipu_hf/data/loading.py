@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
@@ -17,7 +18,7 @@ from ..errors import SimIPUError
 from .mixture import Mixture
 from .preparation import Reading, prepare
 from .rows import ROW_FEATURES, check_features, check_row, scene_of
-from .sources import Source, Sources, find_source, given_sources, named_errors, split_source, undecoded
+from .sources import Source, Sources, find_source, full_path, given_sources, named_errors, split_source, undecoded
 
 AnyDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
@@ -78,7 +79,7 @@ def load_pretraining_dataset(
     request = Request(
         split, streaming, num_proc, cache_dir, cameras, scenes, whole_scans, labels, validation_share, skipped
     )
-    return join_rows(_load_parts(dataset_name, data_dir, dataset_config_name, request))
+    return join_rows(_load_parts(dataset_name, data_dir, dataset_config_name, request), cache_dir)
 
 
 def load_mixture(
@@ -107,9 +108,11 @@ def load_mixture(
     Raises:
         SimIPUError: as `load_pretraining_dataset`; or another number of weights than of sources.
     """
-    parts = _load_parts(dataset_name, data_dir, dataset_config_name, Request(**options))
+    request = Request(**options)
+    parts = _load_parts(dataset_name, data_dir, dataset_config_name, request)
     if not isinstance(parts[0], datasets.IterableDataset):
-        return join_rows(parts), Mixture([len(part) for part in parts], mixture, seed) if mixture else None
+        joined = join_rows(parts, request.cache_dir)
+        return joined, Mixture([len(part) for part in parts], mixture, seed) if mixture else None
     if len(parts) > 1 and not mixture:
         raise SimIPUError("mixture: expected a weight for each data set, since a stream does not know its size")
     weights = mixture or [1]
@@ -162,7 +165,7 @@ def take_rows(taken: dict[str, set[Any]], text: str, location: str, names: Itera
     Raises:
         SimIPUError: one of them was taken before.
     """
-    before = taken.setdefault(os.path.realpath(location) if os.path.exists(location) else location, set())
+    before = taken.setdefault(full_path(location), set())
     again = before.intersection(names)
     if again:
         raise SimIPUError(f"{text}: expected other rows than those taken before, found {min(again)} again")
@@ -178,13 +181,17 @@ def row_names(rows: datasets.Dataset) -> list[tuple[str, str]]:
 
 def _load(source: Source, request: Request, train_split: str | None) -> AnyDataset:
     if source.reader is None and (request.cameras is not None or request.scenes is not None):
-        raise SimIPUError(f"{source.location}: cameras and scenes can be chosen of a published data set's files only")
+        raise SimIPUError(
+            f"{source.location}: cameras and scenes can be chosen of a published data set's files only; simipu-hf "
+            f"visualize --dataset_name {source.location} --frames 0,1,2 --output_dir PICTURES draws chosen rows"
+        )
     held_out, split = _plan_split(source, request, train_split)
     if source.reader is not None:
         dataset = _load_files(source, split, request)
     elif source.kind == "saved":
         dataset = _take(split, source.saved)
-        dataset = dataset.to_iterable_dataset(num_shards=min(len(dataset), 64)) if request.streaming else dataset
+        if request.streaming and len(dataset):  # one without rows is refused below
+            dataset = dataset.to_iterable_dataset(num_shards=min(len(dataset), 64))
     else:
         dataset = source.load(
             split,
@@ -378,9 +385,9 @@ def _place(scene: str) -> float:
     return int.from_bytes(hashlib.sha256(scene.encode("utf-8")).digest()[:8], "big") / 2**64
 
 
-def join_rows(parts: Sequence[AnyDataset]) -> AnyDataset:
+def join_rows(parts: Sequence[AnyDataset], cache_dir: str | os.PathLike | None = None) -> AnyDataset:
     """The rows of all parts one after another, with the columns that all of them have, of one type."""
-    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(_with_common_columns(parts))
+    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(_with_common_columns(parts, cache_dir))
 
 
 def _unlike(feature: Any, other: Any) -> bool:
@@ -389,7 +396,7 @@ def _unlike(feature: Any, other: Any) -> bool:
     return feature != other and not both_images
 
 
-def _with_common_columns(parts: Sequence[AnyDataset]) -> list[AnyDataset]:
+def _with_common_columns(parts: Sequence[AnyDataset], cache_dir: str | os.PathLike | None = None) -> list[AnyDataset]:
     columns = [column for column in parts[0].column_names if all(column in part.column_names for part in parts)]
     unlike = [
         column
@@ -402,4 +409,15 @@ def _with_common_columns(parts: Sequence[AnyDataset]) -> list[AnyDataset]:
     selected = [part.select_columns([column for column in columns if column not in unlike]) for part in parts]
     features = selected[0].features
     # casting copies the data, and is only needed where another writer stored a column in another way
-    return [part if part.features == features else part.cast(features) for part in selected]
+    return [part if part.features == features else _cast(part, features, cache_dir) for part in selected]
+
+
+def _cast(rows: AnyDataset, features: datasets.Features, cache_dir: str | os.PathLike | None) -> AnyDataset:
+    if isinstance(rows, datasets.IterableDataset):
+        return rows.cast(features)
+    # in the cache: datasets would write the copy beside the rows, into a save_to_disk folder
+    name = datasets.fingerprint.Hasher.hash((rows._fingerprint, str(features)))
+    path = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / f"cast-{name}.arrow"
+    with named_errors("the data sets that are joined"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return rows.cast(features, cache_file_name=str(path))

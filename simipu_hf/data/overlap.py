@@ -36,20 +36,22 @@ def refuse_shared_frames(train: datasets.Dataset, held_out: datasets.Dataset, wh
 
 
 def refuse_shared_stream(
-    train: datasets.IterableDataset, held_out: datasets.Dataset, what: str
+    train: datasets.IterableDataset, held_out: datasets.Dataset | None, what: str
 ) -> datasets.IterableDataset:
     """The rows of `train`, ending in a SimIPUError before the first one that is also in `held_out`.
 
-    A stream is not read for the comparison alone: every row is compared when it comes.
+    A stream is not read for the comparison alone: every row is compared when it comes. Without `held_out` all rows
+    pass, and the state of the stream has the same form, so that a run may be resumed with or without evaluation.
     """
     names: dict[Key, str] = {}
-    for row in _compared_columns(held_out):
+    for row in () if held_out is None else _compared_columns(held_out):
         names |= dict.fromkeys(_content(row), row["frame_id"])
-    return undecoded(train).filter(partial(_is_not_shared, names=names, what=what, count=len(held_out)))
+    is_not_shared = partial(_is_not_shared, names=names, what=what, count=0 if held_out is None else len(held_out))
+    return undecoded(train).filter(is_not_shared)
 
 
 def _is_not_shared(row: Mapping[str, Any], names: Mapping[Key, str], what: str, count: int) -> bool:
-    for key in _content(row):
+    for key in _content(row) if names else ():
         if key in names:
             raise _shared_error(what, "some", count, row["frame_id"], names[key])
     return True

@@ -2,6 +2,7 @@
 
 import errno
 import glob
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -75,11 +76,9 @@ class Source:
     @cached_property
     def saved(self) -> Mapping[str, datasets.Dataset]:
         try:
-            saved = datasets.load_from_disk(self.location).with_format(None)  # it keeps the format it was saved in
-        except Exception as error:  # a folder that lacks a file or has no rows raises IndexError, KeyError and others
-            raise SimIPUError(
-                f"{self.location}: expected what save_to_disk wrote, with rows, found: {error}"
-            ) from error
+            saved = _load_saved(Path(self.location)).with_format(None)  # it keeps the format it was saved in
+        except Exception as error:  # a folder that lacks a file raises KeyError and others
+            raise SimIPUError(f"{self.location}: expected what save_to_disk wrote, found: {error}") from error
         return saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
 
     @cached_property
@@ -95,6 +94,17 @@ class Source:
         return datasets.load_dataset(self.location, self.config, split=split, **options)
 
 
+def _load_saved(folder: Path) -> datasets.Dataset | datasets.DatasetDict:
+    """`datasets.load_from_disk`, which cannot read a split without rows, nor then the splits beside it."""
+    if (folder / "dataset_dict.json").is_file():
+        names = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        return datasets.DatasetDict({name: _load_saved(folder / name) for name in names})
+    if json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]:
+        return datasets.load_from_disk(folder)
+    features = datasets.DatasetInfo.from_directory(folder).features
+    return datasets.Dataset.from_dict({name: [] for name in features}, features)
+
+
 def given_sources(dataset_name: Sources | None, data_dir: Sources | None, most: int | None = None) -> list[str]:
     """The sources of whichever of the two is given; SimIPUError for none, both, or more than `most`."""
     given = [place for place in (dataset_name, data_dir) if place is not None]
@@ -104,6 +114,11 @@ def given_sources(dataset_name: Sources | None, data_dir: Sources | None, most: 
     if not sources or len(sources) > (most or len(sources)):
         raise SimIPUError(f"expected {'one data set' if most else 'a data set'}, found {sources}")
     return [os.fspath(source) for source in sources]
+
+
+def full_path(location: str) -> str:
+    """What names a source wherever the command is run: of a folder its path without links, otherwise the text."""
+    return os.path.realpath(location) if os.path.exists(location) else location
 
 
 def split_source(text: str) -> tuple[str, str]:
@@ -144,7 +159,8 @@ def describe_frames(frames: Sequence[str]) -> tuple[str, str]:
 
 def name_sources(frames: Sequence[str]) -> str:
     """Names of the data sets, without their folders."""
-    sources = (split_source(text)[0].rstrip("/\\") for text in frames)
+    places = (split_source(text)[0].rstrip("/\\") for text in frames)
+    sources = (os.path.abspath(place) if os.path.isdir(place) else place for place in places)  # "." has no name
     return " + ".join(dict.fromkeys(re.split(r"[/\\]", source)[-1] for source in sources))
 
 

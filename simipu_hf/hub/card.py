@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import timm
 import yaml
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
+from simipu_hf.data.sources import full_path, split_source
 from simipu_hf.errors import SimIPUError
 from simipu_hf.files import atomic_write, write_json
 from simipu_hf.hub.sources import read_input_convention
 from simipu_hf.hub.weights import InputConvention, read_json
 from simipu_hf.training.logging import read_metrics
+from simipu_hf.training.run_folder import data_fingerprint
 
 TEMPLATES = Path(__file__).parent / "templates"
 GENERATED = "<!-- Written by simipu-hf from the files beside it. Delete this line to keep your own edits. -->"
@@ -111,7 +114,13 @@ def dataset_card(
 
 
 def add_evaluation(
-    folder: str | Path, task: str, dataset: str, split: str, metrics: dict[str, float], protocol: str
+    folder: str | Path,
+    task: str,
+    dataset: str,
+    split: str,
+    metrics: dict[str, float],
+    protocol: str,
+    frames: Sequence[str] = (),
 ) -> Path:
     """Keep an evaluation's result in `eval_results.json`, from which the card's `model-index` is made.
 
@@ -120,11 +129,17 @@ def add_evaluation(
         dataset, split: what it was evaluated on.
         metrics: name -> value; one that is not finite is left out.
         protocol: in words: crop, range, alignment, number of images.
+        frames: the sources as they were given. A result takes the place of an earlier one of the same frames; other
+            frames of a data set, and another data set of the same name, have a result of their own.
     """
     path = Path(folder) / EVALUATIONS
-    entry = {"task": task, "dataset": dataset, "split": split, "protocol": protocol, "metrics": _finite(metrics)}
-    key = ("task", "dataset", "split", "protocol")
-    others = [e for e in _evaluations(Path(folder)) if any(e.get(k) != entry[k] for k in key)]
+    given = [[full_path(source), rest] for source, rest in map(split_source, frames)]
+    entry = {
+        **{"task": task, "dataset": dataset, "split": split, "protocol": protocol},
+        **{"frames": data_fingerprint(map(str, given)), "metrics": _finite(metrics)},
+    }
+    key = ("task", "dataset", "split", "protocol", "frames")
+    others = [e for e in _evaluations(Path(folder)) if any(e.get(k, entry[k]) != entry[k] for k in key)]
     write_json(path, [*others, entry])
     return path
 

@@ -128,9 +128,10 @@ class EncoderWeights:
         if not self.state_dict:
             raise SimIPUError(f"{self.description}: random weights are of no channel order")
         first = self.template().pretrained_cfg.get("first_conv")
-        if not isinstance(first, str):
+        weight = self.state_dict.get(f"{first}.weight")
+        if weight is None or weight.ndim != 4 or weight.shape[1] != 3:  # some fold pixels into channels before it
             raise SimIPUError(f"{self.architecture} has no single first convolution whose channels could be reordered")
-        weight = self.state_dict[f"{first}.weight"].flip(1).contiguous()
+        weight = weight.flip(1).contiguous()
         mean, std = self.input.mean[::-1], self.input.std[::-1]
         flipped = replace(self.input, channel_order=channel_order, mean=mean, std=std)
         return replace(self, state_dict={**self.state_dict, f"{first}.weight": weight}, input=flipped)
@@ -157,7 +158,8 @@ def batch_norm_eps(model: nn.Module) -> dict[str, float]:
 
 
 def fold_batch_norm_eps(state_dict: StateDict, trained: Mapping[str, float], target: Mapping[str, float]) -> StateDict:
-    """`state_dict` with `running_var + trained eps - target eps`, in float64, where the two differ."""
+    """`state_dict` with `running_var + trained eps - target eps`, computed in float64 and kept in the data type of the
+    weights, where the two differ."""
     state = dict(state_dict)
     for name, eps in trained.items():
         if eps != target[name]:

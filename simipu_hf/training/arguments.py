@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import re
 import sys
 import typing
 from collections.abc import Sequence
@@ -550,9 +551,14 @@ class CompareArguments(FineTuningArguments):
         check_seeds("seeds", *self.seeds)
         for name in ("decoder_first", "encoder_learning_rate"):
             refuse_without_effect(self, (name, "full" in self.modes, "with --modes frozen"))
-        for encoder in self.image_encoders:
+        names = [encoder.partition("=")[0] for encoder in self.image_encoders]
+        for name, encoder in zip(names, self.image_encoders, strict=True):
             if not all(encoder.partition("=")):
                 raise SimIPUError(f"--image_encoders {encoder}: expected NAME=SOURCE")
+            if not re.fullmatch(r"[\w.+-]+", name):  # it becomes part of a folder's name and of a link
+                raise SimIPUError(f"--image_encoders {encoder}: expected a NAME of letters, digits and . _ + -")
+        if len(set(names)) < len(names):
+            raise SimIPUError(f"--image_encoders: expected each NAME once, found {' '.join(names)}")
         if not all(0 < fraction <= 1 for fraction in self.label_fractions):
             raise SimIPUError(f"--label_fractions must be above 0 and at most 1, found {self.label_fractions}")
         check_at_least(self, 1, "max_steps", "batch_size", "num_evaluations")

@@ -6,6 +6,8 @@
 - `training_state.json`: the step, and what the run was (compared on resume),
 - `manifest.json`: size and SHA-256 of every file, so that damage is noticed before anything is loaded.
 
+Those of fine-tuning hold the Trainer's files in the place of the first two, see [`write_manifest`].
+
 accelerate's `save_state` writes in place and from every process; a kill or a full disk then leaves half a checkpoint.
 """
 
@@ -32,7 +34,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import ProcessorMixin
 
 from simipu_hf.errors import SimIPUError
-from simipu_hf.files import atomic_folder
+from simipu_hf.files import atomic_folder, write_json
 
 from .distributed import on_main_process
 from .logging import METRICS_FILE, RunLogger, flatten
@@ -41,6 +43,7 @@ MANIFEST = "manifest.json"
 STATE_TENSORS = "training_state.pt"
 STATE_VALUES = "training_state.json"
 TRAINER_STATE = "trainer_state.json"
+WRITE_ERRORS = (OSError, SafetensorError, RuntimeError, SimIPUError)  # of a full disk, a missing permission
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -84,18 +87,28 @@ def save_checkpoint(
             save_model(beside)
             torch.save(tensors, beside / STATE_TENSORS)
             (beside / STATE_VALUES).write_text(json.dumps({"step": step, **values}, indent=2), encoding="utf-8")
-            manifest = {"step": step, "files": _describe_files(beside)}
-            (beside / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-    except (OSError, SafetensorError, RuntimeError, SimIPUError) as error:
-        kept = newest_checkpoint(output_dir)
-        raise SimIPUError(
-            f"could not write checkpoint {target}: {error}. "
-            + (f"The last good checkpoint is {kept}" if kept else "There is no earlier checkpoint")
-        ) from error
+            write_manifest(beside, step)
+    except WRITE_ERRORS as error:
+        raise write_error(target, error) from error
     for old in list_checkpoints(output_dir)[: -total_limit if total_limit else 0]:
         if old != target:
             shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def write_manifest(checkpoint: Path, step: int) -> None:
+    """Record every file of a checkpoint, the last thing that is written of it."""
+    (checkpoint / MANIFEST).unlink(missing_ok=True)  # of an earlier run, whose files the Trainer wrote over
+    write_json(checkpoint / MANIFEST, {"step": step, "files": _describe_files(checkpoint)})
+
+
+def write_error(target: Path, error: Exception) -> SimIPUError:
+    """What to raise for a checkpoint that could not be written."""
+    kept = newest_checkpoint(target.parent)
+    return SimIPUError(
+        f"could not write checkpoint {target}: {error}. "
+        + (f"The last good checkpoint is {kept}" if kept else "There is no earlier checkpoint")
+    )
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -127,7 +140,7 @@ def verify_checkpoint(path: Path) -> None:
         SimIPUError: naming the file, what was expected and what was found.
     """
     manifest_path = path / MANIFEST
-    if (path / TRAINER_STATE).is_file():
+    if (path / TRAINER_STATE).is_file() and not manifest_path.is_file():
         return _verify_trainer_checkpoint(path)
     if not manifest_path.is_file():
         hint = "".join(f"; did you mean {inside}?" for inside in list_checkpoints(path)[-1:])
@@ -138,7 +151,7 @@ def verify_checkpoint(path: Path) -> None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SimIPUError(f"{manifest_path} is damaged ({error})") from error
     for required in (STATE_TENSORS, STATE_VALUES):
-        if required not in expected:
+        if required not in expected and TRAINER_STATE not in expected:
             raise SimIPUError(f"{manifest_path} does not list {required}")
     for name, (size, digest) in expected.items():
         file = path / name
@@ -151,7 +164,7 @@ def verify_checkpoint(path: Path) -> None:
 
 
 def _verify_trainer_checkpoint(path: Path) -> None:
-    """`transformers.Trainer` writes no manifest, and its state as the last file."""
+    """`transformers.Trainer` itself writes no manifest, and its state as the last file."""
     try:
         json.loads((path / TRAINER_STATE).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -182,6 +195,13 @@ def remove_partial_checkpoints(output_dir: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def remove_partial_trainer_checkpoints(output_dir: Path) -> None:
+    """Delete what a kill or a full disk during a checkpoint of `transformers.Trainer` left behind."""
+    for path in list_checkpoints(output_dir):
+        if not (path / TRAINER_STATE).is_file() and not (path / MANIFEST).is_file():
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def set_aside(output_dir: Path, step: int, is_way_back: bool = False) -> Path | None:
     """Move the checkpoints beyond `step` into a folder of their own, with a copy of the metrics that led there.
 
@@ -196,12 +216,18 @@ def set_aside(output_dir: Path, step: int, is_way_back: bool = False) -> Path | 
     beyond = [path for path in list_checkpoints(output_dir) if int(path.name.split("-")[1]) > step - is_way_back]
     if not beyond and not is_way_back:
         return None
-    folder = next(f for n in itertools.count(1) if not (f := output_dir / f"set_aside-{n}").exists())
-    folder.mkdir()
+    folder = new_set_aside(output_dir)
     if (output_dir / METRICS_FILE).is_file():
         shutil.copyfile(output_dir / METRICS_FILE, folder / METRICS_FILE)
     for path in beyond:
         path.rename(folder / path.name)
+    return folder
+
+
+def new_set_aside(output_dir: Path) -> Path:
+    """An empty folder `set_aside-<N>` in the folder of a run."""
+    folder = next(f for n in itertools.count(1) if not (f := output_dir / f"set_aside-{n}").exists())
+    folder.mkdir()
     return folder
 
 

@@ -148,8 +148,14 @@ class RunLogger:
         """Write one line to `metrics.jsonl`, flushed so that a kill loses none, and to the trackers."""
         if not self.main:
             return
-        self._stream.write(json_line({"step": step, **values}))
-        self._stream.flush()
+        try:
+            self._stream.write(json_line({"step": step, **values}))
+            self._stream.flush()
+        except OSError as error:
+            raise SimIPUError(
+                f"{self._stream.name}: step {step} cannot be written ({error}); make room, and go on from the last "
+                "checkpoint with --resume_from_checkpoint latest"
+            ) from error
         self.accelerator.log(dict(values), step=step)
 
     def message(self, text: str) -> None:

@@ -21,14 +21,18 @@ from simipu_hf.errors import SimIPUError
 from simipu_hf.files import atomic_path, atomic_write, check_apart
 
 from .arguments import RunArguments
-from .checkpoint import newest_checkpoint, remove_partial_checkpoints, set_aside
+from .checkpoint import new_set_aside, newest_checkpoint, remove_partial_checkpoints, set_aside
 from .logging import METRICS_FILE
 
 RUN_FILE = "run.yaml"
-# what a run, its evaluation and its publication write beside the model's code
+# what a run, its evaluation and its publication write beside the model's code; not the folder of a clone
 _WRITTEN = re.compile(
-    r"\..+|checkpoint-\d+|set_aside-\d+|image_encoder|logs|runs|pictures|predictions|README\.md|run\.yaml|metrics\.jsonl"
+    r"\.(?!git).+|checkpoint-\d+|set_aside-\d+|image_encoder|logs|runs|pictures|predictions|README\.md|run\.yaml|metrics\.jsonl"
     r"|training_curves\.png|model.*\.safetensors.*|config\.json|(pre)?processor_config\.json|\w+_(evaluation|results)\.json"
+)
+# what is there once, at the end of a run: the model and what was measured of it
+_FINAL = re.compile(
+    r"model.*\.safetensors.*|config\.json|(pre)?processor_config\.json|image_encoder|\w+_(evaluation|results)\.json"
 )
 _PACKAGES = ("simipu-hf", "torch", "torchvision", "transformers", "timm", "accelerate", "datasets", "numpy", "scipy")
 
@@ -110,8 +114,9 @@ def check_kind(folder: Path, kind: str, refusal: str) -> None:
         )
 
 
-def open_run_folder(arguments: RunArguments, step: int, **record: Any) -> None:
-    """Create the output folder, or make an earlier run's ready to go on from `step`, and write `run.yaml`.
+def open_run_folder(arguments: RunArguments, step: int, last_step: int, **record: Any) -> None:
+    """Create the output folder, or make an earlier run's ready to go on from `step` to `last_step`, and write
+    `run.yaml`.
 
     That holds the arguments (it can be given to `--config`), versions, command, git state, and `record`. Main process
     only, after [`find_checkpoint`].
@@ -147,6 +152,13 @@ def open_run_folder(arguments: RunArguments, step: int, **record: Any) -> None:
     if aside is not None:
         moved = "the other continuation is" if is_way_back else f"the checkpoints beyond step {step} are"
         print(f"{moved} now in {aside}")
+    if step < last_step and (output_dir / "config.json").is_file():
+        aside = aside or new_set_aside(output_dir)
+        # config.json first: without it the folder stands for its newest checkpoint
+        for path in sorted(output_dir.iterdir(), key=lambda path: path.name != "config.json"):
+            if _FINAL.fullmatch(path.name):
+                path.rename(aside / path.name)
+        print(f"the model that the run ended with before is now in {aside}")
     if is_way_back and (start / METRICS_FILE).is_file():  # the lines of the steps that led there
         with atomic_path(output_dir / METRICS_FILE) as beside:
             shutil.copyfile(start / METRICS_FILE, beside)

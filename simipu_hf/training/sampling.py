@@ -108,6 +108,7 @@ class StreamedBatches:
         )
         self._identity = {
             "stream": data_fingerprint(map(str, sources)),
+            "num_shards": rows.num_shards,  # the order of a source that grew is another one
             "num_processes": accelerator.num_processes,
             "num_workers": arguments.dataloader_num_workers,
         }

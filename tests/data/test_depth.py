@@ -63,11 +63,13 @@ def test_frames_are_selected_by_split_and_id(frames, tmp_path):
         select_frames([f"{frames}#banana"])
 
 
-def test_splits_are_described_by_the_names_that_are_read(frames, tmp_path):
+def test_splits_are_described_by_the_names_that_are_read(frames, tmp_path, monkeypatch):
     for name in ("mini_train", "val"):
         datasets.DatasetDict({name: select_frames([frames])}).save_to_disk(tmp_path / name)
     assert describe_frames([frames, f"{frames}#test:000006"]) == ("rows", "train + test")
     assert describe_frames([str(tmp_path / "mini_train")]) == ("mini_train", "mini_train")
+    monkeypatch.chdir(tmp_path / "mini_train")
+    assert describe_frames(["."]) == ("mini_train", "mini_train")
     assert describe_frames([str(tmp_path / "val"), f"{frames}#train[:1]+test[1:]"])[1] == "val + train[:1]+test[1:]"
 
 
@@ -189,8 +191,10 @@ def test_frame_is_cropped_and_resized_with_its_target():
     assert frame.window == (23, 13, 352, 1216)
     assert frame.image.shape == (88, 304, 3)
     np.testing.assert_array_equal(frame.target, resize_depth_map(frame.depth[23:, 13:-13], 88, 304))
-    with pytest.raises(SimIPUError, match=r"frame 000000.*352 x 1216.*--no_kb_crop"):
-        DepthFrame.from_row(next(make_rows(range(1))), SimIPUImageProcessor(crop_size=crop))
+    for size, found in (((64, 96), "352 x 1216"), ((900, 1600), "expected an image .*352 x 1216.*found 900 x 1600")):
+        row = next(make_rows(range(1))) | {"image": Image.new("RGB", size[::-1])}
+        with pytest.raises(SimIPUError, match=f"frame 000000.*{found}.*--no_kb_crop"):
+            DepthFrame.from_row(row, SimIPUImageProcessor(crop_size=crop))
 
 
 def test_frames_that_cannot_be_used_stop_or_are_left_out(capsys):

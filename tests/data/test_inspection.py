@@ -158,7 +158,7 @@ def test_only_what_is_asked_for_is_looked_at(object_root, raw_root, tmp_path):
     assert inspect_dataset(data_dir=object_root, split="validation").splits == {"val": 2}
     with pytest.raises(SimIPUError, match="scenes: expected"):
         inspect_dataset(data_dir=raw_root, scenes=["none"])
-    with pytest.raises(SimIPUError, match="can be chosen of a published data set"):
+    with pytest.raises(SimIPUError, match=r"can be chosen of a published data set.*visualize .* draws chosen rows"):
         inspect_dataset(data_dir=tmp_path / "saved", scenes=["none"])
 
 

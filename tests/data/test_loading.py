@@ -197,7 +197,8 @@ def test_parquet_folder(rows, tmp_path, streaming, monkeypatch):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_saved_folder(rows, tmp_path, streaming):
     rows.with_format("torch").save_to_disk(tmp_path / "one")
-    datasets.DatasetDict(train=rows, val=rows.select([0])).save_to_disk(tmp_path / "many")
+    splits = {"test": rows.select([]), "train": rows, "val": rows.select([0])}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "many")
 
     def count(folder, split):
         loaded = list(load_pretraining_dataset(tmp_path / folder, split=split, streaming=streaming))
@@ -209,10 +210,12 @@ def test_saved_folder(rows, tmp_path, streaming):
     for folder, split, there in (
         ("one", "banana", "'train'"),
         ("one", "validation", "'train'"),
-        ("many", "test", "'val'"),
+        ("many", "banana", "'val'"),
     ):
         with pytest.raises(SimIPUError, match=rf"split: expected one of \[.*{there}\], found '{split}'"):
             count(folder, split)
+    with pytest.raises(SimIPUError, match="many: split 'test': expected rows, found none"):
+        count("many", "test")
 
 
 @pytest.mark.parametrize(
@@ -229,7 +232,7 @@ def test_saved_folder(rows, tmp_path, streaming):
             r"column 'camera_projection': expected.*\(3, 4\).*found.*\(4, 3\)",
         ),
         (lambda rows: rows.remove_columns("frame_id").add_column("frame_id", range(4)), "'frame_id'.*string.*int64"),
-        (lambda rows: rows.select([]), "with rows, found"),
+        (lambda rows: rows.select([]), "split 'train': expected rows, found none"),
     ],
 )
 def test_columns_are_checked(rows, tmp_path, change, expected):

@@ -56,6 +56,17 @@ def test_sources_are_joined_in_order(object_root, tmp_path):
             load_mixture(data_dir=[saved, object_root], mixture=weights, **options)
 
 
+def test_joining_writes_nothing_into_the_sources(tmp_path):
+    saved = [save(tmp_path / name, [f"{name}/0", f"{name}/1"], first) for first, name in enumerate("ab")]
+    features = datasets.Features({**ROW_FEATURES, "points": datasets.Value("large_binary")})
+    datasets.load_from_disk(saved[1]).cast(features).save_to_disk(tmp_path / "large")
+    before = sorted((tmp_path / "large").iterdir())
+    rows = load_pretraining_dataset([saved[0], tmp_path / "large"], cache_dir=tmp_path / "cache")
+    assert rows[2]["points"] == make_row("b/0", 1)["points"]
+    assert sorted((tmp_path / "large").iterdir()) == before
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_columns_of_other_types_are_left_out(tmp_path, streaming, caplog):
     sources = []

@@ -45,6 +45,11 @@ def test_evaluation_becomes_a_model_index(folder):
     assert (result.metric_type, result.metric_value, result.dataset_split) == ("abs_rel", 0.07, "test")
     assert "Garg crop, 80 m" in card
     assert len(metadata(card)["model-index"]) == 1
+    for source in ("a/rows", "b/rows", "./b/rows", "b/rows#test:000001"):
+        (folder / source.partition("#")[0]).mkdir(parents=True, exist_ok=True)
+        add_evaluation(folder, "depth-estimation", "rows", "test", metrics, "80 m", [f"{folder}/{source}"])
+    kept = json.loads((folder / "eval_results.json").read_text(encoding="utf-8"))
+    assert [entry["dataset"] for entry in kept] == ["KITTI Eigen", "rows", "rows", "rows"]
     (folder / "eval_results.json").write_text('[{"metrics": 3}]', encoding="utf-8")
     with pytest.raises(SimIPUError, match="add_evaluation"):
         model_card(folder)

@@ -15,6 +15,7 @@ from simipu_hf.errors import SimIPUError
 from simipu_hf.hub import export
 from simipu_hf.hub.export import export_image_encoder
 from simipu_hf.hub.sources import load_image_encoder
+from simipu_hf.hub.weights import EncoderWeights
 from simipu_hf.modeling.image_encoder import pyramid_stages
 
 DATA = {"size": (64, 96), "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
@@ -176,6 +177,9 @@ def test_channel_order(encoder, folder, tmp_path, pixels):
     close(loaded.eval().forward_features(pixels.flip(1)), encoder.forward_features(pixels))
     flipped, _ = load_image_encoder(folder, channel_order="rgb", verbose=False)
     close(flipped.eval().forward_features(pixels.flip(1)), encoder.forward_features(pixels))
+    folded = EncoderWeights("tresnet_m", {"body.conv1.conv.weight": torch.ones(64, 48, 3, 3)}, {})  # of 4 x 4 pixels
+    with pytest.raises(SimIPUError, match="tresnet_m has no single first convolution"):
+        folded.with_channel_order("bgr")
 
 
 def test_nothing_but_an_earlier_output_is_replaced(encoder, folder, tmp_path):

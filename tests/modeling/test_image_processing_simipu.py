@@ -69,7 +69,11 @@ def test_other_modes_become_rgb(mode):
 def test_alpha_is_dropped_as_of_stored_rows():
     processor, clear = preset("recommended", (32, 64)), make_image()
     clear.putalpha(0)
-    assert torch.equal(processor(clear)["pixel_values"], processor(make_image())["pixel_values"])
+    array = np.moveaxis(np.array(clear), -1, 0)
+    for image in (clear, array, torch.from_numpy(array)):
+        assert torch.equal(processor(image)["pixel_values"], processor(make_image())["pixel_values"])
+    floats = array.astype(np.float32)
+    assert torch.equal(processor(floats)["pixel_values"], processor(floats[:3])["pixel_values"])
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])

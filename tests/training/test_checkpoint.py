@@ -15,8 +15,10 @@ from simipu_hf.training.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     newest_checkpoint,
+    remove_partial_trainer_checkpoints,
     save_checkpoint,
     set_aside,
+    write_manifest,
 )
 
 
@@ -69,6 +71,15 @@ def test_a_checkpoint_of_the_transformers_trainer_is_complete_with_its_state(tmp
     for content, found in (("{", None), ("{}", tmp_path / "checkpoint-7")):
         (tmp_path / "checkpoint-7" / "trainer_state.json").write_text(content, encoding="utf-8")
         assert newest_checkpoint(tmp_path) == found
+    (tmp_path / "checkpoint-8").mkdir()
+    (tmp_path / "checkpoint-9").mkdir()
+    (tmp_path / "checkpoint-9" / "trainer_state.json").write_text("{}", encoding="utf-8")
+    for _ in range(2):
+        write_manifest(tmp_path / "checkpoint-9", 9)
+        assert newest_checkpoint(tmp_path).name == "checkpoint-9"
+    (tmp_path / "checkpoint-9" / "trainer_state.json").unlink()
+    remove_partial_trainer_checkpoints(tmp_path)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-7", "checkpoint-9"]
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("disk full")])

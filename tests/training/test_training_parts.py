@@ -97,6 +97,12 @@ class TestStreams:
             for flags in ([], *([f"--{choice}"] for choice in choices))
         ]
         assert len(set(found)) == len(choices) + 1
+        grown = dataset_from_rows(make_rows(2), tmp_path).to_iterable_dataset(num_shards=2)
+        numbers = [
+            StreamedBatches(Accelerator(cpu=True), parse(), stream, *views).identity()["num_shards"]
+            for stream in (rows, grown)
+        ]
+        assert numbers == [1, 2]
 
     def test_versions_of_datasets_that_lose_rows_are_refused(self, monkeypatch):
         monkeypatch.setattr(datasets, "__version__", "4.8.5")
