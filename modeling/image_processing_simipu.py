@@ -14,7 +14,7 @@ import torch
 from PIL.Image import Image
 from transformers import BatchFeature
 from transformers.image_processing_backends import TorchvisionBackend
-from transformers.image_utils import PILImageResampling, SizeDict
+from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .geometry import content_mask, image_boxes, pixel_transform
@@ -175,9 +175,11 @@ class SimIPUImageProcessor(TorchvisionBackend):
             return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(kwargs.get("device"))
         return super().process_image(image, *args, **kwargs)
 
-    def convert_to_rgb(self, image: Any, *args: Any, **kwargs: Any) -> Any:
-        """transformers' conversion of an array (C, height, width), but alpha is dropped, as of images of Pillow."""
-        return super().convert_to_rgb(image[:3] if image.shape[0] == 4 else image, *args, **kwargs)
+    def convert_to_rgb(self, image: Any, input_data_format: Any = None) -> Any:
+        """transformers' conversion, but alpha of an array (C, height, width) is dropped, as of images of Pillow."""
+        if input_data_format == ChannelDimension.FIRST and image.shape[0] == 4:
+            image = image[:3]
+        return super().convert_to_rgb(image, input_data_format)
 
     def crop_window(self, image_size: tuple[int, int]) -> tuple[int, int, int, int]:
         """Top, left, height and width of the part of an image of height and width `image_size` that is kept.

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .data.depth import DepthDataset, DepthFrame, select_depth_rows
+from .data.depth import DepthDataset, DepthFrame, refuse_small_crop, select_depth_rows
 from .data.sources import describe_frames
 from .errors import SimIPUError
 from .evaluation.depth import METRICS, DepthProtocol, evaluate_frames
@@ -44,9 +44,12 @@ def evaluate_depth(arguments: EvaluateDepthArguments) -> dict[str, Any]:
         arguments.test_frames, arguments.test_list, arguments.image_dir, arguments.depth_dir, arguments.on_bad_row
     )
     output_dir = None if arguments.output_dir is None else Path(arguments.output_dir)
+    dataset = DepthDataset(rows, processor, on_bad_row=arguments.on_bad_row)
+    if processor.crop_size is None and arguments.kb_crop:
+        refuse_small_crop(dataset.frame(0))
     result = evaluate_frames(
         network,
-        DepthDataset(rows, processor, on_bad_row=arguments.on_bad_row).usable_frames(),
+        dataset.usable_frames(),
         processor,
         DepthProtocol.from_arguments(arguments),
         show=PictureWriter(None if output_dir is None else output_dir / "pictures", arguments.num_pictures),

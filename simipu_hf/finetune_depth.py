@@ -15,7 +15,14 @@ from typing import Any
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
-from .data.depth import KB_CROP, DepthAugmentation, DepthDataset, default_crop_size, select_depth_rows
+from .data.depth import (
+    KB_CROP,
+    DepthAugmentation,
+    DepthDataset,
+    default_crop_size,
+    refuse_small_crop,
+    select_depth_rows,
+)
 from .data.overlap import refuse_shared_frames
 from .errors import exit_code_of
 from .evaluate_depth import PictureWriter, format_table, record_in_card
@@ -90,9 +97,12 @@ def trainer_parts(
     whole_images = is_built_for_one_size(timm_arguments(model.config.image_encoder_config))
     crop_size = arguments.crop_size or (size if whole_images else default_crop_size(arguments.image_size))
     augmentation = DepthAugmentation(crop_size=crop_size)
+    train_dataset = DepthDataset(train_rows, processor, augmentation, seed, keep_frames, on_bad_row)
+    if arguments.kb_crop:
+        refuse_small_crop(train_dataset.frame(0))
     return {
         "model": model,
-        "train_dataset": DepthDataset(train_rows, processor, augmentation, seed, keep_frames, on_bad_row),
+        "train_dataset": train_dataset,
         "eval_dataset": None if test_rows is None else DepthDataset(test_rows, processor, on_bad_row=on_bad_row),
         "processing_class": processor,
         "protocol": DepthProtocol.from_arguments(arguments),

@@ -513,7 +513,10 @@ def open_run(arguments: FineTuningRunArguments, trainer: FineTuningTrainer) -> s
     fixed["image_encoder"] = {
         "architecture": config.architecture,
         "model_args": config.model_args,
-        "weights": weights_fingerprint(trainer.model.image_encoder.state_dict()),  # none is trained yet
+        # none is trained yet; random ones differ in their last bits between processors
+        "weights": "random"
+        if arguments.image_encoder.startswith("random:")
+        else weights_fingerprint(trainer.model.image_encoder.state_dict()),
     }
     fixed["image_processor"] = trainer.processing_class.to_dict()
     identity = json.loads(json.dumps(fixed))

@@ -241,6 +241,16 @@ class DepthFrame:
         return cls(str(row.get("frame_id", "?")), pixels, target, depth, window)
 
 
+def refuse_small_crop(frame: DepthFrame) -> None:
+    """Raises a `SimIPUError` where the KITTI crop is less than half of a frame's image, as of no image of KITTI's."""
+    height, width = frame.depth.shape
+    if 2 * KB_CROP[0] * KB_CROP[1] < height * width:
+        raise SimIPUError(
+            f"frame {frame.frame_id}: the KITTI crop of 352 x 1216 pixels (height x width) is less than half of the "
+            f"image, {height} x {width}; --no_kb_crop trains and evaluates without the KITTI crop"
+        )
+
+
 # --- training samples -----------------------------------------------------------------------------------------------
 
 

@@ -152,6 +152,8 @@ class RunLogger:
             self._stream.write(json_line({"step": step, **values}))
             self._stream.flush()
         except OSError as error:
+            with suppress(OSError):  # it would write what is left, and fail again
+                self._stream.close()
             raise SimIPUError(
                 f"{self._stream.name}: step {step} cannot be written ({error}); make room, and go on from the last "
                 "checkpoint with --resume_from_checkpoint latest"
@@ -172,7 +174,7 @@ class RunLogger:
 
     def close(self) -> None:
         self.bar.close()
-        if self.main:
+        if self.main and not self._stream.closed:
             os.fsync(self._stream.fileno())
             self._stream.close()
         for tracker in self.accelerator.trackers:  # not end_training: that also takes the process group down

@@ -27,7 +27,7 @@ from .logging import METRICS_FILE
 RUN_FILE = "run.yaml"
 # what a run, its evaluation and its publication write beside the model's code; not the folder of a clone
 _WRITTEN = re.compile(
-    r"\.(?!git).+|checkpoint-\d+|set_aside-\d+|image_encoder|logs|runs|pictures|predictions|README\.md|run\.yaml|metrics\.jsonl"
+    r"\.(?!git$).+|checkpoint-\d+|set_aside-\d+|image_encoder|logs|runs|pictures|predictions|README\.md|run\.yaml|metrics\.jsonl"
     r"|training_curves\.png|model.*\.safetensors.*|config\.json|(pre)?processor_config\.json|\w+_(evaluation|results)\.json"
 )
 # what is there once, at the end of a run: the model and what was measured of it
@@ -152,12 +152,14 @@ def open_run_folder(arguments: RunArguments, step: int, last_step: int, **record
     if aside is not None:
         moved = "the other continuation is" if is_way_back else f"the checkpoints beyond step {step} are"
         print(f"{moved} now in {aside}")
-    if step < last_step and (output_dir / "config.json").is_file():
+    final = [path for path in output_dir.iterdir() if _FINAL.fullmatch(path.name)]
+    if step < last_step and final:
         aside = aside or new_set_aside(output_dir)
+        for path in output_dir.glob("*.py"):  # the model's code, which the checkpoints need as well
+            shutil.copyfile(path, aside / path.name)
         # config.json first: without it the folder stands for its newest checkpoint
-        for path in sorted(output_dir.iterdir(), key=lambda path: path.name != "config.json"):
-            if _FINAL.fullmatch(path.name):
-                path.rename(aside / path.name)
+        for path in sorted(final, key=lambda path: path.name != "config.json"):
+            path.rename(aside / path.name)
         print(f"the model that the run ended with before is now in {aside}")
     if is_way_back and (start / METRICS_FILE).is_file():  # the lines of the steps that led there
         with atomic_path(output_dir / METRICS_FILE) as beside:

@@ -1,5 +1,6 @@
 """Frames with depth: selection, sparse targets against hand-made projections, Eigen lists, training samples."""
 
+import dataclasses
 import io
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from simipu_hf.data.depth import (
     project_to_depth_map,
     read_depth_png,
     read_eigen_list,
+    refuse_small_crop,
     resize_depth_map,
 )
 from simipu_hf.data.frames import select_frames
@@ -191,10 +193,11 @@ def test_frame_is_cropped_and_resized_with_its_target():
     assert frame.window == (23, 13, 352, 1216)
     assert frame.image.shape == (88, 304, 3)
     np.testing.assert_array_equal(frame.target, resize_depth_map(frame.depth[23:, 13:-13], 88, 304))
-    for size, found in (((64, 96), "352 x 1216"), ((900, 1600), "expected an image .*352 x 1216.*found 900 x 1600")):
-        row = next(make_rows(range(1))) | {"image": Image.new("RGB", size[::-1])}
-        with pytest.raises(SimIPUError, match=f"frame 000000.*{found}.*--no_kb_crop"):
-            DepthFrame.from_row(row, SimIPUImageProcessor(crop_size=crop))
+    refuse_small_crop(frame)
+    with pytest.raises(SimIPUError, match=r"frame 000000.*352 x 1216.*--no_kb_crop"):
+        DepthFrame.from_row(next(make_rows(range(1))), SimIPUImageProcessor(crop_size=crop))
+    with pytest.raises(SimIPUError, match=r"frame 000000.*less than half of the image, 900 x 1600; --no_kb_crop"):
+        refuse_small_crop(dataclasses.replace(frame, depth=np.ones((900, 1600))))
 
 
 def test_frames_that_cannot_be_used_stop_or_are_left_out(capsys):
