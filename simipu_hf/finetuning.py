@@ -526,7 +526,8 @@ def open_run(arguments: FineTuningRunArguments, trainer: FineTuningTrainer) -> s
         if found is None:
             raise SimIPUError(f"{checkpoint}: expected a checkpoint in the folder of a run, with {RUN_FILE}")
         check_kind(found.parent, type(arguments).__name__, f"{checkpoint} is not resumed from")
-        verify_checkpoint(checkpoint)
+        if arguments.resume_from_checkpoint != "latest":  # which is the newest that was verified
+            verify_checkpoint(checkpoint)
         check_same_run(yaml.safe_load(found.read_text("utf-8")).get("identity", {}), identity, checkpoint)
     step = 0 if checkpoint is None else read_json(checkpoint / "trainer_state.json")["global_step"]
     if (Path(arguments.output_dir) / RUN_FILE).is_file():

@@ -25,14 +25,14 @@ from .checkpoint import new_set_aside, newest_checkpoint, remove_partial_checkpo
 from .logging import METRICS_FILE
 
 RUN_FILE = "run.yaml"
-# what a run, its evaluation and its publication write beside the model's code; not the folder of a clone
-_WRITTEN = re.compile(
-    r"\.(?!git$).+|checkpoint-\d+|set_aside-\d+|image_encoder|logs|runs|pictures|predictions|README\.md|run\.yaml|metrics\.jsonl"
-    r"|training_curves\.png|model.*\.safetensors.*|config\.json|(pre)?processor_config\.json|\w+_(evaluation|results)\.json"
-)
 # what is there once, at the end of a run: the model and what was measured of it
 _FINAL = re.compile(
     r"model.*\.safetensors.*|config\.json|(pre)?processor_config\.json|image_encoder|\w+_(evaluation|results)\.json"
+)
+# what a run, its evaluation and its publication write beside the model's code; not the folder of a clone
+_WRITTEN = re.compile(
+    r"\.(?!git$).+|checkpoint-\d+|set_aside-\d+|logs|runs|pictures|predictions|README\.md|run\.yaml|metrics\.jsonl"
+    rf"|training_curves\.png|{_FINAL.pattern}"
 )
 _PACKAGES = ("simipu-hf", "torch", "torchvision", "transformers", "timm", "accelerate", "datasets", "numpy", "scipy")
 
