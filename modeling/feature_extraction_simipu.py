@@ -179,9 +179,14 @@ def to_point_cloud(points: Any) -> np.ndarray:
         values = np.asarray(values, dtype=np.float32)
     if values.ndim != 2 or values.shape[1] != 4:
         raise ValueError(f"points: expected shape (N, 4), x y z reflectance, found {values.shape}")
-    finite = np.isfinite(values)
-    if not finite.all():
-        bad = ~finite.all(axis=1)
+    if not np.abs(values).max(initial=0) <= LARGEST_VALUE:  # nor where one is NaN
+        _check_values(values)
+    return values
+
+
+def _check_values(values: np.ndarray) -> None:
+    bad = ~np.isfinite(values).all(axis=1)
+    if bad.any():
         raise ValueError(
             f"points: expected finite values, found {bad.sum()} of {len(values)} with NaN or infinity, the first at "
             f"index {bad.argmax()}"
@@ -191,7 +196,6 @@ def to_point_cloud(points: Any) -> np.ndarray:
         raise ValueError(
             f"points: expected metres from the sensor, found values up to {largest:.2g}{_of_a_map(largest)}"
         )
-    return values
 
 
 def _four_columns(data: bytes | bytearray | memoryview) -> np.ndarray:

@@ -170,10 +170,13 @@ class SimIPUImageProcessor(TorchvisionBackend):
         """transformers' conversion of one image to a tensor (C, height, width), of 16-bit images as well."""
         image = to_8_bits(image)
         if isinstance(image, Image) and kwargs.get("do_convert_rgb"):
-            image = image if image.mode == "RGB" else image.convert("RGB")  # alpha is dropped, as of rows
-            # left channels-last in memory: torchvision resizes that three times as fast
-            return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(kwargs.get("device"))
-        return super().process_image(image, *args, **kwargs)
+            pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))  # alpha is dropped, as of rows
+        elif isinstance(image, np.ndarray) and image.shape[2:] == (3,) and len(image) > 4 and image.dtype == np.uint8:
+            pixels = image
+        else:
+            return super().process_image(image, *args, **kwargs)
+        # left channels-last in memory: torchvision resizes that three times as fast
+        return torch.from_numpy(pixels).permute(2, 0, 1).to(kwargs.get("device"))
 
     def convert_to_rgb(self, image: Any, input_data_format: Any = None) -> Any:
         """transformers' conversion, but alpha of an array (C, height, width) is dropped, as of images of Pillow."""

@@ -21,7 +21,7 @@ from ..errors import SimIPUError
 from ..modeling.geometry import inside_image, project_points
 from ..modeling.image_processing_simipu import SimIPUImageProcessor
 from .frames import FrameDataset, OnBadRow, crop_window, jitter_colors, select_frames, to_pixel_values
-from .rows import calibration_from_row, image_from_row, points_from_row
+from .rows import calibration_from_row, pixels_from_row, points_from_row
 
 # KITTI Eigen training and evaluation use the bottom centre of every image (the "KB" crop): height, width.
 KB_CROP = (352, 1216)
@@ -177,7 +177,7 @@ def read_depth_png(source: Image.Image | Mapping[str, Any] | str | os.PathLike, 
     return np.asarray(source).astype(np.float32) / 256.0
 
 
-def image_and_depth(row: Mapping[str, Any]) -> tuple[Image.Image, np.ndarray]:
+def image_and_depth(row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """The image of a row and its ground truth: its `depth` where it has one, else its LiDAR scan projected.
 
     Args:
@@ -185,20 +185,19 @@ def image_and_depth(row: Mapping[str, Any]) -> tuple[Image.Image, np.ndarray]:
             or one with `image` and `depth`: a KITTI-style 16-bit PNG as [`read_depth_png`] takes it.
 
     Returns:
-        The RGB image, and `(H, W)` float32 of its size, metres.
+        The image `(H, W, 3)` uint8 RGB, and its depth `(H, W)` float32, metres.
 
     Raises:
         SimIPUError: something cannot be read, or the depth has another size than the image; names the frame.
     """
     name = f"frame {row.get('frame_id', '?')}"
-    image = image_from_row(row)
+    image = pixels_from_row(row)
+    height, width = image.shape[:2]
     if row.get("depth") is None:
-        return image, project_to_depth_map(points_from_row(row), *calibration_from_row(row), image.height, image.width)
+        return image, project_to_depth_map(points_from_row(row), *calibration_from_row(row), height, width)
     depth = read_depth_png(row["depth"], name)
-    if depth.shape != (image.height, image.width):
-        raise SimIPUError(
-            f"{name}: depth is {depth.shape[1]} x {depth.shape[0]}, its image {image.width} x {image.height}"
-        )
+    if depth.shape != (height, width):
+        raise SimIPUError(f"{name}: depth is {depth.shape[1]} x {depth.shape[0]}, its image {width} x {height}")
     return image, depth
 
 
@@ -236,7 +235,7 @@ class DepthFrame:
         known = depth[top : top + height, left : left + width]
         if not known.any():
             raise SimIPUError(f"{name}: no pixel with known depth")
-        pixels = processor.resize_image(torch.from_numpy(np.array(image)).permute(2, 0, 1)).permute(1, 2, 0).numpy()
+        pixels = processor.resize_image(torch.from_numpy(image).permute(2, 0, 1)).permute(1, 2, 0).numpy()
         target = resize_depth_map(known, *pixels.shape[:2])
         return cls(str(row.get("frame_id", "?")), pixels, target, depth, window)
 

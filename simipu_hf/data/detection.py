@@ -17,7 +17,7 @@ from ..errors import SimIPUError
 from ..modeling.geometry import pixel_transform
 from .frames import FrameDataset, OnBadRow, crop_window, jitter_colors, select_frames, to_pixel_values
 from .kitti_objects import NEIGHBOURS, OBJECT_TYPES, KittiObjects, by_field, check_object, object_names
-from .rows import calibration_from_row, image_from_row
+from .rows import calibration_from_row, pixels_from_row
 
 EVERY_CLASS = -1
 MIRROR = np.diag([-1.0, 1, 1, 1])
@@ -127,7 +127,7 @@ class DetectionFrame:
         """
         objects = objects_from_row(row)
         projection = calibration_from_row(row)[0]
-        return cls(str(row.get("frame_id", "?")), np.array(image_from_row(row)), projection, objects)
+        return cls(str(row.get("frame_id", "?")), pixels_from_row(row), projection, objects)
 
 
 def objects_from_row(row: Mapping[str, Any]) -> KittiObjects:

@@ -7,11 +7,9 @@ brings the points into.
 """
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import datasets
@@ -26,7 +24,7 @@ from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor, pad
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
 from .mixture import Mixture
-from .rows import REQUIRED_COLUMNS, image_from_row
+from .rows import REQUIRED_COLUMNS, image_from_row, pixels_from_row
 from .sources import undecoded
 
 Range = tuple[float, float]
@@ -331,11 +329,10 @@ class TwoViewDataset(torch.utils.data.Dataset):
     def _sample(self, row_index: int, epoch: int, index: int) -> dict[str, torch.Tensor]:
         with self._naming_unreadable(row_index):
             table = self._arrow_rows[row_index]
-            row = {name: table[name][0].as_py() for name in REQUIRED_COLUMNS}
-            image = row["image"]
-            if image["bytes"] is None and os.path.isfile(image["path"]):
-                image["bytes"] = Path(image["path"]).read_bytes()  # Pillow reads a file in thousands of small pieces
-            row["image"] = image_from_row(row)
+            row = {name: table[name][0].as_py() for name in REQUIRED_COLUMNS if name != "points"}
+            points = table["points"][0].as_buffer()
+            row["points"] = None if points is None else memoryview(points)  # not copied
+            row["image"] = pixels_from_row(row)
         try:
             return two_view_sample(row, self.processor, self.augmentation, seed=self.seed, epoch=epoch, index=index)
         except ValueError as error:

@@ -1,6 +1,8 @@
 """Rows, and one function that loads them from wherever they are."""
 
+import io
 import os
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -15,6 +17,7 @@ import torch
 from PIL import Image
 
 from simipu_hf.data import preparation
+from simipu_hf.data import rows as rows_module
 from simipu_hf.data.loading import _runs, load_pretraining_dataset
 from simipu_hf.data.preparation import _chunks
 from simipu_hf.data.rows import (
@@ -23,6 +26,7 @@ from simipu_hf.data.rows import (
     check_row,
     dataset_from_rows,
     image_from_row,
+    pixels_from_row,
     points_from_row,
     to_row,
 )
@@ -92,6 +96,54 @@ def test_an_image_is_stored_and_read_in_one_way(tmp_path):
         else:
             with pytest.raises(SimIPUError, match=f"frame a: image: .* EXIF orientation {orientation}"):
                 make_row(image=tmp_path / f"turned.{suffix}")
+
+
+def encoded_image(mode: str, name: str, **options) -> bytes:
+    noise = np.random.default_rng(0).integers(0, 256, (37, 53, 4), dtype=np.uint8)
+    image = Image.fromarray(noise).resize((106, 74), Image.Resampling.BICUBIC).convert(mode)
+    image.save(file := io.BytesIO(), name, **options)
+    return file.getvalue()
+
+
+def damaged(data: bytes) -> list[bytes]:
+    middle = bytearray(data)
+    middle[len(data) // 2] ^= 0xFF
+    return [bytes(middle), data + b"more", *(data[:-cut] for cut in (1, 5, 12, 40, len(data) // 2))]
+
+
+@pytest.mark.parametrize(
+    ("without_pillow", "mode", "name", "options"),
+    [
+        (True, "RGB", "JPEG", {"quality": 90}),
+        (True, "RGB", "JPEG", {"quality": 30, "subsampling": 0, "progressive": True}),
+        (False, "L", "JPEG", {}),
+        (False, "CMYK", "JPEG", {}),
+        (True, "RGB", "PNG", {}),
+        (False, "RGB", "PNG", {"transparency": (1, 2, 3)}),
+        (False, "RGBA", "PNG", {}),
+        (False, "LA", "PNG", {}),
+    ],
+)
+def test_pixels_are_those_of_pillow_and_so_are_refusals(tmp_path, monkeypatch, without_pillow, mode, name, options):
+    data = encoded_image(mode, name, **options)
+    (tmp_path / "image").write_bytes(data)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    with monkeypatch.context() as patch:
+        if without_pillow:
+            patch.delattr(rows_module, "image_from_row")
+        for image in ({"bytes": data, "path": None}, {"bytes": None, "path": str(tmp_path / "image")}):
+            pixels = pixels_from_row({"frame_id": "a", "image": image})
+            np.testing.assert_array_equal(pixels, expected)
+            assert pixels.flags.writeable
+    for cut in damaged(data):
+        row = {"frame_id": "a", "image": {"bytes": cut, "path": None}}
+        try:
+            by_pillow = np.asarray(image_from_row(row))
+        except SimIPUError as error:
+            with pytest.raises(SimIPUError, match=re.escape(str(error).partition(" <")[0])):  # no address of memory
+                pixels_from_row(row)
+        else:
+            np.testing.assert_array_equal(pixels_from_row(row), by_pillow)
 
 
 @pytest.mark.parametrize(
