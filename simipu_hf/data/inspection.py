@@ -69,7 +69,7 @@ class InspectionReport:
     cameras: dict[str, Camera] = field(default_factory=dict)
     ranges: dict[str, Range] = field(default_factory=dict)
     """Of x, y, z (metres, LiDAR frame) and reflectance over all points; and, per frame, of `points_per_scan`,
-    `points_in_view` and their `depth_in_view` (metres)."""
+    `points_in_view` at any distance and their `depth_in_view` (metres)."""
     objects: dict[str, int] = field(default_factory=dict)
     """Object type -> number of labels, where the data set has labels."""
     problems: list[Problem] = field(default_factory=list)
@@ -90,9 +90,11 @@ class InspectionReport:
             + ", ".join(f"{name} {count}" for name, count in self.splits.items()),
             "image sizes: " + ", ".join(f"{size} ({count})" for size, count in self.image_sizes.items()),
         ]
+        near, far = DEPTH_RANGE
         lines += [
-            f"camera {name}: {camera.frames} frames; {camera.points:,.0f} points in view, "
-            f"{camera.share_of_points:.1%} of the scan, in {camera.share_of_image:.0%} of the image"
+            f"camera {name}: {camera.frames} frames; {camera.points:,.0f} points in view from "
+            f"{near:.0f} to {far:.0f} m, {camera.share_of_points:.1%} of the scan, in {camera.share_of_image:.0%} of "
+            "the image"
             for name, camera in self.cameras.items()
         ]
         lines += [f"{name}: {r.min:.4g} to {r.max:.4g}, mean {r.mean:.4g}" for name, r in self.ranges.items()]
@@ -341,4 +343,4 @@ class _Inspector:
 def _direction(lidar_to_camera: np.ndarray) -> str:
     """Where a camera without a name looks: the angle of its optical axis from the LiDAR's x axis, to 30 degrees."""
     angle = np.degrees(np.arctan2(lidar_to_camera[2, 1], lidar_to_camera[2, 0]))
-    return f"looking at {round(angle / 30) * 30 % 360} degrees"
+    return f"looking {round(angle / 30) * 30 % 360} degrees left of the LiDAR's x axis"
