@@ -37,7 +37,10 @@ from .training.batch_norm import synchronize_batch_norm
 from .training.distributed import choose_device
 from .training.run_folder import package_version
 
-REQUIRED = ("torch", "torchvision", "timm", "transformers", "datasets", "accelerate", "huggingface_hub", "safetensors")
+REQUIRED = (
+    *("torch", "torchvision", "timm", "transformers", "datasets", "accelerate", "huggingface_hub", "safetensors"),
+    *("pillow", "kornia-rs"),
+)
 OPTIONAL = ("numba", "triton", "spconv", "torchdata", "onnx", "onnxruntime", "tensorboard", "trackio")
 POINTS, CENTRES = 16_384, 1_024
 RINGS, SLOTS = [(0.0, 0.4), (0.4, 0.8), (0.8, 1.6)], [32, 32, 64]

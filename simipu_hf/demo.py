@@ -217,7 +217,7 @@ def make_frames(
         "train_frames": len(train),
         "held_out_frames": len(held_out),
         "image_size": [height, width],
-        "points_per_scan": len(held_out[0]["points"]) // 16,
+        "points_in_view": sum(len(points) for points in held_out["points"]) // 16 // len(held_out),
         "message": f"{len(train)} frames to train on, {len(held_out)} held out, {width} x {height} pixels",
     }
 
@@ -345,8 +345,8 @@ def check_encoder(run_dir: Path, row: dict[str, Any]) -> dict[str, Any]:
 def probe_depth(run_dir: Path, frames_dir: Path, picture: Path, settings: DemoSettings, seed: int) -> dict[str, Any]:
     """Read depth off the frozen features by a linear map, and off those of random weights; test on held-out frames.
 
-    The targets are the LiDAR points in the image. The random encoder's batch norms get the statistics of the training
-    frames: without, it would be an unfairly weak baseline.
+    The targets are the LiDAR points in the image. The random encoder's batch norms get the statistics of half of the
+    training frames: without, it would be an unfairly weak baseline.
     """
     processor = SimIPUImageProcessor.from_pretrained(run_dir)
     train, test = (

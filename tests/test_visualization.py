@@ -240,7 +240,7 @@ def test_curves_have_their_chance_level_dashed_and_skip_null():
     metrics = [
         {"step": 1, "loss": 15.0, "inter_modal_loss": 8.5, "inter_modal_chance": 8.3, "intra_modal_loss": 6.5},
         {"step": 2, "loss": None, "inter_modal_loss": None, "inter_modal_chance": 8.3, "intra_modal_loss": 6.0},
-        {"step": 2, "eval/loss": 14.0, "eval/inter_modal_loss": 8.4},
+        {"step": 2, "eval/loss": 14.0, "eval/inter_modal_loss": 8.4, "eval/inter_modal_chance": 6.2},
         {"step": 3, "loss": 13.0, "inter_modal_loss": 8.0, "inter_modal_chance": 8.3, "intra_modal_loss": 5.5},
     ]
     figure = draw_training_curves(metrics)
@@ -249,9 +249,9 @@ def test_curves_have_their_chance_level_dashed_and_skip_null():
     inter = panels["inter-modal loss"]
     np.testing.assert_allclose(inter["training"].get_xydata(), [[1, 8.5], [3, 8.0]])
     np.testing.assert_allclose(inter["evaluation"].get_xydata(), [[2, 8.4]])
-    chance = next(line for label, line in inter.items() if label.startswith("chance"))
-    assert chance.get_linestyle() == "--"
-    np.testing.assert_allclose(chance.get_ydata(), 8.3)
+    assert inter["chance: ln(candidates)"].get_linestyle() == "--"
+    np.testing.assert_allclose(inter["chance: ln(candidates)"].get_ydata(), 8.3)
+    np.testing.assert_allclose(inter["chance in evaluation"].get_xydata(), [[2, 6.2]])
     assert list(panels["intra-modal loss"]) == ["training"]
 
 

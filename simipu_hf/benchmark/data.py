@@ -40,10 +40,12 @@ def benchmark_data(arguments: BenchmarkDataArguments) -> BenchmarkResult:
     with two_view_dataset(arguments, arguments.image_size, min(arguments.num_rows, 4)) as dataset:
         keys = sample_keys(dataset, arguments.num_rows)
         collate = TwoViewCollator()
+        # a few batches for every worker: a rate, and not how long the first takes
+        loaded = sample_keys(dataset, max(arguments.num_rows, 4 * arguments.batch_size * workers))
         loader = DataLoader(
             dataset,
             batch_size=arguments.batch_size,
-            sampler=keys,
+            sampler=loaded,
             num_workers=workers,
             collate_fn=collate,
             persistent_workers=True,
@@ -51,18 +53,21 @@ def benchmark_data(arguments: BenchmarkDataArguments) -> BenchmarkResult:
         torch.set_num_threads(1)
         try:
             passes = _single_thread_passes(dataset, keys, collate, arguments.batch_size)
-            passes[f"loader, {workers} worker{'s' if workers > 1 else ''}"] = lambda: [None for _ in loader]
-            seconds = median_seconds(passes, arguments.repeats)
+            counts = dict.fromkeys(passes, arguments.num_rows)
+            whole = f"loader, {workers} worker{'s' if workers > 1 else ''}"
+            passes[whole], counts[whole] = lambda: [None for _ in loader], len(loaded)
+            taken = median_seconds(passes, arguments.repeats)
+            seconds = {part: taken[part] / counts[part] for part in passes}
         finally:
             torch.set_num_threads(threads)
     rows = [
         {
             "part": part,
-            "rows_per_second": arguments.num_rows / taken,
-            "seconds": taken / arguments.num_rows,
-            "over_pillow_and_resize": taken / seconds[PILLOW_RESIZE],
+            "rows_per_second": 1 / each,
+            "seconds": each,
+            "over_pillow_and_resize": each / seconds[PILLOW_RESIZE],
         }
-        for part, taken in seconds.items()
+        for part, each in seconds.items()
     ]
     summary = {
         "worker_over_pillow_and_resize": seconds[WORKER] / seconds[PILLOW_RESIZE],
@@ -80,6 +85,8 @@ def _single_thread_passes(
     dataset: TwoViewDataset, keys: list[tuple[int, int]], collate: TwoViewCollator, batch_size: int
 ) -> dict[str, Callable[[], object]]:
     """One pass over the rows each: the images alone, and whole batches."""
+    for _, index in keys:
+        dataset.read_row(index)  # names one that cannot be used
     encoded = dataset.rows.select_columns("image").cast_column("image", datasets.Image(decode=False))
     files = [encoded[index]["image"] for _, index in keys]
     images = [Path(file["path"]).read_bytes() if file["bytes"] is None else file["bytes"] for file in files]

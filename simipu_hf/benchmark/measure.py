@@ -18,7 +18,7 @@ from simipu_hf.training.run_folder import package_version
 
 Function = Callable[[], Any]
 MIN_RUN_TIME = 0.1  # seconds of one measurement; a function that takes longer runs once
-PACKAGES = ("torch", "numba", "scipy", "triton")
+PACKAGES = ("torch", "numba", "scipy", "triton", "pillow", "kornia-rs")
 
 
 @dataclass

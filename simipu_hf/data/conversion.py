@@ -79,8 +79,9 @@ class Packing:
         row = dict(row)
         image = image_from_row(row)
         projection, lidar_to_camera = calibration_from_row(row)
+        points = points_from_row(row)
         if not self.whole_scans:
-            points = points_in_view(points_from_row(row), projection @ lidar_to_camera, image.size)
+            points = points_in_view(points, projection @ lidar_to_camera, image.size)
             if not len(points):
                 raise SimIPUError(f"frame {row['frame_id']}: expected points of the scan in the image, found none")
             row["points"] = points.tobytes()
@@ -183,8 +184,8 @@ def convert_to_parquet(
         depth = rows.features.get("depth")
         if not (depth is None or isinstance(depth, datasets.Image)):
             raise SimIPUError(f"{source.location}: depth: expected datasets.Image to resize with image, found {depth}")
-    already_cut = source.reader is not None
-    packing = None if (already_cut or whole_scans) and not (image_size or image_format) else packing
+    already_checked = source.reader is not None
+    packing = None if already_checked and not (image_size or image_format) else packing
     shards = [
         shard
         for name, rows in splits.items()

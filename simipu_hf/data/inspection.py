@@ -71,7 +71,8 @@ class InspectionReport:
     """Of x, y, z (metres, LiDAR frame) and reflectance over all points; and, per frame, of `points_per_scan`,
     `points_in_view` at any distance and their `depth_in_view` (metres)."""
     objects: dict[str, int] = field(default_factory=dict)
-    """Object type -> number of labels, where the data set has labels."""
+    """Object type -> number of labels, where the data set has labels. A frame of KITTI without a file of labels has
+    one DontCare, as large as its image."""
     problems: list[Problem] = field(default_factory=list)
     """All that is damaged or missing."""
     notes: list[str] = field(default_factory=list)
@@ -280,10 +281,10 @@ class _Inspector:
     ) -> None:
         inside = inside_image(pixels, depth, image_size)
         self._measure("points_in_view", [inside.sum()])
-        if not inside.any():
+        if inside.any():
+            self._measure("depth_in_view", depth[inside])
+        else:
             self.add_problems(["expected points of the scan in the image, found none"], label)
-            return
-        self._measure("depth_in_view", depth[inside])
         near, far = DEPTH_RANGE
         seen = inside & (depth >= near) & (depth <= far)
         cells = np.unique(((pixels[seen] + 0.5) // CELL).astype(int), axis=0)

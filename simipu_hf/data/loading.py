@@ -326,6 +326,10 @@ def _checked(dataset: AnyDataset, location: str, split: str, skipped: list[str] 
         return _with_scene(dataset)
     if len(dataset) == 0:
         raise SimIPUError(f"{location}: split {split!r}: expected rows, found none")
+    if None in (names := dataset["frame_id"][:]):
+        raise SimIPUError(
+            f"{location}: split {split!r}, row {names.index(None)}: frame_id: expected a name, found none"
+        )
     return _without_duplicates(_with_scene(dataset), location, skipped)
 
 
@@ -356,7 +360,7 @@ def _with_scene(dataset: AnyDataset) -> AnyDataset:
 
 
 def _add_scene(row: dict[str, Any]) -> dict[str, Any]:
-    return {"scene": scene_of(row["frame_id"])}
+    return {"scene": scene_of(str(row["frame_id"]))}
 
 
 def _share(dataset: AnyDataset, held_out: bool, share: float, location: str) -> AnyDataset:

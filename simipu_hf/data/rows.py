@@ -16,17 +16,18 @@ import os
 import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import datasets
 import kornia_rs
 import numpy as np
 from datasets.arrow_writer import ArrowWriter
+from datasets.utils.file_utils import xopen
 from PIL import Image
 
 from ..errors import AT_THE_END, SimIPUError
@@ -157,8 +158,8 @@ def points_from_row(row: Mapping[str, Any]) -> np.ndarray:
         SimIPUError: no bytes, a size that is no multiple of 16, or NaN or infinite values.
     """
     data = row["points"]
-    if not isinstance(data, bytes) or not data:
-        found = "0 bytes" if isinstance(data, bytes) else type(data).__name__
+    if not isinstance(data, bytes | memoryview) or not data:
+        found = type(data).__name__ if data is None or data else "0 bytes"
         raise _row_error(row, "points", "the bytes of whole points, 16 (four float32) each", found)
     with _naming(row.get("frame_id")):
         return to_point_cloud(data)
@@ -188,45 +189,50 @@ def image_from_row(row: Mapping[str, Any]) -> Image.Image:
     """
     image = row["image"]
     try:
-        if not isinstance(image, np.ndarray | Image.Image):
-            encoded = image if isinstance(image, dict) else {"bytes": None, "path": image}
-            image = Image.open(encoded["path"] if encoded["bytes"] is None else BytesIO(encoded["bytes"]))
-        image = to_8_bits(open_unturned(image))
-        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-        image.load()
+        with ExitStack() as opened:
+            if not isinstance(image, np.ndarray | Image.Image):
+                image = Image.open(opened.enter_context(_open_file(image)))
+            image = to_8_bits(open_unturned(image))
+            image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+            image.load()
         return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:
-        raise _row_error(row, "image", "a readable image", f"{type(error).__name__}: {error}") from error
+        said = re.sub(r" <_io.BytesIO .*>", "", str(error))
+        raise _row_error(row, "image", "a readable image", f"{type(error).__name__}: {said}") from error
 
 
 def pixels_from_row(row: Mapping[str, Any]) -> np.ndarray:
     """The pixels of `image_from_row`, (H, W, 3) uint8, which may be written to.
 
-    RGB of PNG and JPEG files is decoded by kornia-rs: the same pixels in half of Pillow's time.
+    RGB of JPEG files, and of PNG files without text, EXIF or transparency, is decoded by kornia-rs: the same pixels in
+    half of Pillow's time.
 
     Raises:
         SimIPUError: as `image_from_row`.
     """
-    image = row["image"]
-    if isinstance(image, dict):
-        if image["bytes"] is None and image["path"] and os.path.isfile(image["path"]):
-            image = {**image, "bytes": Path(image["path"]).read_bytes()}
-            row = {**row, "image": image}  # Pillow would read the file in thousands of small pieces
-        pixels = None if image["bytes"] is None else _decode_plain(image["bytes"])
-        if pixels is not None:
-            return pixels
-    return np.array(image_from_row(row))  # a copy that may be written to, as PyTorch asks
+    pixels = None
+    if not isinstance(row["image"], np.ndarray | Image.Image):
+        pixels = _decode_plain(row["image"])
+    return np.array(image_from_row(row)) if pixels is None else pixels  # a copy that may be written to
 
 
-def _decode_plain(data: bytes) -> np.ndarray | None:
-    """Pixels of an RGB image of 8 bits in a PNG or JPEG file that says nothing more of them; `None` of others."""
+def _open_file(image: Any) -> BinaryIO:
+    """The file of an image that is not decoded: `{"bytes", "path"}` or a path, also of hf:// or zip://."""
+    encoded = image if isinstance(image, dict) else {"bytes": None, "path": image}
+    return xopen(encoded["path"], "rb") if encoded["bytes"] is None else BytesIO(encoded["bytes"])
+
+
+def _decode_plain(image: Any) -> np.ndarray | None:
+    """Pixels of an RGB image of 8 bits in a JPEG file, or a PNG file that says nothing more of them; else `None`."""
     try:
-        image = Image.open(BytesIO(data))  # reads the header alone
-        if image.mode == "RGB" and image.format == "JPEG":
-            open_unturned(image)
+        with _open_file(image) as file:
+            data = file.read()
+        header = Image.open(BytesIO(data))
+        if header.mode == "RGB" and header.format == "JPEG":
+            open_unturned(header)
             return kornia_rs.io.decode_image_jpegturbo(data, "rgb")
-        if image.mode == "RGB" and image.format == "PNG" and data[24] == 8 and _png_chunks(data) <= PLAIN_PNG_CHUNKS:
-            return kornia_rs.io.decode_image_png_u8(data, (image.height, image.width), "rgb")
+        if header.mode == "RGB" and header.format == "PNG" and data[24] == 8 and _png_chunks(data) <= PLAIN_PNG_CHUNKS:
+            return kornia_rs.io.decode_image_png_u8(data, (header.height, header.width), "rgb")
     except Exception:  # damaged, or to be turned: `image_from_row` reads it or says why not
         return None
     return None

@@ -17,7 +17,7 @@ from datasets.distributed import split_dataset_by_node
 
 from ..errors import SimIPUError
 from ..modeling.processing_simipu import SimIPUProcessor
-from .rows import REQUIRED_COLUMNS, pixels_from_row
+from .rows import REQUIRED_COLUMNS, pixels_from_row, points_from_row
 from .sources import undecoded
 from .two_views import TwoViewAugmentation, two_view_sample
 
@@ -153,7 +153,7 @@ class TwoViewStream(torch.utils.data.IterableDataset):
         index = zlib.crc32(str(row["frame_id"]).encode("utf-8"))
         place = {"seed": self.seed, "epoch": self._state["epoch"], "index": index}
         try:
-            row = {**row, "image": pixels_from_row(row)}
+            row = {**row, "points": points_from_row(row), "image": pixels_from_row(row)}
             return two_view_sample(row, self.processor, self.augmentation, **place)
         except ValueError as error:
             names_frame = isinstance(error, SimIPUError)

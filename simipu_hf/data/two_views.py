@@ -24,7 +24,7 @@ from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor, pad
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
 from .mixture import Mixture
-from .rows import REQUIRED_COLUMNS, image_from_row, pixels_from_row
+from .rows import REQUIRED_COLUMNS, image_from_row, pixels_from_row, points_from_row
 from .sources import undecoded
 
 Range = tuple[float, float]
@@ -332,7 +332,7 @@ class TwoViewDataset(torch.utils.data.Dataset):
             row = {name: table[name][0].as_py() for name in REQUIRED_COLUMNS if name != "points"}
             points = table["points"][0].as_buffer()
             row["points"] = None if points is None else memoryview(points)  # not copied
-            row["image"] = pixels_from_row(row)
+            row |= {"points": points_from_row(row), "image": pixels_from_row(row)}
         try:
             return two_view_sample(row, self.processor, self.augmentation, seed=self.seed, epoch=epoch, index=index)
         except ValueError as error:

@@ -34,7 +34,10 @@ _WRITTEN = re.compile(
     r"\.(?!git$).+|checkpoint-\d+|set_aside-\d+|logs|runs|pictures|predictions|README\.md|run\.yaml|metrics\.jsonl"
     rf"|training_curves\.png|{_FINAL.pattern}"
 )
-_PACKAGES = ("simipu-hf", "torch", "torchvision", "transformers", "timm", "accelerate", "datasets", "numpy", "scipy")
+_PACKAGES = (
+    *("simipu-hf", "torch", "torchvision", "transformers", "timm", "accelerate", "datasets", "numpy", "scipy"),
+    *("pillow", "kornia-rs"),
+)
 
 
 def find_checkpoint(arguments: RunArguments, start: str | None) -> Path | None:

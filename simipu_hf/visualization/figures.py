@@ -200,7 +200,7 @@ def draw_retrieval(frame: Frame, points: np.ndarray, maps: Sequence[CellMap], na
 
 @styled
 def draw_training_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure | None:
-    """Losses over optimizer steps, each with its chance level as a dashed line and the evaluation's values.
+    """Losses over optimizer steps, each with its chance level, and the evaluation's values and chance levels.
 
     Args:
         metrics: lines of a `metrics.jsonl`: `step`, and values under names such as `inter_modal_loss`,
@@ -223,6 +223,8 @@ def draw_training_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure | None:
         _plot(axes, metrics, f"eval/{name}", "evaluation", color=ORANGE, marker="o", markersize=3.5)
         chance = name.removesuffix("loss") + "chance"
         _plot(axes, metrics, chance, "chance: ln(candidates)", color=FAINT, linestyle="--")
+        # another one where the evaluation's batches have another size
+        _plot(axes, metrics, f"eval/{chance}", "chance in evaluation", color=ORANGE, linestyle=":")
         axes.legend()
     return figure
 

@@ -165,6 +165,9 @@ def test_a_scan_behind_the_camera_is_named(tmp_path):
     dataset_from_rows([row], tmp_path / "rows").save_to_disk(tmp_path / "saved")
     with pytest.raises(SimIPUError, match="frame log/0: expected points of the scan in the image, found none"):
         convert_to_parquet(tmp_path / "parquet", str(tmp_path / "saved"))
+    dataset_from_rows([{**row, "points": None}], tmp_path / "rows").save_to_disk(tmp_path / "without")
+    with pytest.raises(SimIPUError, match=r"frame log/0: points: .*NoneType"):
+        convert_to_parquet(tmp_path / "parquet", str(tmp_path / "without"), whole_scans=True)
 
 
 def test_files_are_as_large_and_as_many_as_asked_for(object_root, tmp_path):

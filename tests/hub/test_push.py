@@ -326,13 +326,15 @@ def test_data_set_from_kitti_is_private_and_says_why(endpoint, tmp_path, capsys)
     rows = datasets.Dataset.from_dict({"frame_id": ["a", "b", "c"]})
     (tmp_path / "rows").mkdir()
     rows.to_parquet(tmp_path / "rows" / "train-00000-of-00001.parquet")
+    rows.select(range(2)).to_parquet(tmp_path / "rows" / "train.clean-00000-of-00001.parquet")
     push_dataset(tmp_path / "rows", "owner/kitti")
     repo = endpoint.repos["datasets", "owner/kitti"]
     assert repo.private
     assert "CC BY-NC-SA" in capsys.readouterr().out
     card = endpoint.files("owner/kitti", "datasets")["README.md"].decode()
     assert yaml.safe_load(card.split("---")[1])["license"] == "cc-by-nc-sa-3.0"
-    assert "3 rows in train" in card
+    assert "3 rows in train, 2 rows in train.clean" in card
+    (tmp_path / "rows" / "train.clean-00000-of-00001.parquet").unlink()
     assert "no commercial use" in card
     push_dataset(tmp_path / "rows", "owner/own", license="cc-by-4.0")
     assert capsys.readouterr().out == ""
