@@ -57,7 +57,8 @@ def compare(arguments: CompareArguments, task: "Task") -> dict[str, Any]:
     `comparison.png`, and `pictures/` of every encoder's predictions with all labels and the first seed.
 
     Returns:
-        `table`: see [`summarize`]; `runs`: every run; `encoders`: what was loaded; `recipe` and `num_test_frames`.
+        `table`: see [`summarize`]; `runs`: every run; `encoders`: what was loaded; `recipe`, `num_test_frames` and
+        `num_test_frames_without_target`.
     """
     output_dir, task_name = Path(arguments.output_dir), task.trainer_class.task
     check_output_dir(output_dir, task_name)
@@ -93,6 +94,7 @@ def compare(arguments: CompareArguments, task: "Task") -> dict[str, Any]:
         "recipe": settings,
         "encoders": {name: encoder.description for name, encoder in encoders.items()},
         "num_test_frames": len(task.test_frames),
+        "num_test_frames_without_target": task.num_without_target,
         "table": summarize(finished, task),
         "runs": finished,
     }
@@ -194,11 +196,13 @@ class Task:
         data: fingerprints of the frames on both sides; runs on other frames are not reused.
         shown: the metrics in the table, the first being the one that the claims are about.
         higher_is_better: the metrics of which that is true.
+        num_without_target: how many test frames are in no average, as nothing in them counts.
     """
 
     trainer_class: type[FineTuningTrainer]
     shown: tuple[str, ...]
     higher_is_better: tuple[str, ...]
+    num_without_target = 0
     latest: FineTuningTrainer | None = None
 
     def __init__(self, arguments: CompareArguments, train: FrameDataset, test: FrameDataset):
@@ -438,8 +442,10 @@ def format_table(result: dict[str, Any], task: Task) -> str:
         lines.append(f"| {_MODES[entry['mode']]} | {entry['num_frames']} | {entry['encoder']} | {' | '.join(cells)} |")
     recipe = result["recipe"]
     steps = f"{recipe['max_steps']} steps of at most {recipe['batch_size']} frames"
+    num_frames = result["num_test_frames"]
+    num_counted = num_frames - result["num_test_frames_without_target"]
     about = (
-        f"{result['num_test_frames']} test frames, {steps}, "
+        f"{f'{num_counted} of {num_frames}' if num_counted < num_frames else num_frames} test frames, {steps}, "
         f"mean ± standard deviation over {max(entry['num_seeds'] for entry in result['table'])} seeds."
     )
     claims = [f"- {claim}" for claim in describe_claims(result["table"], shown[0])]

@@ -14,7 +14,7 @@ from .compare import Task, check_output_dir, compare
 from .data.depth import DepthDataset
 from .data.frames import select_frames
 from .data.overlap import refuse_shared_frames
-from .evaluation.depth import HIGHER_IS_BETTER
+from .evaluation.depth import HIGHER_IS_BETTER, DepthProtocol
 from .finetune_depth import DepthTrainer, create_processor, trainer_parts
 from .hub.weights import EncoderWeights
 from .training.arguments import CompareDepthArguments
@@ -38,6 +38,9 @@ class DepthTask(Task):
         processor, on_bad_row = create_processor(arguments), arguments.on_bad_row
         train, test = (DepthDataset(rows, processor, on_bad_row=on_bad_row) for rows in (train_rows, test_rows))
         super().__init__(arguments, train, test)
+        protocol = DepthProtocol.from_arguments(arguments)
+        masks = (protocol.mask(frame.depth, frame.frame_id) for frame in self.test_frames)
+        self.num_without_target = sum(not mask.any() for mask in masks)
 
     def parts(self, encoder: EncoderWeights, frames: Sequence[Any], seed: int) -> dict[str, Any]:
         return trainer_parts(self.arguments, encoder, frames, self.test_frames, seed)

@@ -18,8 +18,9 @@ from .data.detection import DetectionDataset, DetectionFrame, select_labelled
 from .data.kitti_objects import KittiObjects, read_objects_folder, write_objects_folder
 from .data.sources import describe_frames
 from .errors import SimIPUError
-from .evaluation.detection import DIFFICULTIES, MIN_OVERLAP
+from .evaluation.detection import DIFFICULTIES, MIN_OVERLAP, _label_roles
 from .evaluation.detection import evaluate_detection as average_precision
+from .evaluation.detection_numba import COUNTED
 from .files import write_json
 from .hub.card import add_evaluation, write_model_card
 from .hub.sources import load_dense_model
@@ -174,16 +175,20 @@ def score(found: Sequence[Found], classes: Sequence[str], min_overlap: float | N
 
     Returns:
         `average_precision`: percent by class, `2d`, `bev`, `3d` and `aos`, and difficulty; `metrics`: the same by
-        names such as `Car_3d_moderate`, and `ap_3d`, `ap_bev` and `ap_2d`, the moderate ones' means over the classes
-        that have labels; `num_frames`; `num_labels` of each class; `min_overlap` of each class.
+        names such as `Car_3d_moderate`, and `ap_3d`, `ap_bev` and `ap_2d`, the moderate ones' means over `mean_over`,
+        the classes with a label that counts at moderate (NaN where no class has one); `num_frames`; `num_labels` of
+        each class; `min_overlap` of each class.
     """
     overlaps = {name: min_overlap or MIN_OVERLAP.get(name, 0.5) for name in classes}
     precision = average_precision(
         [frame.predictions for frame in found], [frame.labels for frame in found], classes, overlaps
     )
     counts = {name: sum(int((frame.labels.type == name).sum()) for frame in found) for name in classes}
-    labelled = [name for name in classes if counts[name]] or classes
-    means = {f"ap_{kind}": np.mean([precision[c][kind]["moderate"] for c in labelled]) for kind in ("3d", "bev", "2d")}
+    mean_over = [name for name in classes if any(counts_at_moderate(frame.labels, name) for frame in found)]
+    means = {
+        f"ap_{kind}": np.mean([precision[name][kind]["moderate"] for name in mean_over]) if mean_over else np.nan
+        for kind in ("3d", "bev", "2d")
+    }
     single = {
         f"{name}_{kind}_{difficulty}": value
         for name, kinds in precision.items()
@@ -195,8 +200,14 @@ def score(found: Sequence[Found], classes: Sequence[str], min_overlap: float | N
         "num_labels": counts,
         "min_overlap": overlaps,
         "average_precision": precision,
+        "mean_over": mean_over,
         "metrics": {name: float(value) for name, value in (means | single).items()},
     }
+
+
+def counts_at_moderate(labels: KittiObjects, name: str) -> bool:
+    """Whether a frame has a label of a class that is to be found at moderate difficulty."""
+    return bool((_label_roles(labels, name, DIFFICULTIES.index("moderate")) == COUNTED).any())
 
 
 def format_table(result: dict[str, Any]) -> str:
@@ -206,8 +217,17 @@ def format_table(result: dict[str, Any]) -> str:
         for kind, values in kinds.items():
             head = f"{name} {kind}" + ("" if kind == "aos" else f" @ {result['min_overlap'][name]:g}")
             lines.append(f"{head:28}" + "".join(f"{values[difficulty]:10.2f}" for difficulty in DIFFICULTIES))
+    means = ", ".join(f"{name} {result['metrics'][name]:.2f}" for name in MEANS)
+    lines.append(f"{describe_mean(result)}: {means}" if result["mean_over"] else describe_mean(result))
     counts = ", ".join(f"{count} {name}" for name, count in result["num_labels"].items())
     return "\n".join([*lines, f"{result['num_frames']} frames, labels: {counts}"])
+
+
+def describe_mean(result: dict[str, Any]) -> str:
+    """Over which classes `ap_3d`, `ap_bev` and `ap_2d` are means."""
+    if not result["mean_over"]:
+        return "no mean at moderate, as no class has a label that counts"
+    return f"moderate, mean over {', '.join(result['mean_over'])}"
 
 
 def record_in_card(folder: Path, frames: Sequence[str], result: dict[str, Any]) -> None:
@@ -215,7 +235,7 @@ def record_in_card(folder: Path, frames: Sequence[str], result: dict[str, Any]) 
     overlaps = ", ".join(f"{name} {value:g}" for name, value in result["min_overlap"].items())
     text = (
         f"{result['num_frames']} frames, KITTI's protocol: average precision (%) at 40 recall positions, intersection "
-        f"over union above {overlaps}; ap_* are means of the moderate ones over the classes with labels"
+        f"over union above {overlaps}; ap_*: {describe_mean(result)}"
     )
     shown = {name: value for name, value in result["metrics"].items() if name in MEANS or name.endswith("3d_moderate")}
     add_evaluation(folder, "object-detection", *describe_frames(frames), shown, text, frames)

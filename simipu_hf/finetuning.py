@@ -314,6 +314,7 @@ class RunFolder(TrainerCallback):
 
     def __init__(self, output_dir: Path, stop: StopRequest, flags: SharedFlags, uploader: HubUploader | None = None):
         self.output_dir, self.stop, self.flags, self.uploader = output_dir, stop, flags, uploader
+        self.stopped = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         state.compute_steps(args, state.max_steps)  # a resumed state holds the intervals of its first start
@@ -329,7 +330,7 @@ class RunFolder(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.flags.put(state.global_step, stop=self.stop.requested)
         if self.flags.get():
-            control.should_save = control.should_training_stop = True
+            self.stopped = control.should_log = control.should_save = control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.uploader is not None and state.is_world_process_zero:
@@ -458,14 +459,15 @@ def fine_tune(
     publishes = arguments.push_to_hub and accelerator.is_main_process
     uploader = HubUploader.from_arguments(arguments) if publishes else None
     with StopRequest() as stop, uploader or nullcontext():
-        trainer.add_callback(RunFolder(output_dir, stop, SharedFlags(accelerator), uploader))
+        run_folder = RunFolder(output_dir, stop, SharedFlags(accelerator), uploader)
+        trainer.add_callback(run_folder)
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
         except BaseException as error:
             clear_frames(error.__traceback__)  # ends the loader's workers, which ignore the signals that end a process
             raise
         step, last_step = trainer.state.global_step, trainer.args.max_steps
-        if step < last_step:
+        if run_folder.stopped and step < last_step:  # a callback's early end is one as planned
             raise stop.interruption(step, last_step, output_dir / f"checkpoint-{step}")
     on_main_process(accelerator, save_final_model, trainer, output_dir)
     if trainer.eval_dataset is not None:
@@ -500,15 +502,17 @@ def open_run(arguments: FineTuningRunArguments, trainer: FineTuningTrainer) -> s
     """Prepare the run folder and write `run.yaml`; the checkpoint to resume from, `None` to start at the beginning."""
     checkpoint = find_checkpoint(arguments, arguments.image_encoder)
     rows, test_rows = trainer.train_dataset.rows, trainer.eval_dataset and trainer.eval_dataset.rows
+    rows_per_forward = trainer.args.train_batch_size * trainer.args.world_size
     record = {
         "source": name_sources(arguments.train_frames or [str(getattr(arguments, "image_dir", None))]),
         "train": {"rows": len(rows), "fingerprint": data_fingerprint(rows["frame_id"][:])},
         "test": test_rows and {"rows": len(test_rows), "fingerprint": data_fingerprint(test_rows["frame_id"][:])},
         "total_steps": trainer.args.max_steps,
-        "rows_per_step": trainer.args.train_batch_size * trainer.args.world_size,
+        "rows_per_step": rows_per_forward * trainer.args.gradient_accumulation_steps,
     }
     fixed = {name: value for name, value in arguments.to_dict().items() if name not in FREE}
-    fixed |= {name: record[name] for name in ("train", "total_steps", "rows_per_step")} | {"row_order": ROW_ORDER}
+    fixed |= {name: record[name] for name in ("train", "total_steps")} | {"row_order": ROW_ORDER}
+    fixed["rows_per_step"] = rows_per_forward  # under the name that runs have always had for it
     config = trainer.model.config.image_encoder_config
     fixed["image_encoder"] = {
         "architecture": config.architecture,

@@ -27,7 +27,7 @@ from transformers import PreTrainedConfig
 from transformers.image_utils import SizeDict
 from transformers.utils.logging import disable_progress_bar
 
-from simipu_hf.data.loading import AnyDataset, load_mixture, load_pretraining_dataset
+from simipu_hf.data.loading import AnyDataset, load_mixture, load_pretraining_dataset, row_names
 from simipu_hf.data.mixture import Mixture
 from simipu_hf.data.overlap import refuse_shared_frames, refuse_shared_stream
 from simipu_hf.data.rows import Frame, dataset_from_stream
@@ -157,6 +157,8 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
     optimizer, schedule = create_optimization(arguments, recipe, model, batches.steps_per_epoch, steps.last)
 
     record = {"data": describe_data(rows), "recipe": dataclasses.asdict(recipe)}
+    if held_out_rows is not None:
+        record["held_out"] = describe_data(held_out_rows)
     output_dir = Path(arguments.output_dir)
     on_main_process(accelerator, open_run_folder, arguments, steps.first, steps.last, **record)
     logger = RunLogger(
@@ -169,11 +171,15 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
         record={"arguments": arguments.to_dict(), **record},
     )
     with contextlib.closing(logger):
+        for doing, rows_used in (("training", "data"), ("evaluating", "held_out")):
+            if "rows" in record.get(rows_used, {}):
+                logger.message("{} on {rows} rows of {scenes} scenes".format(doing, **record[rows_used]))
         wrapped, optimizer = accelerator.prepare(model, optimizer)
         state = TrainingState(accelerator, wrapped, processor, optimizer, schedule, logger, batches, identity)
         if checkpoint is not None:
             state.restore(checkpoint)
             logger.message(f"resumed from {checkpoint.path}")
+            checkpoint = None  # frees the host's copy of the optimizer's state
         publishes = arguments.push_to_hub and accelerator.is_main_process
         uploader = HubUploader.from_arguments(arguments) if publishes else None
         train(accelerator, arguments, state, steps, batches, held_out, uploader)
@@ -520,7 +526,7 @@ def create_batches(
 ) -> StoredBatches | StreamedBatches:
     """What the loop trains on."""
     if isinstance(rows, datasets.IterableDataset):
-        return StreamedBatches(accelerator, arguments, rows, processor, augmentation)
+        return StreamedBatches(accelerator, arguments, rows, processor, augmentation, mixture)
     dataset = TwoViewDataset(rows, processor, augmentation, arguments.seed, arguments.on_bad_row, mixture)
     if accelerator.is_main_process:
         warn_of_squeezed_images(dataset)
@@ -690,7 +696,9 @@ def describe_data(rows: AnyDataset) -> dict[str, Any]:
     named = {"dataset": info.builder_name, "config": info.config_name, "split": rows.split, "license": info.license}
     about: dict[str, Any] = {name: str(value) for name, value in named.items() if value}
     if isinstance(rows, datasets.Dataset):
-        about |= {"rows": len(rows), "fingerprint": data_fingerprint(rows["frame_id"][:])}
+        names = row_names(rows)
+        about |= {"rows": len(rows), "scenes": len({scene for scene, _ in names})}
+        about["fingerprint"] = data_fingerprint(frame_id for _, frame_id in names)
     return about
 
 

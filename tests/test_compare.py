@@ -285,10 +285,12 @@ def test_runs_on_other_frames_are_not_reused_and_kept_whatever_their_pictures(de
         max_steps=1,
         num_evaluations=1,
     )
+    report = tmp_path / "comparison" / "comparison.md"
     for ids in (["000000", "000001"], ["000000", "000002", "000003"]):
         (tmp_path / "ids.txt").write_text("\n".join(ids), encoding="utf-8")
         (run,) = compare_depth(arguments)["runs"]
         assert run["num_frames"] == len(ids)
+        assert "\n1 of 3 test frames, " in report.read_text("utf-8")
     shutil.move(tmp_path / "rows", tmp_path / "moved")  # the same frames somewhere else: reused
     arguments.train_frames = [f"{tmp_path / 'moved'}#train:@{tmp_path / 'ids.txt'}"]
     arguments.test_frames = [f"{tmp_path / 'moved'}#test"]

@@ -3,18 +3,21 @@
 import json
 import os
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from depth_rows import make_rows, save_rows
 from PIL import Image
 from safetensors.torch import load_file
 from timm.models import save_for_hf
 from transformers import Trainer, TrainerCallback, TrainingArguments, pipeline
 
+from simipu_hf import finetune_depth as finetune_depth_module
 from simipu_hf.cli import run as run_command
 from simipu_hf.data.depth import DepthAugmentation, DepthDataset, DepthFrame
 from simipu_hf.data.frames import select_frames
@@ -29,6 +32,7 @@ from simipu_hf.hub.card import redact
 from simipu_hf.hub.push import HubUploader
 from simipu_hf.modeling.modeling_simipu_depth import SimIPUForDepthEstimation
 from simipu_hf.training.arguments import DepthArguments, DepthTaskArguments, EvaluateDepthArguments
+from simipu_hf.training.logging import read_metrics
 
 ENCODER = "random:test_resnet"
 SMALL = {"kb_crop": False, "image_size": (32, 64)}
@@ -237,10 +241,25 @@ def test_pipeline_returns_what_evaluation_measures(size, flags, tmp_path):
 
 def test_command_prints_metrics_or_json(frames, run, capsys):
     flags = ["--model", str(run), "--test_frames", f"{frames}#test", "--no_kb_crop", "--device", "cpu"]
-    run_command(["evaluate-depth", *flags])
-    assert capsys.readouterr().out.splitlines()[1].split()[0] == "a1"
+    for crop, images in ("garg", "1 of 2 images, garg crop"), ("none", "2 images, none crop"):
+        run_command(["evaluate-depth", *flags, "--evaluation_crop", crop])  # all of one image's crop is beyond 80 m
+        about, names, _ = capsys.readouterr().out.splitlines()
+        assert about.startswith(images)
+        assert names.split()[0] == "a1"
     run_command(["evaluate-depth", *flags, "--json"])
     assert json.loads(capsys.readouterr().out)["num_images"] == 2
+
+
+def test_a_callback_may_end_a_run_early(frames, tmp_path, monkeypatch):
+    class StopAtTwo(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+
+    create = partial(finetune_depth_module.create_trainer, callbacks=[StopAtTwo()])
+    monkeypatch.setattr(finetune_depth_module, "create_trainer", create)
+    run = finetune_depth(depth_arguments(frames, tmp_path / "early", test_frames=[]))
+    assert saved_weights(run)
+    assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [1, 2]
 
 
 def test_pictures_of_other_frames_are_replaced(frames, run, tmp_path):
@@ -436,6 +455,13 @@ def test_a_loss_that_is_no_number_names_its_frames(frames, tmp_path, monkeypatch
     )
     with pytest.raises(SimIPUError, match=r"step 1: the loss is nan\. Frames of the step: 00000\d, 00000\d"):
         finetune_depth(depth_arguments(frames, tmp_path / "run"))
+
+
+def test_the_recorded_rows_of_a_step_are_those_of_all_its_batches(frames, tmp_path):
+    run = finetune_depth(depth_arguments(frames, tmp_path / "run", gradient_accumulation_steps=3, max_steps=1))
+    record = yaml.safe_load((run / "run.yaml").read_text("utf-8"))
+    assert record["data"]["rows_per_step"] == 6
+    assert record["identity"]["rows_per_step"] == 2  # as earlier runs have it, which are resumed
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

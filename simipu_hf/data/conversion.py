@@ -32,7 +32,7 @@ from .kitti_objects import by_field
 from .loading import load_pretraining_dataset
 from .preparation import run_in_processes
 from .rows import REQUIRED_COLUMNS, calibration_from_row, image_from_row, points_from_row
-from .sources import undecoded
+from .sources import hub_license, undecoded
 
 logger = logging.getLogger(__name__)
 
@@ -307,7 +307,10 @@ def _write_card(folder: Path, splits: dict[str, datasets.Dataset], config_name: 
         size = sum(path.stat().st_size for path in (folder / "data").glob(f"{name}-*.parquet"))
         infos.add(datasets.SplitInfo(name=name, num_bytes=size, num_examples=len(rows)))
     files = [{"split": name, "path": f"data/{name}-*"} for name in splits]
-    header = DatasetCardData(configs=[{"config_name": config_name, "data_files": files}])
+    license, license_name = hub_license(next(iter(splits.values())).info.license)
+    header = DatasetCardData(license=license, configs=[{"config_name": config_name, "data_files": files}])
+    if license_name:
+        header["license_name"] = license_name
     info = datasets.DatasetInfo(features=_stored_features(next(iter(splits.values()))), splits=infos)
     DatasetInfosDict({config_name: info}).to_dataset_card_data(header)
     (folder / "README.md").write_text(f"---\n{header.to_yaml()}\n---\n", encoding="utf-8", newline="\n")

@@ -103,12 +103,12 @@ class KittiObjects:
         )
 
     def to_text(self) -> str:
-        """The lines of a text file, with four decimals; scores with six."""
+        """The lines of a text file, with four decimals; scores with nine digits, which tell any two float32 apart."""
         lines = []
         for index, kind in enumerate(self.type):
             numbers = [self.alpha[index], *self.bbox[index], *self.dimensions[index], *self.location[index]]
             numbers = [f"{number:.4f}" for number in (*numbers, self.rotation_y[index])]
-            score = [] if self.score is None else [f"{self.score[index]:.6f}"]
+            score = [] if self.score is None else [f"{self.score[index]:.9g}"]
             head = [str(kind), f"{self.truncated[index]:.2f}", str(int(self.occluded[index]))]
             lines.append(" ".join([*head, *numbers, *score]) + "\n")
         return "".join(lines)

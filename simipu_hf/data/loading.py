@@ -18,7 +18,17 @@ from ..errors import SimIPUError
 from .mixture import Mixture
 from .preparation import Reading, prepare
 from .rows import ROW_FEATURES, check_features, check_row, scene_of
-from .sources import Source, Sources, find_source, full_path, given_sources, named_errors, split_source, undecoded
+from .sources import (
+    Source,
+    Sources,
+    find_source,
+    full_path,
+    given_sources,
+    license_of_folder,
+    named_errors,
+    split_source,
+    undecoded,
+)
 
 AnyDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
@@ -103,7 +113,7 @@ def load_mixture(
 
     Returns:
         The rows of all sources one after another, and the `Mixture` that `TwoViewDataset` draws from them with, or
-        `None`. While streaming the rows are mixed already.
+        `None`. While streaming the rows are mixed already, and the `Mixture` holds the shards of each source.
 
     Raises:
         SimIPUError: as `load_pretraining_dataset`; or another number of weights than of sources.
@@ -116,12 +126,12 @@ def load_mixture(
     if len(parts) > 1 and not mixture:
         raise SimIPUError("mixture: expected a weight for each data set, since a stream does not know its size")
     weights = mixture or [1]
-    Mixture([1] * len(parts), weights)  # checks them
+    shards = Mixture([part.num_shards for part in parts], weights)  # checks the weights
     probabilities = [weight / sum(weights) for weight in weights]
     streams = _with_common_columns(parts)
     if len(streams) == 1:
         return streams[0], None
-    return datasets.interleave_datasets(streams, probabilities, seed, stopping_strategy="all_exhausted"), None
+    return datasets.interleave_datasets(streams, probabilities, seed, stopping_strategy="all_exhausted"), shards
 
 
 @dataclass(frozen=True)
@@ -199,6 +209,7 @@ def _load(source: Source, request: Request, train_split: str | None) -> AnyDatas
             num_proc=None if request.streaming else request.num_proc,
             cache_dir=None if request.cache_dir is None else os.fspath(request.cache_dir),
         )
+        dataset.info.license = dataset.info.license or license_of_folder(source.location)
     dataset = _checked(dataset, source.location, split, request.skipped)
     if request.validation_share is None or held_out is None:
         return dataset
@@ -373,10 +384,10 @@ def _share(dataset: AnyDataset, held_out: bool, share: float, location: str) -> 
     names = row_names(dataset)
     places = {scene: _place(scene) for scene, _ in names}
     if not min(places.values()) < share <= max(places.values()):
-        raise SimIPUError(
-            f"{location}: validation_share {share} puts all of {len(places)} scenes on one side: choose a value "
-            f"between {min(places.values()):.3f} and {max(places.values()):.3f}"
-        )
+        low, high = min(places.values()), max(places.values())
+        advice = f"choose a value between {low:.3f} and {high:.3f}" if len(places) > 1 else "one cannot be shared"
+        problem = f"validation_share {share} puts all of {len(places)} scenes on one side"
+        raise SimIPUError(f"{location}: {problem}: {advice}")
     return dataset.select([index for index, name in enumerate(names) if _is_on_side(*name, share, held_out)])
 
 

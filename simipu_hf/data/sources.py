@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import datasets
 import datasets.data_files
+from huggingface_hub import DatasetCard
 
 from ..dataset_scripts import argoverse2, kitti, nuscenes, waymo
 from ..errors import SimIPUError
@@ -171,6 +172,25 @@ def _default_split(location: str) -> str:
         return source.find_split(source.default_split)
     except SimIPUError:
         return "all"
+
+
+def hub_license(name: str | None) -> tuple[str | None, str | None]:
+    """A licence as the Hub takes it: one of its identifiers, or "other" and the name."""
+    if not name:
+        return None, None
+    identifier = re.sub(r"[^a-z0-9.]+", "-", name.lower())
+    # "CC BY-NC-SA 3.0", as data sets write it
+    is_known = identifier == name.lower() or re.fullmatch(r"cc-by(-nc)?(-sa|-nd)?-\d\.\d", identifier)
+    return (identifier, None) if is_known else ("other", identifier)
+
+
+def license_of_folder(location: str) -> str:
+    """The licence that the README.md of a folder names, in words where the Hub has no identifier of it."""
+    path = Path(location) / "README.md"
+    if not path.is_file():
+        return ""
+    data = DatasetCard.load(path, ignore_metadata_errors=True).data
+    return str(data.get("license_name") or "").replace("-", " ") or str(data.get("license") or "")
 
 
 def undecoded(rows: Any) -> Any:

@@ -22,6 +22,7 @@ from ..training.arguments import DepthTaskArguments, EvaluateDepthArguments
 
 METRICS = ("a1", "a2", "a3", "abs_rel", "rmse", "log10", "rmse_log", "silog", "sq_rel")
 HIGHER_IS_BETTER = ("a1", "a2", "a3")
+# metres; one more, up to the depth that counts at most, where that is beyond them
 RANGES = ((0.0, 20.0), (20.0, 40.0), (40.0, 60.0), (60.0, 80.0))
 
 # top, bottom, left, right as shares of the ground truth's height and width
@@ -137,7 +138,8 @@ def map_metrics(
         raise SimIPUError(f"{name}: the predicted depth is NaN at {int(np.isnan(predicted).sum())} evaluated pixels")
     predicted = predicted.clip(protocol.min_depth, protocol.max_depth)
     metrics = {"all": depth_metrics(predicted, true)}
-    for low, high in RANGES:
+    farther = [(RANGES[-1][1], protocol.max_depth)] if protocol.max_depth > RANGES[-1][1] else []
+    for low, high in (*RANGES, *farther):
         part = (true >= low) & (true < high)
         metrics[f"{low:g}-{high:g} m"] = depth_metrics(predicted[part], true[part])
     return metrics

@@ -12,7 +12,7 @@ import timm
 import yaml
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
-from simipu_hf.data.sources import full_path, split_source
+from simipu_hf.data.sources import full_path, hub_license, split_source
 from simipu_hf.errors import SimIPUError
 from simipu_hf.files import atomic_write, write_json
 from simipu_hf.hub.sources import read_input_convention
@@ -100,12 +100,14 @@ def dataset_card(
     """The card of a data set in the row contract.
 
     Args:
-        license: the Hub's name of the licence; `None` means that the rows come from KITTI.
+        license: the Hub's name of the licence; `None` takes KITTI's terms, and says so.
         splits: rows of each split.
         header: what the folder's own card says of its files and columns.
     """
     metadata, tags = header or DatasetCardData(), ["lidar", "autonomous-driving", "simipu"]
     metadata.license = license or KITTI_LICENSE
+    if license != "other":
+        metadata.pop("license_name", None)
     metadata.task_categories = ["image-feature-extraction", "depth-estimation"]
     tags += ["kitti"] if license is None else []
     metadata["tags"] = list(dict.fromkeys([*(metadata.get("tags") or []), *tags]))
@@ -187,7 +189,9 @@ def _metadata(
         named = timm.get_pretrained_cfg(arguments.get("image_encoder") or architecture)
         base = getattr(named, "hf_hub_id", None)
     own_license = (run.get("data") or {}).get("license")
-    license, license_name = _license(KITTI_LICENSE if _trained_on_kitti(run) else own_license)
+    licenses = [KITTI_LICENSE] if _trained_on_kitti(run) else []
+    licenses += [own_license] if own_license and hub_license(own_license)[0] not in licenses else []
+    license, license_name = hub_license(" and ".join(licenses))
     results = [
         EvalResult(
             task_type=entry["task"],
@@ -215,16 +219,6 @@ def _metadata(
     )
 
 
-def _license(name: str | None) -> tuple[str | None, str | None]:
-    """A licence as the Hub takes it: one of its identifiers, or "other" and the name."""
-    if not name:
-        return None, None
-    identifier = re.sub(r"[^a-z0-9.]+", "-", name.lower())
-    # "CC BY-NC-SA 3.0", as data sets write it
-    is_known = identifier == name.lower() or re.fullmatch(r"cc-by(-nc)?(-sa|-nd)?-\d\.\d", identifier)
-    return (identifier, None) if is_known else ("other", identifier)
-
-
 def _repositories(names: Any) -> list[str] | None:
     """Those of `names`, one or several, that can be repositories on the Hub."""
     names = names if isinstance(names, list) else [names]
@@ -249,10 +243,11 @@ def _pictures(folder: Path) -> list[str]:
 
 def _trained_on_kitti(run: dict[str, Any]) -> bool:
     arguments, data = _arguments(run), run.get("data") or {}
-    if _license(data.get("license"))[0] == KITTI_LICENSE:
+    if hub_license(data.get("license"))[0] == KITTI_LICENSE:
         return True
     places = ["image_encoder", "model_name_or_path"]  # what it started from
-    if not data.get("license"):
+    given = [arguments.get(name) for name in ("data_dir", "dataset_name", "train_frames")]
+    if any(isinstance(names, list) and len(names) > 1 for names in given) or not data.get("license"):
         # not by the builder's name: it also reads other data in KITTI's layout
         places += ["data_dir", "dataset_name", "train_frames", "train_list", "image_dir"]
     return any("kitti" in str(arguments.get(name)).lower() for name in places)

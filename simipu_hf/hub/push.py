@@ -27,6 +27,7 @@ from huggingface_hub.errors import (
 )
 from tqdm.auto import tqdm
 
+from simipu_hf.data.sources import license_of_folder
 from simipu_hf.errors import MAY_HANG, SimIPUError
 from simipu_hf.hub.card import (
     CURVES,
@@ -337,9 +338,9 @@ def push_dataset(
         data: the folder, as `simipu-hf data convert --to parquet` writes it. A README.md in it that somebody wrote is
             kept; only the licence is written into its header.
         repo_id: `user/name`.
-        private: `None` means private where the rows are KITTI's.
-        license: the Hub's name of the rows' licence, such as `"cc-by-4.0"`; `None` means that they come from KITTI
-            (CC BY-NC-SA 3.0), of which the card and the output warn.
+        private: `None` means private unless `license` or a README.md that somebody wrote names the terms.
+        license: the Hub's name of the rows' licence, such as `"cc-by-4.0"`; `None` takes that of the folder's
+            README.md, and without one KITTI's terms (CC BY-NC-SA 3.0), of which the card and the output warn.
         token: the logged-in user's if `None`.
 
     Raises:
@@ -362,10 +363,12 @@ def push_dataset(
     if license is None and edited and edited.data.license != KITTI_LICENSE:
         license = edited.data.license
     if license is None:
+        license = own.data.license if own and own.data.license != KITTI_LICENSE else None
+        terms = license_of_folder(str(folder)) if license else "treated as KITTI's, CC BY-NC-SA 3.0, same terms"
         private = True if private is None else private
         tqdm.write(
-            "These rows are treated as KITTI's: CC BY-NC-SA 3.0, no commercial use, same terms. They go to a "
-            f"{'private' if private else 'PUBLIC'} repository. For other data name their --license."
+            f"Licence of these rows: {terms}. They go to a {'private' if private else 'PUBLIC'} repository. "
+            "For other data name their --license."
         )
     with tempfile.TemporaryDirectory(prefix=STAGED) as staged:
         for file in [*files, *folder.glob("*.json")]:
@@ -433,7 +436,9 @@ def _snapshot(folder: Path, run: Path, resumable: bool = False) -> Path:
 
 
 def _public_files(folder: Path) -> Iterator[Path]:
-    for sub in ("", "image_encoder", "pictures"):
+    """What is published of a folder. Pictures of a fine-tuned model are photographs of its test frames, and stay."""
+    fine_tuned = "simipu_" in str(read_json(folder / "config.json").get("model_type"))
+    for sub in ("", "image_encoder", *(() if fine_tuned else ("pictures",))):
         for file in sorted((folder / sub).glob("[!.]*")):
             if file.is_file() and file.suffix in PUBLIC and not RESUME.fullmatch(file.name):
                 yield file

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from simipu_hf.data.mixture import Mixture
 from simipu_hf.data.streaming import stream_two_views
 from simipu_hf.data.two_views import TwoViewAugmentation, TwoViewCollator, TwoViewDataset
 from simipu_hf.errors import SimIPUError
@@ -98,6 +99,7 @@ class StreamedBatches:
         rows: datasets.IterableDataset,
         processor: SimIPUProcessor,
         augmentation: TwoViewAugmentation,
+        mixture: Mixture | None = None,
     ) -> None:
         sources = (
             arguments.dataset_name,
@@ -108,7 +110,8 @@ class StreamedBatches:
         )
         self._identity = {
             "stream": data_fingerprint(map(str, sources)),
-            "num_shards": rows.num_shards,  # the order of a source that grew is another one
+            # the order of a source that grew is another one
+            "num_shards": rows.num_shards if mixture is None else list(mixture.sizes),
             "num_processes": accelerator.num_processes,
             "num_workers": arguments.dataloader_num_workers,
         }

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from simipu_hf.data.conversion import convert_to_parquet
 from simipu_hf.data.kitti_objects import KittiObjects
 from simipu_hf.data.loading import load_pretraining_dataset
+from simipu_hf.data.sources import hub_license
 from simipu_hf.dataset_scripts import kitti, nuscenes
 from simipu_hf.errors import SimIPUError
 
@@ -317,6 +319,9 @@ def test_boxes_come_as_kitti_labels(tiny: TinyTables, tmp_path: Path) -> None:
     rows = load_pretraining_dataset(data_dir=root, labels=True, split="mini_train", cache_dir=tmp_path / "rows")
     assert rows.features["objects"] == kitti.features("object")["objects"]
     assert rows.info.license.startswith("CC BY-NC-SA 4.0")  # which the card of a model made from them states
+    convert_to_parquet(tmp_path / "parquet", data_dir=root, split="mini_train", cache_dir=tmp_path / "rows")
+    shards = load_pretraining_dataset(str(tmp_path / "parquet"), cache_dir=tmp_path / "rows")
+    assert hub_license(shards.info.license) == hub_license(rows.info.license)
     assert rows["objects"][1]["type"] == []
     objects = KittiObjects.from_row(rows["objects"][0])
     assert objects.type.tolist() == ["Car", "DontCare", "DontCare"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -127,14 +128,19 @@ def test_images_count_the_same_and_empty_ones_do_not_count():
         evaluate_maps([("c", many, empty)], WHOLE)
 
 
-def test_ranges_partition_the_pixels():
+@pytest.mark.parametrize(
+    ("max_depth", "bounds"),
+    [(70, (0, 20, 40, 60, 80)), (80, (0, 20, 40, 60, 80)), (120, (0, 20, 40, 60, 80, 120))],
+)
+def test_ranges_partition_the_pixels(max_depth, bounds):
     rng = np.random.default_rng(3)
-    target = rng.uniform(1, 79, (20, 30))
+    target = rng.uniform(1, max_depth - 1, (20, 30))
     prediction = target + rng.normal(0, 1, target.shape)
-    result = evaluate_maps([("a", prediction, target)], WHOLE)
-    clamped = np.clip(prediction, 1e-3, 80)
-    for low in (0, 20, 40, 60):
-        name, part = f"{low}-{low + 20} m", (target >= low) & (target < low + 20)
+    result = evaluate_maps([("a", prediction, target)], DepthProtocol(crop="none", max_depth=max_depth))
+    clamped = np.clip(prediction, 1e-3, max_depth)
+    assert list(result["per_range"]) == [f"{low}-{high} m" for low, high in pairwise(bounds)]
+    for low, high in pairwise(bounds):
+        name, part = f"{low}-{high} m", (target >= low) & (target < high)
         expected = scalar_metrics(clamped[part].tolist(), target[part].tolist())
         assert result["per_range"][name]["rmse"] == pytest.approx(expected["rmse"], rel=1e-12)
 

@@ -170,6 +170,9 @@ def test_files_come_back(tmp_path):
         np.testing.assert_array_equal(back[name].type, frame.type)
         for field in ("alpha", "bbox", "dimensions", "location", "rotation_y", "score"):
             np.testing.assert_allclose(getattr(back[name], field), getattr(frame, field), atol=1e-4)
+    scores = np.array([1, 0.1, 3e-7, 2e-7, 1e-38, np.nextafter(np.float32(0.3), np.float32(1))], np.float32)
+    (tmp_path / "small.txt").write_text(make([car()] * len(scores), scores).to_text(), encoding="utf-8")
+    np.testing.assert_array_equal(KittiObjects.read(tmp_path / "small.txt", True).score.astype(np.float32), scores)
 
 
 @pytest.mark.parametrize(

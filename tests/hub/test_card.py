@@ -102,7 +102,7 @@ def test_encoder_card_and_folder_without_a_record(folder):
     ],
 )
 def test_licence_of_the_rows_and_pipelines_that_there_are_none_of(folder, license, identifier, name):
-    rows = datasets.Dataset.from_dict({"frame_id": ["a"]})
+    rows = datasets.Dataset.from_dict({"frame_id": ["a"], "scene": ["log"]})
     rows.info.license = license
     record = {"arguments": {"data_dir": "drives"}, "data": describe_data(rows)}
     (folder / "run.yaml").write_text(yaml.safe_dump(record), encoding="utf-8")

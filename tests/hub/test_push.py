@@ -1,5 +1,6 @@
 """Publishing: what a repository holds, and what happens when the server or the token do not play along."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import local_hub
 import pytest
 import yaml
 from huggingface_hub import DatasetCard
+from PIL import Image
 
 from simipu_hf.errors import MAY_HANG, SimIPUError
 from simipu_hf.hub import push
@@ -88,6 +90,18 @@ def test_an_upload_replaces_what_an_earlier_one_left_and_nothing_else(endpoint, 
     files = endpoint.files("owner/simipu")
     assert [name for name, content in files.items() if content == b"{}"] == list(others)
     assert {"model.safetensors", "image_encoder/config.json"} <= set(files)
+
+
+def test_photographs_of_test_frames_stay(endpoint, run_folder, tmp_path):
+    folder = shutil.copytree(run_folder, tmp_path / "depth")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "pictures").mkdir(exist_ok=True)
+    Image.new("RGB", (4, 4)).save(folder / "pictures" / "000_frame.png")
+    for name, model_type, published in (("simipu", "simipu", True), ("depth", "simipu_depth", False)):
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+        push_folder(folder, f"owner/{name}")
+        files = endpoint.files(f"owner/{name}")
+        assert ("pictures/000_frame.png" in files) == (b"000_frame.png" in files["README.md"]) == published
 
 
 def test_a_folder_of_links_as_in_the_cache_of_the_hub(endpoint, run_folder, tmp_path):

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from tiny_run import make_rows
 from torch import nn
 
+from simipu_hf.data.mixture import Mixture
 from simipu_hf.data.rows import dataset_from_rows
 from simipu_hf.data.streaming import stream_two_views
 from simipu_hf.data.two_views import TwoViewAugmentation
@@ -103,6 +104,12 @@ class TestStreams:
             for stream in (rows, grown)
         ]
         assert numbers == [1, 2]
+        of_each = [(1, 2), (1, 3)]  # mixed streams have as many shards as the smallest
+        mixed = [
+            StreamedBatches(Accelerator(cpu=True), parse(), rows, *views, Mixture(shards, (1, 1))).identity()
+            for shards in of_each
+        ]
+        assert mixed[0] != mixed[1]
 
     def test_versions_of_datasets_that_lose_rows_are_refused(self, monkeypatch):
         monkeypatch.setattr(datasets, "__version__", "4.8.5")
