@@ -13,7 +13,8 @@ from typing import Any
 from .compare import Task, check_output_dir, compare
 from .data.detection import DetectionDataset, read_labels, select_labelled
 from .data.overlap import refuse_shared_frames
-from .evaluate_detection import MEANS
+from .errors import SimIPUError
+from .evaluate_detection import MEANS, counts_at_moderate
 from .finetune_detection import DetectionTrainer, mean_dimensions, trainer_parts
 from .finetuning import create_image_processor
 from .hub.weights import EncoderWeights
@@ -36,6 +37,13 @@ class DetectionTask(Task):
     def __init__(self, arguments: CompareDetectionArguments):
         train_rows, test_rows = select_labelled(arguments.train_frames), select_labelled(arguments.test_frames)
         refuse_shared_frames(train_rows, test_rows, "--test_frames")
+        labels = read_labels(test_rows, arguments.on_bad_row)
+        if not any(counts_at_moderate(of_frame, name) for of_frame in labels for name in arguments.classes):
+            names = ", ".join(arguments.classes)
+            raise SimIPUError(
+                f"--test_frames: expected labels of {names} that count at moderate (25 pixels high, at most partly "
+                "occluded, truncated by at most 0.3), found none to compare encoders by"
+            )
         self.sizes = mean_dimensions(read_labels(train_rows, arguments.on_bad_row), arguments.classes)
         train, test = (
             DetectionDataset(

@@ -130,6 +130,9 @@ def test_comparison_of_encoders(frames, tmp_path, monkeypatch):
         device="cpu",
         json=True,
     )
+    with monkeypatch.context() as patch, pytest.raises(SimIPUError, match="labels of .* that count at moderate"):
+        patch.setattr("simipu_hf.evaluation.detection.MIN_HEIGHT", (99, 99, 99))
+        compare_detection(arguments)
     result = compare_detection(arguments)
     runs = {(run["encoder"], run["mode"]): run for run in result["runs"]}
     assert runs["scratch", "full"]["train_loss"] == runs["other", "full"]["train_loss"]  # random weights of one seed

@@ -219,7 +219,10 @@ def pixels_from_row(row: Mapping[str, Any]) -> np.ndarray:
 def _open_file(image: Any) -> BinaryIO:
     """The file of an image that is not decoded: `{"bytes", "path"}` or a path, also of hf:// or zip://."""
     encoded = image if isinstance(image, dict) else {"bytes": None, "path": image}
-    return xopen(encoded["path"], "rb") if encoded["bytes"] is None else BytesIO(encoded["bytes"])
+    if encoded["bytes"] is not None:
+        return BytesIO(encoded["bytes"])
+    # datasets takes what is before :: or : of a local path for an address
+    return open(encoded["path"], "rb") if os.path.isfile(encoded["path"]) else xopen(encoded["path"], "rb")
 
 
 def _decode_plain(image: Any) -> np.ndarray | None:

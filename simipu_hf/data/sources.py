@@ -190,7 +190,10 @@ def license_of_folder(location: str) -> str:
     if not path.is_file():
         return ""
     data = DatasetCard.load(path, ignore_metadata_errors=True).data
-    return str(data.get("license_name") or "").replace("-", " ") or str(data.get("license") or "")
+    names = data.get("license") or ""
+    return str(data.get("license_name") or "").replace("-", " ") or (
+        " and ".join(map(str, names)) if isinstance(names, list) else str(names)
+    )
 
 
 def undecoded(rows: Any) -> Any:

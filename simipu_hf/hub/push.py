@@ -352,7 +352,7 @@ def push_dataset(
         raise SimIPUError(f"{folder}: expected a folder of Parquet files, found none")
     splits: dict[str, int] = {}
     for file in files:
-        split = re.sub(r"(-\d+-of-\d+)?\.parquet$", "", file.name)
+        split = re.sub(r"(-\d+-of-\d+(-[0-9a-f]+)?)?\.parquet$", "", file.name)
         try:
             splits[split] = splits.get(split, 0) + pyarrow.parquet.read_metadata(file).num_rows
         except (OSError, ValueError) as error:
