@@ -18,7 +18,7 @@ from .data.detection import DetectionDataset, DetectionFrame, select_labelled
 from .data.kitti_objects import KittiObjects, read_objects_folder, write_objects_folder
 from .data.sources import describe_frames
 from .errors import SimIPUError
-from .evaluation.detection import DIFFICULTIES, MIN_OVERLAP, _label_roles
+from .evaluation.detection import DIFFICULTIES, MIN_OVERLAP, label_roles
 from .evaluation.detection import evaluate_detection as average_precision
 from .evaluation.detection_numba import COUNTED
 from .files import write_json
@@ -207,7 +207,7 @@ def score(found: Sequence[Found], classes: Sequence[str], min_overlap: float | N
 
 def counts_at_moderate(labels: KittiObjects, name: str) -> bool:
     """Whether a frame has a label of a class that is to be found at moderate difficulty."""
-    return bool((_label_roles(labels, name, DIFFICULTIES.index("moderate")) == COUNTED).any())
+    return bool((label_roles(labels, name, DIFFICULTIES.index("moderate")) == COUNTED).any())
 
 
 def format_table(result: dict[str, Any]) -> str:

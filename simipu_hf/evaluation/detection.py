@@ -72,7 +72,7 @@ def evaluate_detection(
         least = {**MIN_OVERLAP, **(min_overlap or {})}.get(name, 0.5)
         result[name] = {metric: {} for metric in ("2d", "bev", "3d", "aos")}
         for level, difficulty in enumerate(DIFFICULTIES):
-            roles = _detection_roles(detections, name, level), _label_roles(truth, name, level)
+            roles = _detection_roles(detections, name, level), label_roles(truth, name, level)
             for metric, pairs in overlaps.items():
                 covered = overlaps["covered"] if metric == "2d" else np.zeros(0)
                 if metric != "covered":
@@ -107,7 +107,7 @@ def _join(objects: Sequence[KittiObjects]) -> KittiObjects:
     return KittiObjects(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
 
-def _label_roles(labels: KittiObjects, name: str, level: int) -> np.ndarray:
+def label_roles(labels: KittiObjects, name: str, level: int) -> np.ndarray:
     """What every label is to a class and difficulty: counted, ignored, another class, a DontCare region."""
     hard = (labels.occluded > MAX_OCCLUSION[level]) | (labels.truncated > MAX_TRUNCATION[level])
     hard |= labels.bbox[:, 3] - labels.bbox[:, 1] <= MIN_HEIGHT[level]

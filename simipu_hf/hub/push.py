@@ -136,10 +136,7 @@ class _Repository:
 
     def _replaced(self, folder: Path) -> list[str]:
         if self.repo_type == "dataset":  # the shards of these splits alone
-            names = (
-                file.relative_to(folder).as_posix().removesuffix(".parquet") for file in folder.rglob("*.parquet")
-            )
-            splits = sorted({re.sub(r"-\d+-of-\d+$", "", name) for name in names})
+            splits = sorted({_split_of(file.relative_to(folder).as_posix()) for file in folder.rglob("*.parquet")})
             return [split + suffix for split in splits for suffix in (".parquet", "-?????-of-?????.parquet")]
         return [*REPLACED, *(["last-checkpoint/*"] if (folder / "last-checkpoint").is_dir() else [])]
 
@@ -352,7 +349,7 @@ def push_dataset(
         raise SimIPUError(f"{folder}: expected a folder of Parquet files, found none")
     splits: dict[str, int] = {}
     for file in files:
-        split = re.sub(r"(-\d+-of-\d+(-[0-9a-f]+)?)?\.parquet$", "", file.name)
+        split = _split_of(file.name)
         try:
             splits[split] = splits.get(split, 0) + pyarrow.parquet.read_metadata(file).num_rows
         except (OSError, ValueError) as error:
@@ -379,6 +376,11 @@ def push_dataset(
         (Path(staged) / "README.md").write_text(card, encoding="utf-8")
         repository = _Repository(repo_id, token, private, repo_type="dataset")
         return PushReport(repository.url, repository.upload(Path(staged), "Upload data set"))
+
+
+def _split_of(file: str) -> str:
+    """The split that a Parquet file is named for; older versions of datasets put a hash behind the shard's number."""
+    return re.sub(r"(-\d+-of-\d+(-[0-9a-f]+)?)?\.parquet$", "", file)
 
 
 def _in_background(action: Callable[[], Result]) -> "Future[Result]":
