@@ -18,8 +18,9 @@ try:
 except Exception:
     numba = None  # type: ignore[assignment]  # where it is not installed
 
-BUCKET_SIZE = 128  # points of a bucket in furthest point sampling
+BUCKET_SIZE = 128
 GRID_SIZE = 128  # at most so many cells along x and along y in the ball query
+WORK_PER_THREAD = 2**23  # inner loops, about a millisecond
 
 
 def furthest_point_sample(points: Tensor, num_samples: int) -> Tensor:
@@ -30,7 +31,8 @@ def furthest_point_sample(points: Tensor, num_samples: int) -> Tensor:
     2023). Rounding is monotonic, so the bound holds for the rounded distances as well.
     """
     samples = torch.empty(len(points), num_samples, dtype=torch.int64)
-    _in_threads(_sample_coordinates, zip(points.numpy(), samples.numpy(), strict=True))
+    work = points.shape[0] * points.shape[1] * num_samples
+    _in_threads(_sample_coordinates, zip(points.numpy(), samples.numpy(), strict=True), work)
     return samples
 
 
@@ -41,7 +43,8 @@ def furthest_point_sample_features(features: Tensor, num_samples: int) -> Tensor
     on top of a heap of such bounds has to look at further samples, and only until it is no longer on top.
     """
     samples = torch.empty(len(features), num_samples, dtype=torch.int64)
-    _in_threads(_sample_features, zip(features.numpy(), samples.numpy(), strict=True))
+    work = features.numel() * num_samples
+    _in_threads(_sample_features, zip(features.numpy(), samples.numpy(), strict=True), work)
     return samples
 
 
@@ -64,7 +67,7 @@ def ball_query(
             count = np.empty((len(slots), end - start), np.int64)
             cloud, some = points[b].numpy(), centers[b, start:end].numpy()
             calls.append((cloud, some, low, high, slots, b * points.shape[1], index, count))
-    _in_threads(_query, calls)
+    _in_threads(_query, calls, points.shape[0] * points.shape[1] * centers.shape[1])
 
     rings = []
     for s, k in enumerate(num_samples):
@@ -87,7 +90,7 @@ class GroupMax(torch.autograd.Function):
         argument = torch.empty(maximum.shape, dtype=torch.int32)
         arrays = [tensor.detach().numpy() for tensor in (rows, index, offsets, maximum, argument)]
         parts = _split(len(maximum), torch.get_num_threads())
-        _in_threads(_gather_max, [(*arrays, start, end) for start, end in parts])
+        _in_threads(_gather_max, [(*arrays, start, end) for start, end in parts], index.numel() * rows.shape[1])
         ctx.save_for_backward(argument)
         ctx.num_rows = len(rows)
         return maximum
@@ -100,7 +103,7 @@ class GroupMax(torch.autograd.Function):
         # a row can win in several groups, but every channel is its own: threads share the channels
         arrays = [tensor.numpy() for tensor in (gradient.contiguous(), argument, rows_gradient)]
         parts = _split(gradient.shape[1], torch.get_num_threads())
-        _in_threads(_scatter_add, [(*arrays, start, end) for start, end in parts])
+        _in_threads(_scatter_add, [(*arrays, start, end) for start, end in parts], gradient.numel())
         return rows_gradient, None, None
 
 
@@ -110,14 +113,27 @@ def _split(length: int, parts: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, length)) for start in range(0, length, step)]
 
 
-def _in_threads(function: Callable, calls: Iterable[tuple]) -> list:
-    """`[function(*call) for call in calls]` on up to `torch.get_num_threads()` threads."""
+def _in_threads(function: Callable, calls: Iterable[tuple], work: int) -> None:
+    """`function(*call)` for each of `calls`, on this thread and up to `torch.get_num_threads() - 1` others.
+
+    A thread more is started for every `WORK_PER_THREAD` of `work`, counted in inner loops: less does not pay, and
+    PyTorch's own threads keep the other cores busy for some time after each of its operations.
+    """
     calls = list(calls)
-    threads = min(torch.get_num_threads(), len(calls))
-    if threads <= 1:
-        return [function(*call) for call in calls]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(lambda call: function(*call), calls))
+    others = min(torch.get_num_threads(), len(calls), 1 + work // WORK_PER_THREAD) - 1
+    shared = iter(calls)  # each thread takes the next call that none has taken
+
+    def run() -> None:
+        for call in shared:
+            function(*call)
+
+    if others < 1:
+        return run()
+    with ThreadPoolExecutor(others) as pool:
+        futures = [pool.submit(run) for _ in range(others)]
+        run()
+    for future in futures:
+        future.result()
 
 
 def jit(**options: Any) -> Callable:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simipu_hf.modeling import point_ops
+from simipu_hf.modeling import point_ops, point_ops_numba
 from simipu_hf.modeling.point_ops import (
     Neighbors,
     ball_query,
@@ -23,6 +23,17 @@ pytest.importorskip("numba")
 
 RINGS = [(0.0, 0.4), (0.4, 1.0), (1.0, 2.5), (50.0, 60.0)]  # the last one is always empty
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+
+
+@pytest.fixture
+def three_threads(monkeypatch):
+    """Numba's kernels share even the least work among three threads."""
+    monkeypatch.setattr(point_ops_numba, "WORK_PER_THREAD", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
 
 properties = settings(derandomize=True, deadline=None, max_examples=40)
 
@@ -141,6 +152,18 @@ class TestFurthestPointSample:
         with pytest.raises(ValueError, match="0 samples"):
             furthest_point_sample(torch.zeros(1, 4, 3), 0)
 
+    def test_threads_change_nothing(self, three_threads):
+        points = torch.randn(5, 300, 3, generator=torch.Generator().manual_seed(0))
+        expected = furthest_point_sample(points, 60, backend="torch")
+        assert torch.equal(furthest_point_sample(points, 60, backend="numba"), expected)
+
+    def test_an_error_in_a_thread_is_raised(self, three_threads):
+        def fail(number):
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            point_ops_numba._in_threads(fail, [(1,), (2,), (3,)], work=3)
+
 
 class TestFurthestPointSampleFeatures:
     @properties
@@ -255,17 +278,13 @@ class TestBallQuery:
         (ring,) = ball_query(points, points[:, 1:2], [(0.0, 1.0)], [4], backend=backend)
         assert slot_counts(ring, 4).tolist() == [[0, 3, 0, 1]]
 
-    def test_threads_change_nothing(self):
-        points = torch.randn(1, 500, 3, generator=torch.Generator().manual_seed(0))
-        expected = ball_query(points, points[:, :77], RINGS, [4, 8, 16, 2], backend="numba")
-        threads = torch.get_num_threads()
-        torch.set_num_threads(3)
-        try:
-            rings = ball_query(points, points[:, :77], RINGS, [4, 8, 16, 2], backend="numba")
-        finally:
-            torch.set_num_threads(threads)
+    @pytest.mark.parametrize("clouds", [1, 5])
+    def test_threads_change_nothing(self, clouds, three_threads):
+        points = torch.randn(clouds, 500, 3, generator=torch.Generator().manual_seed(0))
+        rings = ball_query(points, points[:, :77], RINGS, [4, 8, 16, 2], backend="numba")
+        expected = ball_query(points, points[:, :77], RINGS, [4, 8, 16, 2], backend="torch")
         for ring, other in zip(rings, expected, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(ring, other, strict=True))
+            assert torch.equal(slot_counts(ring, 500 * clouds), slot_counts(other, 500 * clouds))
 
 
 @st.composite
@@ -319,17 +338,11 @@ class TestGroupMax:
         assert rows.grad.dtype == dtype
         assert rows.grad.tolist() == [[0, 0], [2, 2], [1, 1]]
 
-    @pytest.mark.parametrize("threads", [1, 3])
-    def test_threads_change_nothing(self, threads):
+    def test_threads_change_nothing(self, three_threads):
         rows = torch.randn(50, 7, generator=torch.Generator().manual_seed(0)).requires_grad_()
         neighbors = Neighbors(torch.arange(50), torch.ones(50), torch.arange(0, 51, 5))
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            result = group_max(rows, neighbors, backend="numba")
-            (gradient,) = torch.autograd.grad(result.square().sum(), rows)
-        finally:
-            torch.set_num_threads(before)
+        result = group_max(rows, neighbors, backend="numba")
+        (gradient,) = torch.autograd.grad(result.square().sum(), rows)
         assert torch.equal(result, rows.view(10, 5, 7).amax(1))
         torch.testing.assert_close(gradient, torch.where(rows == result.repeat_interleave(5, 0), 2 * rows, 0))
 
