@@ -5,16 +5,19 @@ accelerate launch --num_processes 2 data_parallel_worker.py OUT 'JSON list of pr
 
 import contextlib
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from safetensors.torch import save_file
 from tiny_simipu import tiny_batch, tiny_config
 
 from simipu_hf import pretrain as module
+from simipu_hf.errors import TrainingInterrupted
 from simipu_hf.finetune_depth import finetune_depth
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.training.arguments import DepthArguments, PreTrainingArguments, parse_arguments
@@ -71,8 +74,8 @@ def train(architecture: str, accumulation_steps: int, out: Path) -> dict[str, to
     return gradients | {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def interrupted_run(flags: list[str], out: Path) -> None:
-    """`pretrain` in full, and broken off in step 5 and resumed, in these processes."""
+def interrupted_runs(flags: list[str], out: Path) -> None:
+    """`pretrain` in full; broken off in step 5; with a signal to the last process alone in step 3; both resumed."""
 
     def run(name: str, *more: str) -> None:
         module.pretrain(parse_arguments(PreTrainingArguments, [*flags, "--output_dir", str(out / name), *more]))
@@ -89,14 +92,28 @@ def interrupted_run(flags: list[str], out: Path) -> None:
     module.clip_gradients = broken
     with contextlib.suppress(RuntimeError):
         run("broken")
+    calls.clear()
+
+    def preempted(*arguments):
+        calls.append(1)
+        if len(calls) == 3 and PartialState().is_last_process:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return clip_gradients(*arguments)
+
+    module.clip_gradients = preempted
+    try:
+        run("preempted")
+    except TrainingInterrupted as interruption:
+        (out / f"interruption-{PartialState().process_index}.txt").write_text(str(interruption), encoding="utf-8")
     module.clip_gradients = clip_gradients
-    run("broken", "--resume_from_checkpoint", "latest")
+    for name in ("broken", "preempted"):
+        run(name, "--resume_from_checkpoint", "latest")
 
 
 def main() -> None:
     out, flags, depth_flags = Path(sys.argv[1]), *map(json.loads, sys.argv[2:])
     finetune_depth(parse_arguments(DepthArguments, depth_flags))
-    interrupted_run(flags, out)
+    interrupted_runs(flags, out)
     for architecture in ARCHITECTURES:
         for accumulation_steps in (1, 2):
             name = f"{architecture}-{accumulation_steps}"

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -93,6 +94,14 @@ def test_two_processes_resume_to_the_bit(results):
     for name in ("loss", "eval/loss", "eval/recall_within_2_cells"):
         assert [line[name] for line in lines[0] if name in line] == [line[name] for line in lines[1] if name in line]
     assert [line["step"] for line in lines[1]] == [3, 3, 6, 6]
+
+
+def test_a_signal_to_one_of_two_processes_ends_both_after_a_checkpoint(results):
+    whole, resumed = load_file(results / "whole/model.safetensors"), load_file(results / "preempted/model.safetensors")
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    messages = {(results / f"interruption-{rank}.txt").read_text(encoding="utf-8") for rank in range(2)}
+    assert len(messages) == 1
+    assert re.match(r"stopped by SIGTERM after step [34] of 6, saved .*checkpoint-[34]\.", messages.pop())
 
 
 def test_two_processes_share_the_evaluation_of_a_depth_model(results):
