@@ -57,8 +57,8 @@ def compare(arguments: CompareArguments, task: "Task") -> dict[str, Any]:
     `comparison.png`, and `pictures/` of every encoder's predictions with all labels and the first seed.
 
     Returns:
-        `table`: see [`summarize`]; `runs`: every run; `encoders`: what was loaded; `recipe`, `num_test_frames` and
-        `num_test_frames_without_target`.
+        `table`: see [`summarize`]; `runs`: every run; `encoders`: what was loaded; `guess`: see [`Task`]; `recipe`,
+        `num_test_frames` and `num_test_frames_without_target`.
     """
     output_dir, task_name = Path(arguments.output_dir), task.trainer_class.task
     check_output_dir(output_dir, task_name)
@@ -95,6 +95,7 @@ def compare(arguments: CompareArguments, task: "Task") -> dict[str, Any]:
         "encoders": {name: encoder.description for name, encoder in encoders.items()},
         "num_test_frames": len(task.test_frames),
         "num_test_frames_without_target": task.num_without_target,
+        "guess": task.guess,
         "table": summarize(finished, task),
         "runs": finished,
     }
@@ -197,12 +198,14 @@ class Task:
         shown: the metrics in the table, the first being the one that the claims are about.
         higher_is_better: the metrics of which that is true.
         num_without_target: how many test frames are in no average, as nothing in them counts.
+        guess: what a prediction is called that does not look at the image, and its metrics; `None` without one.
     """
 
     trainer_class: type[FineTuningTrainer]
     shown: tuple[str, ...]
     higher_is_better: tuple[str, ...]
     num_without_target = 0
+    guess: tuple[str, dict[str, float]] | None = None
     latest: FineTuningTrainer | None = None
 
     def __init__(self, arguments: CompareArguments, train: FrameDataset, test: FrameDataset):
@@ -440,6 +443,9 @@ def format_table(result: dict[str, Any], task: Task) -> str:
     for entry in result["table"]:
         cells = [f"{entry['mean'][name]:.4f}{_plus_minus(entry['std'][name], '.4f')}" for name in shown]
         lines.append(f"| {_MODES[entry['mode']]} | {entry['num_frames']} | {entry['encoder']} | {' | '.join(cells)} |")
+    if result["guess"] is not None:
+        name, metrics = result["guess"]
+        lines.append(f"| none | | {name} | {' | '.join(f'{metrics[metric]:.4f}' for metric in shown)} |")
     recipe = result["recipe"]
     steps = f"{recipe['max_steps']} steps of at most {recipe['batch_size']} frames"
     num_frames = result["num_test_frames"]
@@ -448,12 +454,26 @@ def format_table(result: dict[str, Any], task: Task) -> str:
         f"{f'{num_counted} of {num_frames}' if num_counted < num_frames else num_frames} test frames, {steps}, "
         f"mean ± standard deviation over {max(entry['num_seeds'] for entry in result['table'])} seeds."
     )
-    claims = [f"- {claim}" for claim in describe_claims(result["table"], shown[0])]
+    claims = [f"- {claim}" for claim in (*warn_of_guesses(result, task), *describe_claims(result["table"], shown[0]))]
     encoders = [f"- {name}: {description}" for name, description in result["encoders"].items()]
     return "\n".join([*lines, "", about, "", *claims, "", *encoders, ""])
 
 
 _MODES = {"full": "all", "frozen": "decoder"}
+
+
+def warn_of_guesses(result: dict[str, Any], task: Task) -> list[str]:
+    """A sentence for every scratch that is no better than a prediction that does not look at the image."""
+    if result["guess"] is None:
+        return []
+    metric, (name, guess) = task.shown[0], result["guess"]
+    sign = -1 if metric in task.higher_is_better else 1
+    return [
+        f"{entry['encoder']} ({_MODES[entry['mode']]} weights, {entry['num_frames']} frames) is no better than "
+        f"{name}: nothing to compare with yet (--max_steps, --learning_rate)."
+        for entry in result["table"]
+        if entry["encoder"] == entry["baseline"] and sign * entry["mean"][metric] >= sign * guess[metric]
+    ]
 
 
 def describe_claims(table: Sequence[dict[str, Any]], metric: str) -> list[str]:

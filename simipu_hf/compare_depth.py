@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .compare import Task, check_output_dir, compare
 from .data.depth import DepthDataset
 from .data.frames import select_frames
 from .data.overlap import refuse_shared_frames
-from .evaluation.depth import HIGHER_IS_BETTER, DepthProtocol
+from .evaluation.depth import HIGHER_IS_BETTER, DepthProtocol, evaluate_maps
 from .finetune_depth import DepthTrainer, create_processor, trainer_parts
 from .hub.weights import EncoderWeights
 from .training.arguments import CompareDepthArguments
@@ -41,6 +43,9 @@ class DepthTask(Task):
         protocol = DepthProtocol.from_arguments(arguments)
         masks = (protocol.mask(frame.depth, frame.frame_id) for frame in self.test_frames)
         self.num_without_target = sum(not mask.any() for mask in masks)
+        depth = float(np.median(np.concatenate([frame.depth[frame.depth > 0] for frame in self.train_frames])))
+        maps = ((frame.frame_id, np.full_like(frame.depth, depth), frame.depth) for frame in self.test_frames)
+        self.guess = (f"{depth:.1f} m everywhere, the training median", evaluate_maps(maps, protocol)["metrics"])
 
     def parts(self, encoder: EncoderWeights, frames: Sequence[Any], seed: int) -> dict[str, Any]:
         return trainer_parts(self.arguments, encoder, frames, self.test_frames, seed)

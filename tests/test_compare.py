@@ -37,6 +37,7 @@ from simipu_hf.data.frames import to_pixel_values
 from simipu_hf.data.kitti_objects import KittiObjects
 from simipu_hf.data.rows import dataset_from_rows
 from simipu_hf.errors import SimIPUError
+from simipu_hf.evaluation.depth import DepthProtocol
 from simipu_hf.finetune_depth import create_processor
 from simipu_hf.finetuning import create_model, find_rgb_encoder
 from simipu_hf.modeling.modeling_simipu_depth import SimIPUForDepthEstimation
@@ -229,6 +230,19 @@ def test_claims_are_told_apart_in_words():
     assert "LEVEL at the end: -7.5 ± 3.5 % (by seed -10.0, -5.0; better for 2 of 2)" in simipu
 
 
+def test_a_scratch_no_better_than_a_guess_is_said_to_be_so(arguments):
+    task = FakeTask()
+    task.guess = ("0.5 everywhere", {"error": 0.605, "score": 0.0})  # scratch ends at 0.605, the mean over two seeds
+    result = compare(arguments, task)
+    table = (Path(arguments.output_dir) / "comparison.md").read_text(encoding="utf-8")
+    assert "| none | | 0.5 everywhere | 0.6050 | 0.0000 |" in table
+    assert table.count("is no better than 0.5 everywhere") == 4  # modes and shares of the labels
+    assert result["guess"] == task.guess
+    task.guess = ("0.5 everywhere", {"error": 0.61, "score": 0.0})
+    compare(arguments, task)
+    assert "no better than" not in (Path(arguments.output_dir) / "comparison.md").read_text(encoding="utf-8")
+
+
 def test_smaller_label_shares_are_part_of_larger_ones():
     shares = [set(label_subset(10, fraction, seed=4)) for fraction in (0.01, 0.3, 0.7, 1)]
     assert [len(share) for share in shares] == [1, 3, 7, 10]
@@ -269,6 +283,18 @@ def test_depth_runs_are_the_same_for_the_same_weights_and_seed(depth_arguments):
     assert runs["scratch", "frozen"]["metrics"] != runs["scratch", "full"]["metrics"]
     saved = json.loads((Path(depth_arguments.output_dir) / "comparison.json").read_text(encoding="utf-8"))
     assert saved["table"][1]["level"]["percent"] == [0.0]
+
+
+def test_the_guess_of_depth_is_the_training_frames_median(depth_arguments):
+    task = DepthTask(depth_arguments)
+    seen = sorted(depth for frame in task.train_frames for depth in frame.depth[frame.depth > 0].tolist())
+    depth = statistics.median(seen)
+    assert 20 < depth < 50  # frames at 5, 15, ... 55 m and some more
+    (frame,) = task.test_frames
+    target = frame.depth[DepthProtocol.from_arguments(depth_arguments).mask(frame.depth)]
+    name, metrics = task.guess
+    assert name.startswith(f"{depth:.1f} m everywhere")
+    assert metrics["abs_rel"] == pytest.approx(np.mean(np.abs(depth - target) / target), rel=1e-6)
 
 
 def test_runs_on_other_frames_are_not_reused_and_kept_whatever_their_pictures(depth_arguments, tmp_path):

@@ -188,9 +188,8 @@ def _metadata(
         # an encoder folder names its architecture without the tag of the weights that it started from
         named = timm.get_pretrained_cfg(arguments.get("image_encoder") or architecture)
         base = getattr(named, "hf_hub_id", None)
-    own_license = (run.get("data") or {}).get("license")
     licenses = [KITTI_LICENSE] if _trained_on_kitti(run) else []
-    licenses += [own_license] if own_license and hub_license(own_license)[0] not in licenses else []
+    licenses += [name for name in _licenses(run) if hub_license(name)[0] not in licenses]
     license, license_name = hub_license(" and ".join(licenses))
     results = [
         EvalResult(
@@ -241,13 +240,19 @@ def _pictures(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in found if path.name != CURVES][:6]
 
 
+def _licenses(run: dict[str, Any]) -> list[str]:
+    """Of the rows; those of several sources stand one under the other, as `datasets` joins them."""
+    joined = (run.get("data") or {}).get("license") or ""
+    return [name for name in dict.fromkeys(joined.split("\n\n")) if name]
+
+
 def _trained_on_kitti(run: dict[str, Any]) -> bool:
-    arguments, data = _arguments(run), run.get("data") or {}
-    if hub_license(data.get("license"))[0] == KITTI_LICENSE:
+    arguments, licenses = _arguments(run), _licenses(run)
+    if any(hub_license(name)[0] == KITTI_LICENSE for name in licenses):
         return True
     places = ["image_encoder", "model_name_or_path"]  # what it started from
     given = [arguments.get(name) for name in ("data_dir", "dataset_name", "train_frames")]
-    if any(isinstance(names, list) and len(names) > 1 for names in given) or not data.get("license"):
+    if any(isinstance(names, list) and len(names) > 1 for names in given) or not licenses:
         # not by the builder's name: it also reads other data in KITTI's layout
         places += ["data_dir", "dataset_name", "train_frames", "train_list", "image_dir"]
     return any("kitti" in str(arguments.get(name)).lower() for name in places)
