@@ -21,6 +21,7 @@ from .sources import Source, find_source, given_sources, refuse_second_split, sp
 NEXT_TO_NOTHING = 0.02  # of the image's cells with a point, or of the scan's points in the image
 CELL = 32  # pixels
 DEPTH_RANGE = (1.0, 80.0)  # metres
+LYING = 30.0  # degrees between the vertical of a camera and the scan's
 
 
 @dataclass
@@ -227,6 +228,7 @@ class _Inspector:
         self.one_color: list[str] = []
         self.ranges: dict[str, tuple[float, float, int, float]] = {}  # name -> min, sum, count, max
         self.views: dict[str, list[tuple[int, float, float]]] = {}  # camera -> points, share of points and of image
+        self.tilts: dict[str, list[float]] = {}  # camera -> see `_tilt`
         self.sizes_of_camera: dict[bytes, dict[tuple[int, int], list[str]]] = {}
 
     def add_problems(self, messages: Sequence[str], frame: str | None = None) -> None:
@@ -265,6 +267,8 @@ class _Inspector:
             camera = str(row.get("camera") or _direction(lidar_to_camera))
             pixels, depth = project_points(points.astype(np.float64), projection @ lidar_to_camera)
             self._look_at_view(label, camera, pixels, depth, np.array(image.size[::-1]))
+            if (tilt := _tilt(points[:, :3].astype(np.float64), lidar_to_camera)) is not None:
+                self.tilts.setdefault(camera, []).append(tilt)
             if self.sample is None and label not in self.damaged:
                 self.sample = Frame.from_row(row)
 
@@ -316,6 +320,12 @@ class _Inspector:
             for name, camera in cameras.items()
             if min(camera.share_of_points, camera.share_of_image) < NEXT_TO_NOTHING
         ]
+        notes += [
+            f"camera {name} lies on its side, its vertical {np.median(tilts):.0f} degrees from that of the scan: is "
+            "it mounted so, or is lidar_to_camera the way from camera to LiDAR?"
+            for name, tilts in self.tilts.items()
+            if np.median(tilts) > LYING
+        ]
         if self.one_color:
             notes.append(f"{len(self.one_color)} images of one colour, the first {self.one_color[0]}")
         return notes
@@ -339,6 +349,17 @@ class _Inspector:
             notes=[*notes, *self._notes(cameras)],
             sample=self.sample,
         )
+
+
+def _tilt(points: np.ndarray, lidar_to_camera: np.ndarray) -> float | None:
+    """Degrees between a camera's vertical and the scan's (`(N, 3)`), the direction in which it is flattest; `None`
+    where it is about as high as wide."""
+    if len(points) < 3:
+        return None
+    variances, directions = np.linalg.eigh(np.cov(points.T))
+    if variances[0] > variances[1] / 4:
+        return None
+    return float(np.degrees(np.arccos(min(1.0, abs(lidar_to_camera[1, :3] @ directions[:, 0])))))
 
 
 def _direction(lidar_to_camera: np.ndarray) -> str:

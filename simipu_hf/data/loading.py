@@ -192,8 +192,10 @@ def row_names(rows: datasets.Dataset) -> list[tuple[str, str]]:
 def _load(source: Source, request: Request, train_split: str | None) -> AnyDataset:
     if source.reader is None and (request.cameras is not None or request.scenes is not None):
         raise SimIPUError(
-            f"{source.location}: cameras and scenes can be chosen of a published data set's files only; simipu-hf "
-            f"visualize --dataset_name {source.location} --frames 0,1,2 --output_dir PICTURES draws chosen rows"
+            f"{source.location}: cameras and scenes can be chosen of a published data set's files only. Of own "
+            "rows keep some with datasets: rows.filter(lambda row: row['scene'] in ('a', 'b')).save_to_disk(FOLDER). "
+            f"simipu-hf visualize --dataset_name {source.location} --frames 0,1,2 --output_dir PICTURES draws chosen "
+            "rows"
         )
     held_out, split = _plan_split(source, request, train_split)
     if source.reader is not None:

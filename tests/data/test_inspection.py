@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 
 import datasets
@@ -136,6 +137,25 @@ def test_what_is_seldom_as_it_should_be_is_noted(tmp_path):
         "camera looking 0 degrees left of the LiDAR's x axis keeps 1.0% of the points, in 25.0% of its image"
     )
     assert report.notes[-1] == "1 images of one colour, the first train/log/2"
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+def test_an_inverted_calibration_is_noted_though_points_are_in_view(tmp_path, inverted):
+    rng = np.random.default_rng(0)
+    street = np.column_stack([rng.uniform(-60, 60, (4000, 2)), rng.normal(-1.7, 0.1, 4000), np.zeros(4000)])
+    house = np.column_stack([rng.uniform(5, 60, (800, 1)), rng.uniform(8, 12, (800, 1)), rng.uniform(-2, 6, (800, 2))])
+    lidar_to_camera = np.array([[0, -1, 0, 0.1], [0, 0, -1, -0.2], [1, 0, 0, -0.3], [0, 0, 0, 1]])
+    lidar_to_camera = np.linalg.inv(lidar_to_camera) if inverted else lidar_to_camera
+    projection = np.array([[60.0, 0, 64, 0], [0, 60, 32, 0], [0, 0, 1, 0]])
+    image = rng.integers(0, 255, (64, 128, 3), dtype=np.uint8)
+    scan = np.concatenate([street, house])
+    rows = [to_row(str(index), image, scan, projection, lidar_to_camera) for index in range(2)]
+    dataset_from_rows(rows, cache_dir=str(tmp_path / "cache")).save_to_disk(tmp_path / "rows")
+    report = inspect_dataset(tmp_path / "rows")
+    (camera,) = report.cameras.values()
+    assert camera.points > 20
+    lying = [re.search(r"lies on its side, its vertical (\d+) degrees from that of the scan", n) for n in report.notes]
+    assert [int(found[1]) for found in lying] == ([pytest.approx(90, abs=3)] if inverted else [])
 
 
 def test_scans_of_other_columns_and_labels_that_cannot_be_used_are_named(object_root):
