@@ -20,7 +20,7 @@ except Exception:
 
 BUCKET_SIZE = 128
 GRID_SIZE = 128  # at most so many cells along x and along y in the ball query
-WORK_PER_THREAD = 2**23  # inner loops, about a millisecond
+WORK_PER_THREAD = 2**23  # inner loops, some three milliseconds
 
 
 def furthest_point_sample(points: Tensor, num_samples: int) -> Tensor:
@@ -103,7 +103,8 @@ class GroupMax(torch.autograd.Function):
         # a row can win in several groups, but every channel is its own: threads share the channels
         arrays = [tensor.numpy() for tensor in (gradient.contiguous(), argument, rows_gradient)]
         parts = _split(gradient.shape[1], torch.get_num_threads())
-        _in_threads(_scatter_add, [(*arrays, start, end) for start, end in parts], gradient.numel())
+        work = 8 * gradient.numel()  # each addition goes to a place of its own
+        _in_threads(_scatter_add, [(*arrays, start, end) for start, end in parts], work)
         return rows_gradient, None, None
 
 
