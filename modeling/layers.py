@@ -126,7 +126,7 @@ class _WeightedNormalize(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor, *_: None) -> tuple[torch.Tensor | None, ...]:
         rows, mean, inverse_std, scale, shift, share = ctx.saved_tensors
         wide, grad = rows.to(mean.dtype), grad.to(mean.dtype)
-        if ctx.relu:  # one pass, of which masked_fill takes several times the time
+        if ctx.relu:  # one pass; masked_fill takes several times as long
             grad = torch.ops.aten.threshold_backward(grad, torch.addcmul(shift, wide, scale), 0)
         centered = wide - mean
         sums = torch.stack([grad.sum(0), torch.linalg.vecdot(grad, centered, dim=0) * inverse_std])

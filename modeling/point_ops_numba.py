@@ -18,9 +18,9 @@ try:
 except Exception:
     numba = None  # type: ignore[assignment]  # where it is not installed
 
-BUCKET_SIZE = 128
+BUCKET_SIZE = 128  # points of a bucket in furthest point sampling
 GRID_SIZE = 128  # at most so many cells along x and along y in the ball query
-WORK_PER_THREAD = 2**23  # inner loops, some three milliseconds
+WORK_PER_THREAD = 2**23  # iterations, some three milliseconds
 
 
 def furthest_point_sample(points: Tensor, num_samples: int) -> Tensor:
@@ -31,8 +31,8 @@ def furthest_point_sample(points: Tensor, num_samples: int) -> Tensor:
     2023). Rounding is monotonic, so the bound holds for the rounded distances as well.
     """
     samples = torch.empty(len(points), num_samples, dtype=torch.int64)
-    work = points.shape[0] * points.shape[1] * num_samples
-    _in_threads(_sample_coordinates, zip(points.numpy(), samples.numpy(), strict=True), work)
+    threads = _threads(points.shape[0] * points.shape[1] * num_samples)
+    _in_threads(_sample_coordinates, zip(points.numpy(), samples.numpy(), strict=True), threads)
     return samples
 
 
@@ -43,8 +43,8 @@ def furthest_point_sample_features(features: Tensor, num_samples: int) -> Tensor
     on top of a heap of such bounds has to look at further samples, and only until it is no longer on top.
     """
     samples = torch.empty(len(features), num_samples, dtype=torch.int64)
-    work = features.numel() * num_samples
-    _in_threads(_sample_features, zip(features.numpy(), samples.numpy(), strict=True), work)
+    threads = _threads(features.numel() * num_samples // 4)  # most of which the bounds spare
+    _in_threads(_sample_features, zip(features.numpy(), samples.numpy(), strict=True), threads)
     return samples
 
 
@@ -58,7 +58,8 @@ def ball_query(
     """
     low, high = np.asarray(radii_squared, dtype=points.numpy().dtype).T.copy()
     slots = np.asarray(num_samples)
-    parts_per_cloud = -(-torch.get_num_threads() // max(1, len(points)))
+    threads = _threads(points.shape[0] * points.shape[1] * centers.shape[1])
+    parts_per_cloud = -(-threads // max(1, len(points)))
     calls = []
     for b in range(len(points)):
         for start, end in _split(centers.shape[1], parts_per_cloud):
@@ -67,7 +68,7 @@ def ball_query(
             count = np.empty((len(slots), end - start), np.int64)
             cloud, some = points[b].numpy(), centers[b, start:end].numpy()
             calls.append((cloud, some, low, high, slots, b * points.shape[1], index, count))
-    _in_threads(_query, calls, points.shape[0] * points.shape[1] * centers.shape[1])
+    _in_threads(_query, calls, threads)
 
     rings = []
     for s, k in enumerate(num_samples):
@@ -89,8 +90,9 @@ class GroupMax(torch.autograd.Function):
         maximum = rows.new_empty(len(offsets) - 1, rows.shape[1])
         argument = torch.empty(maximum.shape, dtype=torch.int32)
         arrays = [tensor.detach().numpy() for tensor in (rows, index, offsets, maximum, argument)]
-        parts = _split(len(maximum), torch.get_num_threads())
-        _in_threads(_gather_max, [(*arrays, start, end) for start, end in parts], index.numel() * rows.shape[1])
+        threads = _threads(2 * index.numel() * rows.shape[1])
+        parts = _split(len(maximum), threads)
+        _in_threads(_gather_max, [(*arrays, start, end) for start, end in parts], threads)
         ctx.save_for_backward(argument)
         ctx.num_rows = len(rows)
         return maximum
@@ -102,9 +104,9 @@ class GroupMax(torch.autograd.Function):
         rows_gradient = gradient.new_zeros(ctx.num_rows, gradient.shape[1])
         # a row can win in several groups, but every channel is its own: threads share the channels
         arrays = [tensor.numpy() for tensor in (gradient.contiguous(), argument, rows_gradient)]
-        parts = _split(gradient.shape[1], torch.get_num_threads())
-        work = 8 * gradient.numel()  # each addition goes to a place of its own
-        _in_threads(_scatter_add, [(*arrays, start, end) for start, end in parts], work)
+        threads = _threads(16 * gradient.numel())  # each addition waits for a place of its own in memory
+        parts = _split(gradient.shape[1], threads)
+        _in_threads(_scatter_add, [(*arrays, start, end) for start, end in parts], threads)
         return rows_gradient, None, None
 
 
@@ -114,27 +116,22 @@ def _split(length: int, parts: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, length)) for start in range(0, length, step)]
 
 
-def _in_threads(function: Callable, calls: Iterable[tuple], work: int) -> None:
-    """`function(*call)` for each of `calls`, on this thread and up to `torch.get_num_threads() - 1` others.
+def _threads(work: int) -> int:
+    """How many threads pay for `work`, iterations of the innermost loop.
 
-    A thread more is started for every `WORK_PER_THREAD` of `work`, counted in inner loops: less does not pay, and
-    PyTorch's own threads keep the other cores busy for some time after each of its operations.
+    Starting them costs time, and PyTorch's own keep the other cores busy for a while after each of its operations.
     """
-    calls = list(calls)
-    others = min(torch.get_num_threads(), len(calls), 1 + work // WORK_PER_THREAD) - 1
-    shared = iter(calls)  # each thread takes the next call that none has taken
+    return min(torch.get_num_threads(), 1 + work // WORK_PER_THREAD)
 
-    def run() -> None:
-        for call in shared:
+
+def _in_threads(function: Callable, calls: Iterable[tuple], threads: int) -> None:
+    """`function(*call)` for each of `calls`."""
+    if threads == 1:
+        for call in calls:
             function(*call)
-
-    if others < 1:
-        return run()
-    with ThreadPoolExecutor(others) as pool:
-        futures = [pool.submit(run) for _ in range(others)]
-        run()
-    for future in futures:
-        future.result()
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda call: function(*call), calls))  # the list raises what a call raised
 
 
 def jit(**options: Any) -> Callable:

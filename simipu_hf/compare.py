@@ -198,14 +198,14 @@ class Task:
         shown: the metrics in the table, the first being the one that the claims are about.
         higher_is_better: the metrics of which that is true.
         num_without_target: how many test frames are in no average, as nothing in them counts.
-        guess: what a prediction is called that does not look at the image, and its metrics; `None` without one.
+        guess: `name` and `metrics` of a prediction that does not look at the image; `None` without one.
     """
 
     trainer_class: type[FineTuningTrainer]
     shown: tuple[str, ...]
     higher_is_better: tuple[str, ...]
     num_without_target = 0
-    guess: tuple[str, dict[str, float]] | None = None
+    guess: dict[str, Any] | None = None
     latest: FineTuningTrainer | None = None
 
     def __init__(self, arguments: CompareArguments, train: FrameDataset, test: FrameDataset):
@@ -444,7 +444,7 @@ def format_table(result: dict[str, Any], task: Task) -> str:
         cells = [f"{entry['mean'][name]:.4f}{_plus_minus(entry['std'][name], '.4f')}" for name in shown]
         lines.append(f"| {_MODES[entry['mode']]} | {entry['num_frames']} | {entry['encoder']} | {' | '.join(cells)} |")
     if result["guess"] is not None:
-        name, metrics = result["guess"]
+        name, metrics = result["guess"]["name"], result["guess"]["metrics"]
         lines.append(f"| none | | {name} | {' | '.join(f'{metrics[metric]:.4f}' for metric in shown)} |")
     recipe = result["recipe"]
     steps = f"{recipe['max_steps']} steps of at most {recipe['batch_size']} frames"
@@ -466,13 +466,14 @@ def warn_of_guesses(result: dict[str, Any], task: Task) -> list[str]:
     """A sentence for every scratch that is no better than a prediction that does not look at the image."""
     if result["guess"] is None:
         return []
-    metric, (name, guess) = task.shown[0], result["guess"]
+    metric, name = task.shown[0], result["guess"]["name"]
+    guess = result["guess"]["metrics"][metric]
     sign = -1 if metric in task.higher_is_better else 1
     return [
         f"{entry['encoder']} ({_MODES[entry['mode']]} weights, {entry['num_frames']} frames) is no better than "
         f"{name}: nothing to compare with yet (--max_steps, --learning_rate)."
         for entry in result["table"]
-        if entry["encoder"] == entry["baseline"] and sign * entry["mean"][metric] >= sign * guess[metric]
+        if entry["encoder"] == entry["baseline"] and sign * entry["mean"][metric] >= sign * guess
     ]
 
 

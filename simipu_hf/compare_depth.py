@@ -6,7 +6,7 @@
 The comparison itself is `simipu_hf.compare`. Frames are decoded and resized once and kept in memory.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from .compare import Task, check_output_dir, compare
 from .data.depth import DepthDataset
 from .data.frames import select_frames
 from .data.overlap import refuse_shared_frames
+from .errors import SimIPUError
 from .evaluation.depth import HIGHER_IS_BETTER, DepthProtocol, evaluate_maps
 from .finetune_depth import DepthTrainer, create_processor, trainer_parts
 from .hub.weights import EncoderWeights
@@ -41,14 +42,32 @@ class DepthTask(Task):
         train, test = (DepthDataset(rows, processor, on_bad_row=on_bad_row) for rows in (train_rows, test_rows))
         super().__init__(arguments, train, test)
         protocol = DepthProtocol.from_arguments(arguments)
-        masks = (protocol.mask(frame.depth, frame.frame_id) for frame in self.test_frames)
-        self.num_without_target = sum(not mask.any() for mask in masks)
-        depth = float(np.median(np.concatenate([frame.depth[frame.depth > 0] for frame in self.train_frames])))
+        depth = best_constant(frame.depth[protocol.mask(frame.depth, frame.frame_id)] for frame in self.train_frames)
         maps = ((frame.frame_id, np.full_like(frame.depth, depth), frame.depth) for frame in self.test_frames)
-        self.guess = (f"{depth:.1f} m everywhere, the training median", evaluate_maps(maps, protocol)["metrics"])
+        evaluation = evaluate_maps(maps, protocol)
+        self.num_without_target = evaluation["num_images_without_target"]
+        self.guess = {"name": f"{depth:.1f} m everywhere", "metrics": evaluation["metrics"]}
 
     def parts(self, encoder: EncoderWeights, frames: Sequence[Any], seed: int) -> dict[str, Any]:
         return trainer_parts(self.arguments, encoder, frames, self.test_frames, seed)
+
+
+def best_constant(targets: Iterable[np.ndarray]) -> float:
+    """The depth that, predicted everywhere, has the least AbsRel on images with these targets (`(N,)` each, metres).
+
+    A median in which a pixel counts 1 / target, and every image the same.
+
+    Raises:
+        SimIPUError: there is no target.
+    """
+    known = [target for target in targets if target.size]
+    if not known:
+        raise SimIPUError("--train_frames: expected pixels with a depth that counts in the evaluation, found none")
+    depth = np.concatenate(known)
+    weight = np.concatenate([1 / (target * target.size) for target in known])
+    order = np.argsort(depth)
+    below = np.cumsum(weight[order])
+    return float(depth[order][np.searchsorted(below, below[-1] / 2)])
 
 
 def compare_depth(arguments: CompareDepthArguments) -> dict[str, Any]:

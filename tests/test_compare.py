@@ -30,14 +30,13 @@ from simipu_hf.compare import (
     speed,
     summarize,
 )
-from simipu_hf.compare_depth import DepthTask, compare_depth
+from simipu_hf.compare_depth import DepthTask, best_constant, compare_depth
 from simipu_hf.data.depth import DepthDataset, DepthFrame
 from simipu_hf.data.detection import DetectionFrame
 from simipu_hf.data.frames import to_pixel_values
 from simipu_hf.data.kitti_objects import KittiObjects
 from simipu_hf.data.rows import dataset_from_rows
 from simipu_hf.errors import SimIPUError
-from simipu_hf.evaluation.depth import DepthProtocol
 from simipu_hf.finetune_depth import create_processor
 from simipu_hf.finetuning import create_model, find_rgb_encoder
 from simipu_hf.modeling.modeling_simipu_depth import SimIPUForDepthEstimation
@@ -232,13 +231,17 @@ def test_claims_are_told_apart_in_words():
 
 def test_a_scratch_no_better_than_a_guess_is_said_to_be_so(arguments):
     task = FakeTask()
-    task.guess = ("0.5 everywhere", {"error": 0.605, "score": 0.0})  # scratch ends at 0.605, the mean over two seeds
+    task.guess = {
+        "name": "0.5 everywhere",
+        "metrics": {"error": 0.605, "score": 0.0},
+    }  # scratch ends at 0.605, the mean over two seeds
     result = compare(arguments, task)
     table = (Path(arguments.output_dir) / "comparison.md").read_text(encoding="utf-8")
     assert "| none | | 0.5 everywhere | 0.6050 | 0.0000 |" in table
     assert table.count("is no better than 0.5 everywhere") == 4  # modes and shares of the labels
-    assert result["guess"] == task.guess
-    task.guess = ("0.5 everywhere", {"error": 0.61, "score": 0.0})
+    saved = json.loads((Path(arguments.output_dir) / "comparison.json").read_text(encoding="utf-8"))
+    assert result["guess"] == saved["guess"] == task.guess
+    task.guess["metrics"]["error"] = 0.61
     compare(arguments, task)
     assert "no better than" not in (Path(arguments.output_dir) / "comparison.md").read_text(encoding="utf-8")
 
@@ -285,16 +288,21 @@ def test_depth_runs_are_the_same_for_the_same_weights_and_seed(depth_arguments):
     assert saved["table"][1]["level"]["percent"] == [0.0]
 
 
-def test_the_guess_of_depth_is_the_training_frames_median(depth_arguments):
-    task = DepthTask(depth_arguments)
-    seen = sorted(depth for frame in task.train_frames for depth in frame.depth[frame.depth > 0].tolist())
-    depth = statistics.median(seen)
-    assert 20 < depth < 50  # frames at 5, 15, ... 55 m and some more
-    (frame,) = task.test_frames
-    target = frame.depth[DepthProtocol.from_arguments(depth_arguments).mask(frame.depth)]
-    name, metrics = task.guess
-    assert name.startswith(f"{depth:.1f} m everywhere")
-    assert metrics["abs_rel"] == pytest.approx(np.mean(np.abs(depth - target) / target), rel=1e-6)
+def test_the_guess_of_depth_is_the_best_constant(depth_arguments):
+    rng = np.random.default_rng(0)
+    targets = [rng.uniform(2, 30, 300), rng.uniform(10, 60, 20), np.zeros(0)]
+
+    def error(depth):
+        return np.mean([np.mean(np.abs(depth - target) / target) for target in targets if target.size])
+
+    best = best_constant(targets)
+    assert error(best) <= min(map(error, np.linspace(2, 60, 5801))) + 1e-12
+    with pytest.raises(SimIPUError, match="expected pixels with a depth that counts in the evaluation, found none"):
+        best_constant(targets[2:])
+    task = DepthTask(depth_arguments)  # the test frame is a plane 65 m away and more
+    depth = float(task.guess["name"].removesuffix(" m everywhere"))
+    assert task.guess["metrics"]["abs_rel"] == pytest.approx(1 - depth / 75, abs=0.1)
+    assert task.guess["metrics"]["a1"] == 0
 
 
 def test_runs_on_other_frames_are_not_reused_and_kept_whatever_their_pictures(depth_arguments, tmp_path):

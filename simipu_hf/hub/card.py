@@ -241,9 +241,9 @@ def _pictures(folder: Path) -> list[str]:
 
 
 def _licenses(run: dict[str, Any]) -> list[str]:
-    """Of the rows; those of several sources stand one under the other, as `datasets` joins them."""
+    """Of the rows, each once; those of several sources stand one under the other, as `datasets` joins them."""
     joined = (run.get("data") or {}).get("license") or ""
-    return [name for name in dict.fromkeys(joined.split("\n\n")) if name]
+    return list({hub_license(name): name for name in joined.split("\n\n") if name}.values())
 
 
 def _trained_on_kitti(run: dict[str, Any]) -> bool:

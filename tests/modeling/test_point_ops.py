@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -159,10 +160,16 @@ class TestFurthestPointSample:
 
     def test_an_error_in_a_thread_is_raised(self, three_threads):
         def fail(number):
-            raise ZeroDivisionError
+            if threading.current_thread() is not threading.main_thread():
+                raise ZeroDivisionError
 
         with pytest.raises(ZeroDivisionError):
-            point_ops_numba._in_threads(fail, [(1,), (2,), (3,)], work=3)
+            point_ops_numba._in_threads(fail, [(1,), (2,), (3,)], threads=3)
+        point_ops_numba._in_threads(fail, [(1,), (2,), (3,)], threads=1)
+
+    def test_threads_start_where_the_work_pays(self, three_threads, monkeypatch):
+        monkeypatch.setattr(point_ops_numba, "WORK_PER_THREAD", 100)
+        assert [point_ops_numba._threads(work) for work in (0, 99, 100, 199, 200, 9999)] == [1, 1, 2, 2, 3, 3]
 
 
 class TestFurthestPointSampleFeatures:
