@@ -173,7 +173,8 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
     with contextlib.closing(logger):
         for doing, rows_used in (("training", "data"), ("evaluating", "held_out")):
             if "rows" in record.get(rows_used, {}):
-                logger.message("{} on {rows} rows of {scenes} scenes".format(doing, **record[rows_used]))
+                rows, scenes = record[rows_used]["rows"], record[rows_used]["scenes"]
+                logger.message(f"{doing} on {rows} rows of {scenes} scene{'s' if scenes != 1 else ''}")
         wrapped, optimizer = accelerator.prepare(model, optimizer)
         state = TrainingState(accelerator, wrapped, processor, optimizer, schedule, logger, batches, identity)
         if checkpoint is not None:
