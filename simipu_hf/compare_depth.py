@@ -66,7 +66,7 @@ def best_constant(targets: Iterable[np.ndarray]) -> float:
     depth = np.concatenate(known)
     weight = np.concatenate([1 / (target * target.size) for target in known])
     order = np.argsort(depth)
-    below = np.cumsum(weight[order])
+    below = np.cumsum(weight[order], dtype=np.float64)
     return float(depth[order][np.searchsorted(below, below[-1] / 2)])
 
 
