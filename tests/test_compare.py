@@ -231,10 +231,8 @@ def test_claims_are_told_apart_in_words():
 
 def test_a_scratch_no_better_than_a_guess_is_said_to_be_so(arguments):
     task = FakeTask()
-    task.guess = {
-        "name": "0.5 everywhere",
-        "metrics": {"error": 0.605, "score": 0.0},
-    }  # scratch ends at 0.605, the mean over two seeds
+    # scratch ends at 0.605, the mean over two seeds
+    task.guess = {"name": "0.5 everywhere", "metrics": {"error": 0.605, "score": 0.0}}
     result = compare(arguments, task)
     table = (Path(arguments.output_dir) / "comparison.md").read_text(encoding="utf-8")
     assert "| none | | 0.5 everywhere | 0.6050 | 0.0000 |" in table

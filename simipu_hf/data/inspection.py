@@ -265,9 +265,10 @@ class _Inspector:
         self.sizes_of_camera.setdefault(projection.tobytes(), {}).setdefault(image.size, []).append(label)
         if points is not None:
             camera = str(row.get("camera") or _direction(lidar_to_camera))
-            pixels, depth = project_points(points.astype(np.float64), projection @ lidar_to_camera)
+            points = points.astype(np.float64)
+            pixels, depth = project_points(points, projection @ lidar_to_camera)
             self._look_at_view(label, camera, pixels, depth, np.array(image.size[::-1]))
-            if (tilt := _tilt(points[:, :3].astype(np.float64), lidar_to_camera)) is not None:
+            if (tilt := _tilt(points[:, :3], lidar_to_camera)) is not None:
                 self.tilts.setdefault(camera, []).append(tilt)
             if self.sample is None and label not in self.damaged:
                 self.sample = Frame.from_row(row)
