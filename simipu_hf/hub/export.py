@@ -9,7 +9,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -151,7 +151,9 @@ def export_image_encoder(
         check_target(target, overwrite, is_export)
         with atomic_path(target) as path:
             notes = writers[format](weights, path)
-    norm_cfg = _norm_cfg(weights) if format in ("mmdet", "official") else None
+    norm_cfg = None
+    if format in ("mmdet", "official"):
+        norm_cfg = {"type": "BN", "eps": _note(weights)["batch_norm_eps"], "requires_grad": True}
     notes = [*(notes or []), *_notes(weights, folded=norm_cfg is None)]
     return ExportReport(format, target, weights.architecture, weights.input, weights.description, notes, norm_cfg)
 
@@ -460,16 +462,8 @@ def _note(weights: EncoderWeights) -> dict[str, Any]:
     return {
         "architecture": weights.architecture,
         "batch_norm_eps": values.pop() if len(values) == 1 else None,
-        "channel_order": weights.input.channel_order,
-        "mean": list(weights.input.mean),
-        "std": list(weights.input.std),
-        "size": list(weights.input.size) if weights.input.size else None,
-        "keep_aspect_ratio": weights.input.keep_aspect_ratio,
+        **asdict(weights.input),
     }
-
-
-def _norm_cfg(weights: EncoderWeights) -> dict[str, Any]:
-    return {"type": "BN", "eps": _note(weights)["batch_norm_eps"], "requires_grad": True}
 
 
 def _notes(weights: EncoderWeights, folded: bool) -> list[str]:
