@@ -17,20 +17,6 @@ sys.path.insert(0, str(Path(__file__).parent))  # the helper modules beside this
 
 import local_hub
 
-# Makes modules invisible, as if they were not installed: finders that would find them say that they found nothing.
-# (An import hook that raises would also break `importlib.util.find_spec`, with which libraries ask what is there.)
-# The finder of editable installs is removed, as it is what finds this package.
-HIDE = """
-import sys
-from importlib.machinery import PathFinder
-hidden = set(HIDDEN)
-class Visible(PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        return None if name.split(".")[0] in hidden else super().find_spec(name, path, target)
-editable = lambda f: "__editable__" in getattr(f, "__module__", "") or "__editable__" in getattr(f, "__name__", "")
-sys.meta_path[:] = [Visible if f is PathFinder else f for f in sys.meta_path if not editable(f)]
-"""
 OPTIONAL = ("spconv", "cumm", "numba", "llvmlite", "torch_quickfps", "scipy", "triton", "datasets", "accelerate")
 
 
@@ -54,14 +40,15 @@ def endpoint(hub, monkeypatch):
 
 @pytest.fixture
 def isolated(tmp_path):
-    """Run Python code in a process in which neither this package nor any module of `hidden` can be imported."""
+    """Run Python code in a process in which neither this package nor any module of `OPTIONAL` can be imported."""
 
-    def run(code: str, hub=None, hidden=OPTIONAL, offline=False, home=tmp_path / "hf_home", **values) -> dict:
+    def run(code: str, hub=None, offline=False, **values) -> dict:
         work = tmp_path / "elsewhere"
         work.mkdir(exist_ok=True)
         result = work / "result.json"
         result.unlink(missing_ok=True)
-        preamble = HIDE.replace("HIDDEN", repr(("simipu_hf", *hidden)))
+        # as if they were not installed: importing them fails, and `find_spec` finds nothing
+        preamble = f"import sys; sys.modules.update(dict.fromkeys({('simipu_hf', *OPTIONAL)}))"
         values_code = "\n".join(f"{name} = {value!r}" for name, value in values.items())
         script = work / "script.py"
         script.write_text(
@@ -70,7 +57,7 @@ def isolated(tmp_path):
             encoding="utf-8",
         )
         env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "PYTHONPATH", "TRANSFORMERS_"))}
-        env |= {"HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": local_hub.OWNER_TOKEN}
+        env |= {"HF_HOME": str(tmp_path / "hf_home"), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": local_hub.OWNER_TOKEN}
         env |= {"HF_ENDPOINT": hub.url if hub else "http://127.0.0.1:9", "OMP_NUM_THREADS": "1"}
         env |= {"HF_HUB_OFFLINE": "1"} if offline else {}
         done = subprocess.run(
