@@ -21,21 +21,17 @@ OPTIONAL = ("spconv", "cumm", "numba", "llvmlite", "torch_quickfps", "scipy", "t
 
 
 @pytest.fixture
-def hub():
-    with local_hub.serve() as server:
-        yield server
-
-
-@pytest.fixture
-def endpoint(hub, monkeypatch):
+def endpoint(monkeypatch):
     """This process talks to the local Hub; the client reads its environment only once, so the constants are set."""
     from huggingface_hub import constants
 
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("HF_TOKEN", local_hub.OWNER_TOKEN)
-    return hub
+    file = "{repo_id}/resolve/{revision}/{filename}"
+    with local_hub.serve() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{hub.url}/{file}")
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", local_hub.OWNER_TOKEN)
+        yield hub
 
 
 @pytest.fixture
@@ -96,6 +92,11 @@ def encoder() -> nn.Module:
 @pytest.fixture(scope="session")
 def pixels() -> torch.Tensor:
     return torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal but for rounding: up to 1e-5 of the largest value."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
 def export_timm(encoder: nn.Module, folder: Path, **convention) -> Path:
