@@ -10,8 +10,15 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from huggingface_hub import constants
 from tiny_simipu import tiny_config
 from torch import nn
+
+from simipu_hf.hub.export import write_timm
+from simipu_hf.hub.sources import find_image_encoder
+from simipu_hf.hub.weights import EncoderWeights, InputConvention
+from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
+from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
 sys.path.insert(0, str(Path(__file__).parent))  # the helper modules beside this file
 
@@ -23,8 +30,6 @@ OPTIONAL = ("spconv", "cumm", "numba", "llvmlite", "torch_quickfps", "scipy", "t
 @pytest.fixture
 def endpoint(monkeypatch):
     """This process talks to the local Hub; the client reads its environment only once, so the constants are set."""
-    from huggingface_hub import constants
-
     file = "{repo_id}/resolve/{revision}/{filename}"
     with local_hub.serve() as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
@@ -101,9 +106,6 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 def export_timm(encoder: nn.Module, folder: Path, **convention) -> Path:
     """Write a live timm model as an export does; `convention` are fields of `InputConvention`."""
-    from simipu_hf.hub.export import write_timm
-    from simipu_hf.hub.weights import EncoderWeights, InputConvention
-
     write_timm(EncoderWeights.of(encoder, input=InputConvention(**convention)), folder)
     return folder
 
@@ -119,11 +121,6 @@ versions: {python: 3.11.7, torch: 2.15.0}
 @pytest.fixture(scope="session")
 def run_folder(tmp_path_factory) -> Path:
     """What a finished pre-training leaves: model, processor, code, encoder, metrics, record."""
-    from simipu_hf.hub.export import write_timm
-    from simipu_hf.hub.sources import find_image_encoder
-    from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
-    from simipu_hf.modeling.processing_simipu import SimIPUProcessor
-
     folder = tmp_path_factory.mktemp("runs") / "run"
     torch.manual_seed(0)
     model = randomize(SimIPUForPreTraining(tiny_config(architecture="test_resnet")))

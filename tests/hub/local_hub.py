@@ -187,9 +187,7 @@ class Handler(BaseHTTPRequestHandler):
     def info(self, kind: str, repo_id: str, revision: str | None = None) -> None:
         repo = self.readable(kind, repo_id)
         sha, files = repo.at(revision or "main")
-        date = "2026-01-01T00:00:00.000Z"
-        body = {"_id": "0", "id": repo_id, "sha": sha, "private": repo.private, "tags": [], "downloads": 0, "likes": 0}
-        body |= {"author": repo_id.split("/")[0], "lastModified": date, "createdAt": date, "gated": False}
+        body = {"id": repo_id, "sha": sha, "private": repo.private, "tags": [], "downloads": 0, "likes": 0}
         self.send_json({**body, "siblings": [{"rfilename": name} for name in sorted(files)]})
 
     def branch(self, kind: str, repo_id: str, name: str) -> None:
@@ -258,7 +256,6 @@ def serve() -> Iterator[LocalHub]:
     """Run a Hub on a free port of this machine for the length of the block."""
     hub = LocalHub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": hub}))
-    server.daemon_threads = True
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
