@@ -218,7 +218,7 @@ def _hub() -> str:
     try:
         return f"{constants.ENDPOINT} as {HfApi().whoami()['name']}"
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise Failed(f"{constants.ENDPOINT} refuses or cannot be reached: {reason}", "hf auth login") from error
 
 

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -79,6 +80,13 @@ def test_too_little_room_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     assert finding("disk").status == "fail"
     if sys.platform == "linux":
         assert "--shm-size" in finding("shared memory").advice
+
+
+def test_a_hub_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error without a text once ended the check with an IndexError."""
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", Mock(side_effect=TimeoutError))
+    assert finding("Hub").detail.endswith("refuses or cannot be reached: TimeoutError")
 
 
 def test_exit_code_and_json_follow_the_findings(

@@ -367,7 +367,7 @@ def write_onnx(weights: EncoderWeights, path: Path, image_size: tuple[int, int] 
     try:
         program = _onnx_program(pyramid, example, batch if is_fixed else batch | any_size)
     except Exception as error:  # torch names no common class for what it cannot trace
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SimIPUError(f"torch cannot express {weights.architecture} in ONNX: {reason}") from error
     sizes = f"{height} x {width} pixels" if is_fixed else "any size that the network takes"
     notes = [f"takes any number of images of {sizes}"]
