@@ -142,8 +142,9 @@ def checks(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
     yield "two processes", lambda: _two_processes(device)
     yield "loader", lambda: _loader(device)
     yield "Hub", _hub
-    yield "disk", lambda: _space("this folder", Path.cwd(), 10)
-    yield "temporary files", lambda: _space("the folder of temporary files", Path(tempfile.gettempdir()), 1)
+    yield "disk", lambda: _space(Path.cwd(), 10, "make room: 10 GiB or more in this folder")
+    room = "make room: 1 GiB or more in the folder of temporary files"
+    yield "temporary files", lambda: _space(Path(tempfile.gettempdir()), 1, room)
     yield "shared memory", _shared_memory
 
 
@@ -192,24 +193,19 @@ def _device(device: torch.device) -> str:
     )
 
 
-def _space(what: str, path: Path, needed: int) -> str:
+def _space(path: Path, needed: float, advice: str) -> str:
     free = shutil.disk_usage(path).free / GIB
     if free < needed:
-        raise Failed(f"{free:.1f} GiB free in {path}", f"make room: {needed} GiB or more in {what}")
-    return f"{free:.0f} GiB free in {path}"
+        raise Failed(f"{free:.2f} GiB free in {path}", advice)
+    return f"{free:.1f} GiB free in {path}"
 
 
 def _shared_memory() -> str:
     path = Path("/dev/shm")
     if not path.is_dir():
         raise Absent("no /dev/shm on this system")
-    free = shutil.disk_usage(path).free / GIB
-    if free < 0.5:
-        raise Failed(
-            f"{free:.2f} GiB free in {path}, which the loader's workers send batches through",
-            "start the container with --shm-size=8g or --ipc=host, or train with --dataloader_num_workers 0",
-        )
-    return f"{free:.1f} GiB free in {path}"
+    advice = "start the container with --shm-size=8g or --ipc=host, or train with --dataloader_num_workers 0"
+    return _space(path, 0.5, f"the loader's workers send batches through it: {advice}")
 
 
 def _hub() -> str:
@@ -222,7 +218,7 @@ def _hub() -> str:
     try:
         return f"{constants.ENDPOINT} as {HfApi().whoami()['name']}"
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise Failed(f"{constants.ENDPOINT} refuses or cannot be reached: {reason}", "hf auth login") from error
 
 
@@ -323,11 +319,8 @@ def _group_max(backend: str, device: torch.device) -> str:
         assert leaf.grad is not None
         results.append((values.detach(), leaf.grad))
     (values, grad), (expected, expected_grad) = results
-    return (
-        ""
-        if torch.equal(values, expected) and torch.allclose(grad, expected_grad, atol=1e-5)
-        else "values or gradient"
-    )
+    same = torch.equal(values, expected) and torch.allclose(grad, expected_grad, atol=1e-5)
+    return "" if same else "values or gradient"
 
 
 def _point_encoder(device: torch.device) -> str:

@@ -89,16 +89,15 @@ def test_data_counts_rows(data_dir):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "settings", "message"),
+    ("run", "arguments", "settings", "message"),
     [
-        (BenchmarkStepArguments, {"repeats": 0}, "--repeats must be at least 1, found 0"),
-        (BenchmarkStepArguments, {"image_encoder": "resnet51"}, "resnet51"),
-        (BenchmarkDataArguments, {"num_workers": 0}, "--num_workers must be at least 1, found 0"),
-        (BenchmarkDataArguments, {"image_size": (0, 1)}, "image_size"),
+        (benchmark_step, BenchmarkStepArguments, {"repeats": 0}, "--repeats must be at least 1, found 0"),
+        (benchmark_step, BenchmarkStepArguments, {"image_encoder": "resnet51"}, "resnet51"),
+        (benchmark_data, BenchmarkDataArguments, {"num_workers": 0}, "--num_workers must be at least 1, found 0"),
+        (benchmark_data, BenchmarkDataArguments, {"image_size": (0, 1)}, "image_size"),
     ],
 )
-def test_bad_settings_are_named(data_dir, arguments, settings, message):
-    run = {BenchmarkStepArguments: benchmark_step, BenchmarkDataArguments: benchmark_data}.get(arguments)
+def test_bad_settings_are_named(data_dir, run, arguments, settings, message):
     with pytest.raises(SimIPUError, match=message):
         run(arguments(data_dir=data_dir, num_points=96, **settings))
 

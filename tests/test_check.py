@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -27,22 +28,31 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_module, "CENTRES", 128)
 
 
-@pytest.mark.parametrize("operation", ["furthest_point_sample", "furthest_point_sample_features", "group_max"])
-def test_kernels_that_work_pass(operation: str) -> None:
-    found = finding(f"{operation}, numba")
-    assert found.status == "pass", found
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [
+        ("furthest_point_sample, numba", "pass"),
+        ("furthest_point_sample_features, numba", "pass"),
+        ("ball_query, numba", "pass"),
+        ("group_max, numba", "pass"),
+        ("step, recommended, float32", "pass"),
+        ("furthest_point_sample, triton", "absent"),
+        ("step, official, fp16", "absent"),
+        ("two processes", "absent"),
+    ],
+)
+def test_what_works_passes_and_what_is_not_there_is_absent(name: str, status: str) -> None:
+    found = finding(name)
+    assert found.status == status, found
 
 
 def test_a_broken_kernel_fails_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert finding("ball_query, numba").status == "pass"
     right = point_ops.numba_ball_query
-    monkeypatch.setattr(
-        point_ops,
-        "numba_ball_query",
-        lambda points, centers, radii, slots: right(
-            points, centers, [(low, 1.05 * high) for low, high in radii], slots
-        ),
-    )
+
+    def wider(points, centers, radii, slots):
+        return right(points, centers, [(low, 1.05 * high) for low, high in radii], slots)
+
+    monkeypatch.setattr(point_ops, "numba_ball_query", wider)
     found = finding("ball_query, numba")
     assert found.status == "fail"
     assert "ball_query with numba differs from its definition" in found.detail
@@ -65,22 +75,18 @@ def test_optional_packages_are_found_by_what_is_imported(tmp_path: Path, monkeyp
     assert "spconv 2.3.8" in finding("optional packages").detail
 
 
-def test_what_is_not_there_is_absent() -> None:
-    assert finding("furthest_point_sample, triton").status == "absent"
-    assert finding("step, official, fp16").status == "absent"
-    assert finding("two processes").status == "absent"
-
-
-def test_a_step_agrees_with_float64() -> None:
-    found = finding("step, recommended, float32")
-    assert found.status == "pass", found
-
-
 def test_too_little_room_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10_000})())
     assert finding("disk").status == "fail"
     if sys.platform == "linux":
         assert "--shm-size" in finding("shared memory").advice
+
+
+def test_a_hub_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error without a text once ended the check with an IndexError."""
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", Mock(side_effect=TimeoutError))
+    assert finding("Hub").detail.endswith("refuses or cannot be reached: TimeoutError")
 
 
 def test_exit_code_and_json_follow_the_findings(

@@ -49,7 +49,7 @@ def test_report_needs_no_other_file(made):
     ]
 
 
-def test_results_hold_every_stage(made):
+def test_results_hold_every_stage_and_the_closing_words_say_what_where_and_next(made):
     results = json.loads((made / "results.json").read_text(encoding="utf-8"))
     stages = results["stages"]
     assert tuple(stages) == STAGES
@@ -59,10 +59,6 @@ def test_results_hold_every_stage(made):
     assert stages["encoder"]["weights_equal"]
     assert set(stages["depth"]["metrics"]) == {"scratch", "pretrained"}
     assert all((made / name).is_file() for name in stages["pictures"]["files"])
-
-
-def test_closing_words_say_what_where_and_next(made):
-    results = json.loads((made / "results.json").read_text(encoding="utf-8"))
     words = simipu_hf.demo.closing_words(results)
     for part in ("report.html", "run/image_encoder", "results.json", "features_only=True", "simipu-hf pretrain"):
         assert part in words

@@ -92,11 +92,8 @@ def test_depth_maps_share_one_scale_and_leave_out_what_is_unknown():
     assert target.images[0].get_array().mask.tolist() == [[True, False], [False, False]]
     assert target.images[0].norm.vmax == predicted.images[0].norm.vmax == 80
     assert not hidden.get_visible()
-    assert [axes.get_title(loc="left") for axes in (image, target, predicted)] == [
-        "frame: image",
-        "target",
-        "predicted",
-    ]
+    titles = [axes.get_title(loc="left") for axes in (image, target, predicted)]
+    assert titles == ["frame: image", "target", "predicted"]
 
 
 def test_points_of_any_lidar_are_drawn_ahead_of_the_camera():
@@ -162,10 +159,9 @@ def test_cells_lie_over_the_pixels_that_they_saw():
 
 def test_image_features_are_drawn_over_the_image_stage_by_stage():
     frame = make_frame()
-    resize = np.eye(3)
     values = np.zeros((4, 12, 8))
     values[:, 6:] = 1
-    stages = {"stage 2, stride 8": cell_map(values, PATCHES, resize, frame)}
+    stages = {"stage 2, stride 8": cell_map(values, PATCHES, np.eye(3), frame)}
     figure = draw_image_features(frame, stages)
     shown = figure.axes[1].images[0]
     assert tuple(shown.get_extent()) == (-8.5, 103.5, 39.5, -8.5)  # the image, and a cell beyond it
@@ -282,10 +278,6 @@ def xyz(trace: dict) -> np.ndarray:
     return np.stack([np.asarray(trace[axis], dtype=np.float64) for axis in "xyz"], axis=1)
 
 
-def hex_colors(colors: np.ndarray) -> list[str]:
-    return [to_hex(color) for color in colors]
-
-
 def make_embeds(frame: Frame) -> tuple[FrameEmbeds, Principal]:
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(48, 6))
@@ -315,11 +307,12 @@ def test_page_colors_points_by_the_pixel_under_them_and_by_the_nearest_feature()
     columns, rows = np.round(pixels[inside]).astype(int).T
     shown = np.array(drawn["Image"]["marker"]["color"])
     expected = np.floor(255 * (frame.image[rows, columns] / 255) ** 0.7) / 255
-    assert shown[inside].tolist() == hex_colors(expected)
+    assert shown[inside].tolist() == [to_hex(color) for color in expected]
     assert len(set(shown[~inside])) == 1
 
     distance = np.linalg.norm(frame.points[:, None, :3] - embeds.coordinates[None], axis=-1)
-    expected = np.array(hex_colors(principal.adapted(embeds.points).colors(embeds.points)))[distance.argmin(1)]
+    colors = principal.adapted(embeds.points).colors(embeds.points)
+    expected = np.array([to_hex(color) for color in colors])[distance.argmin(1)]
     features = np.array(drawn["Features"]["marker"]["color"])
     near = distance.min(1) <= 2
     assert features[near].tolist() == expected[near].tolist()
@@ -381,11 +374,13 @@ def test_visualize_writes_every_picture_of_a_run(run_folder, data, tmp_path):
 
 
 def test_an_image_encoder_of_no_run_and_no_size(run_folder, data, tmp_path, monkeypatch):
-    sizes = []
-    encode = frames.encode_image
-    monkeypatch.setattr(
-        frames, "encode_image", lambda *given: sizes.append(given[1].output_size((32, 96))) or encode(*given)
-    )
+    sizes, encode = [], frames.encode_image
+
+    def record(*given):
+        sizes.append(given[1].output_size((32, 96)))
+        return encode(*given)
+
+    monkeypatch.setattr(frames, "encode_image", record)
     monkeypatch.chdir(run_folder)  # whose curves are not those of this encoder
     written = visualize(tmp_path, "random:test_resnet", dataset_name=str(data), device="cpu")
     assert "training_curves.png" not in [path.name for path in written]

@@ -136,25 +136,17 @@ def profile_parts(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     events = {event.key: event for event in profiler.key_averages() if event.cpu_time_total > 0}
-    inner = ("point encoder", "image encoder", WAITING)
-    parts = {name: _total(events.get(name), repeats) for name in (*inner, FORWARD, BACKWARD)}
-    forward = parts.pop(FORWARD)
-    backward = parts.pop(BACKWARD)
-    parts["heads, sampling and losses"] = {
-        clock: total - sum(parts[name][clock] for name in inner) for clock, total in forward.items()
-    }
-    clocks = ("seconds", "device_seconds") if device.type == "cuda" else ("seconds",)
-    return [
-        {"part": name, **{clock: totals[clock] for clock in clocks}}
-        for name, totals in {**parts, BACKWARD: backward}.items()
-    ]
+    clocks = {"seconds": "cpu_time_total"}
+    if device.type == "cuda":
+        clocks["device_seconds"] = "device_time_total"
 
+    def mean(name: str) -> dict[str, float]:  # of microseconds; none where the matching never waited
+        return {clock: getattr(events.get(name), total, 0.0) / 1e6 / repeats for clock, total in clocks.items()}
 
-def _total(event: Any, repeats: int) -> dict[str, float]:
-    if event is None:
-        return {"seconds": 0.0, "device_seconds": 0.0}
-    microseconds = {"seconds": event.cpu_time_total, "device_seconds": event.device_time_total}
-    return {clock: total / 1e6 / repeats for clock, total in microseconds.items()}
+    parts = {name: mean(name) for name in ("point encoder", "image encoder", WAITING)}
+    rest = {clock: whole - sum(part[clock] for part in parts.values()) for clock, whole in mean(FORWARD).items()}
+    parts |= {"heads, sampling and losses": rest, BACKWARD: mean(BACKWARD)}
+    return [{"part": name, **part} for name, part in parts.items()]
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -142,6 +142,12 @@ def export_image_encoder(
     weights = find_image_encoder(model).with_channel_order(channel_order)
     if not weights.state_dict:
         raise SimIPUError(f"{model}: random weights are not exported")
+    resnets = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+    if format not in ("timm", "onnx") and weights.architecture not in resnets:
+        raise SimIPUError(
+            f"the {format} form takes resnet18, 34, 50, 101 and 152; this encoder is {weights.architecture}: "
+            "use the timm form"
+        )
     if format in ("timm", "transformers"):
         with atomic_folder(target, overwrite=overwrite, is_earlier_output=is_export) as path:
             notes = writers[format](weights, path)
@@ -151,7 +157,9 @@ def export_image_encoder(
         check_target(target, overwrite, is_export)
         with atomic_path(target) as path:
             notes = writers[format](weights, path)
-    norm_cfg = _norm_cfg(weights) if format in ("mmdet", "official") else None
+    norm_cfg = None
+    if format in ("mmdet", "official"):
+        norm_cfg = {"type": "BN", "eps": _note(weights)["batch_norm_eps"], "requires_grad": True}
     notes = [*(notes or []), *_notes(weights, folded=norm_cfg is None)]
     return ExportReport(format, target, weights.architecture, weights.input, weights.description, notes, norm_cfg)
 
@@ -268,7 +276,6 @@ def taken_size(weights: EncoderWeights) -> tuple[int, int]:
 
 def write_torchvision(weights: EncoderWeights, path: Path) -> None:
     """A state dict for torchvision's ResNet of the same depth, without `fc`."""
-    _check_resnet(weights, "torchvision")
     plain = weights.with_own_eps()
     state = OrderedDict(plain.state_dict)
     # where PyTorch keeps the versions of a state dict: loaders skip names that are no modules
@@ -279,7 +286,6 @@ def write_torchvision(weights: EncoderWeights, path: Path) -> None:
 
 def write_mmdet(weights: EncoderWeights, path: Path, prefix: str = "img_backbone") -> None:
     """A checkpoint with `prefix.` before every name and `running_var` as trained."""
-    _check_resnet(weights, "mmdet")
     prefix = f"{prefix.rstrip('.')}." if prefix else ""
     state = OrderedDict((prefix + name, value) for name, value in weights.state_dict.items())
     torch.save({"meta": {"simipu_hf": _note(weights)}, "state_dict": state}, path)
@@ -297,7 +303,6 @@ def write_official(weights: EncoderWeights, path: Path, model: Path) -> None:
     encoder = {f"simipu.image_encoder.{name}": value for name, value in weights.state_dict.items()}
     if not encoder.keys() <= state.keys():
         raise SimIPUError(f"{file}: the official form takes a SimIPUForPreTraining model, which this is not")
-    _check_resnet(weights, "official")
     official = to_official_state_dict(state | encoder)
     expected = _official_network(official, weights).state_dict()
     check_state_dict(state, expected, f"{file}: the official network has other point encoders and heads,")
@@ -306,7 +311,6 @@ def write_official(weights: EncoderWeights, path: Path, model: Path) -> None:
 
 def write_transformers(weights: EncoderWeights, path: Path) -> None:
     """A native `ResNetModel` folder with its image processor."""
-    _check_resnet(weights, "transformers")
     state = weights.with_own_eps().state_dict
     last_norm = "bn3" if "layer1.0.bn3.weight" in state else "bn2"
     fields: dict[str, Any] = {
@@ -365,7 +369,7 @@ def write_onnx(weights: EncoderWeights, path: Path, image_size: tuple[int, int] 
     try:
         program = _onnx_program(pyramid, example, batch if is_fixed else batch | any_size)
     except Exception as error:  # torch names no common class for what it cannot trace
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SimIPUError(f"torch cannot express {weights.architecture} in ONNX: {reason}") from error
     sizes = f"{height} x {width} pixels" if is_fixed else "any size that the network takes"
     notes = [f"takes any number of images of {sizes}"]
@@ -446,30 +450,14 @@ def _official_network(state: StateDict, weights: EncoderWeights) -> SimIPUForPre
         return SimIPUForPreTraining(SimIPUConfig.from_preset("official", **official_fields(state, weights)))
 
 
-def _check_resnet(weights: EncoderWeights, form: str) -> None:
-    if weights.architecture not in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"):
-        raise SimIPUError(
-            f"the {form} form takes resnet18, 34, 50, 101 and 152; this encoder is {weights.architecture}: "
-            "use the timm form"
-        )
-
-
 def _note(weights: EncoderWeights) -> dict[str, Any]:
     """What names and tensors do not say, in types that a safe reader accepts."""
     values = set(weights.batch_norm_eps.values())
     return {
         "architecture": weights.architecture,
         "batch_norm_eps": values.pop() if len(values) == 1 else None,
-        "channel_order": weights.input.channel_order,
-        "mean": list(weights.input.mean),
-        "std": list(weights.input.std),
-        "size": list(weights.input.size) if weights.input.size else None,
-        "keep_aspect_ratio": weights.input.keep_aspect_ratio,
+        **asdict(weights.input),
     }
-
-
-def _norm_cfg(weights: EncoderWeights) -> dict[str, Any]:
-    return {"type": "BN", "eps": _note(weights)["batch_norm_eps"], "requires_grad": True}
 
 
 def _notes(weights: EncoderWeights, folded: bool) -> list[str]:

@@ -110,7 +110,6 @@ def cell_map(values: np.ndarray, grid: FeatureGrid, resize: np.ndarray, frame: F
         values: `(h, w, D)`.
         grid: where its cells lie in the processed image.
         resize: `(3, 3)`, pixels of the original to those of the processed image.
-        frame: the original.
     """
     height, width = values.shape[:2]
     centers = grid.pixels((height, width)).double().numpy().reshape(height, width, 2)

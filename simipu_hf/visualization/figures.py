@@ -63,7 +63,6 @@ def draw_matches(matches: ViewMatches, max_match_distance: float | None, title: 
     """Two views from above, and some of their matches as lines coloured by distance.
 
     Args:
-        matches: of the two views.
         max_match_distance: the model's limit in metres, beyond which lines are red; `None`: it has none.
         title: of the figure, in front of what was counted.
     """
@@ -113,8 +112,6 @@ def draw_shared_features(frame: Frame, embeds: FrameEmbeds, colors: Principal) -
     space; so the directions are common, the centre and the range are each one's own.
 
     Args:
-        frame: the frame.
-        embeds: its embeddings.
         colors: fitted to the image's cells.
     """
     point_colors = colors.adapted(embeds.points).colors(embeds.points)
@@ -167,7 +164,6 @@ def draw_retrieval(frame: Frame, points: np.ndarray, maps: Sequence[CellMap], na
     """For each of some points, how similar every cell of the image is to it.
 
     Args:
-        frame: the frame.
         points: `(K, 3)`, metres, LiDAR frame.
         maps: K maps `(h, w, 1)` of cosine similarities.
         names: K names of the points, for the titles.

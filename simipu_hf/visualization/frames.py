@@ -127,8 +127,7 @@ def load_model(source: str | os.PathLike, device: str | None = None) -> LoadedMo
     """A SimIPU model with its heads, or else the image encoder at `source`.
 
     Args:
-        source: a run, a checkpoint, a Hub id, or anything else that `load_image_encoder` reads.
-        device: `None`: a GPU if there is one.
+        source, device: `model` and `device` of [`visualize`].
 
     Raises:
         SimIPUError: there is no model.

@@ -10,58 +10,46 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from huggingface_hub import constants
 from tiny_simipu import tiny_config
 from torch import nn
+
+from simipu_hf.hub.export import write_timm
+from simipu_hf.hub.sources import find_image_encoder
+from simipu_hf.hub.weights import EncoderWeights, InputConvention
+from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
+from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
 sys.path.insert(0, str(Path(__file__).parent))  # the helper modules beside this file
 
 import local_hub
 
-# Makes modules invisible, as if they were not installed: finders that would find them say that they found nothing.
-# (An import hook that raises would also break `importlib.util.find_spec`, with which libraries ask what is there.)
-# The finder of editable installs is removed, as it is what finds this package.
-HIDE = """
-import sys
-from importlib.machinery import PathFinder
-hidden = set(HIDDEN)
-class Visible(PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        return None if name.split(".")[0] in hidden else super().find_spec(name, path, target)
-editable = lambda f: "__editable__" in getattr(f, "__module__", "") or "__editable__" in getattr(f, "__name__", "")
-sys.meta_path[:] = [Visible if f is PathFinder else f for f in sys.meta_path if not editable(f)]
-"""
 OPTIONAL = ("spconv", "cumm", "numba", "llvmlite", "torch_quickfps", "scipy", "triton", "datasets", "accelerate")
 
 
 @pytest.fixture
-def hub():
-    with local_hub.serve() as server:
-        yield server
-
-
-@pytest.fixture
-def endpoint(hub, monkeypatch):
+def endpoint(monkeypatch):
     """This process talks to the local Hub; the client reads its environment only once, so the constants are set."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("HF_TOKEN", local_hub.OWNER_TOKEN)
-    return hub
+    file = "{repo_id}/resolve/{revision}/{filename}"
+    with local_hub.serve() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{hub.url}/{file}")
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", local_hub.OWNER_TOKEN)
+        yield hub
 
 
 @pytest.fixture
 def isolated(tmp_path):
-    """Run Python code in a process in which neither this package nor any module of `hidden` can be imported."""
+    """Run Python code in a process in which neither this package nor any module of `OPTIONAL` can be imported."""
 
-    def run(code: str, hub=None, hidden=OPTIONAL, offline=False, home=tmp_path / "hf_home", **values) -> dict:
+    def run(code: str, hub=None, offline=False, **values) -> dict:
         work = tmp_path / "elsewhere"
         work.mkdir(exist_ok=True)
         result = work / "result.json"
         result.unlink(missing_ok=True)
-        preamble = HIDE.replace("HIDDEN", repr(("simipu_hf", *hidden)))
+        # as if they were not installed: importing them fails, and `find_spec` finds nothing
+        preamble = f"import sys; sys.modules.update(dict.fromkeys({('simipu_hf', *OPTIONAL)}))"
         values_code = "\n".join(f"{name} = {value!r}" for name, value in values.items())
         script = work / "script.py"
         script.write_text(
@@ -70,7 +58,7 @@ def isolated(tmp_path):
             encoding="utf-8",
         )
         env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "PYTHONPATH", "TRANSFORMERS_"))}
-        env |= {"HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": local_hub.OWNER_TOKEN}
+        env |= {"HF_HOME": str(tmp_path / "hf_home"), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": local_hub.OWNER_TOKEN}
         env |= {"HF_ENDPOINT": hub.url if hub else "http://127.0.0.1:9", "OMP_NUM_THREADS": "1"}
         env |= {"HF_HUB_OFFLINE": "1"} if offline else {}
         done = subprocess.run(
@@ -111,11 +99,13 @@ def pixels() -> torch.Tensor:
     return torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal but for rounding: up to 1e-5 of the largest value."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
 def export_timm(encoder: nn.Module, folder: Path, **convention) -> Path:
     """Write a live timm model as an export does; `convention` are fields of `InputConvention`."""
-    from simipu_hf.hub.export import write_timm
-    from simipu_hf.hub.weights import EncoderWeights, InputConvention
-
     write_timm(EncoderWeights.of(encoder, input=InputConvention(**convention)), folder)
     return folder
 
@@ -131,11 +121,6 @@ versions: {python: 3.11.7, torch: 2.15.0}
 @pytest.fixture(scope="session")
 def run_folder(tmp_path_factory) -> Path:
     """What a finished pre-training leaves: model, processor, code, encoder, metrics, record."""
-    from simipu_hf.hub.export import write_timm
-    from simipu_hf.hub.sources import find_image_encoder
-    from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
-    from simipu_hf.modeling.processing_simipu import SimIPUProcessor
-
     folder = tmp_path_factory.mktemp("runs") / "run"
     torch.manual_seed(0)
     model = randomize(SimIPUForPreTraining(tiny_config(architecture="test_resnet")))

@@ -29,9 +29,7 @@ def encoder_folder(tmp_path_factory):
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_example_trains_from_a_folder_and_from_the_hub(program, encoder_folder, endpoint, monkeypatch, tmp_path):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     endpoint.create("owner/encoder", files={file.name: file.read_bytes() for file in encoder_folder.iterdir()})
     path = DOCS / "examples" / f"{program}.py"
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 60

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from conftest import close
 from depth_rows import make_rows
 from PIL import Image
 from tiny_simipu import tiny_batch, tiny_config
@@ -50,10 +51,6 @@ def two_steps(model: nn.Module, **batch: torch.Tensor) -> None:
         output.loss.backward()
         optimizer.step()
         assert torch.isfinite(output.loss)
-
-
-def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from conftest import export_timm, randomize
+from conftest import close, export_timm, randomize
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoImageProcessor, AutoModel, ResNetBackbone, TimmBackbone
@@ -24,17 +24,6 @@ DATA = {"size": (64, 96), "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
 @pytest.fixture
 def folder(encoder, tmp_path):
     return export_timm(encoder, tmp_path / "encoder", **DATA)
-
-
-def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
-
-
-def without_classifier(state: dict) -> nn.Module:
-    model = torchvision.models.resnet18(weights=None)
-    model.fc = nn.Identity()
-    model.load_state_dict(state, strict=True)
-    return nn.Sequential(*list(model.children())[:-2]).eval()
 
 
 @torch.no_grad()
@@ -121,7 +110,10 @@ def test_an_onnx_graph_that_is_too_large_for_one_file_is_refused(folder, tmp_pat
 def test_torchvision_form(encoder, folder, tmp_path, pixels):
     report = export_image_encoder(folder, tmp_path / "out", "torchvision")
     state = torch.load(report.path, weights_only=True)
-    close(without_classifier(state)(pixels), encoder.forward_features(pixels))
+    model = torchvision.models.resnet18(weights=None)
+    model.fc = nn.Identity()
+    model.load_state_dict(state, strict=True)
+    close(nn.Sequential(*list(model.children())[:-2]).eval()(pixels), encoder.forward_features(pixels))
     loaded, _ = load_image_encoder(report.path, verbose=False)  # a second folding would show here
     close(loaded.eval().forward_features(pixels), encoder.forward_features(pixels))
 

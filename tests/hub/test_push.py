@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 
+import datasets
 import local_hub
 import pytest
 import yaml
@@ -49,18 +50,13 @@ def checkpoint(run_folder, tmp_path):
     return folder
 
 
-def wait(uploader: HubUploader) -> None:
-    uploader.running.result(30)
-
-
 def test_repository_holds_the_model_its_code_its_encoder_and_a_card(endpoint, run_folder):
     before = sorted(path.name for path in run_folder.rglob("*"))
     report = push_folder(run_folder, "owner/simipu", private=True, encoder_repo_id="owner/encoder")
     files = endpoint.files("owner/simipu")
-    assert {"config.json", "model.safetensors", "modeling_simipu.py", "processor_config.json", "README.md"} <= set(
-        files
-    )
-    assert {"image_encoder/config.json", "image_encoder/model.safetensors", "metrics.jsonl", "run.yaml"} <= set(files)
+    own = {"config.json", "model.safetensors", "modeling_simipu.py", "processor_config.json", "README.md"}
+    own |= {"image_encoder/config.json", "image_encoder/model.safetensors", "metrics.jsonl", "run.yaml"}
+    assert own <= set(files)
     assert files["model.safetensors"] == (run_folder / "model.safetensors").read_bytes()
     assert endpoint.repos["models", "owner/simipu"].private
     assert not any(name.endswith((".bin", ".pt", ".pth", ".pkl")) for name in files)
@@ -181,9 +177,7 @@ def test_silent_server_counts_as_a_timeout(endpoint, run_folder, monkeypatch, ca
 
 
 def test_no_server(run_folder, monkeypatch):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(push, "RETRIES", 0)
     with pytest.raises(SimIPUError, match=r"owner/encoder: .*refused"):
         push_folder(run_folder / "image_encoder", "owner/encoder", token="hf_x")
@@ -239,7 +233,7 @@ def test_checkpoints_are_published_in_the_background(endpoint, checkpoint, strat
     endpoint.create("owner/run", files={"last-checkpoint/rng_state_7.pth": b"of a run with more processes"})
     uploader = HubUploader("owner/run", checkpoint.parent, strategy)
     assert uploader.checkpoint_saved(checkpoint)
-    wait(uploader)
+    uploader.running.result(30)
     files = endpoint.files("owner/run")
     assert {"model.safetensors", "image_encoder/model.safetensors", "README.md", "run.yaml"} <= set(files)
     resumable = {name for name in files if name.startswith("last-checkpoint/")}
@@ -258,7 +252,7 @@ def test_checkpoint_deleted_during_its_upload_is_still_published_whole(endpoint,
     uploader.checkpoint_saved(checkpoint)
     assert not uploader.checkpoint_saved(checkpoint)  # one upload at a time
     shutil.rmtree(checkpoint)
-    wait(uploader)
+    uploader.running.result(30)
     assert endpoint.files("owner/run")["model.safetensors"] == weights
 
 
@@ -275,7 +269,7 @@ def test_a_run_that_ends_early_waits_for_an_upload_and_names_what_it_left_out(ch
         released.clear()
     said = capsys.readouterr().out
     released.set()
-    wait(uploader)
+    uploader.running.result(30)
     assert not list(checkpoint.parent.glob(".hub*"))
     assert said.index("published checkpoint-20 as owner/run") < said.index("checkpoint-20 was not published before")
     assert f"simipu-hf push --model {checkpoint} --repo_id owner/run" in said
@@ -292,14 +286,10 @@ def test_an_upload_that_hangs_changes_no_exit_code():
     assert (ended.returncode, ended.stdout, ended.stderr) == (143, "", "stopped\n")
 
 
-def test_strategy_end_publishes_only_the_end(endpoint, checkpoint):
-    uploader = HubUploader("owner/run", checkpoint.parent, "end")
-    assert not uploader.checkpoint_saved(checkpoint)
+def test_the_end_publishes_model_and_encoder(endpoint, run_folder, capsys):
+    uploader = HubUploader("owner/run", run_folder, "end", encoder_repo_id="owner/encoder")
+    assert not uploader.checkpoint_saved(run_folder)
     assert endpoint.repos == {}
-
-
-def test_finish_publishes_model_and_encoder(endpoint, run_folder, capsys):
-    uploader = HubUploader("owner/run", run_folder, encoder_repo_id="owner/encoder")
     report = uploader.finish()
     assert report.encoder_url.endswith("owner/encoder")
     assert "model.safetensors" in endpoint.files("owner/run")
@@ -310,7 +300,7 @@ def test_finish_publishes_model_and_encoder(endpoint, run_folder, capsys):
 def test_failures_are_reported_and_never_raised(endpoint, checkpoint, run_folder, capsys):
     uploader = HubUploader("somebody/run", checkpoint.parent)
     uploader.checkpoint_saved(checkpoint)
-    wait(uploader)
+    uploader.running.result(30)
     assert "checkpoint-20 was not published: Hub repository somebody/run: " in capsys.readouterr().out
     assert uploader.finish() is None
     assert "simipu-hf push --model" in capsys.readouterr().out
@@ -320,9 +310,7 @@ def test_failures_are_reported_and_never_raised(endpoint, checkpoint, run_folder
 
 
 def test_loading_from_a_hub_that_says_no(endpoint, monkeypatch, tmp_path):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     with pytest.raises(SimIPUError, match=r"owner/absent: .*Repository [Nn]ot [Ff]ound"):
         load_image_encoder("owner/absent", verbose=False)
     endpoint.create("owner/encoder", files={"config.json": b"{}"})
@@ -335,8 +323,6 @@ def test_loading_from_a_hub_that_says_no(endpoint, monkeypatch, tmp_path):
 
 
 def test_data_set_from_kitti_is_private_and_says_why(endpoint, tmp_path, capsys):
-    import datasets
-
     rows = datasets.Dataset.from_dict({"frame_id": ["a", "b", "c"]})
     (tmp_path / "rows").mkdir()
     rows.to_parquet(tmp_path / "rows" / "train-00000-of-00001.parquet")
@@ -367,9 +353,8 @@ def test_data_set_from_kitti_is_private_and_says_why(endpoint, tmp_path, capsys)
     header = "---\ntags: [mine]\n---\n"
     (tmp_path / "rows" / "README.md").write_text(header, encoding="utf-8")
     push_dataset(tmp_path / "rows", "owner/header", license="cc-by-4.0")
-    assert {"mine", "lidar"} <= set(
-        DatasetCard(endpoint.files("owner/header", "datasets")["README.md"].decode()).data.tags
-    )
+    header_card = DatasetCard(endpoint.files("owner/header", "datasets")["README.md"].decode())
+    assert {"mine", "lidar"} <= set(header_card.data.tags)
     (tmp_path / "rows" / "README.md").write_text(header + "Important caveat.\n", encoding="utf-8")
     push_dataset(tmp_path / "rows", "owner/edited", license="cc-by-4.0")
     assert not endpoint.repos["datasets", "owner/edited"].private

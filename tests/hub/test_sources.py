@@ -20,6 +20,8 @@ from simipu_hf.hub.sources import (
 from simipu_hf.modeling.configuration_simipu import SimIPUDepthConfig
 from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
 from simipu_hf.modeling.modeling_simipu_depth import SimIPUForDepthEstimation
+from simipu_hf.modeling.processing_simipu import SimIPUProcessor
+from simipu_hf.training.checkpoint import save_checkpoint
 
 
 @pytest.fixture
@@ -34,7 +36,6 @@ def is_trained(model, trained) -> bool:
 
 def as_checkpoint(run_folder, target):
     """A complete checkpoint as the training loop writes it."""
-    from simipu_hf.training.checkpoint import save_checkpoint
 
     def save_model(path):
         for name in ("config.json", "model.safetensors", "processor_config.json"):
@@ -76,11 +77,9 @@ def test_checkpoint_and_run_without_a_final_model(run_folder, trained, tmp_path)
 def test_depth_run_of_the_trainer(tmp_path):
     """Without a final model, the newest checkpoint that is whole: trainer_state.json is written last."""
     depth = SimIPUForDepthEstimation(SimIPUDepthConfig(image_config={"architecture": "test_resnet"}))
-    for step in (3, 20, 100):
+    for step, state in ((3, "{}"), (20, "{}"), (100, '{"half')):
         depth.save_pretrained(tmp_path / f"checkpoint-{step}")
-    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text("{}", encoding="utf-8")
-    (tmp_path / "checkpoint-20" / "trainer_state.json").write_text("{}", encoding="utf-8")
-    (tmp_path / "checkpoint-100" / "trainer_state.json").write_text('{"half', encoding="utf-8")
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state, encoding="utf-8")
     assert model_folder(tmp_path).name == "checkpoint-20"
     model, _ = load_image_encoder(tmp_path, verbose=False)
     assert is_trained(model, depth.image_encoder.state_dict())
@@ -120,8 +119,6 @@ def test_timm_name(capsys):
 
 
 def test_input_convention_is_that_of_the_processor(tmp_path):
-    from simipu_hf.modeling.processing_simipu import SimIPUProcessor
-
     SimIPUProcessor.from_preset("official").save_pretrained(tmp_path)
     convention = read_input_convention(tmp_path)
     assert convention.channel_order == "bgr"
