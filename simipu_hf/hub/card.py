@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 import timm
 import yaml
-from huggingface_hub import CardData, DatasetCardData, EvalResult, ModelCardData
+from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
 from simipu_hf.data.sources import full_path, hub_license, split_source
 from simipu_hf.errors import SimIPUError
@@ -20,7 +20,7 @@ from simipu_hf.hub.weights import InputConvention, read_json
 from simipu_hf.training.logging import read_metrics
 from simipu_hf.training.run_folder import data_fingerprint
 
-TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"))
+TEMPLATES = Path(__file__).parent / "templates"
 GENERATED = "<!-- Written by simipu-hf from the files beside it. Delete this line to keep your own edits. -->"
 CURVES = "training_curves.png"
 EVALUATIONS = "eval_results.json"
@@ -71,6 +71,7 @@ def model_card(folder: str | Path, repo_id: str | None = None, encoder_repo_id: 
         raise SimIPUError(f"{folder / 'config.json'}: neither a SimIPU model nor a timm encoder")
     hidden = ("hub_", "push_", "report_", "output_", "overwrite")
     text = _render(
+        ModelCard,
         kind,
         _metadata(name, kind, architecture, run, evaluations),
         name=name,
@@ -111,7 +112,7 @@ def dataset_card(
     tags += ["kitti"] if license is None else []
     metadata["tags"] = list(dict.fromkeys([*(metadata.get("tags") or []), *tags]))
     metadata.pretty_name = repo_id.split("/")[-1]
-    return _render("dataset", metadata, name=repo_id, kitti=license is None, splits=splits)
+    return _render(DatasetCard, "dataset", metadata, name=repo_id, kitti=license is None, splits=splits)
 
 
 def add_evaluation(
@@ -167,11 +168,15 @@ def redact(text: str) -> str:
     return re.sub(start + root + r"(?:[\w.@+-]+[/\\]+)+([\w.@+-]*)", r"…/\1", text)
 
 
-def _render(template: str, metadata: CardData, **facts: Any) -> str:
-    rendered = TEMPLATES.get_template(f"{template}.md.j2").render(
-        card_data=metadata.to_yaml(), generated=GENERATED, **facts
-    )
-    return re.sub(r"\n{3,}", "\n\n", rendered).rstrip() + "\n"
+def _render(card: type[ModelCard] | type[DatasetCard], template: str, metadata: Any, **facts: Any) -> str:
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES, encoding="utf-8"))
+    # from_template knows no folder of templates: the ones that this one extends or includes are handed to it
+    shared: dict[str, Any] = {
+        path.name.split(".")[0]: environment.get_template(path.name) for path in TEMPLATES.glob("_*.md.j2")
+    }
+    path = TEMPLATES / f"{template}.md.j2"
+    rendered = card.from_template(metadata, template_path=str(path), generated=GENERATED, **shared, **facts)
+    return re.sub(r"\n{3,}", "\n\n", str(rendered)).rstrip() + "\n"
 
 
 def _metadata(

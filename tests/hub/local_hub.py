@@ -1,8 +1,7 @@
 """A small Hub for tests: repositories with commits over the HTTP API that huggingface_hub speaks, in memory.
 
-Users are known by their tokens; a repository is written by its owner with a token that may write. Every file is a
-plain one, none is in Git LFS, which the client sees to. Faults can be planted: the next answers to matching requests
-are errors, or come late.
+Users are known by their tokens; a repository is written by its owner with a token that may write. Faults can be
+planted: the next answers to matching requests are errors, or come late.
 """
 
 import base64
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 OWNER_TOKEN = "hf_owner"
 READER_TOKEN = "hf_reader"
@@ -43,6 +42,7 @@ class Repo:
     private: bool = False
     commits: list[tuple[str, dict[str, bytes]]] = field(default_factory=list)
     branches: dict[str, int] = field(default_factory=lambda: {"main": 0})
+    lfs: set[str] = field(default_factory=set)
 
     def at(self, revision: str) -> tuple[str, dict[str, bytes]]:
         if revision in self.branches:
@@ -65,6 +65,7 @@ class LocalHub:
     def __init__(self) -> None:
         self.users = {OWNER_TOKEN: ("owner", True), READER_TOKEN: ("owner", False)}
         self.repos: dict[tuple[str, str], Repo] = {}
+        self.objects: dict[str, bytes] = {}
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str]] = []
         self.lock = threading.RLock()
@@ -75,6 +76,7 @@ class LocalHub:
         repo.add("main", {})
         if files:
             repo.add("main", dict(files))
+            repo.lfs |= {name for name in files if is_large(name, len(files[name]))}
         return repo
 
     def files(self, repo_id: str, kind: str = "models", revision: str = "main") -> dict[str, bytes]:
@@ -89,8 +91,16 @@ class LocalHub:
         return None
 
 
+def is_large(path: str, size: int) -> bool:
+    return size > 1_000_000 or path.endswith((".safetensors", ".parquet", ".pt", ".png"))
+
+
 def git_id(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -101,8 +111,9 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def respond(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        self.content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        url = urlsplit(self.path)
+        path, self.query = unquote(url.path), parse_qs(url.query)
+        self.content = self.read_body()
         self.hub.requests.append((self.command, path))
         fault = self.hub.fault_for(self.command, path)
         try:
@@ -122,10 +133,23 @@ class Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = respond  # noqa: N815
 
+    def read_body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
+            parts = []
+            while size := int(self.rfile.readline().split(b";")[0], 16):
+                parts.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(parts)
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
     def send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
-        own = {"Content-Length": str(len(body)), "Content-Type": "application/json"}
-        for name, value in (own | (headers or {})).items():
+        for name, value in {
+            "Content-Length": str(len(body)),
+            "Content-Type": "application/json",
+            **(headers or {}),
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
@@ -187,7 +211,9 @@ class Handler(BaseHTTPRequestHandler):
     def info(self, kind: str, repo_id: str, revision: str | None = None) -> None:
         repo = self.readable(kind, repo_id)
         sha, files = repo.at(revision or "main")
-        body = {"id": repo_id, "sha": sha, "private": repo.private, "tags": [], "downloads": 0, "likes": 0}
+        date = "2026-01-01T00:00:00.000Z"
+        body = {"_id": "0", "id": repo_id, "sha": sha, "private": repo.private, "tags": [], "downloads": 0, "likes": 0}
+        body |= {"author": repo_id.split("/")[0], "lastModified": date, "createdAt": date, "gated": False}
         self.send_json({**body, "siblings": [{"rfilename": name} for name in sorted(files)]})
 
     def branch(self, kind: str, repo_id: str, name: str) -> None:
@@ -201,10 +227,25 @@ class Handler(BaseHTTPRequestHandler):
         _, files = self.writable(kind, repo_id).at(revision)
         answers = []
         for entry in json.loads(self.content)["files"]:
-            known = files.get(entry["path"])
+            mode = "lfs" if is_large(entry["path"], entry["size"]) else "regular"
+            known = files.get(entry["path"]) if mode == "regular" else None
             oid = git_id(known) if known is not None else None
-            answers.append({"path": entry["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": oid})
+            answers.append({"path": entry["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         self.send_json({"files": answers})
+
+    def lfs_batch(self, datasets: str | None, repo_id: str) -> None:
+        self.writable("datasets" if datasets else "models", repo_id)
+        objects = []
+        for entry in json.loads(self.content)["objects"]:
+            href = {"upload": {"href": f"{self.hub.url}/objects/{entry['oid']}", "header": {}}}
+            objects.append(entry if entry["oid"] in self.hub.objects else {**entry, "actions": href})
+        self.send_json({"transfer": "basic", "objects": objects})
+
+    def lfs_object(self, oid: str) -> None:
+        if sha256(self.content) != oid:
+            raise HubError(400, "content does not match its name")
+        self.hub.objects[oid] = self.content
+        self.send(200, b"")
 
     def commit(self, kind: str, repo_id: str, revision: str) -> None:
         repo = self.writable(kind, repo_id)
@@ -215,18 +256,43 @@ class Handler(BaseHTTPRequestHandler):
                 value, key = entry["value"], entry["key"]
                 if key == "file":
                     files[value["path"]] = base64.b64decode(value["content"])
+                elif key == "lfsFile":
+                    if value["oid"] not in self.hub.objects:
+                        raise HubError(400, f"object of {value['path']} was not uploaded")
+                    files[value["path"]] = self.hub.objects[value["oid"]]
+                    repo.lfs.add(value["path"])
                 elif key == "deletedFile":
                     files.pop(value["path"], None)
+                elif key == "deletedFolder":
+                    files = {name: c for name, c in files.items() if not name.startswith(value["path"])}
             sha = repo.add(revision, files)
         self.send_json({"commitUrl": f"{self.hub.url}/{repo_id}/commit/{sha}", "commitOid": sha, "success": True})
 
     def tree(self, kind: str, repo_id: str, revision: str, inside: str | None = None) -> None:
-        _, files = self.readable(kind, repo_id).at(revision)
-        found = sorted(name for name in files if inside is None or name.startswith(f"{inside}/"))
-        if inside is not None and not found:
+        repo = self.readable(kind, repo_id)
+        _, files = repo.at(revision)
+        start = f"{inside.strip('/')}/" if inside else ""
+        deep = self.query.get("recursive", ["false"])[0].lower() in ("true", "1")
+        entries, folders = [], set()
+        for name, content in sorted(files.items()):
+            if not name.startswith(start):
+                continue
+            parents = name[len(start) :].split("/")[:-1]
+            visible = range(1, len(parents) + 1) if deep else range(1, min(len(parents), 1) + 1)
+            folders |= {start + "/".join(parents[:depth]) for depth in visible}
+            if deep or not parents:
+                entries.append(self.entry(repo, name, content))
+        if start and not entries and not folders:
             raise HubError(404, f"{inside} does not exist", "EntryNotFound")
-        entries = [{"path": name, "size": len(files[name]), "oid": git_id(files[name])} for name in found]
-        self.send_json([{"type": "file", **entry} for entry in entries])
+        self.send_json(
+            [{"type": "directory", "path": f, "size": 0, "oid": "0" * 40} for f in sorted(folders)] + entries
+        )
+
+    def entry(self, repo: Repo, name: str, content: bytes) -> dict:
+        entry = {"type": "file", "path": name, "size": len(content), "oid": git_id(content)}
+        if name in repo.lfs:
+            entry["lfs"] = {"oid": sha256(content), "size": len(content), "pointerSize": 130}
+        return entry
 
     def resolve(self, datasets: str | None, repo_id: str, revision: str, name: str) -> None:
         repo = self.readable("datasets" if datasets else "models", repo_id)
@@ -235,7 +301,16 @@ class Handler(BaseHTTPRequestHandler):
             headers = {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found", "X-Repo-Commit": sha}
             return self.send(404, b"{}", headers)
         content = files[name]
-        return self.send(200, content, {"X-Repo-Commit": sha, "ETag": f'"{git_id(content)}"'})
+        oid = sha256(content) if name in repo.lfs else git_id(content)
+        headers = {"X-Repo-Commit": sha, "ETag": f'"{oid}"', "Accept-Ranges": "bytes"}
+        if name in repo.lfs:
+            headers |= {"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(len(content))}
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        if wanted and self.command == "GET":
+            first, last = int(wanted[1]), int(wanted[2] or len(content) - 1)
+            headers["Content-Range"] = f"bytes {first}-{min(last, len(content) - 1)}/{len(content)}"
+            return self.send(206, content[first : last + 1], headers)
+        return self.send(200, content, headers)
 
 
 REPO = r"([^/]+/[^/]+)"
@@ -247,6 +322,8 @@ ROUTES: list[tuple[str, Callable]] = [
     (rf"/api/(models|datasets)/{REPO}/tree/([^/]+)(?:/(.*))?", Handler.tree),
     (rf"/api/(models|datasets)/{REPO}/branch/([^/]+)", Handler.branch),
     (rf"/api/(models|datasets)/{REPO}(?:/revision/([^/]+))?", Handler.info),
+    (r"/objects/([0-9a-f]{64})", Handler.lfs_object),
+    (rf"/(?:(datasets)/)?{REPO}\.git/info/lfs/objects/batch", Handler.lfs_batch),
     (rf"/(?:(datasets)/)?{REPO}/resolve/([^/]+)/(.+)", Handler.resolve),
 ]
 
@@ -256,6 +333,7 @@ def serve() -> Iterator[LocalHub]:
     """Run a Hub on a free port of this machine for the length of the block."""
     hub = LocalHub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": hub}))
+    server.daemon_threads = True
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
