@@ -187,10 +187,13 @@ def prepare_output_dir(output_dir: Path, data_dir: str | os.PathLike | None, ove
 
 
 def is_demo(path: Path) -> bool:
-    """Whether a folder holds a demo, and nothing else; a stage that was killed may have left a hidden folder."""
+    """Whether a folder holds a demo, and nothing else; a stage that was killed may have left something hidden."""
     ours = (DRIVE, FRAMES, RUN, PICTURES, REPORT, RESULTS)
-    hidden = tuple(f".{name}" for name in ours)
-    return path.is_dir() and all(found.name in ours or found.name.startswith(hidden) for found in path.iterdir())
+
+    def is_ours(name: str) -> bool:
+        return name in ours or (name.startswith(".") and any(own in name for own in ours))
+
+    return path.is_dir() and all(is_ours(found.name) for found in path.iterdir())
 
 
 def make_frames(

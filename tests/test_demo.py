@@ -91,7 +91,8 @@ def test_an_existing_folder_is_kept(made, tmp_path):
 def test_overwriting_removes_an_earlier_demo(tmp_path):
     for name in ("drive", "frames", "run", ".drive.partial-1"):
         (tmp_path / name).mkdir()
-    (tmp_path / "report.html").write_text("old", encoding="utf-8")
+    for name in ("report.html", ".01234567-report.html"):  # the second of a demo that was killed while writing it
+        (tmp_path / name).write_text("old", encoding="utf-8")
     prepare_output_dir(tmp_path, None, overwrite=True)
     assert list(tmp_path.iterdir()) == []
 
