@@ -610,8 +610,6 @@ def _lines(path: str) -> list[str]:
 
 def _read_values(path: str) -> dict[str, str]:
     """Lines `key: values` of a calibration file."""
-    if not os.path.isfile(path):
-        raise ValueError(f"{path}: expected a calibration file, found no such file")
     pairs = (line.partition(":") for line in _lines(path))
     return {key.strip(): values for key, colon, values in pairs if colon}
 

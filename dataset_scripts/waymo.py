@@ -227,8 +227,6 @@ class _Row:
     def __init__(self, folder: str, component: str, segment: str, *key: int) -> None:
         self.path = _path(folder, component, segment)
         state = _state(self.path)
-        if state is None:
-            raise ValueError(f"{self.path}: expected the component {component}, found no such file")
         index = _index(self.path, state)
         if key not in index:
             raise ValueError(f"{self.path}: expected a row with the key {key}, found none")

@@ -197,7 +197,7 @@ LABELS = "training/label_2/000000.txt"
 OBJECT_DAMAGE = {
     "scan missing": (delete(SCAN), [SCAN, "no such file"]),
     "image missing": (delete(IMAGE), [IMAGE, "No such file"]),
-    "calibration missing": (delete(CALIB), [CALIB, "no such file"]),
+    "calibration missing": (delete(CALIB), [CALIB, "No such file"]),
     "scan truncated": (overwrite(SCAN, b"\0" * 40), [SCAN, "16 bytes", "40 bytes"]),
     "scan empty": (overwrite(SCAN, b""), [SCAN, "0 bytes"]),
     "scan with NaN": (points(SCAN, [[0] * 4, [0, np.nan, 0, 0]]), [SCAN, "1 of 2", "index 1"]),
@@ -338,7 +338,7 @@ def test_odometry_sequences(odometry_root, tmp_path):
 
 DRIVE = "2011_09_26/2011_09_26_drive_0002_sync"
 RAW_DAMAGE = {
-    "calibration missing": (delete("2011_09_26/calib_velo_to_cam.txt"), ["calib_velo_to_cam.txt", "no such file"]),
+    "calibration missing": (delete("2011_09_26/calib_velo_to_cam.txt"), ["calib_velo_to_cam.txt", "No such file"]),
     "calibration line missing": (rewrite("2011_09_26/calib_cam_to_cam.txt", "P_rect_02", "X"), ["'P_rect_02:'"]),
     "calibration of another day": (
         lambda root: Image.new("RGB", (47, 15)).save(root / DRIVE / "image_02/data/0000000000.png"),
