@@ -4,9 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from kitti_folders import build
 from PIL import Image
 
-from simipu_hf.dataset_scripts.kitti import OBJECT_TYPES, Kitti
+from simipu_hf.dataset_scripts.kitti import OBJECT_TYPES
 
 
 def read_lines(path: Path) -> dict[str, np.ndarray]:
@@ -33,26 +34,12 @@ def padded(matrix: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def object_splits(kitti_mini, tmp_path_factory):
-    builder = Kitti(
-        config_name="object",
-        data_dir=str(kitti_mini),
-        cache_dir=str(tmp_path_factory.mktemp("cache")),
-        whole_scans=True,
-    )
-    builder.download_and_prepare()
-    return builder.as_dataset()
+    return build(kitti_mini, "object", tmp_path_factory.mktemp("cache"), whole_scans=True)
 
 
 @pytest.fixture(scope="module")
 def raw_rows(kitti_raw_mini, tmp_path_factory):
-    builder = Kitti(
-        config_name="raw",
-        data_dir=str(kitti_raw_mini),
-        cache_dir=str(tmp_path_factory.mktemp("cache")),
-        whole_scans=True,
-    )
-    builder.download_and_prepare()
-    return builder.as_dataset(split="train")
+    return build(kitti_raw_mini, "raw", tmp_path_factory.mktemp("cache"), whole_scans=True)["train"]
 
 
 def test_every_object_frame_equals_an_independent_reading(kitti_mini, object_splits):
