@@ -295,8 +295,7 @@ def read_row(frame: Frame, whole_scans: bool = False, problems: list[str] | None
             problems.append(f"frame {frame.frame_id}: {error}")
             return None
 
-    calibration = part(read_calibration, frame)
-    camera, lidar_to_camera = calibration or (None, None)
+    camera, lidar_to_camera = part(read_calibration, frame) or (None, None)
     image = None if camera is None else part(read_image, frame, camera)
     points = part(read_points, frame.folder, frame.scene, frame.time)
     if not (whole_scans or points is None or camera is None):
