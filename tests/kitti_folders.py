@@ -13,7 +13,7 @@ SIZE = (48, 16)
 PROJECTIONS = {2: "40 0 23.5 0 0 40 7.5 0 0 0 1 0", 3: "40 0 23.5 -20.5 0 40 7.5 0.25 0 0 1 0.002"}
 IDENTITY = "1 0 0 0 1 0 0 0 1"
 # x right = -y, y down = -z, z forward = x of the LiDAR
-ROTATION = "0 -1 0 0 0 -1 1 0 0"
+ROTATION, LIDAR_TO_CAMERA = "0 -1 0 0 0 -1 1 0 0", "0 -1 0 0.1 0 0 -1 0.1 1 0 0 0.1"
 LABEL = "Car 0.50 1 -1.25 10.00 2.50 30.00 12.75 1.50 1.60 3.70 -2.10 1.65 12.30 -1.45\n"
 
 
@@ -38,13 +38,13 @@ def write_object(
 ) -> Path:
     """Frames 000000, 000001, … of `training` and `testing`, labels for the first two: two cars, and none."""
     rng = np.random.default_rng(0)
-    rigid = "0 -1 0 0.1 0 0 -1 0.1 1 0 0 0.1"
     for folder, count in ((root / "training", training), (root / "testing", testing)):
         for frame_id in (f"{index:06d}" for index in range(count)):
             for camera in cameras:
                 write_pair(folder / f"image_{camera}/{frame_id}.png", folder / f"velodyne/{frame_id}.bin", rng)
             lines = {f"P{camera}": PROJECTIONS[camera] for camera in cameras}
-            write_lines(folder / f"calib/{frame_id}.txt", lines | {"R0_rect": IDENTITY, "Tr_velo_to_cam": rigid})
+            lines |= {"R0_rect": IDENTITY, "Tr_velo_to_cam": LIDAR_TO_CAMERA}
+            write_lines(folder / f"calib/{frame_id}.txt", lines)
     files = {"training/label_2/000000": LABEL * 2, "training/label_2/000001": ""}
     files |= {f"ImageSets/{split}": text for split, text in (image_sets or {}).items()}
     for name, text in files.items():
