@@ -94,7 +94,7 @@ def test_a_mixture_keeps_its_proportions_and_reaches_every_row():
     assert rows != [Mixture((70, 20, 10), (1, 2, 1), seed=6).row(epoch, index) for index in range(100)]
 
 
-def test_scenes_are_held_out_whole(tmp_path):
+def test_scenes_are_held_out_whole(object_root, tmp_path):
     source = save(tmp_path, [f"log{log}/{frame:03d}" for log in range(20) for frame in range(3)])
     train, held_out = (
         load_pretraining_dataset(source, split=split, validation_share=0.2) for split in ("train", "validation")
@@ -117,6 +117,8 @@ def test_scenes_are_held_out_whole(tmp_path):
         load_pretraining_dataset(source, validation_share=1e-6)
     with pytest.raises(SimIPUError, match="between 0 and 1"):
         load_pretraining_dataset(source, validation_share=2)
+    with pytest.raises(SimIPUError, match="leave validation_share out"):  # it has a validation split
+        load_pretraining_dataset(data_dir=object_root, validation_share=0.5)
 
 
 def test_a_scene_that_is_null_is_made_of_the_name(tmp_path):
@@ -141,11 +143,6 @@ def test_a_stream_that_is_stored_is_fresh_and_leaves_nothing(object_root):
         assert stored.cast_column("image", datasets.Image(decode=False))[0]["image"]["bytes"] is None
     AT_THE_END.close()
     assert not Path(file["filename"]).exists()
-
-
-def test_a_source_with_a_validation_split_keeps_it(object_root, tmp_path):
-    with pytest.raises(SimIPUError, match="leave validation_share out"):
-        load_pretraining_dataset(data_dir=object_root, validation_share=0.5, cache_dir=tmp_path)
 
 
 def test_scenes_are_made_of_names():

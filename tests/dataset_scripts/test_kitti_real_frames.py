@@ -43,6 +43,8 @@ def raw_rows(kitti_raw_mini, tmp_path_factory):
 
 
 def test_every_object_frame_equals_an_independent_reading(kitti_mini, object_splits):
+    for split, rows in object_splits.items():
+        assert list(rows["frame_id"]) == (kitti_mini / f"ImageSets/{split}.txt").read_text().split()
     for split in ("trainval", "test"):
         folder = kitti_mini / ("testing" if split == "test" else "training")
         assert list(object_splits[split]["frame_id"]) == sorted(path.stem for path in (folder / "image_2").iterdir())
@@ -52,11 +54,6 @@ def test_every_object_frame_equals_an_independent_reading(kitti_mini, object_spl
             rigid = padded(calib["R0_rect"].reshape(3, 3)) @ padded(calib["Tr_velo_to_cam"].reshape(3, 4))
             image, scan = folder / f"image_2/{name}.png", folder / f"velodyne/{name}.bin"
             assert_frame_equals(row, image, scan, calib["P2"].reshape(3, 4), rigid)
-
-
-def test_object_splits_are_the_image_sets(kitti_mini, object_splits):
-    for split, rows in object_splits.items():
-        assert list(rows["frame_id"]) == (kitti_mini / f"ImageSets/{split}.txt").read_text().split()
 
 
 def test_every_label_equals_an_independent_reading(kitti_mini, object_splits):

@@ -102,19 +102,16 @@ class TinyTables:
             ],
             "calibrated_sensor": [
                 {
-                    "token": "cs_cam",
-                    "sensor_token": "s_cam",
+                    "token": f"cs_{name}",
+                    "sensor_token": f"s_{name}",
                     "translation": [0.0, 0.0, 0.0],
-                    "rotation": [0.5, -0.5, 0.5, -0.5],
-                    "camera_intrinsic": [[50.0, 0, 32], [0, 50.0, 16], [0, 0, 1]],
-                },
-                {
-                    "token": "cs_lid",
-                    "sensor_token": "s_lid",
-                    "translation": [0.0, 0.0, 0.0],
-                    "rotation": UNIT,
-                    "camera_intrinsic": [],
-                },
+                    "rotation": rotation,
+                    "camera_intrinsic": intrinsic,
+                }
+                for name, rotation, intrinsic in (
+                    ("cam", [0.5, -0.5, 0.5, -0.5], [[50.0, 0, 32], [0, 50.0, 16], [0, 0, 1]]),
+                    ("lid", UNIT, []),
+                )
             ],
             "scene": [],
             "sample": [],

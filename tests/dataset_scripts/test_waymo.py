@@ -131,11 +131,8 @@ class TinySegment:
         }
 
     def write(self) -> str:
-        lists = {
-            "values": pa.list_(pa.float32()),
-            "shape": pa.list_(pa.int32(), 3),
-            "transform": pa.list_(pa.float64()),
-        }
+        floats, shapes, doubles = pa.list_(pa.float32()), pa.list_(pa.int32(), 3), pa.list_(pa.float64())
+        lists = {"values": floats, "shape": shapes, "transform": doubles}
         for component, row in self.rows.items():
             columns = {n: pa.array([v], lists.get(n.rpartition(".")[2])) for n, v in row.items()}
             path = self.folder / component / "seg.parquet"
