@@ -335,7 +335,8 @@ def test_damage_is_named(object_root, raw_root, tmp_path, name, case):
     ("name", "options", "expected"),
     [
         ("object", {"splits": ("valid",)}, "'train'"),
-        ("object", {"cameras": (1,)}, "cameras"),
+        ("object", {"cameras": (1,)}, r"cameras: .* found \[1\]"),
+        ("object", {"cameras": ("image_2",)}, r"cameras: .* found \['image_2'\]"),
         ("object", {"scenes": ("2011_09_26_drive_0001_sync",)}, "'raw' only"),
         ("object", {"on_bad_row": "ignore"}, "on_bad_row"),
         ("raw", {"scenes": ("2011_09_26_drive_0077_sync",)}, "2011_09_26_drive_0001_sync.*found.*drive_0077"),
