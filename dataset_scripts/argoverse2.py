@@ -168,21 +168,15 @@ def _log_frames(log: str, cameras: Sequence[str], problems: list[str], notes: li
         problems.append(f"{log}: expected {lacks}, found no such file")
         return []
     images = {camera: _times(os.path.join(log, "sensors", "cameras", camera), ".jpg") for camera in cameras}
-    frames = []
+    scene, frames, pairs = os.path.basename(log), [], len(sweeps) * len(cameras)
     for sweep in sweeps:
         for camera in cameras:
             image = _nearest(sweep, images[camera])
             if image is not None:
-                frames.append(
-                    Frame(
-                        f"{os.path.basename(log)}_{sweep}_{camera}", os.path.basename(log), camera, log, sweep, image
-                    )
-                )
-    alone = len(sweeps) * len(cameras) - len(frames)
-    if alone:
-        notes.append(
-            f"{log}: {alone} of {len(sweeps) * len(cameras)} sweeps and cameras have no image within 25 ms, left out"
-        )
+                frames.append(Frame(f"{scene}_{sweep}_{camera}", scene, camera, log, sweep, image))
+    if len(frames) < pairs:
+        alone = pairs - len(frames)
+        notes.append(f"{log}: {alone} of {pairs} sweeps and cameras have no image within 25 ms, left out")
     return frames
 
 
@@ -370,8 +364,6 @@ def _points(path: str, state: tuple[int, int] | None) -> np.ndarray:
 
 
 def _read_feather(path: str) -> pa.Table:
-    if not os.path.isfile(path):
-        raise ValueError(f"{path}: expected a feather file, found no such file")
     try:
         return pyarrow.feather.read_table(path)
     except (OSError, pa.ArrowException) as error:

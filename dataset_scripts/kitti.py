@@ -136,9 +136,9 @@ def list_frames(
     splits = (splits,) if isinstance(splits, str) else splits
     cameras = (cameras,) if isinstance(cameras, int | str) else cameras
     scenes = (scenes,) if isinstance(scenes, str) else scenes
+    if cameras is not None and not set(map(str, cameras)) <= {"2", "3", "02", "03"}:
+        raise ValueError(f"cameras: expected 2 and / or 3 (KITTI's colour cameras), found {list(cameras)}")
     chosen = None if cameras is None else [int(camera) for camera in cameras]
-    if chosen is not None and not set(chosen) <= {2, 3}:
-        raise ValueError(f"cameras: expected 2 and / or 3 (KITTI's colour cameras), found {chosen}")
     _require(splits, split_names(name, root), f"{root}: splits")
     if name != "object":
         return _list_drives(name, root, splits, chosen, scenes)
@@ -412,7 +412,7 @@ def read_row(frame: Frame, whole_scans: bool = False, problems: list[str] | None
 
     Raises:
         ValueError: a file is missing or damaged; names the file, what was expected and what was found. Lines of
-            `label_2` never are: those that can't be used are left out (and appended to `problems`).
+            `label_2` never are: those that can't be used are regions of DontCare (and appended to `problems`).
     """
 
     def part(read: Callable[..., Any], *arguments: Any) -> Any:
@@ -610,8 +610,6 @@ def _lines(path: str) -> list[str]:
 
 def _read_values(path: str) -> dict[str, str]:
     """Lines `key: values` of a calibration file."""
-    if not os.path.isfile(path):
-        raise ValueError(f"{path}: expected a calibration file, found no such file")
     pairs = (line.partition(":") for line in _lines(path))
     return {key.strip(): values for key, colon, values in pairs if colon}
 

@@ -227,8 +227,6 @@ class _Row:
     def __init__(self, folder: str, component: str, segment: str, *key: int) -> None:
         self.path = _path(folder, component, segment)
         state = _state(self.path)
-        if state is None:
-            raise ValueError(f"{self.path}: expected the component {component}, found no such file")
         index = _index(self.path, state)
         if key not in index:
             raise ValueError(f"{self.path}: expected a row with the key {key}, found none")
@@ -297,8 +295,7 @@ def read_row(frame: Frame, whole_scans: bool = False, problems: list[str] | None
             problems.append(f"frame {frame.frame_id}: {error}")
             return None
 
-    calibration = part(read_calibration, frame)
-    camera, lidar_to_camera = calibration or (None, None)
+    camera, lidar_to_camera = part(read_calibration, frame) or (None, None)
     image = None if camera is None else part(read_image, frame, camera)
     points = part(read_points, frame.folder, frame.scene, frame.time)
     if not (whole_scans or points is None or camera is None):

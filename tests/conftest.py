@@ -30,6 +30,12 @@ def kitti_raw_mini() -> Path:
 
 
 @pytest.fixture(scope="session")
+def rigs() -> Path:
+    """Folder with a few real frames of nuScenes and Argoverse 2, and a miniature of Waymo."""
+    return _folder_from_env("SIMIPU_RIGS")
+
+
+@pytest.fixture(scope="session")
 def reference() -> Path:
     """Folder with one float64 training step of the official network."""
     return _folder_from_env("SIMIPU_REFERENCE")

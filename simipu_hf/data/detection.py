@@ -20,8 +20,6 @@ from .kitti_objects import NEIGHBOURS, OBJECT_TYPES, KittiObjects, by_field, che
 from .rows import calibration_from_row, pixels_from_row
 
 EVERY_CLASS = -1
-MIRROR = np.diag([-1.0, 1, 1, 1])
-"""The world seen in a mirror: x of the camera frame changes its sign."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,8 @@ def mirror_boxes(boxes_3d: np.ndarray) -> np.ndarray:
 def move_projection(camera_projection: np.ndarray, matrix: np.ndarray, mirrored: bool = False) -> np.ndarray:
     """Camera frame to pixels (3, 4) of an image whose pixels `matrix` (3, 3) has moved; of the mirrored world where
     the matrix mirrors, so that focal lengths stay above 0."""
-    return matrix @ camera_projection @ (MIRROR if mirrored else np.eye(4))
+    world = np.diag([-1.0 if mirrored else 1.0, 1, 1, 1])  # in a mirror x of the camera frame changes its sign
+    return matrix @ camera_projection @ world
 
 
 def _move_image_boxes(boxes: np.ndarray, matrix: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:

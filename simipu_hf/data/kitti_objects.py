@@ -53,8 +53,7 @@ class KittiObjects:
 
     def __getitem__(self, rows: Any) -> KittiObjects:
         """Some of the objects: a boolean mask (N,), indices or a slice."""
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        picked: dict[str, Any] = {name: value if value is None else value[rows] for name, value in values.items()}
+        picked: dict[str, Any] = {name: value if value is None else value[rows] for name, value in vars(self).items()}
         return KittiObjects(**picked)
 
     @classmethod

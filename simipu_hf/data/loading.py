@@ -200,6 +200,8 @@ def _load(source: Source, request: Request, train_split: str | None) -> AnyDatas
     held_out, split = _plan_split(source, request, train_split)
     if source.reader is not None:
         dataset = _load_files(source, split, request)
+        # KITTI's reader names none: the synthetic drive has the same layout
+        dataset.info.license = getattr(source.reader, "LICENSE", "")
     elif source.kind == "saved":
         dataset = _take(split, source.saved)
         if request.streaming and len(dataset):  # one without rows is refused below
@@ -262,10 +264,10 @@ def _load_files(source: Source, split: str, request: Request) -> AnyDataset:
     assert source.config is not None
     names, skipped = list(dict.fromkeys(_names(split))), request.skipped
     listing = list_frames(source, names, request.cameras, request.scenes)
-    if listing.problems and skipped is None:
-        raise SimIPUError("\n".join(listing.problems[:10]))
     if skipped is not None:
         skipped += listing.problems
+    elif listing.problems:
+        raise SimIPUError("\n".join(listing.problems[:10]))
     frames = {name: listing.splits.get(name, []) for name in names}
     empty = [name for name, found in frames.items() if not found]
     if empty:
@@ -284,7 +286,7 @@ def _load_files(source: Source, split: str, request: Request) -> AnyDataset:
             name: prepare(reading, found, skipped, request.num_proc, request.cache_dir)
             for name, found in frames.items()
         }
-        return _with_license(_take(split, prepared), source)
+        return _take(split, prepared)
     if "[" in split or len(names) < len(_names(split)):
         raise SimIPUError(f"{source.location}: split: expected different names where streaming, found {split!r}")
     features, options = source.reader.features(source.config), {"reading": reading, "skip": skipped is not None}
@@ -292,13 +294,7 @@ def _load_files(source: Source, split: str, request: Request) -> AnyDataset:
         datasets.IterableDataset.from_generator(_stream_rows, features, {"runs": _runs(frames[name]), **options})
         for name in _names(split)
     ]
-    return _with_license(streams[0] if len(streams) == 1 else datasets.concatenate_datasets(streams), source)
-
-
-def _with_license(rows: AnyDataset, source: Source) -> AnyDataset:
-    # KITTI's reader names none: the synthetic drive has the same layout
-    rows.info.license = getattr(source.reader, "LICENSE", "")
-    return rows
+    return streams[0] if len(streams) == 1 else datasets.concatenate_datasets(streams)
 
 
 def _runs(frames: Sequence[Any]) -> list[Sequence[Any]]:
@@ -319,12 +315,7 @@ def _take(split: str, saved: Mapping[str, datasets.Dataset]) -> datasets.Dataset
     """The rows of an expression such as "train[:50%]+val"."""
     lengths = {name: len(rows) for name, rows in saved.items()}
     instructions = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
-    parts = [
-        saved[part.splitname]
-        if part.to - part.from_ == lengths[part.splitname]
-        else saved[part.splitname].select(range(part.from_, part.to))
-        for part in instructions
-    ]
+    parts = [saved[part.splitname].select(range(part.from_, part.to)) for part in instructions]
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
 
@@ -385,8 +376,8 @@ def _share(dataset: AnyDataset, held_out: bool, share: float, location: str) -> 
         return undecoded(dataset).filter(is_on_side, input_columns=["scene", "frame_id"])
     names = row_names(dataset)
     places = {scene: _place(scene) for scene, _ in names}
-    if not min(places.values()) < share <= max(places.values()):
-        low, high = min(places.values()), max(places.values())
+    low, high = min(places.values()), max(places.values())
+    if not low < share <= high:
         advice = f"choose a value between {low:.3f} and {high:.3f}" if len(places) > 1 else "one cannot be shared"
         problem = f"validation_share {share} puts all of {len(places)} scenes on one side"
         raise SimIPUError(f"{location}: {problem}: {advice}")

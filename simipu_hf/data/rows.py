@@ -317,31 +317,23 @@ def check_features(features: datasets.Features, source: str) -> None:
         found = features.get(column)
         if found is None and column not in REQUIRED_COLUMNS:
             continue
-        if found is None:
-            raise SimIPUError(
-                f"{source}: column {column!r}: expected {_describe(expected)}, found only {list(features)}"
-            )
-        if not _same_kind(column, found):
-            raise SimIPUError(f"{source}: column {column!r}: expected {_describe(expected)}, found {found}")
+        if not _same_kind(found, expected):
+            kind = "datasets.Image" if isinstance(expected, datasets.Image) else expected
+            there = f"only {list(features)}" if found is None else found
+            raise SimIPUError(f"{source}: column {column!r}: expected {kind}, found {there}")
 
 
-def _same_kind(column: str, found: Any) -> bool:
-    if column in ("frame_id", "scene"):
-        return getattr(found, "dtype", None) in ("string", "large_string")
-    if column == "image":
+def _same_kind(found: Any, expected: Any) -> bool:
+    if isinstance(expected, datasets.Image):
         return isinstance(found, datasets.Image)
-    if column == "points":
-        return getattr(found, "dtype", None) in ("binary", "large_binary")
+    if isinstance(expected, datasets.Value):
+        return getattr(found, "dtype", None) in (expected.dtype, f"large_{expected.dtype}")
     if isinstance(found, datasets.Array2D):
-        return tuple(found.shape) == ROW_FEATURES[column].shape and found.dtype.startswith("float")
+        return tuple(found.shape) == expected.shape and found.dtype.startswith("float")
     # nested lists, as other writers store a matrix: the shape is checked row by row
     for _ in range(2):
         found = found[0] if isinstance(found, list) else getattr(found, "feature", None)
     return getattr(found, "dtype", "").startswith("float")
-
-
-def _describe(feature: Any) -> str:
-    return "datasets.Image" if isinstance(feature, datasets.Image) else str(feature)
 
 
 @contextmanager

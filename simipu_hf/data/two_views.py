@@ -71,13 +71,8 @@ class TwoViewAugmentation:
             low, high = getattr(self, name)
             if not least <= low <= high:
                 raise SimIPUError(f"augmentation {name}: expected a range from at least {least}, found {low}, {high}")
-        for name, most in (
-            ("flip_probability", 1),
-            ("brightness", 1),
-            ("contrast", 1),
-            ("saturation", 1),
-            ("hue", 0.5),
-        ):
+        for name in ("flip_probability", "brightness", "contrast", "saturation", "hue"):
+            most = 0.5 if name == "hue" else 1
             if not 0 <= getattr(self, name) <= most:
                 raise SimIPUError(f"augmentation {name}: expected 0 to {most}, found {getattr(self, name)}")
         if self.translation_std < 0:

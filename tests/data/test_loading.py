@@ -4,6 +4,7 @@ import io
 import os
 import re
 import shutil
+import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -179,22 +180,16 @@ def test_a_bad_row_is_refused_by_name(changes, expected):
         make_row("bad", **changes)
 
 
-@pytest.mark.parametrize(
-    ("column", "value", "expected"),
-    [
+def test_check_row_names_the_column():
+    row = make_row()
+    for column, value, expected in (
         ("points", b"\0" * 24, "24 bytes"),
         ("points", [[0.0] * 4], "list"),
         ("camera_projection", "none", "'none'"),
         ("image", None, "readable image"),
-    ],
-)
-def test_check_row_names_the_column(column, value, expected):
-    with pytest.raises(SimIPUError, match=f"frame a: {column}: expected.*{expected}"):
-        check_row({**make_row(), column: value})
-
-
-def test_check_row_names_a_missing_column():
-    row = make_row()
+    ):
+        with pytest.raises(SimIPUError, match=f"frame a: {column}: expected.*{expected}"):
+            check_row({**row, column: value})
     del row["points"]
     with pytest.raises(SimIPUError, match="frame a: points: expected the columns"):
         check_row(row)
@@ -324,21 +319,24 @@ def test_duplicate_frames(tmp_path):
     assert len(skipped) == 1
 
 
-@pytest.mark.parametrize("name", ["train", "day_train", "day"])
-def test_a_share_is_held_out_of_train_alone(tmp_path, name):
+@pytest.mark.parametrize("name", ["train", "day_train", "day", "all"])
+def test_a_share_is_held_out_of_train_or_the_only_split(tmp_path, name):
     rows = dataset_from_rows((make_row(f"log{index}/0") for index in range(20)), tmp_path / "rows")
     test = dataset_from_rows((make_row(f"test{index}/0") for index in range(20)), tmp_path / "test")
-    datasets.DatasetDict({name: rows, "test": test}).save_to_disk(tmp_path / "saved")
+    splits = {name: rows} if name == "all" else {name: rows, "test": test}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
     load = partial(load_pretraining_dataset, data_dir=tmp_path / "saved", validation_share=0.3)
     if name == "day":  # no train: nothing is held out, unless it is named
         assert len(load(split="day")) == 20
         load = partial(load, data_dir=f"{tmp_path / 'saved'}#day")
         assert 0 < len(load(split="validation")) < 20
         return
-    train, held_out = ({*load(split=split)["frame_id"]} for split in (name, "validation"))
+    train = None if name == "all" else name
+    train, held_out = ({*load(split=split)["frame_id"]} for split in (train, "validation"))
     assert 0 < len(held_out) < 20
     assert train == {*rows["frame_id"]} - held_out
-    assert list(load(split="test")["frame_id"]) == list(test["frame_id"])
+    if name != "all":
+        assert list(load(split="test")["frame_id"]) == list(test["frame_id"])
 
 
 def test_no_row_is_read_twice(object_root, tmp_path):
@@ -356,12 +354,18 @@ def test_no_row_is_read_twice(object_root, tmp_path):
             load_pretraining_dataset(data_dir=source, streaming=True, **options)
 
 
-@pytest.mark.parametrize("num_proc", [None, 2])
-def test_damage_is_one_clear_error_and_can_be_skipped(object_root, tmp_path, num_proc, monkeypatch):
+@pytest.mark.parametrize(
+    ("num_proc", "numbers", "message"),
+    [
+        (None, np.zeros(5), r"velodyne.000001.bin: expected whole points .* found 20 bytes"),
+        (2, np.full(8, -5.0), "frame 000001: expected points of the scan in the image, found none"),
+    ],
+)
+def test_damage_is_one_clear_error_and_can_be_skipped(object_root, tmp_path, num_proc, numbers, message, monkeypatch):
     monkeypatch.setattr(preparation, "CHUNK", 2)  # 000002 is in another file
-    (object_root / "training/velodyne/000001.bin").write_bytes(b"\0" * 20)
+    numbers.astype("<f4").tofile(object_root / "training/velodyne/000001.bin")
     options = {"data_dir": object_root, "num_proc": num_proc, "cache_dir": tmp_path / "cache"}
-    with pytest.raises(SimIPUError, match=r"velodyne.000001.bin: expected whole points .* found 20 bytes"):
+    with pytest.raises(SimIPUError, match=message):
         load_pretraining_dataset(**options)
     for _ in range(2):  # prepared, then from the cache
         skipped = []
@@ -385,15 +389,6 @@ def test_a_frame_left_out_for_a_passing_reason_comes_back(object_root, tmp_path,
         assert len(load(skipped=[])) == 2
     assert len(load(skipped=skipped)) == 3
     assert not skipped
-
-
-def test_a_scan_without_a_point_in_the_image_is_damage(object_root, tmp_path):
-    np.full((2, 4), -5.0, "<f4").tofile(object_root / "training/velodyne/000001.bin")
-    with pytest.raises(SimIPUError, match="frame 000001: expected points of the scan in the image, found none"):
-        load_pretraining_dataset(data_dir=object_root, cache_dir=tmp_path)
-    skipped = []
-    assert len(load_pretraining_dataset(data_dir=object_root, cache_dir=tmp_path, skipped=skipped)) == 2
-    assert len(skipped) == 1
 
 
 def test_damage_while_streaming(object_root, tmp_path):
@@ -455,12 +450,6 @@ def test_what_is_no_data_set_is_named(tmp_path, object_root, raw_root):
             load_pretraining_dataset(**options, cache_dir=tmp_path / "cache")
 
 
-def test_dated_folders_of_parquet_are_parquet(rows, tmp_path):
-    (tmp_path / "logs/2026_01_02").mkdir(parents=True)
-    rows.to_parquet(tmp_path / "logs/2026_01_02/train.parquet")
-    assert len(load_pretraining_dataset(data_dir=tmp_path / "logs", cache_dir=tmp_path / "cache")) == 4
-
-
 def test_a_folder_s_name_may_hold_the_mark_of_a_split(object_root, tmp_path):
     folder = object_root.rename(tmp_path / "kitti#2")
     assert split_source(f"{folder}#val:000003") == (str(folder), "val:000003")
@@ -469,7 +458,10 @@ def test_a_folder_s_name_may_hold_the_mark_of_a_split(object_root, tmp_path):
     assert list(rows["frame_id"]) == ["000003", "000004"]
 
 
-def test_parquet_below_a_linked_folder_and_a_path_that_datasets_would_expand(rows, tmp_path):
+def test_parquet_in_a_dated_or_a_linked_folder_and_a_path_that_datasets_would_expand(rows, tmp_path):
+    (tmp_path / "logs/2026_01_02").mkdir(parents=True)  # which KITTI's days are called
+    rows.to_parquet(tmp_path / "logs/2026_01_02/train.parquet")
+    assert len(load_pretraining_dataset(data_dir=tmp_path / "logs", cache_dir=tmp_path / "cache")) == 4
     (tmp_path / "real").mkdir()
     (tmp_path / "linked").mkdir()
     rows.to_parquet(tmp_path / "real/train-00000-of-00001.parquet")
@@ -496,18 +488,12 @@ def test_a_file_in_the_cache_s_place_is_named(object_root, tmp_path):
         load_pretraining_dataset(data_dir=object_root, cache_dir=tmp_path / "cache")
 
 
-def test_rigs_of_published_data_sets_are_recognised(tmp_path):
+def test_rigs_of_published_data_sets_are_recognised(rigs, tmp_path):
     for name, count, scene in (("nuscenes", 6, "scene-0061"), ("waymo_v2_miniature", 4, None)):
-        rows = load_pretraining_dataset(data_dir=rigs() / name, cache_dir=tmp_path)
+        rows = load_pretraining_dataset(data_dir=rigs / name, cache_dir=tmp_path)
         assert len(rows) == count
         assert scene in (None, rows[0]["scene"])
         check_row(rows[0])
-
-
-def rigs() -> Path:
-    if not os.environ.get("SIMIPU_RIGS"):
-        pytest.skip("SIMIPU_RIGS is not set")
-    return Path(os.environ["SIMIPU_RIGS"])
 
 
 # --- prepared rows
@@ -566,6 +552,25 @@ def test_rows_are_prepared_anew_where_files_or_code_change(object_root, tmp_path
     assert len(list((tmp_path / "cache").rglob("*.arrow"))) == prepared + 1
 
 
+def test_labels_that_cannot_be_used_are_logged_and_stop_nothing(object_root, tmp_path, caplog):
+    path = object_root / "training/label_2/000000.txt"
+    path.write_text("Car 0 0 0 1 1 5 5 1 1 1 0 0 9 0\nCar 0 0 0 1 1 5 5 1 1 1 0 0 9\n")
+    rows = load_pretraining_dataset(data_dir=object_root, cache_dir=tmp_path, num_proc=1)
+    assert rows[0]["objects"]["type"] == [0, 8]  # a car, and one region, all of the image, of DontCare
+    assert f"{path}, line 2: expected 15 fields" in caplog.text
+
+
+def test_what_killed_processes_left_is_removed(object_root, tmp_path):
+    names = [".1234abcd-kitti-old.arrow", ".1234abcd-kitti-at-work.arrow"]
+    paths = [tmp_path / "simipu_hf" / name for name in names]
+    paths[0].parent.mkdir()
+    for path, age in zip(paths, (2 * 24 * 60 * 60, 60), strict=True):
+        path.touch()
+        os.utime(path, (time.time() - age,) * 2)
+    load_pretraining_dataset(data_dir=object_root, cache_dir=tmp_path, num_proc=1)
+    assert [path.exists() for path in paths] == [False, True]
+
+
 def test_processes_that_load_at_once_prepare_once(object_root, tmp_path):
     load = partial(load_pretraining_dataset, data_dir=object_root, cache_dir=tmp_path / "cache", num_proc=1)
     with ThreadPoolExecutor(3) as pool:
@@ -593,11 +598,17 @@ def test_one_rank_looks_at_the_files_for_all(object_root, tmp_path, monkeypatch)
     assert fingerprint.call_count == 5
 
 
-def test_cut_rows_hold_what_the_camera_sees(kitti_mini, tmp_path):
+def test_cut_rows_hold_what_the_camera_sees_and_give_the_samples_of_whole_scans_bit_for_bit(kitti_mini, tmp_path):
     cut, whole = (
         load_pretraining_dataset(data_dir=kitti_mini, split="train[:6]", cache_dir=tmp_path, whole_scans=keep)
         for keep in (False, True)
     )
+    for preset in ("recommended", "official"):
+        processor = SimIPUProcessor.from_preset(preset, image_size=(96, 320), num_points=4096)
+        sample = partial(two_view_sample, processor=processor, augmentation=TwoViewAugmentation.from_preset(preset))
+        for index, rows in enumerate(zip(cut, whole, strict=True)):
+            first, second = (sample(row, seed=1, epoch=2, index=index) for row in rows)
+            assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
     for a, b in zip(cut, whole, strict=True):
         points = points_from_row(b)
         assert len(a["points"]) < len(b["points"]) / 4
@@ -608,17 +619,3 @@ def test_cut_rows_hold_what_the_camera_sees(kitti_mini, tmp_path):
         seen &= (v / depth >= -0.5) & (v / depth < height - 0.5)
         kept = {point.tobytes() for point in points_from_row(a)}
         assert {point.tobytes() for point in points[seen]} <= kept <= {point.tobytes() for point in points}
-
-
-@pytest.mark.parametrize("preset", ["recommended", "official"])
-def test_cut_and_whole_scans_give_the_same_samples_bit_for_bit(kitti_mini, tmp_path, preset):
-    cut, whole = (
-        load_pretraining_dataset(data_dir=kitti_mini, split="train[:4]", cache_dir=tmp_path, whole_scans=keep)
-        for keep in (False, True)
-    )
-    processor = SimIPUProcessor.from_preset(preset, image_size=(96, 320), num_points=4096)
-    augmentation = TwoViewAugmentation.from_preset(preset)
-    for index, rows in enumerate(zip(cut, whole, strict=True)):
-        samples = [two_view_sample(row, processor, augmentation, seed=1, epoch=2, index=index) for row in rows]
-        for name, tensor in samples[0].items():
-            assert torch.equal(tensor, samples[1][name]), name

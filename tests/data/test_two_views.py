@@ -275,16 +275,24 @@ def make_item(height, width, value):
 
 
 @pytest.mark.parametrize("preset", ["recommended", "official"])
-def test_images_of_several_sizes_are_padded_to_the_largest_multiple_of_32_and_normalised(preset):
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_images_of_several_sizes_are_padded_to_the_largest_multiple_of_32_and_normalised(preset, channels_last):
     processor = SimIPUProcessor.from_preset(preset).image_processor
     samples = [make_item(40, 90, 1), make_item(33, 128, 2), make_item(64, 20, 3)]
+    if channels_last:  # in memory, as Pillow decodes
+        samples = [{**s, "image": s["image"].permute(1, 2, 0).contiguous().permute(2, 0, 1)} for s in samples]
     batch = TwoViewCollator(processor.pad_size_divisor)(samples)
     assert batch["images"].shape == (3, 3, 64, 128)
     assert batch["images"].dtype == torch.uint8
     assert batch["image_sizes"].tolist() == [[40, 90], [33, 128], [64, 20]]
+    before = batch["images"].clone()
     inputs = to_model_inputs(batch, processor)
+    assert torch.equal(batch["images"], before)
     assert sorted(inputs) == sorted({*batch, "pixel_values"} - {"images"})
     assert inputs["pixel_values"].dtype == torch.float32
+    assert inputs["pixel_values"].is_contiguous()
+    alone = processor([sample["image"] for sample in samples], do_resize=False, return_tensors="pt")
+    assert all(torch.equal(inputs[name], alone[name]) for name in ("pixel_values", "image_sizes"))
     mean, std = (torch.tensor(value)[:, None, None] for value in (processor.image_mean, processor.image_std))
     for pixels, sample, (height, width) in zip(inputs["pixel_values"], samples, batch["image_sizes"], strict=True):
         levels = sample["image"].double() / (255 if processor.do_rescale else 1)
@@ -292,23 +300,6 @@ def test_images_of_several_sizes_are_padded_to_the_largest_multiple_of_32_and_no
         torch.testing.assert_close(pixels[:, :height, :width].double(), expected, rtol=1e-6, atol=1e-6)
         assert not pixels[:, height:].any()
         assert not pixels[:, :, width:].any()
-
-
-@pytest.mark.parametrize("preset", ["recommended", "official"])
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_model_inputs_are_those_of_the_processor_alone(preset, channels_last):
-    processor = SimIPUProcessor.from_preset(preset).image_processor
-    samples = [make_item(40, 90, 1), make_item(33, 128, 2)]
-    if channels_last:  # in memory, as Pillow decodes
-        samples = [{**s, "image": s["image"].permute(1, 2, 0).contiguous().permute(2, 0, 1)} for s in samples]
-    batch = TwoViewCollator()(samples)
-    before = batch["images"].clone()
-    inputs = to_model_inputs(batch, processor)
-    assert torch.equal(batch["images"], before)
-    assert inputs["pixel_values"].is_contiguous()
-    expected = processor([sample["image"] for sample in samples], do_resize=False, return_tensors="pt")
-    assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
-    assert torch.equal(inputs["image_sizes"], expected["image_sizes"])
 
 
 def test_images_of_bytes_and_of_floats_share_a_batch():
@@ -352,13 +343,9 @@ def test_samples_are_a_pure_function_of_seed_epoch_and_index():
     ]
     assert equal(samples[0], first[0])
     assert len({float(sample["lidar_to_aug"][0, 0]) for sample in samples}) == 4
-
-
-def test_iteration_ends_after_the_last_row():
-    dataset = make_dataset(count=3)
-    assert len(list(dataset)) == 3
-    with pytest.raises(IndexError, match="0 to 2, found 3"):
-        dataset[3]
+    assert len(list(dataset)) == 6  # by IndexError
+    with pytest.raises(IndexError, match="0 to 5, found 6"):
+        dataset[6]
 
 
 def test_workers_change_nothing_beyond_the_end_of_an_epoch():

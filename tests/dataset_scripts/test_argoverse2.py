@@ -1,6 +1,5 @@
 """The Argoverse 2 reader against published numbers, real sweeps, and a tiny log made here."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,6 @@ from PIL import Image
 
 from simipu_hf.dataset_scripts import argoverse2
 
-RIGS = os.environ.get("SIMIPU_RIGS")
-needs_rigs = pytest.mark.skipif(RIGS is None, reason="SIMIPU_RIGS does not name a folder of camera rigs")
 CAMERA = "ring_front_center"
 
 
@@ -50,11 +47,10 @@ def make_log(log: Path, **changes: dict[str, list]) -> None:
         Image.new("RGB", (32, 48)).save(path)
 
 
-@needs_rigs
-def test_calibration_and_points_equal_published_numbers() -> None:
-    log = os.path.join(str(RIGS), "argoverse2", "sensor", "val", "7fab2350-7eaf-3b7e-a39d-6937a4c1bede")
+def test_calibration_and_points_equal_published_numbers(rigs: Path) -> None:
+    log = rigs / "argoverse2/sensor/val/7fab2350-7eaf-3b7e-a39d-6937a4c1bede"
     time = 315966265259836000
-    frame = argoverse2.Frame("golden", "log", CAMERA, log, time, time)
+    frame = argoverse2.Frame("golden", "log", CAMERA, str(log), time, time)
     projection, lidar_to_camera, size = argoverse2.read_calibration(frame)
     assert size == (1550, 2048)
     for point, pixel in (

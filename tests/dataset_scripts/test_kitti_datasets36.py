@@ -7,6 +7,7 @@ Needs an interpreter of its own, named by SIMIPU_DATASETS36_PYTHON:
 """
 
 import hashlib
+import inspect
 import json
 import os
 import subprocess
@@ -14,7 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from kitti_folders import build
 
+from simipu_hf.data.conversion import convert_to_parquet
 from simipu_hf.dataset_scripts import kitti
 
 READ = """
@@ -22,13 +25,6 @@ import hashlib, json, sys
 import datasets, numpy as np
 script, name, root, parquet = sys.argv[1:]
 assert datasets.__version__ == "3.6.0", datasets.__version__
-
-def digest(row):
-    values = {key: row[key] for key in sorted(row) if key not in ("image", "points")}
-    digest = hashlib.sha256(json.dumps(values).encode())
-    digest.update(np.asarray(row["image"]).tobytes() + row["points"])
-    return digest.hexdigest()
-
 options = dict(data_dir=root, trust_remote_code=True)
 rows = {
     "normal": datasets.load_dataset(script, name, num_proc=2, **options),
@@ -54,27 +50,21 @@ def read_with_datasets36(name: str, root: Path, tmp_path: Path, parquet: str = "
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf36"), "HF_HUB_OFFLINE": "1"}
     for variable in ("PYTHONPATH", "HF_DATASETS_CACHE", "HF_MODULES_CACHE"):
         environment.pop(variable, None)
-    command = [python, "-c", READ, kitti.__file__, name, str(root), parquet]
+    command = [python, "-c", inspect.getsource(digest) + READ, kitti.__file__, name, str(root), parquet]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def read_here(name: str, root: Path, tmp_path: Path) -> dict:
-    builder = kitti.Kitti(config_name=name, data_dir=str(root), cache_dir=str(tmp_path / "cache"))
-    builder.download_and_prepare()
-    return {split: [digest(row) for row in rows] for split, rows in builder.as_dataset().items()}
+    return {split: [*map(digest, rows)] for split, rows in build(root, name, tmp_path / "cache").items()}
 
 
 def test_object_rows_and_their_parquet(object_root, tmp_path):
-    from simipu_hf.data.conversion import convert_to_parquet
-
     root = object_root({"train": "000000\n000001\n", "val": "000002\n"})
     convert_to_parquet(tmp_path / "parquet", data_dir=root)
-    old, here = (
-        read_with_datasets36("object", root, tmp_path, str(tmp_path / "parquet")),
-        read_here("object", root, tmp_path),
-    )
+    old = read_with_datasets36("object", root, tmp_path, str(tmp_path / "parquet"))
+    here = read_here("object", root, tmp_path)
     assert old == {"normal": here, "streaming": here, "parquet": here}
 
 

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from kitti_folders import build
 from PIL import Image
 
-from simipu_hf.dataset_scripts.kitti import OBJECT_TYPES, Kitti
+from simipu_hf.dataset_scripts.kitti import OBJECT_TYPES
 
 
 def read_lines(path: Path) -> dict[str, np.ndarray]:
@@ -33,29 +34,17 @@ def padded(matrix: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def object_splits(kitti_mini, tmp_path_factory):
-    builder = Kitti(
-        config_name="object",
-        data_dir=str(kitti_mini),
-        cache_dir=str(tmp_path_factory.mktemp("cache")),
-        whole_scans=True,
-    )
-    builder.download_and_prepare()
-    return builder.as_dataset()
+    return build(kitti_mini, "object", tmp_path_factory.mktemp("cache"), whole_scans=True)
 
 
 @pytest.fixture(scope="module")
 def raw_rows(kitti_raw_mini, tmp_path_factory):
-    builder = Kitti(
-        config_name="raw",
-        data_dir=str(kitti_raw_mini),
-        cache_dir=str(tmp_path_factory.mktemp("cache")),
-        whole_scans=True,
-    )
-    builder.download_and_prepare()
-    return builder.as_dataset(split="train")
+    return build(kitti_raw_mini, "raw", tmp_path_factory.mktemp("cache"), whole_scans=True)["train"]
 
 
 def test_every_object_frame_equals_an_independent_reading(kitti_mini, object_splits):
+    for split, rows in object_splits.items():
+        assert list(rows["frame_id"]) == (kitti_mini / f"ImageSets/{split}.txt").read_text().split()
     for split in ("trainval", "test"):
         folder = kitti_mini / ("testing" if split == "test" else "training")
         assert list(object_splits[split]["frame_id"]) == sorted(path.stem for path in (folder / "image_2").iterdir())
@@ -65,11 +54,6 @@ def test_every_object_frame_equals_an_independent_reading(kitti_mini, object_spl
             rigid = padded(calib["R0_rect"].reshape(3, 3)) @ padded(calib["Tr_velo_to_cam"].reshape(3, 4))
             image, scan = folder / f"image_2/{name}.png", folder / f"velodyne/{name}.bin"
             assert_frame_equals(row, image, scan, calib["P2"].reshape(3, 4), rigid)
-
-
-def test_object_splits_are_the_image_sets(kitti_mini, object_splits):
-    for split, rows in object_splits.items():
-        assert list(rows["frame_id"]) == (kitti_mini / f"ImageSets/{split}.txt").read_text().split()
 
 
 def test_every_label_equals_an_independent_reading(kitti_mini, object_splits):

@@ -15,9 +15,6 @@ from simipu_hf.data.sources import find_source
 from simipu_hf.dataset_scripts import waymo
 from simipu_hf.errors import SimIPUError
 
-RIGS = os.environ.get("SIMIPU_RIGS")
-needs_rigs = pytest.mark.skipif(RIGS is None, reason="SIMIPU_RIGS does not name a folder of camera rigs")
-
 
 def test_range_image_equals_the_published_example() -> None:
     image = np.arange(-12.0, 12.0).reshape(3, 2, 4)
@@ -43,10 +40,9 @@ def test_camera_model_equals_the_published_example() -> None:
     np.testing.assert_allclose(depth, 19.99999, atol=1e-5)
 
 
-@needs_rigs
-def test_rows_have_the_expected_points_and_pixels() -> None:
-    root = os.path.join(str(RIGS), "waymo_v2_miniature")
-    expected = np.load(os.path.join(root, "expected.npz"))
+def test_rows_have_the_expected_points_and_pixels(rigs: Path) -> None:
+    root = rigs / "waymo_v2_miniature"
+    expected = np.load(root / "expected.npz")
     frames = waymo.list_frames("perception", root).splits["train"]
     assert len(frames) == 4
     for frame in frames:
@@ -97,12 +93,8 @@ class TinySegment:
         Image.new("RGB", (32, 16), (200, 100, 50)).save(buffer, "JPEG")
         key = {"key.segment_context_name": "seg", "key.frame_timestamp_micros": 7}
         camera = {**key, "key.camera_name": 1}
-        intrinsics = dict.fromkeys(("k1", "k2", "p1", "p2", "k3"), 0.0) | {
-            "f_u": 20.0,
-            "f_v": 20.0,
-            "c_u": 16.0,
-            "c_v": 8.0,
-        }
+        intrinsics = {"f_u": 20.0, "f_v": 20.0, "c_u": 16.0, "c_v": 8.0}
+        intrinsics |= dict.fromkeys(("k1", "k2", "p1", "p2", "k3"), 0.0)
         values = np.tile([10.0, 0.5, 0.0, -1.0], (4, 36, 1)).astype(np.float32)
         self.rows: dict[str, dict[str, Any]] = {
             "camera_image": {
@@ -139,11 +131,8 @@ class TinySegment:
         }
 
     def write(self) -> str:
-        lists = {
-            "values": pa.list_(pa.float32()),
-            "shape": pa.list_(pa.int32(), 3),
-            "transform": pa.list_(pa.float64()),
-        }
+        floats, shapes, doubles = pa.list_(pa.float32()), pa.list_(pa.int32(), 3), pa.list_(pa.float64())
+        lists = {"values": floats, "shape": shapes, "transform": doubles}
         for component, row in self.rows.items():
             columns = {n: pa.array([v], lists.get(n.rpartition(".")[2])) for n, v in row.items()}
             path = self.folder / component / "seg.parquet"
@@ -188,7 +177,6 @@ def test_builder_rows_of_a_tiny_segment(tiny: TinySegment, tmp_path: Path) -> No
         ("lidar", "[LiDARComponent].range_image_return1.shape", None, r"expected \[\] values"),
         ("lidar", "[LiDARComponent].range_image_return1.shape", [4, 144, 1], "expected range and intensity"),
         ("lidar_calibration", "[LiDARCalibrationComponent].beam_inclination.min", None, "expected a finite number"),
-        ("camera_calibration", "[CameraCalibrationComponent].intrinsic.f_u", None, "expected a finite number"),
         ("camera_image", "[CameraImageComponent].image", b"no image", "expected a readable image"),
     ],
 )
