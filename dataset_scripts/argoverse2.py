@@ -188,7 +188,7 @@ def _nearest(time: int, times: list[int]) -> int | None:
 
 def _times(folder: str, suffix: str) -> list[int]:
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    return sorted(int(name.removesuffix(suffix)) for name in names if name.removesuffix(suffix).isdigit())
+    return sorted(int(name.removesuffix(suffix)) for name in names if name.removesuffix(suffix).isdecimal())
 
 
 def fingerprint(frames: Iterable[Frame]) -> str:

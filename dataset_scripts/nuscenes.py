@@ -293,7 +293,8 @@ def _published_splits(folder: str, there: set[str]) -> dict[str, set[str]]:
                 lists = json.load(file)
         except ValueError as error:
             raise ValueError(f"{own}: expected JSON, found: {error}") from error
-        if not (isinstance(lists, dict) and all(isinstance(scenes, list) for scenes in lists.values())):
+        named = lists.values() if isinstance(lists, dict) else [None]
+        if not all(isinstance(scenes, list) and all(isinstance(scene, str) for scene in scenes) for scenes in named):
             raise ValueError(f"{own}: expected split -> list of scenes, found {str(lists)[:80]}")
         for name in lists:
             if not re.fullmatch(r"\w+", name):
