@@ -45,13 +45,9 @@ def choose_recipe(arguments: PreTrainingArguments, image_encoder: nn.Module, tot
     if arguments.lr_scheduler_type == "constant":
         defaults = replace(defaults, warmup_steps=0)
     kinds = {optimizer, arguments.point_optimizer}
-    refuse_without_effect(
-        arguments,
-        ("layer_decay", optimizer == "adamw", "with sgd: add --optimizer adamw"),
-        ("momentum", "sgd" in kinds, "with adamw"),
-        ("adam_beta1", "adamw" in kinds, "with sgd"),
-        ("adam_beta2", "adamw" in kinds, "with sgd"),
-    )
+    refuse_without_effect(arguments, optimizer == "adamw", "with sgd: add --optimizer adamw", "layer_decay")
+    refuse_without_effect(arguments, "sgd" in kinds, "with adamw", "momentum")
+    refuse_without_effect(arguments, "adamw" in kinds, "with sgd", "adam_beta1", "adam_beta2")
     given = {name: value for name in vars(defaults) if (value := getattr(arguments, name)) is not None}
     return replace(defaults, **given)
 
