@@ -77,14 +77,6 @@ class ChainedOptimizer(Optimizer):
         self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
 
-def named_parts(optimizer: Optimizer) -> dict[str, list[nn.Parameter]]:
-    """Name -> the parameters of all groups of that name."""
-    parts: dict[str, list[nn.Parameter]] = {}
-    for group in optimizer.param_groups:
-        parts.setdefault(group["name"], []).extend(group["params"])
-    return parts
-
-
 def learning_rates(optimizer: Optimizer) -> dict[str, float]:
     """`learning_rate/<name>` -> the highest one of the groups of that name in the coming step."""
     rates: dict[str, float] = {}
@@ -160,7 +152,9 @@ def clip_gradients(accelerator: Accelerator, optimizer: Optimizer, max_norm: flo
         `grad_norm/<name>` -> the L2 norm of the part's gradient before clipping, a scalar on the device.
     """
     accelerator.unscale_gradients()
-    parts = named_parts(optimizer)
+    parts: dict[str, list[nn.Parameter]] = {}
+    for group in optimizer.param_groups:
+        parts.setdefault(group["name"], []).extend(group["params"])
     norms = {
         f"grad_norm/{name}": nn.utils.get_total_norm([p.grad for p in part if p.grad is not None])
         for name, part in parts.items()
