@@ -36,7 +36,7 @@ from simipu_hf.hub.sources import model_folder
 from simipu_hf.modeling.configuration_simipu import SimIPUConfig
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
-from simipu_hf.pretrain import create_augmentation, main, pretrain
+from simipu_hf.pretrain import create_augmentation, pretrain
 from simipu_hf.training.arguments import PreTrainingArguments, parse_arguments
 from simipu_hf.training.checkpoint import list_checkpoints
 from simipu_hf.training.logging import read_metrics
@@ -648,12 +648,6 @@ def test_second_start_on_a_finished_run_only_finishes(run, whole, tmp_path, caps
         run("out", "--resume_from_checkpoint", "latest")
     assert_same_result(whole, again)
     assert f'timm.create_model("local-dir:{out.as_posix()}/image_encoder", pretrained=True)' in capsys.readouterr().out
-
-
-def test_command_prints_one_line_for_a_mistake(frames, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["", "--dataset_name", str(frames), "--output_dir", str(tmp_path), "--seed", "-1"])
-    assert main() == 1
-    assert capsys.readouterr().err == "error: --seed must be at least 0 and below 2**32, found -1\n"
 
 
 def test_a_killed_process_resumes_to_the_bit(frames, tmp_path):
