@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import weakref
 from unittest.mock import Mock
@@ -497,7 +496,6 @@ class TestFromAnEarlierModel:
             (["--image_encoder", "resnet18"], "--image_encoder resnet18: .* has test_resnet"),
             (["--point_encoder", "sparse_conv"], "has pointnet2"),
             (["--preset", "recommended"], "has official"),
-            (["--config_overrides", "temperatur=1"], "no field temperatur"),
             (["--config_overrides", "projection_dim=9"], "size mismatch|mismatched|shape"),
         ],
     )
@@ -697,15 +695,6 @@ def test_read_only_output_folder(run, tmp_path):
     (tmp_path / "out").mkdir(mode=0o500)
     with pytest.raises(SimIPUError, match="cannot be written to"):
         run("out")
-
-
-def test_threads_do_not_matter_for_signals(run):
-    """In a thread, where Python allows no signal handlers, a run works and cannot be stopped softly."""
-    outcome = []
-    thread = threading.Thread(target=lambda: outcome.append(run("out", "--max_steps", "1")))
-    thread.start()
-    thread.join()
-    assert outcome
 
 
 def test_image_size_holds_for_the_official_preset_too():
