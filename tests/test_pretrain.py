@@ -146,12 +146,8 @@ def test_run_file_reproduces_the_run(whole, tmp_path):
     record = yaml.safe_load((whole / "run.yaml").read_text(encoding="utf-8"))
     assert record["data"]["rows"] == 10
     assert record["versions"]["torch"] == torch.__version__
-    again = pretrain(
-        parse_arguments(
-            PreTrainingArguments, ["--config", str(whole / "run.yaml"), "--output_dir", str(tmp_path / "again")]
-        )
-    )
-    assert_same_result(whole, again)
+    flags = ["--config", str(whole / "run.yaml"), "--output_dir", str(tmp_path / "again")]
+    assert_same_result(whole, pretrain(parse_arguments(PreTrainingArguments, flags)))
 
 
 @pytest.mark.parametrize(("workers", "accumulation"), [("0", "1"), ("2", "2")])
@@ -335,10 +331,7 @@ def test_output_folder_is_not_overwritten_by_accident(run, tmp_path):
     assert thesis.exists()
     (tmp_path / "job").mkdir()
     (tmp_path / "job" / "slurm-17.out").touch()  # a job's log file: its first start is no danger to anything
-    arguments = PreTrainingArguments(
-        data_dir="KITTI", output_dir=str(tmp_path / "job"), resume_from_checkpoint="latest"
-    )
-    assert find_checkpoint(arguments, None) is None
+    assert find_checkpoint(arguments("KITTI", tmp_path / "job", "--resume_from_checkpoint", "latest"), None) is None
 
 
 def test_what_needs_no_data_is_checked_before_it_is_read(run, monkeypatch, tmp_path):
@@ -464,10 +457,8 @@ class TestFromAnEarlierModel:
         return folder
 
     def create(self, earlier, *flags):
-        found = parse_arguments(
-            PreTrainingArguments,
-            ["--data_dir", "none", "--output_dir", "none", "--model_name_or_path", str(earlier), *flags],
-        )
+        start = ("--data_dir", "none", "--output_dir", "none", "--model_name_or_path", str(earlier))
+        found = parse_arguments(PreTrainingArguments, [*start, *flags])
         model, processor = module.create_model(found)
         return model, processor, create_augmentation(found, model.config)
 
@@ -514,29 +505,21 @@ def test_whole_scenes_are_held_out(run, tmp_path):
 def test_several_sources_resume_to_the_bit(run, tmp_path, monkeypatch):
     write_frames(tmp_path / "a", train=6)
     dataset_from_rows(make_rows(8, seed=5)).save_to_disk(tmp_path / "b")
-    flags = (
-        *("--dataset_name", str(tmp_path / "a"), str(tmp_path / "b"), "--mixture", "1", "3"),
-        *("--dataloader_num_workers", "2"),
-    )
-    assert_resumes(run, monkeypatch, flags)
+    flags = ("--dataset_name", str(tmp_path / "a"), str(tmp_path / "b"), "--mixture", "1", "3")
+    assert_resumes(run, monkeypatch, (*flags, "--dataloader_num_workers", "2"))
 
 
 def test_a_stream_resumes_to_the_bit(run, tmp_path, monkeypatch):
     for shard in range(2):
         dataset_from_rows(make_rows(8, seed=shard)).to_parquet(tmp_path / "rows" / f"train-{shard}.parquet")
     dataset_from_rows(make_rows(3, seed=9)).to_parquet(tmp_path / "rows" / "validation-0.parquet")
-    assert_resumes(
-        run,
-        monkeypatch,
-        (
-            *("--dataset_name", str(tmp_path / "rows"), "--streaming", "--lr_scheduler_type", "cosine"),
-            *("--dataloader_num_workers", "2", "--eval_steps", "6"),
-        ),
-    )
+    flags = ("--dataset_name", str(tmp_path / "rows"), "--streaming", "--lr_scheduler_type")
+    assert_resumes(run, monkeypatch, (*flags, "cosine", "--dataloader_num_workers", "2", "--eval_steps", "6"))
     monkeypatch.setitem(stream_two_views.__kwdefaults__, "shuffle_buffer", 2)  # the state is that of datasets as well
-    flags = ("--dataset_name", str(tmp_path / "rows"), "--streaming", "--lr_scheduler_type", "constant")
-    run("other", *flags, "--max_steps", "2")
-    out = run("other", *flags, "--max_steps", "4", "--eval_steps", "2", "--resume_from_checkpoint", "latest")
+    run("other", *flags, "constant", "--max_steps", "2")
+    out = run(
+        "other", *flags, "constant", "--max_steps", "4", "--eval_steps", "2", "--resume_from_checkpoint", "latest"
+    )
     assert [line["step"] for line in metrics(out) if "eval/loss" in line] == [4]
 
 
