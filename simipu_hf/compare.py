@@ -337,19 +337,20 @@ def summarize(runs: Sequence[dict[str, Any]], task: Task) -> list[dict[str, Any]
     sign = -1 if metric in task.higher_is_better else 1
     table = []
     for (mode, fraction, encoder), group in groups.items():
+        first = next(iter(group.values()))
         values = {name: [run["metrics"][name] for run in group.values()] for name in runs[0]["metrics"]}
         points = zip(*(run["curve"] for run in group.values()), strict=True)
         entry = {
             "encoder": encoder,
             "mode": mode,
             "label_fraction": fraction,
-            "num_frames": next(iter(group.values()))["num_frames"],
+            "num_frames": first["num_frames"],
             "num_seeds": len(group),
             "mean": {name: statistics.fmean(of_metric) for name, of_metric in values.items()},
             "std": {name: spread(of_metric) for name, of_metric in values.items()},
             "curve": [{"step": point[0]["step"], "values": [p[metric] for p in point]} for point in points],
+            "baseline": first["baseline"],
         }
-        entry["baseline"] = next(iter(group.values()))["baseline"]
         baseline = groups[mode, fraction, entry["baseline"]]
         pairs = [(run, baseline[seed]) for seed, run in group.items()]
         if encoder == entry["baseline"]:

@@ -82,15 +82,14 @@ def detect_frames(
     model: SimIPUForMonocular3DDetection,
     frames: Iterable[DetectionFrame],
     processor: SimIPUImageProcessor,
-    pictures: PictureFolder | None = None,
+    pictures: PictureFolder,
 ) -> list[Found]:
     """What a model finds in frames, drawn into `pictures`."""
     found = []
     for frame in frames:
         predictions = detect(model, frame.image, frame.camera_projection, processor)
         found.append(Found(frame.frame_id, predictions, frame.objects))
-        if pictures is not None:
-            pictures.add(frame.frame_id, partial(draw_frame, frame, predictions))
+        pictures.add(frame.frame_id, partial(draw_frame, frame, predictions))
     return found
 
 

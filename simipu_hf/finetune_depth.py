@@ -35,7 +35,6 @@ from .finetuning import (
     find_rgb_encoder,
     fine_tune,
     prepare_trainer,
-    refuse_occupied_folder,
 )
 from .hub.weights import EncoderWeights, InputConvention
 from .modeling.image_encoder import is_built_for_one_size, timm_arguments
@@ -139,8 +138,7 @@ def finetune_depth(arguments: DepthArguments) -> Path:
         SimIPUError: unusable arguments, data or checkpoint, or a loss that is no number.
         TrainingInterrupted: Ctrl-C or SIGTERM, after saving a checkpoint.
     """
-    refuse_occupied_folder(arguments)
-    return fine_tune(arguments, create_trainer(arguments), record_in_card, format_table)
+    return fine_tune(arguments, lambda: create_trainer(arguments), record_in_card, format_table)
 
 
 if __name__ == "__main__":

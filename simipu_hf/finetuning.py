@@ -434,13 +434,14 @@ def check_image_sizes(model: Any, dataset: FrameDataset) -> None:
 
 def fine_tune(
     arguments: FineTuningRunArguments,
-    trainer: FineTuningTrainer,
+    create_trainer: Callable[[], FineTuningTrainer],
     record: Callable[[Path, Sequence[str], dict[str, Any]], None],
     table: Callable[[dict[str, Any]], str],
 ) -> Path:
     """Train in as many processes as were launched, save, and evaluate.
 
     Args:
+        create_trainer: reads data and encoder.
         record: keeps the result of the evaluation for the card: given the folder, the test frames and the result.
         table: a result as text.
 
@@ -452,6 +453,9 @@ def fine_tune(
         SimIPUError: unusable arguments, data or checkpoint, or a loss that is no number.
         TrainingInterrupted: Ctrl-C or SIGTERM, after saving a checkpoint.
     """
+    if arguments.resume_from_checkpoint is None:  # an occupied folder is refused before anything is read
+        find_checkpoint(arguments, arguments.image_encoder)
+    trainer = create_trainer()
     output_dir, accelerator = Path(arguments.output_dir), trainer.accelerator
     check_processes(accelerator)
     use_all_cores(accelerator)
@@ -490,12 +494,6 @@ FREE = {
     "report_to", "dataloader_num_workers", "logging_steps", "eval_steps", "checkpointing_steps", "save_total_limit",
     "gradient_checkpointing", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "image_encoder",
 }  # fmt: skip
-
-
-def refuse_occupied_folder(arguments: FineTuningRunArguments) -> None:
-    """Raises a `SimIPUError` where a run cannot start in its folder, before data and encoder are read."""
-    if arguments.resume_from_checkpoint is None:
-        find_checkpoint(arguments, arguments.image_encoder)
 
 
 def open_run(arguments: FineTuningRunArguments, trainer: FineTuningTrainer) -> str | None:

@@ -97,15 +97,13 @@ NO_LOSS_SCALE = (
     "--mixed_precision bf16 or no, lower the learning rate, or look at the rows"
 )
 
-# A resumed run may change these flags; every other flag identifies the run. Those of the second part are identified by
-# what follows from them: the model's configuration, the processor, the augmentation, the recipe, the rows.
-MAY_CHANGE = {
+# A resumed run may change these flags; every other flag identifies the run.
+NOT_COMPARED = {
     *("output_dir", "num_train_epochs", "max_steps", "gradient_checkpointing", "torch_compile"),
     *("dataloader_num_workers", "logging_steps", "checkpointing_steps", "save_total_limit", "report_to"),
     *("eval_steps", "per_device_eval_batch_size", "validation_split"),
     *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "encoder_repo_id"),
-}
-IDENTIFIED_BY_RESULT = {
+    # what follows from these is compared: the model's configuration, processor, augmentation, recipe, rows
     *("preset", "image_encoder", "point_encoder", "pretrained_image_encoder", "model_name_or_path"),
     *("config_overrides", "augmentation_overrides", "image_size", "num_points"),
     *("optimizer", "learning_rate", "weight_decay", "layer_decay", "warmup_steps"),
@@ -572,7 +570,7 @@ def run_identity(
     not_counted = ("transformers_version", "_name_or_path", "dtype", "auto_map", "architectures")
     config = {name: value for name, value in model.config.to_dict().items() if name not in not_counted}
     flags = arguments.to_dict()
-    identity = {name: flags[name] for name in flags if name not in MAY_CHANGE | IDENTIFIED_BY_RESULT}
+    identity = {name: value for name, value in flags.items() if name not in NOT_COMPARED}
     identity |= {
         **batches.identity(),
         "row_order": ROW_ORDER,
@@ -741,10 +739,5 @@ def draw_features(model: SimIPUForPreTraining, processor: SimIPUProcessor, row: 
     save_figure(draw_image_features(frame, maps, photograph=False), path)
 
 
-def main() -> int:
-    """`python -m simipu_hf.pretrain`; returns the exit code."""
-    return exit_code_of(lambda: pretrain(parse_arguments(PreTrainingArguments, prog="simipu_hf.pretrain")))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code_of(lambda: pretrain(parse_arguments(PreTrainingArguments, prog="simipu_hf.pretrain"))))

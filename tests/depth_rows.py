@@ -33,9 +33,9 @@ def make_rows(
         yield to_row(f"{prefix}{index:06d}", image, points, projection, LIDAR_TO_CAMERA)
 
 
-def save_rows(folder: Path) -> str:
-    """`train` (frames 0 to 5) and `test` (frames 6 and 7) in a `save_to_disk` folder."""
-    splits = {"train": make_rows(), "test": make_rows(range(6, 8))}
+def save_rows(folder: Path, train=range(6), test=range(6, 8)) -> str:
+    """The frames of `train` and `test` in a `save_to_disk` folder."""
+    splits = {"train": make_rows(train), "test": make_rows(test)}
     rows = {name: dataset_from_rows(part, cache_dir=str(folder / "cache")) for name, part in splits.items()}
     datasets.DatasetDict(rows).save_to_disk(folder / "rows")
     return str(folder / "rows")

@@ -7,7 +7,6 @@ import statistics
 from pathlib import Path
 from types import SimpleNamespace
 
-import datasets
 import numpy as np
 import pytest
 import timm
@@ -119,7 +118,6 @@ def test_every_combination_runs_once_and_a_killed_comparison_goes_on(arguments, 
     [
         (["a=x", "a=y"], "expected each NAME once, found a a"),
         (["../a=x"], r"--image_encoders \.\./a=x: expected a NAME of letters"),
-        (["a b=x"], "expected a NAME of letters"),
         (["a="], "expected NAME=SOURCE"),
     ],
 )
@@ -304,14 +302,12 @@ def test_the_guess_of_depth_is_the_best_constant(depth_arguments):
 
 
 def test_runs_on_other_frames_are_not_reused_and_kept_whatever_their_pictures(depth_arguments, tmp_path):
-    rows = {"train": make_rows(range(4)), "test": make_rows([10, 11, 6])}  # the first two are farther than 80 m
-    rows = {name: dataset_from_rows(part, cache_dir=str(tmp_path / "cache")) for name, part in rows.items()}
-    datasets.DatasetDict(rows).save_to_disk(tmp_path / "rows")
+    rows = save_rows(tmp_path, range(4), [10, 11, 6])  # the first two to test on are farther than 80 m
     arguments = dataclasses.replace(
         depth_arguments,
         image_encoders=[f"scratch={ENCODER}"],
-        train_frames=[f"{tmp_path / 'rows'}#train:@{tmp_path / 'ids.txt'}"],
-        test_frames=[f"{tmp_path / 'rows'}#test"],
+        train_frames=[f"{rows}#train:@{tmp_path / 'ids.txt'}"],
+        test_frames=[f"{rows}#test"],
         output_dir=str(tmp_path / "comparison"),
         modes=["full"],
         max_steps=1,
@@ -323,7 +319,7 @@ def test_runs_on_other_frames_are_not_reused_and_kept_whatever_their_pictures(de
         (run,) = compare_depth(arguments)["runs"]
         assert run["num_frames"] == len(ids)
         assert "\n1 of 3 test frames, " in report.read_text("utf-8")
-    shutil.move(tmp_path / "rows", tmp_path / "moved")  # the same frames somewhere else: reused
+    shutil.move(rows, tmp_path / "moved")  # the same frames somewhere else: reused
     arguments.train_frames = [f"{tmp_path / 'moved'}#train:@{tmp_path / 'ids.txt'}"]
     arguments.test_frames = [f"{tmp_path / 'moved'}#test"]
     assert compare_depth(arguments)["runs"] == [run]
@@ -371,9 +367,9 @@ def test_a_folder_of_another_task_is_refused_before_frames_are_read(depth_argume
 
 
 def test_a_device_that_the_trainer_would_not_take_is_refused(depth_arguments, tmp_path):
-    depth_arguments = dataclasses.replace(depth_arguments, device="cuda:7")
+    arguments = dataclasses.replace(depth_arguments, device="cuda:7")
     with pytest.raises(SimIPUError, match=r"--device cuda:7: expected cpu.*CUDA_VISIBLE_DEVICES"):
-        run_settings(depth_arguments, str(tmp_path), num_frames=2, seed=0)
+        run_settings(arguments, str(tmp_path), num_frames=2, seed=0)
 
 
 # of MobileNetV4, a norm behind the pooling would see a single value of a single frame

@@ -82,10 +82,8 @@ def test_evaluation_of_the_model_and_of_its_files_are_one(run, frames, tmp_path)
     folders = {"predictions": str(tmp_path / "out" / "predictions"), "labels": str(tmp_path / "labels")}
     again = evaluate_detection(EvaluateDetectionArguments(**folders, json=True, min_overlap=0.01))
     assert again["metrics"] == pytest.approx(result["metrics"], abs=1e-6, nan_ok=True)
-    frame, (network, processor) = (
-        DetectionFrame.from_row(make_row(4)),
-        load_dense_model(SimIPUForMonocular3DDetection, run),
-    )
+    frame = DetectionFrame.from_row(make_row(4))
+    network, processor = load_dense_model(SimIPUForMonocular3DDetection, run)
     found = detect(network, frame.image, frame.camera_projection, processor)
     written = read_objects_folder(folders["predictions"], with_scores=True)["000004"]
     np.testing.assert_allclose(written.location, found.location, atol=1e-3)

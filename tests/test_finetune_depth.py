@@ -61,6 +61,12 @@ def depth_arguments(frames, output_dir, **changes) -> DepthArguments:
     return DepthArguments(**{**fields, **changes})
 
 
+@pytest.fixture
+def fine_tune(frames, tmp_path):
+    """Calls `finetune_depth` with tiny defaults, in the folder of a name."""
+    return lambda name, **changes: finetune_depth(depth_arguments(frames, tmp_path / name, **changes))
+
+
 def depth_model(**fields) -> SimIPUForDepthEstimation:
     return create_model(SimIPUForDepthEstimation, find_rgb_encoder(ENCODER), **fields)
 
@@ -84,49 +90,42 @@ def run(frames, tmp_path_factory):
 # --- a run ----------------------------------------------------------------------------------------------------------
 
 
-def test_resumed_run_is_bit_equal(frames, run, tmp_path):
+def test_resumed_run_is_bit_equal(fine_tune, run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
-    checkpoint = tmp_path / "run" / "checkpoint-2"
-    changes = {"resume_from_checkpoint": str(checkpoint), "dataloader_num_workers": 1}
-    finetune_depth(depth_arguments(frames, tmp_path / "run", **changes))
+    fine_tune("run", resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"), dataloader_num_workers=1)
     assert_equal_weights(saved_weights(run), saved_weights(tmp_path / "run"))
-    straight, resumed = (
-        [json.loads(s) for s in (r / "metrics.jsonl").read_text().splitlines()] for r in (run, tmp_path / "run")
-    )
+    straight, resumed = (read_metrics(folder / "metrics.jsonl") for folder in (run, tmp_path / "run"))
     assert [line["step"] for line in resumed] == [1, 2, 3, 4]
     assert [line["loss"] for line in straight] == [line["loss"] for line in resumed]
     with pytest.raises(SimIPUError, match=r"another configuration(.|\n)*learning_rate"):
-        finetune_depth(depth_arguments(frames, tmp_path / "run", resume_from_checkpoint="latest", learning_rate=0.5))
+        fine_tune("run", resume_from_checkpoint="latest", learning_rate=0.5)
     aside = tmp_path / "run" / "set_aside-1" / "checkpoint-4"
-    finetune_depth(depth_arguments(frames, tmp_path / "run", resume_from_checkpoint=str(aside)))
+    fine_tune("run", resume_from_checkpoint=str(aside))
     last = shutil.copytree(run / "checkpoint-2", tmp_path / "download" / "last-checkpoint")  # as it is published
     (last.parent / "run.yaml").write_text(redact((run / "run.yaml").read_text("utf-8")), "utf-8")
-    changes = {"resume_from_checkpoint": str(last), "checkpointing_steps": 1}
-    finetune_depth(depth_arguments(frames, tmp_path / "again", **changes))
+    fine_tune("again", resume_from_checkpoint=str(last), checkpointing_steps=1)
     assert (tmp_path / "again" / "checkpoint-3").is_dir()
     assert_equal_weights(saved_weights(run), saved_weights(tmp_path / "again"))
     shutil.move(aside, tmp_path / "alone" / "checkpoint-4")
     with pytest.raises(SimIPUError, match=r"expected a checkpoint in the folder of a run, with run\.yaml"):
-        finetune_depth(
-            depth_arguments(frames, tmp_path / "new", resume_from_checkpoint=str(tmp_path / "alone" / "checkpoint-4"))
-        )
+        fine_tune("new", resume_from_checkpoint=str(tmp_path / "alone" / "checkpoint-4"))
 
 
 @pytest.mark.parametrize(
     ("name", "size"), [("trainer_state.json", 50), ("model.safetensors", 1000), ("scheduler.pt", None)]
 )
-def test_a_damaged_checkpoint_is_named_and_passed_over(frames, run, tmp_path, name, size):
+def test_a_damaged_checkpoint_is_named_and_passed_over(fine_tune, run, tmp_path, name, size):
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "model.safetensors").unlink()
     file = tmp_path / "run" / "checkpoint-4" / name
     file.unlink() if size is None else os.truncate(file, size)
     with pytest.raises(SimIPUError, match=f"checkpoint-4 is damaged: {name} "):
-        finetune_depth(depth_arguments(frames, tmp_path / "run", resume_from_checkpoint=str(file.parent)))
-    finetune_depth(depth_arguments(frames, tmp_path / "run", resume_from_checkpoint="latest"))
+        fine_tune("run", resume_from_checkpoint=str(file.parent))
+    fine_tune("run", resume_from_checkpoint="latest")
     assert_equal_weights(saved_weights(run), saved_weights(tmp_path / "run"))
 
 
-def test_a_full_disk_leaves_the_last_good_checkpoint(frames, run, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_last_good_checkpoint(fine_tune, run, tmp_path, monkeypatch):
     def full(self, output_dir):
         if self.state.global_step == 4:
             raise RuntimeError("PytorchStreamWriter failed writing file")
@@ -137,38 +136,38 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(frames, run, tmp_path, monk
     with pytest.raises(
         SimIPUError, match=r"could not write checkpoint .*checkpoint-4.*good checkpoint is .*checkpoint-2"
     ):
-        finetune_depth(depth_arguments(frames, tmp_path / "run"))
+        fine_tune("run")
     assert (tmp_path / "run" / "checkpoint-4").is_dir()
     monkeypatch.undo()
-    finetune_depth(depth_arguments(frames, tmp_path / "run", resume_from_checkpoint="latest"))
+    fine_tune("run", resume_from_checkpoint="latest")
     assert_equal_weights(saved_weights(run), saved_weights(tmp_path / "run"))
     assert not list((tmp_path / "run").glob("set_aside-*"))
 
 
-def test_an_encoder_is_known_by_what_it_is_and_a_run_by_its_command(frames, tmp_path):
+def test_an_encoder_is_known_by_what_it_is_and_a_run_by_its_command(fine_tune, tmp_path):
     encoder, run = tmp_path / "encoder", tmp_path / "run"
     torch.manual_seed(5)
     save_for_hf(timm.create_model("test_resnet", num_classes=0), encoder, safe_serialization=True)
-    finetune_depth(depth_arguments(frames, run, image_encoder=str(encoder), max_steps=1))
+    fine_tune("run", image_encoder=str(encoder), max_steps=1)
     moved = shutil.move(encoder, tmp_path / "moved")
     resumed = {"max_steps": 1, "resume_from_checkpoint": "latest"}
-    finetune_depth(depth_arguments(frames, run, image_encoder=str(moved), **resumed))
+    fine_tune("run", image_encoder=str(moved), **resumed)
     config = json.loads((moved / "config.json").read_text("utf-8"))
     config["pretrained_cfg"]["mean"] = [0.1, 0.2, 0.3]
     (moved / "config.json").write_text(json.dumps(config), "utf-8")
     with pytest.raises(
         SimIPUError, match=r"image_processor\.image_mean: .* in the checkpoint, \[0\.1, 0\.2, 0\.3\] now$"
     ):
-        finetune_depth(depth_arguments(frames, run, image_encoder=str(moved), **resumed))
+        fine_tune("run", image_encoder=str(moved), **resumed)
     with pytest.raises(SimIPUError, match=r"image_encoder\.weights: "):
-        finetune_depth(depth_arguments(frames, run, **resumed))
+        fine_tune("run", **resumed)
     record = (run / "run.yaml").read_text("utf-8")
     (run / "run.yaml").write_text(record.replace("kind: DepthArguments", "kind: PreTrainingArguments"), "utf-8")
     with pytest.raises(SimIPUError, match=r"another command \(PreTrainingArguments, not DepthArguments\)"):
-        finetune_depth(depth_arguments(frames, run, **resumed))
+        fine_tune("run", **resumed)
 
 
-def test_a_signal_ends_the_run_after_a_checkpoint(frames, run, tmp_path, monkeypatch):
+def test_a_signal_ends_the_run_after_a_checkpoint(fine_tune, run, tmp_path, monkeypatch):
     step = DepthTrainer.training_step
 
     def interrupted(self, *args, **kwargs):
@@ -181,17 +180,16 @@ def test_a_signal_ends_the_run_after_a_checkpoint(frames, run, tmp_path, monkeyp
     left = []
     monkeypatch.setattr(HubUploader, "__exit__", lambda self, kind, *_: left.append(kind))
     push = {"push_to_hub": True, "hub_model_id": "user/name"}
-    arguments = depth_arguments(frames, tmp_path / "run", checkpointing_steps=0, **push)
     with pytest.raises(TrainingInterrupted, match="SIGTERM after step 3 of 4") as stopped:
-        finetune_depth(arguments)
+        fine_tune("run", checkpointing_steps=0, **push)
     assert stopped.value.exit_code == 143
     assert left == [TrainingInterrupted]
     monkeypatch.undo()
-    finetune_depth(depth_arguments(frames, tmp_path / "run", resume_from_checkpoint="latest"))
+    fine_tune("run", resume_from_checkpoint="latest")
     assert_equal_weights(saved_weights(run), saved_weights(tmp_path / "run"))
 
 
-def test_folder_holds_model_card_evaluation_and_no_pickles(frames, run):
+def test_folder_holds_model_card_evaluation_and_no_pickles(run):
     saved = json.loads((run / "depth_evaluation.json").read_text())
     assert saved["num_images"] == 2
     assert len(list((run / "pictures").iterdir())) == 2
@@ -250,14 +248,10 @@ def test_command_prints_metrics_or_json(frames, run, capsys):
     assert json.loads(capsys.readouterr().out)["num_images"] == 2
 
 
-def test_a_callback_may_end_a_run_early(frames, tmp_path, monkeypatch):
-    class StopAtTwo(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step == 2
-
-    create = partial(finetune_depth_module.create_trainer, callbacks=[StopAtTwo()])
+def test_a_callback_may_end_a_run_early(fine_tune, monkeypatch):
+    create = partial(finetune_depth_module.create_trainer, callbacks=[StopAfter(2)])
     monkeypatch.setattr(finetune_depth_module, "create_trainer", create)
-    run = finetune_depth(depth_arguments(frames, tmp_path / "early", test_frames=[]))
+    run = fine_tune("early", test_frames=[])
     assert saved_weights(run)
     assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [1, 2]
 
@@ -269,9 +263,9 @@ def test_pictures_of_other_frames_are_replaced(frames, run, tmp_path):
         assert [path.name for path in (tmp_path / "pictures").iterdir()] == [f"000_{frame}.png"]
 
 
-def test_a_run_in_bf16_reports_what_its_saved_model_does(frames, tmp_path):
+def test_a_run_in_bf16_reports_what_its_saved_model_does(fine_tune, frames):
     test = {"test_frames": [f"{frames}#test"], "flip_test": False}
-    run = finetune_depth(depth_arguments(frames, tmp_path / "run", **test, mixed_precision="bf16"))
+    run = fine_tune("run", **test, mixed_precision="bf16")
     measured = evaluate_depth(EvaluateDepthArguments(model=str(run), **test, kb_crop=False, json=True))["metrics"]
     reported = json.loads((run / "depth_evaluation.json").read_text())["metrics"]
     assert reported == pytest.approx(measured, rel=1e-6)
@@ -348,7 +342,6 @@ def test_decoder_first_leaves_the_encoders_weights_for_a_share_of_the_steps(data
         trainer = DepthTrainer(
             model, settings, train_dataset=dataset, processing_class=dataset.processor, decoder_first=0.5
         )
-        trainer.args.max_steps = 4
         trainer.add_callback(StopAfter(steps))
         trainer.train()
         changed.append(
@@ -365,8 +358,8 @@ class StopAfter(TrainerCallback):
         control.should_training_stop = state.global_step >= self.steps
 
 
-def test_probe_leaves_the_encoder_as_it_was(frames, tmp_path):
-    run = finetune_depth(depth_arguments(frames, tmp_path / "run", freeze_image_encoder=True, max_steps=2))
+def test_probe_leaves_the_encoder_as_it_was(fine_tune):
+    run = fine_tune("run", freeze_image_encoder=True, max_steps=2)
     start = depth_model().state_dict()
     changed = {name.split(".")[0] for name, value in saved_weights(run).items() if not torch.equal(value, start[name])}
     assert changed == {"decoder"}
@@ -395,11 +388,11 @@ def test_an_occupied_folder_is_refused_before_frames_are_read(tmp_path):
         finetune_depth(depth_arguments(str(tmp_path / "missing"), tmp_path))
 
 
-def test_frames_on_both_sides_are_refused_by_content(frames, tmp_path):
+def test_frames_on_both_sides_are_refused_by_content(fine_tune, tmp_path):
     renamed = dataset_from_rows(make_rows(range(5, 8), prefix="other-"), cache_dir=str(tmp_path / "cache"))
     renamed.save_to_disk(tmp_path / "renamed")
     with pytest.raises(SimIPUError, match="000005"):
-        finetune_depth(depth_arguments(frames, tmp_path / "run", test_frames=[str(tmp_path / "renamed")]))
+        fine_tune("run", test_frames=[str(tmp_path / "renamed")])
     assert not (tmp_path / "run").exists()
 
 
@@ -419,53 +412,53 @@ def eigen_files(folder):
     return {"train_frames": [], "test_frames": [], **roots, **lists}
 
 
-def test_missing_ground_truth_of_the_test_list_is_found_first(tmp_path, capsys):
+def test_missing_ground_truth_of_the_test_list_is_found_first(fine_tune, tmp_path, capsys):
     files = eigen_files(tmp_path)
     with pytest.raises(SimIPUError, match=r"test\.txt: the files of 1 of 2 frames are missing, the first .*gone\.png"):
-        finetune_depth(depth_arguments("", tmp_path / "run", **files))
+        fine_tune("run", **files)
     assert not (tmp_path / "run").exists()
-    run = finetune_depth(depth_arguments("", tmp_path / "run", **files, on_bad_row="skip", max_steps=1))
+    run = fine_tune("run", **files, on_bad_row="skip", max_steps=1)
     assert json.loads((run / "depth_evaluation.json").read_text())["num_images"] == 1
     assert "1 of 2 frames" in capsys.readouterr().err
 
 
-def test_a_failing_evaluation_costs_nothing(tmp_path, monkeypatch):
+def test_a_failing_evaluation_costs_nothing(fine_tune, tmp_path):
     files = eigen_files(tmp_path)
     (tmp_path / "test.txt").write_text("/3.png 3.png\n", encoding="utf-8")
     (tmp_path / "depth" / "3.png").write_bytes(b"damaged")
     with pytest.raises(
         SimIPUError, match=r"the model is saved in .*run.*3\.png.*evaluate-depth .*--test_list .*test\.txt"
     ):
-        finetune_depth(depth_arguments("", tmp_path / "run", **files, max_steps=1))
+        fine_tune("run", **files, max_steps=1)
     assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
-def test_a_damaged_training_frame_stops_or_is_skipped(tmp_path, capsys):
+def test_a_damaged_training_frame_stops_or_is_skipped(fine_tune, tmp_path, capsys):
     files = {**eigen_files(tmp_path), "test_list": None}
     (tmp_path / "raw" / "1.png").write_bytes(b"damaged")
     with pytest.raises(SimIPUError, match=r"frame 1\.png"):
-        finetune_depth(depth_arguments("", tmp_path / "run", **files, max_steps=6))  # two of three frames a step
-    finetune_depth(depth_arguments("", tmp_path / "skipped", **files, max_steps=6, on_bad_row="skip"))
+        fine_tune("run", **files, max_steps=6)  # two of three frames a step
+    fine_tune("skipped", **files, max_steps=6, on_bad_row="skip")
     assert "left out: frame 1.png" in capsys.readouterr().err
 
 
-def test_a_loss_that_is_no_number_names_its_frames(frames, tmp_path, monkeypatch):
+def test_a_loss_that_is_no_number_names_its_frames(fine_tune, monkeypatch):
     monkeypatch.setattr(
         DepthTrainer, "compute_loss", lambda self, model, inputs, **_: torch.tensor(torch.nan, requires_grad=True)
     )
     with pytest.raises(SimIPUError, match=r"step 1: the loss is nan\. Frames of the step: 00000\d, 00000\d"):
-        finetune_depth(depth_arguments(frames, tmp_path / "run"))
+        fine_tune("run")
 
 
-def test_the_recorded_rows_of_a_step_are_those_of_all_its_batches(frames, tmp_path):
-    run = finetune_depth(depth_arguments(frames, tmp_path / "run", gradient_accumulation_steps=3, max_steps=1))
+def test_the_recorded_rows_of_a_step_are_those_of_all_its_batches(fine_tune):
+    run = fine_tune("run", gradient_accumulation_steps=3, max_steps=1)
     record = yaml.safe_load((run / "run.yaml").read_text("utf-8"))
     assert record["data"]["rows_per_step"] == 6
     assert record["identity"]["rows_per_step"] == 2  # as earlier runs have it, which are resumed
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_gradient_that_is_no_number_ends_the_run_before_the_step(frames, tmp_path, monkeypatch, accumulation):
+def test_a_gradient_that_is_no_number_ends_the_run_before_the_step(fine_tune, tmp_path, monkeypatch, accumulation):
     def broken(self, *args, **kwargs):
         loss = compute(self, *args, **kwargs)
         if self.state.global_step == 1:
@@ -474,11 +467,8 @@ def test_a_gradient_that_is_no_number_ends_the_run_before_the_step(frames, tmp_p
 
     compute = DepthTrainer.compute_loss
     monkeypatch.setattr(DepthTrainer, "compute_loss", broken)
-    arguments = depth_arguments(
-        frames, tmp_path / "run", checkpointing_steps=1, gradient_accumulation_steps=accumulation
-    )
     with pytest.raises(SimIPUError, match=r"step 2: the norm of the gradient is (nan|inf)\. Frames of the step: 0"):
-        finetune_depth(arguments)
+        fine_tune("run", checkpointing_steps=1, gradient_accumulation_steps=accumulation)
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
 
 
@@ -488,13 +478,13 @@ def test_metrics_are_json_whatever_the_numbers(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text(encoding="utf-8") == '{"grad_norm": null, "step": 1}\n'
 
 
-def test_a_first_forward_that_fails_leaves_nothing_behind(frames, tmp_path, monkeypatch):
+def test_a_first_forward_that_fails_leaves_nothing_behind(fine_tune, tmp_path, monkeypatch):
     def forward(self, pixel_values, **kwargs):
         raise AssertionError("Input height (32) doesn't match model (224).")
 
     monkeypatch.setattr(SimIPUForDepthEstimation, "forward", forward)
     with pytest.raises(SimIPUError, match=r"test_resnet does not take images of 32 x 32 .*\(224\)"):
-        finetune_depth(depth_arguments(frames, tmp_path / "run"))
+        fine_tune("run")
     assert not (tmp_path / "run").exists()
 
 
@@ -503,8 +493,6 @@ def test_bad_flags_are_named(frames, tmp_path):
         DepthArguments(train_frames=[frames], output_dir=str(tmp_path / "x"), kb_crop=False)
     with pytest.raises(SimIPUError, match="--train_frames or --train_list"):
         DepthArguments(output_dir=str(tmp_path / "x"))
-    with pytest.raises(SimIPUError, match="--decoder_first does nothing with --freeze_image_encoder"):
-        depth_arguments(frames, tmp_path / "x", freeze_image_encoder=True, decoder_first=0.5)
 
 
 def test_names_of_frames_hide_folders_and_ids():

@@ -12,11 +12,9 @@ import difflib
 import inspect
 import json
 import re
-import sys
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -27,6 +25,7 @@ from simipu_hf.errors import SimIPUError
 
 Schedule = Literal["exponential", "constant", "constant_with_warmup", "linear", "cosine", "polynomial", "inverse_sqrt"]
 ArgumentsT = TypeVar("ArgumentsT")
+PRESETS = Path(__file__).parent / "presets"
 
 
 @dataclass(kw_only=True)
@@ -34,7 +33,14 @@ class Arguments:
     """What all have in common: every class checks its own fields, and those of the classes that it is made of."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        # the command line refuses other values itself; this is for arguments that come from Python
+        for name, hint in typing.get_type_hints(type(self)).items():
+            choices = [c for h in (hint, *get_args(hint)) if typing.get_origin(h) is Literal for c in get_args(h)]
+            value = getattr(self, name)
+            if not choices or (value is None and type(None) in get_args(hint)):
+                continue
+            if any(item not in choices for item in (value if isinstance(value, list) else [value])):
+                raise SimIPUError(f"--{name} {value!r}: choose from {', '.join(choices)}")
 
 
 @dataclass(kw_only=True)
@@ -100,9 +106,9 @@ class RunArguments(Arguments):
         if self.push_to_hub and not self.hub_model_id:
             raise SimIPUError("--push_to_hub needs --hub_model_id user/name")
         resumes = self.resume_from_checkpoint is not None
-        refuse_without_effect(self, ("overwrite_output_dir", not resumes, "with --resume_from_checkpoint"))
-        for name in ("hub_model_id", "hub_private_repo", "hub_strategy", "hub_token"):
-            refuse_without_effect(self, (name, self.push_to_hub, "without --push_to_hub"))
+        refuse_without_effect(self, not resumes, "with --resume_from_checkpoint", "overwrite_output_dir")
+        hub = ("hub_model_id", "hub_private_repo", "hub_strategy", "hub_token")
+        refuse_without_effect(self, self.push_to_hub, "without --push_to_hub", *hub)
 
     def to_dict(self) -> dict[str, Any]:
         """All flags for `run.yaml`, but for the Hub token and what belongs to one start of the run."""
@@ -230,15 +236,14 @@ class PreTrainingArguments(RunArguments):
         for name in ("momentum", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise SimIPUError(f"--{name} must be at least 0 and below 1, found {getattr(self, name)}")
-        schedule = self.lr_scheduler_type
+        start, schedule = self.model_name_or_path, self.lr_scheduler_type
+        evaluation = ("per_device_eval_batch_size", "validation_split")
+        refuse_without_effect(self, self.push_to_hub, "without --push_to_hub", "encoder_repo_id")
+        refuse_without_effect(self, self.eval_steps, "without --eval_steps", *evaluation)
+        refuse_without_effect(self, not start, "with --model_name_or_path", "pretrained_image_encoder")
+        refuse_without_effect(self, schedule != "constant", "with --lr_scheduler_type constant", "warmup_steps")
         refuse_without_effect(
-            self,
-            ("encoder_repo_id", self.push_to_hub, "without --push_to_hub"),
-            ("per_device_eval_batch_size", self.eval_steps, "without --eval_steps"),
-            ("validation_split", self.eval_steps, "without --eval_steps"),
-            ("pretrained_image_encoder", not self.model_name_or_path, "with --model_name_or_path"),
-            ("warmup_steps", schedule != "constant", "with --lr_scheduler_type constant"),
-            ("lr_decay_per_epoch", schedule == "exponential", "without --lr_scheduler_type exponential"),
+            self, schedule == "exponential", "without --lr_scheduler_type exponential", "lr_decay_per_epoch"
         )
 
 
@@ -295,8 +300,8 @@ class FineTuningRunArguments(RunArguments, FineTuningArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("decoder_first", "encoder_learning_rate"):
-            refuse_without_effect(self, (name, not self.freeze_image_encoder, "with --freeze_image_encoder"))
+        of_encoder = ("decoder_first", "encoder_learning_rate")
+        refuse_without_effect(self, not self.freeze_image_encoder, "with --freeze_image_encoder", *of_encoder)
 
 
 @dataclass(kw_only=True)
@@ -357,10 +362,8 @@ class DepthArguments(FineTuningRunArguments, DepthTaskArguments):
             raise SimIPUError("give either --test_frames or --test_list, not both")
         if (self.train_list or self.test_list) and not (self.image_dir and self.depth_dir):
             raise SimIPUError("--train_list and --test_list need --image_dir and --depth_dir")
-        for name in ("image_dir", "depth_dir"):
-            refuse_without_effect(
-                self, (name, self.train_list or self.test_list, "without --train_list or --test_list")
-            )
+        lists = self.train_list or self.test_list
+        refuse_without_effect(self, lists, "without --train_list or --test_list", "image_dir", "depth_dir")
         if self.eval_steps and not (self.test_frames or self.test_list):
             raise SimIPUError("--eval_steps needs --test_frames or --test_list")
 
@@ -390,7 +393,7 @@ class EvaluateArguments(Arguments):
         super().__post_init__()
         if self.update_card and not (self.model and Path(self.model).is_dir()):
             raise SimIPUError(f"--update_card needs a folder, found --model {self.model}")
-        refuse_without_effect(self, ("num_pictures", self.output_dir, "without --output_dir"))
+        refuse_without_effect(self, self.output_dir, "without --output_dir", "num_pictures")
 
 
 @dataclass(kw_only=True)
@@ -426,8 +429,7 @@ class EvaluateDepthArguments(EvaluateArguments):
             raise SimIPUError("give the frames to evaluate on: either --test_frames or --test_list")
         if self.test_list and not (self.image_dir and self.depth_dir):
             raise SimIPUError("--test_list needs --image_dir and --depth_dir")
-        for name in ("image_dir", "depth_dir"):
-            refuse_without_effect(self, (name, self.test_list, "without --test_list"))
+        refuse_without_effect(self, self.test_list, "without --test_list", "image_dir", "depth_dir")
 
 
 @dataclass(kw_only=True)
@@ -506,8 +508,7 @@ class EvaluateDetectionArguments(EvaluateArguments):
         given = tuple(map(bool, (self.model, self.test_frames, self.predictions, self.labels)))
         if given not in ((True, True, False, False), (False, False, True, True)):
             raise SimIPUError("give either --model and --test_frames, or --predictions and --labels")
-        for name in ("device", "on_bad_row"):
-            refuse_without_effect(self, (name, self.model, "with --predictions"))
+        refuse_without_effect(self, self.model, "with --predictions", "device", "on_bad_row")
 
 
 @dataclass(kw_only=True)
@@ -549,8 +550,8 @@ class CompareArguments(FineTuningArguments):
             if len(set(values)) < len(values):
                 raise SimIPUError(f"--{name} names something twice: {' '.join(map(str, values))}")
         check_seeds("seeds", *self.seeds)
-        for name in ("decoder_first", "encoder_learning_rate"):
-            refuse_without_effect(self, (name, "full" in self.modes, "with --modes frozen"))
+        of_encoder = ("decoder_first", "encoder_learning_rate")
+        refuse_without_effect(self, "full" in self.modes, "with --modes frozen", *of_encoder)
         names = [encoder.partition("=")[0] for encoder in self.image_encoders]
         for name, encoder in zip(names, self.image_encoders, strict=True):
             if not all(encoder.partition("=")):
@@ -688,20 +689,6 @@ class BenchmarkDataArguments(BenchmarkArguments):
         check_at_least(self, 1, "num_rows", "num_workers")
 
 
-def check_choices(arguments: Any) -> None:
-    """Raises a `SimIPUError` that lists the choices of the first `Literal` field with another value.
-
-    The command line refuses those itself; this is for arguments that come from Python.
-    """
-    for name, hint in typing.get_type_hints(type(arguments)).items():
-        choices = [c for h in (hint, *typing.get_args(hint)) if typing.get_origin(h) is Literal for c in get_args(h)]
-        value = getattr(arguments, name)
-        if not choices or (value is None and type(None) in typing.get_args(hint)):
-            continue
-        if any(item not in choices for item in (value if isinstance(value, list) else [value])):
-            raise SimIPUError(f"--{name} {value!r}: choose from {', '.join(choices)}")
-
-
 def check_at_least(arguments: Any, lowest: float, *names: str) -> None:
     """Raises a `SimIPUError` that names the first of the fields `names` whose value is below `lowest`."""
     for name in names:
@@ -718,14 +705,10 @@ def check_sizes(arguments: Any, *names: str) -> None:
             raise SimIPUError(f"--{name} takes a height and a width of at least 32 pixels, found {size}")
 
 
-def refuse_without_effect(arguments: Any, *rules: tuple[str, Any, str]) -> None:
-    """Raises a `SimIPUError` for a flag that differs from its default where it would be ignored.
-
-    Each rule is the flag's name, whether it has an effect, and the reason why it has none.
-    """
-    defaults = {field.name: field.default for field in dataclasses.fields(arguments)}
-    for name, has_effect, reason in rules:
-        if not has_effect and getattr(arguments, name) != defaults[name]:
+def refuse_without_effect(arguments: Any, has_effect: Any, reason: str, *names: str) -> None:
+    """Raises a `SimIPUError` for one of the flags `names` that differs from its default where it would be ignored."""
+    for name in names:
+        if not has_effect and getattr(arguments, name) != getattr(type(arguments), name):  # a field's default
             raise SimIPUError(f"--{name} does nothing {reason}")
 
 
@@ -751,39 +734,30 @@ def parse_arguments(cls: type[ArgumentsT], argv: Sequence[str] | None = None, pr
         SimIPUError: a configuration file that is missing or names an unknown flag, or a value that `cls` refuses.
         SystemExit: a flag that is not known or cannot be read (code 2), and `--help`.
     """
-    packaged = f", or one of {', '.join(packaged_configs())}" if _takes_packaged_configs(cls) else ""
+    packaged = f", or one of {', '.join(packaged_configs())}" if hasattr(cls, "preset") else ""
     about_config = f"--config FILE reads flags from YAML, JSON or a run.yaml{packaged}."
     description = f"{inspect.cleandoc(cls.__doc__ or '')}\n\n{about_config}"
-    flags = expand_config(sys.argv[1:] if argv is None else argv, cls)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", action="append", default=[])
+    known, flags = parser.parse_known_args(argv)
+    flags = [flag for config in known.config for flag in _flags_of(config, cls)] + flags
     # what `cls` refuses is for the caller: tyro would print it in a form of its own
     unchecked = type(cls.__name__, (cls,), {"__post_init__": lambda self: None, "__doc__": cls.__doc__})
     values: Any = tyro.cli(unchecked, prog=prog, description=description, args=flags, use_underscores=True)
     return cls(**vars(values))
 
 
-def expand_config(argv: Sequence[str], cls: type) -> list[str]:
-    """`argv` with the flags that each `--config FILE` holds in front, where the ones that follow win.
-
-    Raises:
-        SimIPUError: as [`read_config`], or a file names a flag that the dataclass `cls` does not have. Of a packaged
-            configuration the benchmarks take the flags that they share with `pretrain`; other commands refuse it.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", action="append", default=[])
-    known, flags = parser.parse_known_args(list(argv))
-    return [flag for config in known.config for flag in _flags_of(config, cls)] + flags
-
-
 def _flags_of(config: str, cls: type) -> list[str]:
+    """The flags in a file; of a packaged one the benchmarks take those that they share with `pretrain`."""
     names = [field.name for field in dataclasses.fields(cls)]
     packaged = not Path(config).is_file() and config in packaged_configs()
-    if packaged and not _takes_packaged_configs(cls):
+    if packaged and not hasattr(cls, "preset"):
         raise SimIPUError(f"--config {config} is for pretrain and benchmark")
     from_file = []
     for name, value in read_config(config).items():
         if name not in names:
             if packaged:
-                continue  # it describes a training; a benchmark takes what concerns it
+                continue
             close = difflib.get_close_matches(str(name), names, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise SimIPUError(f"--config {config}: unknown flag {name!r}{hint}")
@@ -794,14 +768,9 @@ def _flags_of(config: str, cls: type) -> list[str]:
     return from_file
 
 
-def _takes_packaged_configs(cls: type) -> bool:
-    return any(field.name == "preset" for field in dataclasses.fields(cls))
-
-
 def packaged_configs() -> list[str]:
     """Names of the configuration files that come with the package."""
-    folder = resources.files("simipu_hf.training") / "presets"
-    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
 class _TextLoader(yaml.SafeLoader):
@@ -822,9 +791,7 @@ def read_config(name: str) -> dict[str, Any]:
     Raises:
         SimIPUError: there is no such file, or it holds something else.
     """
-    file: Any = Path(name)
-    if not file.is_file():
-        file = resources.files("simipu_hf.training") / "presets" / f"{name}.yaml"
+    file = Path(name) if Path(name).is_file() else PRESETS / f"{name}.yaml"
     if not file.is_file():
         raise SimIPUError(f"--config {name}: no such file; the packaged ones are {', '.join(packaged_configs())}")
     try:

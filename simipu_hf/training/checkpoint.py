@@ -99,7 +99,12 @@ def save_checkpoint(
 def write_manifest(checkpoint: Path, step: int) -> None:
     """Record every file of a checkpoint, the last thing that is written of it."""
     (checkpoint / MANIFEST).unlink(missing_ok=True)  # of an earlier run, whose files the Trainer wrote over
-    write_json(checkpoint / MANIFEST, {"step": step, "files": _describe_files(checkpoint)})
+    files = {
+        file.relative_to(checkpoint).as_posix(): {"size": file.stat().st_size, "sha256": _sha256(file)}
+        for file in sorted(checkpoint.rglob("*"))
+        if file.is_file()
+    }
+    write_json(checkpoint / MANIFEST, {"step": step, "files": files})
 
 
 def write_error(target: Path, error: Exception) -> SimIPUError:
@@ -140,8 +145,12 @@ def verify_checkpoint(path: Path) -> None:
         SimIPUError: naming the file, what was expected and what was found.
     """
     manifest_path = path / MANIFEST
-    if (path / TRAINER_STATE).is_file() and not manifest_path.is_file():
-        return _verify_trainer_checkpoint(path)
+    if (path / TRAINER_STATE).is_file() and not manifest_path.is_file():  # the Trainer's own, whose state comes last
+        try:
+            json.loads((path / TRAINER_STATE).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise SimIPUError(f"{path / TRAINER_STATE} is damaged ({error})") from error
+        return
     if not manifest_path.is_file():
         hint = "".join(f"; did you mean {inside}?" for inside in list_checkpoints(path)[-1:])
         raise SimIPUError(f"{path} is not a training checkpoint: it has no {MANIFEST}{hint}")
@@ -163,14 +172,6 @@ def verify_checkpoint(path: Path) -> None:
             raise SimIPUError(f"{path} is damaged: the contents of {name} differ from what was written")
 
 
-def _verify_trainer_checkpoint(path: Path) -> None:
-    """`transformers.Trainer` itself writes no manifest, and its state as the last file."""
-    try:
-        json.loads((path / TRAINER_STATE).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SimIPUError(f"{path / TRAINER_STATE} is damaged ({error})") from error
-
-
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest step first, damaged ones included."""
     found = [p for p in output_dir.glob("checkpoint-*") if p.is_dir() and _NAME.fullmatch(p.name)]
@@ -187,12 +188,6 @@ def newest_checkpoint(output_dir: Path, on_damaged: Callable[[str], None] = lamb
         else:
             return path
     return None
-
-
-def remove_partial_checkpoints(output_dir: Path) -> None:
-    """Delete what a kill during a checkpoint left behind."""
-    for path in output_dir.glob(".checkpoint-*"):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_partial_trainer_checkpoints(output_dir: Path) -> None:
@@ -317,14 +312,6 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -
             f"{path} belongs to another configuration; resume with the same, or start anew in another folder:\n  "
             + "\n  ".join(differing)
         )
-
-
-def _describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    return {
-        file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": _sha256(file)}
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
 
 
 def _sha256(file: Path) -> str:

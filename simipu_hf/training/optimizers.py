@@ -45,13 +45,9 @@ def choose_recipe(arguments: PreTrainingArguments, image_encoder: nn.Module, tot
     if arguments.lr_scheduler_type == "constant":
         defaults = replace(defaults, warmup_steps=0)
     kinds = {optimizer, arguments.point_optimizer}
-    refuse_without_effect(
-        arguments,
-        ("layer_decay", optimizer == "adamw", "with sgd: add --optimizer adamw"),
-        ("momentum", "sgd" in kinds, "with adamw"),
-        ("adam_beta1", "adamw" in kinds, "with sgd"),
-        ("adam_beta2", "adamw" in kinds, "with sgd"),
-    )
+    refuse_without_effect(arguments, optimizer == "adamw", "with sgd: add --optimizer adamw", "layer_decay")
+    refuse_without_effect(arguments, "sgd" in kinds, "with adamw", "momentum")
+    refuse_without_effect(arguments, "adamw" in kinds, "with sgd", "adam_beta1", "adam_beta2")
     given = {name: value for name in vars(defaults) if (value := getattr(arguments, name)) is not None}
     return replace(defaults, **given)
 
@@ -79,14 +75,6 @@ class ChainedOptimizer(Optimizer):
         for optimizer, saved in zip(self.optimizers, state_dict["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-
-
-def named_parts(optimizer: Optimizer) -> dict[str, list[nn.Parameter]]:
-    """Name -> the parameters of all groups of that name."""
-    parts: dict[str, list[nn.Parameter]] = {}
-    for group in optimizer.param_groups:
-        parts.setdefault(group["name"], []).extend(group["params"])
-    return parts
 
 
 def learning_rates(optimizer: Optimizer) -> dict[str, float]:
@@ -164,7 +152,9 @@ def clip_gradients(accelerator: Accelerator, optimizer: Optimizer, max_norm: flo
         `grad_norm/<name>` -> the L2 norm of the part's gradient before clipping, a scalar on the device.
     """
     accelerator.unscale_gradients()
-    parts = named_parts(optimizer)
+    parts: dict[str, list[nn.Parameter]] = {}
+    for group in optimizer.param_groups:
+        parts.setdefault(group["name"], []).extend(group["params"])
     norms = {
         f"grad_norm/{name}": nn.utils.get_total_norm([p.grad for p in part if p.grad is not None])
         for name, part in parts.items()

@@ -21,7 +21,7 @@ from simipu_hf.errors import SimIPUError
 from simipu_hf.files import atomic_path, atomic_write, check_apart
 
 from .arguments import RunArguments
-from .checkpoint import new_set_aside, newest_checkpoint, remove_partial_checkpoints, set_aside
+from .checkpoint import new_set_aside, newest_checkpoint, set_aside
 from .logging import METRICS_FILE
 
 RUN_FILE = "run.yaml"
@@ -148,7 +148,8 @@ def open_run_folder(arguments: RunArguments, step: int, last_step: int, **record
             yaml.safe_dump(written, stream, sort_keys=False, allow_unicode=True)
     except SimIPUError as error:
         raise SimIPUError(f"--output_dir {output_dir} cannot be written to ({error})") from error
-    remove_partial_checkpoints(output_dir)
+    for path in output_dir.glob(".checkpoint-*"):  # what a kill during a checkpoint left behind
+        shutil.rmtree(path, ignore_errors=True)
     start = Path(arguments.resume_from_checkpoint or "").absolute().parent
     is_way_back = start.name.startswith("set_aside-") and start.resolve().parent == output_dir.resolve()
     aside = set_aside(output_dir, step, is_way_back)

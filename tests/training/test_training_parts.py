@@ -6,7 +6,7 @@ import json
 import math
 import os
 import signal
-from importlib import resources
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from unittest.mock import Mock
 
@@ -28,6 +28,7 @@ from simipu_hf.modeling.configuration_simipu import SimIPUDepthConfig
 from simipu_hf.modeling.modeling_simipu_depth import SimIPUForDepthEstimation
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 from simipu_hf.training.arguments import (
+    PRESETS,
     CompareDepthArguments,
     DepthArguments,
     EvaluateDepthArguments,
@@ -93,22 +94,16 @@ class TestStreams:
         rows = dataset_from_rows(make_rows(2), tmp_path).to_iterable_dataset()
         choices = ("validation_share=0.1", "validation_share=0.2", "dataset_config_name=raw", "train_split=all")
         views = SimIPUProcessor.from_preset("recommended"), TwoViewAugmentation()
-        found = [
-            StreamedBatches(Accelerator(cpu=True), parse(*flags), rows, *views).identity()["stream"]
-            for flags in ([], *([f"--{choice}"] for choice in choices))
-        ]
-        assert len(set(found)) == len(choices) + 1
+
+        def identity(stream, *flags, mixture=None):
+            return StreamedBatches(Accelerator(cpu=True), parse(*flags), stream, *views, mixture).identity()
+
+        found = {identity(rows, *flags)["stream"] for flags in ([], *([f"--{choice}"] for choice in choices))}
+        assert len(found) == len(choices) + 1
         grown = dataset_from_rows(make_rows(2), tmp_path).to_iterable_dataset(num_shards=2)
-        numbers = [
-            StreamedBatches(Accelerator(cpu=True), parse(), stream, *views).identity()["num_shards"]
-            for stream in (rows, grown)
-        ]
-        assert numbers == [1, 2]
-        of_each = [(1, 2), (1, 3)]  # mixed streams have as many shards as the smallest
-        mixed = [
-            StreamedBatches(Accelerator(cpu=True), parse(), rows, *views, Mixture(shards, (1, 1))).identity()
-            for shards in of_each
-        ]
+        assert [identity(stream)["num_shards"] for stream in (rows, grown)] == [1, 2]
+        # mixed streams have as many shards as the smallest
+        mixed = [identity(rows, mixture=Mixture(shards, (1, 1))) for shards in ((1, 2), (1, 3))]
         assert mixed[0] != mixed[1]
 
     def test_versions_of_datasets_that_lose_rows_are_refused(self, monkeypatch):
@@ -121,9 +116,7 @@ def test_recomputing_is_refused_where_timm_does_not_have_it():
     model = SimIPUForDepthEstimation(SimIPUDepthConfig(image_config={"architecture": "test_resnet"}))
     recompute_activations(model)
     assert model.image_encoder.grad_checkpointing
-    model.image_encoder.set_grad_checkpointing = Mock(
-        side_effect=AssertionError("gradient checkpointing not supported")
-    )
+    model.image_encoder.set_grad_checkpointing = Mock(side_effect=AssertionError)
     with pytest.raises(SimIPUError, match="timm does not support it for test_resnet"):
         recompute_activations(model)
 
@@ -163,17 +156,19 @@ class TestOptimizers:
                 optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         torch.testing.assert_close(layers.state_dict(), twin.state_dict())
 
-    def test_one_schedule_serves_all(self, optimizer):
-        schedule = create_schedule(
-            "exponential", optimizer, warmup_steps=0, total_steps=9, steps_per_epoch=2, decay_per_epoch=0.5
-        )
+    def rates(self, name, optimizer, steps, **settings):
+        schedule = create_schedule(name, optimizer, total_steps=10, decay_per_epoch=0.5, **settings)
         rates = []
-        for step in range(5):
+        for step in range(steps):
             rates.append(learning_rates(optimizer))
             optimizer.step()
             schedule.step()
             if step == 2:
                 optimizer.load_state_dict(optimizer.state_dict())
+        return rates
+
+    def test_one_schedule_serves_all(self, optimizer):
+        rates = self.rates("exponential", optimizer, 5, warmup_steps=0, steps_per_epoch=2)
         assert [rate["learning_rate/a"] for rate in rates] == [0.1, 0.1, 0.05, 0.05, 0.025]
         assert [rate["learning_rate/b"] for rate in rates] == [0.01, 0.01, 0.005, 0.005, 0.0025]
 
@@ -188,19 +183,12 @@ class TestOptimizers:
         for name, parameter in layers.named_parameters():
             torch.testing.assert_close(parameter.grad, before[name] * scale, rtol=1e-3, atol=1e-9)
 
-    @pytest.mark.parametrize("name", ["cosine", "linear", "constant_with_warmup", "polynomial", "inverse_sqrt"])
+    @pytest.mark.parametrize("name", ["cosine", "linear", "polynomial"])  # the last reads the optimizer's defaults
     def test_transformers_schedules(self, optimizer, name):
-        schedule = create_schedule(
-            name, optimizer, warmup_steps=2, total_steps=10, steps_per_epoch=5, decay_per_epoch=1.0
-        )
-        rates = []
-        for _ in range(10):
-            rates.append(learning_rates(optimizer)["learning_rate/a"])
-            optimizer.step()
-            schedule.step()
+        found = self.rates(name, optimizer, 10, warmup_steps=2, steps_per_epoch=5)
+        rates = [rate["learning_rate/a"] for rate in found]
         assert rates[:3] == pytest.approx([0.0, 0.05, 0.1])
-        last = {"constant_with_warmup": 0.1, "inverse_sqrt": 0.1 * (2 / 9) ** 0.5}.get(name)
-        assert rates[-1] < 0.05 if last is None else rates[-1] == pytest.approx(last)
+        assert rates[-1] < 0.05
 
     def test_recipes_by_family(self):
         resnet, vit = (timm.create_model(name, num_classes=0) for name in ("test_resnet", "test_vit"))
@@ -298,24 +286,17 @@ class TestLogging:
         logger.close()
 
 
-class TestArguments:
-    def test_the_point_recipe_is_official(self):
-        arguments = parse()
-        assert (arguments.point_optimizer, arguments.point_learning_rate) == ("adamw", 1e-3)
-        assert (arguments.adam_beta1, arguments.adam_beta2, arguments.point_weight_decay) == (0.95, 0.99, 0.01)
-        assert (arguments.lr_scheduler_type, arguments.lr_decay_per_epoch) == ("exponential", 0.99)
+TRAIN = {"train_frames": ["a"], "output_dir": "o"}
+TEST = {"model": "m", "test_frames": ["b"]}
+COMPARE = {**TRAIN, "test_frames": ["b"], "image_encoders": ["a=b"], "modes": ["frozen"]}
 
-    @pytest.mark.parametrize("form", ["yaml", "json"])
-    def test_command_line_wins_over_a_file(self, tmp_path, form):
+
+class TestArguments:
+    def test_the_command_line_wins_over_a_file_of_json(self, tmp_path):
         values = {"learning_rate": 0.5, "image_size": [64, 96], "seed": 3, "torch_compile": True, "num_points": None}
-        file = tmp_path / f"flags.{form}"
-        file.write_text(json.dumps(values) if form == "json" else yaml.safe_dump(values), encoding="utf-8")
-        arguments = parse("--config", str(file), "--seed", "4")
-        assert arguments.learning_rate == 0.5
-        assert arguments.image_size == (64, 96)
-        assert arguments.seed == 4
-        assert arguments.torch_compile is True
-        assert arguments.num_points is None
+        (tmp_path / "flags.json").write_text(json.dumps(values), encoding="utf-8")
+        found = parse("--config", str(tmp_path / "flags.json"), "--seed", "4").to_dict()
+        assert {name: found[name] for name in values} == {**values, "image_size": (64, 96), "seed": 4}
 
     def test_files_are_read_in_order_and_names_that_look_like_numbers_stay_names(self, tmp_path):
         (tmp_path / "a.yaml").write_text("seed: 5\nnum_points: 99\ntorch_compile: yes\n", encoding="utf-8")
@@ -333,12 +314,9 @@ class TestArguments:
 
     @pytest.mark.parametrize("name", packaged_configs())
     def test_packaged_configs_are_valid(self, name):
-        arguments = parse("--config", name)
-        assert isinstance(arguments, PreTrainingArguments)
-        flat = arguments.to_dict()
-        file = resources.files("simipu_hf.training") / "presets" / f"{name}.yaml"
-        for flag, value in yaml.safe_load(file.read_text(encoding="utf-8")).items():
-            assert flat[flag] == (tuple(value) if isinstance(value, list) else value)
+        found = parse("--config", name).to_dict()
+        for flag, value in yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8")).items():
+            assert found[flag] == (tuple(value) if isinstance(value, list) else value)
 
     @pytest.mark.parametrize(
         ("content", "message"),
@@ -356,16 +334,6 @@ class TestArguments:
             parse("--config", str(file))
         assert str(file) in str(error.value)
 
-    def test_unknown_flags_and_files_end_the_command(self, capsys):
-        with pytest.raises(SystemExit) as end:
-            parse("--learnin_rate", "1")
-        assert end.value.code == 2
-        said = capsys.readouterr().err
-        assert "--learnin_rate" in said
-        assert "--learning_rate" in said
-        with pytest.raises(SimIPUError, match="the packaged ones are official_kitti"):
-            parse("--config", "nothing")
-
     def test_the_token_is_not_recorded(self, monkeypatch):
         arguments = parse("--push_to_hub", "--hub_model_id", "user/name", "--hub_token", "hf_secret")
         assert "hf_secret" not in str(arguments.to_dict())
@@ -377,11 +345,9 @@ class TestArguments:
         ("flags", "message"),
         [
             (["--hub_model_id", "user/name"], "does nothing without --push_to_hub"),
-            (["--hub_token", "hf_secret"], "does nothing without --push_to_hub"),
             (["--validation_split", "val"], "does nothing without --eval_steps"),
             (["--seed", str(2**32)], "--seed must be at least 0 and below 2"),
             (["--encoder_repo_id", "user/name"], "does nothing without --push_to_hub"),
-            (["--per_device_eval_batch_size", "2"], "does nothing without --eval_steps"),
             (["--pretrained_image_encoder", "--model_name_or_path", "run"], "does nothing with --model_name_or_path"),
             (["--lr_scheduler_type", "cosine", "--lr_decay_per_epoch", "0.5"], "does nothing without"),
             (["--lr_scheduler_type", "constant", "--warmup_steps", "5"], "does nothing with --lr_scheduler_type"),
@@ -400,26 +366,12 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("cls", "given", "flags"),
         [
-            (DepthArguments, {"train_frames": ["a"], "output_dir": "o"}, {"image_dir": "x"}),
-            (
-                DepthArguments,
-                {"train_frames": ["a"], "output_dir": "o", "freeze_image_encoder": True},
-                {"decoder_first": 0.5},
-            ),
-            (EvaluateDepthArguments, {"model": "m", "test_frames": ["a"]}, {"num_pictures": 2}),
-            (EvaluateDepthArguments, {"model": "m", "test_frames": ["a"]}, {"depth_dir": "x"}),
+            (DepthArguments, TRAIN, {"image_dir": "x"}),
+            (DepthArguments, {**TRAIN, "freeze_image_encoder": True}, {"decoder_first": 0.5}),
+            (EvaluateDepthArguments, TEST, {"num_pictures": 2}),
+            (EvaluateDepthArguments, TEST, {"depth_dir": "x"}),
             (EvaluateDetectionArguments, {"predictions": "p", "labels": "l"}, {"device": "cuda"}),
-            (
-                CompareDepthArguments,
-                {
-                    "image_encoders": ["a=b"],
-                    "train_frames": ["a"],
-                    "test_frames": ["b"],
-                    "output_dir": "o",
-                    "modes": ["frozen"],
-                },
-                {"encoder_learning_rate": 0.1},
-            ),
+            (CompareDepthArguments, COMPARE, {"encoder_learning_rate": 0.1}),
         ],
     )
     def test_flags_of_other_commands_without_effect_are_refused(self, cls, given, flags):
@@ -455,6 +407,8 @@ def test_signals_ask_once_and_interrupt_twice():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) is before
+    with ThreadPoolExecutor(1) as pool:  # where Python allows no handlers
+        assert not pool.submit(StopRequest().__enter__).result().requested
 
 
 class TestWatch:
