@@ -312,6 +312,7 @@ def evaluate(
     collate = TwoViewCollator(image_processor.pad_size_divisor)
     loader = create_loader(held_out, batches, collate, arguments.dataloader_num_workers)
     sums: dict[str, float] = {}
+    counts: dict[str, int] = {}
     model.eval()
     with accelerator.autocast(), iterate(loader) as loaded:
         for batch in loaded:
@@ -319,10 +320,15 @@ def evaluate(
             output = model(**inputs, return_metrics=True)
             values = scalars(output, with_spread=False) | correspondence_recall(model, inputs, output)
             for name, value in values.items():
-                sums[name] = sums.get(name, 0.0) + float(value) / len(batches)
+                counts.setdefault(name, 0)
+                sums.setdefault(name, 0.0)
+                if not (name.startswith("recall") and math.isnan(value)):  # no point lies in the batch's images
+                    sums[name] += float(value)
+                    counts[name] += 1
     model.train()
-    means = accelerator.reduce(torch.tensor(list(sums.values()), device=accelerator.device), reduction="mean")
-    return {f"eval/{name}": value for name, value in zip(sums, means.tolist(), strict=True)}
+    both = torch.tensor([list(sums.values()), list(counts.values())], device=accelerator.device)
+    total, count = accelerator.reduce(both, reduction="sum")
+    return {f"eval/{name}": value for name, value in zip(sums, (total / count).tolist(), strict=True)}
 
 
 def eval_batch_size(arguments: PreTrainingArguments) -> int:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import weakref
+from pathlib import Path
 from unittest.mock import Mock
 
 import datasets
@@ -219,8 +220,15 @@ def test_stops_at_a_loss_that_is_no_number(run, monkeypatch, tmp_path):
     assert [line["step"] for line in metrics(tmp_path / "out")] == [2, 4]
 
 
-def test_evaluation_changes_nothing(run):
+def test_evaluation_changes_nothing(run, monkeypatch):
     plain = weights(run("plain", *DROP_PATH))
+    recall, calls = module.correspondence_recall, []
+
+    def without_points_at_first(*inputs):
+        calls.append(1)
+        return {name: value if len(calls) % 2 == 0 else math.nan for name, value in recall(*inputs).items()}
+
+    monkeypatch.setattr(module, "correspondence_recall", without_points_at_first)
     watched = run("watched", *DROP_PATH, "--eval_steps", "3", "--per_device_eval_batch_size", "3")
     assert all(torch.equal(plain[name], value) for name, value in weights(watched).items())
     evaluations = [line for line in metrics(watched) if "eval/inter_modal_loss" in line]
@@ -316,10 +324,16 @@ def test_refuses_bad_values_before_writing(run, tmp_path, flags, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_output_folder_is_not_overwritten_by_accident(run, tmp_path):
+def test_output_folder_is_not_overwritten_by_accident(run, tmp_path, monkeypatch):
     out = run("out", "--max_steps", "1")
     with pytest.raises(SimIPUError, match="not empty"):
         run("out", "--max_steps", "1")
+    with monkeypatch.context() as patch:  # ended while it deletes, it can be started again
+        listed = Path.iterdir
+        patch.setattr(Path, "iterdir", lambda f: iter(sorted(listed(f), key=lambda path: path.name != "run.yaml")))
+        patch.setattr("simipu_hf.training.run_folder.shutil.rmtree", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run("out", "--max_steps", "2", "--overwrite_output_dir")
     run("out", "--max_steps", "2", "--overwrite_output_dir")
     assert [p.name for p in list_checkpoints(out)] == ["checkpoint-2"]
     thesis = tmp_path / "papers" / "image_encoder" / "thesis.tex"

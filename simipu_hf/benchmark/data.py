@@ -3,7 +3,6 @@
 What decoding and resizing alone take is given twice: with Pillow, as most loaders decode, and as this one does.
 """
 
-import os
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from simipu_hf.data.rows import pixels_from_row
 from simipu_hf.data.two_views import TwoViewCollator, TwoViewDataset
+from simipu_hf.machine import available_processors
 from simipu_hf.training.arguments import BenchmarkDataArguments
 
 from .inputs import described, sample_keys, two_view_dataset
@@ -74,11 +74,6 @@ def benchmark_data(arguments: BenchmarkDataArguments) -> BenchmarkResult:
         "worker_over_decode_and_resize": seconds[WORKER] / seconds[RESIZE],
     }
     return BenchmarkResult("training data", described(arguments), rows, summary)
-
-
-def available_processors() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _single_thread_passes(

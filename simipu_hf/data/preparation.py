@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 
 from ..errors import SimIPUError
 from ..files import write_json
+from ..machine import available_processors
 from .rows import write_arrow
 
 CHUNK, LONG_SCENE = 512, 32  # frames
@@ -163,8 +164,7 @@ def run_in_processes(
 
     `weight(item)` is its number of rows.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    processes = min(num_proc or cores, len(items))
+    processes = min(num_proc or available_processors(), len(items))
     with tqdm(total=sum(map(weight, items)), desc=title, unit="row", disable=not items) as progress:
         if processes <= 1:
             for item in items:

@@ -20,6 +20,7 @@ from accelerate.utils import (
 )
 
 from simipu_hf.errors import SimIPUError, TrainingInterrupted
+from simipu_hf.machine import available_processors
 
 from .arguments import RunArguments
 from .logging import check_trackers
@@ -114,7 +115,7 @@ def use_all_cores(accelerator: Accelerator) -> None:
     """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
     if launched and accelerator.num_processes == 1 and accelerator.device.type == "cpu":
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(available_processors())
 
 
 def on_main_process(accelerator: Accelerator, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:

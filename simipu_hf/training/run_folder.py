@@ -129,7 +129,8 @@ def open_run_folder(arguments: RunArguments, step: int, last_step: int, **record
     """
     output_dir = Path(arguments.output_dir)
     if arguments.overwrite_output_dir and output_dir.is_dir():
-        for path in output_dir.iterdir():
+        # run.yaml last: without it what a kill leaves would not be known for a run
+        for path in sorted(output_dir.iterdir(), key=lambda path: path.name == RUN_FILE):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     written = {
         "kind": type(arguments).__name__,

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from simipu_hf.errors import SimIPUError
 from simipu_hf.files import atomic_folder
+from simipu_hf.machine import available_processors
 
 from .frame import SyntheticFrame, synthesize_frame
 from .sensors import Calibration, Lidar
@@ -86,8 +87,7 @@ def synthesize_drive(
 def _run(make: Callable[[int], int], num_frames: int, num_workers: int | None, progress: bool) -> None:
     """Make all frames, in as many processes as wanted."""
     if num_workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        num_workers = min(cores, num_frames // 25)  # a process takes seconds to start
+        num_workers = min(available_processors(), num_frames // 25)  # a process takes seconds to start
     with tqdm(total=num_frames, desc="synthetic drive", unit="frame", disable=not progress) as bar:
         if num_workers <= 1:
             for index in range(num_frames):
