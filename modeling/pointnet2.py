@@ -86,16 +86,14 @@ class SetAbstraction(nn.Module):
             Centres `(B, M, 3)`, their features `(B, M, C_out)` and their rows in the cloud `(B, M)`.
         """
         indices = self.draw_centers(coordinates, features)
-        centers = gather_rows(coordinates, indices)
+        centers = coordinates.take_along_dim(indices[..., None], 1)
         groups = ball_query(coordinates, centers, self.radii, self.num_samples, backend=self.grouping_backend)
         rows = features.flatten(0, 1)
-        scale: dict[str | None, Callable[..., torch.Tensor]] = {
-            None: self._scale_without_xyz,
-            "last": self._scale_xyz_last,
-            "first": self._scale_xyz_first,
-        }
+        scale: Callable[..., torch.Tensor] = self._scale_without_xyz
+        if self.xyz_layer is not None:
+            scale = self._scale_xyz_last if self.xyz_layer == "last" else self._scale_xyz_first
         pooled = [
-            scale[self.xyz_layer](blocks, neighbors, rows, coordinates.flatten(0, 1), centers.flatten(0, 1))
+            scale(blocks, neighbors, rows, coordinates.flatten(0, 1), centers.flatten(0, 1))
             for blocks, neighbors in zip(self.mlps, groups, strict=True)
         ]
         summary = self.aggregation(torch.cat(pooled, dim=1))
@@ -263,8 +261,3 @@ class PointNet2Encoder(nn.Module):
                 coordinates, features, drawn = level(coordinates, features)
                 indices = drawn if indices is None else indices.gather(1, drawn)
         return PointEncoderOutput(coordinates=coordinates, features=features, indices=indices)
-
-
-def gather_rows(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """Rows `indices` `(B, M)` of each item of `tensor` `(B, N, C)`: `(B, M, C)`."""
-    return tensor.gather(1, indices.unsqueeze(-1).expand(-1, -1, tensor.shape[-1]))

@@ -11,7 +11,7 @@ from torch import nn
 from simipu_hf.modeling.layers import LinearBlock
 from simipu_hf.modeling.outputs_simipu import PointEncoderOutput
 from simipu_hf.modeling.point_ops import ball_query_padded, furthest_point_sample, furthest_point_sample_features
-from simipu_hf.modeling.pointnet2 import PointNet2Encoder, SetAbstraction, gather_rows
+from simipu_hf.modeling.pointnet2 import PointNet2Encoder, SetAbstraction
 
 
 class GroupedPointNet2(nn.Module):
@@ -33,7 +33,7 @@ class GroupedPointNet2(nn.Module):
         for level in self.encoder.levels:
             assert isinstance(level, SetAbstraction)
             drawn = draw_centers(level, coordinates, features)
-            centers = gather_rows(coordinates, drawn)
+            centers = coordinates.take_along_dim(drawn[..., None], 1)
             features = summarize_groups(level, coordinates, features, centers)
             coordinates = centers
             indices = drawn if indices is None else indices.gather(1, drawn)
