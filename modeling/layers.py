@@ -233,9 +233,7 @@ class _AllReduceSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        grad = grad.clone()
-        dist.all_reduce(grad)
-        return grad
+        return all_reduce_sum(grad)
 
 
 class _AllGatherRows(torch.autograd.Function):
@@ -248,9 +246,7 @@ class _AllGatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        grad = grad.clone()
-        dist.all_reduce(grad)
-        return grad.narrow(0, rank() * ctx.rows, ctx.rows)
+        return all_reduce_sum(grad).narrow(0, rank() * ctx.rows, ctx.rows)
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
