@@ -369,18 +369,16 @@ def select_peaks(logits: Tensor, regression: Tensor, count: int) -> _Peaks:
 
     A score is the heat map's, times exp(-spread of the log depth): boxes whose depth is unsure come later.
     """
-    batch, _, height, width = logits.shape
+    height, width = logits.shape[-2:]
     heat_map = logits.sigmoid()
     peaks = heat_map * (heat_map == F.max_pool2d(heat_map, 3, stride=1, padding=1))
     scores, index = peaks.flatten(1).topk(min(count, peaks[0].numel()))
-    labels, cell = index.div(height * width, rounding_mode="floor"), index % (height * width)
-    values = regression.flatten(2).transpose(1, 2)[torch.arange(batch, device=index.device)[:, None], cell]
+    cell = index % (height * width)
+    values = regression.flatten(2).transpose(1, 2).take_along_dim(cell[..., None], 1)
     sure = torch.exp(-torch.exp(split_values(values)["log_spread"][..., 0]))
-    cells = torch.stack([cell % width, cell.div(width, rounding_mode="floor")], dim=-1)
     scores, order = (scores * sure).sort(dim=1, descending=True, stable=True)
-    picked = [tensor.gather(1, order) for tensor in (labels, cells[..., 0], cells[..., 1])]
-    values = values.gather(1, order[..., None].expand_as(values))
-    return _Peaks(scores, picked[0], torch.stack(picked[1:], dim=-1), values)
+    index, cell, values = index.gather(1, order), cell.gather(1, order), values.take_along_dim(order[..., None], 1)
+    return _Peaks(scores, index // (height * width), torch.stack([cell % width, cell // width], dim=-1), values)
 
 
 SimIPUForMonocular3DDetection.register_for_auto_class("AutoModel")
