@@ -281,10 +281,17 @@ def hold_frozen(encoder: TimmModel, config: SimIPUImageConfig) -> None:
 
     Again after `train()`, with which `from_pretrained` ends: transformers makes new parameters of loaded weights.
     """
+    modules, parameters = dict(encoder.named_modules()), dict(encoder.named_parameters())
     for name in config.frozen:
-        part = _frozen_part(encoder, name).requires_grad_(False)
-        if isinstance(part, nn.Module):
-            part.eval()
+        if name and name in modules:
+            modules[name].requires_grad_(False).eval()
+        elif name in parameters:
+            parameters[name].requires_grad_(False)
+        else:
+            raise ValueError(
+                f"image_config.frozen: {encoder.pretrained_cfg['architecture']} has no module {name!r}; it has "
+                f"{', '.join(child for child, _ in encoder.named_children())} and their parts"
+            )
 
 
 @functools.cache
@@ -376,14 +383,3 @@ def _checked_stages(encoder: TimmModel, out_indices: Sequence[int], name: str = 
     if len(set(stages)) != len(stages):
         raise ValueError(f"{name}: {list(out_indices)} names a stage twice: counted from the front, {stages}")
     return stages
-
-
-def _frozen_part(encoder: TimmModel, name: str) -> nn.Module | nn.Parameter:
-    """The module or parameter of that name."""
-    modules, parameters = dict(encoder.named_modules()), dict(encoder.named_parameters())
-    if not name or (name not in modules and name not in parameters):
-        raise ValueError(
-            f"image_config.frozen: {encoder.pretrained_cfg['architecture']} has no module {name!r}; it has "
-            f"{', '.join(child for child, _ in encoder.named_children())} and their parts"
-        )
-    return modules[name] if name in modules else parameters[name]

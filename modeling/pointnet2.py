@@ -105,24 +105,19 @@ class SetAbstraction(nn.Module):
         drawn, start = [], 0
         for num_points, mod, sample_range in zip(self.num_points, self.fps_mods, self.fps_sample_ranges, strict=True):
             stop = coordinates.shape[1] if sample_range == -1 else start + sample_range
-            indices = self._sample(mod, coordinates[:, start:stop], features[:, start:stop], num_points)
-            drawn.append(indices + start)
+            xyz = coordinates[:, start:stop]
+            if num_points > xyz.shape[1]:
+                raise ValueError(
+                    f"{mod} has to draw {num_points} points from {xyz.shape[1]}: give the encoder larger clouds "
+                    "(num_points of the processor) or lower point_config.num_points"
+                )
+            if mod in ("F-FPS", "FS"):
+                joint = torch.cat([xyz, features[:, start:stop].to(xyz.dtype)], dim=-1)
+                drawn.append(start + furthest_point_sample_features(joint, num_points, self.sampling_backend))
+            if mod in ("D-FPS", "FS"):
+                drawn.append(start + furthest_point_sample(xyz, num_points, self.sampling_backend))
             start = stop
         return torch.cat(drawn, dim=1)
-
-    def _sample(self, mod: str, coordinates: torch.Tensor, features: torch.Tensor, num_points: int) -> torch.Tensor:
-        if num_points > coordinates.shape[1]:
-            raise ValueError(
-                f"{mod} has to draw {num_points} points from {coordinates.shape[1]}: give the encoder larger clouds "
-                "(num_points of the processor) or lower point_config.num_points"
-            )
-        samples = []
-        if mod in ("F-FPS", "FS"):
-            joint = torch.cat([coordinates, features.to(coordinates.dtype)], dim=-1)
-            samples.append(furthest_point_sample_features(joint, num_points, self.sampling_backend))
-        if mod in ("D-FPS", "FS"):
-            samples.append(furthest_point_sample(coordinates, num_points, self.sampling_backend))
-        return torch.cat(samples, dim=1)
 
     def _scale_without_xyz(
         self, blocks: Iterable[LinearBlock], neighbors: Neighbors, rows: torch.Tensor, *_: torch.Tensor
