@@ -231,7 +231,8 @@ def decode_boxes(
     dimensions = torch.exp(part["log_dimensions"]) * _mean_dimensions(config, class_labels)
     location = depth * ray - shift + F.pad(dimensions[..., :1] / 2, (1, 1))
     seen_angle = torch.atan2(*part["angle"].unbind(-1))
-    rotation = _wrap(seen_angle + torch.atan2(ray[..., 0], ray[..., 2]))
+    rotation = seen_angle + torch.atan2(ray[..., 0], ray[..., 2])
+    rotation = torch.remainder(rotation + math.pi, 2 * math.pi) - math.pi  # in [-pi, pi)
     return torch.cat([location, dimensions, rotation[..., None]], dim=-1)
 
 
@@ -253,11 +254,6 @@ def _focal_length(intrinsics: Tensor) -> Tensor:
 def _mean_dimensions(config: SimIPUDetectionConfig, class_labels: Tensor) -> Tensor:
     means = torch.tensor(config.mean_dimensions, device=class_labels.device, dtype=torch.float32)
     return means[class_labels]
-
-
-def _wrap(angle: Tensor) -> Tensor:
-    """Radians in [-pi, pi)."""
-    return torch.remainder(angle + math.pi, 2 * math.pi) - math.pi
 
 
 # --- targets and losses ---------------------------------------------------------------------------------------------
