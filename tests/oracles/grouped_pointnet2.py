@@ -89,14 +89,6 @@ def run_block(block: LinearBlock, grouped: torch.Tensor) -> torch.Tensor:
     grouped = F.conv2d(grouped, linear.weight[:, :, None, None], linear.bias)
     if norm.training:
         norm.num_batches_tracked += 1
-    grouped = F.batch_norm(
-        grouped,
-        norm.running_mean,
-        norm.running_var,
-        norm.weight,
-        norm.bias,
-        norm.training,
-        norm.momentum,
-        norm.eps,
-    )
+    state = norm.running_mean, norm.running_var, norm.weight, norm.bias
+    grouped = F.batch_norm(grouped, *state, norm.training, norm.momentum, norm.eps)
     return F.relu(grouped, inplace=True)
