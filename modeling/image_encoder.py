@@ -17,9 +17,6 @@ from .configuration_simipu import SimIPUImageConfig
 from .feature_grids import measure_feature_grids
 from .geometry import FeatureGrid
 
-# the image with which grids are measured: so many cells of the coarsest stage a side
-CELLS = 7
-
 
 class TimmModel(nn.Module):
     """What is used of timm's models, for annotations: they have no class in common that declares it."""
@@ -304,7 +301,7 @@ def _template(architecture: str, model_args: str = "{}") -> TimmModel:
 def _measured_grids(architecture: str, model_args: str = "{}") -> tuple[FeatureGrid | None, ...]:
     template = _template(architecture, model_args)
     own_size = tuple(template.pretrained_cfg["input_size"][1:])
-    side = CELLS * pad_divisor(template)
+    side = 7 * pad_divisor(template)  # so many cells of the coarsest stage
     takes_any = not template.pretrained_cfg.get("fixed_input_size") or _size_arguments(template, own_size)
     problem: Exception | None = None
     for size in ((side, side), own_size) if takes_any else (own_size,):

@@ -295,9 +295,7 @@ def encode_targets(
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
     order, cells, values = order[inside], cells[inside], values[inside]
     place = class_labels[order] * height * width + cells[:, 1] * width + cells[:, 0]
-    is_last = torch.ones_like(order, dtype=torch.bool)
-    for index in range(len(order)):
-        is_last[:index] &= place[:index] != place[index]
+    is_last = ~(place[:, None] == place).triu(diagonal=1).any(dim=1)
     order, cells, values = order[is_last], cells[is_last], values[is_last]
     boxes, class_labels = labels["boxes"][order], class_labels[order]
     y, x = (torch.arange(length, device=cells.device) for length in (height, width))
