@@ -72,9 +72,8 @@ class SimIPUPreTrainedModel(PreTrainedModel):
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif type(module).__module__.startswith("spconv."):
-            from .sparse_encoder import init_sparse_conv_weights
-
-            init_sparse_conv_weights(module)
+            # the fan-in reads spconv's layout (out, z, y, x, in) rightly
+            init.kaiming_normal_(module.get_parameter("weight"), mode="fan_in", nonlinearity="relu")
         else:
             super()._init_weights(module)
 

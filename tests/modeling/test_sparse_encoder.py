@@ -11,11 +11,7 @@ spconv = pytest.importorskip("spconv.pytorch", reason="spconv is not installed",
 from simipu_hf.modeling import sparse_encoder  # noqa: E402
 from simipu_hf.modeling.configuration_simipu import SimIPUConfig, SimIPUSparseConvConfig  # noqa: E402
 from simipu_hf.modeling.modeling_simipu import SimIPUModel  # noqa: E402
-from simipu_hf.modeling.sparse_encoder import (  # noqa: E402
-    SparseConvEncoder,
-    _convolve,
-    init_sparse_conv_weights,
-)
+from simipu_hf.modeling.sparse_encoder import SparseConvEncoder, _convolve  # noqa: E402
 
 
 def tiny_config(**overrides) -> SimIPUSparseConvConfig:
@@ -312,7 +308,6 @@ def test_without_spconv_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(sparse_encoder, "spconv", None)
     with pytest.raises(ImportError, match=r"simipu-hf\[spconv\]"):
         tiny_encoder()
-    init_sparse_conv_weights(torch.nn.Linear(2, 2))
 
 
 def test_the_stream_is_replaced_only_where_there_is_no_cuda(monkeypatch):
