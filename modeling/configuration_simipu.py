@@ -121,14 +121,7 @@ class SimIPUPointNet2Config(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         levels = len(self.num_points)
-        per_level = (
-            "fps_mods",
-            "fps_sample_ranges",
-            "radii",
-            "num_samples",
-            "mlp_channels",
-            "aggregation_channels",
-        )
+        per_level = ("fps_mods", "fps_sample_ranges", "radii", "num_samples", "mlp_channels", "aggregation_channels")
         for name in per_level:
             if len(getattr(self, name)) != levels:
                 raise ValueError(
@@ -322,7 +315,11 @@ class SimIPUConfig(PreTrainedConfig):
         if kwargs.pop("align_corners", False):  # written before cells had a place of their own
             self.cell_sampling = "aligned_corners"
         if isinstance(self.point_config, dict):
-            self.point_config = _point_config_from_dict(self.point_config)
+            fields, known = dict(self.point_config), {kind.model_type: kind for kind in POINT_CONFIGS.values()}
+            model_type = fields.pop("model_type", SimIPUPointNet2Config.model_type)
+            if model_type not in known:
+                raise ValueError(f"point_config: unknown model_type {model_type!r}; choose from {', '.join(known)}")
+            self.point_config = known[model_type](**fields)
         super().__post_init__(**kwargs)
 
     @property
@@ -368,24 +365,15 @@ class SimIPUConfig(PreTrainedConfig):
         fields = preset_values(preset, "model")
         if point_encoder not in POINT_CONFIGS:
             raise ValueError(f"unknown point encoder {point_encoder!r}: choose from {', '.join(POINT_CONFIGS)}")
-        # the presets' point fields are PointNet++'s
-        point_fields = fields.pop("point_config", {}) if point_encoder == "pointnet2" else {}
-        point_fields = {"model_type": POINT_CONFIGS[point_encoder].model_type, **point_fields}
-        fields.pop("point_config", None)
-        image_fields = fields.pop("image_config", {})
+        image_fields, point_fields = fields.pop("image_config", {}), fields.pop("point_config", {})
+        if point_encoder != "pointnet2":  # whose fields the presets' are
+            point_fields = {}
+        point_fields["model_type"] = POINT_CONFIGS[point_encoder].model_type
         return cls(
             image_config={**image_fields, **overrides.pop("image_config", {})},
             point_config={**point_fields, **overrides.pop("point_config", {})},
             **{"preset": preset, **fields, **overrides},
         )
-
-
-def _point_config_from_dict(fields: dict[str, Any]) -> PointConfig:
-    by_model_type = {config_class.model_type: config_class for config_class in POINT_CONFIGS.values()}
-    model_type = fields.get("model_type", SimIPUPointNet2Config.model_type)
-    if model_type not in by_model_type:
-        raise ValueError(f"point_config: unknown model_type {model_type!r}; choose from {', '.join(by_model_type)}")
-    return by_model_type[model_type](**{key: value for key, value in fields.items() if key != "model_type"})
 
 
 @strict

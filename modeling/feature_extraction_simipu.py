@@ -82,19 +82,15 @@ class SimIPUFeatureExtractor(FeatureExtractionMixin):
             lidar_to_frame, frame_to_pixel = camera_aligned_frame(projection, extrinsics)
             cloud = transform_cloud(scan, lidar_to_frame)
         else:
-            self._check_axes(extrinsics)
+            towards_x = extrinsics[2, 0]  # of the optical axis, in the LiDAR's axes
+            if self.point_cloud_range is not None and self.point_cloud_range[0] >= 0 and towards_x < 0.5:
+                raise ValueError(
+                    "lidar_to_camera: expected a camera that looks along x, within 60 degrees, as the official "
+                    "preset's point_cloud_range in LiDAR axes does, found "
+                    f"{math.degrees(math.acos(max(towards_x, -1))):.0f}; use the recommended preset"
+                )
             cloud, frame_to_pixel = scan, projection @ extrinsics
         return self._in_view(cloud, frame_to_pixel, image_size), frame_to_pixel
-
-    def _check_axes(self, lidar_to_camera: np.ndarray) -> None:
-        """Refuses a camera that does not look along x where `point_cloud_range` keeps what is ahead along x alone."""
-        towards_x = lidar_to_camera[2, 0]  # of the optical axis, in the LiDAR's axes
-        if self.point_cloud_range is not None and self.point_cloud_range[0] >= 0 and towards_x < 0.5:
-            raise ValueError(
-                "lidar_to_camera: expected a camera that looks along x, within 60 degrees, as the official preset's "
-                f"point_cloud_range in LiDAR axes does, found {math.degrees(math.acos(max(towards_x, -1))):.0f}; use "
-                "the recommended preset"
-            )
 
     def _in_view(self, cloud: np.ndarray, frame_to_pixel: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
         kept = cloud
@@ -173,7 +169,15 @@ def to_point_cloud(points: Any) -> np.ndarray:
             point; the message then names the number and type that they are likely to be.
     """
     if isinstance(points, bytes | bytearray | memoryview):
-        values = _four_columns(points)
+        likely = _likely_layout(points)
+        if likely is not None:
+            raise ValueError(
+                f"points: expected four float32 (x y z reflectance) a point, found what looks like {likely}"
+            )
+        size = memoryview(points).nbytes
+        if size % 16:
+            raise ValueError(f"points: expected the bytes of whole points, 16 (four float32) each, found {size} bytes")
+        values = np.frombuffer(points, dtype="<f4").reshape(-1, 4)
     else:
         values = points.detach().cpu().numpy() if isinstance(points, torch.Tensor) else points
         values = np.asarray(values, dtype=np.float32)
@@ -196,17 +200,6 @@ def _check_values(values: np.ndarray) -> None:
         raise ValueError(
             f"points: expected metres from the sensor, found values up to {largest:.2g}{_of_a_map(largest)}"
         )
-
-
-def _four_columns(data: bytes | bytearray | memoryview) -> np.ndarray:
-    """`(N, 4)` of the bytes of a scan, unless they look like other columns or another type."""
-    size = memoryview(data).nbytes
-    likely = _likely_layout(data)
-    if likely is not None:
-        raise ValueError(f"points: expected four float32 (x y z reflectance) a point, found what looks like {likely}")
-    if size % 16:
-        raise ValueError(f"points: expected the bytes of whole points, 16 (four float32) each, found {size} bytes")
-    return np.frombuffer(data, dtype="<f4").reshape(-1, 4)
 
 
 def _likely_layout(data: bytes | bytearray | memoryview) -> str | None:

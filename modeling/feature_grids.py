@@ -22,17 +22,25 @@ GATES = re.compile("SqueezeExcite|SqueezeAndExcite|SEModule|SEBlock|EcaModule|Cb
 ATTENTION = re.compile("Attention|Attn|LiteMLA")
 
 
-def measure_feature_grids(network: nn.Module, image_size: tuple[int, int]) -> tuple[FeatureGrid | None, ...]:
+@torch.enable_grad()
+def measure_feature_grids(network: Any, image_size: tuple[int, int]) -> tuple[FeatureGrid | None, ...]:
     """The grid of every stage of a timm model; `None` where the cells do not lie on one.
 
     Args:
         network: on the CPU; it is of no use afterwards.
         image_size: height and width to measure with, some seven cells of the coarsest stage each.
     """
-    with torch.no_grad():
-        _make_averaging(network.float())
-    with torch.enable_grad():
-        return _measure(network, image_size)
+    _make_averaging(network.float())
+    reductions = [stage["reduction"] for stage in network.feature_info]
+    # three copies of the image: the footprints of three neighbouring cells in one backward pass
+    image = torch.ones(3, 3, *image_size, dtype=torch.float32, requires_grad=True)
+    maps = network.forward_intermediates(image, intermediates_only=True)
+    grids: list[FeatureGrid | None] = []
+    for stage, feature_map in enumerate(maps):
+        inside_run = 0 < stage < len(maps) - 1 and reductions[stage - 1] == reductions[stage] == reductions[stage + 1]
+        # layers of a plain ViT: the last is measured, the others lie where the first does
+        grids.append(grids[-1] if inside_run else _grid_of(feature_map, image, reductions[stage]))
+    return tuple(grids)
 
 
 class _Rescale(nn.Module):
@@ -42,6 +50,7 @@ class _Rescale(nn.Module):
         return hidden / hidden.detach().abs().mean().clamp(min=1)
 
 
+@torch.no_grad()
 def _make_averaging(network: nn.Module) -> None:
     """Turn every operation into a plain average, and attention into little where something else carries the map."""
     network.eval().requires_grad_(False)
@@ -100,19 +109,6 @@ def _keeps_its_place(conv: nn.Conv2d) -> bool:
         return max(conv.kernel_size) == 1
     reach = zip(conv.kernel_size, conv.padding, conv.dilation, strict=True)
     return all(2 * padding == dilation * (size - 1) for size, padding, dilation in reach)
-
-
-def _measure(network: Any, size: tuple[int, int]) -> tuple[FeatureGrid | None, ...]:
-    reductions = [stage["reduction"] for stage in network.feature_info]
-    # three copies of the image: the footprints of three neighbouring cells in one backward pass
-    image = torch.ones(3, 3, *size, dtype=torch.float32, requires_grad=True)
-    maps = network.forward_intermediates(image, intermediates_only=True)
-    grids: list[FeatureGrid | None] = []
-    for stage, feature_map in enumerate(maps):
-        inside_run = 0 < stage < len(maps) - 1 and reductions[stage - 1] == reductions[stage] == reductions[stage + 1]
-        # layers of a plain ViT: the last is measured, the others lie where the first does
-        grids.append(grids[-1] if inside_run else _grid_of(feature_map, image, reductions[stage]))
-    return tuple(grids)
 
 
 def _grid_of(feature_map: Tensor, image: Tensor, reduction: int) -> FeatureGrid | None:

@@ -138,13 +138,6 @@ def camera_aligned_frame(camera_projection: np.ndarray, lidar_to_camera: np.ndar
     return lidar_to_aligned, np.column_stack([intrinsics @ CAMERA_TO_ALIGNED.T, np.zeros(3)])
 
 
-def content_mask(image_sizes: torch.Tensor, padded_size: tuple[int, int]) -> torch.Tensor:
-    """`(B, 1, H, W)` bool: which pixels of padded images belong to the images of `image_sizes` `(B, 2)`."""
-    rows, columns = (torch.arange(length, device=image_sizes.device) for length in padded_size)
-    heights, widths = image_sizes[:, None].unbind(-1)
-    return ((rows < heights)[:, :, None] & (columns < widths)[:, None, :])[:, None]
-
-
 def pixel_transform(
     crop: tuple[int, int, int, int], output_size: tuple[int, int], mirrored: bool, half_pixel_centers: bool
 ) -> np.ndarray:

@@ -17,9 +17,6 @@ from .configuration_simipu import SimIPUImageConfig
 from .feature_grids import measure_feature_grids
 from .geometry import FeatureGrid
 
-# the image with which grids are measured: so many cells of the coarsest stage a side
-CELLS = 7
-
 
 class TimmModel(nn.Module):
     """What is used of timm's models, for annotations: they have no class in common that declares it."""
@@ -281,10 +278,17 @@ def hold_frozen(encoder: TimmModel, config: SimIPUImageConfig) -> None:
 
     Again after `train()`, with which `from_pretrained` ends: transformers makes new parameters of loaded weights.
     """
+    modules, parameters = dict(encoder.named_modules()), dict(encoder.named_parameters())
     for name in config.frozen:
-        part = _frozen_part(encoder, name).requires_grad_(False)
-        if isinstance(part, nn.Module):
-            part.eval()
+        if name and name in modules:
+            modules[name].requires_grad_(False).eval()
+        elif name in parameters:
+            parameters[name].requires_grad_(False)
+        else:
+            raise ValueError(
+                f"image_config.frozen: {encoder.pretrained_cfg['architecture']} has no module {name!r}; it has "
+                f"{', '.join(child for child, _ in encoder.named_children())} and their parts"
+            )
 
 
 @functools.cache
@@ -297,7 +301,7 @@ def _template(architecture: str, model_args: str = "{}") -> TimmModel:
 def _measured_grids(architecture: str, model_args: str = "{}") -> tuple[FeatureGrid | None, ...]:
     template = _template(architecture, model_args)
     own_size = tuple(template.pretrained_cfg["input_size"][1:])
-    side = CELLS * pad_divisor(template)
+    side = 7 * pad_divisor(template)  # so many cells of the coarsest stage
     takes_any = not template.pretrained_cfg.get("fixed_input_size") or _size_arguments(template, own_size)
     problem: Exception | None = None
     for size in ((side, side), own_size) if takes_any else (own_size,):
@@ -376,14 +380,3 @@ def _checked_stages(encoder: TimmModel, out_indices: Sequence[int], name: str = 
     if len(set(stages)) != len(stages):
         raise ValueError(f"{name}: {list(out_indices)} names a stage twice: counted from the front, {stages}")
     return stages
-
-
-def _frozen_part(encoder: TimmModel, name: str) -> nn.Module | nn.Parameter:
-    """The module or parameter of that name."""
-    modules, parameters = dict(encoder.named_modules()), dict(encoder.named_parameters())
-    if not name or (name not in modules and name not in parameters):
-        raise ValueError(
-            f"image_config.frozen: {encoder.pretrained_cfg['architecture']} has no module {name!r}; it has "
-            f"{', '.join(child for child, _ in encoder.named_children())} and their parts"
-        )
-    return modules[name] if name in modules else parameters[name]

@@ -16,11 +16,9 @@ from transformers import BatchFeature
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs, Unpack
+from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from .geometry import content_mask, image_boxes, pixel_transform
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from .geometry import image_boxes, pixel_transform
 
 
 def size_within(image_size: tuple[int, int], bounds: tuple[int, int]) -> tuple[int, int]:
@@ -124,8 +122,8 @@ class SimIPUImageProcessor(TorchvisionBackend):
     do_rescale = True
     rescale_factor = 1 / 255
     do_normalize = True
-    image_mean = IMAGENET_MEAN
-    image_std = IMAGENET_STD
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
     do_pad = True
     pad_size_divisor = 32
     half_pixel_centers = True
@@ -289,7 +287,9 @@ class SimIPUImageProcessor(TorchvisionBackend):
             images = images.flip(1)
         names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
         pixels = self.rescale_and_normalize(images, **{name: getattr(self, name) for name in names})
-        inside = content_mask(image_sizes, (images.shape[-2], images.shape[-1]))
+        rows, columns = (torch.arange(length, device=image_sizes.device) for length in images.shape[-2:])
+        heights, widths = image_sizes[:, :, None, None, None].unbind(1)
+        inside = (rows[:, None] < heights) & (columns < widths)
         return pixels.to(torch.float32).masked_fill(~inside, 0).contiguous()
 
     def post_process_depth_estimation(

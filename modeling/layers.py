@@ -40,10 +40,9 @@ class WeightedBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(num_features))
         self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
 
-    @property
-    def reduce(self) -> Reduce:
-        """Sums a tensor over the processes that share statistics."""
-        return all_reduce_sum if self.synchronize and world_size() > 1 else _identity
+    def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over the processes that share statistics."""
+        return all_reduce_sum(tensor) if self.synchronize else tensor
 
     def forward(self, rows: torch.Tensor, weight: torch.Tensor | None = None, relu: bool = False) -> torch.Tensor:
         """Normalises `rows` `(R, C)`; `weight` is `(R,)`, all ones where omitted; `relu` applies it to the result."""
@@ -51,7 +50,7 @@ class WeightedBatchNorm(nn.Module):
             scale, shift = self.running_affine_map()
             return _activate(torch.addcmul(shift, rows, scale).to(rows.dtype), relu)
         self.num_batches_tracked.add_(1)
-        if weight is None and self.reduce is _identity:
+        if weight is None and not (self.synchronize and world_size() > 1):
             buffers = self.running_mean, self.running_var
             normalized = F.batch_norm(rows, *buffers, self.weight, self.bias, True, self.momentum, self.eps)
             return _activate(normalized, relu)
@@ -139,10 +138,6 @@ class _WeightedNormalize(torch.autograd.Function):
 
 def _activate(rows: torch.Tensor, relu: bool) -> torch.Tensor:
     return F.relu(rows, inplace=True) if relu else rows
-
-
-def _identity(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
 
 
 class LinearBlock(nn.Module):
@@ -233,9 +228,7 @@ class _AllReduceSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        grad = grad.clone()
-        dist.all_reduce(grad)
-        return grad
+        return all_reduce_sum(grad)
 
 
 class _AllGatherRows(torch.autograd.Function):
@@ -248,9 +241,7 @@ class _AllGatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        grad = grad.clone()
-        dist.all_reduce(grad)
-        return grad.narrow(0, rank() * ctx.rows, ctx.rows)
+        return all_reduce_sum(grad).narrow(0, rank() * ctx.rows, ctx.rows)
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:

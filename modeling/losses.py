@@ -79,7 +79,10 @@ def contrastive_loss(
     gather = gather and world_size() > 1
     candidates = all_gather_rows(positives) if gather else positives
     candidate_valid = all_gather_rows(valid.to(torch.uint8)).bool() if gather else valid
-    near = None if excluded is None else _without_diagonal(excluded).flatten(0, 1)
+    near = None
+    if excluded is not None:
+        itself = torch.eye(excluded.shape[1], dtype=torch.bool, device=excluded.device)
+        near = (excluded & ~itself).flatten(0, 1)
 
     with torch.autocast(anchors.device.type, enabled=False):
         forward, reverse, positions = _InfoNCE.apply(
@@ -206,10 +209,6 @@ def _positions(logits: Tensor, positive: Tensor, own: Tensor) -> Tensor:
 def _penalty(valid: Tensor, like: Tensor) -> Tensor:
     """A column `(R, 1)`, added to the logits of each row."""
     return torch.where(valid, 0.0, NEVER).to(like.dtype)[:, None]
-
-
-def _without_diagonal(excluded: Tensor) -> Tensor:
-    return excluded & ~torch.eye(excluded.shape[1], dtype=torch.bool, device=excluded.device)
 
 
 def _mean_over_valid(per_row: Tensor, valid: Tensor) -> Tensor:

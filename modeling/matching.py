@@ -44,9 +44,15 @@ class PendingMatch:
         if linear_sum_assignment is None:
             raise ImportError("matching two views needs SciPy: pip install scipy")
         self.cost = pairwise_distances(coordinates, other)
-        host = _HostCopy(self.cost, mask, other_mask)
+        # copies that nobody waits for until a solver needs them; what comes from no CUDA device is waited for at once
+        has_event = self.cost.is_cuda
+        self._cost = self.cost.to("cpu", non_blocking=has_event)
+        self._masks = [m if m is None else m.to("cpu", non_blocking=has_event) for m in (mask, other_mask)]
+        self._copied = torch.cuda.Event() if has_event else None
+        if self._copied is not None:
+            self._copied.record()
         self._jobs: list[Future[np.ndarray]] = [
-            _solvers(os.getpid()).submit(_solve, host, item) for item in range(len(coordinates))
+            _solvers(os.getpid()).submit(self._solve, item) for item in range(len(coordinates))
         ]
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,36 +64,19 @@ class PendingMatch:
         distance = self.cost.gather(2, match.clamp(min=0).unsqueeze(-1)).squeeze(-1)
         return match.clamp(min=0), distance.masked_fill(match < 0, torch.inf)
 
+    def _solve(self, item: int) -> np.ndarray:
+        if self._copied is not None:
+            self._copied.synchronize()
+        cost = self._cost[item].numpy()
+        mask, other_mask = (None if m is None else m[item].numpy() for m in self._masks)
+        rows = np.arange(cost.shape[0]) if mask is None else np.flatnonzero(mask)
+        columns = np.arange(cost.shape[1]) if other_mask is None else np.flatnonzero(other_mask)
+        match = np.full(cost.shape[0], -1, dtype=np.int64)
+        solved_rows, solved_columns = linear_sum_assignment(cost[np.ix_(rows, columns)])
+        match[rows[solved_rows]] = columns[solved_columns]
+        return match
+
 
 def pairwise_distances(points: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Distances `(B, M, K)` of points `(B, M, 3)` to others `(B, K, 3)`, exact where they coincide."""
     return torch.cdist(points, other, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-class _HostCopy:
-    """Copies of costs and masks on the CPU that nobody waits for until a solver needs them."""
-
-    def __init__(self, cost: torch.Tensor, *masks: torch.Tensor | None) -> None:
-        has_event = cost.is_cuda  # what is copied from other devices is waited for at once
-        self._cost = cost.to("cpu", non_blocking=has_event)
-        self._masks = [None if mask is None else mask.to("cpu", non_blocking=has_event) for mask in masks]
-        self._copied = None
-        if has_event:
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-
-    def item(self, index: int) -> tuple[np.ndarray, list[np.ndarray | None]]:
-        if self._copied is not None:
-            self._copied.synchronize()
-        masks = [None if mask is None else mask[index].numpy() for mask in self._masks]
-        return self._cost[index].numpy(), masks
-
-
-def _solve(host: _HostCopy, item: int) -> np.ndarray:
-    cost, (mask, other_mask) = host.item(item)
-    rows = np.arange(cost.shape[0]) if mask is None else np.flatnonzero(mask)
-    columns = np.arange(cost.shape[1]) if other_mask is None else np.flatnonzero(other_mask)
-    match = np.full(cost.shape[0], -1, dtype=np.int64)
-    solved_rows, solved_columns = linear_sum_assignment(cost[np.ix_(rows, columns)])
-    match[rows[solved_rows]] = columns[solved_columns]
-    return match

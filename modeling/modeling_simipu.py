@@ -34,7 +34,7 @@ from .layers import LinearBlock, ProjectionHead, WeightedBatchNorm, linear, run_
 from .losses import ContrastiveResult, contrastive_loss
 from .matching import PendingMatch, pairwise_distances
 from .outputs_simipu import PointEncoderOutput, SimIPUForPreTrainingOutput, SimIPUModelOutput
-from .pointnet2 import PointNet2Encoder, gather_rows
+from .pointnet2 import PointNet2Encoder
 
 
 class SimIPUPreTrainedModel(PreTrainedModel):
@@ -72,9 +72,8 @@ class SimIPUPreTrainedModel(PreTrainedModel):
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif type(module).__module__.startswith("spconv."):
-            from .sparse_encoder import init_sparse_conv_weights
-
-            init_sparse_conv_weights(module)
+            # the fan-in reads spconv's layout (out, z, y, x, in) rightly
+            init.kaiming_normal_(module.get_parameter("weight"), mode="fan_in", nonlinearity="relu")
         else:
             super()._init_weights(module)
 
@@ -227,12 +226,16 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
         # the augmented view only yields detached keys: without gradient it costs a third and changes nothing
         with torch.no_grad():
             augmented = self.simipu.get_point_features(points_aug)
-            pending_match = _start_matching(view, augmented, lidar_to_aug)
+            back = invert_transform(lidar_to_aug).to(augmented.coordinates.dtype)
+            brought_back = transform_points(augmented.coordinates, back)
+            pending_match = PendingMatch(view.coordinates, brought_back, view.mask, augmented.mask)
 
         image_features = self.simipu.get_image_features(pixel_values)
         padded_size = (pixel_values.shape[-2], pixel_values.shape[-1])
         if image_sizes is None:
-            image_sizes = _whole_images(pixel_values)
+            # not `new_tensor` of the two, which would wait for the device
+            image_sizes = torch.full((len(pixel_values), 2), padded_size[0], device=pixel_values.device)
+            image_sizes[:, 1] = padded_size[1]
         pixels, depth = project_points(view.coordinates, lidar_to_pixel.to(view.coordinates.dtype))
         in_image = inside_image(pixels, depth, image_sizes)
         inter, image_embeds, point_embeds = self._inter_modal(
@@ -285,7 +288,7 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
         valid = distance.isfinite() if limit is None else distance <= limit
         queries = _project(self.intra_point_head, view.features, valid)
         with torch.no_grad():
-            keys = _project(self.intra_point_head, gather_rows(augmented.features, match), valid)
+            keys = _project(self.intra_point_head, augmented.features.take_along_dim(match[..., None], 1), valid)
         excluded = None
         if self.config.negative_exclusion_distance is not None:
             # candidate j is the key that point j was matched with
@@ -461,21 +464,6 @@ def _slots(point_output: PointEncoderOutput) -> torch.Tensor:
     if point_output.mask is not None:
         return point_output.mask
     return torch.ones(point_output.features.shape[:2], dtype=torch.bool, device=point_output.features.device)
-
-
-def _start_matching(
-    view: PointEncoderOutput, augmented: PointEncoderOutput, lidar_to_aug: torch.Tensor
-) -> PendingMatch:
-    back = invert_transform(lidar_to_aug).to(augmented.coordinates.dtype)
-    brought_back = transform_points(augmented.coordinates, back)
-    return PendingMatch(view.coordinates, brought_back, view.mask, augmented.mask)
-
-
-def _whole_images(pixel_values: torch.Tensor) -> torch.Tensor:
-    """`(B, 2)`, the height and width of `pixel_values` for each image."""
-    sizes = torch.full((len(pixel_values), 2), pixel_values.shape[-2], device=pixel_values.device)
-    sizes[:, 1] = pixel_values.shape[-1]
-    return sizes
 
 
 def _project(head: ProjectionHead, features: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:

@@ -231,7 +231,8 @@ def decode_boxes(
     dimensions = torch.exp(part["log_dimensions"]) * _mean_dimensions(config, class_labels)
     location = depth * ray - shift + F.pad(dimensions[..., :1] / 2, (1, 1))
     seen_angle = torch.atan2(*part["angle"].unbind(-1))
-    rotation = _wrap(seen_angle + torch.atan2(ray[..., 0], ray[..., 2]))
+    rotation = seen_angle + torch.atan2(ray[..., 0], ray[..., 2])
+    rotation = torch.remainder(rotation + math.pi, 2 * math.pi) - math.pi  # in [-pi, pi)
     return torch.cat([location, dimensions, rotation[..., None]], dim=-1)
 
 
@@ -253,11 +254,6 @@ def _focal_length(intrinsics: Tensor) -> Tensor:
 def _mean_dimensions(config: SimIPUDetectionConfig, class_labels: Tensor) -> Tensor:
     means = torch.tensor(config.mean_dimensions, device=class_labels.device, dtype=torch.float32)
     return means[class_labels]
-
-
-def _wrap(angle: Tensor) -> Tensor:
-    """Radians in [-pi, pi)."""
-    return torch.remainder(angle + math.pi, 2 * math.pi) - math.pi
 
 
 # --- targets and losses ---------------------------------------------------------------------------------------------
@@ -299,9 +295,7 @@ def encode_targets(
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
     order, cells, values = order[inside], cells[inside], values[inside]
     place = class_labels[order] * height * width + cells[:, 1] * width + cells[:, 0]
-    is_last = torch.ones_like(order, dtype=torch.bool)
-    for index in range(len(order)):
-        is_last[:index] &= place[:index] != place[index]
+    is_last = ~(place[:, None] == place).triu(diagonal=1).any(dim=1)
     order, cells, values = order[is_last], cells[is_last], values[is_last]
     boxes, class_labels = labels["boxes"][order], class_labels[order]
     y, x = (torch.arange(length, device=cells.device) for length in (height, width))
@@ -369,18 +363,16 @@ def select_peaks(logits: Tensor, regression: Tensor, count: int) -> _Peaks:
 
     A score is the heat map's, times exp(-spread of the log depth): boxes whose depth is unsure come later.
     """
-    batch, _, height, width = logits.shape
+    height, width = logits.shape[-2:]
     heat_map = logits.sigmoid()
     peaks = heat_map * (heat_map == F.max_pool2d(heat_map, 3, stride=1, padding=1))
     scores, index = peaks.flatten(1).topk(min(count, peaks[0].numel()))
-    labels, cell = index.div(height * width, rounding_mode="floor"), index % (height * width)
-    values = regression.flatten(2).transpose(1, 2)[torch.arange(batch, device=index.device)[:, None], cell]
+    cell = index % (height * width)
+    values = regression.flatten(2).transpose(1, 2).take_along_dim(cell[..., None], 1)
     sure = torch.exp(-torch.exp(split_values(values)["log_spread"][..., 0]))
-    cells = torch.stack([cell % width, cell.div(width, rounding_mode="floor")], dim=-1)
     scores, order = (scores * sure).sort(dim=1, descending=True, stable=True)
-    picked = [tensor.gather(1, order) for tensor in (labels, cells[..., 0], cells[..., 1])]
-    values = values.gather(1, order[..., None].expand_as(values))
-    return _Peaks(scores, picked[0], torch.stack(picked[1:], dim=-1), values)
+    index, cell, values = index.gather(1, order), cell.gather(1, order), values.take_along_dim(order[..., None], 1)
+    return _Peaks(scores, index // (height * width), torch.stack([cell % width, cell // width], dim=-1), values)
 
 
 SimIPUForMonocular3DDetection.register_for_auto_class("AutoModel")

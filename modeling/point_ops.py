@@ -12,7 +12,7 @@ Shapes: B clouds, N points each, M samples or centres, K slots of a group, G = B
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -65,14 +65,8 @@ def furthest_point_sample(points: Tensor, num_samples: int, backend: str = "auto
     """
     _check_sampling(points, num_samples)
     values = _at_least_float32(points).contiguous()
-    single, spatial = values.dtype == torch.float32, values.shape[2] == 3
-    backend = _choose(
-        "furthest_point_sample",
-        backend,
-        triton=_obstacle(triton, "triton", values.is_cuda and single and spatial, "3 coordinates in float32 on CUDA"),
-        numba=_obstacle(numba, "numba", values.device.type == "cpu" and spatial, "3 coordinates on the CPU"),
-        torch=None,
-    )
+    obstacles = _obstacles(values, "3 coordinates", applies=values.shape[2] == 3)
+    backend = _choose("furthest_point_sample", backend, **obstacles)
     if backend == "triton":
         return triton_sample(values, num_samples)
     if backend == "numba":
@@ -106,15 +100,7 @@ def furthest_point_sample_features(features: Tensor, num_samples: int, backend: 
     """
     _check_sampling(features, num_samples)
     values = _at_least_float32(features).contiguous()
-    backend = _choose(
-        "furthest_point_sample_features",
-        backend,
-        triton=_obstacle(
-            triton, "triton", values.is_cuda and values.dtype == torch.float32, "features in float32 on CUDA"
-        ),
-        numba=_obstacle(numba, "numba", values.device.type == "cpu", "features on the CPU"),
-        torch=None,
-    )
+    backend = _choose("furthest_point_sample_features", backend, **_obstacles(values, "features"))
     if backend == "triton":
         return triton_sample_features(values, num_samples)
     if backend == "numba":
@@ -156,15 +142,7 @@ def ball_query(
     Source: official `ball_query_cuda.cu`.
     """
     points, centers = _at_least_float32(points).contiguous(), _at_least_float32(centers).contiguous()
-    backend = _choose(
-        "ball_query",
-        backend,
-        triton=_obstacle(
-            triton, "triton", points.is_cuda and points.dtype == torch.float32, "points in float32 on CUDA"
-        ),
-        numba=_obstacle(numba, "numba", points.device.type == "cpu", "points on the CPU"),
-        torch=None,
-    )
+    backend = _choose("ball_query", backend, **_obstacles(points, "points"))
     if backend == "numba":
         rings = numba_ball_query(points, centers, _squared_radii(radii, points.dtype), num_samples)
         return [Neighbors(*ring) for ring in rings]
@@ -214,8 +192,7 @@ def group_max(rows: Tensor, neighbors: Neighbors, backend: str = "auto") -> Tens
     Returns:
         (G, C). The gradient goes to the first entry that attains the maximum.
     """
-    on_cpu = rows.device.type == "cpu"
-    backend = _choose("group_max", backend, numba=_obstacle(numba, "numba", on_cpu, "rows on the CPU"), torch=None)
+    backend = _choose("group_max", backend, numba=_obstacles(rows, "rows")["numba"], torch=None)
     if backend == "numba":
         values = _at_least_float32(rows).contiguous()
         return GroupMax.apply(values, neighbors.index, neighbors.offsets).to(rows.dtype)
@@ -265,11 +242,17 @@ def _check_sampling(points: Tensor, num_samples: int) -> None:
         )
 
 
-def _obstacle(package: Any, name: str, applies: bool, takes: str) -> Exception | None:
-    """Why a backend cannot be used, if so."""
-    if package is None:
-        return ImportError(f"this backend needs {name}, which cannot be imported: pip install {name}")
-    return None if applies else ValueError(f"this backend takes {takes}")
+def _obstacles(values: Tensor, takes: str, applies: bool = True) -> dict[str, Exception | None]:
+    """Why each backend cannot be used for `values`, if so, the fastest first."""
+    obstacles: dict[str, Exception | None] = {}
+    for name, package, fits, where in (
+        ("triton", triton, values.is_cuda and values.dtype == torch.float32, "in float32 on CUDA"),
+        ("numba", numba, values.device.type == "cpu", "on the CPU"),
+    ):
+        obstacles[name] = None if fits and applies else ValueError(f"this backend takes {takes} {where}")
+        if package is None:
+            obstacles[name] = ImportError(f"this backend needs {name}, which cannot be imported: pip install {name}")
+    return {**obstacles, "torch": None}
 
 
 @functools.cache
@@ -279,23 +262,13 @@ def triton_works(operation: str, device: str = "cuda") -> bool:
     Warns where it does not; a kernel that cannot run must not end a training that `"auto"` chose it for.
     """
     points = (torch.arange(48.0).square() % 17).view(1, 16, 3).to(device)
-    ring = [(0.0, 5.0)], [4]
-    kernel, definition = {
-        "furthest_point_sample": (
-            lambda: triton_sample(points, 8),
-            lambda: furthest_point_sample(points, 8, backend="torch"),
-        ),
-        "furthest_point_sample_features": (
-            lambda: triton_sample_features(points, 8),
-            lambda: furthest_point_sample_features(points, 8, backend="torch"),
-        ),
-        "ball_query": (
-            lambda: triton_ball_query_padded(points, points, _squared_radii(ring[0], points.dtype), ring[1])[0],
-            lambda: ball_query_padded(points, points, *ring)[0],
-        ),
+    run: Callable[[str], Tensor] = {
+        "furthest_point_sample": lambda backend: furthest_point_sample(points, 8, backend),
+        "furthest_point_sample_features": lambda backend: furthest_point_sample_features(points, 8, backend),
+        "ball_query": lambda backend: ball_query(points, points, [(0.0, 5.0)], [4], backend)[0].index,
     }[operation]
     try:
-        problem = "" if torch.equal(kernel(), definition()) else "its result is not the definition's"
+        problem = "" if torch.equal(run("triton"), run("torch")) else "its result is not the definition's"
     except Exception as error:  # compilers fail in many ways
         problem = f"{type(error).__name__}: {error}"
     if problem:

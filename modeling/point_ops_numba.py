@@ -154,9 +154,7 @@ def _sample_coordinates(points, samples):
     n = len(points)
     order, starts = _buckets(points)
     num_buckets = len(starts) - 1
-    x, y, z = np.empty(n, points.dtype), np.empty(n, points.dtype), np.empty(n, points.dtype)
-    for i in range(n):
-        x[i], y[i], z[i] = points[order[i], 0], points[order[i], 1], points[order[i], 2]
+    x, y, z = points[order, 0], points[order, 1], points[order, 2]
     low, high = np.empty((num_buckets, 3), points.dtype), np.empty((num_buckets, 3), points.dtype)
     for b in range(num_buckets):
         for axis in range(3):
@@ -308,9 +306,7 @@ def _query(points, centers, low, high, slots, first_row, index, count):
     radius = 1.001 * np.sqrt(np.float64(farthest))  # nothing that rounding puts inside lies beyond
     order, starts, origin, size = _grid(points, radius)
     n = len(points)
-    x, y, z = np.empty(n, points.dtype), np.empty(n, points.dtype), np.empty(n, points.dtype)
-    for i in range(n):
-        x[i], y[i], z[i] = points[order[i], 0], points[order[i], 1], points[order[i], 2]
+    x, y, z = points[order, 0], points[order, 1], points[order, 2]
 
     written = np.zeros(num_rings, np.int64)
     for s in range(1, num_rings):

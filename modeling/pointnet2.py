@@ -86,16 +86,14 @@ class SetAbstraction(nn.Module):
             Centres `(B, M, 3)`, their features `(B, M, C_out)` and their rows in the cloud `(B, M)`.
         """
         indices = self.draw_centers(coordinates, features)
-        centers = gather_rows(coordinates, indices)
+        centers = coordinates.take_along_dim(indices[..., None], 1)
         groups = ball_query(coordinates, centers, self.radii, self.num_samples, backend=self.grouping_backend)
         rows = features.flatten(0, 1)
-        scale: dict[str | None, Callable[..., torch.Tensor]] = {
-            None: self._scale_without_xyz,
-            "last": self._scale_xyz_last,
-            "first": self._scale_xyz_first,
-        }
+        scale: Callable[..., torch.Tensor] = self._scale_without_xyz
+        if self.xyz_layer is not None:
+            scale = self._scale_xyz_last if self.xyz_layer == "last" else self._scale_xyz_first
         pooled = [
-            scale[self.xyz_layer](blocks, neighbors, rows, coordinates.flatten(0, 1), centers.flatten(0, 1))
+            scale(blocks, neighbors, rows, coordinates.flatten(0, 1), centers.flatten(0, 1))
             for blocks, neighbors in zip(self.mlps, groups, strict=True)
         ]
         summary = self.aggregation(torch.cat(pooled, dim=1))
@@ -107,24 +105,19 @@ class SetAbstraction(nn.Module):
         drawn, start = [], 0
         for num_points, mod, sample_range in zip(self.num_points, self.fps_mods, self.fps_sample_ranges, strict=True):
             stop = coordinates.shape[1] if sample_range == -1 else start + sample_range
-            indices = self._sample(mod, coordinates[:, start:stop], features[:, start:stop], num_points)
-            drawn.append(indices + start)
+            xyz = coordinates[:, start:stop]
+            if num_points > xyz.shape[1]:
+                raise ValueError(
+                    f"{mod} has to draw {num_points} points from {xyz.shape[1]}: give the encoder larger clouds "
+                    "(num_points of the processor) or lower point_config.num_points"
+                )
+            if mod in ("F-FPS", "FS"):
+                joint = torch.cat([xyz, features[:, start:stop].to(xyz.dtype)], dim=-1)
+                drawn.append(start + furthest_point_sample_features(joint, num_points, self.sampling_backend))
+            if mod in ("D-FPS", "FS"):
+                drawn.append(start + furthest_point_sample(xyz, num_points, self.sampling_backend))
             start = stop
         return torch.cat(drawn, dim=1)
-
-    def _sample(self, mod: str, coordinates: torch.Tensor, features: torch.Tensor, num_points: int) -> torch.Tensor:
-        if num_points > coordinates.shape[1]:
-            raise ValueError(
-                f"{mod} has to draw {num_points} points from {coordinates.shape[1]}: give the encoder larger clouds "
-                "(num_points of the processor) or lower point_config.num_points"
-            )
-        samples = []
-        if mod in ("F-FPS", "FS"):
-            joint = torch.cat([coordinates, features.to(coordinates.dtype)], dim=-1)
-            samples.append(furthest_point_sample_features(joint, num_points, self.sampling_backend))
-        if mod in ("D-FPS", "FS"):
-            samples.append(furthest_point_sample(coordinates, num_points, self.sampling_backend))
-        return torch.cat(samples, dim=1)
 
     def _scale_without_xyz(
         self, blocks: Iterable[LinearBlock], neighbors: Neighbors, rows: torch.Tensor, *_: torch.Tensor
@@ -263,8 +256,3 @@ class PointNet2Encoder(nn.Module):
                 coordinates, features, drawn = level(coordinates, features)
                 indices = drawn if indices is None else indices.gather(1, drawn)
         return PointEncoderOutput(coordinates=coordinates, features=features, indices=indices)
-
-
-def gather_rows(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """Rows `indices` `(B, M)` of each item of `tensor` `(B, N, C)`: `(B, M, C)`."""
-    return tensor.gather(1, indices.unsqueeze(-1).expand(-1, -1, tensor.shape[-1]))

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers import initialization as init
 
 from .layers import WeightedBatchNorm
 from .outputs_simipu import PointEncoderOutput
@@ -175,16 +174,6 @@ class SparseResidualBlock(nn.Module):
         x = _convolve(self.conv1, x)
         x = _convolve(self.conv2, x.replace_feature(F.relu(self.norm1(x.features))))
         return x.replace_feature(F.relu(self.norm2(x.features) + shortcut))
-
-
-def init_sparse_conv_weights(module: nn.Module) -> None:
-    """Initialises `module` if it is a sparse convolution; `PreTrainedModel._init_weights` passes every module on.
-
-    He normal over the fan-in, which reads spconv's layout (out, z, y, x, in) rightly. Parameters that were loaded are
-    left alone.
-    """
-    if spconv is not None and isinstance(module, spconv.conv.SparseConvolution):
-        init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
 
 
 class CellMeans(NamedTuple):

@@ -30,24 +30,11 @@ def test_official_preset_holds_the_official_values():
     assert config.inter_modal_point_gradient == "none"
 
 
-def test_presets_differ_only_in_values_of_the_same_fields():
-    official, recommended = (SimIPUConfig.from_preset(name).to_dict() for name in ("official", "recommended"))
-    assert official.keys() == recommended.keys()
-    assert official["point_config"].keys() == recommended["point_config"].keys()
-    assert official["image_config"].keys() == recommended["image_config"].keys()
-
-
 def test_overrides_are_merged_into_the_preset():
     config = SimIPUConfig.from_preset("official", temperature=0.1, image_config={"architecture": "resnet18"})
     assert config.temperature == 0.1
     assert config.image_config.architecture == "resnet18"
     assert config.image_config.batch_norm_eps == 1e-3
-
-
-def test_sub_configs_are_chosen_by_their_model_type():
-    assert isinstance(SimIPUConfig().point_config, SimIPUPointNet2Config)
-    sparse = SimIPUConfig(point_config={"model_type": "simipu_sparse_conv"})
-    assert isinstance(sparse.point_config, SimIPUSparseConvConfig)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 import math
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from tiny_simipu import tiny_batch, tiny_config
@@ -159,14 +158,6 @@ def test_every_missing_tensor_is_initialised_after_meta_loading(model, tmp_path)
     weight = loaded.intra_point_head.layers[0].linear.weight
     assert 0.5 < weight.abs().max() * 32**0.5 <= 1  # uniform in +-1/sqrt(fan in), PyTorch's default
     assert torch.equal(loaded.intra_point_head.layers[0].norm.running_var, torch.ones(32))
-
-
-def test_timm_keeps_its_own_initialisation():
-    torch.manual_seed(0)
-    model = SimIPUForPreTraining(tiny_config())
-    block = model.simipu.image_encoder.layer1[0]
-    assert block.bn2.weight.abs().max() == 0  # timm zeroes the last batch norm of a residual block
-    assert type(model.simipu.image_encoder) is type(timm.create_model("resnet10t"))
 
 
 def test_official_batch_norm_constants_reach_the_image_encoder():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from simipu_hf.modeling.configuration_simipu import SimIPUDetectionConfig
-from simipu_hf.modeling.geometry import FeatureGrid, box_corners, image_boxes
+from simipu_hf.modeling.geometry import FeatureGrid, image_boxes
 from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
 from simipu_hf.modeling.modeling_simipu_detection import (
     CHANNELS,
@@ -221,7 +221,6 @@ def test_post_processing_gives_boxes_of_the_original_image():
     low, high = np.min(corners, axis=0), np.max(corners, axis=0)
     assert found["boxes"][0].tolist() == pytest.approx([*low, *high])
     assert found["alpha"].item() == pytest.approx(0.4 - math.atan2(1, 20))
-    assert box_corners(box[None]).shape == (1, 8, 3)
     clipped = image_boxes(box[None], PROJECTION, (200, 620))[0]
     assert clipped[2].item() == 619
 

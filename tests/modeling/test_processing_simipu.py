@@ -48,7 +48,6 @@ def in_original(points, preset):
     ("preset", "image_size", "content", "padded"),
     [
         ("recommended", None, (384, 1248), (384, 1248)),
-        ("recommended", (96, 320), (96, 320), (96, 320)),
         ("recommended", (50, 100), (50, 100), (64, 128)),
         ("official", None, (384, 1200), (384, 1216)),  # 80 x 250 within 384 x 1280
         ("official", (96, 200), (64, 200), (64, 224)),

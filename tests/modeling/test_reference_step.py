@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 from simipu_hf.hub.export import convert_checkpoint
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
-from simipu_hf.modeling.pointnet2 import gather_rows
 
 RELATIVE = 1e-9
 # The reference's own rounding: gradients of biases before a batch norm are 0 exactly, it has up to 6e-11 there
@@ -140,7 +139,7 @@ def test_accuracies(case, step):
     arbitrary: it must lie between counting every tie as a miss and as a hit, and so must ours."""
     model, output = step
     with torch.no_grad():
-        matched = gather_rows(output.point_aug_output.features, output.match)
+        matched = output.point_aug_output.features.take_along_dim(output.match[..., None], 1)
         embeds = {
             "inter": (output.image_embeds, output.point_embeds),
             "intra": [

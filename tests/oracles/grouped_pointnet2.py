@@ -11,7 +11,7 @@ from torch import nn
 from simipu_hf.modeling.layers import LinearBlock
 from simipu_hf.modeling.outputs_simipu import PointEncoderOutput
 from simipu_hf.modeling.point_ops import ball_query_padded, furthest_point_sample, furthest_point_sample_features
-from simipu_hf.modeling.pointnet2 import PointNet2Encoder, SetAbstraction, gather_rows
+from simipu_hf.modeling.pointnet2 import PointNet2Encoder, SetAbstraction
 
 
 class GroupedPointNet2(nn.Module):
@@ -33,7 +33,7 @@ class GroupedPointNet2(nn.Module):
         for level in self.encoder.levels:
             assert isinstance(level, SetAbstraction)
             drawn = draw_centers(level, coordinates, features)
-            centers = gather_rows(coordinates, drawn)
+            centers = coordinates.take_along_dim(drawn[..., None], 1)
             features = summarize_groups(level, coordinates, features, centers)
             coordinates = centers
             indices = drawn if indices is None else indices.gather(1, drawn)
@@ -89,14 +89,6 @@ def run_block(block: LinearBlock, grouped: torch.Tensor) -> torch.Tensor:
     grouped = F.conv2d(grouped, linear.weight[:, :, None, None], linear.bias)
     if norm.training:
         norm.num_batches_tracked += 1
-    grouped = F.batch_norm(
-        grouped,
-        norm.running_mean,
-        norm.running_var,
-        norm.weight,
-        norm.bias,
-        norm.training,
-        norm.momentum,
-        norm.eps,
-    )
+    state = norm.running_mean, norm.running_var, norm.weight, norm.bias
+    grouped = F.batch_norm(grouped, *state, norm.training, norm.momentum, norm.eps)
     return F.relu(grouped, inplace=True)
