@@ -456,6 +456,8 @@ class SimIPUDetectionConfig(PreTrainedConfig):
         return cast("SimIPUImageConfig", self.image_config)
 
     def validate_architecture(self) -> None:
+        if not self.classes or (self.out_indices is not None and not self.out_indices):
+            raise ValueError("classes and out_indices: name at least one of each, or no out_indices at all (None)")
         if len(self.mean_dimensions) != len(self.classes) or any(
             len(size) != 3 or min(size) <= 0 for size in self.mean_dimensions
         ):

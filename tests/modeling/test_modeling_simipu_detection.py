@@ -226,7 +226,10 @@ def test_post_processing_gives_boxes_of_the_original_image():
 
 
 def test_configurations_that_do_not_fit_are_named():
-    with pytest.raises(Exception, match="mean_dimensions"):
-        SimIPUDetectionConfig(classes=["Car"])
-    with pytest.raises(Exception, match="hidden_size"):
-        SimIPUDetectionConfig(hidden_size=0)
+    for fields, message in (
+        ({"classes": ["Car"]}, "mean_dimensions"),
+        ({"hidden_size": 0}, "hidden_size"),
+        ({"out_indices": []}, "name at least one"),
+    ):
+        with pytest.raises(Exception, match=message):
+            SimIPUDetectionConfig(**fields)
