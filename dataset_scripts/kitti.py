@@ -136,8 +136,9 @@ def list_frames(
     splits = (splits,) if isinstance(splits, str) else splits
     cameras = (cameras,) if isinstance(cameras, int | str) else cameras
     scenes = (scenes,) if isinstance(scenes, str) else scenes
+    cameras = cameras if cameras is None else list(cameras)
     if cameras is not None and not set(map(str, cameras)) <= {"2", "3", "02", "03"}:
-        raise ValueError(f"cameras: expected 2 and / or 3 (KITTI's colour cameras), found {list(cameras)}")
+        raise ValueError(f"cameras: expected 2 and / or 3 (KITTI's colour cameras), found {cameras}")
     chosen = None if cameras is None else [int(camera) for camera in cameras]
     _require(splits, split_names(name, root), f"{root}: splits")
     if name != "object":
@@ -600,17 +601,17 @@ def read_objects(path: str | None, problems: list[str] | None = None) -> dict[st
     return objects
 
 
-def _lines(path: str) -> list[str]:
+def _lines(path: str, what: str = "a text file") -> list[str]:
     try:
         with open(path, encoding="utf-8-sig", errors="replace") as file:
             return file.read().splitlines()
     except OSError as error:
-        raise ValueError(f"{path}: expected a text file, found: {error}") from error
+        raise ValueError(f"{path}: expected {what}, found: {error}") from error
 
 
 def _read_values(path: str) -> dict[str, str]:
     """Lines `key: values` of a calibration file."""
-    pairs = (line.partition(":") for line in _lines(path))
+    pairs = (line.partition(":") for line in _lines(path, "a calibration file"))
     return {key.strip(): values for key, colon, values in pairs if colon}
 
 

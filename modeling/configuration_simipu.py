@@ -457,7 +457,10 @@ class SimIPUDetectionConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         if not self.classes or (self.out_indices is not None and not self.out_indices):
-            raise ValueError("classes and out_indices: name at least one of each, or no out_indices at all (None)")
+            raise ValueError(
+                "classes and out_indices: expected at least one of each, or None as out_indices, found "
+                f"{list(self.classes)} and {self.out_indices}"
+            )
         if len(self.mean_dimensions) != len(self.classes) or any(
             len(size) != 3 or min(size) <= 0 for size in self.mean_dimensions
         ):

@@ -41,7 +41,7 @@ class WeightedBatchNorm(nn.Module):
         self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
 
     def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over the processes that share statistics."""
+        """Sum over the processes that share statistics; `tensor` itself where none do."""
         return all_reduce_sum(tensor) if self.synchronize else tensor
 
     def forward(self, rows: torch.Tensor, weight: torch.Tensor | None = None, relu: bool = False) -> torch.Tensor:

@@ -226,9 +226,7 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
         # the augmented view only yields detached keys: without gradient it costs a third and changes nothing
         with torch.no_grad():
             augmented = self.simipu.get_point_features(points_aug)
-            back = invert_transform(lidar_to_aug).to(augmented.coordinates.dtype)
-            brought_back = transform_points(augmented.coordinates, back)
-            pending_match = PendingMatch(view.coordinates, brought_back, view.mask, augmented.mask)
+            pending_match = _start_matching(view, augmented, lidar_to_aug)
 
         image_features = self.simipu.get_image_features(pixel_values)
         padded_size = (pixel_values.shape[-2], pixel_values.shape[-1])
@@ -464,6 +462,14 @@ def _slots(point_output: PointEncoderOutput) -> torch.Tensor:
     if point_output.mask is not None:
         return point_output.mask
     return torch.ones(point_output.features.shape[:2], dtype=torch.bool, device=point_output.features.device)
+
+
+def _start_matching(
+    view: PointEncoderOutput, augmented: PointEncoderOutput, lidar_to_aug: torch.Tensor
+) -> PendingMatch:
+    back = invert_transform(lidar_to_aug).to(augmented.coordinates.dtype)
+    brought_back = transform_points(augmented.coordinates, back)
+    return PendingMatch(view.coordinates, brought_back, view.mask, augmented.mask)
 
 
 def _project(head: ProjectionHead, features: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:

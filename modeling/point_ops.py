@@ -261,7 +261,7 @@ def triton_works(operation: str, device: str = "cuda") -> bool:
 
     Warns where it does not; a kernel that cannot run must not end a training that `"auto"` chose it for.
     """
-    points = (torch.arange(48.0).square() % 17).view(1, 16, 3).to(device)
+    points = (torch.arange(48, dtype=torch.float32).square() % 17).view(1, 16, 3).to(device)
     run: Callable[[str], Tensor] = {
         "furthest_point_sample": lambda backend: furthest_point_sample(points, 8, backend),
         "furthest_point_sample_features": lambda backend: furthest_point_sample_features(points, 8, backend),

@@ -9,6 +9,7 @@ Without a data set it drives through streets generated on the spot. Read `demo` 
 import contextlib
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -190,10 +191,8 @@ def is_demo(path: Path) -> bool:
     """Whether a folder holds a demo, and nothing else; a stage that was killed may have left something hidden."""
     ours = (DRIVE, FRAMES, RUN, PICTURES, REPORT, RESULTS)
 
-    def is_ours(name: str) -> bool:
-        return name in ours or (name.startswith(".") and any(own in name for own in ours))
-
-    return path.is_dir() and all(is_ours(found.name) for found in path.iterdir())
+    hidden = re.compile(rf"\.([0-9a-f]{{8}}-)?({'|'.join(map(re.escape, ours))})([.-].*)?")
+    return path.is_dir() and all(f.name in ours or hidden.fullmatch(f.name) for f in path.iterdir())
 
 
 def make_frames(

@@ -83,6 +83,9 @@ def test_an_existing_folder_is_kept(made, tmp_path):
     with pytest.raises(SimIPUError, match="holds something else"):
         demo(tmp_path, settings=TINY, overwrite_output_dir=True)
     assert (tmp_path / "thesis.txt").exists()
+    (tmp_path / "tools" / ".trunk").mkdir(parents=True)
+    with pytest.raises(SimIPUError, match="holds something else"):
+        prepare_output_dir(tmp_path / "tools", None, overwrite=True)
     with pytest.raises(SimIPUError, match="lies in --output_dir"):
         demo(made, data_dir=made / "frames", settings=TINY, overwrite_output_dir=True)
     assert (made / "report.html").exists()

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -638,6 +639,18 @@ def test_second_start_on_a_finished_run_only_finishes(run, whole, tmp_path, caps
         run("out", "--resume_from_checkpoint", "latest")
     assert_same_result(whole, again)
     assert f'timm.create_model("local-dir:{out.as_posix()}/image_encoder", pretrained=True)' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["pretrain", "finetune_depth", "finetune_detection"])
+def test_a_module_ends_with_one_line_for_a_mistake(name, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["", "--train_frames=a", "--image_encoder=b", "--output_dir=c", "--seed=-1"])
+    if name == "pretrain":
+        monkeypatch.setattr("sys.argv", ["", "--data_dir=a", "--output_dir=c", "--seed=-1"])
+    monkeypatch.delitem(sys.modules, f"simipu_hf.{name}", raising=False)  # runpy warns of a module that is there
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(f"simipu_hf.{name}", run_name="__main__")
+    assert end.value.code == 1
+    assert capsys.readouterr().err == "error: --seed must be at least 0 and below 2**32, found -1\n"
 
 
 def test_a_killed_process_resumes_to_the_bit(frames, tmp_path):

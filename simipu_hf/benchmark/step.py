@@ -141,7 +141,9 @@ def profile_parts(
         clocks["device_seconds"] = "device_time_total"
 
     def mean(name: str) -> dict[str, float]:  # of microseconds; none where the matching never waited
-        return {clock: getattr(events.get(name), total, 0.0) / 1e6 / repeats for clock, total in clocks.items()}
+        event = events.get(name)
+        totals = {clock: getattr(event, total) if event else 0.0 for clock, total in clocks.items()}
+        return {clock: total / 1e6 / repeats for clock, total in totals.items()}
 
     parts = {name: mean(name) for name in ("point encoder", "image encoder", WAITING)}
     rest = {clock: whole - sum(part[clock] for part in parts.values()) for clock, whole in mean(FORWARD).items()}

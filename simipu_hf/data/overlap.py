@@ -118,8 +118,10 @@ def _content(row: Mapping[str, Any]) -> list[Key]:
     if row.get("points"):
         keys.append(("points", hashlib.sha256(row["points"]).digest()))
     image = row["image"] or {"bytes": None, "path": None}
+    if image["bytes"] is None and image["path"] is None:
+        return keys
     try:
         data = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
-    except (OSError, TypeError):  # it cannot be read, or there is none
+    except OSError:
         return keys
     return [("image", hashlib.sha256(data).digest()), *keys]

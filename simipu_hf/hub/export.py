@@ -54,6 +54,8 @@ from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
 Format = Literal["timm", "transformers", "torchvision", "mmdet", "official", "onnx"]
+RESNET_FORMS = ("transformers", "torchvision", "mmdet", "official")  # take these architectures alone
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 # What an architecture's `pretrained_cfg` says of the network, not of the weights that timm publishes for it.
 ARCHITECTURE_FIELDS = ("first_conv", "classifier", "fixed_input_size", "min_input_size", "interpolation")
@@ -142,8 +144,7 @@ def export_image_encoder(
     weights = find_image_encoder(model).with_channel_order(channel_order)
     if not weights.state_dict:
         raise SimIPUError(f"{model}: random weights are not exported")
-    resnets = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-    if format not in ("timm", "onnx") and weights.architecture not in resnets:
+    if format in RESNET_FORMS and weights.architecture not in RESNETS:
         raise SimIPUError(
             f"the {format} form takes resnet18, 34, 50, 101 and 152; this encoder is {weights.architecture}: "
             "use the timm form"

@@ -25,7 +25,7 @@ from simipu_hf.errors import SimIPUError
 
 Schedule = Literal["exponential", "constant", "constant_with_warmup", "linear", "cosine", "polynomial", "inverse_sqrt"]
 ArgumentsT = TypeVar("ArgumentsT")
-PRESETS = Path(__file__).parent / "presets"
+CONFIGS = Path(__file__).parent / "presets"  # configuration files that come with the package
 
 
 @dataclass(kw_only=True)
@@ -706,7 +706,7 @@ def check_sizes(arguments: Any, *names: str) -> None:
 
 
 def refuse_without_effect(arguments: Any, has_effect: Any, reason: str, *names: str) -> None:
-    """Raises a `SimIPUError` for one of the flags `names` that differs from its default where it would be ignored."""
+    """Raises a `SimIPUError` for one of the flags `names`, whose defaults are plain values, that would be ignored."""
     for name in names:
         if not has_effect and getattr(arguments, name) != getattr(type(arguments), name):  # a field's default
             raise SimIPUError(f"--{name} does nothing {reason}")
@@ -770,7 +770,7 @@ def _flags_of(config: str, cls: type) -> list[str]:
 
 def packaged_configs() -> list[str]:
     """Names of the configuration files that come with the package."""
-    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
 class _TextLoader(yaml.SafeLoader):
@@ -791,7 +791,7 @@ def read_config(name: str) -> dict[str, Any]:
     Raises:
         SimIPUError: there is no such file, or it holds something else.
     """
-    file = Path(name) if Path(name).is_file() else PRESETS / f"{name}.yaml"
+    file = Path(name) if Path(name).is_file() else CONFIGS / f"{name}.yaml"
     if not file.is_file():
         raise SimIPUError(f"--config {name}: no such file; the packaged ones are {', '.join(packaged_configs())}")
     try:

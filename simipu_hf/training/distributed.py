@@ -109,7 +109,7 @@ def check_processes(accelerator: Accelerator) -> None:
 
 
 def use_all_cores(accelerator: Accelerator) -> None:
-    """Let a single CPU process that `accelerate launch` started use every core.
+    """Let a single CPU process that `accelerate launch` started use every core that it may use.
 
     The launcher sets OMP_NUM_THREADS to 1 unless it is told otherwise, which suits one process per core.
     """

@@ -118,7 +118,7 @@ def test_scenes_are_held_out_whole(object_root, tmp_path):
     with pytest.raises(SimIPUError, match="between 0 and 1"):
         load_pretraining_dataset(source, validation_share=2)
     with pytest.raises(SimIPUError, match="leave validation_share out"):  # it has a validation split
-        load_pretraining_dataset(data_dir=object_root, validation_share=0.5)
+        load_pretraining_dataset(data_dir=object_root, validation_share=0.5, cache_dir=tmp_path)
 
 
 def test_a_scene_that_is_null_is_made_of_the_name(tmp_path):

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from simipu_hf.errors import SimIPUError
-from simipu_hf.hub.export import convert_checkpoint, export_image_encoder
+from simipu_hf.hub.export import RESNET_FORMS, convert_checkpoint, export_image_encoder
 from simipu_hf.hub.official import official_name
 from simipu_hf.hub.sources import load_image_encoder
 from simipu_hf.modeling.configuration_simipu import SimIPUConfig
@@ -83,10 +83,12 @@ def test_there_and_back_is_bit_equal(full_state, converted, tmp_path):
 
 
 def test_other_networks_have_no_official_form(tmp_path):
-    for fields in ({"image_config": {"architecture": "resnet10t"}}, {"image_config": {"architecture": "resnet18"}}):
+    for architecture, message in (("resnet18", "other point encoders and heads"), ("resnet10t", "takes resnet18, 34")):
+        fields = {"image_config": {"architecture": architecture}}
         SimIPUForPreTraining(SimIPUConfig.from_preset("recommended", **fields)).save_pretrained(tmp_path / "model")
-        with pytest.raises(SimIPUError, match=r"official form takes resnet18|other point encoders and heads"):
-            export_image_encoder(tmp_path / "model", tmp_path / "out.pth", "official")
+        for form in ("official",) if architecture == "resnet18" else RESNET_FORMS:
+            with pytest.raises(SimIPUError, match=message):
+                export_image_encoder(tmp_path / "model", tmp_path / "out.pth", form)
     assert not (tmp_path / "out.pth").exists()
 
 

@@ -229,7 +229,8 @@ def test_configurations_that_do_not_fit_are_named():
     for fields, message in (
         ({"classes": ["Car"]}, "mean_dimensions"),
         ({"hidden_size": 0}, "hidden_size"),
-        ({"out_indices": []}, "name at least one"),
+        ({"out_indices": []}, "expected at least one"),
+        ({"classes": [], "mean_dimensions": []}, "expected at least one"),
     ):
         with pytest.raises(Exception, match=message):
             SimIPUDetectionConfig(**fields)

@@ -365,6 +365,7 @@ class TestBackendChoice:
             return [torch.zeros(1, 16, 4, dtype=torch.long)] if operation == "ball_query" else points[..., 0].long()
 
         def right(*arguments):
+            assert arguments[0].dtype == torch.float32  # what the kernels take, whatever the default is
             if operation == "ball_query":
                 points, centers, squared, slots = arguments
                 rings = [tuple(value**0.5 for value in ring) for ring in squared]
@@ -380,7 +381,11 @@ class TestBackendChoice:
                 point_ops, "triton_works", functools.partial(point_ops.triton_works.__wrapped__, device="cpu")
             )
             if message is None:
-                assert point_ops._choose(operation, "auto", **obstacles) == "triton"
+                torch.set_default_dtype(torch.float64)
+                try:
+                    assert point_ops._choose(operation, "auto", **obstacles) == "triton"
+                finally:
+                    torch.set_default_dtype(torch.float32)
             else:
                 with pytest.warns(RuntimeWarning, match=message):
                     assert point_ops._choose(operation, "auto", **obstacles) == "torch"

@@ -23,11 +23,11 @@ def encoder(dtype: torch.dtype = torch.float64, **fields) -> PointNet2Encoder:
     return made
 
 
-def clouds(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
+def clouds(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0, size: int = 160) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    made = torch.rand(2, 160, 4, generator=generator, dtype=dtype) * torch.tensor([30, 30, 3, 1], dtype=dtype)
+    made = torch.rand(2, size, 4, generator=generator, dtype=dtype) * torch.tensor([30, 30, 3, 1], dtype=dtype)
     if kind == "duplicates":
-        made[:, 80:] = made[:, :80]
+        made[:, size // 2 :] = made[:, : size - size // 2]
     if kind == "grid":  # distances tie, and many neighbours lie exactly on a radius
         made[..., :3] = made[..., :3].round()
     if kind == "sparse":  # rings without any point but the centre
@@ -37,13 +37,16 @@ def clouds(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> torc
 
 @pytest.mark.parametrize("backend", ["torch", "numba"])
 @pytest.mark.parametrize(
-    ("kind", "dilated"),
-    [("random", True), ("random", False), ("duplicates", True), ("grid", True), ("grid", False), ("sparse", True)],
+    ("kind", "dilated", "size"),
+    [
+        *(("random", True, 64), ("random", False, 160), ("duplicates", True, 160), ("duplicates", False, 97)),
+        *(("grid", True, 160), ("grid", False, 160), ("sparse", True, 160), ("sparse", False, 131)),
+    ],
 )
 @pytest.mark.parametrize("xyz", XYZ, ids=lambda fields: fields.get("xyz_layer", "none"))
-def test_forward_backward_and_running_statistics_equal_the_textbook(xyz, kind, dilated, backend):
+def test_forward_backward_and_running_statistics_equal_the_textbook(xyz, kind, dilated, size, backend):
     fast = encoder(**xyz, dilated_group=dilated, sampling_backend=backend, grouping_backend=backend)
-    textbook, points = copy.deepcopy(fast), clouds(kind)
+    textbook, points = copy.deepcopy(fast), clouds(kind, size=size)
     actual, expected = fast(points), GroupedPointNet2(textbook)(points)
     assert torch.equal(actual.indices, expected.indices)
     torch.testing.assert_close(actual.features, expected.features, rtol=1e-8, atol=1e-10)

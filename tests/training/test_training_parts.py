@@ -28,7 +28,7 @@ from simipu_hf.modeling.configuration_simipu import SimIPUDepthConfig
 from simipu_hf.modeling.modeling_simipu_depth import SimIPUForDepthEstimation
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 from simipu_hf.training.arguments import (
-    PRESETS,
+    CONFIGS,
     CompareDepthArguments,
     DepthArguments,
     EvaluateDepthArguments,
@@ -183,16 +183,20 @@ class TestOptimizers:
         for name, parameter in layers.named_parameters():
             torch.testing.assert_close(parameter.grad, before[name] * scale, rtol=1e-3, atol=1e-9)
 
-    @pytest.mark.parametrize("name", ["cosine", "linear", "polynomial"])  # the last reads the optimizer's defaults
+    @pytest.mark.parametrize("name", ["cosine", "linear", "constant_with_warmup", "polynomial", "inverse_sqrt"])
     def test_transformers_schedules(self, optimizer, name):
         found = self.rates(name, optimizer, 10, warmup_steps=2, steps_per_epoch=5)
         rates = [rate["learning_rate/a"] for rate in found]
         assert rates[:3] == pytest.approx([0.0, 0.05, 0.1])
-        assert rates[-1] < 0.05
+        last = {"constant_with_warmup": 0.1, "inverse_sqrt": 0.1 * (2 / 9) ** 0.5}.get(name)
+        assert rates[-1] < 0.05 if last is None else rates[-1] == pytest.approx(last)
 
     def test_recipes_by_family(self):
         resnet, vit = (timm.create_model(name, num_classes=0) for name in ("test_resnet", "test_vit"))
-        official = choose_recipe(parse(), resnet, 1000)
+        flags = parse()
+        assert (flags.point_optimizer, flags.point_learning_rate, flags.point_weight_decay) == ("adamw", 1e-3, 0.01)
+        assert (flags.adam_beta1, flags.adam_beta2, flags.lr_decay_per_epoch) == (0.95, 0.99, 0.99)
+        official = choose_recipe(flags, resnet, 1000)
         assert (official.optimizer, official.learning_rate, official.weight_decay) == ("sgd", 0.03, 1e-4)
         for start in (["--pretrained_image_encoder"], ["--model_name_or_path", "run"]):
             recipe = choose_recipe(parse(*start, "--weight_decay", "0.2"), vit, 1000)
@@ -315,7 +319,7 @@ class TestArguments:
     @pytest.mark.parametrize("name", packaged_configs())
     def test_packaged_configs_are_valid(self, name):
         found = parse("--config", name).to_dict()
-        for flag, value in yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8")).items():
+        for flag, value in yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")).items():
             assert found[flag] == (tuple(value) if isinstance(value, list) else value)
 
     @pytest.mark.parametrize(
@@ -345,6 +349,9 @@ class TestArguments:
         ("flags", "message"),
         [
             (["--hub_model_id", "user/name"], "does nothing without --push_to_hub"),
+            (["--hub_token", "hf_secret"], "does nothing without --push_to_hub"),
+            (["--hub_private_repo"], "does nothing without --push_to_hub"),
+            (["--per_device_eval_batch_size", "2"], "does nothing without --eval_steps"),
             (["--validation_split", "val"], "does nothing without --eval_steps"),
             (["--seed", str(2**32)], "--seed must be at least 0 and below 2"),
             (["--encoder_repo_id", "user/name"], "does nothing without --push_to_hub"),
@@ -407,8 +414,13 @@ def test_signals_ask_once_and_interrupt_twice():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) is before
-    with ThreadPoolExecutor(1) as pool:  # where Python allows no handlers
-        assert not pool.submit(StopRequest().__enter__).result().requested
+
+    def in_a_thread() -> bool:  # where Python allows no handlers
+        with StopRequest() as stop:
+            return stop.requested
+
+    with ThreadPoolExecutor(1) as pool:
+        assert not pool.submit(in_a_thread).result()
 
 
 class TestWatch:
