@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .benchmark.inputs import two_view_dataset
-from .errors import SimIPUError
+from .errors import SimIPUError, first_line
 from .modeling import point_ops
 from .modeling.configuration_simipu import SimIPUConfig
 from .modeling.layers import all_gather_rows
@@ -218,8 +218,8 @@ def _hub() -> str:
     try:
         return f"{constants.ENDPOINT} as {HfApi().whoami()['name']}"
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise Failed(f"{constants.ENDPOINT} refuses or cannot be reached: {reason}", "hf auth login") from error
+        problem = f"{constants.ENDPOINT} refuses or cannot be reached: {first_line(error)}"
+        raise Failed(problem, "hf auth login") from error
 
 
 # --- kernels --------------------------------------------------------------------------------------------------------

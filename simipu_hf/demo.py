@@ -190,7 +190,6 @@ def prepare_output_dir(output_dir: Path, data_dir: str | os.PathLike | None, ove
 def is_demo(path: Path) -> bool:
     """Whether a folder holds a demo, and nothing else; a stage that was killed may have left something hidden."""
     ours = (DRIVE, FRAMES, RUN, PICTURES, REPORT, RESULTS)
-
     hidden = re.compile(rf"\.([0-9a-f]{{8}}-)?({'|'.join(map(re.escape, ours))})([.-].*)?")
     return path.is_dir() and all(f.name in ours or hidden.fullmatch(f.name) for f in path.iterdir())
 

@@ -39,6 +39,11 @@ class TrainingInterrupted(Exception):  # noqa: N818 (nothing went wrong)
         self.exit_code = exit_code
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error says first; its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def exit_code_of(run: Callable[[], Any]) -> int:
     """Call `run` as a command and return its exit code; a user's mistake is one line, without a traceback.
 

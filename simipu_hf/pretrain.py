@@ -311,8 +311,7 @@ def evaluate(
     image_processor = held_out.processor.image_processor
     collate = TwoViewCollator(image_processor.pad_size_divisor)
     loader = create_loader(held_out, batches, collate, arguments.dataloader_num_workers)
-    sums: dict[str, float] = {}
-    counts: dict[str, int] = {}
+    means: dict[str, list[float]] = {}  # of each batch
     model.eval()
     with accelerator.autocast(), iterate(loader) as loaded:
         for batch in loaded:
@@ -320,15 +319,15 @@ def evaluate(
             output = model(**inputs, return_metrics=True)
             values = scalars(output, with_spread=False) | correspondence_recall(model, inputs, output)
             for name, value in values.items():
-                counts.setdefault(name, 0)
-                sums.setdefault(name, 0.0)
+                of_batches = means.setdefault(name, [])
                 if not (name.startswith("recall") and math.isnan(value)):  # no point lies in the batch's images
-                    sums[name] += float(value)
-                    counts[name] += 1
+                    of_batches.append(float(value))
     model.train()
-    both = torch.tensor([list(sums.values()), list(counts.values())], device=accelerator.device)
-    total, count = accelerator.reduce(both, reduction="sum")
-    return {f"eval/{name}": value for name, value in zip(sums, (total / count).tolist(), strict=True)}
+    own = torch.tensor(
+        [(sum(of_batches), len(of_batches)) for of_batches in means.values()], device=accelerator.device
+    )
+    total, count = accelerator.reduce(own, reduction="sum").unbind(1)
+    return {f"eval/{name}": value for name, value in zip(means, (total / count).tolist(), strict=True)}
 
 
 def eval_batch_size(arguments: PreTrainingArguments) -> int:

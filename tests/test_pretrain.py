@@ -641,11 +641,16 @@ def test_second_start_on_a_finished_run_only_finishes(run, whole, tmp_path, caps
     assert f'timm.create_model("local-dir:{out.as_posix()}/image_encoder", pretrained=True)' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["pretrain", "finetune_depth", "finetune_detection"])
-def test_a_module_ends_with_one_line_for_a_mistake(name, capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["", "--train_frames=a", "--image_encoder=b", "--output_dir=c", "--seed=-1"])
-    if name == "pretrain":
-        monkeypatch.setattr("sys.argv", ["", "--data_dir=a", "--output_dir=c", "--seed=-1"])
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("pretrain", ["--data_dir=a"]),
+        ("finetune_depth", ["--train_frames=a", "--image_encoder=b"]),
+        ("finetune_detection", ["--train_frames=a", "--image_encoder=b"]),
+    ],
+)
+def test_a_module_ends_with_one_line_for_a_mistake(name, flags, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["", *flags, "--output_dir=c", "--seed=-1"])
     monkeypatch.delitem(sys.modules, f"simipu_hf.{name}", raising=False)  # runpy warns of a module that is there
     with pytest.raises(SystemExit) as end:
         runpy.run_module(f"simipu_hf.{name}", run_name="__main__")

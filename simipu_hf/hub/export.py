@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import ResNetConfig, ResNetModel, ViTImageProcessor
 
-from simipu_hf.errors import SimIPUError
+from simipu_hf.errors import SimIPUError, first_line
 from simipu_hf.files import atomic_folder, atomic_path, check_apart, check_target
 from simipu_hf.hub.official import (
     ConversionReport,
@@ -370,8 +370,7 @@ def write_onnx(weights: EncoderWeights, path: Path, image_size: tuple[int, int] 
     try:
         program = _onnx_program(pyramid, example, batch if is_fixed else batch | any_size)
     except Exception as error:  # torch names no common class for what it cannot trace
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise SimIPUError(f"torch cannot express {weights.architecture} in ONNX: {reason}") from error
+        raise SimIPUError(f"torch cannot express {weights.architecture} in ONNX: {first_line(error)}") from error
     sizes = f"{height} x {width} pixels" if is_fixed else "any size that the network takes"
     notes = [f"takes any number of images of {sizes}"]
     program.model.metadata_props["simipu_hf"] = json.dumps(_note(plain))

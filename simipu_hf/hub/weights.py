@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from simipu_hf.errors import SimIPUError
+from simipu_hf.errors import SimIPUError, first_line
 from simipu_hf.modeling import image_encoder
 from simipu_hf.modeling.image_encoder import TimmModel
 
@@ -236,7 +236,7 @@ def _load_tensors_only(path: Path) -> Any:
     except Exception as error:
         needs = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if needs is None:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise SimIPUError(f"{path}: no PyTorch checkpoint, or a damaged one: {reason}") from error
         raise SimIPUError(
             f"{path}: refused, because reading it would run code of {needs[1]}, which the file names beside its "

@@ -706,7 +706,7 @@ def check_sizes(arguments: Any, *names: str) -> None:
 
 
 def refuse_without_effect(arguments: Any, has_effect: Any, reason: str, *names: str) -> None:
-    """Raises a `SimIPUError` for one of the flags `names`, whose defaults are plain values, that would be ignored."""
+    """Raises a `SimIPUError` where one of the flags `names` is given but ignored; their defaults are plain values."""
     for name in names:
         if not has_effect and getattr(arguments, name) != getattr(type(arguments), name):  # a field's default
             raise SimIPUError(f"--{name} does nothing {reason}")
