@@ -135,7 +135,7 @@ class SimIPUPointNet2Config(PreTrainedConfig):
                     f"per sampler, found {self.num_points[level]}, {self.fps_mods[level]}, "
                     f"{self.fps_sample_ranges[level]}"
                 )
-            if not len(self.radii[level]) == len(self.num_samples[level]) == len(self.mlp_channels[level]):
+            if not 0 < len(self.radii[level]) == len(self.num_samples[level]) == len(self.mlp_channels[level]):
                 raise ValueError(
                     f"point_config level {level}: radii, num_samples and mlp_channels must have one entry per scale"
                 )

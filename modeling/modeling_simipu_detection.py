@@ -279,7 +279,7 @@ def encode_targets(
     config: SimIPUDetectionConfig,
 ) -> DetectionTargets:
     """What the head has to predict for one image. Where two centres of one class share a cell, the nearer object has
-    it; a centre outside the map has none.
+    it; a centre outside the map or behind the camera has none.
 
     Args:
         labels: `class_labels` (n,) indices into `config.classes`, `boxes_3d` (n, 7) and `boxes` (n, 4), left, top,
@@ -292,7 +292,7 @@ def encode_targets(
     order = boxes_3d[:, 2].argsort(descending=True)  # the nearest last, so that it stays
     cells, values = encode_boxes(boxes_3d[order], class_labels[order], camera_projection, grid, config)
     column, row = cells.unbind(-1)
-    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height) & (boxes_3d[order, 2] > 0)
     order, cells, values = order[inside], cells[inside], values[inside]
     place = class_labels[order] * height * width + cells[:, 1] * width + cells[:, 0]
     is_last = ~(place[:, None] == place).triu(diagonal=1).any(dim=1)

@@ -66,7 +66,7 @@ class Packing:
             raise SimIPUError(f"quality: expected 1 to 100, found {self.quality}")
         if self.quality != 90 and self.image_format in (None, "png"):
             raise SimIPUError("quality does nothing without image_format jpeg or webp")
-        if self.image_size is not None and min(self.image_size) < 1:
+        if self.image_size is not None and (len(self.image_size) != 2 or min(self.image_size) < 1):
             raise SimIPUError(f"image_size: expected height and width in pixels, found {self.image_size}")
 
     @property

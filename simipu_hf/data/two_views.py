@@ -69,14 +69,14 @@ class TwoViewAugmentation:
     def __post_init__(self) -> None:
         for name, least in (("rotation", -math.inf), ("scale", 1e-3), ("random_zoom", 1.0)):
             low, high = getattr(self, name)
-            if not least <= low <= high:
+            if not least <= low <= high < math.inf:
                 raise SimIPUError(f"augmentation {name}: expected a range from at least {least}, found {low}, {high}")
         for name in ("flip_probability", "brightness", "contrast", "saturation", "hue"):
             most = 0.5 if name == "hue" else 1
             if not 0 <= getattr(self, name) <= most:
                 raise SimIPUError(f"augmentation {name}: expected 0 to {most}, found {getattr(self, name)}")
-        if self.translation_std < 0:
-            raise SimIPUError(f"augmentation translation_std: expected at least 0, found {self.translation_std}")
+        if not 0 <= self.translation_std < math.inf:
+            raise SimIPUError(f"augmentation translation_std: expected 0 or more metres, found {self.translation_std}")
         if self.random_resize is not None:
             smallest, largest = self.random_resize
             if any(not 1 <= low <= high for low, high in zip(smallest, largest, strict=True)):

@@ -252,6 +252,8 @@ def test_colour_jitter_changes_colours_and_nothing_else():
         {"flip_probability": 1.5},
         {"hue": 0.7},
         {"translation_std": -1.0},
+        {"translation_std": math.nan},
+        {"scale": (1.0, math.inf)},
         {"random_resize": ((100, 100), (50, 200))},
         {"rotation": (math.nan, 1.0)},
     ],

@@ -53,6 +53,12 @@ def test_overrides_are_merged_into_the_preset():
         (lambda: SimIPUPointNet2Config(radii=((0.2,),)), "radii has 1 levels, num_points has 3"),
         (lambda: SimIPUPointNet2Config(fps_mods=(("FPS",), ("FS",), ("F-FPS", "D-FPS"))), "unknown .'FPS'."),
         (
+            lambda: SimIPUPointNet2Config(
+                radii=((), (0.8,), (1.6,)), num_samples=((), (8,), (8,)), mlp_channels=((), ((8,),), ((8,),))
+            ),
+            "level 0.*one entry per scale",
+        ),
+        (
             lambda: SimIPUPointNet2Config(radii=((0.4, 0.2, 0.8), (0.4, 0.8, 1.6), (1.6, 3.2, 4.8))),
             "radii of level 0 must grow",
         ),
