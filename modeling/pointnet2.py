@@ -16,6 +16,7 @@ All equal the grouped definition up to rounding, in forward, backward and runnin
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -151,7 +152,7 @@ class SetAbstraction(nn.Module):
             scale, shift = last.norm.affine_map(*moments)
         else:
             scale, shift = last.norm.running_affine_map()
-        point_part = (per_point + F.linear(coordinates, xyz_weight)) * scale
+        point_part = torch.addmm(per_point, coordinates, xyz_weight.T) * scale
         center_part = F.linear(centers, xyz_weight) * scale
         pooled = group_max(point_part, neighbors, self.pooling_backend) - center_part + shift
         return F.relu(pooled).to(rows.dtype)
@@ -210,17 +211,48 @@ def _pair_moments(
     """
     slots = neighbors.weight.to(offset)
     count = reduce(slots.sum())
-    mean_u = reduce(occurrences @ per_point) / count
     mean_d = reduce(slots @ offset) / count
-    u, d = per_point - mean_u, offset - mean_d
+    d = offset - mean_d
     weighted = d * slots[:, None]
-    offset_sum = d.new_zeros(len(u), 3).index_add_(0, neighbors.index, weighted)
-    variance_u = reduce(occurrences @ u.square())
+    offset_sum = d.new_zeros(len(per_point), 3).index_add_(0, neighbors.index, weighted)
     covariance_d = reduce(weighted.T @ d)
-    covariance_du = reduce(offset_sum.T @ u)
+    mean_u, variance_u, covariance_du = _PointMoments.apply(per_point, occurrences, offset_sum, count, reduce)
     variance_wd = ((xyz_weight @ covariance_d) * xyz_weight).sum(1)
     variance = (variance_u + variance_wd + 2 * (xyz_weight * covariance_du.T).sum(1)) / count
     return mean_u + xyz_weight @ mean_d, variance.clamp(min=0), count
+
+
+class _PointMoments(torch.autograd.Function):
+    """Mean (C,) of rows (R, C), each counted `weight[r]` times, and sums over all rows of the squares (C,) and of the
+    products with `offset_sum` (3, C) of what they differ from it; keeps its input alone for the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: torch.Tensor,
+        weight: torch.Tensor,
+        offset_sum: torch.Tensor,
+        count: torch.Tensor,
+        reduce: Callable[[torch.Tensor], torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        mean = reduce(weight @ rows) / count
+        centered = rows - mean
+        products = offset_sum.T @ centered
+        sums = reduce(torch.vstack([weight @ centered.square_(), products]))
+        ctx.save_for_backward(rows, weight, offset_sum, count, mean)
+        ctx.reduce = reduce
+        return mean, sums[0], sums[1:]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, grad_mean: torch.Tensor, grad_squares: torch.Tensor, grad_products: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        rows, weight, offset_sum, count, mean = ctx.saved_tensors
+        grads = ctx.reduce(torch.vstack([grad_mean / count, 2 * grad_squares, grad_products]))
+        shift, slope = grads[0] - grads[1] * mean, grads[1]
+        grad = torch.addcmul(shift, rows, slope).mul_(weight[:, None])
+        return grad.addmm_(offset_sum, grads[2:]), None, None, None, None
 
 
 class PointNet2Encoder(nn.Module):

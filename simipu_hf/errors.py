@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from .machine import keep_freed_memory
+
 MAY_HANG = "may-hang"  # name of the daemon threads that a command does not wait for at its end
 AT_THE_END = contextlib.ExitStack()  # what a process removes, however it ends
 
@@ -54,6 +56,7 @@ def exit_code_of(run: Callable[[], Any]) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot encode a character shows its escape
             setattr(sys, name, OptionalReader(stream))
+    keep_freed_memory()
     code = 0
     try:
         run()
