@@ -188,7 +188,8 @@ def _nearest(time: int, times: list[int]) -> int | None:
 
 def _times(folder: str, suffix: str) -> list[int]:
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    return sorted(int(name.removesuffix(suffix)) for name in names if name.removesuffix(suffix).isdecimal())
+    stems = (name.removesuffix(suffix) for name in names if name.endswith(suffix))
+    return sorted(int(stem) for stem in stems if stem.isdecimal())
 
 
 def fingerprint(frames: Iterable[Frame]) -> str:

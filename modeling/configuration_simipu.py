@@ -277,10 +277,6 @@ class SimIPUConfig(PreTrainedConfig):
             point projection head stays at its initialisation), `"head"` (the head learns), `"encoder"`.
         symmetric_inter_modal_loss: average the image-to-point and point-to-image directions.
         gather_negatives: take negatives from every process instead of this one's batch alone.
-        negative_exclusion_distance: points of the same cloud within so many metres of an anchor are no negatives of
-            it, in both losses; `None` keeps every other point as one.
-        loss_per_stage: an image head and an inter-modal loss for each stage, averaged, instead of one for all stages
-            concatenated.
         anchor_weight: weight of a term that keeps the image features close to those of the encoder that the training
             started from (1 - cosine similarity, averaged over cells); see
             [`SimIPUForPreTraining.anchor_image_encoder`].
@@ -307,8 +303,6 @@ class SimIPUConfig(PreTrainedConfig):
     inter_modal_point_gradient: Literal["none", "head", "encoder"] = "head"
     symmetric_inter_modal_loss: bool = True
     gather_negatives: bool = True
-    negative_exclusion_distance: Number | None = None
-    loss_per_stage: bool = False
     anchor_weight: Number = 0.0
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -342,10 +336,9 @@ class SimIPUConfig(PreTrainedConfig):
         for name in ("intra_modal_weight", "inter_modal_weight", "anchor_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, found {getattr(self, name)}")
-        for name in ("max_match_distance", "negative_exclusion_distance"):
-            distance = getattr(self, name)
-            if distance is not None and distance <= 0:
-                raise ValueError(f"{name} must be above 0 metres, found {distance}; use None for no limit")
+        limit = self.max_match_distance
+        if limit is not None and limit <= 0:
+            raise ValueError(f"max_match_distance must be above 0 metres, found {limit}; use None for no limit")
 
     @classmethod
     def from_preset(

@@ -50,12 +50,12 @@ class SimIPUFeatureExtractor(FeatureExtractionMixin):
             raise ValueError(f"frame: expected 'camera' or 'lidar', found {frame!r}")
         self.num_points = num_points
         self.frame = frame
-        self.depth_range = depth_range and [float(depth) for depth in depth_range]
-        self.point_cloud_range = point_cloud_range and [float(bound) for bound in point_cloud_range]
-        if self.depth_range and not (len(self.depth_range) == 2 and 0 <= self.depth_range[0] < self.depth_range[1]):
-            raise ValueError(f"depth_range: expected the nearest and the farthest depth, found {self.depth_range}")
-        box = self.point_cloud_range
-        if box and not (len(box) == 6 and all(a < b for a, b in zip(box[:3], box[3:], strict=True))):
+        self.depth_range = None if depth_range is None else [float(depth) for depth in depth_range]
+        self.point_cloud_range = None if point_cloud_range is None else [float(bound) for bound in point_cloud_range]
+        near_far, box = self.depth_range, self.point_cloud_range
+        if near_far is not None and not (len(near_far) == 2 and 0 <= near_far[0] < near_far[1]):
+            raise ValueError(f"depth_range: expected the nearest and the farthest depth, found {near_far}")
+        if box is not None and not (len(box) == 6 and all(a < b for a, b in zip(box[:3], box[3:], strict=True))):
             raise ValueError(f"point_cloud_range: expected x y z minimum, then maximum, found {box}")
         super().__init__(**kwargs)
 

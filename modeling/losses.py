@@ -22,7 +22,7 @@ class ContrastiveResult:
 
     Args:
         loss: scalar.
-        chance: the loss of a uniform guess, ln(number of candidates), the mean over the anchors where they differ.
+        chance: the loss of a uniform guess, ln(number of candidates).
         valid (`(R,)`): which anchors count.
         num_candidates: scalar tensor, how many rows anchors choose from.
         positions (`(R,)`, *optional*): how many candidates rank before each anchor's positive; 0 is best. Equally
@@ -54,7 +54,6 @@ def contrastive_loss(
     valid: Tensor,
     symmetric: bool = False,
     gather: bool = False,
-    excluded: Tensor | None = None,
     return_positions: bool = False,
 ) -> ContrastiveResult:
     """Mean cross-entropy of picking each anchor's positive among the positives of all rows.
@@ -68,8 +67,6 @@ def contrastive_loss(
         valid: `(R,)` bool; rows that are false are neither anchors nor candidates.
         symmetric: average with the loss of anchors and positives exchanged, from the same similarities.
         gather: candidates come from every process. Each process must bring the same R.
-        excluded: `(B, M, M)` bool with B * M = R: within cloud b candidate j is no negative of anchor i. Pairs
-            themselves (i = j) always count.
         return_positions: rank the positives as well, which costs another pass over all similarities.
     """
     # exp(similarity / T - 1 / T) is formed, which single precision holds down to -80
@@ -79,23 +76,15 @@ def contrastive_loss(
     gather = gather and world_size() > 1
     candidates = all_gather_rows(positives) if gather else positives
     candidate_valid = all_gather_rows(valid.to(torch.uint8)).bool() if gather else valid
-    near = None
-    if excluded is not None:
-        itself = torch.eye(excluded.shape[1], dtype=torch.bool, device=excluded.device)
-        near = (excluded & ~itself).flatten(0, 1)
-
     with torch.autocast(anchors.device.type, enabled=False):
         forward, reverse, positions = _InfoNCE.apply(
-            anchors, candidates, valid, candidate_valid, near, temperature, symmetric, gather, return_positions
+            anchors, candidates, valid, candidate_valid, temperature, symmetric, gather, return_positions
         )
     loss = _mean_over_valid(forward, valid)
     if symmetric:
         loss = (loss + _mean_over_valid(reverse, valid)) / 2
     count = candidate_valid.sum()
-    counts = count.to(precision).expand(len(valid))
-    if near is not None and excluded is not None:
-        counts = counts - (near & valid.view(len(excluded), 1, -1).expand_as(excluded).flatten(0, 1)).sum(1)
-    chance = (counts.clamp(min=1).log() * valid).sum() / valid.sum().clamp(min=1)
+    chance = count.clamp(min=1).to(precision).log()
     return ContrastiveResult(loss, chance, valid, count, positions)
 
 
@@ -109,7 +98,6 @@ class _InfoNCE(torch.autograd.Function):
         anchors: `(R, D)`, unit length.
         candidates: `(N, D)`, unit length; from row `rank * R` on they are the anchors' positives.
         valid, candidate_valid: `(R,)` and `(N,)` bool.
-        near: `(R, M)` bool or `None`, which candidates of an anchor's own cloud of M do not count.
         temperature, symmetric, gathered, rank_positives: as in `contrastive_loss`.
 
     Returns:
@@ -123,7 +111,6 @@ class _InfoNCE(torch.autograd.Function):
         candidates: Tensor,
         valid: Tensor,
         candidate_valid: Tensor,
-        near: Tensor | None,
         temperature: float,
         symmetric: bool,
         gathered: bool,
@@ -135,7 +122,7 @@ class _InfoNCE(torch.autograd.Function):
         right = torch.cat([candidates, torch.ones_like(candidates[:, :1]), _penalty(candidate_valid, candidates)], 1)
         row_sums, positives, positions = [], [], []
         column_sums = right.new_zeros(len(right))
-        for logits, own in _logits_in_parts(left, right, near, ctx.first):
+        for logits, own in _logits_in_parts(left, right, ctx.first):
             positive = logits.gather(1, own[:, None])
             positives.append(positive.squeeze(1))
             if rank_positives:
@@ -149,7 +136,7 @@ class _InfoNCE(torch.autograd.Function):
         if gathered and symmetric:
             column_sums = all_reduce_sum(column_sums)
         column_sums = column_sums.clamp(min=tiny)
-        ctx.save_for_backward(left, right, near, row_sum, column_sums)
+        ctx.save_for_backward(left, right, row_sum, column_sums)
         forward = row_sum.log() + 1 / temperature - positive
         reverse = torch.zeros_like(forward)
         if symmetric:
@@ -163,7 +150,7 @@ class _InfoNCE(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, forward_grad: Tensor, reverse_grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        left, right, near, row_sum, column_sums = ctx.saved_tensors
+        left, right, row_sum, column_sums = ctx.saved_tensors
         # a backward pass that is run under autocast would form products in half precision
         with torch.autocast(left.device.type, enabled=False):
             row_slopes = forward_grad / row_sum
@@ -172,7 +159,7 @@ class _InfoNCE(torch.autograd.Function):
             width = left.shape[1] - 2
             anchor_grads, candidate_grad = [], torch.zeros_like(right[:, :width])
             start = 0
-            for logits, own in _logits_in_parts(left, right, near, ctx.first):
+            for logits, own in _logits_in_parts(left, right, ctx.first):
                 rows = slice(start, start + len(logits))
                 start += len(logits)
                 slopes = row_slopes[rows, None]
@@ -184,20 +171,14 @@ class _InfoNCE(torch.autograd.Function):
                 if ctx.needs_input_grad[1]:
                     candidate_grad.addmm_(weights.T, left[rows, :width])
             anchor_grad = torch.cat(anchor_grads) / ctx.temperature
-        return anchor_grad, candidate_grad if ctx.needs_input_grad[1] else None, *[None] * 7
+        return anchor_grad, candidate_grad if ctx.needs_input_grad[1] else None, *[None] * 6
 
 
-def _logits_in_parts(left: Tensor, right: Tensor, near: Tensor | None, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _logits_in_parts(left: Tensor, right: Tensor, first: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits `(r, N)` of some anchors at a time, and which candidate is the positive of each `(r,)`."""
     rows = max(1, MAX_SIMILARITIES // max(1, len(right)))
     for part, start in zip(left.split(rows), range(0, len(left), rows), strict=True):
-        logits = part @ right.T
-        row = torch.arange(start, start + len(part), device=left.device)
-        if near is not None:
-            size = near.shape[1]
-            columns = (first + row // size * size)[:, None] + torch.arange(size, device=left.device)
-            logits.scatter_add_(1, columns, near[row].to(logits.dtype) * NEVER)
-        yield logits, row + first
+        yield part @ right.T, torch.arange(first + start, first + start + len(part), device=left.device)
 
 
 def _positions(logits: Tensor, positive: Tensor, own: Tensor) -> Tensor:

@@ -29,9 +29,6 @@ class PendingMatch:
         coordinates: `(B, M, 3)`, metres.
         other: `(B, M, 3)`, in the same frame.
         mask, other_mask: `(B, M)`, false for slots that hold no point.
-
-    Attributes:
-        cost: `(B, M, M)`, the distance of each point to each of the other view, metres.
     """
 
     def __init__(
@@ -43,10 +40,11 @@ class PendingMatch:
     ) -> None:
         if linear_sum_assignment is None:
             raise ImportError("matching two views needs SciPy: pip install scipy")
-        self.cost = pairwise_distances(coordinates, other)
+        # exact where points coincide
+        self._distances = torch.cdist(coordinates, other, compute_mode="donot_use_mm_for_euclid_dist")
         # copies that nobody waits for until a solver needs them; what comes from no CUDA device is waited for at once
-        has_event = self.cost.is_cuda
-        self._cost = self.cost.to("cpu", non_blocking=has_event)
+        has_event = self._distances.is_cuda
+        self._cost = self._distances.to("cpu", non_blocking=has_event)
         self._masks = [m if m is None else m.to("cpu", non_blocking=has_event) for m in (mask, other_mask)]
         self._copied = torch.cuda.Event() if has_event else None
         if self._copied is not None:
@@ -58,10 +56,10 @@ class PendingMatch:
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Matches `(B, M)` int64 and their distances `(B, M)` in metres, infinite where nothing was matched."""
         match = torch.from_numpy(np.stack([job.result() for job in self._jobs]))
-        if self.cost.is_cuda:
+        if self._distances.is_cuda:
             match = match.pin_memory()
-        match = match.to(self.cost.device, non_blocking=True)
-        distance = self.cost.gather(2, match.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        match = match.to(self._distances.device, non_blocking=True)
+        distance = self._distances.gather(2, match.clamp(min=0).unsqueeze(-1)).squeeze(-1)
         return match.clamp(min=0), distance.masked_fill(match < 0, torch.inf)
 
     def _solve(self, item: int) -> np.ndarray:
@@ -75,8 +73,3 @@ class PendingMatch:
         solved_rows, solved_columns = linear_sum_assignment(cost[np.ix_(rows, columns)])
         match[rows[solved_rows]] = columns[solved_columns]
         return match
-
-
-def pairwise_distances(points: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Distances `(B, M, K)` of points `(B, M, 3)` to others `(B, K, 3)`, exact where they coincide."""
-    return torch.cdist(points, other, compute_mode="donot_use_mm_for_euclid_dist")

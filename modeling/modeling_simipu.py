@@ -32,7 +32,7 @@ from .image_encoder import (
 )
 from .layers import LinearBlock, ProjectionHead, WeightedBatchNorm, linear, run_blocks
 from .losses import ContrastiveResult, contrastive_loss
-from .matching import PendingMatch, pairwise_distances
+from .matching import PendingMatch
 from .outputs_simipu import PointEncoderOutput, SimIPUForPreTrainingOutput, SimIPUModelOutput
 from .pointnet2 import PointNet2Encoder
 
@@ -177,11 +177,7 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
         widths = (config.projection_dim, config.projection_hidden_dim)
         self.intra_point_head = ProjectionHead(point_channels, *widths)
         self.inter_point_head = ProjectionHead(point_channels, *widths)
-        self.inter_image_head = (
-            nn.ModuleList(FeatureMapHead(channels, *widths) for channels in image_channels)
-            if config.loss_per_stage
-            else FeatureMapHead(sum(image_channels), *widths)
-        )
+        self.inter_image_head = FeatureMapHead(sum(image_channels), *widths)
         if config.cell_sampling == "grid":
             configured_grids(config.image_encoder_config)  # refuses stages without one before the first step
         # the encoder that training started from is no part of the model: neither saved nor trained
@@ -241,7 +237,7 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
         )
 
         match, match_distance = pending_match.result()
-        intra = self._intra_modal(view, augmented, pending_match.cost, match, match_distance, return_metrics)
+        intra = self._intra_modal(view, augmented, match, match_distance, return_metrics)
 
         config = self.config
         loss = config.intra_modal_weight * intra.loss + config.inter_modal_weight * inter.loss
@@ -276,23 +272,16 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
         self,
         view: PointEncoderOutput,
         augmented: PointEncoderOutput,
-        cost: torch.Tensor,
         match: torch.Tensor,
         distance: torch.Tensor,
         return_metrics: bool,
     ) -> ContrastiveResult:
-        """The loss; `cost` `(B, M, M)` are the distances between the points of the two views."""
         limit = self.config.max_match_distance
         valid = distance.isfinite() if limit is None else distance <= limit
         queries = _project(self.intra_point_head, view.features, valid)
         with torch.no_grad():
             keys = _project(self.intra_point_head, augmented.features.take_along_dim(match[..., None], 1), valid)
-        excluded = None
-        if self.config.negative_exclusion_distance is not None:
-            # candidate j is the key that point j was matched with
-            distances = cost.gather(2, match[:, None].expand_as(cost))
-            excluded = distances <= self.config.negative_exclusion_distance
-        return self._contrast(queries, keys, valid, excluded, return_metrics)
+        return self._contrast(queries, keys, valid, return_metrics)
 
     def _inter_modal(
         self,
@@ -313,24 +302,18 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
             covered = ((image_sizes + 31) // 32 * 32).to(pixels.dtype)
             stretch = torch.stack([padded_size[1] / covered[:, 1], padded_size[0] / covered[:, 0]], dim=-1)
             pixels = pixels * stretch[:, None]
-        embeds = self._project_image(image_features, pixels, padded_size, valid)
+        image_embeds = self._project_image(image_features, pixels, padded_size, valid)
         point_rows = view.features if config.inter_modal_point_gradient == "encoder" else view.features.detach()
         point_embeds = _project(self.inter_point_head, point_rows, valid)
-        excluded = None
-        if config.negative_exclusion_distance is not None:
-            excluded = pairwise_distances(view.coordinates, view.coordinates) <= config.negative_exclusion_distance
         symmetric = config.symmetric_inter_modal_loss
-        results = [self._contrast(e, point_embeds, valid, excluded, return_metrics, symmetric) for e in embeds]
-        result = results[-1]  # the accuracies are those of the coarsest stage
-        result.loss = torch.stack([stage.loss for stage in results]).mean()
-        return result, _combine(embeds), point_embeds
+        result = self._contrast(image_embeds, point_embeds, valid, return_metrics, symmetric)
+        return result, image_embeds, point_embeds
 
     def _contrast(
         self,
         anchors: torch.Tensor,
         positives: torch.Tensor,
         valid: torch.Tensor,
-        excluded: torch.Tensor | None,
         return_metrics: bool,
         symmetric: bool = False,
     ) -> ContrastiveResult:
@@ -342,7 +325,6 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
             valid.flatten(),
             symmetric=symmetric,
             gather=self.config.gather_negatives,
-            excluded=excluded,
             return_positions=return_metrics,
         )
 
@@ -352,16 +334,13 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
         pixels: torch.Tensor,
         padded_size: tuple[int, int],
         valid: torch.Tensor,
-    ) -> list[torch.Tensor]:
-        """Image projections `(B, M, D)` at `pixels` `(B, M, 2)`: one, or one a stage with `loss_per_stage`."""
+    ) -> torch.Tensor:
+        """Image projections `(B, M, D)` at `pixels` `(B, M, 2)`."""
         grids = self.stage_grids(image_features, padded_size)
         cells = [grid.cells(pixels) for grid in grids]
         # where points outside are left out, the outer half of the border cells must not fade to zero
         padding_mode = "border" if self.config.mask_out_of_image else "zeros"
-        if isinstance(self.inter_image_head, nn.ModuleList):
-            stages = zip(self.inter_image_head, image_features, cells, strict=True)
-            return [head([feature], [where], valid, padding_mode) for head, feature, where in stages]
-        return [self.inter_image_head(image_features, cells, valid, padding_mode)]
+        return self.inter_image_head(image_features, cells, valid, padding_mode)
 
     def stage_grids(self, image_features: tuple[torch.Tensor, ...], padded_size: tuple[int, int]) -> list[FeatureGrid]:
         """Where the model takes the cells of each of `image_features` to look, in pixels of `pixel_values`.
@@ -384,7 +363,7 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
             padded_size: height and width of `pixel_values`.
         """
         everywhere = torch.ones(pixels.shape[:2], dtype=torch.bool, device=pixels.device)
-        return _combine(self._project_image(image_features, pixels, padded_size, everywhere))
+        return self._project_image(image_features, pixels, padded_size, everywhere)
 
     def anchor_image_encoder(self) -> None:
         """Keep a frozen copy of the image encoder as it is now, for the term of `config.anchor_weight`.
@@ -477,11 +456,6 @@ def _project(head: ProjectionHead, features: torch.Tensor, valid: torch.Tensor) 
     dtype = next(head.parameters()).dtype
     rows = head(features.flatten(0, 1).to(dtype), valid.flatten())
     return rows.unflatten(0, valid.shape)
-
-
-def _combine(embeds: list[torch.Tensor]) -> torch.Tensor:
-    """One embedding of several: the product with another unit vector is the mean of theirs."""
-    return embeds[0] if len(embeds) == 1 else torch.stack([F.normalize(e, dim=-1) for e in embeds]).mean(0)
 
 
 def _masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -51,8 +51,7 @@ class SimIPUForPreTrainingOutput(ModelOutput):
             official log's `cross_acc_top1` and `cross_acc_top5`).
         match_distance: mean distance of the matched pairs in metres.
         pairs_in_image: share of points that project into their image.
-        image_embeds, point_embeds (`(B, M, projection_dim)`): inter-modal projections before normalisation (with
-            `loss_per_stage` the mean of the stages' unit vectors).
+        image_embeds, point_embeds (`(B, M, projection_dim)`): inter-modal projections before normalisation.
         match (`(B, M)`, int64): for each un-augmented point the index of its match in the augmented view.
         image_features: as in [`SimIPUModelOutput`].
         point_output, point_aug_output ([`PointEncoderOutput`]): un-augmented and augmented view.

@@ -23,7 +23,7 @@ class Mixture:
         seed: of the orders.
 
     Raises:
-        SimIPUError: another number of weights, or one that is not greater than 0.
+        SimIPUError: another number of weights, one that is not greater than 0, or a share of no row of an epoch.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int = 0) -> None:
@@ -36,6 +36,8 @@ class Mixture:
         self.seed = seed
         ends = np.cumsum(weights) / np.sum(weights) * len(self)
         self._ends = ends.round().astype(int).tolist()  # of the sources' shares of an epoch
+        if min(np.diff([0, *self._ends])) == 0:
+            raise SimIPUError(f"mixture: the weights {list(weights)} leave a data set without a row in {len(self)}")
 
     def __len__(self) -> int:
         return sum(self.sizes)

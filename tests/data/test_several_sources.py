@@ -92,6 +92,8 @@ def test_a_mixture_keeps_its_proportions_and_reaches_every_row():
     assert {counts[row] for row in range(70)} <= {14, 15}  # 40 * 25 / 70
     assert {counts[row] for row in range(70, 100)} == {100}
     assert rows != [Mixture((70, 20, 10), (1, 2, 1), seed=6).row(epoch, index) for index in range(100)]
+    with pytest.raises(SimIPUError, match="leave a data set without a row in 103"):
+        Mixture((100, 3), (1, 1e-3))
 
 
 def test_scenes_are_held_out_whole(object_root, tmp_path):

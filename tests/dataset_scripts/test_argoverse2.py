@@ -70,6 +70,7 @@ def test_calibration_and_points_equal_published_numbers(rigs: Path) -> None:
 
 def test_nearest_image_within_tolerance_and_motion_between_the_times(tmp_path: Path) -> None:
     make_log(tmp_path / "train" / "log")
+    (tmp_path / "train" / "log" / "sensors" / "cameras" / CAMERA / "5000000").touch()  # no image
     assert argoverse2.configurations(tmp_path) == ["sensor"]
     listing = argoverse2.list_frames("sensor", tmp_path, cameras=CAMERA)
     [frame] = listing.splits["train"]  # the second sweep's image is 40 ms away

@@ -98,6 +98,8 @@ def test_a_batch_of_scans_equals_the_scans():
         {"depth_range": (80, 1)},
         {"depth_range": (-1, 80)},
         {"depth_range": (1, 2, 3)},
+        {"depth_range": ()},
+        {"point_cloud_range": ()},
         {"point_cloud_range": [0, 0, 0, 1, 1, 0]},
         {"point_cloud_range": [0, 1]},
     ],

@@ -27,16 +27,12 @@ def everything() -> torch.Tensor:
     return torch.ones(ROWS, dtype=torch.bool)
 
 
-def by_definition(
-    anchors: torch.Tensor, positives: torch.Tensor, excluded: torch.Tensor | None = None
-) -> torch.Tensor:
+def by_definition(anchors: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
     """-log of the positive's share of exp(cosine similarity / T), written out."""
     total = 0.0
     for i in range(len(anchors)):
         similarity = F.cosine_similarity(anchors[i], positives) / TEMPERATURE
-        counts = torch.ones(len(positives), dtype=torch.bool) if excluded is None else ~excluded[i]
-        counts[i] = True
-        total = total - torch.log(torch.exp(similarity[i]) / torch.exp(similarity[counts]).sum())
+        total = total - torch.log(torch.exp(similarity[i]) / torch.exp(similarity).sum())
     return total / len(anchors)
 
 
@@ -95,28 +91,6 @@ def test_equally_similar_candidates_rank_by_index():
     assert result.positions.tolist() == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("most", [1, 10**6])
-def test_excluded_candidates_leave_the_denominator_within_their_cloud(pairs, most, monkeypatch):
-    monkeypatch.setattr(losses, "MAX_SIMILARITIES", most)
-    anchors, positives = pairs
-    excluded = torch.rand(3, 10, 10) < 0.4
-    everywhere = torch.block_diag(*excluded)
-    result = contrastive_loss(
-        *pairs, TEMPERATURE, everything(), symmetric=True, excluded=excluded, return_positions=True
-    )
-    forward = by_definition(anchors, positives, everywhere)
-    expected = (forward + by_definition(positives, anchors, everywhere.T)) / 2
-    torch.testing.assert_close(result.loss, expected, rtol=1e-12, atol=0)
-    ours = torch.autograd.grad(result.loss, pairs)
-    for actual, wanted in zip(ours, torch.autograd.grad(expected, pairs), strict=True):
-        torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-12)
-    kept = [(~row).sum().item() + row[i].item() for i, row in enumerate(everywhere)]
-    assert result.chance.item() == pytest.approx(sum(math.log(count) for count in kept) / ROWS)
-    alone = F.normalize(anchors, dim=1) @ F.normalize(positives, dim=1).T
-    better = (alone > alone.diagonal()[:, None]) & ~everywhere
-    assert result.positions.tolist() == better.sum(1).tolist()
-
-
 def test_a_low_temperature_keeps_its_digits():
     torch.manual_seed(0)
     anchors, positives = torch.randn(2, ROWS, 4)
@@ -131,10 +105,10 @@ def one_of_two_processes(process: int, port: int, results: "multiprocessing.Queu
     """Half of the rows in each process."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=process, world_size=2)
-    anchors, positives, valid, excluded = two_clouds()
+    anchors, positives, valid = two_clouds()
     own = slice(process * 10, process * 10 + 10)
     anchors, positives = anchors[own].requires_grad_(), positives[own].requires_grad_()
-    options = {"symmetric": True, "gather": True, "excluded": excluded[process, None], "return_positions": True}
+    options = {"symmetric": True, "gather": True, "return_positions": True}
     result = contrastive_loss(anchors, positives, TEMPERATURE, valid[own], **options)
     result.loss.backward()
     found = (result.loss.detach(), result.positions, anchors.grad, positives.grad)
@@ -145,8 +119,7 @@ def one_of_two_processes(process: int, port: int, results: "multiprocessing.Queu
 def two_clouds() -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     anchors, positives = torch.randn(2, 20, WIDTH, generator=generator, dtype=torch.float64)
-    valid, excluded = torch.rand(20, generator=generator) < 0.8, torch.rand(2, 10, 10, generator=generator) < 0.3
-    return anchors, positives, valid, excluded
+    return anchors, positives, torch.rand(20, generator=generator) < 0.8
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks")
@@ -159,12 +132,10 @@ def test_two_processes_compute_the_loss_of_one():
     found = dict(results.get(timeout=60) for _ in processes)
     for process in processes:
         process.join()
-    anchors, positives, valid, excluded = two_clouds()
+    anchors, positives, valid = two_clouds()
     anchors.requires_grad_()
     positives.requires_grad_()
-    expected = contrastive_loss(
-        anchors, positives, TEMPERATURE, valid, symmetric=True, excluded=excluded, return_positions=True
-    )
+    expected = contrastive_loss(anchors, positives, TEMPERATURE, valid, symmetric=True, return_positions=True)
     expected.loss.backward()
     loss, positions, anchor_grad, positive_grad = (np.stack(parts) for parts in zip(found[0], found[1], strict=True))
     np.testing.assert_allclose(loss.mean(), expected.loss.item(), rtol=1e-12)

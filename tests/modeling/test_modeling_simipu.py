@@ -2,7 +2,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from tiny_simipu import tiny_batch, tiny_config
 from transformers import AutoConfig, AutoModel, AutoModelForPreTraining
 
@@ -190,56 +189,6 @@ def test_too_small_clouds_are_named(model):
     batch = tiny_batch()
     with pytest.raises(ValueError, match="D-FPS has to draw 64 points from 40"):
         model.simipu.get_point_features(batch["points"][:, :40])
-
-
-def similarity_loss(
-    anchors: torch.Tensor, positives: torch.Tensor, excluded: torch.Tensor, temperature: float
-) -> torch.Tensor:
-    """InfoNCE written out: `excluded` `(R, R)` candidates leave an anchor's denominator."""
-    logits = F.normalize(anchors, dim=1) @ F.normalize(positives, dim=1).T / temperature
-    logits = logits.masked_fill(excluded & ~torch.eye(len(logits), dtype=torch.bool), -torch.inf)
-    return F.cross_entropy(logits, torch.arange(len(logits)))
-
-
-def test_near_points_of_the_same_cloud_are_no_negatives():
-    options = {"mask_out_of_image": False, "max_match_distance": None, "negative_exclusion_distance": 3.0}
-    torch.manual_seed(0)
-    model = SimIPUForPreTraining(tiny_config(**options)).double()
-    batch = {name: value.double() for name, value in tiny_batch().items()}
-    output = model(**batch)
-    view, augmented = output.point_output, output.point_aug_output
-    x, features = view.coordinates, augmented.features
-    back = torch.linalg.inv(batch["lidar_to_aug"])
-    x_aug = augmented.coordinates @ back[:, :3, :3].transpose(1, 2) + back[:, None, :3, 3]
-    matched, keys = (torch.stack([t[b][output.match[b]] for b in range(2)]) for t in (x_aug, features))
-    intra_near = torch.block_diag(*((x[:, :, None] - matched[:, None]).norm(dim=-1) <= 3.0))
-    inter_near = torch.block_diag(*((x[:, :, None] - x[:, None]).norm(dim=-1) <= 3.0))
-    assert 64 < inter_near.sum() < 64 * 32
-    head = model.intra_point_head
-    queries, keys = (head(rows.flatten(0, 1)) for rows in (view.features, keys))
-    intra = similarity_loss(queries, keys, intra_near, 0.07)
-    image, point = output.image_embeds.flatten(0, 1), output.point_embeds.flatten(0, 1)
-    inter = (similarity_loss(image, point, inter_near, 0.07) + similarity_loss(point, image, inter_near.T, 0.07)) / 2
-    torch.testing.assert_close(output.intra_modal_loss, intra)
-    torch.testing.assert_close(output.inter_modal_loss, inter)
-
-
-def test_a_loss_per_stage_averages_those_of_heads_of_their_own():
-    torch.manual_seed(0)
-    config = tiny_config(loss_per_stage=True, image_config={"out_indices": [1, 3]})
-    model = SimIPUForPreTraining(config).eval()
-    assert len(model.inter_image_head) == 2
-    output = model(**tiny_batch())
-    losses = []
-    for k, stage in enumerate((1, 3)):
-        single = SimIPUForPreTraining(tiny_config(image_config={"out_indices": [stage]})).eval()
-        single.simipu.load_state_dict(model.simipu.state_dict())
-        single.inter_image_head.load_state_dict(model.inter_image_head[k].state_dict())
-        single.inter_point_head.load_state_dict(model.inter_point_head.state_dict())
-        losses.append(single(**tiny_batch()).inter_modal_loss)
-    torch.testing.assert_close(output.inter_modal_loss, torch.stack(losses).mean())
-    model(**tiny_batch()).loss.backward()
-    assert all(parameter.grad is not None for parameter in model.inter_image_head.parameters())
 
 
 def test_accuracies_are_computed_when_asked_for(model):

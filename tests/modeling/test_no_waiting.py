@@ -32,7 +32,7 @@ class RecordWaiting(TorchDispatchMode):
 
 @pytest.mark.parametrize("preset", ["official", "recommended"])
 def test_no_operation_of_a_step_tells_the_host_a_value(preset):
-    options = {"negative_exclusion_distance": 2.0, "anchor_weight": 1.0} if preset == "recommended" else {}
+    options = {"anchor_weight": 1.0} if preset == "recommended" else {}
     model = SimIPUForPreTraining(tiny_config(preset, point_config=PLAIN, **options))
     model.anchor_image_encoder()
     with RecordWaiting() as record:
