@@ -132,6 +132,8 @@ def load_encoders(named_sources: Iterable[str]) -> dict[str, EncoderWeights]:
         baseline = baseline_of(encoder, encoders)
         if baseline not in encoders:
             encoders[baseline] = random_encoder(encoder)
+        if encoders[baseline].state_dict:
+            raise SimIPUError(f"--image_encoders: {baseline} is the name of random weights, found trained ones")
     return encoders
 
 

@@ -127,7 +127,8 @@ class FineTuningTrainer(Trainer):
     """`transformers.Trainer` with the published recipe: AdamW, one-cycle schedule; a task adds `evaluate_frames`.
 
     The order of frames is a function of the seed, their augmentation of (seed, epoch, row), so a resumed run goes on
-    exactly as the uninterrupted one. A whole run is one pass over the loader, whose workers live as long.
+    exactly as the uninterrupted one, but for the first loss that it logs: a mean since it was resumed. A whole run is
+    one pass over the loader, whose workers live as long.
 
     Args:
         args, kwargs: the Trainer's; both data sets are [`FrameDataset`]s. `warmup_steps` is the share of the steps in

@@ -180,6 +180,8 @@ def test_scratch_is_the_same_network(tmp_path):
     assert not encoders["scratch"].state_dict
     encoders = load_encoders([f"plain={ENCODER}", f"a={tmp_path / 'a'}"])
     assert list(encoders) == ["scratch", "plain", "a", "scratch-test_resnet-output_stride=8"]
+    with pytest.raises(SimIPUError, match="scratch is the name of random weights"):
+        load_encoders([f"scratch={tmp_path / 'a'}"])
     vit = ["a=random:test_vit", "b=random:test_vit"]
     encoders = load_encoders(vit)
     encoders["b"].model_args |= {"dynamic_img_size": True, "img_size": [160, 160]}  # as of a run

@@ -392,8 +392,9 @@ def test_visualize_an_encoder_alone_and_data_alone(run_folder, data, tmp_path):
     kinds = ["drive_000_points.png", "drive_000_image_features.png", "drive_000_scene.html"]
     assert [path.name for path in encoder if path.name != "training_curves.png"] == kinds
     assert _image_processor(timm_template("vit_small_patch14_dinov2")).pad_size_divisor == 14
-    alone = visualize(tmp_path / "data", dataset_name=str(data), frames=[0, 1])
-    assert [path.name for path in alone if path.suffix == ".png"] == ["drive_000_points.png", "drive_001_points.png"]
+    alone = visualize(tmp_path / "data", dataset_name=str(data), frames=[0, 1, 1])  # one name twice
+    names = ["drive_000_points.png", "drive_001_points.png", "drive_001_row1_points.png"]
+    assert [path.name for path in alone if path.suffix == ".png"] == names
 
 
 def test_visualize_names_what_is_wrong(run_folder, data, tmp_path):

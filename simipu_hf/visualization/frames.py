@@ -74,11 +74,12 @@ def visualize(
 ) -> list[Path]:
     """Draws chosen frames, and what a model makes of them.
 
-    For each frame, named by its `frame_id`: `*_points.png`, the points over the image; with a SimIPU model also
-    `*_matches.png`, two views with their matches, `*_shared_features.png`, image and point features as colours, and
-    `*_retrieval.png`, where in the image the features of some points are found; with any model `*_image_features.png`,
-    the features of its image encoder as colours; and `*_scene.html`, the points in 3-D to turn and zoom. If the
-    model's run left a `metrics.jsonl`, `training_curves.png` too.
+    For each frame, named by its `frame_id`, and by its row too where an earlier one has that name: `*_points.png`, the
+    points over the image; with a SimIPU model also `*_matches.png`, two views with their matches,
+    `*_shared_features.png`, image and point features as colours, and `*_retrieval.png`, where in the image the
+    features of some points are found; with any model `*_image_features.png`, the features of its image encoder as
+    colours; and `*_scene.html`, the points in 3-D to turn and zoom. If the model's run left a `metrics.jsonl`,
+    `training_curves.png` too.
 
     Args:
         output_dir: folder for the pictures; those of an earlier call are replaced.
@@ -106,6 +107,8 @@ def visualize(
         row = rows[index]
         figures, html = draw_frame(row, loaded)
         name = re.sub(r"[^\w.-]+", "_", str(row["frame_id"]))
+        if folder / f"{name}_scene.html" in written:
+            name = f"{name}_row{index}"
         written += [save_figure(figure, folder / f"{name}_{kind}.png") for kind, figure in figures.items()]
         written.append(folder / f"{name}_scene.html")
         with atomic_write(written[-1]) as stream:
