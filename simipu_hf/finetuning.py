@@ -6,6 +6,7 @@ Read `fine_tune` first. A task (`finetune_depth`, `finetune_detection`) builds m
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
@@ -14,7 +15,6 @@ from traceback import clear_frames
 from typing import Any, TypeVar
 
 import torch
-import yaml
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
@@ -27,19 +27,12 @@ from .files import atomic_folder, move_into, write_json
 from .hub.card import write_model_card
 from .hub.push import HubUploader
 from .hub.sources import find_image_encoder
-from .hub.weights import EncoderWeights, InputConvention, read_json
+from .hub.weights import EncoderWeights, InputConvention
 from .modeling.image_encoder import load_image_encoder_weights
 from .modeling.image_processing_simipu import SimIPUImageProcessor
 from .training.arguments import FineTuningRunArguments
 from .training.batch_norm import kept_running_statistics, synchronize_batch_norm
-from .training.checkpoint import (
-    WRITE_ERRORS,
-    check_same_run,
-    remove_partial_trainer_checkpoints,
-    verify_checkpoint,
-    write_error,
-    write_manifest,
-)
+from .training.checkpoint import WRITE_ERRORS, resumed_step, save_checkpoint, write_error
 from .training.distributed import (
     SharedFlags,
     StopRequest,
@@ -50,14 +43,7 @@ from .training.distributed import (
     use_all_cores,
 )
 from .training.logging import METRICS_FILE, check_trackers, cut_metrics, json_line
-from .training.run_folder import (
-    RUN_FILE,
-    check_kind,
-    data_fingerprint,
-    find_checkpoint,
-    open_run_folder,
-    weights_fingerprint,
-)
+from .training.run_folder import data_fingerprint, find_checkpoint, open_run_folder, weights_fingerprint
 from .training.sampling import ROW_ORDER, GlobalBatchSampler, create_loader
 from .visualization import draw_curves
 
@@ -157,6 +143,7 @@ class FineTuningTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.encoder_learning_rate = encoder_learning_rate
         self.evaluation: dict[str, Any] = {}  # the latest, whole
+        self.identity: dict[str, Any] = {}  # what must be the same for the run to continue
         if decoder_first:
             self.add_callback(DecoderFirst(decoder_first))
         self._after_backward = ExitStack()
@@ -274,15 +261,35 @@ class FineTuningTrainer(Trainer):
         self.state.epoch = self.state.global_step / self._sampler(1).steps_per_epoch
         super().log(logs, start_time)
 
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(Path(str(self.args.output_dir)) / ".checkpoint-saving")
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        step = self.state.global_step
-        checkpoint = Path(str(self.args.output_dir)) / f"checkpoint-{step}"
+        """Every process writes into a hidden folder, from where the main one moves all to its place.
+
+        The Trainer deletes the oldest checkpoints of that folder, and finds none but this one.
+        """
+        name, aside = f"checkpoint-{self.state.global_step}", Path(self._get_output_dir(trial))
         try:
             super()._save_checkpoint(model, trial)
         except WRITE_ERRORS as error:
-            raise write_error(checkpoint, error) from error
-        self.accelerator.wait_for_everyone()  # every process writes a file of its own
-        on_main_process(self.accelerator, write_manifest, checkpoint, step)
+            shutil.rmtree(aside, ignore_errors=True)
+            raise write_error(aside.parent / name, error) from error
+
+        def save(folder: Path) -> None:
+            move_into(aside / name, folder)
+            shutil.rmtree(aside, ignore_errors=True)
+
+        self.accelerator.wait_for_everyone()
+        on_main_process(
+            self.accelerator,
+            save_checkpoint,
+            aside.parent,
+            self.state.global_step,
+            save=save,
+            identity=self.identity,
+            total_limit=self.args.save_total_limit or 0,
+        )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Without the Trainer's pickle of its arguments, which would hold secrets and cannot be loaded safely."""
@@ -290,8 +297,6 @@ class FineTuningTrainer(Trainer):
             folder = Path(output_dir or str(self.args.output_dir))
             self.model.save_pretrained(folder, state_dict=state_dict)
             self.processing_class.save_pretrained(folder)
-            for file in folder.glob("*.safetensors"):  # written for their owner alone, whatever the umask
-                file.chmod(folder.stat().st_mode & 0o666)
 
 
 class DecoderFirst(TrainerCallback):
@@ -510,8 +515,8 @@ def open_run(arguments: FineTuningRunArguments, trainer: FineTuningTrainer) -> s
         "rows_per_step": rows_per_forward * trainer.args.gradient_accumulation_steps,
     }
     fixed = {name: value for name, value in arguments.to_dict().items() if name not in FREE}
-    fixed |= {name: record[name] for name in ("train", "total_steps")} | {"row_order": ROW_ORDER}
-    fixed["rows_per_step"] = rows_per_forward  # under the name that runs have always had for it
+    fixed |= {name: record[name] for name in ("train", "total_steps")}
+    fixed |= {"kind": type(arguments).__name__, "row_order": ROW_ORDER, "rows_per_forward": rows_per_forward}
     config = trainer.model.config.image_encoder_config
     fixed["image_encoder"] = {
         "architecture": config.architecture,
@@ -522,20 +527,9 @@ def open_run(arguments: FineTuningRunArguments, trainer: FineTuningTrainer) -> s
         else weights_fingerprint(trainer.model.image_encoder.state_dict()),
     }
     fixed["image_processor"] = trainer.processing_class.to_dict()
-    identity = json.loads(json.dumps(fixed))
-    if checkpoint is not None:
-        folders = (checkpoint.parent, checkpoint.parent.parent)  # the second of a checkpoint that was set aside
-        found = next((folder / RUN_FILE for folder in folders if (folder / RUN_FILE).is_file()), None)
-        if found is None:
-            raise SimIPUError(f"{checkpoint}: expected a checkpoint in the folder of a run, with {RUN_FILE}")
-        check_kind(found.parent, type(arguments).__name__, f"{checkpoint} is not resumed from")
-        if arguments.resume_from_checkpoint != "latest":  # which is the newest that was verified
-            verify_checkpoint(checkpoint)
-        check_same_run(yaml.safe_load(found.read_text("utf-8")).get("identity", {}), identity, checkpoint)
-    step = 0 if checkpoint is None else read_json(checkpoint / "trainer_state.json")["global_step"]
-    if (Path(arguments.output_dir) / RUN_FILE).is_file():
-        remove_partial_trainer_checkpoints(Path(arguments.output_dir))
-    open_run_folder(arguments, step, trainer.args.max_steps, data=record, identity=identity)
+    trainer.identity = json.loads(json.dumps(fixed))
+    step = 0 if checkpoint is None else resumed_step(checkpoint, trainer.identity)
+    open_run_folder(arguments, step, trainer.args.max_steps, data=record)
     return None if checkpoint is None else str(checkpoint)
 
 

@@ -45,13 +45,7 @@ from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 from simipu_hf.training.arguments import PreTrainingArguments, parse_arguments, parse_overrides
 from simipu_hf.training.batch_norm import kept_running_statistics, synchronize_batch_norm
-from simipu_hf.training.checkpoint import (
-    Checkpoint,
-    TrainingState,
-    check_same_run,
-    load_checkpoint,
-    newest_checkpoint,
-)
+from simipu_hf.training.checkpoint import Checkpoint, TrainingState, load_checkpoint, newest_checkpoint
 from simipu_hf.training.distributed import (
     SharedFlags,
     StopRequest,
@@ -578,6 +572,7 @@ def run_identity(
     identity = {name: value for name, value in flags.items() if name not in NOT_COMPARED}
     identity |= {
         **batches.identity(),
+        "kind": type(arguments).__name__,
         "row_order": ROW_ORDER,
         "rows_per_forward": rows_per_forward(accelerator, arguments),
         "recipe": dataclasses.asdict(recipe),
@@ -600,8 +595,7 @@ def open_checkpoint(
     path = on_main_process(accelerator, find_checkpoint, arguments, arguments.model_name_or_path)
     if path is None:
         return None
-    checkpoint = load_checkpoint(path)
-    check_same_run(checkpoint.values["identity"], identity, path)
+    checkpoint = load_checkpoint(path, identity)
     if checkpoint.step > steps.last:
         raise SimIPUError(f"{path} is beyond the last step, {steps.last}: raise --max_steps")
     steps.first = checkpoint.step

@@ -2,11 +2,10 @@
 
 `OUTPUT_DIR/checkpoint-<optimizer step>` holds whatever the model saves (`from_pretrained` reads the folder) and
 
-- `training_state.pt`: optimizers, schedule and the logger's unfinished window; read with `weights_only=True`,
-- `training_state.json`: the step, and what the run was (compared on resume),
-- `manifest.json`: size and SHA-256 of every file, so that damage is noticed before anything is loaded.
-
-Those of fine-tuning hold the Trainer's files in the place of the first two, see [`write_manifest`].
+- `training_state.pt`: optimizers, schedule and the logger's unfinished window, read with `weights_only=True`; those of
+  fine-tuning hold the Trainer's files in its place,
+- `manifest.json`: the step, what the run was (compared on resume), and size and SHA-256 of every file, so that damage
+  is noticed before anything is loaded.
 
 accelerate's `save_state` writes in place and from every process; a kill or a full disk then leaves half a checkpoint.
 """
@@ -34,44 +33,39 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import ProcessorMixin
 
 from simipu_hf.errors import SimIPUError
-from simipu_hf.files import atomic_folder, write_json
+from simipu_hf.files import atomic_folder
 
 from .distributed import on_main_process
 from .logging import METRICS_FILE, RunLogger, flatten
 
 MANIFEST = "manifest.json"
 STATE_TENSORS = "training_state.pt"
-STATE_VALUES = "training_state.json"
-TRAINER_STATE = "trainer_state.json"
 WRITE_ERRORS = (OSError, SafetensorError, RuntimeError, SimIPUError)  # of a full disk, a missing permission
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass
 class Checkpoint:
-    """What [`load_checkpoint`] returns: `tensors` and `values` as they were given to [`save_checkpoint`]."""
+    """What [`load_checkpoint`] returns; `tensors` as [`TrainingState.save`] wrote them."""
 
     path: Path
     step: int
     tensors: dict[str, Any]
-    values: dict[str, Any]
 
 
 def save_checkpoint(
     output_dir: Path,
     step: int,
     *,
-    save_model: Callable[[Path], None],
-    tensors: dict[str, Any],
-    values: dict[str, Any],
+    save: Callable[[Path], None],
+    identity: dict[str, Any],
     total_limit: int = 0,
 ) -> Path:
     """Write `output_dir/checkpoint-<step>` and delete the oldest beyond `total_limit`. Main process only.
 
     Args:
-        save_model: writes the model's and the processor's files into the folder it is given.
-        tensors: nested dictionaries, lists and tuples of tensors, numbers and strings.
-        values: anything JSON can hold.
+        save: writes everything into the folder it is given.
+        identity: what must be the same for a run to continue, as JSON.
         total_limit: checkpoints to keep; 0 keeps all.
 
     Returns:
@@ -84,10 +78,8 @@ def save_checkpoint(
     try:
         # a target that exists is a damaged one, or this step taken again
         with atomic_folder(target, overwrite=True) as beside:
-            save_model(beside)
-            torch.save(tensors, beside / STATE_TENSORS)
-            (beside / STATE_VALUES).write_text(json.dumps({"step": step, **values}, indent=2), encoding="utf-8")
-            write_manifest(beside, step)
+            save(beside)
+            write_manifest(beside, step, identity)
     except WRITE_ERRORS as error:
         raise write_error(target, error) from error
     for old in list_checkpoints(output_dir)[: -total_limit if total_limit else 0]:
@@ -96,15 +88,15 @@ def save_checkpoint(
     return target
 
 
-def write_manifest(checkpoint: Path, step: int) -> None:
+def write_manifest(checkpoint: Path, step: int, identity: dict[str, Any]) -> None:
     """Record every file of a checkpoint, the last thing that is written of it."""
-    (checkpoint / MANIFEST).unlink(missing_ok=True)  # of an earlier run, whose files the Trainer wrote over
     files = {
         file.relative_to(checkpoint).as_posix(): {"size": file.stat().st_size, "sha256": _sha256(file)}
         for file in sorted(checkpoint.rglob("*"))
         if file.is_file()
     }
-    write_json(checkpoint / MANIFEST, {"step": step, "files": files})
+    manifest = {"step": step, "identity": identity, "files": files}
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
 
 
 def write_error(target: Path, error: Exception) -> SimIPUError:
@@ -116,18 +108,26 @@ def write_error(target: Path, error: Exception) -> SimIPUError:
     )
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Verify and read the checkpoint folder `path`; the model's own files are left to its `from_pretrained`.
+def resumed_step(path: Path, identity: dict[str, Any]) -> int:
+    """The step of a checkpoint that the run of `identity` may go on from.
 
     Raises:
-        SimIPUError: it is no checkpoint, is damaged, or holds anything but tensors and plain values.
+        SimIPUError: it is no checkpoint, is damaged, or belongs to another run.
     """
-    verify_checkpoint(path)
-    if (path / TRAINER_STATE).is_file():
-        raise SimIPUError(f"{path} is a checkpoint of a fine-tuning run")
+    manifest = verify_checkpoint(path)
+    check_same_run(manifest.get("identity", {}), identity, path)
+    return manifest["step"]
+
+
+def load_checkpoint(path: Path, identity: dict[str, Any]) -> Checkpoint:
+    """[`resumed_step`] and the training state; the model's own files are left to its `from_pretrained`.
+
+    Raises:
+        SimIPUError: as there, and where the state holds anything but tensors and plain values.
+    """
+    step = resumed_step(path, identity)
     try:
         tensors = torch.load(path / STATE_TENSORS, map_location="cpu", weights_only=True)
-        values = json.loads((path / STATE_VALUES).read_text(encoding="utf-8"))
     except pickle.UnpicklingError as error:
         raise SimIPUError(
             f"{path / STATE_TENSORS} holds more than tensors and plain values; it was not loaded, because unpickling "
@@ -135,33 +135,24 @@ def load_checkpoint(path: Path) -> Checkpoint:
         ) from error
     except (OSError, ValueError, RuntimeError, EOFError, KeyError) as error:
         raise SimIPUError(f"{path}: the training state cannot be read ({error})") from error
-    return Checkpoint(path, int(values["step"]), tensors, values)
+    return Checkpoint(path, step, tensors)
 
 
-def verify_checkpoint(path: Path) -> None:
-    """Compare every file of a checkpoint with its manifest.
+def verify_checkpoint(path: Path) -> dict[str, Any]:
+    """Compare every file of a checkpoint with its manifest, and return that.
 
     Raises:
         SimIPUError: naming the file, what was expected and what was found.
     """
     manifest_path = path / MANIFEST
-    if (path / TRAINER_STATE).is_file() and not manifest_path.is_file():  # the Trainer's own, whose state comes last
-        try:
-            json.loads((path / TRAINER_STATE).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise SimIPUError(f"{path / TRAINER_STATE} is damaged ({error})") from error
-        return
     if not manifest_path.is_file():
         hint = "".join(f"; did you mean {inside}?" for inside in list_checkpoints(path)[-1:])
         raise SimIPUError(f"{path} is not a training checkpoint: it has no {MANIFEST}{hint}")
     try:
-        files = dict(json.loads(manifest_path.read_text(encoding="utf-8"))["files"])
-        expected = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        expected = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SimIPUError(f"{manifest_path} is damaged ({error})") from error
-    for required in (STATE_TENSORS, STATE_VALUES):
-        if required not in expected and TRAINER_STATE not in expected:
-            raise SimIPUError(f"{manifest_path} does not list {required}")
     for name, (size, digest) in expected.items():
         file = path / name
         if not file.is_file():
@@ -170,6 +161,7 @@ def verify_checkpoint(path: Path) -> None:
             raise SimIPUError(f"{path} is damaged: {name} has {file.stat().st_size} bytes, expected {size}")
         if _sha256(file) != digest:
             raise SimIPUError(f"{path} is damaged: the contents of {name} differ from what was written")
+    return manifest
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -188,13 +180,6 @@ def newest_checkpoint(output_dir: Path, on_damaged: Callable[[str], None] = lamb
         else:
             return path
     return None
-
-
-def remove_partial_trainer_checkpoints(output_dir: Path) -> None:
-    """Delete what a kill or a full disk during a checkpoint of `transformers.Trainer` left behind."""
-    for path in list_checkpoints(output_dir):
-        if not (path / TRAINER_STATE).is_file() and not (path / MANIFEST).is_file():
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def set_aside(output_dir: Path, step: int, is_way_back: bool = False) -> Path | None:
@@ -259,21 +244,21 @@ class TrainingState:
             "scaler": scaler and scaler.state_dict(),
             "processes": gather_object([{"logger": self.logger.state_dict(), "batches": self.batches.state_dict()}]),
         }
+
+        def save(folder: Path) -> None:
+            self.unwrapped_model.save_pretrained(folder)  # with the remote code
+            self.processor.save_pretrained(folder)
+            torch.save(tensors, folder / STATE_TENSORS)
+
         return on_main_process(
             self.accelerator,
             save_checkpoint,
             output_dir,
             step,
-            save_model=self.save_model,
-            tensors=tensors,
-            values={"identity": self.identity},
+            save=save,
+            identity=self.identity,
             total_limit=total_limit,
         )
-
-    def save_model(self, folder: Path) -> None:
-        """Everything that `from_pretrained` needs, remote code included."""
-        self.unwrapped_model.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """
@@ -299,8 +284,12 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -
     """Refuse to continue a run under other conditions than it was started with.
 
     Raises:
-        SimIPUError: listing every value that differs, nested ones as `recipe.learning_rate`.
+        SimIPUError: naming the other command, or every value that differs, nested ones as `recipe.learning_rate`.
     """
+    kind, expected = saved.get("kind"), current.get("kind")
+    if kind != expected:
+        origin = f"another command ({kind}, not {expected})" if kind else "an earlier version"
+        raise SimIPUError(f"{path} is a checkpoint of {origin}: start anew in another folder")
     saved, current = flatten(saved), flatten(current)
     differing = [
         f"{name}: {saved.get(name, 'absent')} in the checkpoint, {current.get(name, 'absent')} now"

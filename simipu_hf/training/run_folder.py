@@ -132,6 +132,8 @@ def open_run_folder(arguments: RunArguments, step: int, last_step: int, **record
         # run.yaml last: without it what a kill leaves would not be known for a run
         for path in sorted(output_dir.iterdir(), key=lambda path: path.name == RUN_FILE):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    for path in output_dir.glob(".checkpoint-*"):  # what a kill during a checkpoint left behind
+        shutil.rmtree(path, ignore_errors=True)
     written = {
         "kind": type(arguments).__name__,
         "command": current_command(),
@@ -149,8 +151,6 @@ def open_run_folder(arguments: RunArguments, step: int, last_step: int, **record
             yaml.safe_dump(written, stream, sort_keys=False, allow_unicode=True)
     except SimIPUError as error:
         raise SimIPUError(f"--output_dir {output_dir} cannot be written to ({error})") from error
-    for path in output_dir.glob(".checkpoint-*"):  # what a kill during a checkpoint left behind
-        shutil.rmtree(path, ignore_errors=True)
     start = Path(arguments.resume_from_checkpoint or "").absolute().parent
     is_way_back = start.name.startswith("set_aside-") and start.resolve().parent == output_dir.resolve()
     aside = set_aside(output_dir, step, is_way_back)

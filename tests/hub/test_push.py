@@ -30,7 +30,7 @@ def no_waiting(monkeypatch):
 
 
 # of this package's loop, and of transformers.Trainer
-RESUME = {"training_state.pt", "training_state.json", "manifest.json"}
+RESUME = {"training_state.pt", "manifest.json"}
 RESUME |= {"trainer_state.json", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth", "rng_state_1.pth"}
 
 

@@ -14,7 +14,6 @@ from simipu_hf.hub.sources import (
     find_image_encoder,
     load_dense_model,
     load_image_encoder,
-    model_folder,
     read_input_convention,
 )
 from simipu_hf.modeling.configuration_simipu import SimIPUDepthConfig
@@ -37,12 +36,12 @@ def is_trained(model, trained) -> bool:
 def as_checkpoint(run_folder, target):
     """A complete checkpoint as the training loop writes it."""
 
-    def save_model(path):
+    def save(path):
         for name in ("config.json", "model.safetensors", "processor_config.json"):
             shutil.copy(run_folder / name, path)
 
     step = int(target.name.split("-")[1])
-    return save_checkpoint(target.parent, step, save_model=save_model, tensors={}, values={})
+    return save_checkpoint(target.parent, step, save=save, identity={})
 
 
 def test_run_folder(run_folder, trained, tmp_path, capsys):
@@ -74,13 +73,9 @@ def test_checkpoint_and_run_without_a_final_model(run_folder, trained, tmp_path)
         find_image_encoder(tmp_path)
 
 
-def test_depth_run_of_the_trainer(tmp_path):
-    """Without a final model, the newest checkpoint that is whole: trainer_state.json is written last."""
+def test_depth_run_without_a_final_model(tmp_path):
     depth = SimIPUForDepthEstimation(SimIPUDepthConfig(image_config={"architecture": "test_resnet"}))
-    for step, state in ((3, "{}"), (20, "{}"), (100, '{"half')):
-        depth.save_pretrained(tmp_path / f"checkpoint-{step}")
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state, encoding="utf-8")
-    assert model_folder(tmp_path).name == "checkpoint-20"
+    save_checkpoint(tmp_path, 20, save=depth.save_pretrained, identity={})
     model, _ = load_image_encoder(tmp_path, verbose=False)
     assert is_trained(model, depth.image_encoder.state_dict())
 

@@ -112,3 +112,5 @@ def test_two_processes_share_the_evaluation_of_a_depth_model(results):
     alone = evaluate_depth(EvaluateDepthArguments(**arguments, kb_crop=False, flip_test=False, device="cpu"))
     assert saved["num_images"] == alone["num_images"] == 2  # each process had one
     assert saved["metrics"] == {name: pytest.approx(value, rel=1e-6) for name, value in alone["metrics"].items()}
+    manifest = json.loads((results / "depth" / "checkpoint-2" / "manifest.json").read_text(encoding="utf-8"))
+    assert {"rng_state_0.pth", "rng_state_1.pth"} < manifest["files"].keys()
