@@ -250,9 +250,10 @@ class _PointMoments(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         rows, weight, offset_sum, count, mean = ctx.saved_tensors
         grads = ctx.reduce(torch.vstack([grad_mean / count, 2 * grad_squares, grad_products]))
-        shift, slope = grads[0] - grads[1] * mean, grads[1]
-        grad = torch.addcmul(shift, rows, slope).mul_(weight[:, None])
-        return grad.addmm_(offset_sum, grads[2:]), None, None, None, None
+        centered = rows - mean
+        grad_offsets = centered @ grads[2:].T if ctx.needs_input_grad[2] else None
+        grad = torch.addcmul(grads[0], centered, grads[1]).mul_(weight[:, None])
+        return grad.addmm_(offset_sum, grads[2:]), None, grad_offsets, None, None
 
 
 class PointNet2Encoder(nn.Module):

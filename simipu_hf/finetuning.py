@@ -288,8 +288,11 @@ class FineTuningTrainer(Trainer):
             self.state.global_step,
             save=save,
             identity=self.identity,
-            total_limit=self.args.save_total_limit or 0,
+            # the best is not to be the one that is deleted
+            total_limit=0 if self.args.load_best_model_at_end else self.args.save_total_limit or 0,
         )
+        if self.state.best_model_checkpoint is not None:
+            self.state.best_model_checkpoint = str(aside.parent / f"checkpoint-{self.state.best_global_step}")
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Without the Trainer's pickle of its arguments, which would hold secrets and cannot be loaded safely."""
@@ -297,6 +300,8 @@ class FineTuningTrainer(Trainer):
             folder = Path(output_dir or str(self.args.output_dir))
             self.model.save_pretrained(folder, state_dict=state_dict)
             self.processing_class.save_pretrained(folder)
+            for file in folder.glob("*.safetensors"):  # written for their owner alone, whatever the umask
+                file.chmod(folder.stat().st_mode & 0o666)
 
 
 class DecoderFirst(TrainerCallback):

@@ -19,7 +19,12 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+NAME, VERSION = platform.libc_ver()
+
+
+@pytest.mark.skipif(
+    NAME != "glibc" or tuple(map(int, VERSION.split("."))) < (2, 35), reason="pieces of 48 MiB need a newer glibc"
+)
 def test_freed_memory_is_used_again():
     faults = [int(subprocess.check_output([sys.executable, "-c", ALLOCATE, *on])) for on in ([], ["on"])]
-    assert faults[0] > 1000 > 10 * faults[1], "page faults without and with keep_freed_memory"
+    assert faults[0] > 100 > 10 * faults[1], "page faults without and with keep_freed_memory"

@@ -122,7 +122,10 @@ def load_mixture(
     parts = _load_parts(dataset_name, data_dir, dataset_config_name, request)
     if not isinstance(parts[0], datasets.IterableDataset):
         joined = join_rows(parts, request.cache_dir)
-        return joined, Mixture([len(part) for part in parts], mixture, seed) if mixture else None
+        mixed = Mixture([len(part) for part in parts], mixture, seed) if mixture else None
+        if mixed is not None and 0 in mixed.shares:
+            raise SimIPUError(f"mixture: the weights {mixture} leave a data set without any of {len(joined)} rows")
+        return joined, mixed
     if len(parts) > 1 and not mixture:
         raise SimIPUError("mixture: expected a weight for each data set, since a stream does not know its size")
     weights = mixture or [1]

@@ -22,8 +22,11 @@ class Mixture:
         weights: of each source, greater than 0; only their ratios count.
         seed: of the orders.
 
+    Attributes:
+        shares: indices of an epoch that fall to each source.
+
     Raises:
-        SimIPUError: another number of weights, one that is not greater than 0, or a share of no row of an epoch.
+        SimIPUError: another number of weights, or one that is not greater than 0.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int = 0) -> None:
@@ -36,8 +39,7 @@ class Mixture:
         self.seed = seed
         ends = np.cumsum(weights) / np.sum(weights) * len(self)
         self._ends = ends.round().astype(int).tolist()  # of the sources' shares of an epoch
-        if min(np.diff([0, *self._ends])) == 0:
-            raise SimIPUError(f"mixture: the weights {list(weights)} leave a data set without a row in {len(self)}")
+        self.shares = np.diff([0, *self._ends]).tolist()
 
     def __len__(self) -> int:
         return sum(self.sizes)

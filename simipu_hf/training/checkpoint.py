@@ -95,8 +95,13 @@ def write_manifest(checkpoint: Path, step: int, identity: dict[str, Any]) -> Non
         for file in sorted(checkpoint.rglob("*"))
         if file.is_file()
     }
-    manifest = {"step": step, "identity": identity, "files": files}
+    manifest = json.loads(json.dumps({"step": step, "identity": identity, "files": files}))
+    manifest["sha256"] = _digest(manifest)
     (checkpoint / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def write_error(target: Path, error: Exception) -> SimIPUError:
@@ -150,9 +155,12 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         raise SimIPUError(f"{path} is not a training checkpoint: it has no {MANIFEST}{hint}")
     try:
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        whole = manifest.pop("sha256", None)  # an earlier version wrote none
         expected = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SimIPUError(f"{manifest_path} is damaged ({error})") from error
+    if whole is not None and whole != _digest(manifest):
+        raise SimIPUError(f"{manifest_path} is damaged: its contents differ from what was written")
     for name, (size, digest) in expected.items():
         file = path / name
         if not file.is_file():
@@ -288,7 +296,7 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -
     """
     kind, expected = saved.get("kind"), current.get("kind")
     if kind != expected:
-        origin = f"another command ({kind}, not {expected})" if kind else "an earlier version"
+        origin = f"another command ({kind}, not {expected})" if kind else "an earlier version or another Trainer"
         raise SimIPUError(f"{path} is a checkpoint of {origin}: start anew in another folder")
     saved, current = flatten(saved), flatten(current)
     differing = [

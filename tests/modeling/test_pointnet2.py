@@ -47,12 +47,14 @@ def clouds(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0, size: i
 def test_forward_backward_and_running_statistics_equal_the_textbook(xyz, kind, dilated, size, backend):
     fast = encoder(**xyz, dilated_group=dilated, sampling_backend=backend, grouping_backend=backend)
     textbook, points = copy.deepcopy(fast), clouds(kind, size=size)
-    actual, expected = fast(points), GroupedPointNet2(textbook)(points)
+    clones = [points.clone().requires_grad_() for _ in range(2)]
+    actual, expected = fast(clones[0]), GroupedPointNet2(textbook)(clones[1])
     assert torch.equal(actual.indices, expected.indices)
     torch.testing.assert_close(actual.features, expected.features, rtol=1e-8, atol=1e-10)
     upstream = torch.randn(expected.features.shape, generator=torch.Generator().manual_seed(1), dtype=points.dtype)
     (actual.features * upstream).sum().backward()
     (expected.features * upstream).sum().backward()
+    torch.testing.assert_close(clones[0].grad, clones[1].grad, rtol=1e-8, atol=1e-8)
     for (name, ours), theirs in zip(fast.named_parameters(), textbook.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-8, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
     for (name, ours), theirs in zip(fast.named_buffers(), textbook.buffers(), strict=True):

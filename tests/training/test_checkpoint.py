@@ -62,6 +62,10 @@ def test_what_lies_beyond_a_step_is_set_aside(tmp_path):
         assert newest_checkpoint(tmp_path).name == f"checkpoint-{kept}"
 
 
+def change(file, old, new):
+    file.write_text(file.read_text("utf-8").replace(old, new), "utf-8")
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("disk full")])
 def test_a_failed_write_leaves_the_last_good_one(tmp_path, monkeypatch, error):
     save(tmp_path, 1, total_limit=1)
@@ -79,6 +83,7 @@ def test_a_failed_write_leaves_the_last_good_one(tmp_path, monkeypatch, error):
         (lambda p: os.truncate(p / "training_state.pt", 10), "training_state.pt has 10 bytes, expected"),
         (lambda p: flip_a_bit(p / "model.safetensors"), "contents of model.safetensors differ"),
         (lambda p: (p / "manifest.json").unlink(), "no manifest.json"),
+        (lambda p: change(p / "manifest.json", '"step": 2', '"step": 3'), "manifest.json is damaged: its contents"),
         (lambda p: (p / "manifest.json").write_text('{"files": 3}', encoding="utf-8"), "manifest.json is damaged"),
     ],
 )
