@@ -346,6 +346,22 @@ def test_decoder_first_leaves_the_encoders_weights_for_a_share_of_the_steps(data
     assert changed == [False, True]
 
 
+def test_the_best_model_is_loaded_at_the_end(dataset, tmp_path):
+    settings = recipe(
+        tmp_path, max_steps=4, per_device_train_batch_size=2, use_cpu=True, learning_rate=4e-3, save_steps=1,
+        save_total_limit=1, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
+        metric_for_best_model="abs_rel", greater_is_better=True,  # the worst, which is not the last
+    )  # fmt: skip
+    trainer = DepthTrainer(
+        depth_model(), settings, train_dataset=dataset, eval_dataset=dataset, processing_class=dataset.processor
+    )
+    trainer.train()
+    values = [entry["eval_abs_rel"] for entry in trainer.state.log_history if "eval_abs_rel" in entry]
+    best = 1 + int(np.argmax(values))
+    assert best < 4
+    assert_equal_weights(trainer.model.state_dict(), saved_weights(tmp_path / f"checkpoint-{best}"))
+
+
 class StopAfter(TrainerCallback):
     def __init__(self, steps):
         self.steps = steps
