@@ -44,6 +44,7 @@ def test_overrides_are_merged_into_the_preset():
         (lambda: SimIPUConfig.from_preset(point_encoder="pointnet"), "unknown point encoder 'pointnet'"),
         (lambda: SimIPUConfig(temperature=0), "temperature must be above 0, found 0"),
         (lambda: SimIPUConfig(temperature="warm"), "temperature"),
+        (lambda: SimIPUConfig(loss_per_stage=True), "no longer provided"),
         (lambda: SimIPUConfig(max_match_distance=-1), "max_match_distance must be above 0 metres"),
         (lambda: SimIPUConfig(projection_normalization="image"), "projection_normalization"),
         (lambda: SimIPUConfig(point_config={"model_type": "kpconv"}), "unknown model_type 'kpconv'"),
