@@ -95,9 +95,9 @@ def write_manifest(checkpoint: Path, step: int, identity: dict[str, Any]) -> Non
         for file in sorted(checkpoint.rglob("*"))
         if file.is_file()
     }
-    manifest = json.loads(json.dumps({"step": step, "identity": identity, "files": files}))
-    manifest["sha256"] = _digest(manifest)
-    (checkpoint / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    manifest = {"step": step, "identity": identity, "files": files}
+    text = json.dumps(manifest | {"sha256": _digest(manifest)}, indent=2)
+    (checkpoint / MANIFEST).write_text(text, encoding="utf-8")
 
 
 def _digest(manifest: dict[str, Any]) -> str:

@@ -225,6 +225,15 @@ def test_grid_size_is_free_of_rounding():
     assert tiny_encoder(voxel_size=(0.7, 0.5, 0.5))._grid(torch.zeros(1, 1, 4)) == (1, 6, 12, 12)
 
 
+def test_every_parameter_gets_a_gradient_in_train_and_eval_mode():
+    for training in (True, False):
+        encoder = tiny_encoder().train(training)
+        encoder(random_points()).features.square().sum().backward()
+        for name, parameter in encoder.named_parameters():
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().sum() > 0, name
+
+
 def test_without_gradient_the_batch_norms_still_follow_the_data():
     encoder = tiny_encoder()
     with torch.no_grad():
