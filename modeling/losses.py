@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layers import all_gather_rows, all_reduce_sum, rank, world_size
+from .layers import all_gather_rows, all_reduce_sum, linear, rank, world_size
 
 # logit of a pair that does not count: its exponential is 0, and unlike -inf it leaves no NaN in gradients
 NEVER = -1e4
@@ -89,10 +89,11 @@ def contrastive_loss(
 
 
 class _InfoNCE(torch.autograd.Function):
-    """Cross-entropies of each anchor's positive, and of each positive's anchor, without ever holding all similarities.
+    """Cross-entropies of each anchor's positive, and of each positive's anchor.
 
-    They are formed for some anchors at a time, and again in the backward pass, so that memory grows linearly with
-    the number of candidates; with every process's points as candidates the full matrix would be the largest tensor.
+    Similarities are formed for `MAX_SIMILARITIES` pairs at a time. Unless these are all, they are formed again in the
+    backward pass, so that memory grows linearly with the number of candidates; with every process's points as
+    candidates the full matrix would be the largest tensor.
 
     Args:
         anchors: `(R, D)`, unit length.
@@ -120,14 +121,17 @@ class _InfoNCE(torch.autograd.Function):
         ctx.temperature, ctx.symmetric, ctx.gathered = temperature, symmetric, gathered
         left = torch.cat([anchors / temperature, _penalty(valid, anchors), torch.ones_like(anchors[:, :1])], dim=1)
         right = torch.cat([candidates, torch.ones_like(candidates[:, :1]), _penalty(candidate_valid, candidates)], 1)
-        row_sums, positives, positions = [], [], []
+        row_sums, positives, positions, kept = [], [], [], []
         column_sums = right.new_zeros(len(right))
-        for logits, own in _logits_in_parts(left, right, ctx.first):
-            positive = logits.gather(1, own[:, None])
+        for rows, logits in _logits_in_parts(left, right):
+            own = _positive_columns(rows, ctx.first, right)
+            positive = logits.gather(1, own)
             positives.append(positive.squeeze(1))
             if rank_positives:
                 positions.append(_positions(logits, positive, own))
             exponentials = logits.sub_(1 / temperature).exp_()
+            if len(logits) == len(left):
+                kept = [exponentials]
             row_sums.append(exponentials.sum(1))
             if symmetric:
                 column_sums += exponentials.sum(0)
@@ -136,7 +140,7 @@ class _InfoNCE(torch.autograd.Function):
         if gathered and symmetric:
             column_sums = all_reduce_sum(column_sums)
         column_sums = column_sums.clamp(min=tiny)
-        ctx.save_for_backward(left, right, row_sum, column_sums)
+        ctx.save_for_backward(left, right, row_sum, column_sums, *kept)
         forward = row_sum.log() + 1 / temperature - positive
         reverse = torch.zeros_like(forward)
         if symmetric:
@@ -150,7 +154,7 @@ class _InfoNCE(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, forward_grad: Tensor, reverse_grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        left, right, row_sum, column_sums = ctx.saved_tensors
+        left, right, row_sum, column_sums, *kept = ctx.saved_tensors
         # a backward pass that is run under autocast would form products in half precision
         with torch.autocast(left.device.type, enabled=False):
             row_slopes = forward_grad / row_sum
@@ -158,33 +162,37 @@ class _InfoNCE(torch.autograd.Function):
             own_grad = forward_grad + reverse_grad if ctx.symmetric else forward_grad
             width = left.shape[1] - 2
             anchor_grads, candidate_grad = [], torch.zeros_like(right[:, :width])
-            start = 0
-            for logits, own in _logits_in_parts(left, right, ctx.first):
-                rows = slice(start, start + len(logits))
-                start += len(logits)
+            parts = ((r, logits.sub_(1 / ctx.temperature).exp_()) for r, logits in _logits_in_parts(left, right))
+            for rows, exponentials in [(slice(0, len(left)), kept[0])] if kept else parts:
                 slopes = row_slopes[rows, None]
                 if ctx.symmetric:
                     slopes = slopes + column_grad / column_sums
-                weights = logits.sub_(1 / ctx.temperature).exp_().mul_(slopes)
-                weights.scatter_add_(1, own[:, None], -own_grad[rows, None])
-                anchor_grads.append(weights @ right[:, :width])
+                weights = exponentials * slopes
+                weights.scatter_add_(1, _positive_columns(rows, ctx.first, right), -own_grad[rows, None])
+                anchor_grads.append(linear(weights, right[:, :width].T))
                 if ctx.needs_input_grad[1]:
                     candidate_grad.addmm_(weights.T, left[rows, :width])
             anchor_grad = torch.cat(anchor_grads) / ctx.temperature
         return anchor_grad, candidate_grad if ctx.needs_input_grad[1] else None, *[None] * 6
 
 
-def _logits_in_parts(left: Tensor, right: Tensor, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits `(r, N)` of some anchors at a time, and which candidate is the positive of each `(r,)`."""
-    rows = max(1, MAX_SIMILARITIES // max(1, len(right)))
-    for part, start in zip(left.split(rows), range(0, len(left), rows), strict=True):
-        yield part @ right.T, torch.arange(first + start, first + start + len(part), device=left.device)
+def _logits_in_parts(left: Tensor, right: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Some anchors at a time, and their logits `(r, N)`."""
+    most = max(1, MAX_SIMILARITIES // max(1, len(right)))
+    for start in range(0, len(left), most):
+        rows = slice(start, min(start + most, len(left)))
+        yield rows, linear(left[rows], right)
+
+
+def _positive_columns(rows: slice, first: int, like: Tensor) -> Tensor:
+    """`(r, 1)`, which candidate is the positive of each of these anchors."""
+    return torch.arange(first + rows.start, first + rows.stop, device=like.device)[:, None]
 
 
 def _positions(logits: Tensor, positive: Tensor, own: Tensor) -> Tensor:
     index = torch.arange(logits.shape[1], device=logits.device)
     # equal logits are common: official clouds hold the same centre several times
-    return torch.where(index < own[:, None], logits >= positive, logits > positive).sum(1)
+    return torch.where(index < own, logits >= positive, logits > positive).sum(1)
 
 
 def _penalty(valid: Tensor, like: Tensor) -> Tensor:

@@ -136,7 +136,8 @@ class SetAbstraction(nn.Module):
     ) -> torch.Tensor:
         """The MLP per point, whose last layer sees u_j + W (x_j - c_i) for neighbour j of centre i.
 
-        Batch norm makes it s * (u_j + W x_j) - s * W c_i + t, of which the first part is pooled per group.
+        Batch norm makes it s * (u_j + W x_j) - s * W c_i + t. Of its first part u_j + W x_j is pooled per group, which
+        is fewer rows to scale, with the signs of channels turned whose s is negative: there the least one counts.
         """
         *earlier, last = blocks
         occurrences = _occurrences(neighbors, rows)
@@ -144,18 +145,19 @@ class SetAbstraction(nn.Module):
         # coordinates are large and offsets small: a model in half precision still needs their digits
         dtype = torch.promote_types(rows.dtype, torch.float32)
         coordinates, centers = coordinates.to(dtype), centers.to(dtype)
-        xyz_weight, feature_weight = last.linear.weight.to(dtype).split([3, rows.shape[1]], dim=1)
-        per_point = linear(rows.to(dtype), feature_weight, last.linear.bias.to(dtype))
+        sign = torch.where(last.norm.weight < 0, -1.0, 1.0).to(dtype)
+        xyz_weight, feature_weight = (last.linear.weight * sign[:, None]).to(dtype).split([3, rows.shape[1]], dim=1)
+        per_point = linear(rows.to(dtype), feature_weight, last.linear.bias.to(dtype) * sign)
         if last.norm.training:
             offset = coordinates[neighbors.index] - centers[_group_of_entry(neighbors)]
-            moments = _pair_moments(per_point, offset, xyz_weight, neighbors, occurrences.to(dtype), last.norm.reduce)
-            scale, shift = last.norm.affine_map(*moments)
+            counts = occurrences.to(dtype)
+            mean, *moments = _pair_moments(per_point, offset, xyz_weight, neighbors, counts, last.norm.reduce)
+            scale, shift = last.norm.affine_map(mean * sign, *moments)
         else:
             scale, shift = last.norm.running_affine_map()
-        point_part = torch.addmm(per_point, coordinates, xyz_weight.T) * scale
-        center_part = F.linear(centers, xyz_weight) * scale
-        pooled = group_max(point_part, neighbors, self.pooling_backend) - center_part + shift
-        return F.relu(pooled).to(rows.dtype)
+        point_part = torch.addmm(per_point, coordinates, xyz_weight.T)
+        pooled = group_max(point_part, neighbors, self.pooling_backend).addmm(centers, xyz_weight.T, alpha=-1)
+        return F.relu(torch.addcmul(shift, pooled, scale * sign)).to(rows.dtype)
 
     def _scale_xyz_first(
         self,
