@@ -18,6 +18,7 @@ from ..modeling.geometry import pixel_transform
 from .frames import FrameDataset, OnBadRow, crop_window, jitter_colors, select_frames, to_pixel_values
 from .kitti_objects import NEIGHBOURS, OBJECT_TYPES, KittiObjects, by_field, check_object, object_names
 from .rows import calibration_from_row, pixels_from_row
+from .two_views import draw_window
 
 EVERY_CLASS = -1
 
@@ -227,7 +228,7 @@ class DetectionDataset(FrameDataset):
         augmentation = self.augmentation
         if generator is not None:
             mirrored = generator.random() < augmentation.flip
-            window = _random_window(window, generator.uniform(1, augmentation.zoom), generator)
+            window = draw_window(window, generator.uniform(1, augmentation.zoom), generator)
         pixels = torch.from_numpy(frame.image).permute(2, 0, 1)
         image = self.processor.resize_image(pixels, window, size).permute(1, 2, 0).numpy()
         image = image[:, ::-1] if mirrored else image
@@ -241,16 +242,6 @@ class DetectionDataset(FrameDataset):
             "camera_projection": torch.from_numpy(projection).float(),
             "labels": labels.to_tensors(),
         }
-
-
-def _random_window(
-    window: tuple[int, int, int, int], zoom: float, generator: np.random.Generator
-) -> tuple[int, int, int, int]:
-    """A random part of a window (top, left, height, width), `zoom` times smaller."""
-    top, left, height, width = window
-    part_height, part_width = round(height / zoom), round(width / zoom)
-    down, right = generator.integers(height - part_height + 1), generator.integers(width - part_width + 1)
-    return top + int(down), left + int(right), part_height, part_width
 
 
 def collate_detection(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -182,7 +182,8 @@ def _augment_image(
     generator: np.random.Generator,
 ) -> tuple[torch.Tensor, np.ndarray]:
     """Window, resize, colour change and mirror of an image (3, H, W), and the (3, 3) map of its pixels."""
-    window = _draw_window(processor.crop_window((image.shape[-2], image.shape[-1])), augmentation, generator)
+    zoom = generator.uniform(*augmentation.random_zoom)
+    window = draw_window(processor.crop_window((image.shape[-2], image.shape[-1])), zoom, generator)
     output_size = None
     if augmentation.random_resize is not None:
         long_edge, short_edge = generator.integers(*augmentation.random_resize, endpoint=True).tolist()
@@ -197,11 +198,10 @@ def _augment_image(
     return image, pixel_transform(window, new_size, mirrored, processor.half_pixel_centers)
 
 
-def _draw_window(
-    window: tuple[int, int, int, int], augmentation: TwoViewAugmentation, generator: np.random.Generator
+def draw_window(
+    window: tuple[int, int, int, int], zoom: float, generator: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a random part of a window, with its ratio."""
-    zoom = generator.uniform(*augmentation.random_zoom)
+    """Top, left, height and width of a random part of a window, `zoom` times smaller."""
     top, left, *size = window
     height, width = (max(1, round(length / zoom)) for length in size)
     top += int(generator.integers(size[0] - height, endpoint=True))
