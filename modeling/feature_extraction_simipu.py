@@ -230,9 +230,12 @@ def _likely_columns(values: np.ndarray) -> int:
     mixtures of all of them, so the share of the variance that lies between columns tells the right length.
     """
     blocks = values[: values.size // 840 * 840].reshape(-1, 840)  # 840 is a multiple of every length
-    if not len(blocks):
+    points = blocks[:: len(blocks) // 8 + 1].reshape(-1, 4)
+    sample = points[points.any(axis=1)].ravel()  # not the zeros of beams that never came back
+    sample = sample[: sample.size // 840 * 840]
+    if not len(sample):
         return 4
-    magnitudes = np.log(np.abs(blocks[:: len(blocks) // 8 + 1], dtype=np.float32) + 0.01)
+    magnitudes = np.log(np.abs(sample, dtype=np.float32) + 0.01)
     total = magnitudes.var()
 
     def share_between(columns: int) -> float:

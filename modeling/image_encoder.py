@@ -34,8 +34,9 @@ def build_image_encoder(config: SimIPUImageConfig) -> TimmModel:
     That is `out_indices`, counted from the front, and `feature_grids`.
 
     Raises:
-        ValueError: timm does not know the architecture, it has no such stage, the same stage is named twice, or
-            there is no module to freeze of a name in `config.frozen`.
+        ValueError: timm does not know the architecture, it has no such stage, the same stage is named twice,
+            `config.feature_grids` are those of another network, or there is no module to freeze of a name in
+            `config.frozen`.
     """
     encoder = _create(config.architecture, timm_arguments(config))
     stages = pyramid_stages(encoder, count=3) if config.out_indices is None else config.out_indices
@@ -45,6 +46,7 @@ def build_image_encoder(config: SimIPUImageConfig) -> TimmModel:
         arguments = {k: v for k, v in (config.model_args or {}).items() if k not in ("img_size", "dynamic_img_size")}
         grids = _measured_grids(config.architecture, _as_json(arguments))
         config.feature_grids = [grid and list(grid) for grid in grids]
+    _check_strides(encoder, config)
     for module in encoder.modules():
         if isinstance(module, nn.BatchNorm2d):
             if config.batch_norm_eps is not None:
@@ -351,6 +353,17 @@ def _as_json(model_args: Mapping[str, Any] | None) -> str:
 
 def _reductions(encoder: TimmModel) -> list[int]:
     return [stage["reduction"] for stage in encoder.feature_info]
+
+
+def _check_strides(encoder: TimmModel, config: SimIPUImageConfig) -> None:
+    reductions, grids = _reductions(encoder), config.feature_grids or []
+    given = [grid and list(grid[:2]) for grid in grids]
+    expected = [[stride, stride] if grid else None for stride, grid in zip(reductions, grids, strict=False)]
+    if given != expected or len(grids) != len(reductions):
+        raise ValueError(
+            f"image_config.feature_grids: the stages of this {config.architecture} have strides {reductions}, found "
+            f"{given}; set them to null to have them measured"
+        )
 
 
 def _create(architecture: str, arguments: Mapping[str, Any]) -> TimmModel:

@@ -170,7 +170,9 @@ class SimIPUImageProcessor(TorchvisionBackend):
         if isinstance(image, Image) and kwargs.get("do_convert_rgb"):
             pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))  # alpha is dropped, as of rows
         elif isinstance(image, np.ndarray) and image.shape[2:] == (3,) and len(image) > 4 and image.dtype == np.uint8:
-            pixels = image
+            pixels = np.ascontiguousarray(
+                image
+            )  # a view that is turned round, as of OpenCV's BGR, has negative strides
         else:
             return super().process_image(image, *args, **kwargs)
         # left channels-last in memory: torchvision resizes that three times as fast

@@ -238,11 +238,11 @@ def data_inspect(rows: Rows, picture_path: str | None = None, as_json: AsJson = 
     if picture_path is not None and not picture_path.lower().endswith(".png"):
         raise SimIPUError(f"--picture_path {picture_path}: expected a name that ends in .png")
     report = inspect_dataset(**vars(rows))
+    show(report, as_json)
     if picture_path is not None and report.sample is not None:
         from simipu_hf.visualization import draw_points_on_image, save_figure
 
         save_figure(draw_points_on_image(report.sample), picture_path)
-    show(report, as_json)
     sys.exit(1 if report.problems else 0)
 
 

@@ -259,7 +259,7 @@ class Task:
         data = self.latest.eval_dataset
         data.rows = data.rows[:2]
         with suppress(SimIPUError):  # after drawing: neither frame may have a target that counts
-            self.latest.evaluate_frames(folder)
+            self.latest.evaluate_frames(data, folder)
 
 
 def run_settings(arguments: CompareArguments, folder: str, num_frames: int, seed: int) -> TrainingArguments:

@@ -23,6 +23,7 @@ from .data.depth import (
     refuse_small_crop,
     select_depth_rows,
 )
+from .data.frames import FrameDataset
 from .data.overlap import refuse_shared_frames
 from .errors import exit_code_of
 from .evaluate_depth import PictureWriter, format_table, record_in_card
@@ -59,12 +60,12 @@ class DepthTrainer(FineTuningTrainer):
         super().__init__(*args, **kwargs)
         self.protocol = protocol or DepthProtocol()
 
-    def evaluate_frames(self, picture_dir: Path | None = None) -> dict[str, Any]:
-        """Evaluate on `eval_dataset`, every process on its share of the frames; as `evaluate_maps`."""
+    def evaluate_frames(self, dataset: FrameDataset, picture_dir: Path | None = None) -> dict[str, Any]:
+        """Evaluate on a [`DepthDataset`], every process on its share of the frames; as `evaluate_maps`."""
         return evaluate_frames(
             self.model,
-            self.own_test_frames(),
-            self.eval_dataset.processor,
+            self.own_frames(dataset),
+            dataset.processor,
             self.protocol,
             gather=gather_object,
             show=PictureWriter(picture_dir if self.is_world_process_zero() else None),

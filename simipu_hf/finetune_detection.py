@@ -17,6 +17,7 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from .data.detection import DetectionAugmentation, DetectionDataset, collate_detection, read_labels, select_labelled
+from .data.frames import FrameDataset
 from .data.kitti_objects import KittiObjects
 from .data.overlap import refuse_shared_frames
 from .errors import SimIPUError, exit_code_of
@@ -53,11 +54,10 @@ class DetectionTrainer(FineTuningTrainer):
         super().__init__(*args, data_collator=collate_detection, **kwargs)
         self.min_overlap = min_overlap
 
-    def evaluate_frames(self, picture_dir: Path | None = None) -> dict[str, Any]:
-        """Evaluate on `eval_dataset`, every process on its share of the frames; as [`score`]."""
+    def evaluate_frames(self, dataset: FrameDataset, picture_dir: Path | None = None) -> dict[str, Any]:
+        """Evaluate on a [`DetectionDataset`], every process on its share of the frames; as [`score`]."""
         pictures = PictureFolder(picture_dir if self.is_world_process_zero() else None)
-        processor = self.eval_dataset.processor
-        found = gather_object(detect_frames(self.model, self.own_test_frames(), processor, pictures))
+        found = gather_object(detect_frames(self.model, self.own_frames(dataset), dataset.processor, pictures))
         return score(found, self.model.config.classes, self.min_overlap)
 
 

@@ -4,6 +4,7 @@ Read `fine_tune` first. A task (`finetune_depth`, `finetune_detection`) builds m
 `FineTuningTrainer` that evaluates.
 """
 
+import copy
 import json
 import os
 import shutil
@@ -148,7 +149,14 @@ class FineTuningTrainer(Trainer):
             self.add_callback(DecoderFirst(decoder_first))
         self._after_backward = ExitStack()
         self._learning_rates: dict[str, float] = {}
-        if self.args.max_steps <= 0 and self.train_dataset is not None:
+        if self.processing_class is None:
+            self.processing_class = getattr(self.train_dataset or self.eval_dataset, "processor", None)
+        self.args = copy.copy(self.args)  # what follows is of these data sets alone
+        self._counts_epochs = self.args.max_steps <= 0
+        self._count_steps()
+
+    def _count_steps(self) -> None:
+        if self._counts_epochs and self.train_dataset is not None:
             steps_per_epoch = self._sampler(1).steps_per_epoch
             self.args.max_steps = max(1, round(self.args.num_train_epochs * steps_per_epoch))
 
@@ -164,6 +172,7 @@ class FineTuningTrainer(Trainer):
         )
 
     def get_train_dataloader(self) -> DataLoader:
+        self._count_steps()  # a trial of a hyperparameter search may have other epochs or batches
         sampler, pin_memory = self._sampler(self.args.max_steps), self.args.device.type == "cuda"
         workers = self.args.dataloader_num_workers
         return create_loader(self.train_dataset, sampler, self.data_collator, workers, pin_memory)
@@ -231,14 +240,12 @@ class FineTuningTrainer(Trainer):
                 return f"norm of the gradient is {norm.item()}"
         return None
 
-    def own_test_frames(self) -> Iterator[Any]:
-        """This process's share of the frames to evaluate on."""
-        return self.eval_dataset.usable_frames(
-            range(self.args.process_index, len(self.eval_dataset), self.args.world_size)
-        )
+    def own_frames(self, dataset: FrameDataset) -> Iterator[Any]:
+        """This process's share of the frames of a data set."""
+        return dataset.usable_frames(range(self.args.process_index, len(dataset), self.args.world_size))
 
-    def evaluate_frames(self, picture_dir: Path | None = None) -> dict[str, Any]:
-        """Evaluate on `eval_dataset`, every process on its share of the frames.
+    def evaluate_frames(self, dataset: FrameDataset, picture_dir: Path | None = None) -> dict[str, Any]:
+        """Evaluate on a data set, every process on its share of the frames.
 
         Args:
             picture_dir: where the main process draws some of them.
@@ -249,7 +256,10 @@ class FineTuningTrainer(Trainer):
         raise NotImplementedError
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
-        self.evaluation = self.evaluate_frames()
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not isinstance(dataset, FrameDataset):
+            raise SimIPUError(f"evaluate: expected eval_dataset to be a FrameDataset, found {type(dataset).__name__}")
+        self.evaluation = self.evaluate_frames(dataset)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluation["metrics"].items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -258,11 +268,12 @@ class FineTuningTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs |= self._learning_rates
-        self.state.epoch = self.state.global_step / self._sampler(1).steps_per_epoch
+        if self.train_dataset is not None:
+            self.state.epoch = self.state.global_step / self._sampler(1).steps_per_epoch
         super().log(logs, start_time)
 
     def _get_output_dir(self, trial: Any) -> str:
-        return str(Path(str(self.args.output_dir)) / ".checkpoint-saving")
+        return str(Path(super()._get_output_dir(trial)) / ".checkpoint-saving")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Every process writes into a hidden folder, from where the main one moves all to its place.
@@ -554,7 +565,7 @@ def evaluate_final_model(
     """
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     try:
-        result = trainer.evaluate_frames(output_dir / "pictures")
+        result = trainer.evaluate_frames(trainer.eval_dataset, output_dir / "pictures")
     except SimIPUError as error:
         test_list = getattr(arguments, "test_list", None)
         frames = f"--test_list {test_list}" if test_list else f"--test_frames {' '.join(arguments.test_frames)}"

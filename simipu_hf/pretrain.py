@@ -470,6 +470,8 @@ def change_config(arguments: PreTrainingArguments, config: SimIPUConfig, process
         fields["image_config"]["frozen"] = arguments.freeze
     if arguments.anchor_weight is not None:
         fields["anchor_weight"] = arguments.anchor_weight
+    if "model_args" in overrides.get("image_config", {}):  # another network, whose cells may look elsewhere
+        fields["image_config"]["feature_grids"] = None
     for section in sections:
         fields[section] |= overrides.pop(section, {})
     return SimIPUConfig.from_dict({**fields, **overrides})

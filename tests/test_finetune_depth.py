@@ -362,6 +362,25 @@ def test_the_best_model_is_loaded_at_the_end(dataset, tmp_path):
     assert_equal_weights(trainer.model.state_dict(), saved_weights(tmp_path / f"checkpoint-{best}"))
 
 
+def test_one_set_of_arguments_serves_several_trainers(dataset, tmp_path):
+    settings = recipe(tmp_path, num_train_epochs=3, per_device_train_batch_size=2, use_cpu=True)
+    two = DepthDataset(dataset.rows.select([0, 1]), dataset.processor)
+    trainers = [DepthTrainer(depth_model(), settings, train_dataset=train) for train in (two, dataset)]
+    assert [trainer.args.max_steps for trainer in trainers] == [3, round(3 * len(dataset) / 2)]
+    trainers[0].train()
+    assert (tmp_path / "checkpoint-3" / "preprocessor_config.json").is_file()
+
+
+def test_other_frames_than_those_of_training_are_evaluated(dataset, tmp_path):
+    model, settings = depth_model(), recipe(tmp_path, per_device_train_batch_size=2, use_cpu=True)
+    other = DepthDataset(dataset.rows.select([2]), dataset.processor)
+    found = DepthTrainer(model, settings, train_dataset=dataset, eval_dataset=dataset).evaluate(other)
+    alone = DepthTrainer(model, settings, eval_dataset=other)
+    assert found | {"epoch": 0} == alone.evaluate() | {"epoch": 0}
+    with pytest.raises(SimIPUError, match="expected eval_dataset to be a FrameDataset, found dict"):
+        alone.evaluate({"other": other})
+
+
 class StopAfter(TrainerCallback):
     def __init__(self, steps):
         self.steps = steps

@@ -154,12 +154,15 @@ def convert_to_parquet(
         `output_dir`, `splits` (rows of each), `shards`, `resumed_shards` (found whole), `bytes`; ready for JSON.
 
     Raises:
-        SimIPUError: the output folder holds something, a frame is damaged, or the disk is full. What is whole stays
-            in `<output_dir>.partial`.
+        SimIPUError: the output folder holds something, the splits have different columns, a frame is damaged, or the
+            disk is full. What is whole stays in `<output_dir>.partial`.
     """
-    target, partial_dir = Path(output_dir), Path(f"{os.path.normpath(output_dir)}.partial")
+    target = Path(os.path.abspath(output_dir))
+    partial_dir = target.with_name(f"{target.name}.partial")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise SimIPUError(f"{target}: expected a new or empty folder to convert into, found something there")
+        raise SimIPUError(f"{output_dir}: expected a new or empty folder to convert into, found something there")
+    if os.path.ismount(target):  # which the finished folder cannot replace
+        raise SimIPUError(f"{output_dir}: expected a folder to make, found a mounted disk: name a folder in it")
     if rows_per_shard is not None and rows_per_shard < 1:
         raise SimIPUError(f"rows_per_shard: expected at least 1, found {rows_per_shard}")
     if rows_per_shard is not None and max_shard_size != "500MB":
@@ -180,6 +183,7 @@ def convert_to_parquet(
         ).cast_column("image", datasets.Image(decode=False))
         for name in names
     }
+    features = _common_features(source.location, splits)
     for rows in splits.values() if image_size else ():
         depth = rows.features.get("depth")
         if not (depth is None or isinstance(depth, datasets.Image)):
@@ -201,13 +205,13 @@ def convert_to_parquet(
         raise SimIPUError(
             f"{error}. {done} of {len(shards)} shards are kept in {partial_dir}; the same command goes on from there"
         ) from error
-    _write_card(partial_dir, splits, source.config or "default")
+    _write_card(partial_dir, splits, features, source.config or "default")
     if target.exists():
         target.rmdir()  # empty; Windows doesn't rename onto a folder
     partial_dir.rename(target)
     (target / MANIFEST).unlink()
     return {
-        "output_dir": str(target),
+        "output_dir": str(output_dir),
         "splits": {name: len(rows) for name, rows in splits.items()},
         "shards": len(shards),
         "resumed_shards": len(shards) - len(missing),
@@ -285,6 +289,21 @@ def _stored_features(rows: datasets.Dataset) -> datasets.Features:
     return datasets.Features({**rows.features, "image": datasets.Image()})
 
 
+def _common_features(location: str, splits: dict[str, datasets.Dataset]) -> datasets.Features:
+    """Those of every split, without which none of the files could be read again."""
+    first, *others = splits
+    features = _stored_features(splits[first])
+    for name in others:
+        found = _stored_features(splits[name])
+        different = sorted(column for column in features | found if features.get(column) != found.get(column))
+        if different:
+            raise SimIPUError(
+                f"{location}: expected the same columns in every split, found that {', '.join(different)} of {name} "
+                f"differ from those of {first}: convert the splits one by one (--split)"
+            )
+    return features
+
+
 def _table(rows: datasets.Dataset, start: int, stop: int, packing: Packing | None) -> pa.Table:
     features = _stored_features(rows)
     table = rows.with_format("arrow")[start:stop]
@@ -300,7 +319,9 @@ def _table(rows: datasets.Dataset, start: int, stop: int, packing: Packing | Non
     return embed_table_storage(table.cast(features.arrow_schema))
 
 
-def _write_card(folder: Path, splits: dict[str, datasets.Dataset], config_name: str) -> None:
+def _write_card(
+    folder: Path, splits: dict[str, datasets.Dataset], features: datasets.Features, config_name: str
+) -> None:
     """README.md whose header tells `load_dataset` the splits, their sizes and the columns."""
     infos = datasets.SplitDict()
     for name, rows in splits.items():
@@ -311,6 +332,6 @@ def _write_card(folder: Path, splits: dict[str, datasets.Dataset], config_name: 
     header = DatasetCardData(license=license, configs=[{"config_name": config_name, "data_files": files}])
     if license_name:
         header["license_name"] = license_name
-    info = datasets.DatasetInfo(features=_stored_features(next(iter(splits.values()))), splits=infos)
+    info = datasets.DatasetInfo(features=features, splits=infos)
     DatasetInfosDict({config_name: info}).to_dataset_card_data(header)
     (folder / "README.md").write_text(f"---\n{header.to_yaml()}\n---\n", encoding="utf-8", newline="\n")

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -298,8 +298,9 @@ def _hint(folder: Path) -> str:
     """What to give instead of a folder that nothing can be read from."""
     near = [folder.absolute().parent, folder.absolute().parent.parent, *sorted(folder.iterdir())]
     for other in near:
-        if other.is_dir() and any(reader.configurations(other) for reader in READERS):
-            return f"; did you mean {other}?"
+        with suppress(OSError):  # a folder beside it that is closed to us, such as lost+found
+            if other.is_dir() and any(reader.configurations(other) for reader in READERS):
+                return f"; did you mean {other}?"
     archives = sorted(path.name for path in folder.iterdir() if path.suffix in ARCHIVES)
     if archives:
         return f"; unpack {', '.join(archives[:3])} first"

@@ -749,18 +749,20 @@ def parse_arguments(cls: type[ArgumentsT], argv: Sequence[str] | None = None, pr
 
 def _flags_of(config: str, cls: type) -> list[str]:
     """The flags in a file; of a packaged one the benchmarks take those that they share with `pretrain`."""
-    names = [field.name for field in dataclasses.fields(cls)]
+    kinds = {field.name: str(field.type) for field in dataclasses.fields(cls)}
     packaged = not Path(config).is_file() and config in packaged_configs()
     if packaged and not hasattr(cls, "preset"):
         raise SimIPUError(f"--config {config} is for pretrain and benchmark")
     from_file = []
     for name, value in read_config(config).items():
-        if name not in names:
+        if name not in kinds:
             if packaged:
                 continue
-            close = difflib.get_close_matches(str(name), names, n=1)
+            close = difflib.get_close_matches(str(name), kinds, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise SimIPUError(f"--config {config}: unknown flag {name!r}{hint}")
+        if "bool" in kinds[name] and isinstance(value, str):
+            value = yaml.safe_load(value)
         if isinstance(value, bool):
             from_file.append(f"--{name}" if value else f"--no_{name}")
         else:
@@ -774,10 +776,11 @@ def packaged_configs() -> list[str]:
 
 
 class _TextLoader(yaml.SafeLoader):
-    """Leaves numbers as they are written: the name of a scene may look like one, as 6380_000 and 010 do."""
+    """Leaves what is not empty as it is written: a scene's name may look like a number (6380_000, 010), and `no` is
+    the name of a precision."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (so in the class that it is made of)
-        first: [rule for rule in rules if rule[0].rpartition(":")[2] not in ("int", "float", "timestamp")]
+        first: [rule for rule in rules if rule[0].rpartition(":")[2] not in ("int", "float", "timestamp", "bool")]
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -786,7 +789,7 @@ def read_config(name: str) -> dict[str, Any]:
     """Flags from a YAML or JSON file, a `run.yaml` (its `arguments`), or a packaged configuration.
 
     Returns:
-        name -> `True`, `False`, `None`, or the value as text; lists of them. Numbers are numbers in JSON alone.
+        name -> `None` or the value as text; lists of them. Numbers and booleans are such in JSON alone.
 
     Raises:
         SimIPUError: there is no such file, or it holds something else.

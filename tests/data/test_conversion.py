@@ -56,6 +56,25 @@ def test_rows_of_any_source_can_be_converted(tmp_path):
     assert load_pretraining_dataset(str(tmp_path / "twice"), cache_dir=tmp_path / "cache")[1]["frame_id"] == "b"
 
 
+def test_splits_of_different_columns_are_refused_before_anything_is_written(object_root, tmp_path):
+    rows = load_pretraining_dataset(data_dir=object_root, split="train")
+    parts = {"train": rows.select([0]).remove_columns("objects"), "test": rows.select([1])}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    with pytest.raises(SimIPUError, match=r"found that objects of test differ from those of train.*--split"):
+        convert_to_parquet(tmp_path / "parquet", str(tmp_path / "saved"))
+    assert not list(tmp_path.glob("parquet*"))
+
+
+def test_the_empty_folder_one_stands_in_can_be_converted_into(object_root, tmp_path, monkeypatch):
+    (tmp_path / "rows").mkdir()
+    monkeypatch.chdir(tmp_path / "rows")
+    assert convert_to_parquet(".", data_dir=object_root, split="test")["shards"] == 1
+    assert sorted(path.name for path in (tmp_path / "rows").iterdir()) == ["README.md", "data"]
+    monkeypatch.setattr("os.path.ismount", lambda path: True)
+    with pytest.raises(SimIPUError, match="found a mounted disk"):
+        convert_to_parquet(tmp_path / "disk", data_dir=object_root)
+
+
 @pytest.mark.parametrize("options", [{}, {"image_size": (2, 3)}, {"image_format": "webp"}])
 def test_other_columns_are_copied_as_they_are_stored(tmp_path, options):
     jpeg = io.BytesIO()

@@ -152,6 +152,16 @@ def test_other_columns_and_types_are_named(columns, dtype):
         to_point_cloud(data)
 
 
+def test_beams_that_never_came_back_make_no_other_layout():
+    """A VLP-16 in the order of its firing, low and high beams in turn: the high ones see the sky, and are zeros."""
+    elevation = np.radians([-15, 1, -13, 3, -11, 5, -9, 7, -7, 9, -5, 11, -3, 13, -1, 15])
+    azimuth, elevation = (grid.ravel() for grid in np.meshgrid(np.linspace(0, 6.28, 1800), elevation, indexing="ij"))
+    distance = np.where(elevation < 0, 2 / np.tan(np.abs(elevation)), 0)
+    points = [distance * np.cos(azimuth), distance * np.sin(azimuth), np.where(distance > 0, -2, 0), distance > 0]
+    scan = np.column_stack(points).astype("<f4")
+    assert to_point_cloud(scan.tobytes()).shape == (1800 * 16, 4)
+
+
 def test_clouds_without_structure_pass():
     rng = np.random.default_rng(0)
     for count in (1, 105, 300, 4000):

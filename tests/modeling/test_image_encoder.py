@@ -162,3 +162,6 @@ def test_grids_are_measured_once_and_saved(tmp_path):
     assert loaded.image_config.feature_grids == grids
     loaded.image_config.feature_grids[-1] = [32.0, 32.0, 5.0, 6.0]
     assert SimIPUModel(loaded).config.image_config.feature_grids[-1] == [32.0, 32.0, 5.0, 6.0]
+    loaded.image_config.model_args = {"output_stride": 16}
+    with pytest.raises(ValueError, match=r"have strides \[2, 4, 8, 16, 16\], found .*32"):
+        SimIPUModel(loaded)

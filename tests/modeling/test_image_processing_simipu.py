@@ -84,6 +84,14 @@ def test_images_go_to_the_device_that_is_asked_for(mode):
     assert (image.device.type, image.shape) == ("meta", (3, 80, 250))
 
 
+def test_opencvs_order_can_be_turned_round():
+    bgr = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
+    turned, copied = (
+        SimIPUImageProcessor()(image, return_tensors="pt") for image in (bgr[..., ::-1], bgr[..., ::-1].copy())
+    )
+    torch.testing.assert_close(turned["pixel_values"], copied["pixel_values"])
+
+
 def test_16_bits_are_scaled_to_8_and_32_bits_are_refused(tmp_path):
     gray = np.random.default_rng(0).integers(0, 256, (80, 250)).astype(np.uint16)
     wide = gray * 257

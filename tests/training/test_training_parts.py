@@ -303,7 +303,7 @@ class TestArguments:
         assert {name: found[name] for name in values} == {**values, "image_size": (64, 96), "seed": 4}
 
     def test_files_are_read_in_order_and_names_that_look_like_numbers_stay_names(self, tmp_path):
-        (tmp_path / "a.yaml").write_text("seed: 5\nnum_points: 99\ntorch_compile: yes\n", encoding="utf-8")
+        (tmp_path / "a.yaml").write_text("seed: 5\nmixed_precision: no\ntorch_compile: yes\n", encoding="utf-8")
         names = "scenes: [10017090168044687777_6380_000, 010]\ntrain_split: 1_0\nnum_points: 77\nimage_size: null\n"
         (tmp_path / "b.yaml").write_text(names, encoding="utf-8")
         found = parse("--config", str(tmp_path / "a.yaml"), f"--config={tmp_path / 'b.yaml'}", "--seed", "6")
