@@ -69,6 +69,8 @@ def test_splits_are_described_by_the_names_that_are_read(frames, tmp_path, monke
     for name in ("mini_train", "val"):
         datasets.DatasetDict({name: select_frames([frames])}).save_to_disk(tmp_path / name)
     assert describe_frames([frames, f"{frames}#test:000006"]) == ("rows", "train + test")
+    assert describe_frames(["/data/kitti/#train[:50%]:000001", "/data/logs"]) == ("kitti + logs", "train[:50%] + all")
+    assert describe_frames(["C:\\data\\kitti#val", "/x/kitti#test"]) == ("kitti", "val + test")
     assert describe_frames([str(tmp_path / "mini_train")]) == ("mini_train", "mini_train")
     monkeypatch.chdir(tmp_path / "mini_train")
     assert describe_frames(["."]) == ("mini_train", "mini_train")

@@ -168,8 +168,6 @@ def test_files_of_images_may_be_remote_and_those_that_cannot_be_read_are_named(t
         ({"points": np.zeros((0, 4))}, "points.*0 bytes"),
         ({"points": np.array([[0, 0, 0, 0], [0, np.nan, 0, 0]])}, "points.*1 of 2.*index 1"),
         ({"camera_projection": np.eye(3)}, r"camera_projection.*\(3, 4\).*\(3, 3\)"),
-        ({"camera_projection": np.full((3, 4), np.inf)}, "camera_projection.*finite"),
-        ({"lidar_to_camera": np.eye(4)[:3]}, r"lidar_to_camera.*\(4, 4\).*\(3, 4\)"),
         ({"lidar_to_camera": np.ones((4, 4))}, "lidar_to_camera.*0 0 0 1"),
         ({"image": b"not an image"}, "image.*readable"),
         ({"image": "absent.png"}, "image.*absent.png"),
@@ -223,15 +221,6 @@ def test_kitti_raw_is_recognised(raw_root, tmp_path):
         assert len(data) == 2
     with pytest.raises(SimIPUError, match="drive_0009"):
         load_pretraining_dataset(str(raw_root), cache_dir=tmp_path, scenes=["2011_09_26_drive_0009"])
-
-
-def test_split_expressions(object_root, tmp_path):
-    def frame_ids(split):
-        return list(load_pretraining_dataset(data_dir=object_root, split=split, cache_dir=tmp_path)["frame_id"])
-
-    assert frame_ids("validation") == ["000003", "000004"]
-    assert frame_ids("train[:2]+val[1:]") == ["000000", "000001", "000004"]
-    assert frame_ids(None) == ["000000", "000001", "000002"]
 
 
 def test_only_the_split_asked_for_must_be_sound(object_root, tmp_path):
@@ -405,8 +394,6 @@ def test_what_is_no_data_set_is_named(tmp_path, object_root, raw_root):
     (tmp_path / "holiday/photo.jpg").touch()
     (tmp_path / "download").mkdir()
     (tmp_path / "download/data_object_image_2.zip").touch()
-    (tmp_path / "backup").mkdir()
-    (tmp_path / "backup/kitti.tar.gz").touch()
     (tmp_path / "tracking/training/image_02").mkdir(parents=True)
     (tmp_path / "odometry/sequences/00/image_2").mkdir(parents=True)
     shutil.copytree(object_root / "training/velodyne", tmp_path / "gray/sequences/00/velodyne")
@@ -419,16 +406,13 @@ def test_what_is_no_data_set_is_named(tmp_path, object_root, raw_root):
     reduced = shutil.copytree(object_root, tmp_path / "reduced/kitti")
     (reduced / "training/velodyne").rename(reduced / "training/velodyne_reduced")
     cases = [
-        ({}, "either dataset_name or data_dir"),
         ({"dataset_name": "a", "data_dir": "b"}, "either dataset_name or data_dir"),
         ({"data_dir": []}, "expected a data set, found"),
         ({"data_dir": tmp_path / "absent"}, "absent: expected the folder of a data set, found no such folder"),
         ({"data_dir": tmp_path / "holiday/photo.jpg"}, "found a file"),
         ({"data_dir": tmp_path / "download/data_object_image_2.zip"}, "an archive: unpack it first"),
         ({"data_dir": tmp_path / "download"}, r"unpack data_object_image_2\.zip first"),
-        ({"data_dir": tmp_path / "backup"}, r"unpack kitti\.tar\.gz first"),
         ({"data_dir": tmp_path / "holiday"}, "as published.*found photo.jpg$"),
-        ({"data_dir": object_root / "training"}, f"did you mean {object_root}"),
         ({"data_dir": object_root / "training/velodyne"}, f"did you mean {object_root}"),
         ({"data_dir": raw_root / "2011_09_26"}, f"did you mean {raw_root}"),
         ({"data_dir": reduced.parent}, f"did you mean {reduced}"),

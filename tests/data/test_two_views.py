@@ -24,7 +24,6 @@ from simipu_hf.data.two_views import (
 )
 from simipu_hf.errors import SimIPUError
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
-from simipu_hf.training.sampling import GlobalBatchSampler
 
 WIDTH, HEIGHT = 250, 120
 CAMERA_PROJECTION = np.array([[150.0, 0, 124.5, 11.0], [0, 145.0, 59.5, -3.0], [0, 0, 1, 0.002]])
@@ -350,19 +349,6 @@ def test_samples_are_a_pure_function_of_seed_epoch_and_index():
         dataset[6]
 
 
-def test_workers_change_nothing_beyond_the_end_of_an_epoch():
-    dataset = make_dataset()
-    collate = TwoViewCollator()
-    sampler = GlobalBatchSampler(len(dataset), 2, last_step=9)
-    loader = torch.utils.data.DataLoader(
-        dataset, batch_sampler=sampler, num_workers=2, collate_fn=collate, prefetch_factor=3
-    )
-    expected = [collate([dataset[key] for key in keys]) for keys in sampler]
-    found = list(loader)
-    assert len(found) == 9
-    assert all(equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
 def break_points(rows):
     rows[2]["points"] = rows[2]["points"][:-3]
 
@@ -400,12 +386,6 @@ def test_bad_rows_are_named_or_replaced_by_the_next(change, num_workers):
     expected = make_sample(dataset.rows[3], dataset.processor, dataset.augmentation, seed=5, index=2)
     assert torch.equal(batches[1]["points_aug"][0], expected["points_aug"])
     assert not torch.equal(batches[1]["lidar_to_aug"][0], batches[1]["lidar_to_aug"][1])
-
-
-def test_alpha_is_dropped_as_everywhere_else():
-    dataset = make_dataset(1, change=lambda rows: rows[0]["image"].putalpha(0))
-    expected = make_sample(make_row(count=300), dataset.processor, dataset.augmentation, seed=5)
-    assert equal(dataset[0], expected)
 
 
 def test_a_data_set_that_cannot_work_is_refused():

@@ -35,13 +35,3 @@ def test_an_image_cut_short_is_told(tmp_path: Path) -> None:
         path.write_bytes(data[:-100])
         with pytest.raises(ValueError, match=f"{suffix}: expected a readable image"):
             kitti.image_size(str(path))
-
-
-@pytest.mark.parametrize("columns", [3, 4, 5, 6])
-@pytest.mark.parametrize("dtype", ["<f4", "<f8"])
-def test_both_checks_of_a_scan_s_layout_say_the_same(columns: int, dtype: str) -> None:
-    generator = np.random.default_rng(0)
-    xyz = generator.uniform((3, -20, -2), (60, 20, 1), (840, 3))
-    others = generator.uniform((0, 0, 3e4), (1, 64, 1e5), (840, 3))
-    data = np.hstack([xyz, others])[:, :columns].astype(dtype).tobytes()
-    assert kitti.likely_layout(data) == feature_extraction_simipu._likely_layout(data)

@@ -230,17 +230,6 @@ def test_labels_never_decide_whether_a_frame_can_be_used(object_root, tmp_path):
     assert [problem.partition(":")[0].rpartition(", ")[2] for problem in problems] == ["line 1", "line 3", "line 4"]
 
 
-def test_each_damaged_part_of_a_frame_is_named(object_root):
-    root = object_root({"train": "000001\n"})
-    for damage in (overwrite(SCAN, b""), overwrite(IMAGE, b""), overwrite(CALIB, b"")):
-        damage(root)
-    problems = []
-    row = kitti.read_row(kitti.list_frames("object", root).splits["train"][0], problems=problems)
-    found = [os.path.relpath(problem.partition(":")[0], root) for problem in problems]
-    assert found == [os.path.normpath(path) for path in (CALIB, IMAGE, SCAN)]
-    assert row["image"] is row["points"] is row["camera_projection"] is None
-
-
 def test_file_names_may_be_in_upper_case_and_lists_may_begin_with_a_mark(object_root, tmp_path):
     root = object_root({"train": "\ufeff000001\n000002\n"})
     for path in (SCAN, IMAGE, CALIB):
