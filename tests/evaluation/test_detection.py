@@ -114,20 +114,6 @@ def test_cases_by_hand(truth, found, scores, expected):
     assert metrics["3d"]["moderate"] == metrics["bev"]["moderate"] == pytest.approx(in_space)
 
 
-def test_truth_as_prediction_is_perfect_and_nothing_is_zero():
-    rng = np.random.default_rng(0)
-    labels = [
-        make([car(100 + 120 * i, x=6 * i, kind=kind) for i in range(4)])
-        for kind in ("Car", "Pedestrian", "Cyclist") * 20
-    ]
-    scored = [dataclasses.replace(objects, score=rng.random(4)) for objects in labels]
-    empty = [objects[:0] for objects in scored]
-    for metrics in evaluate_detection(scored, labels).values():
-        assert {value for values in metrics.values() for value in values.values()} == {100.0}
-    for metrics in evaluate_detection(empty, labels).values():
-        assert {value for values in metrics.values() for value in values.values()} == {0.0}
-
-
 def test_orientation_is_left_out_where_predictions_have_none():
     objects = make([car()], [0.5])
     unknown = dataclasses.replace(objects, alpha=np.array([-10.0]))

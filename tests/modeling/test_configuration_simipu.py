@@ -30,13 +30,6 @@ def test_official_preset_holds_the_official_values():
     assert config.inter_modal_point_gradient == "none"
 
 
-def test_overrides_are_merged_into_the_preset():
-    config = SimIPUConfig.from_preset("official", temperature=0.1, image_config={"architecture": "resnet18"})
-    assert config.temperature == 0.1
-    assert config.image_config.architecture == "resnet18"
-    assert config.image_config.batch_norm_eps == 1e-3
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [

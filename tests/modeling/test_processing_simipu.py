@@ -4,10 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers.image_utils import SizeDict
 
-from simipu_hf.modeling.feature_extraction_simipu import SimIPUFeatureExtractor
-from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
 CAMERA_PROJECTION = np.array([[180.0, 0, 125.5, 11.0], [0, 175.0, 39.5, -3.0], [0, 0, 1, 0.002]])
@@ -161,16 +158,3 @@ def test_presets_and_the_range_of_depths():
     official = SimIPUProcessor.from_preset("official").feature_extractor
     assert (official.frame, official.depth_range) == ("lidar", None)
     assert official.point_cloud_range == [0, -40, -3, 70.4, 40, 1]
-
-
-@pytest.mark.parametrize("preset", ["recommended", "official"])
-def test_save_and_load(tmp_path, preset):
-    processor = SimIPUProcessor.from_preset(preset, (64, 160), num_points=77, depth_range=(2, 33))
-    processor.image_processor.crop_size = SizeDict(height=60, width=200)
-    processor.save_pretrained(tmp_path)
-    row = make_row()
-    expected = processor(**row)
-    loaded_image = SimIPUImageProcessor.from_pretrained(tmp_path)
-    loaded = SimIPUProcessor(loaded_image, SimIPUFeatureExtractor.from_pretrained(tmp_path))
-    found = loaded(**row)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)

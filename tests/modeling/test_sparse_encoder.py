@@ -11,7 +11,7 @@ spconv = pytest.importorskip("spconv.pytorch", reason="spconv is not installed",
 from simipu_hf.modeling import sparse_encoder  # noqa: E402
 from simipu_hf.modeling.configuration_simipu import SimIPUConfig, SimIPUSparseConvConfig  # noqa: E402
 from simipu_hf.modeling.modeling_simipu import SimIPUModel  # noqa: E402
-from simipu_hf.modeling.sparse_encoder import SparseConvEncoder, _convolve  # noqa: E402
+from simipu_hf.modeling.sparse_encoder import SparseConvEncoder  # noqa: E402
 
 
 def tiny_config(**overrides) -> SimIPUSparseConvConfig:
@@ -37,42 +37,6 @@ def random_points(batch: int = 2, dtype=torch.float32) -> torch.Tensor:
     points[..., :2] = points[..., :2] * 9 - 4.5
     points[..., 2] = 0.5 * torch.sin(points[..., 0]) + 0.1 * points[..., 2]
     return points.to(dtype)
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-@pytest.mark.parametrize("strided", [False, True])
-def test_spconv_equals_dense_convolution_forward_and_backward(strided, dtype, tolerance):
-    generator = torch.Generator().manual_seed(1)
-    batch, grid, c_in, c_out = 2, (5, 6, 7), 3, 4
-    # contiguous, because spconv reads indices without regard to their strides
-    cells = (torch.rand(batch, *grid, generator=generator) < 0.3).nonzero().contiguous()
-    rows = torch.randn(len(cells), c_in, generator=generator, dtype=dtype, requires_grad=True)
-    if strided:
-        conv = spconv.SparseConv3d(c_in, c_out, 3, stride=2, padding=1, bias=False).to(dtype)
-    else:
-        conv = spconv.SubMConv3d(c_in, c_out, 3, padding=1, bias=False).to(dtype)
-    sparse_encoder._let_backward_run_without_cuda()
-    output = _convolve(conv, spconv.SparseConvTensor(rows, cells.int(), grid, batch))
-    at = output.indices.long().unbind(1)
-    cotangent = torch.randn(output.features.shape, generator=generator, dtype=dtype)
-    gradients = torch.autograd.grad((output.features * cotangent).sum(), [rows, conv.weight])
-
-    weight = conv.weight.detach().permute(0, 4, 1, 2, 3).contiguous().requires_grad_()
-    dense_rows = rows.detach().clone().requires_grad_()
-    volume = to_dense(dense_rows, cells, (batch, *grid))
-    dense = F.conv3d(volume, weight, stride=2 if strided else 1, padding=1)
-    expected = dense[at[0], :, at[1], at[2], at[3]]
-    expected_gradients = torch.autograd.grad((expected * cotangent).sum(), [dense_rows, weight])
-
-    torch.testing.assert_close(output.features, expected, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(gradients[0], expected_gradients[0], rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(
-        gradients[1], expected_gradients[1].permute(0, 2, 3, 4, 1), rtol=tolerance, atol=tolerance
-    )
-    if strided:  # every site that sees an input is there, once
-        reached = F.conv3d(to_dense(torch.ones(len(cells), 1), cells, (batch, *grid)), torch.ones(1, 1, 3, 3, 3),
-                           stride=2, padding=1)[:, 0] > 0  # fmt: skip
-        assert sorted(output.indices.tolist()) == reached.nonzero().tolist()
 
 
 def to_dense(rows: torch.Tensor, cells: torch.Tensor, grid: tuple) -> torch.Tensor:
