@@ -67,8 +67,6 @@ def test_every_command_has_help_an_example_and_a_function(run, words):
     ("argv", "code", "message"),
     [
         (["export", "--output_dir", "x"], 2, "--model"),
-        (["export", "--model", "x", "--output_dir", "x", "--format", "caffe"], 2, "caffe"),
-        (["bogus"], 2, "bogus"),
         ([], 2, "pretrain"),
         (["data"], 2, "synthesize"),
         (["pretrain", "--data_dir", "x"], 2, "--output_dir"),
@@ -182,17 +180,6 @@ def test_output_survives_terminals_that_cannot_encode_it(encoding):
         assert b"Traceback" not in result.stderr
 
 
-def test_what_a_process_removes_is_removed_where_a_thread_may_hang():
-    program = """
-import threading, time
-from simipu_hf.errors import AT_THE_END, MAY_HANG, exit_code_of
-AT_THE_END.callback(print, "removed")
-threading.Thread(target=time.sleep, args=(60,), name=MAY_HANG, daemon=True).start()
-raise SystemExit(exit_code_of(lambda: None))
-"""
-    assert python(program).stdout.split() == [b"removed"]
-
-
 def test_a_command_ends_as_it_should_when_nobody_reads_its_output_any_more(tmp_path):
     program = """
 import signal, sys
@@ -214,11 +201,6 @@ raise SystemExit(exit_code_of(run))
     process.stderr.close()
     assert process.wait(60) == 130
     assert saved.exists()
-
-
-def test_completion_knows_commands_and_flags(run):
-    script = run("--tyro-print-completion", "bash")[1]
-    assert all(word in script for word in ("finetune-depth", "synthesize", "--per_device_train_batch_size"))
 
 
 AUTO = """

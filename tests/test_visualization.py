@@ -110,16 +110,6 @@ def test_points_of_any_lidar_are_drawn_ahead_of_the_camera():
 # --- features as colours ---
 
 
-def test_principal_components_of_two_constant_halves_are_two_colors():
-    rng = np.random.default_rng(0)
-    left, right = rng.normal(size=(2, 16))
-    values = np.where(np.arange(12)[None, :, None] < 6, left, right) * np.ones((4, 1, 1))
-    colors = Principal.fit(values.reshape(-1, 16)).colors(values)
-    assert len(np.unique(colors.reshape(-1, 3).round(9), axis=0)) == 2
-    assert np.abs(colors[0, 0] - colors[0, -1]).max() > 0.5
-    np.testing.assert_allclose(colors[0, 0, 1:], colors[0, -1, 1:])  # one direction tells them apart
-
-
 def test_principal_components_order_directions_by_variance():
     rng = np.random.default_rng(1)
     rows = np.zeros((500, 8))

@@ -6,6 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from payload import Payload
 from safetensors.torch import save_file
 
 from simipu_hf.errors import SimIPUError
@@ -16,7 +17,6 @@ from simipu_hf.training.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
     save_checkpoint,
-    set_aside,
 )
 
 IDENTITY = {"kind": "PreTrainingArguments", "seed": 0}
@@ -31,35 +31,12 @@ def save(folder, step, **options):
     return save_checkpoint(folder, step, save=save_files, identity=IDENTITY, **options)
 
 
-def test_round_trip(tmp_path):
-    path = save(tmp_path, 7)
-    loaded = load_checkpoint(path, IDENTITY)
-    assert path.name == "checkpoint-7"
-    assert loaded.step == 7
-    assert torch.equal(loaded.tensors["moments"][0], torch.arange(5.0))
-    assert loaded.tensors["state"]["python"] == (3, (1, 2), None)
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-7"]
-
-
 def test_keeps_the_newest(tmp_path):
     for step in (5, 10, 100):
         save(tmp_path, step, total_limit=2)
     assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-100"]
     save(tmp_path, 8, total_limit=2)  # never the one just written
     assert (tmp_path / "checkpoint-8").is_dir()
-
-
-def test_what_lies_beyond_a_step_is_set_aside(tmp_path):
-    for step in (5, 10, 15):
-        save(tmp_path, step)
-    assert set_aside(tmp_path, 15) is None
-    for number, kept in ((1, 10), (2, 5)):
-        (tmp_path / "metrics.jsonl").write_text(f"lines of {kept}", encoding="utf-8")
-        aside = set_aside(tmp_path, kept)
-        assert aside == tmp_path / f"set_aside-{number}"
-        assert newest_checkpoint(aside).name == f"checkpoint-{kept + 5}"
-        assert (aside / "metrics.jsonl").read_text(encoding="utf-8") == f"lines of {kept}"
-        assert newest_checkpoint(tmp_path).name == f"checkpoint-{kept}"
 
 
 def change(file, old, new):
@@ -103,16 +80,6 @@ def flip_a_bit(file):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-
-
-class Payload:
-    """Would write a file if it were unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
 
 
 def test_a_pickled_payload_is_refused_and_not_run(tmp_path):
