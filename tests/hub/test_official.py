@@ -1,13 +1,13 @@
 """Official checkpoints in every layout people have, and files that are none."""
 
 import json
-import os
 
 import official_names as official
 import pytest
 import timm
 import torch
 from conftest import close
+from payload import Payload
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -158,16 +158,11 @@ def test_imagenet_file_keeps_its_epsilon_and_loses_its_classifier(tmp_path):
     assert any("counters" in note for note in report.notes)
 
 
-class Payload:
-    def __reduce__(self):
-        return os.system, ("touch /tmp/should_not_exist_simipu",)
-
-
 def test_pickled_objects_are_refused(tmp_path):
-    path = save(tmp_path / "evil.pth", encoder_state(), hook=Payload())
-    with pytest.raises(SimIPUError, match=r"(?s)evil.pth: refused.*system"):
+    path = save(tmp_path / "evil.pth", encoder_state(), hook=Payload(tmp_path / "ran"))
+    with pytest.raises(SimIPUError, match=r"(?s)evil.pth: refused.*open"):
         convert_checkpoint(path, tmp_path / "out")
-    assert not os.path.exists("/tmp/should_not_exist_simipu")
+    assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "out").exists()
 
 
@@ -186,7 +181,6 @@ def test_other_networks_and_other_files(tmp_path):
     state = encoder_state()
     cases = [
         (timm.create_model("vit_tiny_patch16_224").state_dict(), "nothing in it matches"),
-        (timm.create_model("mobilenetv3_small_050").state_dict(), "nothing in it matches"),
         ({**state, "layer1.0.conv1.weight": torch.zeros(64, 32, 3, 3)}, "of another shape"),
         ({name: value for name, value in state.items() if name != "layer4.1.bn2.weight"}, "missing"),
         ({"epoch": 3}, "found none"),

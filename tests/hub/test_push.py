@@ -275,15 +275,16 @@ def test_a_run_that_ends_early_waits_for_an_upload_and_names_what_it_left_out(ch
     assert f"simipu-hf push --model {checkpoint} --repo_id owner/run" in said
 
 
-def test_an_upload_that_hangs_changes_no_exit_code():
+def test_an_upload_that_hangs_changes_no_exit_code_and_keeps_nothing_from_being_removed():
     program = (
         "import time; from simipu_hf.errors import *; from simipu_hf.hub.push import _in_background\n"
         "def run():\n _in_background(lambda: time.sleep(60)); raise TrainingInterrupted('stopped', 143)\n"
+        "AT_THE_END.callback(print, 'removed')\n"
         "import atexit; atexit.register(lambda: print('the interpreter ended it'))\n"
         "raise SystemExit(exit_code_of(run))"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (143, "", "stopped\n")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (143, "removed\n", "stopped\n")
 
 
 def test_the_end_publishes_model_and_encoder(endpoint, run_folder, capsys):

@@ -1,12 +1,14 @@
 """One call for every place where an encoder can lie."""
 
 import json
+import pickle
 import shutil
 
 import pytest
 import timm
 import torch
 from conftest import export_timm
+from payload import Payload
 from safetensors.torch import load_file
 
 from simipu_hf.errors import SimIPUError
@@ -156,6 +158,20 @@ def test_tampered_weights(run_folder, tmp_path):
     (simipu / "model.safetensors.index.json").unlink()
     (simipu / "model.safetensors").unlink()
     assert "image_encoder/" in find_image_encoder(simipu).description
+
+
+def test_pickles_are_never_read(run_folder, tmp_path):
+    folder = shutil.copytree(run_folder / "image_encoder", tmp_path / "encoder")
+    (folder / "model.safetensors").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
+    with pytest.raises(SimIPUError, match="no readable safetensors"):
+        load_image_encoder(folder, verbose=False)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(SimIPUError, match="pickled weights are not read"):
+        load_image_encoder(folder, verbose=False)
+    (folder / "config.json").write_bytes(b"{")
+    with pytest.raises(SimIPUError, match="no readable JSON"):
+        load_image_encoder(folder, verbose=False)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_nothing_there(tmp_path):
