@@ -203,6 +203,11 @@ raise SystemExit(exit_code_of(run))
     assert saved.exists()
 
 
+def test_completion_knows_commands_and_flags(run):
+    script = run("--tyro-print-completion", "bash")[1]
+    assert all(word in script for word in ("finetune-depth", "synthesize", "--per_device_train_batch_size"))
+
+
 AUTO = """
 import sys
 {imports}

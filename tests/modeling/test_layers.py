@@ -42,6 +42,13 @@ def test_weighted_batch_norm_equals_batch_norm_of_repeated_rows():
     torch.testing.assert_close(ours(rows), theirs(rows), rtol=1e-12, atol=1e-12)
 
 
+def test_without_weights_it_is_batch_norm():
+    rows, *_ = repeated_and_weighted(torch.float32)
+    ours, theirs = WeightedBatchNorm(6), nn.BatchNorm1d(6)
+    torch.testing.assert_close(ours(rows), theirs(rows))
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_rows_keep_their_dtype_and_float32_statistics(dtype):
     rows, counts, *_ = repeated_and_weighted(torch.float32)

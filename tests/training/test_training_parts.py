@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import math
 import os
 import signal
@@ -284,6 +285,12 @@ COMPARE = {**TRAIN, "test_frames": ["b"], "image_encoders": ["a=b"], "modes": ["
 
 
 class TestArguments:
+    def test_the_command_line_wins_over_a_file_of_json(self, tmp_path):
+        values = {"learning_rate": 0.5, "image_size": [64, 96], "seed": 3, "torch_compile": True, "num_points": None}
+        (tmp_path / "flags.json").write_text(json.dumps(values), encoding="utf-8")
+        found = parse("--config", str(tmp_path / "flags.json"), "--seed", "4").to_dict()
+        assert {name: found[name] for name in values} == {**values, "image_size": (64, 96), "seed": 4}
+
     def test_files_are_read_in_order_and_names_that_look_like_numbers_stay_names(self, tmp_path):
         (tmp_path / "a.yaml").write_text("seed: 5\nmixed_precision: no\ntorch_compile: yes\n", encoding="utf-8")
         names = "scenes: [10017090168044687777_6380_000, 010]\ntrain_split: 1_0\nnum_points: 77\nimage_size: null\n"
