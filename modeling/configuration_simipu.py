@@ -254,7 +254,8 @@ class SimIPUConfig(PreTrainedConfig):
     """Configuration of [`SimIPUModel`] and [`SimIPUForPreTraining`].
 
     Args:
-        preset: the preset these values started from, for what else belongs to it (processor, augmentation).
+        preset: the preset these values started from, for what else belongs to it (processor, augmentation); a name
+            alone, to which [`from_preset`] adds the values.
         image_config: `SimIPUImageConfig` or a dictionary of its fields.
         point_config: `SimIPUPointNet2Config`, `SimIPUSparseConvConfig`, or a dictionary of the fields of one,
             chosen by its `model_type` (PointNet++ where it names none).
@@ -288,7 +289,7 @@ class SimIPUConfig(PreTrainedConfig):
         "point_config": SimIPUPointNet2Config,  # type: ignore[dict-item]
     }
 
-    preset: str = "recommended"
+    preset: Literal["recommended", "official"] = "recommended"
     image_config: dict | PreTrainedConfig | None = None
     point_config: dict | PreTrainedConfig | None = None
     projection_dim: int = 128

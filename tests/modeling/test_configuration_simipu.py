@@ -35,6 +35,7 @@ def test_official_preset_holds_the_official_values():
     [
         (lambda: SimIPUConfig.from_preset("offical"), "unknown preset 'offical': choose from recommended, official"),
         (lambda: SimIPUConfig.from_preset(point_encoder="pointnet"), "unknown point encoder 'pointnet'"),
+        (lambda: SimIPUConfig(preset="my own"), "preset"),
         (lambda: SimIPUConfig(temperature=0), "temperature must be above 0, found 0"),
         (lambda: SimIPUConfig(temperature="warm"), "temperature"),
         (lambda: SimIPUConfig(loss_per_stage=True), "no longer provided"),
