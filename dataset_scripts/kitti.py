@@ -518,16 +518,19 @@ def _likely_columns(values: np.ndarray) -> int:
     mixtures of all of them, so the share of the variance that lies between columns tells the right length.
     """
     blocks = values[: values.size // 840 * 840].reshape(-1, 840)  # 840 is a multiple of every length
-    points = blocks[:: len(blocks) // 8 + 1].reshape(-1, 4)
-    sample = points[points.any(axis=1)].ravel()  # not the zeros of beams that never came back
-    sample = sample[: sample.size // 840 * 840]
-    if not len(sample):
-        return 4
-    magnitudes = np.log(np.abs(sample, dtype=np.float32) + 0.01)
-    total = magnitudes.var()
+    sample = blocks[:: len(blocks) // 8 + 1]
 
     def share_between(columns: int) -> float:
-        return magnitudes.reshape(-1, columns).mean(axis=0).var() / max(total, 1e-6)
+        points = sample.reshape(-1, 4 if columns == 8 else columns)  # 8 may be two points of 4, one of them zeros
+        found = points[points.any(axis=1)].ravel()  # not the zeros of beams that never came back
+        found = found[: found.size // columns * columns].reshape(-1, columns)
+        if not len(found):
+            return 0.0
+        magnitudes = np.log(np.abs(found, dtype=np.float32) + 0.01)
+        return magnitudes.mean(axis=0).var() / max(magnitudes.var(), 1e-6)
+
+    if not sample.any():
+        return 4
 
     four = share_between(4)
     if not four < 0.5:

@@ -254,8 +254,8 @@ class SimIPUConfig(PreTrainedConfig):
     """Configuration of [`SimIPUModel`] and [`SimIPUForPreTraining`].
 
     Args:
-        preset: the preset these values started from, for what else belongs to it (processor, augmentation); a name
-            alone, to which [`from_preset`] adds the values.
+        preset: the preset that these values started from, by which processor and augmentation are chosen. It sets no
+            other field: [`from_preset`] does.
         image_config: `SimIPUImageConfig` or a dictionary of its fields.
         point_config: `SimIPUPointNet2Config`, `SimIPUSparseConvConfig`, or a dictionary of the fields of one,
             chosen by its `model_type` (PointNet++ where it names none).

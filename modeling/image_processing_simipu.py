@@ -167,12 +167,12 @@ class SimIPUImageProcessor(TorchvisionBackend):
     def process_image(self, image: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """transformers' conversion of one image to a tensor (C, height, width), of 16-bit images as well."""
         image = to_8_bits(image)
+        if isinstance(image, np.ndarray):  # a view that is turned round, as of OpenCV's BGR, has negative strides
+            image = np.ascontiguousarray(image)
         if isinstance(image, Image) and kwargs.get("do_convert_rgb"):
             pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))  # alpha is dropped, as of rows
         elif isinstance(image, np.ndarray) and image.shape[2:] == (3,) and len(image) > 4 and image.dtype == np.uint8:
-            pixels = np.ascontiguousarray(
-                image
-            )  # a view that is turned round, as of OpenCV's BGR, has negative strides
+            pixels = image
         else:
             return super().process_image(image, *args, **kwargs)
         # left channels-last in memory: torchvision resizes that three times as fast

@@ -167,7 +167,7 @@ class _InfoNCE(torch.autograd.Function):
                 slopes = row_slopes[rows, None]
                 if ctx.symmetric:
                     slopes = slopes + column_grad / column_sums
-                weights = exponentials * slopes
+                weights = exponentials * slopes if kept else exponentials.mul_(slopes)
                 weights.scatter_add_(1, _positive_columns(rows, ctx.first, right), -own_grad[rows, None])
                 anchor_grads.append(linear(weights, right[:, :width].T))
                 if ctx.needs_input_grad[1]:

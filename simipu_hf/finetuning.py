@@ -151,14 +151,16 @@ class FineTuningTrainer(Trainer):
         self._learning_rates: dict[str, float] = {}
         if self.processing_class is None:
             self.processing_class = getattr(self.train_dataset or self.eval_dataset, "processor", None)
-        self.args = copy.copy(self.args)  # what follows is of these data sets alone
-        self._counts_epochs = self.args.max_steps <= 0
+            self.callback_handler.processing_class = self.processing_class
+        self.args = copy.copy(self.args)  # the number of steps is of these data sets alone
+        self._counted_steps: int | None = None
         self._count_steps()
 
     def _count_steps(self) -> None:
-        if self._counts_epochs and self.train_dataset is not None:
-            steps_per_epoch = self._sampler(1).steps_per_epoch
-            self.args.max_steps = max(1, round(self.args.num_train_epochs * steps_per_epoch))
+        given = self.args.max_steps > 0 and self.args.max_steps != self._counted_steps
+        if self.train_dataset is not None and not given:
+            steps = round(self.args.num_train_epochs * self._sampler(1).steps_per_epoch)
+            self._counted_steps = self.args.max_steps = max(1, steps)
 
     def _sampler(self, last_step: int) -> GlobalBatchSampler:
         return GlobalBatchSampler(

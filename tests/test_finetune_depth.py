@@ -364,6 +364,13 @@ def test_one_set_of_arguments_serves_several_trainers(dataset, tmp_path):
     trainers = [DepthTrainer(depth_model(), settings, train_dataset=train) for train in (two, dataset)]
     assert [trainer.args.max_steps for trainer in trainers] == [3, round(3 * len(dataset) / 2)]
     trainers[0].train()
+    assert trainers[0].callback_handler.processing_class is two.processor
+    trainers[1].args.num_train_epochs = 1  # as a trial of a hyperparameter search
+    trainers[1].get_train_dataloader()
+    assert trainers[1].args.max_steps == round(len(dataset) / 2)
+    trainers[1].args.max_steps = 7
+    trainers[1].get_train_dataloader()
+    assert trainers[1].args.max_steps == 7
     assert (tmp_path / "checkpoint-3" / "preprocessor_config.json").is_file()
 
 

@@ -15,10 +15,9 @@ import torch
 
 from ..errors import SimIPUError
 from ..modeling.geometry import pixel_transform
-from .frames import FrameDataset, OnBadRow, crop_window, jitter_colors, select_frames, to_pixel_values
+from .frames import FrameDataset, OnBadRow, crop_window, draw_window, jitter_colors, select_frames, to_pixel_values
 from .kitti_objects import NEIGHBOURS, OBJECT_TYPES, KittiObjects, by_field, check_object, object_names
 from .rows import calibration_from_row, pixels_from_row
-from .two_views import draw_window
 
 EVERY_CLASS = -1
 

@@ -92,6 +92,17 @@ def crop_window(processor: SimIPUImageProcessor, image_size: tuple[int, ...], na
         raise SimIPUError(f"{name}: {error}; --no_kb_crop trains and evaluates without the KITTI crop") from error
 
 
+def draw_window(
+    window: tuple[int, int, int, int], zoom: float, generator: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a random part of a window, `zoom` times smaller."""
+    top, left, *size = window
+    height, width = (max(1, round(length / zoom)) for length in size)
+    top += int(generator.integers(size[0] - height, endpoint=True))
+    left += int(generator.integers(size[1] - width, endpoint=True))
+    return top, left, height, width
+
+
 def to_pixel_values(images: Sequence[np.ndarray], processor: SimIPUImageProcessor) -> torch.Tensor:
     """Normalise images `(h, w, 3)` of one size, values 0 to 255: `(B, 3, h, w)` float32."""
     pixels = torch.stack([torch.from_numpy(np.ascontiguousarray(image)) for image in images]).permute(0, 3, 1, 2)

@@ -23,6 +23,7 @@ from simipu_hf.modeling.geometry import pixel_transform, transform_cloud
 from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor, pad_to_largest, size_within
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
+from .frames import draw_window
 from .mixture import Mixture
 from .rows import REQUIRED_COLUMNS, image_from_row, pixels_from_row, points_from_row
 from .sources import undecoded
@@ -196,17 +197,6 @@ def _augment_image(
         image = image.flip(-1)
     new_size = (image.shape[-2], image.shape[-1])
     return image, pixel_transform(window, new_size, mirrored, processor.half_pixel_centers)
-
-
-def draw_window(
-    window: tuple[int, int, int, int], zoom: float, generator: np.random.Generator
-) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a random part of a window, `zoom` times smaller."""
-    top, left, *size = window
-    height, width = (max(1, round(length / zoom)) for length in size)
-    top += int(generator.integers(size[0] - height, endpoint=True))
-    left += int(generator.integers(size[1] - width, endpoint=True))
-    return top, left, height, width
 
 
 def _jitter_colors(

@@ -52,7 +52,7 @@ PUBLIC = {".json", ".jsonl", ".yaml", ".safetensors", ".py", ".md", ".png", ".ht
 TEXT = {".json", ".jsonl", ".yaml", ".md"}
 # What resumes a run, beside the model; pushed with the strategy "checkpoint" alone. The second line is Trainer's.
 RESUME = re.compile(
-    r"training_state\.(pt|json)|manifest\.json"
+    r"training_state\.pt|manifest\.json"
     r"|trainer_state\.json|(optimizer|scheduler|scaler)\.pt|rng_state\w*\.pth"
 )
 # What of a run belongs to each of its checkpoints, and to its encoder.

@@ -762,7 +762,7 @@ def _flags_of(config: str, cls: type) -> list[str]:
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise SimIPUError(f"--config {config}: unknown flag {name!r}{hint}")
         if "bool" in kinds[name] and isinstance(value, str):
-            value = yaml.safe_load(value)
+            value = yaml.SafeLoader.bool_values.get(value.lower(), value)
         if isinstance(value, bool):
             from_file.append(f"--{name}" if value else f"--no_{name}")
         else:

@@ -127,7 +127,8 @@ def test_a_damaged_scan_is_named(points, message):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("columns", [3, 4, 5, 6, 7, 8])
-def test_other_columns_and_types_are_named(columns, dtype):
+@pytest.mark.parametrize("lost", [0.0, 0.2])
+def test_other_columns_and_types_are_named(columns, dtype, lost):
     """x y z reflectance, ring, time within the sweep, the point's own share of it, and which return it is."""
     rng = np.random.default_rng(0)
     count = 20 * 420
@@ -135,7 +136,8 @@ def test_other_columns_and_types_are_named(columns, dtype):
     ring, time = rng.integers(0, 32, count), rng.uniform(0, 0.1, count)
     scan = [distance * np.cos(angle), distance * np.sin(angle), rng.uniform(-2, 1, count), rng.uniform(0, 1, count)]
     others = [ring, time, angle / angle[-1], rng.integers(0, 3, count)]
-    data = np.column_stack([*scan, *others])[:, :columns].astype(dtype).tobytes()
+    came_back = rng.uniform(size=(count, 1)) >= lost
+    data = (np.column_stack([*scan, *others])[:, :columns] * came_back).astype(dtype).tobytes()
     if (columns, dtype) == (4, "float32"):
         assert to_point_cloud(data).shape == (count, 4)
         return
