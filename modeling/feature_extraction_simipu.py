@@ -235,10 +235,10 @@ def _likely_columns(values: np.ndarray) -> int:
     def share_between(columns: int) -> float:
         points = sample.reshape(-1, 4 if columns == 8 else columns)  # 8 may be two points of 4, one of them zeros
         found = points[points.any(axis=1)].ravel()  # not the zeros of beams that never came back
-        found = found[: found.size // columns * columns].reshape(-1, columns)
-        if not len(found):
+        if found.size < columns:
             return 0.0
-        magnitudes = np.log(np.abs(found, dtype=np.float32) + 0.01)
+        rows = found[: found.size // columns * columns].reshape(-1, columns)
+        magnitudes = np.log(np.abs(rows, dtype=np.float32) + 0.01)
         return magnitudes.mean(axis=0).var() / max(magnitudes.var(), 1e-6)
 
     if not sample.any():
