@@ -529,9 +529,6 @@ def _likely_columns(values: np.ndarray) -> int:
         magnitudes = np.log(np.abs(rows, dtype=np.float32) + 0.01)
         return magnitudes.mean(axis=0).var() / max(magnitudes.var(), 1e-6)
 
-    if not sample.any():
-        return 4
-
     four = share_between(4)
     if not four < 0.5:
         return 4

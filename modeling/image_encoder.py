@@ -46,7 +46,8 @@ def build_image_encoder(config: SimIPUImageConfig) -> TimmModel:
         arguments = {k: v for k, v in (config.model_args or {}).items() if k not in ("img_size", "dynamic_img_size")}
         grids = _measured_grids(config.architecture, _as_json(arguments))
         config.feature_grids = [grid and list(grid) for grid in grids]
-    _check_strides(encoder, config)
+    else:
+        _check_strides(encoder, config)
     for module in encoder.modules():
         if isinstance(module, nn.BatchNorm2d):
             if config.batch_norm_eps is not None:
@@ -356,7 +357,8 @@ def _reductions(encoder: TimmModel) -> list[int]:
 
 
 def _check_strides(encoder: TimmModel, config: SimIPUImageConfig) -> None:
-    reductions, grids = _reductions(encoder), config.feature_grids or []
+    assert config.feature_grids is not None
+    reductions, grids = _reductions(encoder), config.feature_grids
     given = [grid and list(grid[:2]) for grid in grids]
     expected = [[stride, stride] if grid else None for stride, grid in zip(reductions, grids, strict=False)]
     if given != expected or len(grids) != len(reductions):

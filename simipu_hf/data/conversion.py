@@ -157,7 +157,7 @@ def convert_to_parquet(
         SimIPUError: the output folder holds something, the splits have different columns, a frame is damaged, or the
             disk is full. What is whole stays in `<output_dir>.partial`.
     """
-    target = Path(os.path.realpath(output_dir))
+    target = Path(output_dir).resolve()
     partial_dir = target.with_name(f"{target.name}.partial")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise SimIPUError(f"{output_dir}: expected a new or empty folder to convert into, found something there")

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 import numpy as np
@@ -23,13 +23,12 @@ from simipu_hf.modeling.geometry import pixel_transform, transform_cloud
 from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor, pad_to_largest, size_within
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
-from .frames import draw_window
+from .frames import OnBadRow, draw_window
 from .mixture import Mixture
 from .rows import REQUIRED_COLUMNS, image_from_row, pixels_from_row, points_from_row
 from .sources import undecoded
 
 Range = tuple[float, float]
-OnBadRow = Literal["error", "skip"]
 
 
 @dataclass(frozen=True)
