@@ -6,9 +6,11 @@ gradient of one of its cells is then the exact footprint of that cell on the ima
 """
 
 import re
+from functools import partial
 from typing import Any
 
 import torch
+from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from .geometry import FeatureGrid
@@ -18,7 +20,7 @@ LEAST_SHARE = 0.1
 # a stage is regular if its cells lie on a line within this share of its stride
 TOLERANCE = 0.1
 
-GATES = re.compile("SqueezeExcite|SqueezeAndExcite|SEModule|SEBlock|EcaModule|Cbam|GatherExcite|GlobalContext")
+GATES = re.compile("SqueezeExcite|SqueezeAndExcite|SEModule|SEBlock|EcaModule|Cbam|GatherExcite|GlobalContext$")
 ATTENTION = re.compile("Attention|Attn|LiteMLA")
 
 
@@ -54,11 +56,19 @@ class _Rescale(nn.Module):
 def _make_averaging(network: nn.Module) -> None:
     """Turn every operation into a plain average, and attention into little where something else carries the map."""
     network.eval().requires_grad_(False)
+    replaced: tuple[str, ...] = ()
     for name, module in list(network.named_modules()):
+        if name.startswith(replaced):  # a part of what is gone
+            continue
         replacement = _replacement(module)
         if name and replacement is not None:
             parent, _, leaf = name.rpartition(".")
             setattr(network.get_submodule(parent), leaf, replacement)
+            replaced += (f"{name}.",)
+        elif isinstance(module, nn.Conv2d) and "StdConv" in type(module).__name__:
+            # would standardise its weights, all equal here, to 0
+            plain: Any = Conv2dSame if getattr(module, "same_pad", False) else nn.Conv2d
+            vars(module)["forward"] = partial(plain.forward, module)
         elif _is_attention(module) and not any(_is_attention(part) for part in module.modules() if part is not module):
             module.register_forward_hook(_damp)
     for name, parameter in network.named_parameters():

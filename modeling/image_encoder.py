@@ -89,13 +89,16 @@ def timm_template(architecture: str, model_args: Mapping[str, Any] | None = None
 
 
 def pad_divisor(encoder: nn.Module | str) -> int:
-    """What height and width of an image must be multiples of: the encoder's largest stride, a ViT's patch.
+    """What height and width of an image must be multiples of: the encoder's largest stride, a ViT's patch, or the
+    patches of cells of a MobileViT, which resamples others.
 
     Args:
         encoder: a timm model, or the name of one.
     """
     model = timm_template(encoder) if isinstance(encoder, str) else encoder
-    return max(_reductions(cast("TimmModel", model)))
+    blocks: list[Any] = [part for part in model.modules() if type(part).__name__.startswith("MobileVit")]
+    patches = [max(block.patch_size) for block in blocks]
+    return max(_reductions(cast("TimmModel", model))) * max(patches, default=1)
 
 
 def feature_grids(encoder: TimmModel, stages: Sequence[int]) -> list[FeatureGrid]:
@@ -379,6 +382,8 @@ def _create(architecture: str, arguments: Mapping[str, Any]) -> TimmModel:
         raise ValueError(f"timm cannot build {architecture} with {dict(arguments)}: {error}") from error
     if not hasattr(encoder, "forward_intermediates"):
         raise ValueError(f"timm model {architecture!r} has no forward_intermediates: choose another encoder")
+    if len(list(encoder.parameters())) < len(list(encoder.named_parameters(remove_duplicate=False))):
+        raise ValueError(f"timm model {architecture!r} shares weights between layers, which cannot be saved")
     return cast("TimmModel", encoder)
 
 

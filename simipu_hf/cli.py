@@ -3,7 +3,6 @@
 A new command is one line in `COMMANDS`.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, is_dataclass
@@ -14,6 +13,7 @@ from typing import Annotated, Any, Literal, Union
 import tyro
 
 from simipu_hf.errors import SimIPUError, exit_code_of
+from simipu_hf.files import to_json
 from simipu_hf.training.arguments import (
     BenchmarkDataArguments,
     BenchmarkOpsArguments,
@@ -143,11 +143,10 @@ def inspect(model: Model, as_json: AsJson = False) -> None:
     from simipu_hf.hub.sources import find_image_encoder
 
     found = find_image_encoder(model)
-    weights = [v for name, v in found.state_dict.items() if not name.endswith(("mean", "var", "tracked"))]
     facts = {
         "found": found.description,
         "architecture": found.architecture,
-        "parameters": sum(weight.numel() for weight in weights),
+        "parameters": sum(parameter.numel() for parameter in found.template().parameters()),
         "input": str(found.input),
     }
     show(facts, as_json)
@@ -384,7 +383,7 @@ def show(result: Any, as_json: bool) -> None:
             result = result.to_dict()
         elif is_dataclass(result) and not isinstance(result, type):
             result = asdict(result)
-        print(json.dumps(result, indent=2, default=str))
+        print(to_json(result))
     elif isinstance(result, dict):
         width = max(map(len, result))
         print("\n".join(f"{name:{width}}  {value}" for name, value in result.items()))

@@ -49,6 +49,7 @@ from simipu_hf.visualization.report import write_report
 
 REPORT, RESULTS = "report.html", "results.json"
 DRIVE, FRAMES, RUN, PICTURES = "drive", "frames", "run", "pictures"
+MARK = ".simipu-demo"  # of a folder that a demo may empty
 VALIDATION_SHARE = 0.2
 PRETRAINED, RANDOM = "pretrained", "scratch"  # names of the two encoders of the probe
 
@@ -182,16 +183,18 @@ def prepare_output_dir(output_dir: Path, data_dir: str | os.PathLike | None, ove
         if output_dir.resolve() in (Path(data_dir).resolve(), *Path(data_dir).resolve().parents):
             raise SimIPUError(f"--data_dir {data_dir} lies in --output_dir {output_dir}: choose another output folder")
     check_target(output_dir, overwrite, is_demo)
-    for path in output_dir.iterdir() if output_dir.exists() else ():
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     output_dir.mkdir(parents=True, exist_ok=True)
+    for path in output_dir.iterdir():
+        if path.name != MARK:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    (output_dir / MARK).touch()
 
 
 def is_demo(path: Path) -> bool:
     """Whether a folder holds a demo, and nothing else; a stage that was killed may have left something hidden."""
-    ours = (DRIVE, FRAMES, RUN, PICTURES, REPORT, RESULTS)
+    ours = (MARK, DRIVE, FRAMES, RUN, PICTURES, REPORT, RESULTS)
     hidden = re.compile(rf"\.([0-9a-f]{{8}}-)?({'|'.join(map(re.escape, ours))})([.-].*)?")
-    return path.is_dir() and all(f.name in ours or hidden.fullmatch(f.name) for f in path.iterdir())
+    return (path / MARK).is_file() and all(f.name in ours or hidden.fullmatch(f.name) for f in path.iterdir())
 
 
 def make_frames(
@@ -226,12 +229,14 @@ def make_frames(
 def copy_frames(data_dir: str | os.PathLike, frames_dir: Path, num_frames: int) -> None:
     """The first frames of a data set, without reading the others, as a `save_to_disk` folder of two splits.
 
-    Held-out frames come from the validation split, or are the last ones where there is none.
+    Held-out frames come from the validation split, or are the last ones of the first split where there is none, or no
+    `train`.
     """
     source = os.fspath(data_dir)
     splits = find_source(source).splits
-    train = splits[0] if splits and "train" not in splits else "train"
-    validation = next((name for name in ("validation", "val") if name in splits), None)
+    train, validation = "train", next((name for name in ("validation", "val") if name in splits), None)
+    if splits and "train" not in splits:  # others may share frames, as KITTI's trainval and val do
+        train, validation = splits[0], None
     held_out = max(1, round(VALIDATION_SHARE * num_frames))
     # beside the folder, not in the cache of datasets, where every demo would leave its frames
     scratch = tempfile.TemporaryDirectory(prefix=f".{FRAMES}-", dir=frames_dir.parent, ignore_cleanup_errors=True)

@@ -52,11 +52,15 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             beside.unlink(missing_ok=True)
 
 
+def to_json(content: Any) -> str:
+    """As JSON: NaN, which JSON does not have, becomes null, and what is neither, text."""
+    return json.dumps(json.loads(json.dumps(content, default=str), parse_constant=lambda _: None), indent=2)
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically; NaN, which JSON does not have, becomes null."""
-    finite = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    """Write [`to_json`] atomically."""
     with atomic_write(path) as stream:
-        stream.write(json.dumps(finite, indent=2) + "\n")
+        stream.write(to_json(content) + "\n")
 
 
 @contextmanager
@@ -82,7 +86,10 @@ def atomic_folder(
     beside, replaced = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.replaced")
     with _writing(path):
         try:
-            for leftover in (beside, replaced):  # of a process that was killed
+            # what a process that was killed left, perhaps between two renames
+            if replaced.exists() and not path.exists():
+                replaced.rename(path)
+            for leftover in (beside, replaced):
                 shutil.rmtree(leftover, ignore_errors=True)
             beside.mkdir()
             yield beside
@@ -90,7 +97,7 @@ def atomic_folder(
             _take_the_place(beside, path, replaced)
             _synchronize(path.parent)
         finally:
-            for leftover in (beside, replaced):
+            for leftover in (beside, replaced) if path.exists() else (beside,):
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -126,8 +133,8 @@ def _take_the_place(beside: Path, path: Path, replaced: Path) -> None:
         path.rename(replaced)
     try:
         beside.rename(path)
-    except OSError:
-        if replaced.exists():
+    except BaseException:  # KeyboardInterrupt as well
+        if replaced.exists() and not path.exists():
             replaced.rename(path)
         raise
 

@@ -44,7 +44,7 @@ from .training.distributed import (
     use_all_cores,
 )
 from .training.logging import METRICS_FILE, check_trackers, cut_metrics, json_line
-from .training.run_folder import data_fingerprint, find_checkpoint, open_run_folder, weights_fingerprint
+from .training.run_folder import find_checkpoint, open_run_folder, rows_fingerprint, weights_fingerprint
 from .training.sampling import ROW_ORDER, GlobalBatchSampler, create_loader
 from .visualization import draw_curves
 
@@ -142,6 +142,10 @@ class FineTuningTrainer(Trainer):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
+        if self.args.auto_find_batch_size:
+            raise SimIPUError(
+                "auto_find_batch_size: the order of rows follows from per_device_train_batch_size: set that"
+            )
         self.encoder_learning_rate = encoder_learning_rate
         self.evaluation: dict[str, Any] = {}  # the latest, whole
         self.identity: dict[str, Any] = {}  # what must be the same for the run to continue
@@ -199,7 +203,7 @@ class FineTuningTrainer(Trainer):
         """As published: the rate starts at 1/25 of its peak and ends at 1/100 of that; the first beta is cycled."""
         self.lr_scheduler = OneCycleLR(
             self.optimizer,
-            [group["lr"] for group in self.optimizer.param_groups],
+            [group.get("max_lr", group["lr"]) for group in self.optimizer.param_groups],  # of an earlier train()
             num_training_steps + 1,  # it is asked once more after the last step
             pct_start=max(1, self.args.get_warmup_steps(num_training_steps)) / num_training_steps,
             base_momentum=self.args.adam_beta1 - 0.1,
@@ -304,7 +308,7 @@ class FineTuningTrainer(Trainer):
             # the best is not to be the one that is deleted
             total_limit=0 if self.args.load_best_model_at_end else self.args.save_total_limit or 0,
         )
-        if self.state.best_model_checkpoint is not None:
+        if self.state.best_global_step:  # the path is None after a resume: it was that of the folder aside
             self.state.best_model_checkpoint = str(aside.parent / f"checkpoint-{self.state.best_global_step}")
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -527,8 +531,8 @@ def open_run(arguments: FineTuningRunArguments, trainer: FineTuningTrainer) -> s
     rows_per_forward = trainer.args.train_batch_size * trainer.args.world_size
     record = {
         "source": name_sources(arguments.train_frames or [str(getattr(arguments, "image_dir", None))]),
-        "train": {"rows": len(rows), "fingerprint": data_fingerprint(rows["frame_id"][:])},
-        "test": test_rows and {"rows": len(test_rows), "fingerprint": data_fingerprint(test_rows["frame_id"][:])},
+        "train": {"rows": len(rows), "fingerprint": rows_fingerprint(rows)},
+        "test": test_rows and {"rows": len(test_rows), "fingerprint": rows_fingerprint(test_rows)},
         "total_steps": trainer.args.max_steps,
         "rows_per_step": rows_per_forward * trainer.args.gradient_accumulation_steps,
     }

@@ -64,7 +64,7 @@ from simipu_hf.training.optimizers import (
     create_schedule,
     learning_rates,
 )
-from simipu_hf.training.run_folder import data_fingerprint, find_checkpoint, open_run_folder, weights_fingerprint
+from simipu_hf.training.run_folder import find_checkpoint, open_run_folder, rows_fingerprint, weights_fingerprint
 from simipu_hf.training.sampling import (
     ROW_ORDER,
     Steps,
@@ -175,10 +175,12 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
             checkpoint = None  # frees the host's copy of the optimizer's state
         publishes = arguments.push_to_hub and accelerator.is_main_process
         uploader = HubUploader.from_arguments(arguments) if publishes else None
-        train(accelerator, arguments, state, steps, batches, held_out, uploader)
-    for name, dataset in (("row", getattr(batches, "dataset", None)), ("held-out row", held_out)):
-        if dataset is not None:
-            skipped += [f"{name} {row}" for row in sorted(set(gather_object(dataset.bad_rows)))]
+        try:
+            train(accelerator, arguments, state, steps, batches, held_out, uploader)
+        except BaseException:  # the other processes may not come here: those of this one
+            report_skipped([*skipped, *bad_rows(batches, held_out)])
+            raise
+    skipped += dict.fromkeys(gather_object(bad_rows(batches, held_out)))
     on_main_process(accelerator, finish, output_dir, model, processor, batches, skipped)
     if uploader:
         uploader.finish()
@@ -368,6 +370,11 @@ def load_rows(
     skipped[:] = dict.fromkeys(skipped)  # both come from the same files with --validation_share
     if isinstance(held_out, datasets.IterableDataset):
         held_out = dataset_from_stream(held_out)
+        if not len(held_out):
+            share = arguments.validation_share
+            raise SimIPUError(
+                f"{what}: expected rows, found none" + (f" with --validation_share {share}" if share else "")
+            )
         rows = refuse_shared_stream(rows, held_out, what)
     else:
         refuse_shared_frames(rows, held_out, what)
@@ -566,7 +573,8 @@ def run_identity(
 ) -> dict[str, Any]:
     """What has to be the same for a run to continue: every flag but the listed ones, and what follows from those.
 
-    The number of processes may change as long as processes x batch size does not; that of a stream may not.
+    The number of processes may change as long as processes x batch size does not; not that of a stream, nor where
+    negatives or batch statistics are those of each process.
     """
     not_counted = ("transformers_version", "_name_or_path", "dtype", "auto_map", "architectures")
     config = {name: value for name, value in model.config.to_dict().items() if name not in not_counted}
@@ -585,6 +593,8 @@ def run_identity(
     }
     if model.config.anchor_weight > 0:  # the weights are still those of the start
         identity["anchor"] = weights_fingerprint(model.simipu.image_encoder.state_dict())
+    if not (model.config.gather_negatives and arguments.sync_batch_norm):  # the loss is that of each process
+        identity["num_processes"] = accelerator.num_processes
     if arguments.lr_scheduler_type not in ("exponential", "constant", "constant_with_warmup", "inverse_sqrt"):
         identity["total_steps"] = steps.last
     return json.loads(json.dumps(identity, default=str))
@@ -638,7 +648,7 @@ def try_first_step(accelerator: Accelerator, model: SimIPUForPreTraining, inputs
         with accelerator.autocast():
             loss = model(**inputs).loss
         loss.backward()
-    except (ValueError, RuntimeError) as error:
+    except (AssertionError, RuntimeError, ValueError) as error:
         hint = "; lower --per_device_train_batch_size" if isinstance(error, torch.OutOfMemoryError) else ""
         raise SimIPUError(f"the first step failed: {error}{hint}") from error
     for parameter in model.parameters():
@@ -698,7 +708,7 @@ def describe_data(rows: AnyDataset) -> dict[str, Any]:
     if isinstance(rows, datasets.Dataset):
         names = row_names(rows)
         about |= {"rows": len(rows), "scenes": len({scene for scene, _ in names})}
-        about["fingerprint"] = data_fingerprint(frame_id for _, frame_id in names)
+        about["fingerprint"] = rows_fingerprint(rows)
     return about
 
 
@@ -723,10 +733,20 @@ def finish(
         with contextlib.suppress(ValueError):  # the first frame may be a damaged one
             row = batches.dataset.read_row(0)
             draw_features(model, processor, row, output_dir / "pictures" / "image_features.png")
-    if skipped:
-        print(f"{len(skipped)} damaged rows were skipped:", *skipped, sep="\n  ", file=sys.stderr)
+    report_skipped(skipped)
     encoder = (output_dir / "image_encoder").as_posix()
     print(f'{encoder}: load it with timm.create_model("local-dir:{encoder}", pretrained=True)')
+
+
+def bad_rows(batches: StoredBatches | StreamedBatches, held_out: TwoViewDataset | None) -> list[str]:
+    """What this process left out of the rows that it trained and evaluated on; a stream logs them as they come."""
+    used = (("row", getattr(batches, "dataset", None)), ("held-out row", held_out))
+    return [f"{name} {row}" for name, dataset in used if dataset is not None for row in dataset.bad_rows]
+
+
+def report_skipped(skipped: list[str]) -> None:
+    if skipped:
+        print(f"{len(skipped)} damaged rows were skipped:", *skipped, sep="\n  ", file=sys.stderr)
 
 
 def draw_features(model: SimIPUForPreTraining, processor: SimIPUProcessor, row: Mapping[str, Any], path: Path) -> None:

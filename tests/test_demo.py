@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -83,7 +84,7 @@ def test_an_existing_folder_is_kept(made, tmp_path):
     with pytest.raises(SimIPUError, match="holds something else"):
         demo(tmp_path, settings=TINY, overwrite_output_dir=True)
     assert (tmp_path / "thesis.txt").exists()
-    (tmp_path / "tools" / ".trunk").mkdir(parents=True)
+    (tmp_path / "tools" / "run").mkdir(parents=True)  # a demo has one as well
     with pytest.raises(SimIPUError, match="holds something else"):
         prepare_output_dir(tmp_path / "tools", None, overwrite=True)
     with pytest.raises(SimIPUError, match="lies in --output_dir"):
@@ -92,12 +93,13 @@ def test_an_existing_folder_is_kept(made, tmp_path):
 
 
 def test_overwriting_removes_an_earlier_demo(tmp_path):
+    prepare_output_dir(tmp_path, None, overwrite=False)
     for name in ("drive", "frames", "run", ".drive.partial-1"):
         (tmp_path / name).mkdir()
     for name in ("report.html", ".01234567-report.html"):  # the second of a demo that was killed while writing it
         (tmp_path / name).write_text("old", encoding="utf-8")
     prepare_output_dir(tmp_path, None, overwrite=True)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".simipu-demo"]
 
 
 def test_wrong_data_dir_is_named_before_anything_is_written(tmp_path):
@@ -140,7 +142,11 @@ def test_frames_are_copied_unchanged(made, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["frames"]
 
 
-def test_a_set_without_validation_split_holds_out_its_last_frames(kitti_raw_mini, tmp_path):
+def test_a_set_without_a_pair_of_splits_holds_out_its_last_frames(made, kitti_raw_mini, tmp_path):
+    (drive := shutil.copytree(made / "drive", tmp_path / "drive")).joinpath("ImageSets/train.txt").unlink()
+    copy_frames(drive, tmp_path / "overlapping", num_frames=10)  # val and trainval, which hold the same frames
+    sizes = [len(load_rows(tmp_path / "overlapping", split)) for split in ("train", "validation")]
+    assert min(sizes) > 0
     copy_frames(kitti_raw_mini, tmp_path / "frames", num_frames=10)
     train, held_out = (list(load_rows(tmp_path / "frames", split)["frame_id"]) for split in ("train", "validation"))
     assert (len(train), len(held_out)) == (8, 2)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,3 +86,22 @@ def test_only_an_earlier_output_is_overwritten(tmp_path):
         (beside / "mark").touch()
     assert os.listdir(tmp_path / "out") == ["mark"]
     assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, PermissionError])
+def test_a_folder_is_never_lost_between_two_renames(tmp_path, monkeypatch, error):
+    def rename(path, target):
+        if path.name == ".out.partial":
+            raise error
+        return path.replace(target)
+
+    (tmp_path / "out" / "old").mkdir(parents=True)
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises((SimIPUError, KeyboardInterrupt)), atomic_folder(tmp_path / "out", overwrite=True):
+        pass
+    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(tmp_path / "out") == ["old"]
+    (tmp_path / "out").replace(tmp_path / ".out.replaced")  # a kill in that moment
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "out", overwrite=True):
+        raise ZeroDivisionError
+    assert os.listdir(tmp_path / "out") == ["old"]

@@ -1,5 +1,6 @@
 """Depth fine-tuning on the Trainer: resume, what is served is what was measured, gradients, early refusals."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -323,6 +324,8 @@ def test_one_cycle_starts_at_a_25th_and_ends_at_a_2500th(dataset, tmp_path):
     assert max(encoder for encoder, _ in rates) == pytest.approx(0.1, abs=1e-3)
     assert optimizer.param_groups[1]["lr"] == pytest.approx(1 / 2500)
     assert (min(betas), max(betas)) == (pytest.approx(0.8, abs=1e-2), pytest.approx(0.9))
+    trainer.create_scheduler(50)  # train() again
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1 / 25, 1 / 25])
 
 
 def test_decoder_first_leaves_the_encoders_weights_for_a_share_of_the_steps(dataset, tmp_path):
@@ -358,6 +361,26 @@ def test_the_best_model_is_loaded_at_the_end(dataset, tmp_path):
     assert_equal_weights(trainer.model.state_dict(), saved_weights(tmp_path / f"checkpoint-{best}"))
 
 
+def test_a_resumed_run_knows_its_best_model(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(DepthTrainer, "evaluate_frames", lambda self, *_: {"metrics": {"abs_rel": next(values)}})
+    settings = recipe(
+        tmp_path, max_steps=3, per_device_train_batch_size=2, use_cpu=True, save_steps=1,
+        eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, metric_for_best_model="abs_rel",
+        greater_is_better=False,
+    )  # fmt: skip
+
+    def trainer():
+        return DepthTrainer(depth_model(), settings, train_dataset=dataset, eval_dataset=dataset)
+
+    values = iter([0.1, 0.9, 0.8])
+    trainer().train()
+    shutil.rmtree(tmp_path / "checkpoint-3")
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    values, resumed = iter([0.9, 0.8]), trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert_equal_weights(resumed.model.state_dict(), saved_weights(tmp_path / "checkpoint-1"))
+
+
 def test_one_set_of_arguments_serves_several_trainers(dataset, tmp_path):
     settings = recipe(tmp_path, num_train_epochs=3, per_device_train_batch_size=2, use_cpu=True)
     two = DepthDataset(dataset.rows.select([0, 1]), dataset.processor)
@@ -376,6 +399,8 @@ def test_one_set_of_arguments_serves_several_trainers(dataset, tmp_path):
 
 def test_other_frames_than_those_of_training_are_evaluated(dataset, tmp_path):
     model, settings = depth_model(), recipe(tmp_path, per_device_train_batch_size=2, use_cpu=True)
+    with pytest.raises(SimIPUError, match="auto_find_batch_size"):
+        DepthTrainer(model, dataclasses.replace(settings, auto_find_batch_size=True), train_dataset=dataset)
     other = DepthDataset(dataset.rows.select([2]), dataset.processor)
     found = DepthTrainer(model, settings, train_dataset=dataset, eval_dataset=dataset).evaluate(other)
     alone = DepthTrainer(model, settings, eval_dataset=other)

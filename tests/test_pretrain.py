@@ -21,6 +21,7 @@ import timm
 import torch
 import yaml
 from accelerate import Accelerator
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_run import OVERRIDES, make_rows, reset_accelerate, write_frames
 from tiny_simipu import tiny_batch
@@ -309,7 +310,9 @@ def test_the_maps_of_a_step_are_freed_before_the_next(run, monkeypatch):
         (["--preset", "official", "--depth_range", "1", "50"], "does nothing with the official preset"),
         (["--eval_steps", "2", "--dataset_config_name", "raw"], "dataset_config_name: it has no configurations"),
         (["--learning_rate", "-1"], "at least 0"),
+        (["--layer_decay", "1.5"], "above 0 and at most 1"),
         (["--push_to_hub"], "--hub_model_id"),
+        (["--push_to_hub", "--hub_model_id", "a/b", "--encoder_repo_id", "a/b"], "must differ"),
         (["--torch_compile", "--gradient_checkpointing"], "exclude each other"),
     ],
 )
@@ -377,7 +380,7 @@ def test_only_a_run_of_the_same_kind_and_nothing_in_it_that_is_read_is_overwritt
     refused(r"holds a run of another command \(DepthArguments, not PreTrainingArguments\)")
 
 
-def test_refuses_to_resume_another_configuration(run):
+def test_refuses_to_resume_another_configuration(run, tmp_path):
     run("out", "--max_steps", "3")
     with pytest.raises(SimIPUError) as error:
         run("out", "--resume_from_checkpoint", "latest", "--augmentation_overrides", "brightness=0.4")
@@ -386,6 +389,24 @@ def test_refuses_to_resume_another_configuration(run):
         run("out", "--resume_from_checkpoint", "latest", "--seed", "1", "--per_device_train_batch_size", "5")
     with pytest.raises(SimIPUError, match="beyond the last step"):
         run("out", "--resume_from_checkpoint", "latest", "--max_steps", "2")
+    with pytest.raises(SimIPUError, match=r"not a training checkpoint.*did you mean .*out.checkpoint-3"):
+        run("out", "--resume_from_checkpoint", str(tmp_path / "out"))
+    # as every folder of KITTI's layout counts its frames from 000000
+    rows = [{**row, "image": Image.new("RGB", (128, 64), (9, index, 9))} for index, row in enumerate(make_rows(10))]
+    dataset_from_rows(rows).save_to_disk(tmp_path / "other")
+    with pytest.raises(SimIPUError, match="data_fingerprint"):
+        run("out", "--resume_from_checkpoint", "latest", "--dataset_name", str(tmp_path / "other"))
+
+
+def test_where_each_process_has_its_own_negatives_their_number_stays(run, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(module, "load_checkpoint", lambda path, identity: seen.update(identity) or 1 / 0)
+    for flags, counts in (((), False), (("--config_overrides", OVERRIDES + ",gather_negatives=false"), True)):
+        seen.clear()
+        run(f"out{counts}", *flags, "--max_steps", "1")
+        with pytest.raises(ZeroDivisionError):
+            run(f"out{counts}", *flags, "--max_steps", "2", "--resume_from_checkpoint", "latest")
+        assert ("num_processes" in seen) == counts
 
 
 def test_a_longer_run_continues_a_finished_one(run, whole):
@@ -733,7 +754,7 @@ def test_damage_that_both_sides_find_is_told_once(frames, tmp_path, monkeypatch)
     assert skipped == ["frame 1: no scan", "frame 2: no scan"]
 
 
-def test_damaged_rows_that_are_skipped_end_neither_the_run_nor_its_evaluation(frames, tmp_path, capsys):
+def test_damaged_rows_that_are_skipped_end_no_run_and_are_named(frames, tmp_path, capsys, monkeypatch):
     damaged = {}
     for split in ("train", "validation"):
         encoded = load_pretraining_dataset(data_dir=str(frames), split=split)
@@ -742,9 +763,14 @@ def test_damaged_rows_that_are_skipped_end_neither_the_run_nor_its_evaluation(fr
         damaged[split] = dataset_from_rows(rows)
     datasets.DatasetDict(damaged).save_to_disk(tmp_path / "damaged")
     flags = (
-        *("--dataset_name", str(tmp_path / "damaged"), "--on_bad_row", "skip"),
-        *("--max_steps", "4", "--eval_steps", "4"),
+        *("--dataset_name", str(tmp_path / "damaged"), "--on_bad_row", "skip", "--resume_from_checkpoint", "latest"),
+        *("--max_steps", "7", "--eval_steps", "7"),
     )
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)  # an epoch has 5
+        with pytest.raises(TrainingInterrupted):
+            pretrain(arguments(frames, tmp_path / "out", *flags))
+    assert "1 damaged rows were skipped:\n  row 0\n" in capsys.readouterr().err
     out = pretrain(arguments(frames, tmp_path / "out", *flags))
     assert (out / "image_encoder" / "config.json").is_file()
     assert not (out / "pictures").exists()

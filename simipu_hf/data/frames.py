@@ -32,7 +32,7 @@ def select_frames(specifications: Sequence[str], labels: bool = False) -> datase
         labels: read the labels of published data sets.
 
     Returns:
-        The columns that every source has, images not decoded.
+        The columns that every source has, and `depth` where any has it; images not decoded.
 
     Raises:
         SimIPUError: a source that cannot be read, an id it does not have, or a frame named twice.
@@ -43,6 +43,12 @@ def select_frames(specifications: Sequence[str], labels: bool = False) -> datase
     taken: dict[str, set[Any]] = {}
     for specification, part in zip(specifications, parts, strict=True):
         take_rows(taken, specification, split_source(specification)[0], row_names(part))
+    depth = next((part.features["depth"] for part in parts if "depth" in part.column_names), None)
+    if depth is not None:  # of rows without a depth map it is that of their scan
+        parts = [
+            part if "depth" in part.column_names else part.add_column("depth", [None] * len(part), feature=depth)
+            for part in parts
+        ]
     return join_rows([undecoded(part) for part in parts])
 
 

@@ -24,7 +24,7 @@ from .sources import (
     find_source,
     full_path,
     given_sources,
-    license_of_folder,
+    license_of,
     named_errors,
     split_source,
     undecoded,
@@ -216,7 +216,7 @@ def _load(source: Source, request: Request, train_split: str | None) -> AnyDatas
             num_proc=None if request.streaming else request.num_proc,
             cache_dir=None if request.cache_dir is None else os.fspath(request.cache_dir),
         )
-        dataset.info.license = dataset.info.license or license_of_folder(source.location)
+        dataset.info.license = dataset.info.license or license_of(source.location)
     dataset = _checked(dataset, source.location, split, request.skipped)
     if request.validation_share is None or held_out is None:
         return dataset
@@ -318,7 +318,8 @@ def _take(split: str, saved: Mapping[str, datasets.Dataset]) -> datasets.Dataset
     """The rows of an expression such as "train[:50%]+val"."""
     lengths = {name: len(rows) for name, rows in saved.items()}
     instructions = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
-    parts = [saved[part.splitname].select(range(part.from_, part.to)) for part in instructions]
+    # a range that is empty, behind the last row, is an error of datasets
+    parts = [saved[part.splitname].select(range(part.from_, part.to) or []) for part in instructions]
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
 
@@ -332,7 +333,8 @@ def _checked(dataset: AnyDataset, location: str, split: str, skipped: list[str] 
     if isinstance(dataset, datasets.IterableDataset):
         return _with_scene(dataset)
     if len(dataset) == 0:
-        raise SimIPUError(f"{location}: split {split!r}: expected rows, found none")
+        reason = f"; {len(skipped)} left out, the first: {skipped[0]}" if skipped else ""
+        raise SimIPUError(f"{location}: split {split!r}: expected rows, found none{reason}")
     if None in (names := dataset["frame_id"][:]):
         raise SimIPUError(
             f"{location}: split {split!r}, row {names.index(None)}: frame_id: expected a name, found none"
@@ -408,6 +410,8 @@ def _unlike(feature: Any, other: Any) -> bool:
 
 
 def _with_common_columns(parts: Sequence[AnyDataset], cache_dir: str | os.PathLike | None = None) -> list[AnyDataset]:
+    if len(parts) > 1 and isinstance(parts[0], datasets.IterableDataset):
+        parts = [undecoded(part) for part in parts]  # a map decodes images, and what it has decoded stays so
     columns = [column for column in parts[0].column_names if all(column in part.column_names for part in parts)]
     unlike = [
         column
@@ -423,9 +427,13 @@ def _with_common_columns(parts: Sequence[AnyDataset], cache_dir: str | os.PathLi
     return [part if part.features == features else _cast(part, features, cache_dir) for part in selected]
 
 
+def _as_it_is(row: dict[str, Any]) -> dict[str, Any]:
+    return row
+
+
 def _cast(rows: AnyDataset, features: datasets.Features, cache_dir: str | os.PathLike | None) -> AnyDataset:
-    if isinstance(rows, datasets.IterableDataset):
-        return rows.cast(features)
+    if isinstance(rows, datasets.IterableDataset):  # whose cast leaves what it reads as Arrow as it was
+        return rows.map(_as_it_is, features=features)
     # in the cache: datasets would write the copy beside the rows, into a save_to_disk folder
     name = datasets.fingerprint.Hasher.hash((rows._fingerprint, str(features)))
     path = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / f"cast-{name}.arrow"

@@ -2,9 +2,8 @@
 
 import hashlib
 import os
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -78,16 +77,19 @@ def frames_on_both_sides(first: datasets.Dataset, second: datasets.Dataset) -> l
         At most one pair for each row of `second`, in their order.
     """
     first, second = _compared_columns(first), _compared_columns(second)
-    places: dict[Key, list[int]] = defaultdict(list)
+    keys_of_second = list(_cheap_keys(second))
+    wanted = {key for keys in keys_of_second for key in keys}
+    common: set[Key] = set()
+    places: dict[Key, int] = {}  # of contents in `first`
     for index, keys in enumerate(_cheap_keys(first)):
-        for key in keys:
-            places[key].append(index)
-    content_of_first = lru_cache(4096)(lambda place: frozenset(_content(first[place])))
+        if shared := wanted.intersection(keys):
+            common |= shared
+            for content in _content(first[index]):
+                places.setdefault(content, index)
     pairs = []
-    for index, keys in enumerate(_cheap_keys(second)):
-        candidates = sorted({place for key in keys for place in places.get(key, ())})
-        content = set(_content(second[index])) if candidates else set()
-        same = next((place for place in candidates if content & content_of_first(place)), None)
+    for index, keys in enumerate(keys_of_second):
+        contents = _content(second[index]) if common.intersection(keys) else ()
+        same = min((places[content] for content in contents if content in places), default=None)
         if same is not None:
             pairs.append((first[same]["frame_id"], second[index]["frame_id"]))
     return pairs
@@ -101,16 +103,24 @@ def _compared_columns(rows: datasets.Dataset) -> datasets.Dataset:
 def _cheap_keys(rows: datasets.Dataset) -> Iterator[list[Key]]:
     """Keys that equal frames share: the length of the image's file, and length and first points of the scan."""
     for table in rows.with_format("arrow").iter(1024):  # reads the lengths, not the rows
-        chunks = table["image"].chunks
-        lengths = [length for chunk in chunks for length in pc.binary_length(chunk.field("bytes")).to_pylist()]
-        paths = [path for chunk in chunks for path in chunk.field("path").to_pylist()]
         starts: list[bytes] = [b""] * len(table)
         if "points" in table.column_names:
             starts = pc.binary_slice(table["points"].cast(pa.large_binary()), 0, 64).to_pylist()
-        for length, path, start in zip(lengths, paths, starts, strict=True):
-            if length is None and path and os.path.isfile(path):
-                length = os.path.getsize(path)
+        for length, start in zip(_lengths(table), starts, strict=True):
             yield [("image", length)] * (length is not None) + [("points", start)] * bool(start)
+
+
+def image_lengths(rows: datasets.Dataset) -> Iterator[int | None]:
+    """Bytes of the image file of every row; `None` where there is none. Reads no image."""
+    for table in undecoded(rows.select_columns("image")).with_format("arrow").iter(1024):
+        yield from _lengths(table)
+
+
+def _lengths(table: pa.Table) -> Iterator[int | None]:
+    for chunk in table["image"].chunks:
+        lengths, paths = pc.binary_length(chunk.field("bytes")).to_pylist(), chunk.field("path").to_pylist()
+        for length, path in zip(lengths, paths, strict=True):
+            yield os.path.getsize(path) if length is None and path and os.path.isfile(path) else length
 
 
 def _content(row: Mapping[str, Any]) -> list[Key]:

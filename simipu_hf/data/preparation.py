@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -177,6 +178,11 @@ def run_in_processes(
                 for future in as_completed(running):
                     future.result()
                     progress.update(weight(running[future]))
+            except BrokenProcessPool as error:
+                raise SimIPUError(
+                    f"{title}: one of {processes} processes was ended from outside, most likely for want of memory: "
+                    "take fewer, as in simipu-hf data convert --num_proc 1, and train on what that writes"
+                ) from error
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise

@@ -113,20 +113,31 @@ def scene_of(frame_id: str) -> str:
     return re.sub(r"(_image_\d+)?[^0-9A-Za-z]*\d+$", "", frame_id) or frame_id
 
 
-def dataset_from_rows(rows: Iterable[dict[str, Any]], cache_dir: str | os.PathLike | None = None) -> datasets.Dataset:
+def dataset_from_rows(
+    rows: Iterable[dict[str, Any]],
+    cache_dir: str | os.PathLike | None = None,
+    features: Mapping[str, Any] | None = None,
+) -> datasets.Dataset:
     """A data set of rows made by `to_row`, from a generator or any other iterable; it need not fit in memory.
 
     The rows are written to a new file in `cache_dir` (default: the cache of datasets). To keep them, call
     `save_to_disk` or `push_to_hub` on the result.
+
+    Args:
+        features: types of further columns, such as `{"depth": datasets.Image()}`.
+
+    Raises:
+        SimIPUError: a row has a column whose type is not known.
     """
     path = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / f"rows-{secrets.token_hex(8)}.arrow"
-    write_arrow(path, rows, ROW_FEATURES)
+    write_arrow(path, rows, datasets.Features({**ROW_FEATURES, **(features or {})}))
     return datasets.Dataset.from_file(str(path))
 
 
 def dataset_from_stream(rows: datasets.IterableDataset) -> datasets.Dataset:
     """All rows of a stream, in a file of the cache of datasets that is removed when this process ends."""
-    stored = dataset_from_rows(undecoded(rows))  # images as they are, not decoded and encoded anew
+    # images as they are, not decoded and encoded anew
+    stored = dataset_from_rows(undecoded(rows.select_columns(list(ROW_FEATURES))))
     AT_THE_END.callback(Path(stored.cache_files[0]["filename"]).unlink, missing_ok=True)
     return stored
 
@@ -135,10 +146,12 @@ def write_arrow(path: Path, rows: Iterable[dict[str, Any]], features: datasets.F
     """Writes an Arrow file of rows; 16 of them are in memory at a time.
 
     Raises:
-        SimIPUError: it cannot be written.
+        SimIPUError: it cannot be written, or a row has a column that `features` does not know.
     """
     with atomic_path(path) as beside, ArrowWriter(path=str(beside), features=features, writer_batch_size=16) as writer:
         for row in _without_os_errors(rows):
+            if unknown := sorted(row.keys() - features.keys()):
+                raise _row_error(row, unknown[0], "a column whose type is given in features", "none given")
             writer.write(features.encode_example(row))
         writer.finalize()
 

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import datasets
 import datasets.data_files
+import fsspec
 from huggingface_hub import DatasetCard
 
 from ..dataset_scripts import argoverse2, kitti, nuscenes, waymo
@@ -84,9 +85,10 @@ class Source:
 
     @cached_property
     def remote_files(self) -> dict[str, list[str]]:
-        """Split -> patterns of its files, of an address."""
+        """Split -> its Parquet files, of an address."""
         patterns = datasets.data_files.get_data_patterns(self.location)
-        return {str(split): [f"{self.location}/{pattern}" for pattern in found] for split, found in patterns.items()}
+        found = datasets.data_files.DataFilesDict.from_patterns(patterns, self.location, [".parquet"])
+        return {str(split): list(files) for split, files in found.items()}
 
     def load(self, split: str, **options: Any) -> datasets.Dataset | datasets.IterableDataset:
         """`datasets.load_dataset` of a split of Parquet files or of the Hub."""
@@ -184,12 +186,17 @@ def hub_license(name: str | None) -> tuple[str | None, str | None]:
     return (identifier, None) if is_known else ("other", identifier)
 
 
-def license_of_folder(location: str) -> str:
-    """The licence that the README.md of a folder names, in words where the Hub has no identifier of it."""
-    path = Path(location) / "README.md"
-    if not path.is_file():
+def license_of(location: str) -> str:
+    """The licence that the README.md of a folder, an address or a Hub id names; "" for none.
+
+    In words where the Hub has no identifier of it.
+    """
+    place = location if os.path.isdir(location) or "://" in location else f"hf://datasets/{location}"
+    try:
+        with fsspec.open(f"{place}/README.md", "r", encoding="utf-8-sig") as stream:
+            data = DatasetCard(stream.read(), ignore_metadata_errors=True).data
+    except Exception:  # there is none, or it cannot be read; every file system has errors of its own
         return ""
-    data = DatasetCard.load(path, ignore_metadata_errors=True).data
     names = data.get("license") or ""
     return str(data.get("license_name") or "").replace("-", " ") or (
         " and ".join(map(str, names)) if isinstance(names, list) else str(names)

@@ -268,6 +268,10 @@ class TwoViewDataset(torch.utils.data.Dataset):
         """Indices of the rows that this process and its workers found unusable and replaced so far."""
         return self._is_bad.nonzero().flatten().tolist()
 
+    @bad_rows.setter
+    def bad_rows(self, rows: Sequence[int]) -> None:
+        self._is_bad[list(rows)] = True  # beside those that are known already
+
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, torch.Tensor]:
         """The sample of `two_view_sample`.
 

@@ -5,6 +5,7 @@ Every upload is one commit, so that a repository holds all of a model or none of
 
 import re
 import shutil
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from time import sleep
 from typing import Any, Literal, TypeVar
 
 import pyarrow.parquet
+import yaml
 from huggingface_hub import DatasetCard, HfApi, ModelCard, constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -27,7 +29,7 @@ from huggingface_hub.errors import (
 )
 from tqdm.auto import tqdm
 
-from simipu_hf.data.sources import license_of_folder
+from simipu_hf.data.sources import license_of
 from simipu_hf.errors import MAY_HANG, SimIPUError
 from simipu_hf.hub.card import (
     CURVES,
@@ -107,7 +109,8 @@ class _Repository:
                 if attempt == RETRIES or _is_final(error):
                     raise hub_error(error, self.repo_id) from error
                 wait, attempt = min(2**attempt, 60), attempt + 1
-                tqdm.write(f"{hub_error(error, self.repo_id)}; trying again in {wait} s ({attempt} of {RETRIES})")
+                trying = f"trying again in {wait} s ({attempt} of {RETRIES})"
+                tqdm.write(f"{hub_error(error, self.repo_id)}; {trying}", file=sys.stderr)
                 sleep(wait)
 
     def _commit(self, folder: Path, message: str) -> str:
@@ -131,7 +134,7 @@ class _Repository:
             delete_patterns=self._replaced(folder),
         )
         if keeps_its_card:
-            tqdm.write(f"{self.repo_id}: its card, which was edited there, is kept")
+            tqdm.write(f"{self.repo_id}: its card, which was edited there, is kept", file=sys.stderr)
         return commit.oid
 
     def _replaced(self, folder: Path) -> list[str]:
@@ -188,6 +191,8 @@ def push_folder(
 def _push(model: Path, repository: "_Repository", encoder_repo_id: str | None, message: str) -> PushReport:
     if not model.is_dir():
         raise SimIPUError(f"{model}: no such folder")
+    if encoder_repo_id == repository.repo_id:
+        raise SimIPUError(f"--encoder_repo_id {encoder_repo_id}: the encoder would replace the model there")
     failure, staged = "the model was not published", None
     try:
         folder = model_folder(model)
@@ -257,7 +262,7 @@ class HubUploader:
             self._remove_staged()
             tqdm.write(
                 f"Hub: {left_out} was not published before the run ended; publish it with\n"
-                f"  simipu-hf push --model {self.output_dir / left_out} --repo_id {self.repository.repo_id}"
+                f"  {self._command(self.output_dir / left_out)}"
             )
 
     @classmethod
@@ -299,11 +304,15 @@ class HubUploader:
             encoder = f" --encoder_repo_id {self.encoder_repo_id}" if self.encoder_repo_id else ""
             tqdm.write(
                 f"Hub: {error}\nIt is in {self.output_dir}; publish it later with\n"
-                f"  simipu-hf push --model {self.output_dir} --repo_id {self.repository.repo_id}{encoder}"
+                f"  {self._command(self.output_dir)}{encoder}"
             )
             return None
         tqdm.write(f"Hub: {result}")
         return result
+
+    def _command(self, folder: Path) -> str:
+        private = " --private" if self.repository.private else ""
+        return f"simipu-hf push --model {folder} --repo_id {self.repository.repo_id}{private}"
 
     def _publish(self, staged: Path, name: str) -> None:
         try:
@@ -335,13 +344,14 @@ def push_dataset(
         data: the folder, as `simipu-hf data convert --to parquet` writes it. A README.md in it that somebody wrote is
             kept; only the licence is written into its header.
         repo_id: `user/name`.
-        private: `None` means private unless `license` or a README.md that somebody wrote names the terms.
+        private: `None` means private unless `license`, or a README.md that somebody wrote, names other terms than
+            KITTI's.
         license: the Hub's name of the rows' licence, such as `"cc-by-4.0"`; `None` takes that of the folder's
             README.md, and without one KITTI's terms (CC BY-NC-SA 3.0), of which the card and the output warn.
         token: the logged-in user's if `None`.
 
     Raises:
-        SimIPUError: no Parquet files, or the upload failed.
+        SimIPUError: no Parquet files, a README.md whose header cannot be read, or the upload failed.
     """
     folder = Path(data)
     files = sorted(folder.rglob("*.parquet"))
@@ -355,17 +365,21 @@ def push_dataset(
         except (OSError, ValueError) as error:
             raise SimIPUError(f"{file}: this Parquet file cannot be read: {error}") from error
     own_card = folder / "README.md"
-    own = DatasetCard.load(own_card) if own_card.is_file() else None
+    try:
+        own = DatasetCard.load(own_card) if own_card.is_file() else None
+    except (ValueError, yaml.YAMLError) as error:
+        raise SimIPUError(f"{own_card}: its header between --- lines cannot be read: {error}") from error
     edited = own if own is not None and own.text.strip() and GENERATED not in own.content else None
     if license is None and edited and edited.data.license != KITTI_LICENSE:
         license = edited.data.license
     if license is None:
         license = own.data.license if own and own.data.license != KITTI_LICENSE else None
-        terms = license_of_folder(str(folder)) if license else "treated as KITTI's, CC BY-NC-SA 3.0, same terms"
+        terms = license_of(str(folder)) if license else "treated as KITTI's, CC BY-NC-SA 3.0, same terms"
         private = True if private is None else private
         tqdm.write(
             f"Licence of these rows: {terms}. They go to a {'private' if private else 'PUBLIC'} repository. "
-            "For other data name their --license."
+            "For other data name their --license.",
+            file=sys.stderr,
         )
     with tempfile.TemporaryDirectory(prefix=STAGED) as staged:
         for file in [*files, *folder.glob("*.json")]:

@@ -107,7 +107,7 @@ def find_image_encoder(source: str | os.PathLike[str], revision: str | None = No
             return EncoderWeights(name, {}, batch_norm_eps(encoder), **about)
         return EncoderWeights.of(encoder, **about)
     path = Path(source)
-    if path.is_file() and not (path.suffix == ".safetensors" and (path.parent / "config.json").is_file()):
+    if path.is_file() and not _is_of_folder(path):
         return read_checkpoint(path)[0]
     folder = model_folder(source, revision, encoder_only=True)
     return _from_folder(folder, str(source) if folder.parent != path else str(folder))
@@ -121,7 +121,9 @@ def model_folder(source: str | os.PathLike[str], revision: str | None = None, en
         SimIPUError: nothing there; the message says what was found.
     """
     path = Path(source)
-    path = path.parent if path.is_file() else path  # weights beside the configuration that says what they are
+    if path.is_file() and not _is_of_folder(path):
+        raise SimIPUError(f"{path}: expected a folder, or the model.safetensors of one with a config.json")
+    path = path.parent if path.is_file() else path
     if (path / "config.json").is_file():
         return path
     if path.is_dir():
@@ -143,8 +145,16 @@ def model_folder(source: str | os.PathLike[str], revision: str | None = None, en
         raise hub_error(error, str(source)) from error
 
 
-def hub_error(error: Exception, repo_id: str) -> SimIPUError:
+def _is_of_folder(file: Path) -> bool:
+    """Whether these weights are what their folder's config.json is about, and not others that lie there."""
+    names = r"config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+    return bool(re.fullmatch(names, file.name)) and (file.parent / "config.json").is_file()
+
+
+def hub_error(error: BaseException, repo_id: str) -> SimIPUError:
     """What the Hub's client says, on one line behind the repository's name."""
+    if "the above error" in str(error):  # of a forced download
+        error = error.__cause__ or error
     silent = "no answer" if isinstance(error, TimeoutError) else type(error).__name__
     said = " ".join(str(error).split()) or silent
     return error if isinstance(error, SimIPUError) else SimIPUError(f"Hub repository {repo_id}: {said}")

@@ -213,14 +213,15 @@ class PreTrainingArguments(RunArguments):
         check_at_least(self, 1, "num_points", "per_device_eval_batch_size")
         check_at_least(self, 0, "anchor_weight")
         check_at_least(
-            self, 0, "learning_rate", "weight_decay", "layer_decay", "point_learning_rate", "point_weight_decay",
-            "warmup_steps",
+            self, 0, "learning_rate", "weight_decay", "point_learning_rate", "point_weight_decay", "warmup_steps",
         )  # fmt: skip
         if not (self.data_dir or self.dataset_name):
             raise SimIPUError("no data: give --data_dir or --dataset_name")
         check_sizes(self, "image_size")
         if self.validation_share is not None and not 0 < self.validation_share < 1:
             raise SimIPUError(f"--validation_share must be above 0 and below 1, found {self.validation_share}")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise SimIPUError(f"--layer_decay must be above 0 and at most 1, found {self.layer_decay}")
         if self.depth_range is not None and not 0 <= self.depth_range[0] < self.depth_range[1]:
             raise SimIPUError(f"--depth_range takes the nearest and the farthest depth, found {self.depth_range}")
         if self.streaming and (self.max_steps <= 0 or self.lr_scheduler_type == "exponential"):
@@ -239,6 +240,8 @@ class PreTrainingArguments(RunArguments):
         start, schedule = self.model_name_or_path, self.lr_scheduler_type
         evaluation = ("per_device_eval_batch_size", "validation_split")
         refuse_without_effect(self, self.push_to_hub, "without --push_to_hub", "encoder_repo_id")
+        if self.push_to_hub and self.encoder_repo_id == self.hub_model_id:
+            raise SimIPUError("--encoder_repo_id and --hub_model_id must differ: the encoder would replace the model")
         refuse_without_effect(self, self.eval_steps, "without --eval_steps", *evaluation)
         refuse_without_effect(self, not start, "with --model_name_or_path", "pretrained_image_encoder")
         refuse_without_effect(self, schedule != "constant", "with --lr_scheduler_type constant", "warmup_steps")

@@ -33,7 +33,8 @@ def check_trackers(names: list[str]) -> list[str]:
     for name in chosen:
         if name not in TRACKERS:
             raise SimIPUError(f"--report_to {name}: unknown tracker; choose from {', '.join(TRACKERS)}, none")
-        if importlib.util.find_spec(name) is None:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # a mere folder: wandb leaves one of its name where it runs
             raise SimIPUError(
                 f"--report_to {name}: the package is not installed; pip install {name}, or choose another"
             )

@@ -13,15 +13,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import yaml
 
 import simipu_hf.modeling
+from simipu_hf.data.overlap import image_lengths
 from simipu_hf.errors import SimIPUError
 from simipu_hf.files import atomic_path, atomic_write, check_apart
 
 from .arguments import RunArguments
-from .checkpoint import new_set_aside, newest_checkpoint, set_aside
+from .checkpoint import new_set_aside, newest_checkpoint, set_aside, verify_checkpoint
 from .logging import METRICS_FILE
 
 RUN_FILE = "run.yaml"
@@ -67,6 +69,7 @@ def find_checkpoint(arguments: RunArguments, start: str | None) -> Path | None:
         if output_dir.resolve() == (folder.parent if folder.name.startswith("set_aside-") else folder):
             return checkpoint
         if occupied:
+            verify_checkpoint(checkpoint)
             raise SimIPUError(
                 f"--output_dir {output_dir} is not empty, and {resume} is a checkpoint of another run: choose another "
                 "folder to start from it, or --resume_from_checkpoint latest for the run in this one"
@@ -218,9 +221,16 @@ def weights_fingerprint(weights: Mapping[str, torch.Tensor], about: Any = None) 
     return digest.hexdigest()[:16]
 
 
-def data_fingerprint(frame_ids: Iterable[str]) -> str:
-    """A short digest of which frames, in which order, a data set holds; the same wherever its files lie."""
+def rows_fingerprint(rows: datasets.Dataset) -> str:
+    """A short digest of which frames, in which order, a data set holds, by their names and the lengths of their image
+    files; the same wherever they lie."""
+    frames = zip(rows["frame_id"][:], image_lengths(rows), strict=True)
+    return data_fingerprint(f"{frame_id} {length}" for frame_id, length in frames)
+
+
+def data_fingerprint(names: Iterable[str]) -> str:
+    """A short digest of names and their order."""
     digest = hashlib.sha256()
-    for frame_id in frame_ids:
-        digest.update(str(frame_id).encode() + b"\n")
+    for name in names:
+        digest.update(name.encode() + b"\n")
     return digest.hexdigest()[:16]

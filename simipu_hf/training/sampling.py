@@ -21,7 +21,7 @@ from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
 from .arguments import PreTrainingArguments
 from .distributed import StopRequest
-from .run_folder import data_fingerprint
+from .run_folder import data_fingerprint, rows_fingerprint
 
 # Another number wherever the same seed gives another order of rows or other drawn numbers: no run goes on across that.
 ROW_ORDER = 2
@@ -42,7 +42,7 @@ class Steps:
 class StoredBatches:
     """The training batches of this process, of rows on the disk.
 
-    Where a run stands in them is nothing but the step: they have no state of their own.
+    Where a run stands in them is nothing but the step; their state is which rows were left out.
     """
 
     def __init__(self, accelerator: Accelerator, arguments: PreTrainingArguments, dataset: TwoViewDataset) -> None:
@@ -71,7 +71,7 @@ class StoredBatches:
 
     def identity(self) -> dict[str, Any]:
         """What has to be the same for a run to continue."""
-        return {"data_fingerprint": data_fingerprint(self.dataset.rows["frame_id"][:])}
+        return {"data_fingerprint": rows_fingerprint(self.dataset.rows)}
 
     def frame_ids(self, step: int) -> list[str]:
         """The rows of this process in `step`, counted from 1."""
@@ -81,10 +81,10 @@ class StoredBatches:
         return self.dataset.rows.select_columns("frame_id")[rows]["frame_id"]  # this does not decode images
 
     def state_dict(self) -> dict[str, Any]:
-        return {}
+        return {"bad_rows": self.dataset.bad_rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+        self.dataset.bad_rows = state["bad_rows"]
 
 
 class StreamedBatches:

@@ -65,6 +65,16 @@ def test_frames_are_selected_by_split_and_id(frames, tmp_path):
         select_frames([f"{frames}#banana"])
 
 
+def test_depth_maps_stay_where_other_sources_have_none(frames, tmp_path):
+    depth = Image.fromarray(np.full((64, 96), 10 * 256, np.uint16))
+    (row,) = select_frames([f"{frames}#train:000000"])
+    rows = dataset_from_rows([{**row, "depth": depth}], tmp_path / "rows", {"depth": datasets.Image()})
+    rows.save_to_disk(tmp_path / "maps")
+    first, second = select_frames([str(tmp_path / "maps"), f"{frames}#train:000001"])
+    assert (image_and_depth(first)[1] == 10).all()
+    assert 0 < (image_and_depth(second)[1] > 0).mean() < 0.5  # its scan
+
+
 def test_splits_are_described_by_the_names_that_are_read(frames, tmp_path, monkeypatch):
     for name in ("mini_train", "val"):
         datasets.DatasetDict({name: select_frames([frames])}).save_to_disk(tmp_path / name)

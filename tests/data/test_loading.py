@@ -200,6 +200,9 @@ def test_an_interrupted_generator_leaves_nothing(tmp_path):
 
     with pytest.raises(SimIPUError, match="frame bad"):
         dataset_from_rows(damaged(), cache_dir=tmp_path / "rows")
+    row = {**make_row(), "speed": 3.0}
+    with pytest.raises(SimIPUError, match="frame a: speed: expected a column whose type is given in features"):
+        dataset_from_rows([row], tmp_path / "rows")
     assert not list(tmp_path.rglob("*.arrow"))
 
 
@@ -362,6 +365,8 @@ def test_damage_is_one_clear_error_and_can_be_skipped(object_root, tmp_path, num
         assert list(data["frame_id"]) == ["000000", "000002"]
         assert len(skipped) == 1
         assert skipped[0].startswith("frame 000001: ")
+    with pytest.raises(SimIPUError, match="found none; 1 left out, the first: frame 000001: "):
+        load_pretraining_dataset(**options, split="train[2:3]", skipped=[])
 
 
 @pytest.mark.parametrize("skipped", [[], None])
@@ -460,10 +465,19 @@ def test_an_address_of_parquet_files_is_streamed(rows, tmp_path):
     (tmp_path / "bucket/data").mkdir(parents=True)
     rows.to_parquet(tmp_path / "bucket/data/train-00000-of-00001.parquet")
     rows.select([1]).to_parquet(tmp_path / "bucket/data/val-00000-of-00001.parquet")
+    (tmp_path / "bucket/_SUCCESS").touch()  # as Spark leaves it
+    license = "license: other\nlicense_name: terms-of-use"
+    (tmp_path / "bucket/README.md").write_text(f"---\n{license}\n---\n", encoding="utf-8")
     address = f"file://{tmp_path}/bucket"
     for split, expected in (("train", 4), ("val", 1), ("validation", 1)):
         stream = load_pretraining_dataset(address, split=split, streaming=True)
         assert len([check_row(row) for row in stream]) == expected
+        assert stream.info.license == "terms of use"
+
+
+def test_a_process_that_is_ended_from_outside_is_no_traceback():
+    with pytest.raises(SimIPUError, match="one of 2 processes was ended from outside"):
+        preparation.run_in_processes(os._exit, [1, 1], 2, "Preparing", int)
 
 
 def test_a_file_in_the_cache_s_place_is_named(object_root, tmp_path):

@@ -286,6 +286,14 @@ def test_streams_are_mixed_by_weight(shards, tmp_path, monkeypatch):
     assert [digest(batch) for batch in take(resumed, 7)] == whole[5:]
 
 
+def test_streams_of_other_writers_are_mixed(shards, tmp_path):
+    rows = datasets.load_from_disk(save(tmp_path, [f"other/{index}" for index in range(4)], first=1000))
+    types = {"points": datasets.Value("large_binary"), "camera_projection": datasets.Array2D((3, 4), "float32")}
+    rows.cast(datasets.Features({**rows.features, **types})).to_parquet(tmp_path / "other" / "train-0.parquet")
+    mixed = stream_of([shards, str(tmp_path / "other")], mixture=[1, 3])
+    assert len(take(mixed, 6)) == 6
+
+
 def test_too_few_shards_are_an_error_and_no_multiple_of_the_processes_is_warned_of(shards, caplog):
     with pytest.raises(SimIPUError, match="one shard for each of 10 processes, found 9"):
         stream_of(shards, ranks=10)

@@ -104,7 +104,7 @@ def test_encoder_card_and_folder_without_a_record(folder):
     ],
 )
 def test_licence_of_the_rows_and_pipelines_that_there_are_none_of(folder, license, identifier, name):
-    rows = datasets.Dataset.from_dict({"frame_id": ["a"], "scene": ["log"]})
+    rows = datasets.Dataset.from_dict({"frame_id": ["a"], "scene": ["log"], "image": [{"bytes": b"", "path": None}]})
     rows.info.license = license
     record = {"arguments": {"data_dir": "drives"}, "data": describe_data(rows)}
     (folder / "run.yaml").write_text(yaml.safe_dump(record), encoding="utf-8")
@@ -142,6 +142,8 @@ def test_tokens_and_folders_are_taken_out(monkeypatch):
     monkeypatch.setattr(Path, "home", lambda: home)
     monkeypatch.setattr(Path, "cwd", lambda: home.parent)
     assert redact(f"data: {home / 'secret' / 'KITTI'}") == "data: …/KITTI"
+    assert redact('"data_dir": "/media/John Doe/KITTI raw/x"') == '"data_dir": "…/x"'
+    assert redact("data_dir: /mnt/data (old)/KITTI#train\n- D:/My Data/x") == "data_dir: …/KITTI#train\n- …/x"
     unchanged = [
         f"runs{home.parent.as_posix()}/a s3://bucket/home/a",
         r'"(\\w+\\.)+|\\d+/\\w+/x"',  # as JSON writes an expression

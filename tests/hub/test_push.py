@@ -156,7 +156,7 @@ def test_server_errors_are_tried_again(endpoint, run_folder, capsys):
     ]
     push_folder(run_folder / "image_encoder", "owner/encoder")
     assert "model.safetensors" in endpoint.files("owner/encoder")
-    lines = capsys.readouterr().out.splitlines()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "trying again" in line]
     assert [code in line for line, code in zip(lines, ("500", "503", "412"), strict=True)] == [True] * 3
 
 
@@ -172,7 +172,7 @@ def test_silent_server_counts_as_a_timeout(endpoint, run_folder, monkeypatch, ca
     monkeypatch.setattr(push, "SHORTEST_LIMIT", 1.5)
     monkeypatch.setattr(push, "SLOWEST_UPLOAD", float("inf"))
     push_folder(run_folder / "image_encoder", "owner/encoder")
-    assert "no answer" in capsys.readouterr().out
+    assert "no answer" in capsys.readouterr().err
     assert "model.safetensors" in endpoint.files("owner/encoder")
 
 
@@ -262,7 +262,7 @@ def test_a_run_that_ends_early_waits_for_an_upload_and_names_what_it_left_out(ch
     threading.Timer(0.2, released.set).start()
     for limit in (30, 0.1):
         monkeypatch.setattr(push, "LAST_WAIT", limit)
-        uploader = HubUploader("owner/run", checkpoint.parent)
+        uploader = HubUploader("owner/run", checkpoint.parent, private=True)
         uploader.checkpoint_saved(checkpoint)
         with pytest.raises(RuntimeError), uploader:
             raise RuntimeError
@@ -272,7 +272,7 @@ def test_a_run_that_ends_early_waits_for_an_upload_and_names_what_it_left_out(ch
     uploader.running.result(30)
     assert not list(checkpoint.parent.glob(".hub*"))
     assert said.index("published checkpoint-20 as owner/run") < said.index("checkpoint-20 was not published before")
-    assert f"simipu-hf push --model {checkpoint} --repo_id owner/run" in said
+    assert f"simipu-hf push --model {checkpoint} --repo_id owner/run --private\n" in said
 
 
 def test_an_upload_that_hangs_changes_no_exit_code_and_keeps_nothing_from_being_removed():
@@ -291,6 +291,8 @@ def test_the_end_publishes_model_and_encoder(endpoint, run_folder, capsys):
     uploader = HubUploader("owner/run", run_folder, "end", encoder_repo_id="owner/encoder")
     assert not uploader.checkpoint_saved(run_folder)
     assert endpoint.repos == {}
+    with pytest.raises(SimIPUError, match="the encoder would replace the model"):
+        push_folder(run_folder, "owner/run", encoder_repo_id="owner/run")
     report = uploader.finish()
     assert report.encoder_url.endswith("owner/encoder")
     assert "model.safetensors" in endpoint.files("owner/run")
@@ -331,7 +333,7 @@ def test_data_set_from_kitti_is_private_and_says_why(endpoint, tmp_path, capsys)
     push_dataset(tmp_path / "rows", "owner/kitti")
     repo = endpoint.repos["datasets", "owner/kitti"]
     assert repo.private
-    assert "CC BY-NC-SA" in capsys.readouterr().out
+    assert "CC BY-NC-SA" in capsys.readouterr().err
     card = endpoint.files("owner/kitti", "datasets")["README.md"].decode()
     assert yaml.safe_load(card.split("---")[1])["license"] == "cc-by-nc-sa-3.0"
     assert "3 rows in train, 2 rows in train.clean" in card
@@ -365,3 +367,6 @@ def test_data_set_from_kitti_is_private_and_says_why(endpoint, tmp_path, capsys)
     assert (edited.text.strip(), edited.data.tags, edited.data.license) == ("Important caveat.", ["mine"], "cc-by-4.0")
     with pytest.raises(SimIPUError, match="Parquet"):
         push_dataset(tmp_path / "absent", "owner/own")
+    (tmp_path / "rows" / "README.md").write_text("---\nlicense: [\n---\n", encoding="utf-8")
+    with pytest.raises(SimIPUError, match=r"README.md: its header between --- lines cannot be read"):
+        push_dataset(tmp_path / "rows", "owner/own")

@@ -9,13 +9,14 @@ import timm
 import torch
 from conftest import export_timm
 from payload import Payload
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from simipu_hf.errors import SimIPUError
 from simipu_hf.hub.sources import (
     find_image_encoder,
     load_dense_model,
     load_image_encoder,
+    model_folder,
     read_input_convention,
 )
 from simipu_hf.modeling.configuration_simipu import SimIPUDepthConfig
@@ -172,6 +173,17 @@ def test_pickles_are_never_read(run_folder, tmp_path):
     with pytest.raises(SimIPUError, match="no readable JSON"):
         load_image_encoder(folder, verbose=False)
     assert not (tmp_path / "ran").exists()
+
+
+def test_other_weights_beside_a_model_are_themselves(run_folder, tmp_path):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    other = timm.create_model("test_resnet", num_classes=0)
+    torch.save({"state_dict": other.state_dict()}, run / "other.pth")
+    with pytest.raises(SimIPUError, match=r"other.pth: expected a folder, or the model.safetensors"):
+        model_folder(run / "other.pth")
+    save_file(other.state_dict(), run / "image_encoder" / "ema.safetensors")
+    with pytest.raises(SimIPUError, match=r"ema\.safetensors"):
+        find_image_encoder(run / "image_encoder" / "ema.safetensors")
 
 
 def test_nothing_there(tmp_path):

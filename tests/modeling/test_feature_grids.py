@@ -3,13 +3,22 @@
 import copy
 
 import pytest
+import timm
 import torch
+from timm.layers import GlobalContext, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d
+from timm.layers.cbam import CbamModule
 from torch import nn
 
 from simipu_hf.modeling.configuration_simipu import SimIPUConfig, SimIPUImageConfig
 from simipu_hf.modeling.feature_grids import measure_feature_grids
 from simipu_hf.modeling.geometry import FeatureGrid, sample_feature_map
-from simipu_hf.modeling.image_encoder import build_image_encoder, configured_grids, image_feature_maps, pad_divisor
+from simipu_hf.modeling.image_encoder import (
+    build_image_encoder,
+    configured_grids,
+    feature_grids,
+    image_feature_maps,
+    pad_divisor,
+)
 from simipu_hf.modeling.modeling_simipu import SimIPUModel
 
 FEW_BLOCKS = {
@@ -170,6 +179,24 @@ def test_places_follow_from_kernels_strides_and_paddings(layers, stride, offset)
     (grid,) = measure_feature_grids(Chain(*layers, reduction=stride), (64, 64))
     y, x = offset if isinstance(offset, tuple) else (offset, offset)
     assert grid == FeatureGrid(stride, stride, y, x)
+
+
+def test_weights_that_a_layer_standardises_and_parts_of_gates_do_not_matter():
+    convolutions = StdConv2d(3, 4, 3, stride=2), ScaledStdConv2d(4, 4, 2, stride=2, padding=0)
+    (grid,) = measure_feature_grids(Chain(*convolutions, reduction=4), (64, 64))
+    assert grid == FeatureGrid(4, 4, 1, 1)
+    (grid,) = measure_feature_grids(Chain(ScaledStdConv2dSame(3, 4, 2, stride=2), reduction=2), (64, 64))
+    assert grid == FeatureGrid(2, 2, 0.5, 0.5)
+    (grid,) = measure_feature_grids(
+        Chain(nn.Conv2d(3, 8, 4, 4), GlobalContext(8), CbamModule(8), reduction=4), (64, 64)
+    )
+    assert grid == FeatureGrid(4, 4, 1.5, 1.5)
+
+
+def test_a_mobilevit_is_padded_to_whole_patches_of_cells():
+    assert pad_divisor("mobilevitv2_050") == 64
+    grids = feature_grids(timm.create_model("mobilevitv2_050", num_classes=0), [-1])
+    assert grids == [FeatureGrid(32, 32, 0, 0)]
 
 
 def test_irregular_cells_have_no_grid():

@@ -40,7 +40,7 @@ from simipu_hf.training.arguments import (
 )
 from simipu_hf.training.batch_norm import ReducedBatchNorm, synchronize_batch_norm
 from simipu_hf.training.distributed import SharedFlags, StopRequest, create_accelerator, recompute_activations
-from simipu_hf.training.logging import RunLogger, Watch, feature_spread, read_metrics
+from simipu_hf.training.logging import RunLogger, Watch, check_trackers, feature_spread, read_metrics
 from simipu_hf.training.optimizers import (
     ChainedOptimizer,
     choose_recipe,
@@ -460,6 +460,13 @@ def test_fingerprint_is_of_frames_and_their_order():
     assert data_fingerprint(["a", "b"]) == data_fingerprint(iter(["a", "b"]))
     assert data_fingerprint(["a", "b"]) != data_fingerprint(["b", "a"])
     assert data_fingerprint(["ab"]) != data_fingerprint(["a", "b"])
+
+
+def test_a_folder_that_a_tracker_left_is_not_its_package(tmp_path, monkeypatch):
+    (tmp_path / "swanlab" / "run-1").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SimIPUError, match="not installed"):
+        check_trackers(["swanlab"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
