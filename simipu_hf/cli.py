@@ -383,7 +383,7 @@ def show(result: Any, as_json: bool) -> None:
             result = result.to_dict()
         elif is_dataclass(result) and not isinstance(result, type):
             result = asdict(result)
-        print(to_json(result))
+        print(to_json(result, default=str))
     elif isinstance(result, dict):
         width = max(map(len, result))
         print("\n".join(f"{name:{width}}  {value}" for name, value in result.items()))

@@ -182,7 +182,8 @@ def prepare_output_dir(output_dir: Path, data_dir: str | os.PathLike | None, ove
         find_source(os.fspath(data_dir), must_be_folder=True)
         if output_dir.resolve() in (Path(data_dir).resolve(), *Path(data_dir).resolve().parents):
             raise SimIPUError(f"--data_dir {data_dir} lies in --output_dir {output_dir}: choose another output folder")
-    check_target(output_dir, overwrite, is_demo)
+    if not (output_dir.is_dir() and os.listdir(output_dir) == [MARK]):  # of a demo that failed at once
+        check_target(output_dir, overwrite, is_demo)
     output_dir.mkdir(parents=True, exist_ok=True)
     for path in output_dir.iterdir():
         if path.name != MARK:
@@ -229,8 +230,8 @@ def make_frames(
 def copy_frames(data_dir: str | os.PathLike, frames_dir: Path, num_frames: int) -> None:
     """The first frames of a data set, without reading the others, as a `save_to_disk` folder of two splits.
 
-    Held-out frames come from the validation split, or are the last ones of the first split where there is none, or no
-    `train`.
+    Held-out frames come from the validation split. Without one they are the last ones of `train`, and without that the
+    last ones of the first split.
     """
     source = os.fspath(data_dir)
     splits = find_source(source).splits

@@ -52,9 +52,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             beside.unlink(missing_ok=True)
 
 
-def to_json(content: Any) -> str:
-    """As JSON: NaN, which JSON does not have, becomes null, and what is neither, text."""
-    return json.dumps(json.loads(json.dumps(content, default=str), parse_constant=lambda _: None), indent=2)
+def to_json(content: Any, default: Callable[[Any], Any] | None = None) -> str:
+    """As JSON: NaN, which that does not have, becomes null; `default` turns other objects into what it has."""
+    return json.dumps(json.loads(json.dumps(content, default=default), parse_constant=lambda _: None), indent=2)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -82,14 +82,13 @@ def atomic_folder(
         SimIPUError: `path` is occupied, or cannot be written (full disk, no permission); it is untouched.
     """
     path = Path(path)
-    check_target(path, overwrite, lambda there: there.is_dir() and is_earlier_output(there))
     beside, replaced = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.replaced")
+    if replaced.exists() and not path.exists():  # a process was killed between two renames
+        replaced.rename(path)
+    check_target(path, overwrite, lambda there: there.is_dir() and is_earlier_output(there))
     with _writing(path):
         try:
-            # what a process that was killed left, perhaps between two renames
-            if replaced.exists() and not path.exists():
-                replaced.rename(path)
-            for leftover in (beside, replaced):
+            for leftover in (beside, replaced):  # of a process that was killed
                 shutil.rmtree(leftover, ignore_errors=True)
             beside.mkdir()
             yield beside

@@ -308,8 +308,9 @@ class FineTuningTrainer(Trainer):
             # the best is not to be the one that is deleted
             total_limit=0 if self.args.load_best_model_at_end else self.args.save_total_limit or 0,
         )
-        if self.state.best_global_step:  # the path is None after a resume: it was that of the folder aside
-            self.state.best_model_checkpoint = str(aside.parent / f"checkpoint-{self.state.best_global_step}")
+        best = aside.parent / f"checkpoint-{self.state.best_global_step}"
+        if best.is_dir():  # also after a resume, which finds the folder aside no more
+            self.state.best_model_checkpoint = str(best)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Without the Trainer's pickle of its arguments, which would hold secrets and cannot be loaded safely."""

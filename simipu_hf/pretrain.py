@@ -148,7 +148,7 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
     try_first_step(accelerator, model, example)
     optimizer, schedule = create_optimization(arguments, recipe, model, batches.steps_per_epoch, steps.last)
 
-    record = {"data": describe_data(rows), "recipe": dataclasses.asdict(recipe)}
+    record = {"data": describe_data(rows, identity.get("data_fingerprint")), "recipe": dataclasses.asdict(recipe)}
     if held_out_rows is not None:
         record["held_out"] = describe_data(held_out_rows)
     output_dir = Path(arguments.output_dir)
@@ -178,9 +178,9 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
         try:
             train(accelerator, arguments, state, steps, batches, held_out, uploader)
         except BaseException:  # the other processes may not come here: those of this one
-            report_skipped([*skipped, *bad_rows(batches, held_out)])
+            report_skipped([*(skipped if accelerator.is_main_process else ()), *bad_rows(batches, held_out)])
             raise
-    skipped += dict.fromkeys(gather_object(bad_rows(batches, held_out)))
+    skipped += sorted(set(gather_object(bad_rows(batches, held_out))), key=lambda row: (len(row), row))
     on_main_process(accelerator, finish, output_dir, model, processor, batches, skipped)
     if uploader:
         uploader.finish()
@@ -700,15 +700,18 @@ def create_optimization(
     return optimizer, schedule
 
 
-def describe_data(rows: AnyDataset) -> dict[str, Any]:
-    """What `run.yaml` says about the data; of a stream neither the number of rows nor their names are known."""
+def describe_data(rows: AnyDataset, fingerprint: str | None = None) -> dict[str, Any]:
+    """What `run.yaml` says about the data; of a stream neither the number of rows nor their names are known.
+
+    `fingerprint` is that of the rows where it is known already.
+    """
     info = rows.info
     named = {"dataset": info.builder_name, "config": info.config_name, "split": rows.split, "license": info.license}
     about: dict[str, Any] = {name: str(value) for name, value in named.items() if value}
     if isinstance(rows, datasets.Dataset):
         names = row_names(rows)
         about |= {"rows": len(rows), "scenes": len({scene for scene, _ in names})}
-        about["fingerprint"] = rows_fingerprint(rows)
+        about["fingerprint"] = fingerprint or rows_fingerprint(rows)
     return about
 
 

@@ -91,9 +91,11 @@ def test_only_an_earlier_output_is_overwritten(tmp_path):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, PermissionError])
 def test_a_folder_is_never_lost_between_two_renames(tmp_path, monkeypatch, error):
     def rename(path, target):
-        if path.name == ".out.partial":
+        if path.name in failing:
             raise error
         return path.replace(target)
+
+    failing = {".out.partial"}
 
     (tmp_path / "out" / "old").mkdir(parents=True)
     monkeypatch.setattr(Path, "rename", rename)
@@ -101,7 +103,11 @@ def test_a_folder_is_never_lost_between_two_renames(tmp_path, monkeypatch, error
         pass
     assert os.listdir(tmp_path) == ["out"]
     assert os.listdir(tmp_path / "out") == ["old"]
-    (tmp_path / "out").replace(tmp_path / ".out.replaced")  # a kill in that moment
-    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "out", overwrite=True):
-        raise ZeroDivisionError
+    failing.add(".out.replaced")  # nor can it be moved back
+    with pytest.raises((SimIPUError, KeyboardInterrupt)), atomic_folder(tmp_path / "out", overwrite=True):
+        pass
+    assert os.listdir(tmp_path / ".out.replaced") == ["old"]
+    failing.clear()
+    with pytest.raises(SimIPUError, match="exists already"), atomic_folder(tmp_path / "out"):
+        pass
     assert os.listdir(tmp_path / "out") == ["old"]

@@ -379,6 +379,7 @@ def test_a_resumed_run_knows_its_best_model(dataset, tmp_path, monkeypatch):
     values, resumed = iter([0.9, 0.8]), trainer()
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert_equal_weights(resumed.model.state_dict(), saved_weights(tmp_path / "checkpoint-1"))
+    assert resumed.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
 
 
 def test_one_set_of_arguments_serves_several_trainers(dataset, tmp_path):

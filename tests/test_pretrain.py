@@ -401,11 +401,13 @@ def test_refuses_to_resume_another_configuration(run, tmp_path):
 def test_where_each_process_has_its_own_negatives_their_number_stays(run, monkeypatch):
     seen = {}
     monkeypatch.setattr(module, "load_checkpoint", lambda path, identity: seen.update(identity) or 1 / 0)
-    for flags, counts in (((), False), (("--config_overrides", OVERRIDES + ",gather_negatives=false"), True)):
+    own_negatives = ("--config_overrides", OVERRIDES + ",gather_negatives=false")
+    cases = {"all": ((), False), "own": (own_negatives, True), "norm": (("--no_sync_batch_norm",), True)}
+    for folder, (flags, counts) in cases.items():
         seen.clear()
-        run(f"out{counts}", *flags, "--max_steps", "1")
+        run(folder, *flags, "--max_steps", "1")
         with pytest.raises(ZeroDivisionError):
-            run(f"out{counts}", *flags, "--max_steps", "2", "--resume_from_checkpoint", "latest")
+            run(folder, *flags, "--max_steps", "2", "--resume_from_checkpoint", "latest")
         assert ("num_processes" in seen) == counts
 
 

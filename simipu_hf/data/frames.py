@@ -43,13 +43,8 @@ def select_frames(specifications: Sequence[str], labels: bool = False) -> datase
     taken: dict[str, set[Any]] = {}
     for specification, part in zip(specifications, parts, strict=True):
         take_rows(taken, specification, split_source(specification)[0], row_names(part))
-    depth = next((part.features["depth"] for part in parts if "depth" in part.column_names), None)
-    if depth is not None:  # of rows without a depth map it is that of their scan
-        parts = [
-            part if "depth" in part.column_names else part.add_column("depth", [None] * len(part), feature=depth)
-            for part in parts
-        ]
-    return join_rows([undecoded(part) for part in parts])
+    # the depth of rows without a map is that of their scan
+    return join_rows([undecoded(part) for part in parts], optional=("depth",))
 
 
 def _select(specification: str, labels: bool) -> datasets.Dataset:

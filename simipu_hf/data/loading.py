@@ -398,9 +398,16 @@ def _place(scene: str) -> float:
     return int.from_bytes(hashlib.sha256(scene.encode("utf-8")).digest()[:8], "big") / 2**64
 
 
-def join_rows(parts: Sequence[AnyDataset], cache_dir: str | os.PathLike | None = None) -> AnyDataset:
-    """The rows of all parts one after another, with the columns that all of them have, of one type."""
-    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(_with_common_columns(parts, cache_dir))
+def join_rows(
+    parts: Sequence[AnyDataset], cache_dir: str | os.PathLike | None = None, optional: Sequence[str] = ()
+) -> AnyDataset:
+    """The rows of all parts one after another, with the columns that all of them have, of one type.
+
+    Columns that are `optional` stay, and are None where a part has none.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    return datasets.concatenate_datasets(_with_common_columns(parts, cache_dir, optional))
 
 
 def _unlike(feature: Any, other: Any) -> bool:
@@ -409,22 +416,30 @@ def _unlike(feature: Any, other: Any) -> bool:
     return feature != other and not both_images
 
 
-def _with_common_columns(parts: Sequence[AnyDataset], cache_dir: str | os.PathLike | None = None) -> list[AnyDataset]:
+def _with_common_columns(
+    parts: Sequence[AnyDataset], cache_dir: str | os.PathLike | None = None, optional: Sequence[str] = ()
+) -> list[AnyDataset]:
     if len(parts) > 1 and isinstance(parts[0], datasets.IterableDataset):
         parts = [undecoded(part) for part in parts]  # a map decodes images, and what it has decoded stays so
-    columns = [column for column in parts[0].column_names if all(column in part.column_names for part in parts)]
+    features = datasets.Features()
+    for part in reversed(parts):
+        features |= part.features
+    columns = [name for name in features if name in optional or all(name in part.column_names for part in parts)]
     unlike = [
         column
         for column in columns
         if column not in ROW_FEATURES
-        and any(_unlike(part.features[column], parts[0].features[column]) for part in parts)
+        and any(_unlike(part.features.get(column, features[column]), features[column]) for part in parts)
     ]
     if unlike:
         logger.warning(f"columns left out, since their types differ between the data sets: {', '.join(unlike)}")
-    selected = [part.select_columns([column for column in columns if column not in unlike]) for part in parts]
-    features = selected[0].features
-    # casting copies the data, and is only needed where another writer stored a column in another way
-    return [part if part.features == features else _cast(part, features, cache_dir) for part in selected]
+    joined = []
+    for part in parts:
+        kept = [column for column in columns if column in part.column_names and column not in unlike]
+        selected, types = part.select_columns(kept), datasets.Features({column: features[column] for column in kept})
+        # casting copies the data, and is only needed where another writer stored a column in another way
+        joined.append(selected if selected.features == types else _cast(selected, types, cache_dir))
+    return joined
 
 
 def _as_it_is(row: dict[str, Any]) -> dict[str, Any]:

@@ -180,8 +180,9 @@ def run_in_processes(
                     progress.update(weight(running[future]))
             except BrokenProcessPool as error:
                 raise SimIPUError(
-                    f"{title}: one of {processes} processes was ended from outside, most likely for want of memory: "
-                    "take fewer, as in simipu-hf data convert --num_proc 1, and train on what that writes"
+                    f"{title}: one of {processes} processes ended without an answer: too little memory for so many "
+                    "(simipu-hf data convert --num_proc 1, and train on what that writes), or a script without "
+                    "if __name__ == '__main__'"
                 ) from error
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import datasets
 import datasets.data_files
 import fsspec
+import yaml
 from huggingface_hub import DatasetCard
 
 from ..dataset_scripts import argoverse2, kitti, nuscenes, waymo
@@ -84,11 +85,17 @@ class Source:
         return saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
 
     @cached_property
-    def remote_files(self) -> dict[str, list[str]]:
-        """Split -> its Parquet files, of an address."""
+    def remote_files(self) -> datasets.data_files.DataFilesDict:
+        """Split -> its Parquet files, of an address.
+
+        Raises:
+            SimIPUError: there are none.
+        """
         patterns = datasets.data_files.get_data_patterns(self.location)
         found = datasets.data_files.DataFilesDict.from_patterns(patterns, self.location, [".parquet"])
-        return {str(split): list(files) for split, files in found.items()}
+        if not any(found.values()):
+            raise SimIPUError(f"{self.location}: expected Parquet files, found none")
+        return datasets.data_files.DataFilesDict({str(split): files for split, files in found.items() if files})
 
     def load(self, split: str, **options: Any) -> datasets.Dataset | datasets.IterableDataset:
         """`datasets.load_dataset` of a split of Parquet files or of the Hub."""
@@ -191,12 +198,21 @@ def license_of(location: str) -> str:
 
     In words where the Hub has no identifier of it.
     """
-    place = location if os.path.isdir(location) or "://" in location else f"hf://datasets/{location}"
+    path = f"{location}/README.md"
     try:
-        with fsspec.open(f"{place}/README.md", "r", encoding="utf-8-sig") as stream:
-            data = DatasetCard(stream.read(), ignore_metadata_errors=True).data
-    except Exception:  # there is none, or it cannot be read; every file system has errors of its own
+        if os.path.isdir(location):
+            text = Path(path).read_text(encoding="utf-8-sig")
+        else:
+            with fsspec.open(
+                path if "://" in location else f"hf://datasets/{path}", "r", encoding="utf-8-sig"
+            ) as file:
+                text = file.read()
+    except Exception:  # there is none, or it cannot be reached; every file system has errors of its own
         return ""
+    try:
+        data = DatasetCard(text, ignore_metadata_errors=True).data
+    except yaml.YAMLError as error:
+        raise SimIPUError(f"{path}: its header between --- lines cannot be read: {error}") from error
     names = data.get("license") or ""
     return str(data.get("license_name") or "").replace("-", " ") or (
         " and ".join(map(str, names)) if isinstance(names, list) else str(names)

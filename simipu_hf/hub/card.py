@@ -164,8 +164,7 @@ def redact(text: str) -> str:
             text = re.sub(start + re.escape(written) + r"(?=[/\\])", re.escape(folder.anchor) + "-", text)
     # whole values, whose folders may be named anything: quoted ones, and those of a line of YAML
     absolute = r"(?:/|[A-Za-z]:[/\\])"
-    text = re.sub(rf"""(?<=["']){absolute}[^"'\n]*[/\\]([^"'/\\\n]*)(?=["'])""", r"…/\1", text)
-    text = re.sub(rf"""(?m)^(\s*(?:- |[\w.]+: )){absolute}[^"'\n]*[/\\]([^"'/\\\n]*)$""", r"\1…/\2", text)
+    text = re.sub(rf"""(?m)((?<=["'])|^\s*(?:- |[\w.]+: )){absolute}[^"'#\n]*[/\\]""", r"\1…/", text)
     # of another machine, of a drive; in JSON \ is written \\
     text = re.sub(start + r"\\{2,4}[\w-][\w.-]{2,}\\{1,2}(?:[\w.@+$-]+\\{1,2})*([\w.@+$-]*)", r"…/\1", text)
     root = r"(?:/|[A-Za-z]:(?:/|\\{1,2}))"

@@ -151,7 +151,7 @@ def open_run_folder(arguments: RunArguments, step: int, last_step: int, **record
     }
     try:
         with atomic_write(output_dir / RUN_FILE) as stream:
-            yaml.safe_dump(written, stream, sort_keys=False, allow_unicode=True)
+            yaml.safe_dump(written, stream, sort_keys=False, allow_unicode=True, width=sys.maxsize)
     except SimIPUError as error:
         raise SimIPUError(f"--output_dir {output_dir} cannot be written to ({error})") from error
     start = Path(arguments.resume_from_checkpoint or "").absolute().parent

@@ -465,7 +465,10 @@ def test_an_address_of_parquet_files_is_streamed(rows, tmp_path):
     (tmp_path / "bucket/data").mkdir(parents=True)
     rows.to_parquet(tmp_path / "bucket/data/train-00000-of-00001.parquet")
     rows.select([1]).to_parquet(tmp_path / "bucket/data/val-00000-of-00001.parquet")
-    (tmp_path / "bucket/_SUCCESS").touch()  # as Spark leaves it
+    (tmp_path / "spark/train").mkdir(parents=True)
+    rows.to_parquet(tmp_path / "spark/train/part-0.snappy.parquet")
+    (tmp_path / "spark/train/_SUCCESS").touch()
+    assert len(load_pretraining_dataset(f"file://{tmp_path}/spark", cache_dir=tmp_path / "cache")) == 4
     license = "license: other\nlicense_name: terms-of-use"
     (tmp_path / "bucket/README.md").write_text(f"---\n{license}\n---\n", encoding="utf-8")
     address = f"file://{tmp_path}/bucket"
@@ -476,7 +479,7 @@ def test_an_address_of_parquet_files_is_streamed(rows, tmp_path):
 
 
 def test_a_process_that_is_ended_from_outside_is_no_traceback():
-    with pytest.raises(SimIPUError, match="one of 2 processes was ended from outside"):
+    with pytest.raises(SimIPUError, match="one of 2 processes ended without an answer"):
         preparation.run_in_processes(os._exit, [1, 1], 2, "Preparing", int)
 
 

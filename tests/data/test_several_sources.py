@@ -292,6 +292,7 @@ def test_streams_of_other_writers_are_mixed(shards, tmp_path):
     rows.cast(datasets.Features({**rows.features, **types})).to_parquet(tmp_path / "other" / "train-0.parquet")
     mixed = stream_of([shards, str(tmp_path / "other")], mixture=[1, 3])
     assert len(take(mixed, 6)) == 6
+    assert all(isinstance(row["image"], dict) for row in mixed.dataset.rows)
 
 
 def test_too_few_shards_are_an_error_and_no_multiple_of_the_processes_is_warned_of(shards, caplog):

@@ -143,7 +143,7 @@ def test_tokens_and_folders_are_taken_out(monkeypatch):
     monkeypatch.setattr(Path, "cwd", lambda: home.parent)
     assert redact(f"data: {home / 'secret' / 'KITTI'}") == "data: …/KITTI"
     assert redact('"data_dir": "/media/John Doe/KITTI raw/x"') == '"data_dir": "…/x"'
-    assert redact("data_dir: /mnt/data (old)/KITTI#train\n- D:/My Data/x") == "data_dir: …/KITTI#train\n- …/x"
+    assert redact("data_dir: /mnt/my (old)/K#train:1/2,1/3\n- D:/My Data/x") == "data_dir: …/K#train:1/2,1/3\n- …/x"
     unchanged = [
         f"runs{home.parent.as_posix()}/a s3://bucket/home/a",
         r'"(\\w+\\.)+|\\d+/\\w+/x"',  # as JSON writes an expression
