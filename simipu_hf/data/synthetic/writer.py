@@ -2,8 +2,9 @@
 
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from simipu_hf.errors import SimIPUError
 from simipu_hf.files import atomic_folder
 from simipu_hf.machine import available_processors
 
-from .frame import SyntheticFrame, synthesize_frame
-from .sensors import Calibration, Lidar
+from .frame import synthesize_frame
+from .sensors import Lidar
 
 
 def synthesize_drive(
@@ -74,76 +75,60 @@ def synthesize_drive(
             f"for validation and {test} for testing"
         )
     with atomic_folder(Path(output_dir)) as folder:
-        _write_image_sets(folder, num_frames - val - test, val, test)
+        train, trainval = num_frames - val - test, num_frames - test
+        sets = {"train": range(train), "val": range(train, trainval), "trainval": range(trainval), "test": range(test)}
+        (folder / "ImageSets").mkdir()
+        for name, numbers in sets.items():
+            lines = "".join(f"{number:06d}\n" for number in numbers)
+            (folder / "ImageSets" / f"{name}.txt").write_text(lines, encoding="utf-8")
         for kind in ("image_2", "velodyne", "calib", "depth_2", "label_2"):
             (folder / "training" / kind).mkdir(parents=True)
             if test and kind != "label_2":
                 (folder / "testing" / kind).mkdir(parents=True)
-        make = partial(_make, folder, num_frames - test, seed, (image_size[0], image_size[1]), Lidar(azimuth_steps))
+        size = image_size[0], image_size[1]
+        make = partial(_write_frame, folder, trainval, seed, size, Lidar(azimuth_steps))
         _run(make, num_frames, num_workers, progress)
     return Path(output_dir)
 
 
-def _run(make: Callable[[int], int], num_frames: int, num_workers: int | None, progress: bool) -> None:
+def _run(make: Callable[[int], None], num_frames: int, num_workers: int | None, progress: bool) -> None:
     """Make all frames, in as many processes as wanted."""
     if num_workers is None:
         num_workers = min(available_processors(), num_frames // 25)  # a process takes seconds to start
-    with tqdm(total=num_frames, desc="synthetic drive", unit="frame", disable=not progress) as bar:
-        if num_workers <= 1:
-            for index in range(num_frames):
-                bar.update(make(index))
-            return
-        from accelerate.utils import patch_environment  # imports PyTorch, which the workers do without
+    with ExitStack() as stack:
+        made: Iterable[None] = map(make, range(num_frames))
+        if num_workers > 1:
+            from accelerate.utils import patch_environment  # imports PyTorch, which the workers do without
 
-        # linear algebra in one thread each, or the processes would fight over the processors; never a fork of this
-        # process, which may hang where threads are running (PyTorch's, Embree's)
-        context = multiprocessing.get_context("spawn")
-        with (
-            patch_environment(OMP_NUM_THREADS=1, OPENBLAS_NUM_THREADS=1),
-            ProcessPoolExecutor(num_workers, context) as pool,
-        ):
-            for done in pool.map(make, range(num_frames), chunksize=4):
-                bar.update(done)
+            # linear algebra in one thread each, or the processes would fight over the processors; never a fork of
+            # this process, which may hang where threads are running (PyTorch's, Embree's)
+            stack.enter_context(patch_environment(OMP_NUM_THREADS=1, OPENBLAS_NUM_THREADS=1))
+            pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"))
+            made = stack.enter_context(pool).map(make, range(num_frames), chunksize=4)
+        for _ in tqdm(made, "synthetic drive", num_frames, unit="frame", disable=not progress):
+            pass
 
 
-def _make(root: Path, trainval: int, seed: int, image_size: tuple[int, int], lidar: Lidar, index: int) -> int:
-    """Write one frame; training and validation share a folder, those for testing start again at 0."""
+def _write_frame(
+    folder: Path, trainval: int, seed: int, image_size: tuple[int, int], lidar: Lidar, index: int
+) -> None:
+    """Make one frame and its files; training and validation share a folder, those for testing start again at 0."""
     frame = synthesize_frame(seed, index, image_size=image_size, lidar=lidar)
-    folder, number = ("training", index) if index < trainval else ("testing", index - trainval)
-    write_frame(frame, root / folder, f"{number:06d}")
-    return 1
-
-
-def write_frame(frame: SyntheticFrame, folder: Path, name: str) -> None:
-    """Write the files of one frame; labels only where there is a folder for them."""
-    Image.fromarray(frame.image).save(folder / "image_2" / f"{name}.png", compress_level=1)
-    Image.fromarray(_depth_to_png(frame.depth)).save(folder / "depth_2" / f"{name}.png", compress_level=1)
-    frame.points.astype("<f4").tofile(folder / "velodyne" / f"{name}.bin")
-    (folder / "calib" / f"{name}.txt").write_text(_calibration_text(frame.calibration), encoding="utf-8")
-    if (folder / "label_2").is_dir():
+    folder, name = folder / "training", f"{index:06d}"
+    if index >= trainval:
+        folder, name = folder.with_name("testing"), f"{index - trainval:06d}"
+    else:
         (folder / "label_2" / f"{name}.txt").write_text(frame.objects.to_text(), encoding="utf-8")
-
-
-def _depth_to_png(depth: np.ndarray) -> np.ndarray:
-    """Metres (H, W) -> KITTI's uint16: metres * 256, 0 where there is no depth or it does not fit."""
-    scaled = np.where(np.isfinite(depth), np.round(depth * 256.0), 0)
-    return np.where(scaled < 2**16, scaled, 0).astype(np.uint16)
-
-
-def _calibration_text(calibration: Calibration) -> str:
-    """A calib file of KITTI object. The other three cameras repeat P2's; the IMU sits in the LiDAR."""
+    # KITTI's form: metres * 256, 0 where there is no depth or it does not fit
+    scaled = np.round(frame.depth * 256.0)
+    depth = np.where(scaled < 2**16, scaled, 0).astype(np.uint16)
+    Image.fromarray(frame.image).save(folder / "image_2" / f"{name}.png", compress_level=1)
+    Image.fromarray(depth).save(folder / "depth_2" / f"{name}.png", compress_level=1)
+    frame.points.astype("<f4").tofile(folder / "velodyne" / f"{name}.bin")
+    # the other three cameras repeat P2's; the IMU sits in the LiDAR
+    calibration = frame.calibration
     rows = {f"P{camera}": calibration.P2 for camera in range(4)}
-    rows |= {
-        "R0_rect": calibration.R0_rect,
-        "Tr_velo_to_cam": calibration.Tr_velo_to_cam,
-        "Tr_imu_to_velo": np.eye(3, 4),
-    }
-    return "".join(f"{name}: " + " ".join(f"{x:.12e}" for x in matrix.ravel()) + "\n" for name, matrix in rows.items())
-
-
-def _write_image_sets(root: Path, train: int, val: int, test: int) -> None:
-    trainval = train + val
-    sets = {"train": range(train), "val": range(train, trainval), "trainval": range(trainval), "test": range(test)}
-    (root / "ImageSets").mkdir()
-    for name, numbers in sets.items():
-        (root / "ImageSets" / f"{name}.txt").write_text("".join(f"{n:06d}\n" for n in numbers), encoding="utf-8")
+    rows |= {"R0_rect": calibration.R0_rect, "Tr_velo_to_cam": calibration.Tr_velo_to_cam}
+    rows["Tr_imu_to_velo"] = np.eye(3, 4)
+    lines = (f"{key}: {' '.join(f'{x:.12e}' for x in matrix.ravel())}\n" for key, matrix in rows.items())
+    (folder / "calib" / f"{name}.txt").write_text("".join(lines), encoding="utf-8")
