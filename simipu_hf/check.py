@@ -7,7 +7,6 @@ simipu-hf check --device cuda:1 --json
 import functools
 import importlib
 import importlib.metadata
-import itertools
 import math
 import platform
 import shutil
@@ -18,7 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
@@ -257,20 +255,18 @@ def _kernel(compare: Callable[[str, torch.device], str], backend: str, device: t
 
 
 def _furthest_point_sample(backend: str, device: torch.device) -> str:
-    cloud = _cloud(device, POINTS)
-    found, expected = (point_ops.furthest_point_sample(cloud, CENTRES, name) for name in (backend, "torch"))
-    return _first_difference(found[0], expected[0], cloud[0])
+    return _first_difference(point_ops.furthest_point_sample, _cloud(device, POINTS), CENTRES, backend)
 
 
 def _furthest_point_sample_features(backend: str, device: torch.device) -> str:
     cloud = _cloud(device, 4096)
     features = torch.cat([cloud, (cloud * 5).sin().mul(16).round().div(16)], 2)
-    found, expected = (point_ops.furthest_point_sample_features(features, 512, name) for name in (backend, "torch"))
-    return _first_difference(found[0], expected[0], features[0])
+    return _first_difference(point_ops.furthest_point_sample_features, features, 512, backend)
 
 
-def _first_difference(found: Tensor, expected: Tensor, points: Tensor) -> str:
+def _first_difference(sample: Callable[..., Tensor], cloud: Tensor, count: int, backend: str) -> str:
     """Where two samplings part, unless at a tie: of points equally far from the samples before, either may come."""
+    (points,), (found,), (expected,) = cloud, sample(cloud, count, backend), sample(cloud, count, "torch")
     if torch.equal(found, expected):
         return ""
     at = int((found != expected).nonzero()[0])
@@ -284,57 +280,46 @@ def _first_difference(found: Tensor, expected: Tensor, points: Tensor) -> str:
 def _ball_query(backend: str, device: torch.device) -> str:
     cloud = _cloud(device, POINTS)
     centres = cloud[:, :: POINTS // CENTRES].contiguous()
-    for ring, found, expected in zip(
-        RINGS,
-        point_ops.ball_query(cloud, centres, RINGS, SLOTS, backend),
-        point_ops.ball_query(cloud, centres, RINGS, SLOTS, "torch"),
-        strict=True,
-    ):
-        counts = [_members(neighbors) for neighbors in (found, expected)]
-        wrong = sum(a != b for a, b in zip(*counts, strict=True))
+    rings = (point_ops.ball_query(cloud, centres, RINGS, SLOTS, name) for name in (backend, "torch"))
+    for ring, *neighbors in zip(RINGS, *rings, strict=True):
+        slots = torch.zeros(2, CENTRES, POINTS, device=device)  # that a point holds in a group
+        for counts, (index, weight, offsets) in zip(slots, neighbors, strict=True):
+            group = torch.arange(CENTRES, device=device).repeat_interleave(offsets.diff())
+            counts.index_put_((group, index), weight, accumulate=True)
+        wrong = int((slots[0] != slots[1]).any(dim=1).sum())
         if wrong:
             return f"{wrong} of {CENTRES} groups of the ring {ring} m"
     return ""
 
 
-def _members(neighbors: point_ops.Neighbors) -> list[dict[int, float]]:
-    """Point -> how many slots it holds, for each group."""
-    index, weight, offsets = (tensor.cpu().numpy() for tensor in neighbors)
-    groups = []
-    for first, last in itertools.pairwise(offsets.tolist()):
-        points, place = np.unique(index[first:last], return_inverse=True)
-        groups.append(dict(zip(points.tolist(), np.bincount(place, weight[first:last]).tolist(), strict=True)))
-    return groups
-
-
 def _group_max(backend: str, device: torch.device) -> str:
     cloud = _cloud(device, POINTS)
     neighbors = point_ops.ball_query(cloud, cloud[:, : CENTRES // 2].contiguous(), RINGS[2:], SLOTS[2:])[0]
-    rows = torch.randn(POINTS, 64, generator=torch.Generator().manual_seed(0)).to(device)
-    results = []
-    for name in (backend, "torch"):
-        leaf = rows.clone().requires_grad_()
-        values = point_ops.group_max(leaf, neighbors, name)
-        values.square().sum().backward()
-        assert leaf.grad is not None
-        results.append((values.detach(), leaf.grad))
-    (values, grad), (expected, expected_grad) = results
+    rows = torch.randn(POINTS, 64, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+    (values, grad), (expected, expected_grad) = (
+        (values, *torch.autograd.grad(values.square().sum(), rows))
+        for values in (point_ops.group_max(rows, neighbors, name) for name in (backend, "torch"))
+    )
     same = torch.equal(values, expected) and torch.allclose(grad, expected_grad, atol=1e-5)
     return "" if same else "values or gradient"
+
+
+def _forward_and_backward(config: SimIPUConfig, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+    """Features of a cloud by a new point encoder, and the gradients of its parameters."""
+    torch.manual_seed(0)
+    encoder = build_point_encoder(config.point_encoder_config).to(device)
+    features = encoder(torch.cat([_cloud(device, 4096), torch.rand(1, 4096, 1, device=device)], 2)).features
+    features.square().mean().backward()
+    return features.detach(), [p.grad for p in encoder.parameters() if p.grad is not None]
 
 
 def _point_encoder(device: torch.device) -> str:
     """Fast backends against the plain ones, forward and backward, in float32 on the device."""
     results = []
-    points = torch.cat([_cloud(device, 4096), torch.rand(1, 4096, 1, device=device)], 2)
     for backend in ("auto", "torch"):
-        torch.manual_seed(0)
         config = _small_config("recommended", sampling_backend=backend, grouping_backend=backend)
-        encoder = build_point_encoder(config.point_encoder_config).to(device)
-        output = encoder(points)
-        output.features.square().mean().backward()
-        grads = torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None])
-        results.append((output.features.detach(), grads))
+        features, grads = _forward_and_backward(config, device)
+        results.append((features, torch.cat([grad.flatten() for grad in grads])))
     errors = [float((a - b).norm() / b.norm()) for a, b in zip(*results, strict=True)]
     if max(errors) > 1e-3:
         raise Failed(f"features and gradients differ by {errors[0]:.1e} and {errors[1]:.1e}", "please report it")
@@ -347,14 +332,10 @@ def _sparse_convolution(device: torch.device) -> str:
     except Exception as error:
         advice = 'pip install "simipu-hf[spconv]" (Linux, x86-64), if you want --point_encoder sparse_conv'
         raise Absent(f"cannot be imported: {error}", advice) from error
-    config = SimIPUConfig.from_preset("recommended", point_encoder="sparse_conv").point_encoder_config
-    torch.manual_seed(0)
-    encoder = build_point_encoder(config).to(device)
-    points = torch.cat([_cloud(device, 4096), torch.rand(1, 4096, 1, device=device)], 2)
-    features = encoder(points).features
-    features.square().mean().backward()
-    grads = torch.stack([p.grad.norm() for p in encoder.parameters() if p.grad is not None])
-    if not (torch.isfinite(features).all() and torch.isfinite(grads).all() and (grads > 0).all()):
+    config = SimIPUConfig.from_preset("recommended", point_encoder="sparse_conv")
+    features, grads = _forward_and_backward(config, device)
+    norms = torch.stack([grad.norm() for grad in grads])
+    if not (torch.isfinite(features).all() and torch.isfinite(norms).all() and (norms > 0).all()):
         raise Failed("its features or gradients are not finite, or zero", "train with --point_encoder pointnet2")
     return f"forward and backward run, {len(grads)} parameters have a gradient"
 
@@ -374,22 +355,21 @@ def _small_config(preset: str, **point_config: Any) -> SimIPUConfig:
     )
 
 
-def _small_batch(batch_size: int = 2, height: int = 64, width: int = 192) -> dict[str, Tensor]:
+def _small_batch() -> dict[str, Tensor]:
     """Made-up rows in float64: points ahead of a pinhole camera that looks along x, and a turned view of them."""
-    points = _cloud(torch.device("cpu"), 2048).double().repeat(batch_size, 1, 1)
-    points += torch.arange(batch_size)[:, None, None] * torch.tensor([0.5, 0.25, 0.125])
+    points = _cloud(torch.device("cpu"), 2048).double().repeat(2, 1, 1)
+    points += torch.arange(2)[:, None, None] * torch.tensor([0.5, 0.25, 0.125])
     reflectance = (points.sum(2, keepdim=True) * 7).sin().abs()
-    focal = width / 2
-    camera = torch.tensor([[width / 2, -focal, 0, 0], [height / 2, 0, -focal, 0], [1, 0, 0, 0]], dtype=torch.float64)
+    camera = torch.tensor([[96, -96, 0, 0], [32, 0, -96, 0], [1, 0, 0, 0]], dtype=torch.float64)
     turn = torch.tensor([[0.8, 0.6, 0, 1], [0.6, -0.8, 0, 2], [0, 0, 1, 0], [0, 0, 0, 1]], dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(points.shape[1], generator=generator)
     return {
-        "pixel_values": torch.randn(batch_size, 3, height, width, generator=generator, dtype=torch.float64),
+        "pixel_values": torch.randn(2, 3, 64, 192, generator=generator, dtype=torch.float64),
         "points": torch.cat([points, reflectance], 2),
         "points_aug": torch.cat([points @ turn[:3, :3].T + turn[:3, 3], reflectance], 2)[:, order],
-        "lidar_to_aug": turn.repeat(batch_size, 1, 1),
-        "lidar_to_pixel": camera.repeat(batch_size, 1, 1),
+        "lidar_to_aug": turn.repeat(2, 1, 1),
+        "lidar_to_pixel": camera.repeat(2, 1, 1),
     }
 
 
