@@ -83,25 +83,6 @@ class CellMap:
     cell_size: np.ndarray
     inside: np.ndarray
 
-    @property
-    def extent(self) -> tuple[float, float, float, float]:
-        """Left, right, bottom and top of the map, as `imshow` takes them."""
-        (left, top), (right, bottom) = self.pixels[0, 0] - self.cell_size / 2, self.pixels[-1, -1] + self.cell_size / 2
-        return left, right, bottom, top
-
-    def with_values(self, values: np.ndarray) -> "CellMap":
-        return replace(self, values=values)
-
-    def bordered(self) -> "CellMap":
-        """One more cell on every side, as the outermost ones: beyond them the nearest cell counts."""
-        step, around = self.cell_size, ((1, 1), (1, 1), (0, 0))
-        pixels = np.pad(self.pixels, around, mode="edge")
-        pixels[0, :, 1] -= step[1]
-        pixels[-1, :, 1] += step[1]
-        pixels[:, 0, 0] -= step[0]
-        pixels[:, -1, 0] += step[0]
-        return CellMap(np.pad(self.values, around, "edge"), pixels, step, np.pad(self.inside, around[:2], "edge"))
-
 
 def cell_map(values: np.ndarray, grid: FeatureGrid, resize: np.ndarray, frame: Frame) -> CellMap:
     """Places a map of the processed image over the original image.
@@ -224,7 +205,7 @@ def match_views(
 
 def similarities(embeds: FrameEmbeds, point: int) -> CellMap:
     """Cosine similarity of every cell of the image to one point, `(h, w, 1)`."""
-    return embeds.cells.with_values(embeds.cells.values @ embeds.points[point][:, None])
+    return replace(embeds.cells, values=embeds.cells.values @ embeds.points[point][:, None])
 
 
 def _resize_transform(frame: Frame, size: list[int], image_processor: SimIPUImageProcessor) -> np.ndarray:

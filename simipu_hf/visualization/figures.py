@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import ConnectionPatch
 
 from simipu_hf.data.rows import Frame
@@ -120,8 +121,7 @@ def draw_shared_features(frame: Frame, embeds: FrameEmbeds, colors: Principal) -
     panels = figure.subplot_mosaic([["image", "above"], ["points", "above"]], width_ratios=[2.15, 1])
 
     _show_image(panels["image"], frame, brightness=0.45)
-    _show_cells(panels["image"], embeds.cells.with_values(colors.colors(embeds.cells.values)), alpha=0.8)
-    _stay_within(panels["image"], frame)
+    _show_cells(panels["image"], embeds.cells, colors.colors(embeds.cells.values), frame, alpha=0.8)
     panels["image"].set(title=f"{frame.frame_id}: image features", **PIXELS)
 
     _show_image(panels["points"], frame, brightness=0.3)
@@ -153,8 +153,7 @@ def draw_image_features(frame: Frame, stages: Mapping[str, CellMap], photograph:
         axes.set(title=frame.frame_id, **PIXELS)
     for axes, (name, cells) in zip(panels, stages.items(), strict=True):
         colors = Principal.fit(cells.values[cells.inside])
-        _show_cells(axes, cells.with_values(colors.colors(cells.values)))
-        _stay_within(axes, frame)
+        _show_cells(axes, cells, colors.colors(cells.values), frame)
         axes.set(title=f"image encoder, {name}: first three principal components", **PIXELS)
     return figure
 
@@ -176,12 +175,8 @@ def draw_retrieval(frame: Frame, points: np.ndarray, maps: Sequence[CellMap], na
         cells = maps[row]
         values = np.where(cells.inside, cells.values[..., 0], np.nan)
         best = cells.pixels[np.unravel_index(np.nanargmax(values), values.shape)]
-        cells = cells.with_values(values[..., None]).bordered()
         _show_image(axes, frame, brightness=0.6, gray=True)
-        shown = axes.imshow(
-            cells.values[..., 0], cmap=heat, extent=cells.extent, alpha=0.7, interpolation="nearest", zorder=1
-        )
-        _stay_within(axes, frame)
+        shown = _show_cells(axes, cells, values, frame, alpha=0.7, cmap=heat)
         axes.plot(*best, "s", mfc="none", mec="white", ms=9, mew=1.6, label="most similar cell", zorder=3)
         axes.plot(*pixels[row], "+", color="#4dffea", ms=15, mew=2.2, label="where the point is", zorder=3)
         figure.colorbar(shown, ax=axes, pad=0.01, label="cosine similarity", aspect=15)
@@ -244,9 +239,14 @@ def _show_image(axes: Axes, frame: Frame, brightness: float = 1.0, gray: bool = 
     _stay_within(axes, frame)
 
 
-def _show_cells(axes: Axes, cells: CellMap, alpha: float = 1.0) -> None:
-    cells = cells.bordered()
-    axes.imshow(cells.values, extent=cells.extent, alpha=alpha, interpolation="nearest", zorder=1)
+def _show_cells(axes: Axes, cells: CellMap, values: np.ndarray, frame: Frame, **style: Any) -> AxesImage:
+    """Values `(h, w)` or colours `(h, w, 3)` of cells; beyond the outermost cells the nearest one counts."""
+    reach = 1.5 * cells.cell_size  # from the centre of an outermost cell over it and one more
+    (left, top), (right, bottom) = cells.pixels[0, 0] - reach, cells.pixels[-1, -1] + reach
+    bordered = np.pad(values, ((1, 1), (1, 1), (0, 0))[: values.ndim], "edge")
+    shown = axes.imshow(bordered, extent=(left, right, bottom, top), interpolation="nearest", zorder=1, **style)
+    _stay_within(axes, frame)
+    return shown
 
 
 def _stay_within(axes: Axes, frame: Frame) -> None:

@@ -34,20 +34,13 @@ def scene_html(frame: Frame, embeds: FrameEmbeds | None = None, colors: Principa
     if embeds is not None and colors is not None:
         modes["Features"] = _feature_mode(frame, embeds, colors)
     x, y, z = frame.points[:, :3].T.astype(np.float32)
-    figure = go.Figure(
-        [
-            go.Scatter3d(x=x, y=y, z=z, mode="markers", marker={"size": 1.5, **marker}, name=name, hoverinfo="none")
-            for name, marker in modes.items()
-        ]
-    )
-    figure.update_traces(visible=False, showlegend=False)
-    figure.data[0].visible = True
+    figure, buttons = go.Figure(), []
+    for name, marker in modes.items():
+        style = {"mode": "markers", "marker": {"size": 1.5, **marker}, "hoverinfo": "none", "visible": name == "Depth"}
+        figure.add_scatter3d(x=x, y=y, z=z, name=name, showlegend=False, **style)
+        shown = [*(name == other for other in modes), True]
+        buttons.append({"label": name, "method": "update", "args": [{"visible": shown}]})
     figure.add_trace(_frustum(frame))
-    shown = [[name == other for other in modes] + [True] for name in modes]
-    buttons = [
-        {"label": name, "method": "update", "args": [{"visible": visible}]}
-        for name, visible in zip(modes, shown, strict=True)
-    ]
     axis = {"color": FAINT, "gridcolor": "#343a44", "showbackground": False, "ticksuffix": " m"}
     figure.update_layout(
         title={"text": frame.frame_id.replace("<", "&lt;"), "font": {"size": 14}},
