@@ -351,17 +351,13 @@ def _drive_frames(name: str, drive: _Drive, cameras: Sequence[int] | None, listi
 def fingerprint(frames: Iterable[Frame]) -> str:
     """Changes with this file and with the frames' files (by size and time of change), so that no cache is stale."""
     frames = list(frames)
-    states: dict[str, tuple[int, int] | None] = {}  # frames of a drive share their calibration
-    for frame in frames:
-        for path in (frame.image, frame.scan, *frame.calibration, *([frame.labels] if frame.labels else [])):
-            if path not in states:
-                try:
-                    found = os.stat(path)
-                    states[path] = (found.st_size, found.st_mtime_ns)
-                except OSError:
-                    states[path] = None
     with open(__file__, "rb") as file:
-        return hashlib.sha256(file.read() + repr((frames, states)).encode("utf-8")).hexdigest()
+        digest = hashlib.sha256(file.read() + repr(frames).encode("utf-8"))
+    files = {path for frame in frames for path in (frame.image, frame.scan, *frame.calibration, frame.labels) if path}
+    for path in sorted(files):  # frames of a drive share their calibration
+        found = os.stat(path) if os.path.isfile(path) else None
+        digest.update(repr((path, found and (found.st_size, found.st_mtime_ns))).encode("utf-8"))
+    return digest.hexdigest()
 
 
 def _root(data_dir: str | os.PathLike | None) -> str:

@@ -61,6 +61,7 @@ SWEEPS, OBJECTS = "-sweeps", "-objects"
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_LEFT", "CAM_FRONT_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
 LIDAR = "LIDAR_TOP"
 INDEXED = ("sample_data", "ego_pose", "calibrated_sensor", "sensor")  # the tables that an index is made of
+SEPARATORS = re.compile(r"[ \t\r\n,]*")  # between the records of a table
 TURN = 60_000  # microseconds: one turn of the LiDAR, 50 ms, and some tolerance
 
 # numbers of the published scenes (devkit: python-sdk/nuscenes/utils/splits.py)
@@ -446,7 +447,7 @@ def _records(path: str, *fields: str) -> Iterator[dict[str, Any]]:
         if not text.startswith("["):
             raise ValueError(f"{path}: expected a JSON list of records, found {text[:20]!r}")
         while True:
-            position = _skip(text, position)
+            position = SEPARATORS.match(text, position).end()  # type: ignore[union-attr]  # always matches
             if text[position : position + 1] == "]":
                 return
             try:
@@ -461,12 +462,6 @@ def _records(path: str, *fields: str) -> Iterator[dict[str, Any]]:
                 raise ValueError(f"{path}: record {count}: expected the fields {sorted(expected)}, found {record!r}")
             count += 1
             yield record
-
-
-def _skip(text: str, position: int) -> int:
-    while position < len(text) and text[position] in " \t\r\n,":
-        position += 1
-    return position
 
 
 def _tables(name: str, data_dir: str | os.PathLike | None) -> str:
