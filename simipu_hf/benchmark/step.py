@@ -1,6 +1,6 @@
 """`simipu-hf benchmark step`: a whole pre-training step against its image encoder alone, and where the time goes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -97,10 +97,6 @@ def step_functions(
     def autocast() -> torch.autocast:
         return torch.autocast(device.type, dtype, enabled=mixed_precision != "no")
 
-    with torch.no_grad(), autocast():
-        map_gradients = [torch.randn_like(m) for m in encoders.get_image_features(batch["pixel_values"])]
-        point_gradient = torch.randn_like(encoders.get_point_features(batch["points"]).features)
-
     def step() -> None:
         model.zero_grad(set_to_none=True)
         with record_function(FORWARD), autocast():
@@ -108,18 +104,20 @@ def step_functions(
         with record_function(BACKWARD):
             loss.backward()
 
-    def image() -> None:
-        model.zero_grad(set_to_none=True)
-        with autocast():
-            maps = encoders.get_image_features(batch["pixel_values"])
-        torch.autograd.backward(maps, map_gradients)
+    def alone(forward: Callable[[], Sequence[torch.Tensor]]) -> Function:
+        with torch.no_grad(), autocast():
+            gradients = [torch.randn_like(output) for output in forward()]
 
-    def points() -> None:
-        model.zero_grad(set_to_none=True)
-        with autocast():
-            features = encoders.get_point_features(batch["points"]).features
-        features.backward(point_gradient)
+        def run() -> None:
+            model.zero_grad(set_to_none=True)
+            with autocast():
+                outputs = forward()
+            torch.autograd.backward(outputs, gradients)
 
+        return run
+
+    image = alone(lambda: encoders.get_image_features(batch["pixel_values"]))
+    points = alone(lambda: [encoders.get_point_features(batch["points"]).features])
     return {IMAGE: image, POINTS: points, STEP: step, OPTIMIZER: optimizer.step}
 
 
