@@ -107,7 +107,11 @@ def demo(
     frames, run, pictures = folder / FRAMES, folder / RUN, folder / PICTURES
     stages: dict[str, dict[str, Any]] = {}
 
-    with one_core_for_loading():
+    threads = torch.get_num_threads()
+    with contextlib.ExitStack() as afterwards:
+        # a core less: threads that wait for one that a loading process holds up waste both
+        afterwards.callback(torch.set_num_threads, threads)
+        torch.set_num_threads(max(1, threads - 1))
         with stage(stages, folder, "data", "Copying frames" if data_dir else "Generating a synthetic drive") as result:
             result |= make_frames(frames, data_dir, settings, seed)
         with stage(stages, folder, "pretraining", "Pre-training on camera + LiDAR pairs, without labels") as result:
@@ -133,17 +137,6 @@ def demo(
     report = write_report(results, folder / REPORT)
     print(closing_words(results), flush=True)
     return report
-
-
-@contextlib.contextmanager
-def one_core_for_loading() -> Iterator[None]:
-    """Keeps PyTorch off one processor: threads that wait for one that a loading process holds up waste both."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, before - 1))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager
