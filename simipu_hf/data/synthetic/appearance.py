@@ -1,6 +1,5 @@
 """What surfaces look like to a camera and to a LiDAR: materials, patterns, light and sky."""
 
-from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
 
@@ -90,32 +89,20 @@ def _cut_windows(
     return material, color
 
 
-@dataclass(frozen=True)
 class Lighting:
-    """Sun and sky of a street, in the world frame (z up). Radiances are relative to a white sky of 1."""
+    """A random sun and sky of a street, in the world frame (z up). Radiances are relative to a white sky of 1."""
 
-    sun_direction: np.ndarray
-    sun_color: np.ndarray
-    zenith_color: np.ndarray
-    horizon_color: np.ndarray
-    cloud_cover: float
-    visibility: float
-
-    @staticmethod
-    def random(rng: np.random.Generator) -> "Lighting":
-        cloud_cover = rng.choice([0.15, 0.35, 0.6, 0.95]) + rng.uniform(-0.1, 0.05)
+    def __init__(self, rng: np.random.Generator):
+        self.cloud_cover = rng.choice([0.15, 0.35, 0.6, 0.95]) + rng.uniform(-0.1, 0.05)
         elevation, azimuth = np.deg2rad(rng.uniform(18, 60)), rng.uniform(0, 2 * np.pi)
         direction = [np.cos(elevation) * np.cos(azimuth), np.cos(elevation) * np.sin(azimuth), np.sin(elevation)]
         warmth = np.array([1.0, 0.93, 0.84]) if elevation > 0.5 else np.array([1.0, 0.81, 0.62])
         blue = rng.uniform([0.22, 0.42, 0.8], [0.4, 0.55, 0.95])
-        return Lighting(
-            sun_direction=np.array(direction, np.float32),
-            sun_color=np.float32(2.6 * np.clip(1.25 - cloud_cover, 0.05, 1) * warmth),
-            zenith_color=np.float32(blue * (1 - cloud_cover) + 0.75 * cloud_cover),
-            horizon_color=np.float32(rng.uniform(0.85, 1.0) * np.array([0.92, 0.95, 1.0])),
-            cloud_cover=cloud_cover,
-            visibility=rng.uniform(400, 1500),
-        )
+        self.sun_direction = np.array(direction, np.float32)
+        self.sun_color = np.float32(2.6 * np.clip(1.25 - self.cloud_cover, 0.05, 1) * warmth)
+        self.zenith_color = np.float32(blue * (1 - self.cloud_cover) + 0.75 * self.cloud_cover)
+        self.horizon_color = np.float32(rng.uniform(0.85, 1.0) * np.array([0.92, 0.95, 1.0]))
+        self.visibility = rng.uniform(400, 1500)
 
     def sky(self, direction: np.ndarray) -> np.ndarray:
         """Radiance (N, 3) of the sky along unit directions (N, 3), and of a far tree line under it."""

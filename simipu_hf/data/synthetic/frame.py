@@ -52,7 +52,7 @@ def synthesize_frame(
         lidar: its resolution and noise; a Velodyne HDL-64E by default.
     """
     rng = np.random.default_rng((seed, index))
-    street, calibration = Street(rng), Calibration.random(rng, image_size)
+    street, calibration = Street(rng), Calibration(rng, image_size)
     ego_pose = street.pose(0, -LANE / 2 + rng.normal(0, 0.12), rng.normal(0, 0.02))
     scene = Scene(street)
     points, point_owner = (lidar or Lidar()).scan(scene, calibration, ego_pose, rng)

@@ -21,29 +21,22 @@ HDL64_ELEVATIONS = np.deg2rad(np.concatenate([np.linspace(2.0, -8.33, 32), np.li
 """Velodyne HDL-64E: 32 beams a third of a degree apart above 32 beams half a degree apart."""
 
 
-@dataclass(frozen=True)
 class Calibration:
-    """KITTI's calibration of one drive.
+    """A set-up as KITTI's, a little different every day; `image_size` is (height, width), pixels stay square.
 
     `P2` (3, 4) rectified camera -> pixels (centres at integers); `R0_rect` (3, 3); `Tr_velo_to_cam` (3, 4).
     """
 
-    P2: np.ndarray
-    R0_rect: np.ndarray
-    Tr_velo_to_cam: np.ndarray
-
-    @staticmethod
-    def random(rng: np.random.Generator, image_size: tuple[int, int]) -> "Calibration":
-        """A set-up as KITTI's, a little different every day; `image_size` is (height, width), pixels stay square."""
+    def __init__(self, rng: np.random.Generator, image_size: tuple[int, int]):
         height, width = image_size
         focal = width / 1242 * rng.uniform(700, 725)
         centre_x = (610 + rng.uniform(-8, 8)) * width / 1242 - 0.5
         centre_y = (173.4 + rng.uniform(-3, 8)) * height / 375 - 0.5
         K = np.array([[focal, 0, centre_x], [0, focal, centre_y], [0, 0, 1]])
         offset = np.array([0.06, 0.0, 0.0027]) + rng.normal(0, 2e-4, 3)
-        tilt, rectification = Rotation.from_rotvec(rng.normal(0, 0.008, (2, 3))).as_matrix()
+        tilt, self.R0_rect = Rotation.from_rotvec(rng.normal(0, 0.008, (2, 3))).as_matrix()
         translation = np.array([-0.004, -0.076, -0.272]) + rng.normal(0, 0.003, 3)
-        return Calibration(np.c_[K, K @ offset], rectification, np.c_[tilt @ AXES, translation])
+        self.P2, self.Tr_velo_to_cam = np.c_[K, K @ offset], np.c_[tilt @ AXES, translation]
 
     @property
     def lidar_to_camera(self) -> np.ndarray:

@@ -98,11 +98,8 @@ def vehicle(rng: np.random.Generator, kind: str) -> list[Trimesh]:
 def person(rng: np.random.Generator, seat: float = 0.0) -> list[Trimesh]:
     """Someone in mid-stride; with a `seat`, that much higher (metres), feet and hands forward."""
     height, stride = rng.uniform(1.5, 1.95), rng.uniform(0.02, 0.18)
-    shirt, trousers, skin = (
-        rng.uniform(0.03, 0.6, 3),
-        rng.uniform(0.02, 0.2, 3),
-        np.array([0.5, 0.33, 0.24]) * rng.uniform(0.4, 1.2),
-    )
+    shirt, trousers = rng.uniform(0.03, 0.6, 3), rng.uniform(0.02, 0.2, 3)
+    skin = np.array([0.5, 0.33, 0.24]) * rng.uniform(0.4, 1.2)
     parts = [
         ball([0, 0, 0.66], [0.1, 0.14, 0.21], shirt),
         ball([0, 0, 0.93], [0.06, 0.05, 0.07], skin),
@@ -110,10 +107,8 @@ def person(rng: np.random.Generator, seat: float = 0.0) -> list[Trimesh]:
     ]
     for side in (-1, 1):
         ahead = 0.15 + 0.07 * side if seat else side * stride
-        foot, hand = (
-            [ahead, side * 0.05, 0.01 if not seat else 0.2],
-            [0.3 if seat else -0.8 * ahead, side * 0.16, 0.52],
-        )
+        foot = [ahead, side * 0.05, 0.2 if seat else 0.01]
+        hand = [0.3 if seat else -0.8 * ahead, side * 0.16, 0.52]
         parts.append(limb([0, side * 0.05, 0.5], foot, 0.048, Material.CLOTH, trousers))
         parts.append(limb([0, side * 0.12, 0.81], hand, 0.03, Material.CLOTH, shirt))
     return [part.apply_scale(height).apply_translation([0, 0, seat]) for part in parts]

@@ -12,23 +12,23 @@ import numpy as np
 from trimesh.util import concatenate
 
 from .appearance import Lighting, Material
-from .rays import EmbreeTriangles, NumbaTriangles, Triangles
+from .rays import Triangles
 from .shapes import HOUSE_DEPTH, MAKERS
 
 FIRST, LAST, LANE = -40.0, 140.0, 3.5
 LABELLED = ("Car", "Van", "Truck", "Pedestrian", "Cyclist")
 
 
-class Model(NamedTuple):
+class Model:
     """A shape in its own frame: of each face corners (F, 3, 3), normal (F, 3), the two axes (F, 2) that it is least
     tilted against, material (F,) and colour (F, 3); and all of it ready for ray casting."""
 
-    corners: np.ndarray
-    normals: np.ndarray
-    axes: np.ndarray
-    material: np.ndarray
-    color: np.ndarray
-    triangles: EmbreeTriangles | NumbaTriangles
+    def __init__(self, kind: str, number: int):
+        mesh: Any = concatenate(MAKERS[kind](np.random.default_rng((list(MAKERS).index(kind), number))))
+        self.corners, self.normals = np.float32(mesh.triangles), np.float32(mesh.face_normals)
+        self.axes = np.array([[1, 2], [0, 2], [0, 1]])[np.abs(self.normals).argmax(axis=1)]
+        self.material, self.color = (mesh.face_attributes[name] for name in ("material", "color"))
+        self.triangles = Triangles(self.corners)
 
 
 class Actor(NamedTuple):
@@ -40,21 +40,14 @@ class Actor(NamedTuple):
     tint: np.ndarray
 
 
-@lru_cache(maxsize=256)
-def _model(kind: str, number: int) -> Model:
-    """One of the models that all streets share: making one costs more than placing it."""
-    mesh: Any = concatenate(MAKERS[kind](np.random.default_rng((list(MAKERS).index(kind), number))))
-    corners, normals = np.float32(mesh.triangles), np.float32(mesh.face_normals)
-    axes = np.array([[1, 2], [0, 2], [0, 1]])[np.abs(normals).argmax(axis=1)]
-    material, color = (mesh.face_attributes[name] for name in ("material", "color"))
-    return Model(corners, normals, axes, material, color, Triangles(corners))
+shared_model = lru_cache(maxsize=256)(Model)  # by all streets: making a model costs more than placing it
 
 
 class Street:
     """A random street with its light, buildings, trees, parked cars, traffic and people."""
 
     def __init__(self, rng: np.random.Generator):
-        self.lighting = Lighting.random(rng)
+        self.lighting = Lighting(rng)
         self.bend, self.lanes = rng.uniform(-0.004, 0.004), LANE * (1 if rng.random() < 0.85 else 2)
         self.dash, self.parking = rng.choice([3.0, 4.5, 6.0]), rng.random(2) < 0.7
         self.kerb = self.lanes + np.where(self.parking, 2.2, 0.3)  # of the left and the right side
@@ -112,7 +105,7 @@ class Street:
         s = FIRST + rng.uniform(0, gap)
         while s < LAST:
             kind = str(rng.choice(kinds.split()))
-            model = _model(kind, int(rng.integers(20)))
+            model = shared_model(kind, int(rng.integers(20)))
             length = np.ptp(model.corners[..., 0])
             s += length / 2
             towards = (0 if right else np.pi) + yaw + rng.normal(0, 0.03)
