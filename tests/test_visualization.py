@@ -114,9 +114,9 @@ def test_principal_components_order_directions_by_variance():
     rng = np.random.default_rng(1)
     rows = np.zeros((500, 8))
     rows[:, [5, 2, 7]] = rng.uniform(-1, 1, (500, 3)) * (10, 3, 1)
-    principal = Principal.fit(rows)
+    principal = Principal(rows)
     np.testing.assert_allclose(np.abs(principal.basis[[5, 2, 7], [0, 1, 2]]), 1, atol=0.02)
-    shuffled = Principal.fit(rows[rng.permutation(500)])
+    shuffled = Principal(rows[rng.permutation(500)])
     np.testing.assert_allclose(principal.colors(rows), shuffled.colors(rows), atol=1e-9)
     # another mean and scale of the same structure shows as the same colours once adapted
     np.testing.assert_allclose(principal.adapted(3 * rows + 4).colors(3 * rows + 4), principal.colors(rows), atol=1e-9)
@@ -125,7 +125,7 @@ def test_principal_components_order_directions_by_variance():
 def test_features_of_one_color_do_not_show_rounding_noise():
     noise = np.random.default_rng(0).normal(size=(50, 8)) * 1e-9
     noise[:, 0] += np.linspace(0, 1, 50)
-    colors = Principal.fit(noise).colors(noise)
+    colors = Principal(noise).colors(noise)
     assert np.ptp(colors[:, 1:], axis=0).max() == 0
 
 
@@ -270,7 +270,7 @@ def make_embeds(frame: Frame) -> tuple[FrameEmbeds, Principal]:
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(48, 6))
     cells = cell_map(rows.reshape(4, 12, 6), PATCHES, np.eye(3), frame)
-    return FrameEmbeds(cells, frame.points[:20, :3], rng.normal(size=(20, 6))), Principal.fit(rows)
+    return FrameEmbeds(cells, frame.points[:20, :3], rng.normal(size=(20, 6))), Principal(rows)
 
 
 def test_page_holds_the_points_and_needs_nothing_else():

@@ -27,44 +27,38 @@ from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 DARKEST = 0.15  # of a colour channel: black would be lost on a dark ground
 
 
-@dataclass(frozen=True)
 class Principal:
     """A principal component analysis as a map from features to colours.
 
+    The colours span the 2nd to the 98th percentile of the rows; a component that is rounding alone is halfway.
+
     Args:
-        mean: `(D,)`, subtracted first.
-        basis: `(D, 3)`, the directions of largest variance.
-        low, high: `(3,)`, the projections shown darkest and brightest; where they coincide, everything is halfway.
+        rows: `(R, D)`, features.
+        basis: `(D, 3)`, the directions shown; those of the largest variance of `rows` if `None`.
     """
 
-    mean: np.ndarray
-    basis: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-
-    @classmethod
-    def fit(cls, rows: np.ndarray) -> "Principal":
-        """From rows `(R, D)`; the colours span their 2nd to 98th percentile."""
+    def __init__(self, rows: np.ndarray, basis: np.ndarray | None = None):
         rows = rows.astype(np.float64)
-        _, _, directions = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
-        basis = np.zeros((rows.shape[1], 3))
-        basis[:, : len(directions[:3])] = directions[:3].T
-        # the sign of a direction is arbitrary: its largest component is made positive
-        basis *= np.where(basis[np.abs(basis).argmax(0), range(3)] < 0, -1, 1)
-        return cls(np.zeros(len(basis)), basis, np.zeros(3), np.zeros(3)).adapted(rows)
+        self.mean = rows.mean(0)
+        if basis is None:
+            _, _, directions = np.linalg.svd(rows - self.mean, full_matrices=False)
+            basis = np.zeros((rows.shape[1], 3))
+            basis[:, : len(directions[:3])] = directions[:3].T
+            # the sign of a direction is arbitrary: its largest component is made positive
+            basis *= np.where(basis[np.abs(basis).argmax(0), range(3)] < 0, -1, 1)
+        self.basis = basis
+        self.low, high = np.percentile((rows - self.mean) @ basis, (2, 98), axis=0)
+        span = high - self.low
+        self.span = np.where(span < 1e-5 * span.max(), 0, span)  # less is rounding
 
     def adapted(self, rows: np.ndarray) -> "Principal":
         """The same directions with the mean and range of other rows `(R, D)`."""
-        mean = rows.mean(0, dtype=np.float64)
-        low, high = np.percentile((rows - mean) @ self.basis, (2, 98), axis=0)
-        rounding = high - low < 1e-5 * (high - low).max()  # nothing else to show
-        return Principal(mean, self.basis, np.where(rounding, 0, low), np.where(rounding, 0, high))
+        return Principal(rows, self.basis)
 
     def colors(self, rows: np.ndarray) -> np.ndarray:
         """Rows `(..., D)` as colours `(..., 3)`, up to 1."""
-        span = self.high - self.low
-        scaled = ((rows - self.mean) @ self.basis - self.low) / np.where(span > 0, span, 1)
-        return DARKEST + (1 - DARKEST) * np.where(span > 0, scaled, 0.5).clip(0, 1)
+        scaled = ((rows - self.mean) @ self.basis - self.low) / np.where(self.span > 0, self.span, 1)
+        return DARKEST + (1 - DARKEST) * np.where(self.span > 0, scaled, 0.5).clip(0, 1)
 
 
 @dataclass(frozen=True)

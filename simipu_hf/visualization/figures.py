@@ -152,7 +152,7 @@ def draw_image_features(frame: Frame, stages: Mapping[str, CellMap], photograph:
         _show_image(axes, frame)
         axes.set(title=frame.frame_id, **PIXELS)
     for axes, (name, cells) in zip(panels, stages.items(), strict=True):
-        colors = Principal.fit(cells.values[cells.inside])
+        colors = Principal(cells.values[cells.inside])
         _show_cells(axes, cells, colors.colors(cells.values), frame)
         axes.set(title=f"image encoder, {name}: first three principal components", **PIXELS)
     return figure

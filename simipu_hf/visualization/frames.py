@@ -211,7 +211,7 @@ def draw_frame(row: Mapping[str, Any], model: LoadedModel | None = None) -> tupl
         embeds = embed_frame(model.simipu, model.processor, row, frame)
     except ValueError as error:
         raise SimIPUError(f"frame {frame.frame_id}: {error}") from error
-    colors = Principal.fit(embeds.cells.values[embeds.cells.inside])
+    colors = Principal(embeds.cells.values[embeds.cells.inside])
     chosen = choose_points(frame, embeds.coordinates)
     figures |= {
         "matches": draw_matches(matches, model.simipu.config.max_match_distance, frame.frame_id),
