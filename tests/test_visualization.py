@@ -36,7 +36,7 @@ from simipu_hf.visualization import (
     visualize,
 )
 from simipu_hf.visualization.features import FrameEmbeds, Principal, ViewMatches, cell_map, embed_frame, similarities
-from simipu_hf.visualization.frames import _image_processor, aligned_frame, choose_points, load_model
+from simipu_hf.visualization.frames import LoadedModel, _image_processor, aligned_frame, choose_points
 from simipu_hf.visualization.style import RED
 
 WIDTH, HEIGHT = 96, 32
@@ -395,20 +395,20 @@ def test_visualize_names_what_is_wrong(run_folder, data, tmp_path):
 
 def test_embeddings_are_those_of_the_training_loss(run_folder):
     """At the pixel of a cell's centre, the dense map is what the model samples for a point that projects there."""
-    model = load_model(run_folder, "cpu")
+    model, processor = LoadedModel(run_folder, "cpu").simipu
     frame = make_frame()
-    embeds = embed_frame(model.simipu, model.processor, make_row(frame), frame)
+    embeds = embed_frame(model, processor, make_row(frame), frame)
     row, column = 2, 5
     target = frame.lift(embeds.cells.pixels[row, column][None], 12.0)
     coordinates = torch.from_numpy(target).float()[None]
 
-    batch = model.processor(
+    batch = processor(
         images=frame.image, points=frame.points, camera_projection=PROJECTION, lidar_to_camera=LIDAR_TO_CAMERA
     )
     with torch.no_grad():
-        maps = model.simipu.simipu.get_image_features(batch["pixel_values"])
+        maps = model.simipu.get_image_features(batch["pixel_values"])
         pixels, _ = project_points(coordinates, batch["lidar_to_pixel"])
-        expected = torch.nn.functional.normalize(model.simipu.embed_pixels(maps, pixels, (64, 192))[0], dim=-1)
+        expected = torch.nn.functional.normalize(model.embed_pixels(maps, pixels, (64, 192))[0], dim=-1)
     np.testing.assert_allclose(embeds.cells.values[row, column], expected[0].numpy(), atol=2e-4)
     np.testing.assert_allclose(np.linalg.norm(embeds.points, axis=-1), 1, atol=1e-5)
 

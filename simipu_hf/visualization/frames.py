@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,22 +46,34 @@ LAST_STAGES = (-3, -2, -1)
 LONG_EDGE = 1248  # pixels, for an image encoder that takes any size; a multiple of 32
 
 
-@dataclass
 class LoadedModel:
-    """A model in evaluation mode.
+    """A SimIPU model with its heads, or else an image encoder, in evaluation mode.
 
     Args:
-        encoder: its image encoder, a timm model.
+        source, device: `model` and `device` of [`visualize`].
+
+    Attributes:
+        encoder: the image encoder, a timm model.
         image_processor: of that encoder.
         stages: of the image encoder, to draw.
-        simipu, processor: `None` where there is only an image encoder.
+        simipu: the whole model and its processor; `None` where there is only an image encoder.
+
+    Raises:
+        SimIPUError: there is no model.
     """
 
-    encoder: TimmModel
-    image_processor: SimIPUImageProcessor
-    stages: Sequence[int] = LAST_STAGES
-    simipu: SimIPUForPreTraining | None = None
-    processor: SimIPUProcessor | None = None
+    def __init__(self, source: str | os.PathLike, device: str | None = None):
+        self.simipu = _load_simipu(source)
+        self.stages: Sequence[int] = LAST_STAGES
+        if self.simipu is None:
+            encoder = load_image_encoder(source, channel_order="rgb", verbose=False)[0]
+            self.encoder = encoder.to(choose_device(device)).eval()
+            self.image_processor = _image_processor(self.encoder)
+        else:
+            model, processor = self.simipu
+            model.to(choose_device(device)).eval()  # type: ignore[arg-type]  # transformers' decorator hides the method
+            self.encoder, self.image_processor = model.simipu.image_encoder, processor.image_processor
+            self.stages = model.config.image_encoder_config.stages
 
 
 def visualize(
@@ -101,7 +112,7 @@ def visualize(
     for index in frames:
         if not 0 <= index < len(rows):
             raise SimIPUError(f"frames: the split has rows 0 to {len(rows) - 1}, found {index}")
-    loaded = None if model is None else load_model(model, device)
+    loaded = None if model is None else LoadedModel(model, device)
     folder, written = Path(output_dir), []
     for index in tqdm(frames, desc="Drawing", unit="frame"):
         row = rows[index]
@@ -124,25 +135,6 @@ def draw_curves(run: Path, folder: Path) -> list[Path]:
     """The losses of a run so far, drawn into `folder` as the model card shows them; nothing where none was logged."""
     figure = draw_training_curves(read_metrics(run / METRICS_FILE))
     return [] if figure is None else [save_figure(figure, folder / CURVES)]
-
-
-def load_model(source: str | os.PathLike, device: str | None = None) -> LoadedModel:
-    """A SimIPU model with its heads, or else the image encoder at `source`.
-
-    Args:
-        source, device: `model` and `device` of [`visualize`].
-
-    Raises:
-        SimIPUError: there is no model.
-    """
-    loaded = _load_simipu(source)
-    if loaded is None:
-        encoder = load_image_encoder(source, channel_order="rgb", verbose=False)[0].to(choose_device(device)).eval()
-        return LoadedModel(encoder, _image_processor(encoder))
-    simipu, processor = loaded
-    simipu.to(choose_device(device)).eval()  # type: ignore[arg-type]  # transformers' decorator hides the method
-    stages = simipu.config.image_encoder_config.stages
-    return LoadedModel(simipu.simipu.image_encoder, processor.image_processor, stages, simipu, processor)
 
 
 def _load_simipu(source: str | os.PathLike) -> tuple[SimIPUForPreTraining, SimIPUProcessor] | None:
@@ -203,18 +195,19 @@ def draw_frame(row: Mapping[str, Any], model: LoadedModel | None = None) -> tupl
     figures["image_features"] = draw_image_features(
         frame, encode_image(model.encoder, image_processor, frame, model.stages)
     )
-    if model.simipu is None or model.processor is None:
+    if model.simipu is None:
         return figures, scene_html(frame)
+    simipu, processor = model.simipu
     try:
-        augmentation = TwoViewAugmentation.from_preset(model.simipu.config.preset, random_resize=None)
-        matches = match_views(model.simipu, model.processor, row, augmentation)
-        embeds = embed_frame(model.simipu, model.processor, row, frame)
+        augmentation = TwoViewAugmentation.from_preset(simipu.config.preset, random_resize=None)
+        matches = match_views(simipu, processor, row, augmentation)
+        embeds = embed_frame(simipu, processor, row, frame)
     except ValueError as error:
         raise SimIPUError(f"frame {frame.frame_id}: {error}") from error
     colors = Principal(embeds.cells.values[embeds.cells.inside])
     chosen = choose_points(frame, embeds.coordinates)
     figures |= {
-        "matches": draw_matches(matches, model.simipu.config.max_match_distance, frame.frame_id),
+        "matches": draw_matches(matches, simipu.config.max_match_distance, frame.frame_id),
         "shared_features": draw_shared_features(frame, embeds, colors),
         "retrieval": draw_retrieval(
             frame,
