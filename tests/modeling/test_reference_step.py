@@ -1,13 +1,12 @@
 """A converted checkpoint takes the training step that the official code computed in float64."""
 
 import json
-import zlib
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from official_names import fill
 from safetensors.torch import load_file
 
 from simipu_hf.hub.export import convert_checkpoint
@@ -18,45 +17,6 @@ RELATIVE = 1e-9
 # where its other gradients of that level are about 1, and sums of 524,288 grouped rows above them.
 GRADIENT = 2e-9
 GRADIENT_NOISE = 1e-10
-
-
-def official_tensor(name: str, shape: list[int]) -> torch.Tensor:
-    """The value that the reference gives to the official parameter or buffer `name`."""
-    if name.endswith("num_batches_tracked"):
-        return torch.tensor(0)
-    seed = zlib.crc32(name.encode()) % 9973
-    t = 12.9898 * (np.arange(int(np.prod(shape)), dtype=np.float64) + 1) + 78.233 * seed
-    h = 43758.5453 * np.sin(t)
-    v = torch.from_numpy((2 * (h - np.floor(h)) - 1).reshape(shape))
-    if name.endswith("running_var"):
-        return 1 + 0.1 * v
-    if name.endswith("running_mean"):
-        return 0.05 * v
-    if len(shape) == 1:
-        return 1 + 0.1 * v if name.endswith("weight") else 0.1 * v
-    return v * np.sqrt(3) * np.sqrt(2 / np.prod(shape[1:]))
-
-
-def official_to_ours(name: str) -> str | None:
-    """Independent of `simipu_hf.hub.official`: the rule written down a second time."""
-    heads = {
-        "mlp_cross_points": "inter_point_head",
-        "mlp_cross_img": "inter_image_head",
-        "mlp_intro_points": "intra_point_head",
-    }
-    head, _, rest = name.partition(".")
-    if head == "img_backbone":
-        return f"simipu.image_encoder.{rest}"
-    if head in heads:
-        layer, part, leaf = rest.split(".")
-        return f"{heads[head]}.layers.{int(layer[5:]) - 1}.{['linear', 'norm'][int(part)]}.{leaf}"
-    if head == "pts_backbone":
-        rest = rest.replace(".conv.", ".linear.").replace(".bn.", ".norm.")
-        if rest.startswith("SA_modules"):
-            return "simipu.point_encoder." + rest.replace("SA_modules", "levels").replace(".layer", ".")
-        _, level, leaf = rest.split(".", 2)
-        return f"simipu.point_encoder.levels.{level}.aggregation.{leaf}"
-    return None
 
 
 @pytest.fixture(scope="module")
@@ -77,21 +37,23 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
 
 @pytest.fixture(scope="module")
 def step(case: dict, tmp_path_factory):
-    """The step as it runs on this machine; test_point_ops holds its backends equal to their plain definitions."""
+    """The step as it runs on this machine, and the names of the official entries in the model.
+
+    test_point_ops holds its backends equal to their plain definitions.
+    """
     folder = tmp_path_factory.mktemp("official")
-    state = {name: official_tensor(name, shape) for name, shape in case["state_dict"].items()}
-    torch.save({"state_dict": state}, folder / "official.pth")
+    torch.save({"state_dict": fill(case["state_dict"], torch.float64)}, folder / "official.pth")
     report = convert_checkpoint(folder / "official.pth", folder / "simipu")
-    assert report.mapped == {name: ours for name in state if (ours := official_to_ours(name)) is not None}
     assert not report.missing
+    assert all(name.rpartition(".")[2] == ours.rpartition(".")[2] for name, ours in report.mapped.items())
     model = SimIPUForPreTraining.from_pretrained(folder / "simipu", dtype=torch.float64).train()
     output = model(**batch(case), return_metrics=True)
     output.loss.backward()
-    return model, output
+    return model, output, report.mapped
 
 
 def test_sampling_is_identical(case, step):
-    _, output = step
+    _, output, _ = step
     assert torch.equal(output.point_output.indices, case["tensors"]["out_index"])
     assert torch.equal(output.point_aug_output.indices, case["tensors"]["out_aug_index"])
 
@@ -99,7 +61,7 @@ def test_sampling_is_identical(case, step):
 def test_matching_is_identical_but_for_ties(case, step):
     """The official sampler draws some points twice, so several assignments have the same cost: the same pairs of
     coordinates must be matched, and the total cost must be the reference's."""
-    _, output = step
+    _, output, _ = step
     tensors = case["tensors"]
     total = 0.0
     for item in range(2):
@@ -115,7 +77,7 @@ def test_matching_is_identical_but_for_ties(case, step):
 
 
 def test_features_and_projections(case, step):
-    _, output = step
+    _, output, _ = step
     tensors = case["tensors"]
     assert torch.equal(output.point_output.coordinates, tensors["out_xyz"])
     assert torch.equal(output.point_aug_output.coordinates, tensors["out_aug_xyz"])
@@ -127,7 +89,7 @@ def test_features_and_projections(case, step):
 
 
 def test_losses_and_accuracies(case, step):
-    _, output = step
+    _, output, _ = step
     losses = case["losses"]
     assert output.inter_modal_loss.item() == pytest.approx(losses["cross_loss"], rel=RELATIVE)
     assert output.intra_modal_loss.item() == pytest.approx(losses["intro_loss"], rel=RELATIVE)
@@ -137,7 +99,7 @@ def test_losses_and_accuracies(case, step):
 def test_accuracies(case, step):
     """Equal similarities are common (points drawn twice), and which of them the reference's top-k took first is
     arbitrary: it must lie between counting every tie as a miss and as a hit, and so must ours."""
-    model, output = step
+    model, output, _ = step
     with torch.no_grad():
         matched = output.point_aug_output.features.take_along_dim(output.match[..., None], 1)
         embeds = {
@@ -165,11 +127,11 @@ def test_accuracies(case, step):
 
 
 def test_gradients_and_running_statistics(case, step):
-    model, _ = step
+    model, _, names = step
     tensors = case["tensors"]
     parameters = dict(model.named_parameters())
     for name, norm in case["grad_norms"].items():
-        key = official_to_ours(name)
+        key = names.get(name)
         if key is None:
             assert norm is None, name
         elif norm is None:

@@ -57,22 +57,23 @@ def official_shapes(use_xyz=False, architecture="resnet50") -> dict[str, list[in
     return shapes
 
 
+def official_tensor(name: str, shape: list[int]) -> torch.Tensor:
+    """The value that the reference step gives to the official parameter or buffer `name`, in float64."""
+    if name.endswith("num_batches_tracked"):
+        return torch.tensor(7)
+    seed = zlib.crc32(name.encode()) % 9973
+    t = 12.9898 * (np.arange(int(np.prod(shape)), dtype=np.float64) + 1) + 78.233 * seed
+    h = 43758.5453 * np.sin(t)
+    v = torch.from_numpy((2 * (h - np.floor(h)) - 1).reshape(shape))
+    if name.endswith("running_var"):
+        return 1 + 0.1 * v
+    if name.endswith("running_mean"):
+        return 0.05 * v
+    if len(shape) == 1:
+        return 1 + 0.1 * v if name.endswith("weight") else 0.1 * v
+    return v * np.sqrt(3) * np.sqrt(2 / np.prod(shape[1:]))
+
+
 def fill(shapes: dict[str, list[int]], dtype=torch.float32) -> dict[str, torch.Tensor]:
-    """Values that depend on each entry's name alone; variances are small and varied."""
-    state = {}
-    for name, shape in shapes.items():
-        if name.endswith("num_batches_tracked"):
-            state[name] = torch.tensor(7)
-            continue
-        random = np.random.default_rng(zlib.crc32(name.encode()))
-        values = torch.from_numpy(random.random(shape, dtype=np.float32)).to(dtype)
-        if name.endswith("running_var"):
-            values = 0.002 + values * 0.5
-        elif len(shape) > 1:
-            values = (2 * values - 1) * (3 / np.prod(shape[1:])) ** 0.5
-        elif name.endswith("weight"):
-            values = 0.5 + values * 0.2
-        else:
-            values = 0.1 * values - 0.05
-        state[name] = values.contiguous()
-    return state
+    values = {name: official_tensor(name, shape) for name, shape in shapes.items()}
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in values.items()}
