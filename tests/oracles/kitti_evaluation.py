@@ -5,6 +5,10 @@ thresholds, precision), without sharing anything with `simipu_hf.evaluation.dete
 """
 
 import math
+from itertools import pairwise
+
+from matplotlib.path import Path
+from matplotlib.transforms import Bbox
 
 MIN_HEIGHT, MAX_OCCLUSION, MAX_TRUNCATION = (40, 25, 25), (0, 1, 2), (0.15, 0.3, 0.5)
 SAMPLES = 41
@@ -37,39 +41,14 @@ def corners(o):
     return [(x + c * a + s * b, z - s * a + c * b) for a, b in offsets]
 
 
-def inside(point, polygon):
-    """Whether a point is in a convex polygon, its border included."""
-    signs = []
-    for (ax, ay), (bx, by) in zip(polygon, polygon[1:] + polygon[:1], strict=True):
-        signs.append((bx - ax) * (point[1] - ay) - (by - ay) * (point[0] - ax))
-    return all(sign >= -1e-12 for sign in signs) or all(sign <= 1e-12 for sign in signs)
-
-
-def crossing(a, b, c, d):
-    """Where segments ab and cd cross, None where they don't."""
-    r, s = (b[0] - a[0], b[1] - a[1]), (d[0] - c[0], d[1] - c[1])
-    cross = r[0] * s[1] - r[1] * s[0]
-    if abs(cross) < 1e-15:
-        return None
-    t = ((c[0] - a[0]) * s[1] - (c[1] - a[1]) * s[0]) / cross
-    u = ((c[0] - a[0]) * r[1] - (c[1] - a[1]) * r[0]) / cross
-    return (a[0] + t * r[0], a[1] + t * r[1]) if 0 <= t <= 1 and 0 <= u <= 1 else None
-
-
-def shared_area(p, q):
-    """Area of the intersection of two convex polygons: corners inside the other and crossings of sides, in order."""
-    points = [point for point in p if inside(point, q)] + [point for point in q if inside(point, p)]
-    for a, b in zip(p, p[1:] + p[:1], strict=True):
-        for c, d in zip(q, q[1:] + q[:1], strict=True):
-            point = crossing(a, b, c, d)
-            if point:
-                points.append(point)
-    if len(points) < 3:
-        return 0.0
-    mx, my = sum(x for x, _ in points) / len(points), sum(y for _, y in points) / len(points)
-    points.sort(key=lambda point: math.atan2(point[1] - my, point[0] - mx))
-    ring = zip(points, points[1:] + points[:1], strict=True)
-    return abs(sum(ax * by - bx * ay for (ax, ay), (bx, by) in ring)) / 2
+def shared_area(a, b):
+    """Area that two objects share from above: the first's outline, cut by matplotlib in the axes of the second."""
+    (x, _, z), (_, width, length), yaw = b["place"], b["size"], b["yaw"]
+    c, s = math.cos(yaw), math.sin(yaw)
+    outline = [(c * (px - x) - s * (pz - z), s * (px - x) + c * (pz - z)) for px, pz in corners(a)]
+    half = abs(length) / 2, abs(width) / 2
+    cut = Path([*outline, outline[0]], closed=True).clip_to_bbox(Bbox([[-half[0], -half[1]], half])).vertices.tolist()
+    return abs(sum(ax * by - bx * ay for (ax, ay), (bx, by) in pairwise([*cut, *cut[:1]]))) / 2
 
 
 def overlap_2d(a, b, of_first=False):
@@ -82,7 +61,7 @@ def overlap_2d(a, b, of_first=False):
 
 
 def overlap_bev(a, b, of_first=False):
-    shared = shared_area(corners(a), corners(b))
+    shared = shared_area(a, b)
     area = [abs(o["size"][1] * o["size"][2]) for o in (a, b)]
     return shared / (area[0] if of_first else area[0] + area[1] - shared)
 
@@ -90,7 +69,7 @@ def overlap_bev(a, b, of_first=False):
 def overlap_3d(a, b, of_first=False):
     bottom = min(a["place"][1], b["place"][1])
     top = max(a["place"][1] - a["size"][0], b["place"][1] - b["size"][0])
-    shared = shared_area(corners(a), corners(b)) * max(0.0, bottom - top)
+    shared = shared_area(a, b) * max(0.0, bottom - top)
     volume = [o["size"][0] * o["size"][1] * o["size"][2] for o in (a, b)]
     return shared / (volume[0] if of_first else volume[0] + volume[1] - shared)
 
