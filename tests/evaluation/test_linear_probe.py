@@ -3,6 +3,7 @@
 import numpy as np
 import timm
 import torch
+from scipy.ndimage import map_coordinates
 
 from simipu_hf.data.depth import DepthFrame
 from simipu_hf.data.frames import to_pixel_values
@@ -12,15 +13,8 @@ from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
 
 def bilinear(feature: np.ndarray, stride: int) -> np.ndarray:
     """A map (C, h, w) at the 32 x 64 pixels of the image, the nearest cell beyond the outermost."""
-    at = [np.clip(np.arange(n) / stride, 0, cells - 1) for n, cells in zip((32, 64), feature.shape[1:], strict=True)]
-    low = [
-        np.minimum(np.floor(a), max(cells - 2, 0)).astype(int) for a, cells in zip(at, feature.shape[1:], strict=True)
-    ]
-    high = [np.minimum(index + 1, cells - 1) for index, cells in zip(low, feature.shape[1:], strict=True)]
-    (y, x), (top, left), (bottom, right) = (at[0] - low[0], at[1] - low[1]), low, high
-    upper = feature[:, top][:, :, left] * (1 - x) + feature[:, top][:, :, right] * x
-    lower = feature[:, bottom][:, :, left] * (1 - x) + feature[:, bottom][:, :, right] * x
-    return upper * (1 - y)[:, None] + lower * y[:, None]
+    cells = np.mgrid[:32, :64] / stride
+    return np.stack([map_coordinates(channel, cells, order=1, mode="nearest") for channel in feature])
 
 
 def test_linear_probe_is_ridge_regression():
