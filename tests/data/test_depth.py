@@ -146,21 +146,6 @@ def test_every_point_lands_on_its_pixel_and_the_nearest_wins():
     assert known == {(5, 10): 8.0, (0, 0): 3.0, (31, 63): 4.0}
 
 
-def test_projection_of_a_random_scan_equals_a_loop():
-    rng = np.random.default_rng(0)
-    points = rng.uniform([-5, -20, -3, 0], [60, 20, 3, 1], size=(3000, 4)).astype(np.float32)
-    expected = np.zeros((32, 64))
-    for x, y, z, _ in points.astype(np.float64):
-        u, v, depth = PROJECTION @ (LIDAR_TO_CAMERA @ [x, y, z, 1])
-        if depth <= 0:
-            continue
-        column, row = round(u / depth), round(v / depth)
-        if 0 <= column < 64 and 0 <= row < 32 and (expected[row, column] == 0 or depth < expected[row, column]):
-            expected[row, column] = depth
-    actual = project_to_depth_map(points, PROJECTION, LIDAR_TO_CAMERA, 32, 64)
-    np.testing.assert_array_equal(actual, expected.astype(np.float32))
-
-
 def test_resizing_keeps_depths_and_the_nearest_wins():
     depth = np.zeros((4, 8), np.float32)
     depth[0, 0], depth[1, 1], depth[3, 7], depth[2, 4] = 9.0, 4.0, 30.0, 7.0
