@@ -73,18 +73,11 @@ class Snippet:
 
 def find_snippets(document: Path) -> Iterator[Snippet]:
     """Every fenced block of a document, in order."""
-    mark, opened, body = None, None, []
-    for number, line in enumerate(document.read_text(encoding="utf-8").splitlines(), start=1):
-        if opened is None and line.startswith("```"):
-            opened, body = (line[3:].strip(), number), []
-        elif opened is not None and line.startswith("```"):
-            names = mark.groups() if mark else (None, None)
-            yield Snippet(document, opened[1], opened[0], "\n".join(body) + "\n", *names)
-            mark = opened = None
-        elif opened is not None:
-            body.append(line)
-        elif line.strip():
-            mark = re.fullmatch(r"<!-- test: ([\w-]+)(?:, after ([\w-]+))? -->", line.strip())
+    text = document.read_text(encoding="utf-8")
+    mark = r"(?:^<!-- test: (?P<name>[\w-]+)(?:, after (?P<after>[\w-]+))? -->\s+)?"
+    for block in re.finditer(mark + r"^(?P<fence>```)(?P<language>.*)\n(?P<text>(?s:.*?))^```", text, flags=re.M):
+        line = text.count("\n", 0, block.start("fence")) + 1
+        yield Snippet(document, line, **{key: block[key] for key in ("language", "text", "name", "after")})
 
 
 def prose(document: Path) -> str:
