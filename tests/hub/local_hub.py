@@ -113,7 +113,7 @@ class Handler(BaseHTTPRequestHandler):
     def respond(self) -> None:
         url = urlsplit(self.path)
         path, self.query = unquote(url.path), parse_qs(url.query)
-        self.content = self.read_body()
+        self.content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.hub.requests.append((self.command, path))
         fault = self.hub.fault_for(self.command, path)
         try:
@@ -133,23 +133,10 @@ class Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = respond  # noqa: N815
 
-    def read_body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
-            parts = []
-            while size := int(self.rfile.readline().split(b";")[0], 16):
-                parts.append(self.rfile.read(size))
-                self.rfile.readline()
-            self.rfile.readline()
-            return b"".join(parts)
-        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-
     def send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
-        for name, value in {
-            "Content-Length": str(len(body)),
-            "Content-Type": "application/json",
-            **(headers or {}),
-        }.items():
+        fixed = {"Content-Length": str(len(body)), "Content-Type": "application/json"}
+        for name, value in (fixed | (headers or {})).items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
@@ -218,8 +205,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def branch(self, kind: str, repo_id: str, name: str) -> None:
         repo = self.writable(kind, repo_id)
-        if name in repo.branches:
-            raise HubError(409, "Reference already exists")
         repo.branches[name] = repo.branches["main"]
         self.send_json({})
 
@@ -263,8 +248,6 @@ class Handler(BaseHTTPRequestHandler):
                     repo.lfs.add(value["path"])
                 elif key == "deletedFile":
                     files.pop(value["path"], None)
-                elif key == "deletedFolder":
-                    files = {name: c for name, c in files.items() if not name.startswith(value["path"])}
             sha = repo.add(revision, files)
         self.send_json({"commitUrl": f"{self.hub.url}/{repo_id}/commit/{sha}", "commitOid": sha, "success": True})
 
@@ -302,14 +285,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(404, b"{}", headers)
         content = files[name]
         oid = sha256(content) if name in repo.lfs else git_id(content)
-        headers = {"X-Repo-Commit": sha, "ETag": f'"{oid}"', "Accept-Ranges": "bytes"}
+        headers = {"X-Repo-Commit": sha, "ETag": f'"{oid}"'}
         if name in repo.lfs:
             headers |= {"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(len(content))}
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-        if wanted and self.command == "GET":
-            first, last = int(wanted[1]), int(wanted[2] or len(content) - 1)
-            headers["Content-Range"] = f"bytes {first}-{min(last, len(content) - 1)}/{len(content)}"
-            return self.send(206, content[first : last + 1], headers)
         return self.send(200, content, headers)
 
 
