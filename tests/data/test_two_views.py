@@ -57,13 +57,11 @@ def project(matrix, points):
     return (homogeneous[:2] / homogeneous[2]).T
 
 
-def original_pixels(points, preset="recommended", projection=CAMERA_PROJECTION, lidar_to_camera=LIDAR_TO_CAMERA):
-    """Where points of a sample are in the row's image: from the camera-aligned frame, or from the LiDAR's."""
-    if preset == "official":
-        return project(projection @ lidar_to_camera, points)
+def original_pixels(points):
+    """Where points of a sample, in the camera-aligned frame, are in the row's image."""
     x, y, z = np.asarray(points, np.float64)[:, :3].T
-    center = np.linalg.inv(projection[:, :3]) @ projection[:, 3]
-    return project(projection, np.column_stack([-y, -z, x]) - center)
+    center = np.linalg.inv(CAMERA_PROJECTION[:, :3]) @ CAMERA_PROJECTION[:, 3]
+    return project(CAMERA_PROJECTION, np.column_stack([-y, -z, x]) - center)
 
 
 AUGMENTATIONS = {
@@ -105,20 +103,17 @@ def test_lidar_to_pixel_agrees_with_the_image_itself(name):
         assert np.abs(project(sample["lidar_to_pixel"], sample["points"]) - expected).max() < 1e-2
 
 
-@pytest.mark.parametrize("preset", ["recommended", "official"])
 @pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize("random_resize", [None, ((100, 48), (500, 240))])
-def test_lidar_to_pixel_equals_the_formula(preset, mirrored, random_resize):
-    processor = SimIPUProcessor.from_preset(preset, (96, 160), num_points=500)
+def test_official_lidar_to_pixel_equals_the_formula(mirrored, random_resize):
+    processor = SimIPUProcessor.from_preset("official", (96, 160), num_points=500)
     augmentation = TwoViewAugmentation(flip_probability=float(mirrored), random_resize=random_resize)
     for index in range(5):
         sample = make_sample(make_row(), processor, augmentation, index=index)
         height, width = sample["image"].shape[-2:]
-        u, v = original_pixels(sample["points"], preset).T
-        half = 0.5 if preset == "recommended" else 0.0
-        u, v = (u + half) * width / WIDTH - half, (v + half) * height / HEIGHT - half
-        if mirrored:
-            u = width - 1 - u if preset == "recommended" else width - u
+        u, v = project(CAMERA_PROJECTION @ LIDAR_TO_CAMERA, sample["points"]).T
+        u, v = u * width / WIDTH, v * height / HEIGHT
+        u = width - u if mirrored else u
         assert np.abs(project(sample["lidar_to_pixel"], sample["points"]) - np.column_stack([u, v])).max() < 1e-2
 
 
