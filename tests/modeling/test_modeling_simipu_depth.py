@@ -1,4 +1,4 @@
-"""The depth model: loss against its formula, encoders of several families, gradients."""
+"""The depth model: loss against its formula, gradients, widths of the decoder."""
 
 import math
 
@@ -78,17 +78,14 @@ def test_resnet50_decoder_has_the_published_widths():
     assert tuple(model.decoder.to_depth.weight.shape) == (1, 128, 3, 3)
 
 
-@pytest.mark.parametrize("architecture", ["test_resnet", "test_convnext", "test_efficientnet", "test_vit"])
-def test_any_timm_encoder(architecture):
-    model = SimIPUForDepthEstimation(SimIPUDepthConfig(image_config={"architecture": architecture}))
+def test_depth_has_the_size_of_the_labels_or_of_the_image():
+    """Encoders of other families, their gradients with them, are in hub/test_every_encoder.py."""
+    model = tiny()
     output = model(torch.randn(2, 3, 64, 96), labels=torch.rand(2, 50, 70) * 60)
     assert output.predicted_depth.shape == (2, 50, 70)
     assert output.predicted_depth.min() > 0
     assert output.predicted_depth.max() < 80
-    output.loss.backward()
     assert model(torch.randn(1, 3, 64, 96)).predicted_depth.shape == (1, 64, 96)
-    without_gradient = [n for n, p in model.decoder.named_parameters() if p.grad is None]
-    assert without_gradient == []
 
 
 def test_depth_under_autocast_is_not_in_steps_of_half_precision():

@@ -148,8 +148,6 @@ def test_bad_calls_are_refused():
         SimIPUProcessor.from_preset("best")
     with pytest.raises(ValueError, match="image_size"):
         SimIPUProcessor.from_preset("official", (384,))
-    with pytest.raises(ValueError, match="depth_range"):
-        SimIPUProcessor.from_preset("recommended", depth_range=(80, 1))
 
 
 def test_presets_and_the_range_of_depths():
