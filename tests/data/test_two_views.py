@@ -7,6 +7,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from camera import LIDAR_TO_CAMERA, project, project_aligned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -27,9 +28,6 @@ from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
 WIDTH, HEIGHT = 250, 120
 CAMERA_PROJECTION = np.array([[150.0, 0, 124.5, 11.0], [0, 145.0, 59.5, -3.0], [0, 0, 1, 0.002]])
-LIDAR_TO_CAMERA = np.array(
-    [[0.01, -0.99995, 0, 0.02], [-0.02, 0, -0.9998, -0.08], [0.9998, 0.01, -0.02, -0.27], [0, 0, 0, 1]]
-)
 
 
 def make_row(seed=0, count=3000, image=None):
@@ -49,19 +47,6 @@ def make_row(seed=0, count=3000, image=None):
 
 def make_sample(row, processor, augmentation, seed=0, epoch=0, index=0):
     return two_view_sample(row, processor, augmentation, seed=seed, epoch=epoch, index=index)
-
-
-def project(matrix, points):
-    columns = np.column_stack([np.asarray(points, np.float64)[:, :3], np.ones(len(points))]).T
-    homogeneous = np.asarray(matrix, np.float64) @ columns
-    return (homogeneous[:2] / homogeneous[2]).T
-
-
-def original_pixels(points):
-    """Where points of a sample, in the camera-aligned frame, are in the row's image."""
-    x, y, z = np.asarray(points, np.float64)[:, :3].T
-    center = np.linalg.inv(CAMERA_PROJECTION[:, :3]) @ CAMERA_PROJECTION[:, 3]
-    return project(CAMERA_PROJECTION, np.column_stack([-y, -z, x]) - center)
 
 
 AUGMENTATIONS = {
@@ -98,9 +83,9 @@ def test_lidar_to_pixel_agrees_with_the_image_itself(name):
         # least squares: pixel of the processed image as an affine function of the source pixel
         columns = np.column_stack([*source, np.ones(source.shape[1])])
         fitted = np.linalg.lstsq(columns, np.column_stack([u, v]), rcond=None)[0]
-        original = original_pixels(sample["points"])
+        original = project_aligned(CAMERA_PROJECTION, sample["points"])[0]
         expected = np.column_stack([original, np.ones(len(original))]) @ fitted
-        assert np.abs(project(sample["lidar_to_pixel"], sample["points"]) - expected).max() < 1e-2
+        assert np.abs(project(sample["lidar_to_pixel"], sample["points"])[0] - expected).max() < 1e-2
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
@@ -111,10 +96,10 @@ def test_official_lidar_to_pixel_equals_the_formula(mirrored, random_resize):
     for index in range(5):
         sample = make_sample(make_row(), processor, augmentation, index=index)
         height, width = sample["image"].shape[-2:]
-        u, v = project(CAMERA_PROJECTION @ LIDAR_TO_CAMERA, sample["points"]).T
+        u, v = project(CAMERA_PROJECTION @ LIDAR_TO_CAMERA, sample["points"])[0].T
         u, v = u * width / WIDTH, v * height / HEIGHT
         u = width - u if mirrored else u
-        assert np.abs(project(sample["lidar_to_pixel"], sample["points"]) - np.column_stack([u, v])).max() < 1e-2
+        assert np.abs(project(sample["lidar_to_pixel"], sample["points"])[0] - np.column_stack([u, v])).max() < 1e-2
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
@@ -149,7 +134,7 @@ def test_the_sample_does_not_know_the_rig(axis, angle, shift):
     motion[:3, 3] = shift
     row = make_row(count=600)
     scan = np.frombuffer(row["points"], "<f4").reshape(-1, 4)
-    pixels = project(CAMERA_PROJECTION @ LIDAR_TO_CAMERA, scan)
+    pixels = project(CAMERA_PROJECTION @ LIDAR_TO_CAMERA, scan)[0]
     scan = scan[(np.minimum(pixels, (WIDTH, HEIGHT) - pixels) > 2).all(axis=1)]  # the border is as exact as float32
     moved = np.column_stack([scan[:, :3] @ motion[:3, :3].T + motion[:3, 3], scan[:, 3]])
     extrinsics = LIDAR_TO_CAMERA @ np.linalg.inv(motion)
@@ -163,8 +148,8 @@ def test_the_sample_does_not_know_the_rig(axis, angle, shift):
     assert torch.equal(first["image"], second["image"])
     for name in ("points", "points_aug", "lidar_to_aug", "lidar_to_pixel"):
         assert (first[name] - second[name]).abs().max() <= 1e-5, name
-    apart = project(first["lidar_to_pixel"], first["points"]) - project(second["lidar_to_pixel"], second["points"])
-    assert np.abs(apart).max() <= 1e-4
+    pixels, others = (project(sample["lidar_to_pixel"], sample["points"])[0] for sample in (first, second))
+    assert np.abs(pixels - others).max() <= 1e-4
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
@@ -203,7 +188,7 @@ def test_draws_cover_their_ranges_and_image_and_view_flip_together():
         linear = sample["lidar_to_aug"].double()[:3, :3]
         flipped = bool(torch.linalg.det(linear) < 0)
         # in the image, y to the left grows to the left unless it is mirrored
-        left, right = project(sample["lidar_to_pixel"], np.array([[20.0, 1, 0], [20.0, -1, 0]]))[:, 0]
+        left, right = project(sample["lidar_to_pixel"], np.array([[20.0, 1, 0], [20.0, -1, 0]]))[0][:, 0]
         assert (left > right) == flipped
         flips.append(flipped)
         scales.append(float(linear[2, 2]))

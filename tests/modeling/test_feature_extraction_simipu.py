@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from camera import PROJECTION
 
 from simipu_hf.modeling.feature_extraction_simipu import SimIPUFeatureExtractor, to_point_cloud
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
-PROJECTION = np.array([[180.0, 0, 125.5, 11.0], [0, 175.0, 39.5, -3.0], [0, 0, 1, 0.002]])
 # x forward, y left, z up -> x right, y down, z forward, shifted
 EXTRINSICS = np.array([[0.0, -1, 0, 0.02], [0, 0, -1, -0.08], [1, 0, 0, -0.27], [0, 0, 0, 1]])
 SIZE = (80, 250)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from camera import PROJECTION
 
 from simipu_hf.modeling.geometry import (
     FeatureGrid,
@@ -18,7 +19,6 @@ from simipu_hf.modeling.geometry import (
     transform_points,
 )
 
-PROJECTION = np.array([[180.0, 0, 125.5, 11.0], [0, 175.0, 39.5, -3.0], [0, 0, 1, 0.002]])
 # x forward, y left, z up -> x right, y down, z forward, slightly tilted and shifted
 EXTRINSICS = np.array([[0.0, -1, 0, 0.02], [-0.6, 0, -0.8, -0.08], [0.8, 0, -0.6, -0.27], [0, 0, 0, 1]])
 

@@ -3,15 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from camera import LIDAR_TO_CAMERA, PROJECTION, project, project_aligned
 from PIL import Image
 
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
-
-CAMERA_PROJECTION = np.array([[180.0, 0, 125.5, 11.0], [0, 175.0, 39.5, -3.0], [0, 0, 1, 0.002]])
-# x forward, y left, z up -> x right, y down, z forward, slightly tilted and shifted
-LIDAR_TO_CAMERA = np.array(
-    [[0.01, -0.99995, 0, 0.02], [-0.02, 0, -0.9998, -0.08], [0.9998, 0.01, -0.02, -0.27], [0, 0, 0, 1]]
-)
 
 
 def make_row(width=250, height=80, count=3000, seed=0):
@@ -21,24 +16,9 @@ def make_row(width=250, height=80, count=3000, seed=0):
     return {
         "images": image,
         "points": points.astype("<f4"),
-        "camera_projection": CAMERA_PROJECTION,
+        "camera_projection": PROJECTION,
         "lidar_to_camera": LIDAR_TO_CAMERA,
     }
-
-
-def project(matrix, points):
-    homogeneous = (
-        np.asarray(matrix, np.float64) @ np.column_stack([points[:, :3].astype(np.float64), np.ones(len(points))]).T
-    )
-    return (homogeneous[:2] / homogeneous[2]).T, homogeneous[2]
-
-
-def in_original(points, preset):
-    """Pixels of the original image and depth: from the LiDAR's axes, or from x ahead, y left, z up of the camera."""
-    if preset == "official":
-        return project(CAMERA_PROJECTION @ LIDAR_TO_CAMERA, points)
-    center = np.linalg.inv(CAMERA_PROJECTION[:, :3]) @ CAMERA_PROJECTION[:, 3]
-    return project(CAMERA_PROJECTION, np.column_stack([-points[:, 1], -points[:, 2], points[:, 0]]) - center)
 
 
 @pytest.mark.parametrize(
@@ -57,10 +37,13 @@ def test_lidar_to_pixel_is_the_projection_then_the_resize(preset, image_size, co
     assert batch["image_sizes"].tolist() == [list(content)]
     assert batch["points"].shape == batch["points_aug"].shape == (1, 256, 4)
     assert torch.equal(batch["lidar_to_aug"], torch.eye(4)[None])
-    points = batch["points"][0].numpy()
-    pixels, depth = in_original(points, preset)
+    points = batch["points"][0]
+    recommended = preset == "recommended"
+    pixels, depth = (
+        project_aligned(PROJECTION, points) if recommended else project(PROJECTION @ LIDAR_TO_CAMERA, points)
+    )
     scale = np.array([content[1] / 250, content[0] / 80])
-    expected = (pixels + 0.5) * scale - 0.5 if preset == "recommended" else pixels * scale
+    expected = (pixels + 0.5) * scale - 0.5 if recommended else pixels * scale
     found, found_depth = project(batch["lidar_to_pixel"][0], points)
     assert np.abs(found - expected).max() < 1e-2
     np.testing.assert_allclose(found_depth, depth, rtol=1e-5)
@@ -131,9 +114,9 @@ def test_settings_may_change_for_a_call_and_geometry_follows():
     changed = {"crop_size": {"height": 40, "width": 120}, "size": {"height": 64, "width": 96}}
     batch = processor(**row, **changed, half_pixel_centers=False)
     assert batch["pixel_values"].shape[-2:] == (64, 96)
-    pixels, _ = in_original(batch["points"][0].numpy(), "recommended")
+    pixels, _ = project_aligned(PROJECTION, batch["points"][0])
     expected = (pixels - (65, 40)) * (96 / 120, 64 / 40)
-    assert np.abs(project(batch["lidar_to_pixel"][0], batch["points"][0].numpy())[0] - expected).max() < 1e-2
+    assert np.abs(project(batch["lidar_to_pixel"][0], batch["points"][0])[0] - expected).max() < 1e-2
     assert torch.equal(processor(**row)["pixel_values"], processor.image_processor(row["images"])["pixel_values"])
 
 
@@ -143,7 +126,7 @@ def test_bad_calls_are_refused():
     with pytest.raises(ValueError, match="points need camera_projection"):
         processor(row["images"], row["points"])
     with pytest.raises(ValueError, match=r"camera_projection: expected one per image \(2\), found 3"):
-        processor([row["images"]] * 2, [row["points"]] * 2, CAMERA_PROJECTION, LIDAR_TO_CAMERA)
+        processor([row["images"]] * 2, [row["points"]] * 2, PROJECTION, LIDAR_TO_CAMERA)
     with pytest.raises(ValueError, match="unknown preset 'best': choose from recommended, official"):
         SimIPUProcessor.from_preset("best")
     with pytest.raises(ValueError, match="image_size"):
