@@ -96,17 +96,6 @@ def test_without_embree_rays_hit_the_same():
     np.testing.assert_array_equal(blocked[0], distance < 2.0)
 
 
-def test_a_ray_cast_by_hand():
-    """Distance to a plane through three points: n . (a - o) / n . d."""
-    corner = np.array([[2, -3, -3], [4, 3, -3], [3, 0, 5.0]], np.float32)
-    origin, direction = np.array([0.1, 0.2, -0.3], np.float32), np.array([1.0, 0.05, 0.02], np.float32)
-    normal = np.cross(corner[1] - corner[0], corner[2] - corner[0])
-    expected = normal @ (corner[0] - origin) / (normal @ direction)
-    found, distance = rays.Triangles(corner[None]).first(np.tile(origin, (2, 1)), np.stack([direction, -direction]))
-    assert found.tolist() == [0, -1]
-    np.testing.assert_allclose(distance, [expected, np.inf], rtol=1e-5)
-
-
 def test_depth_of_the_road_is_that_of_its_plane(exact):
     """The rectified camera is level, 1.65 m above the road: y = 1.65 in its frame, whatever the image."""
     for frame in exact:
