@@ -109,17 +109,6 @@ def test_transformers_form(encoder, folder, tmp_path, pixels):
     assert tuple(processor.image_mean) == DATA["mean"]
 
 
-@pytest.mark.parametrize("prefix", ["img_backbone", "backbone", ""])
-def test_mmdet_form_keeps_the_values_as_trained(encoder, folder, tmp_path, prefix):
-    report = export_image_encoder(folder, tmp_path / "encoder.pth", "mmdet", prefix=prefix)
-    state = torch.load(report.path, weights_only=True)["state_dict"]
-    dotted = f"{prefix}." if prefix else ""
-    assert state.keys() == {dotted + name for name in encoder.state_dict()}
-    assert all(torch.equal(state[dotted + name], value) for name, value in encoder.state_dict().items())
-    assert report.norm_cfg == {"type": "BN", "eps": 1e-3, "requires_grad": True}
-    assert "norm_cfg=dict(type='BN', eps=0.001" in str(report)
-
-
 def test_retrained_folder_is_exported_as_it_is(folder, tmp_path):
     """The statistics kept for the way back count only as long as the weights are those they belong to."""
     model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)

@@ -140,7 +140,10 @@ def test_encoder_alone_under_each_prefix(prefix, tmp_path, pixels):
     close(loaded.forward_features(pixels), expected.forward_features(pixels))
     back = export_image_encoder(tmp_path / "out", tmp_path / "back.pth", "mmdet", prefix="")
     returned = torch.load(back.path, weights_only=True)["state_dict"]
+    assert returned.keys() == state.keys()
     assert all(torch.equal(returned[name], value) for name, value in state.items())
+    assert back.norm_cfg == {"type": "BN", "eps": 1e-3, "requires_grad": True}
+    assert "norm_cfg=dict(type='BN', eps=0.001" in str(back)
     again = convert_checkpoint(back.path, tmp_path / "again")
     assert again.mapped.keys() == state.keys()
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "again"))
