@@ -1,13 +1,12 @@
 import math
-import multiprocessing
-import os
 import sys
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.multiprocessing import start_processes
 
 from simipu_hf.modeling import losses
 from simipu_hf.modeling.losses import contrastive_loss
@@ -93,49 +92,38 @@ def test_a_low_temperature_keeps_its_digits():
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def one_of_two_processes(process: int, port: int, results: "multiprocessing.Queue") -> None:
-    """Half of the rows in each process."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=process, world_size=2)
-    anchors, positives, valid = two_clouds()
-    own = slice(process * 10, process * 10 + 10)
-    anchors, positives = anchors[own].requires_grad_(), positives[own].requires_grad_()
-    options = {"symmetric": True, "gather": True, "return_positions": True}
-    result = contrastive_loss(anchors, positives, TEMPERATURE, valid[own], **options)
-    result.loss.backward()
-    found = (result.loss.detach(), result.positions, anchors.grad, positives.grad)
-    results.put((process, [tensor.numpy() for tensor in found]))
-    dist.destroy_process_group()
-
-
 def two_clouds() -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     anchors, positives = torch.randn(2, 20, WIDTH, generator=generator, dtype=torch.float64)
     return anchors, positives, torch.rand(20, generator=generator) < 0.8
 
 
+def one_of_two_processes(process: int, folder: Path) -> None:
+    """Half of the rows in each process."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=process, world_size=2)
+    own = slice(process * 10, process * 10 + 10)
+    anchors, positives, valid = (rows[own] for rows in two_clouds())
+    options = {"symmetric": True, "gather": True, "return_positions": True}
+    result = contrastive_loss(anchors.requires_grad_(), positives.requires_grad_(), TEMPERATURE, valid, **options)
+    result.loss.backward()
+    torch.save([result.loss.detach(), result.positions, anchors.grad, positives.grad], folder / f"{process}.pt")
+    dist.destroy_process_group()
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks")
-def test_two_processes_compute_the_loss_of_one():
-    context = multiprocessing.get_context("fork")
-    results, port = context.Queue(), 29500 + os.getpid() % 2000
-    processes = [context.Process(target=one_of_two_processes, args=(k, port, results)) for k in range(2)]
-    for process in processes:
-        process.start()
-    found = dict(results.get(timeout=60) for _ in processes)
-    for process in processes:
-        process.join()
+def test_two_processes_compute_the_loss_of_one(tmp_path):
+    start_processes(one_of_two_processes, (tmp_path,), nprocs=2, start_method="fork")
+    found = [torch.load(tmp_path / f"{process}.pt") for process in range(2)]
+    loss, positions, *gradients = (torch.stack(parts) for parts in zip(*found, strict=True))
     anchors, positives, valid = two_clouds()
-    anchors.requires_grad_()
-    positives.requires_grad_()
-    expected = contrastive_loss(anchors, positives, TEMPERATURE, valid, symmetric=True, return_positions=True)
+    leaves = anchors.requires_grad_(), positives.requires_grad_()
+    expected = contrastive_loss(*leaves, TEMPERATURE, valid, symmetric=True, return_positions=True)
     expected.loss.backward()
-    loss, positions, anchor_grad, positive_grad = (np.stack(parts) for parts in zip(found[0], found[1], strict=True))
-    np.testing.assert_allclose(loss.mean(), expected.loss.item(), rtol=1e-12)
-    counted = valid.numpy()
-    assert positions.ravel()[counted].tolist() == expected.positions[valid].tolist()
-    # DistributedDataParallel averages over the processes
-    np.testing.assert_allclose(anchor_grad.reshape(20, WIDTH) / 2, anchors.grad.numpy(), rtol=1e-9, atol=1e-14)
-    np.testing.assert_allclose(positive_grad.reshape(20, WIDTH) / 2, positives.grad.numpy(), rtol=1e-9, atol=1e-14)
+    torch.testing.assert_close(loss.mean(), expected.loss, rtol=1e-12, atol=0)
+    assert torch.equal(positions.flatten()[valid], expected.positions[valid])
+    for gradient, leaf in zip(gradients, leaves, strict=True):  # DistributedDataParallel averages over the processes
+        torch.testing.assert_close(gradient.flatten(0, 1) / 2, leaf.grad, rtol=1e-9, atol=1e-14)
 
 
 def test_gradients_are_the_same_under_autocast():
