@@ -161,12 +161,10 @@ def points(path, values):
     return lambda root: np.asarray(values, "<f4").tofile(root / path)
 
 
-def scan_of(columns):
-    """Points with up to six columns of their own magnitudes: x, y, z, reflectance, ring, time."""
-    generator = np.random.default_rng(0)
-    xyz = generator.uniform((3, -20, -2), (60, 20, 1), (840, 3))
-    others = generator.uniform((0, 0, 1e5 / 3), (1, 64, 1e5), (840, 3))
-    return np.hstack([xyz, others])[:, :columns].astype("<f4")
+def store_scan(change):
+    """A sound scan, changed."""
+    scan = np.random.default_rng(0).uniform((3, -20, -2, 0), (60, 20, 1, 1), (840, 4)).astype("<f4")
+    return lambda root: change(scan).tofile(root / SCAN)
 
 
 def overwrite(path, data):
@@ -187,9 +185,8 @@ OBJECT_DAMAGE = {
     "calibration line too long": (rewrite(CALIB, "R0_rect:", "R0_rect: 1.0"), [CALIB, "'R0_rect:'", "9", "10"]),
     "calibration not numeric": (rewrite(CALIB, "Tr_velo_to_cam:", "Tr_velo_to_cam: x"), [CALIB, "'x'"]),
     "calibration with NaN": (rewrite(CALIB, "R0_rect: ", "R0_rect: nan nan nan 0 0 0 0 0 0\nX: "), [CALIB, "finite"]),
-    "scan of float64": (lambda root: scan_of(4).astype("<f8").tofile(root / SCAN), [SCAN, "4 columns of float64"]),
-    "scan of five columns": (lambda root: scan_of(5).tofile(root / SCAN), [SCAN, "5 columns of float32"]),
-    "scan in millimetres": (lambda root: (1000 * scan_of(4)).tofile(root / SCAN), [SCAN, "within 1,000 m", "float32"]),
+    "scan of float64": (store_scan(lambda scan: scan.astype("<f8")), [SCAN, "4 columns of float64"]),
+    "scan in millimetres": (store_scan(lambda scan: 1000 * scan), [SCAN, "within 1,000 m", "float32"]),
     "scan behind the camera": (points(SCAN, [[-9, 0, 0, 0]]), ["frame 000001", "points of the scan in the image"]),
     "ImageSets names an absent frame": (
         overwrite("ImageSets/train.txt", b"000000\n000077\n"),
