@@ -282,9 +282,12 @@ def _ball_query(backend: str, device: torch.device) -> str:
     centres = cloud[:, :: POINTS // CENTRES].contiguous()
     rings = (point_ops.ball_query(cloud, centres, RINGS, SLOTS, name) for name in (backend, "torch"))
     for ring, *neighbors in zip(RINGS, *rings, strict=True):
-        slots = torch.zeros(2, CENTRES, POINTS, device=device)  # that a point holds in a group
-        for counts, (index, weight, offsets) in zip(slots, neighbors, strict=True):
-            group = torch.arange(CENTRES, device=device).repeat_interleave(offsets.diff())
+        slots = torch.zeros(2, CENTRES, POINTS)  # that a point holds in a group
+        for counts, found in zip(slots, neighbors, strict=True):
+            index, weight, offsets = (tensor.cpu() for tensor in found)
+            if index.min() < 0 or index.max() >= POINTS:
+                return f"an index out of range in the ring {ring} m"
+            group = torch.arange(CENTRES).repeat_interleave(offsets.diff())
             counts.index_put_((group, index), weight, accumulate=True)
         wrong = int((slots[0] != slots[1]).any(dim=1).sum())
         if wrong:
@@ -321,7 +324,8 @@ def _point_encoder(device: torch.device) -> str:
         features, grads = _forward_and_backward(config, device)
         results.append((features, torch.cat([grad.flatten() for grad in grads])))
     errors = [float((a - b).norm() / b.norm()) for a, b in zip(*results, strict=True)]
-    if max(errors) > 1e-3:
+    # where two rows of a maximum are equal but for rounding, the gradient takes one or the other: a few in a million
+    if errors[0] > 1e-3 or errors[1] > 3e-2:
         raise Failed(f"features and gradients differ by {errors[0]:.1e} and {errors[1]:.1e}", "please report it")
     return f"features and gradients equal the plain backends' to {errors[0]:.0e} and {errors[1]:.0e}"
 

@@ -83,8 +83,9 @@ def atomic_folder(
     """
     path = Path(path)
     beside, replaced = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.replaced")
-    if replaced.exists() and not path.exists():  # a process was killed between two renames
-        replaced.rename(path)
+    with _writing(path):
+        if replaced.exists() and not path.exists():  # a process was killed between two renames
+            replaced.rename(path)
     check_target(path, overwrite, lambda there: there.is_dir() and is_earlier_output(there))
     with _writing(path):
         try:

@@ -35,6 +35,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         ("furthest_point_sample_features, numba", "pass"),
         ("ball_query, numba", "pass"),
         ("group_max, numba", "pass"),
+        ("point encoder, backward", "pass"),
         ("step, recommended, float32", "pass"),
         ("furthest_point_sample, triton", "absent"),
         ("step, official, fp16", "absent"),

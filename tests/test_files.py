@@ -106,6 +106,8 @@ def test_a_folder_is_never_lost_between_two_renames(tmp_path, monkeypatch, error
     failing.add(".out.replaced")  # nor can it be moved back
     with pytest.raises((SimIPUError, KeyboardInterrupt)), atomic_folder(tmp_path / "out", overwrite=True):
         pass
+    with pytest.raises((SimIPUError, KeyboardInterrupt)), atomic_folder(tmp_path / "out"):
+        pass
     assert os.listdir(tmp_path / ".out.replaced") == ["old"]
     failing.clear()
     with pytest.raises(SimIPUError, match="exists already"), atomic_folder(tmp_path / "out"):

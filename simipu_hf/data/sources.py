@@ -3,6 +3,7 @@
 import errno
 import glob
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,8 @@ from ..dataset_scripts import argoverse2, kitti, nuscenes, waymo
 from ..errors import SimIPUError
 
 Sources: TypeAlias = str | os.PathLike | Sequence[str | os.PathLike]
+
+logger = logging.getLogger(__name__)
 
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z")
 READERS: tuple[ModuleType, ...] = (kitti, nuscenes, waymo, argoverse2)
@@ -198,21 +201,20 @@ def license_of(location: str) -> str:
 
     In words where the Hub has no identifier of it.
     """
-    path = f"{location}/README.md"
+    address = location if "://" in location else f"hf://datasets/{location}"
     try:
         if os.path.isdir(location):
-            text = Path(path).read_text(encoding="utf-8-sig")
+            text = Path(location, "README.md").read_text(encoding="utf-8-sig")
         else:
-            with fsspec.open(
-                path if "://" in location else f"hf://datasets/{path}", "r", encoding="utf-8-sig"
-            ) as file:
+            with fsspec.open(f"{address}/README.md", "r", encoding="utf-8-sig") as file:
                 text = file.read()
     except Exception:  # there is none, or it cannot be reached; every file system has errors of its own
         return ""
     try:
         data = DatasetCard(text, ignore_metadata_errors=True).data
-    except yaml.YAMLError as error:
-        raise SimIPUError(f"{path}: its header between --- lines cannot be read: {error}") from error
+    except (ValueError, yaml.YAMLError) as error:
+        logger.warning(f"{location}: the header of its README.md, where a licence may be, cannot be read: {error}")
+        return ""
     names = data.get("license") or ""
     return str(data.get("license_name") or "").replace("-", " ") or (
         " and ".join(map(str, names)) if isinstance(names, list) else str(names)

@@ -164,7 +164,8 @@ def redact(text: str) -> str:
             text = re.sub(start + re.escape(written) + r"(?=[/\\])", re.escape(folder.anchor) + "-", text)
     # whole values, whose folders may be named anything: quoted ones, and those of a line of YAML
     absolute = r"(?:/|[A-Za-z]:[/\\])"
-    text = re.sub(rf"""(?m)((?<=["'])|^\s*(?:- |[\w.]+: )){absolute}[^"'#\n]*[/\\]""", r"\1…/", text)
+    folders = r"""(?:[^"'#\n]|\#(?=[^:"'\n]*[/\\]))*[/\\]"""  # a # begins a split where no slash comes before a :
+    text = re.sub(rf"""(?m)((?<=["'@])|^\s*(?:- |[\w.]+: )){absolute}{folders}""", r"\1…/", text)
     # of another machine, of a drive; in JSON \ is written \\
     text = re.sub(start + r"\\{2,4}[\w-][\w.-]{2,}\\{1,2}(?:[\w.@+$-]+\\{1,2})*([\w.@+$-]*)", r"…/\1", text)
     root = r"(?:/|[A-Za-z]:(?:/|\\{1,2}))"

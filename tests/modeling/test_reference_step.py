@@ -46,6 +46,10 @@ def step(case: dict, tmp_path_factory):
     report = convert_checkpoint(folder / "official.pth", folder / "simipu")
     assert not report.missing
     assert all(name.rpartition(".")[2] == ours.rpartition(".")[2] for name, ours in report.mapped.items())
+    modules: dict[str, str] = {}  # running statistics are of the layer whose weights the step is compared by
+    for name, ours in report.mapped.items():
+        layer = ours.rpartition(".")[0]
+        assert modules.setdefault(name.rpartition(".")[0], layer) == layer
     model = SimIPUForPreTraining.from_pretrained(folder / "simipu", dtype=torch.float64).train()
     output = model(**batch(case), return_metrics=True)
     output.loss.backward()
