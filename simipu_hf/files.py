@@ -52,9 +52,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             beside.unlink(missing_ok=True)
 
 
-def to_json(content: Any, default: Callable[[Any], Any] | None = None) -> str:
-    """As JSON: NaN, which that does not have, becomes null; `default` turns other objects into what it has."""
-    return json.dumps(json.loads(json.dumps(content, default=default), parse_constant=lambda _: None), indent=2)
+def to_json(content: Any, default: Callable[[Any], Any] | None = None, indent: int | None = 2) -> str:
+    """As JSON, whose numbers are finite: NaN and infinity become null. `default` converts other objects."""
+    return json.dumps(json.loads(json.dumps(content, default=default), parse_constant=lambda _: None), indent=indent)
 
 
 def write_json(path: Path, content: Any) -> None:

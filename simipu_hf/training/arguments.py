@@ -217,7 +217,7 @@ class PreTrainingArguments(RunArguments):
         )  # fmt: skip
         if not (self.data_dir or self.dataset_name):
             raise SimIPUError("no data: give --data_dir or --dataset_name")
-        check_sizes(self, "image_size")
+        check_size("image_size", self.image_size)
         if self.validation_share is not None and not 0 < self.validation_share < 1:
             raise SimIPUError(f"--validation_share must be above 0 and below 1, found {self.validation_share}")
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
@@ -329,7 +329,8 @@ class DepthTaskArguments(Arguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_sizes(self, "image_size", "crop_size")
+        check_size("image_size", self.image_size)
+        check_size("crop_size", self.crop_size)
         if self.image_size is None and not self.kb_crop:
             raise SimIPUError("--no_kb_crop needs --image_size: a batch holds images of one size")
 
@@ -457,7 +458,7 @@ class DetectionTaskArguments(Arguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, 1, "zoom", "hidden_size")
-        check_sizes(self, "image_size")
+        check_size("image_size", self.image_size)
         if not self.classes or len(set(self.classes)) < len(self.classes):
             raise SimIPUError(f"--classes takes each class once, found {self.classes}")
         check_overlap(self.min_overlap)
@@ -700,12 +701,10 @@ def check_at_least(arguments: Any, lowest: float, *names: str) -> None:
             raise SimIPUError(f"--{name} must be at least {lowest}, found {value}")
 
 
-def check_sizes(arguments: Any, *names: str) -> None:
+def check_size(name: str, size: Sequence[int] | None) -> None:
     """Raises a `SimIPUError` for a height and width of less than 32 pixels."""
-    for name in names:
-        size = getattr(arguments, name)
-        if size is not None and (len(size) != 2 or min(size) < 32):
-            raise SimIPUError(f"--{name} takes a height and a width of at least 32 pixels, found {size}")
+    if size is not None and (len(size) != 2 or min(size) < 32):
+        raise SimIPUError(f"--{name} takes a height and a width of at least 32 pixels, found {size}")
 
 
 def refuse_without_effect(arguments: Any, has_effect: Any, reason: str, *names: str) -> None:

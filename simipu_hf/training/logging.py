@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from simipu_hf.errors import SimIPUError
-from simipu_hf.files import atomic_write
+from simipu_hf.files import atomic_write, to_json
 
 METRICS_FILE = "metrics.jsonl"
 TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow", "comet_ml", "aim", "clearml", "swanlab")
@@ -51,8 +51,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def json_line(values: Mapping[str, Any]) -> str:
-    """A line of a `metrics.jsonl`; what is not a finite number, which JSON does not have, becomes null."""
-    return json.dumps(json.loads(json.dumps(values), parse_constant=lambda _: None)) + "\n"
+    """A line of a `metrics.jsonl`."""
+    return to_json(values, indent=None) + "\n"
 
 
 def cut_metrics(path: Path, step: float) -> None:
