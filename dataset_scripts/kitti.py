@@ -15,7 +15,7 @@ A row is one camera image with the LiDAR scan of the same instant:
 
 | column | type | meaning |
 | --- | --- | --- |
-| `frame_id` | string | unique within a split |
+| `frame_id` | string | unique within its scene and split |
 | `scene` | string | the drive (raw), the sequence (odometry); object: the drive where the devkit's `mapping/` is |
 | | | in the folder, else the frame itself |
 | `camera` | string | `image_2` (left colour) or `image_3` (right colour) |

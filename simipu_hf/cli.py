@@ -51,7 +51,7 @@ class Source:
     dataset_config_name: str | None = None
     """Configuration of the data set: object, odometry or raw for KITTI."""
     split: str | None = None
-    """A split such as train; visualize takes parts as well, such as train[:50%]."""
+    """Such as train; all if None. visualize: train or the only one if None, also a part such as train[:50%]."""
     cameras: list[int | str] | None = None
     """Cameras to read, by the data set's names; its default ones if None."""
     scenes: list[str] | None = None
@@ -272,7 +272,7 @@ def data_push(
 
     Args:
         data: Folder of Parquet files.
-        public: Create the repository public; rows made from KITTI are private without this flag.
+        public: Create the repository public, also where neither --license nor a README.md of yours names a licence.
         license: The Hub's name of the rows' licence.
     """
     from simipu_hf.hub.push import push_dataset

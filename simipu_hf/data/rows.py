@@ -2,7 +2,7 @@
 
 | column | type | meaning |
 | --- | --- | --- |
-| `frame_id` | string | unique within the data set; what errors, pictures and reports name |
+| `frame_id` | string | unique within its scene and split; what errors, pictures and reports name |
 | `image` | `datasets.Image` | the camera image, undistorted |
 | `points` | binary | little-endian float32, N x 4: x y z reflectance, metres, LiDAR frame |
 | `camera_projection` | 3 x 4 float64 | (rectified) camera frame -> pixels; integer coordinates are pixel centres |
@@ -270,7 +270,7 @@ class Frame:
     Args:
         frame_id: its name.
         image: `(H, W, 3)` uint8, RGB.
-        points: `(N, 4)`, x y z in metres in the LiDAR frame (x forward, y left, z up), reflectance.
+        points: `(N, 4)`, x y z in metres in the LiDAR's own axes, reflectance.
         lidar_to_image: `(3, 4)`, LiDAR to pixels of `image`; integer coordinates are pixel centres.
     """
 

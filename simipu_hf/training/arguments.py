@@ -72,7 +72,7 @@ class RunArguments(Arguments):
     seed: int = 0
     """Of new weights, row order and augmentation."""
     dataloader_num_workers: int = 2
-    """Processes that load data; the result depends on it with --streaming alone."""
+    """Processes that load data."""
     logging_steps: int = 10
     """Optimizer steps per logged line."""
     eval_steps: int = 0
@@ -291,7 +291,7 @@ class FineTuningRunArguments(RunArguments, FineTuningArguments):
     keep_frames: bool = False
     """Keep decoded frames in memory, for small sets."""
     per_device_train_batch_size: int = 8
-    """Frames per process and forward pass (the recipe: 2 GPUs x 8)."""
+    """Frames per process and forward pass."""
     num_train_epochs: float = 24.0
     """Passes over the training frames."""
     max_grad_norm: float = 35.0
@@ -405,6 +405,7 @@ class EvaluateDepthArguments(EvaluateArguments):
     """Evaluate a depth model by the published protocol: nine metrics, overall and by range.
 
     simipu-hf evaluate-depth --model RUN --test_frames KITTI#val --output_dir OUT
+
     simipu-hf evaluate-depth --model RUN --test_list eigen_test.txt --image_dir KITTI_RAW --depth_dir KITTI_DEPTH
     """
 
@@ -417,7 +418,7 @@ class EvaluateDepthArguments(EvaluateArguments):
     depth_dir: str | None = None
     """Folder the depth paths of the list start from (annotated depth)."""
     kb_crop: bool = True
-    """Evaluate on the bottom centre of 352 x 1216 pixels of every image; what the model sees is its own matter."""
+    """Evaluate on the bottom centre of 352 x 1216 pixels of every image; the model's own crop is saved with it."""
     evaluation_crop: Literal["garg", "eigen", "none"] = "garg"
     """Part of that which counts."""
     min_depth: float = 1e-3
@@ -494,6 +495,7 @@ class EvaluateDetectionArguments(EvaluateArguments):
     """Evaluate a 3-D detector, or detections in KITTI's text format, by KITTI's protocol: AP at 40 recall positions.
 
     simipu-hf evaluate-detection --model RUN --test_frames KITTI#val --output_dir OUT
+
     simipu-hf evaluate-detection --predictions OUT/predictions --labels KITTI/training/label_2 --json
     """
 
