@@ -48,7 +48,8 @@ class PendingMatch:
         self._masks = [m if m is None else m.to("cpu", non_blocking=has_event) for m in (mask, other_mask)]
         self._copied = torch.cuda.Event() if has_event else None
         if self._copied is not None:
-            self._copied.record()
+            # of the tensors' device, which need not be the current one
+            self._copied.record(torch.cuda.current_stream(self._distances.device))
         self._jobs: list[Future[np.ndarray]] = [
             _solvers(os.getpid()).submit(self._solve, item) for item in range(len(coordinates))
         ]

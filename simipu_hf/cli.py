@@ -37,7 +37,6 @@ RepoId = Annotated[str, tyro.conf.arg(help="Repository on the Hub, user/name.")]
 AsJson = Annotated[Switch, tyro.conf.arg(name="json", help="Print JSON, for programs.")]
 Overwrite = Annotated[Switch, tyro.conf.arg(help="Replace an earlier output.")]
 Private = Annotated[Switch, tyro.conf.arg(help="Create the repository private.")]
-Token = Annotated[str | None, tyro.conf.arg(help="Hub token; the logged-in user's if None.")]
 
 
 @dataclass
@@ -158,7 +157,6 @@ def push(
     encoder_repo_id: str | None = None,
     private: Private = False,
     revision: str | None = None,
-    token: Token = None,
     as_json: AsJson = False,
 ) -> None:
     """Publish a finished folder on the Hub, with a card.
@@ -172,7 +170,7 @@ def push(
     """
     from simipu_hf.hub.push import push_folder
 
-    show(push_folder(model, repo_id, private or None, encoder_repo_id, token, revision), as_json)
+    show(push_folder(model, repo_id, private or None, encoder_repo_id, revision=revision), as_json)
 
 
 def visualize(
@@ -206,7 +204,6 @@ def demo(
     output_dir: OutputDir = "simipu_demo",
     data_dir: str | None = None,
     seed: int = 0,
-    overwrite_output_dir: Switch = False,
 ) -> None:
     """The main job in minutes: data, pre-training, export, loading, a depth probe, and a report to look at.
 
@@ -217,11 +214,10 @@ def demo(
     Args:
         data_dir: Folder to read rows from, as for pretrain; a synthetic drive is generated if None.
         seed: Of the drive, the weights and the order of frames.
-        overwrite_output_dir: Delete what an earlier demo left there.
     """
     from simipu_hf.demo import demo as run
 
-    run(output_dir, data_dir, seed, overwrite_output_dir)
+    run(output_dir, data_dir, seed)
 
 
 def data_inspect(rows: Rows, picture_path: str | None = None, as_json: AsJson = False) -> None:
@@ -263,7 +259,6 @@ def data_push(
     private: Private = False,
     public: Switch = False,
     license: str | None = None,
-    token: Token = None,
     as_json: AsJson = False,
 ) -> None:
     """Publish a folder of Parquet files as a data set.
@@ -280,7 +275,7 @@ def data_push(
     if private and public:
         raise SimIPUError("give either --private or --public, not both")
     visibility = (private and True) or (False if public else None)
-    show(push_dataset(data, repo_id, visibility, license, token), as_json)
+    show(push_dataset(data, repo_id, visibility, license), as_json)
 
 
 def data_synthesize(

@@ -200,14 +200,14 @@ class Task:
         shown: the metrics in the table, the first being the one that the claims are about.
         higher_is_better: the metrics of which that is true.
         num_without_target: how many test frames are in no average, as nothing in them counts.
-        guess: `name` and `metrics` of a prediction that does not look at the image; `None` without one.
+        guess: `name` and `metrics` of a prediction that does not look at the image.
     """
 
     trainer_class: type[FineTuningTrainer]
     shown: tuple[str, ...]
     higher_is_better: tuple[str, ...]
     num_without_target = 0
-    guess: dict[str, Any] | None = None
+    guess: dict[str, Any]
     latest: FineTuningTrainer | None = None
 
     def __init__(self, arguments: CompareArguments, train: FrameDataset, test: FrameDataset):
@@ -397,14 +397,15 @@ def speed(
         sign: 1 where lower values are better, else -1.
 
     Returns:
-        `share` of each seed, `None` where it is not reached; `mean` and `std` of those that reach it; `seeds_reached`.
+        `share` of each seed, `None` where it is not reached or scratch found nothing (0, higher being better); `mean`
+        and `std` of those that reach it; `seeds_reached`.
     """
     shares: list[float | None] = []
     for curve, last in curves:
         target, steps = sign * last[metric], [point["step"] for point in curve]
         values = [sign * point[metric] for point in curve]
         first = next((index for index, value in enumerate(values) if value <= target), None)
-        if first is None:
+        if first is None or target == 0:
             shares.append(None)
             continue
         step = steps[first]
@@ -423,14 +424,14 @@ def late_improvement(curve: Sequence[dict[str, Any]], sign: int = 1) -> dict[str
     Returns:
         `late_improvement`: how much its mean improves, relatively, since the last evaluation within three quarters of
         the steps; `late_share`: the share of the steps since then, a quarter where one lies there; `converged`. All
-        `None` where it was evaluated less than twice.
+        `None` where it was evaluated less than twice, or found nothing (0, higher being better).
     """
-    if len(curve) < 2:
+    if len(curve) < 2 or not any(curve[-1]["values"]):
         return {"late_improvement": None, "late_share": None, "converged": None}
     start = 0.75 * curve[-1]["step"]
     earlier = [point for point in curve if point["step"] <= start] or curve[:1]
     before, after = (statistics.fmean(point["values"]) for point in (earlier[-1], curve[-1]))
-    improvement = sign * (before - after) / (max(before, after) or 1.0)
+    improvement = sign * (before - after) / max(before, after)
     share = 1 - earlier[-1]["step"] / curve[-1]["step"]
     return {"late_improvement": improvement, "late_share": share, "converged": improvement < CONVERGED}
 
@@ -446,9 +447,8 @@ def format_table(result: dict[str, Any], task: Task) -> str:
     for entry in result["table"]:
         cells = [f"{entry['mean'][name]:.4f}{_plus_minus(entry['std'][name], '.4f')}" for name in shown]
         lines.append(f"| {_MODES[entry['mode']]} | {entry['num_frames']} | {entry['encoder']} | {' | '.join(cells)} |")
-    if result["guess"] is not None:
-        name, metrics = result["guess"]["name"], result["guess"]["metrics"]
-        lines.append(f"| none | | {name} | {' | '.join(f'{metrics[metric]:.4f}' for metric in shown)} |")
+    name, metrics = result["guess"]["name"], result["guess"]["metrics"]
+    lines.append(f"| none | | {name} | {' | '.join(f'{metrics[metric]:.4f}' for metric in shown)} |")
     recipe = result["recipe"]
     steps = f"{recipe['max_steps']} steps of at most {recipe['batch_size']} frames"
     num_frames = result["num_test_frames"]
@@ -467,8 +467,6 @@ _MODES = {"full": "all", "frozen": "decoder"}
 
 def warn_of_guesses(result: dict[str, Any], task: Task) -> list[str]:
     """A sentence for every scratch that is no better than a prediction that does not look at the image."""
-    if result["guess"] is None:
-        return []
     metric, name = task.shown[0], result["guess"]["name"]
     guess = result["guess"]["metrics"][metric]
     sign = -1 if metric in task.higher_is_better else 1
@@ -501,7 +499,7 @@ def _speed_in_words(entry: dict[str, Any], metric: str) -> str:
     if len(entry["curve"]) < 2:
         return "SPEED is not known from one evaluation (--num_evaluations)."
     if speed["mean"] is None:
-        return f"SPEED: {entry['baseline']}'s final {metric} is not reached."
+        return f"SPEED: {entry['baseline']}'s final {metric} is not reached, or 0."
     std = None if speed["std"] is None else 100 * speed["std"]
     return (
         f"SPEED: {entry['baseline']}'s final {metric} after {100 * speed['mean']:.0f}{_plus_minus(std, '.0f')} % of "

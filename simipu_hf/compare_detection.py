@@ -55,6 +55,7 @@ class DetectionTask(Task):
             for rows in (train_rows, test_rows)
         )
         super().__init__(arguments, train, test)
+        self.guess = {"name": "no detection", "metrics": dict.fromkeys(MEANS, 0.0)}
 
     def parts(self, encoder: EncoderWeights, frames: Sequence[Any], seed: int) -> dict[str, Any]:
         return trainer_parts(self.arguments, encoder, self.sizes, frames, self.test_frames, seed)

@@ -9,8 +9,6 @@ Without a data set it drives through streets generated on the spot. Read `demo` 
 import contextlib
 import math
 import os
-import re
-import shutil
 import sys
 import tempfile
 import time
@@ -35,7 +33,7 @@ from simipu_hf.data.synthetic import synthesize_drive
 from simipu_hf.errors import SimIPUError, TrainingInterrupted
 from simipu_hf.evaluation.depth import evaluate_maps
 from simipu_hf.evaluation.linear_probe import fit_linear_depth_probe
-from simipu_hf.files import atomic_folder, check_target, write_json
+from simipu_hf.files import atomic_folder, write_json
 from simipu_hf.hub.sources import load_image_encoder
 from simipu_hf.modeling.image_encoder import TimmModel
 from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
@@ -49,7 +47,6 @@ from simipu_hf.visualization.report import write_report
 
 REPORT, RESULTS = "report.html", "results.json"
 DRIVE, FRAMES, RUN, PICTURES = "drive", "frames", "run", "pictures"
-MARK = ".simipu-demo"  # of a folder that a demo may empty
 VALIDATION_SHARE = 0.2
 PRETRAINED, RANDOM = "pretrained", "scratch"  # names of the two encoders of the probe
 
@@ -79,7 +76,6 @@ def demo(
     output_dir: str | os.PathLike = "simipu_demo",
     data_dir: str | os.PathLike | None = None,
     seed: int = 0,
-    overwrite_output_dir: bool = False,
     settings: DemoSettings | None = None,
 ) -> Path:
     """Pre-train a small SimIPU, load its image encoder elsewhere, probe it for depth, and write a report of it all.
@@ -92,7 +88,6 @@ def demo(
         output_dir: new or empty.
         data_dir: a KITTI root, or whatever else `load_pretraining_dataset` takes; `None` generates a drive.
         seed: of the drive, of all weights, and of the order of the frames.
-        overwrite_output_dir: delete what an earlier demo left in `output_dir`.
         settings: sizes.
 
     Returns:
@@ -103,7 +98,11 @@ def demo(
         TrainingInterrupted: Ctrl-C or SIGTERM; likewise.
     """
     settings, folder = settings or DemoSettings(), Path(output_dir)
-    prepare_output_dir(folder, data_dir, overwrite_output_dir)
+    if data_dir is not None:
+        find_source(os.fspath(data_dir), must_be_folder=True)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise SimIPUError(f"--output_dir {folder} exists already: choose another, or delete it")
+    folder.mkdir(parents=True, exist_ok=True)
     frames, run, pictures = folder / FRAMES, folder / RUN, folder / PICTURES
     stages: dict[str, dict[str, Any]] = {}
 
@@ -148,7 +147,7 @@ def stage(stages: dict[str, dict[str, Any]], folder: Path, name: str, title: str
     print(f"[{len(stages) + 1}/5] {title}", flush=True)
     started, result = time.perf_counter(), {"title": title}
     where = f"stage {len(stages) + 1} of 5 ({title[0].lower()}{title[1:]})"
-    kept = f"No report was written; {folder} holds what was made so far, --overwrite_output_dir starts anew"
+    kept = f"No report was written; {folder} holds what was made so far: delete it to start anew"
     try:
         yield result
     except SimIPUError as error:
@@ -163,32 +162,6 @@ def stage(stages: dict[str, dict[str, Any]], folder: Path, name: str, title: str
     message = result.pop("message", "")
     stages[name] = result | {"seconds": round(time.perf_counter() - started, 1)}
     print(f"      {stages[name]['seconds']:.0f} s{': ' if message else ''}{message}", flush=True)
-
-
-def prepare_output_dir(output_dir: Path, data_dir: str | os.PathLike | None, overwrite: bool) -> None:
-    """Create the folder, or empty it if it holds a demo and may be overwritten.
-
-    Raises:
-        SimIPUError: `data_dir` cannot be read, or the folder is in use by something else.
-    """
-    if data_dir is not None:
-        find_source(os.fspath(data_dir), must_be_folder=True)
-        if output_dir.resolve() in (Path(data_dir).resolve(), *Path(data_dir).resolve().parents):
-            raise SimIPUError(f"--data_dir {data_dir} lies in --output_dir {output_dir}: choose another output folder")
-    if not (output_dir.is_dir() and os.listdir(output_dir) == [MARK]):  # of a demo that failed at once
-        check_target(output_dir, overwrite, is_demo)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    for path in output_dir.iterdir():
-        if path.name != MARK:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    (output_dir / MARK).touch()
-
-
-def is_demo(path: Path) -> bool:
-    """Whether a folder holds a demo, and nothing else; a stage that was killed may have left something hidden."""
-    ours = (MARK, DRIVE, FRAMES, RUN, PICTURES, REPORT, RESULTS)
-    hidden = re.compile(rf"\.([0-9a-f]{{8}}-)?({'|'.join(map(re.escape, ours))})([.-].*)?")
-    return (path / MARK).is_file() and all(f.name in ours or hidden.fullmatch(f.name) for f in path.iterdir())
 
 
 def make_frames(

@@ -224,12 +224,13 @@ class FineTuningTrainer(Trainer):
         with self._after_backward:
             loss = super().training_step(model, inputs, num_items_in_batch)
         if broken := self._not_finite(loss):  # before the optimizer spreads it
-            keys = self._sampler(self.args.max_steps).step_keys(self.state.global_step)
-            names = [self.train_dataset.frame(row).frame_id for batch in keys for _, row in batch]
+            frames = "see the message of the process whose loss is not finite"
+            if self.args.world_size == 1 or not torch.isfinite(loss):  # gradients are means over all processes
+                keys = self._sampler(self.args.max_steps).step_keys(self.state.global_step)
+                frames = ", ".join(self.train_dataset.frame(row).frame_id for batch in keys for _, row in batch)
             raise SimIPUError(
-                f"step {self.state.global_step + 1}: the {broken}. Frames of the step: "
-                f"{', '.join(names)}. The weights were not updated: lower --learning_rate, or look at the frames, "
-                "and go on from the last checkpoint"
+                f"step {self.state.global_step + 1}: the {broken}. Frames of the step: {frames}. The weights were not "
+                "updated: look at the frames, or begin a new run with a lower --learning_rate"
             )
         return loss
 
@@ -483,7 +484,7 @@ def fine_tune(
         TrainingInterrupted: Ctrl-C or SIGTERM, after saving a checkpoint.
     """
     if arguments.resume_from_checkpoint is None:  # an occupied folder is refused before anything is read
-        find_checkpoint(arguments, arguments.image_encoder)
+        find_checkpoint(arguments)
     trainer = create_trainer()
     output_dir, accelerator = Path(arguments.output_dir), trainer.accelerator
     check_processes(accelerator)
@@ -519,7 +520,7 @@ def fine_tune(
 # what a resumed run may change; the encoder, the frames and the schedule are identified by what they are
 FREE = {
     "output_dir", "train_frames", "train_list", "test_frames", "test_list", "image_dir", "depth_dir", "keep_frames",
-    "evaluation_crop", "flip_test", "min_overlap", "num_train_epochs", "max_steps", "per_device_train_batch_size",
+    "evaluation_crop", "flip_test", "min_overlap", "num_train_epochs", "max_steps", "on_bad_row",
     "report_to", "dataloader_num_workers", "logging_steps", "eval_steps", "checkpointing_steps", "save_total_limit",
     "gradient_checkpointing", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "image_encoder",
 }  # fmt: skip
@@ -527,19 +528,21 @@ FREE = {
 
 def open_run(arguments: FineTuningRunArguments, trainer: FineTuningTrainer) -> str | None:
     """Prepare the run folder and write `run.yaml`; the checkpoint to resume from, `None` to start at the beginning."""
-    checkpoint = find_checkpoint(arguments, arguments.image_encoder)
+    checkpoint = find_checkpoint(arguments)
     rows, test_rows = trainer.train_dataset.rows, trainer.eval_dataset and trainer.eval_dataset.rows
-    rows_per_forward = trainer.args.train_batch_size * trainer.args.world_size
     record = {
         "source": name_sources(arguments.train_frames or [str(getattr(arguments, "image_dir", None))]),
         "train": {"rows": len(rows), "fingerprint": rows_fingerprint(rows)},
         "test": test_rows and {"rows": len(test_rows), "fingerprint": rows_fingerprint(test_rows)},
         "total_steps": trainer.args.max_steps,
-        "rows_per_step": rows_per_forward * trainer.args.gradient_accumulation_steps,
+        "rows_per_step": arguments.per_device_train_batch_size
+        * arguments.gradient_accumulation_steps
+        * trainer.args.world_size,
     }
     fixed = {name: value for name, value in arguments.to_dict().items() if name not in FREE}
     fixed |= {name: record[name] for name in ("train", "total_steps")}
-    fixed |= {"kind": type(arguments).__name__, "row_order": ROW_ORDER, "rows_per_forward": rows_per_forward}
+    fixed |= {"kind": type(arguments).__name__, "row_order": ROW_ORDER}
+    fixed["num_processes"] = trainer.args.world_size  # losses are those of each process
     config = trainer.model.config.image_encoder_config
     fixed["image_encoder"] = {
         "architecture": config.architecture,

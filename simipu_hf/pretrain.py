@@ -88,13 +88,14 @@ SHOWN = {"intra_modal_loss": "intra", "inter_modal_loss": "inter", "inter_modal_
 MAX_SKIPPED_STEPS = 50  # in a row; the loss scale, halved in each, has then gone far below any that helps
 NO_LOSS_SCALE = (
     f"the gradient was not finite in {MAX_SKIPPED_STEPS} steps in a row, whatever the loss scale of fp16. Use "
-    "--mixed_precision bf16 or no, lower the learning rate, or look at the rows"
+    "--mixed_precision bf16 or no or a lower learning rate, in a new run, or look at the rows"
 )
 
 # A resumed run may change these flags; every other flag identifies the run.
 NOT_COMPARED = {
     *("output_dir", "num_train_epochs", "max_steps", "gradient_checkpointing", "torch_compile"),
     *("dataloader_num_workers", "logging_steps", "checkpointing_steps", "save_total_limit", "report_to"),
+    "on_bad_row",  # none was met before the checkpoint, or it was skipped
     *("eval_steps", "per_device_eval_batch_size", "validation_split"),
     *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "encoder_repo_id"),
     # what follows from these is compared: the model's configuration, processor, augmentation, recipe, rows
@@ -287,7 +288,8 @@ def refuse_values_that_are_not_finite(
         f"step {step}: {', '.join(names)} not finite (NaN or infinite). Rows of the step: {', '.join(rows)}. "
         "Nothing was saved since; "
         + (f"the last good checkpoint is {kept}. " if kept else "there is no checkpoint yet. ")
-        + "Lower the learning rate of that part, clip with --max_grad_norm, or look at the rows"
+        + "Look at the rows, or begin a new run (with --model_name_or_path, from a checkpoint) with a lower learning "
+        "rate of that part or with --max_grad_norm"
     )
 
 
@@ -338,7 +340,7 @@ def check_before_loading(arguments: PreTrainingArguments) -> None:
     check_trackers(arguments.report_to)
     check_precision(arguments.mixed_precision)
     if arguments.resume_from_checkpoint is None:
-        find_checkpoint(arguments, arguments.model_name_or_path)
+        find_checkpoint(arguments)
 
 
 def load_rows(
@@ -604,7 +606,7 @@ def open_checkpoint(
     accelerator: Accelerator, arguments: PreTrainingArguments, identity: dict[str, Any], steps: Steps
 ) -> Checkpoint | None:
     """The checkpoint to resume from, after which `steps` then begin; nothing is written."""
-    path = on_main_process(accelerator, find_checkpoint, arguments, arguments.model_name_or_path)
+    path = on_main_process(accelerator, find_checkpoint, arguments)
     if path is None:
         return None
     checkpoint = load_checkpoint(path, identity)

@@ -54,6 +54,7 @@ class FakeTask(Task):
 
     def __init__(self):
         self.ran, self.test_frames, self.data = [], [None] * 3, {"train": "abc"}
+        self.guess = {"name": "nothing", "metrics": {"error": 9.0, "score": 0.0}}
 
     def run(self, encoder, mode, fraction, seed):
         self.ran.append((mode, fraction, seed))
@@ -210,6 +211,12 @@ def test_scratch_has_converged_when_the_last_quarter_brings_less_than_a_percent(
     assert improvement(0.5, 0.4, 0.3, 0.298)["converged"] is True
     assert improvement(0.3, 0.2)["late_share"] == 0.5  # no evaluation lies at three quarters
     assert improvement(0.3) == {"late_improvement": None, "late_share": None, "converged": None}
+
+
+def test_nothing_is_claimed_where_scratch_finds_nothing():
+    curve = [{"step": step, "score": 0.0, "values": [0.0, 0.0]} for step in (2, 4)]
+    assert late_improvement(curve, sign=-1)["converged"] is None
+    assert speed([(curve, curve[-1])], "score", sign=-1)["share"] == [None]
 
 
 def test_claims_are_told_apart_in_words():

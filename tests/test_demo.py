@@ -12,7 +12,7 @@ from tiny_run import reset_accelerate
 
 import simipu_hf.demo
 from simipu_hf.data.rows import points_from_row
-from simipu_hf.demo import DemoSettings, copy_frames, demo, load_rows, prepare_output_dir
+from simipu_hf.demo import DemoSettings, copy_frames, demo, load_rows
 from simipu_hf.errors import SimIPUError, TrainingInterrupted
 from simipu_hf.visualization.report import write_report
 
@@ -67,7 +67,7 @@ def test_results_hold_every_stage_and_the_closing_words_say_what_where_and_next(
 
 def test_a_changed_weight_is_noticed(made, tmp_path):
     run = tmp_path / "run"
-    simipu_hf.demo.shutil.copytree(made / "run", run)
+    shutil.copytree(made / "run", run)
     file = run / "image_encoder" / "model.safetensors"
     weights = load_file(file)
     name = next(name for name in weights if name.endswith("weight"))
@@ -77,29 +77,10 @@ def test_a_changed_weight_is_noticed(made, tmp_path):
         simipu_hf.demo.check_encoder(run, load_rows(made / "frames", "validation")[0])
 
 
-def test_an_existing_folder_is_kept(made, tmp_path):
+def test_an_existing_folder_is_kept(made):
     with pytest.raises(SimIPUError, match="exists already"):
         demo(made, settings=TINY)
-    (tmp_path / "thesis.txt").write_text("years of work", encoding="utf-8")
-    with pytest.raises(SimIPUError, match="holds something else"):
-        demo(tmp_path, settings=TINY, overwrite_output_dir=True)
-    assert (tmp_path / "thesis.txt").exists()
-    (tmp_path / "tools" / "run").mkdir(parents=True)  # a demo has one as well
-    with pytest.raises(SimIPUError, match="holds something else"):
-        prepare_output_dir(tmp_path / "tools", None, overwrite=True)
-    with pytest.raises(SimIPUError, match="lies in --output_dir"):
-        demo(made, data_dir=made / "frames", settings=TINY, overwrite_output_dir=True)
     assert (made / "report.html").exists()
-
-
-def test_overwriting_removes_an_earlier_demo(tmp_path):
-    prepare_output_dir(tmp_path, None, overwrite=False)
-    for name in ("drive", "frames", "run", ".drive.partial-1"):
-        (tmp_path / name).mkdir()
-    for name in ("report.html", ".01234567-report.html"):  # the second of a demo that was killed while writing it
-        (tmp_path / name).write_text("old", encoding="utf-8")
-    prepare_output_dir(tmp_path, None, overwrite=True)
-    assert [path.name for path in tmp_path.iterdir()] == [".simipu-demo"]
 
 
 def test_wrong_data_dir_is_named_before_anything_is_written(tmp_path):

@@ -224,7 +224,7 @@ class HubUploader:
     folder is written. A checkpoint that is written while an upload still runs is skipped, as the next one follows.
 
     Args:
-        repo_id, private, token: as in [`push_folder`].
+        repo_id, private: as in [`push_folder`].
         output_dir: of the run.
         strategy: as transformers' Trainer names them: `"end"` publishes the final model; `"every_save"` also each
             checkpoint, at the repository's root; `"checkpoint"` also what resumes the run, in `last-checkpoint/`.
@@ -237,10 +237,9 @@ class HubUploader:
         output_dir: str | Path,
         strategy: Strategy = "every_save",
         private: bool | None = None,
-        token: str | None = None,
         encoder_repo_id: str | None = None,
     ) -> None:
-        self.repository = _Repository(repo_id, token, private)
+        self.repository = _Repository(repo_id, private=private)
         self.output_dir, self.strategy, self.encoder_repo_id = Path(output_dir), strategy, encoder_repo_id
         self.running: Future[None] | None = None
         self.pending: str | None = None  # the newest checkpoint, until it is published or its failure reported
@@ -273,7 +272,6 @@ class HubUploader:
             arguments.output_dir,
             arguments.hub_strategy,
             private=arguments.hub_private_repo or None,
-            token=arguments.hub_token,
             encoder_repo_id=getattr(arguments, "encoder_repo_id", None),
         )
 

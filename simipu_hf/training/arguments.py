@@ -49,8 +49,6 @@ class RunArguments(Arguments):
 
     output_dir: str
     """Folder of the run."""
-    overwrite_output_dir: bool = False
-    """Delete what an earlier run left in --output_dir."""
     resume_from_checkpoint: str | None = None
     """latest, or the path of a checkpoint."""
     per_device_train_batch_size: int = 4
@@ -91,8 +89,6 @@ class RunArguments(Arguments):
     """Create repositories private."""
     hub_strategy: Literal["end", "every_save", "checkpoint"] = "every_save"
     """Publish at the end, every checkpoint, or every checkpoint with what resumes the run."""
-    hub_token: str | None = None
-    """Token; the logged-in user's if None."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,15 +101,12 @@ class RunArguments(Arguments):
             raise SimIPUError(f"--num_train_epochs must be above 0, found {self.num_train_epochs}")
         if self.push_to_hub and not self.hub_model_id:
             raise SimIPUError("--push_to_hub needs --hub_model_id user/name")
-        resumes = self.resume_from_checkpoint is not None
-        refuse_without_effect(self, not resumes, "with --resume_from_checkpoint", "overwrite_output_dir")
-        hub = ("hub_model_id", "hub_private_repo", "hub_strategy", "hub_token")
+        hub = ("hub_model_id", "hub_private_repo", "hub_strategy")
         refuse_without_effect(self, self.push_to_hub, "without --push_to_hub", *hub)
 
     def to_dict(self) -> dict[str, Any]:
-        """All flags for `run.yaml`, but for the Hub token and what belongs to one start of the run."""
-        left_out = ("hub_token", "resume_from_checkpoint", "overwrite_output_dir")
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
+        """All flags for `run.yaml`, but for what belongs to one start of the run."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "resume_from_checkpoint"}
 
 
 @dataclass(kw_only=True)
@@ -325,7 +318,7 @@ class DepthTaskArguments(Arguments):
     flip_test: bool = True
     """Evaluate the mean of the predictions for the image and its mirror image."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """Stop at an invalid frame, or leave it out and count it."""
+    """Stop at an invalid frame when it is read, or leave it out; in training another takes its place."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

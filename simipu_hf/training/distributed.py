@@ -55,8 +55,11 @@ def create_accelerator(arguments: RunArguments) -> Accelerator:
 
 
 def choose_device(device: str | None) -> torch.device:
-    """The device named, or CUDA where there is one."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """The device named, or CUDA where there is one; it becomes the current one, which PyTorch's timers wait for."""
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    return chosen
 
 
 def check_precision(precision: str) -> None:

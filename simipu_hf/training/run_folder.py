@@ -17,10 +17,9 @@ import datasets
 import torch
 import yaml
 
-import simipu_hf.modeling
 from simipu_hf.data.overlap import image_lengths
 from simipu_hf.errors import SimIPUError
-from simipu_hf.files import atomic_path, atomic_write, check_apart
+from simipu_hf.files import atomic_path, atomic_write
 
 from .arguments import RunArguments
 from .checkpoint import new_set_aside, newest_checkpoint, set_aside, verify_checkpoint
@@ -31,23 +30,14 @@ RUN_FILE = "run.yaml"
 _FINAL = re.compile(
     r"model.*\.safetensors.*|config\.json|(pre)?processor_config\.json|image_encoder|\w+_(evaluation|results)\.json"
 )
-# what a run, its evaluation and its publication write beside the model's code; not the folder of a clone
-_WRITTEN = re.compile(
-    r"\.(?!git$).+|checkpoint-\d+|set_aside-\d+|logs|runs|pictures|predictions|README\.md|run\.yaml|metrics\.jsonl"
-    rf"|training_curves\.png|{_FINAL.pattern}"
-)
 _PACKAGES = (
     *("simipu-hf", "torch", "torchvision", "transformers", "timm", "accelerate", "datasets", "numpy", "scipy"),
     *("pillow", "kornia-rs"),
 )
 
 
-def find_checkpoint(arguments: RunArguments, start: str | None) -> Path | None:
+def find_checkpoint(arguments: RunArguments) -> Path | None:
     """Whether a run may start in its output folder, and from which checkpoint. Writes nothing.
-
-    Args:
-        arguments: of the run.
-        start: the model that it starts from; never overwritten.
 
     Returns:
         the checkpoint to resume from; `None` to start at the beginning, also where `"latest"` finds no checkpoint
@@ -86,25 +76,12 @@ def find_checkpoint(arguments: RunArguments, start: str | None) -> Path | None:
                 check_kind(output_dir, kind, f"--resume_from_checkpoint latest: no run starts in {output_dir}")
             print(f"no checkpoint in {output_dir} yet: starting at the beginning")
         return found
-    if occupied and not arguments.overwrite_output_dir:
-        raise SimIPUError(
-            f"--output_dir {output_dir} is not empty: choose another folder, continue the run in it with "
-            "--resume_from_checkpoint latest, or replace it with --overwrite_output_dir"
-        )
     if occupied:
-        check_earlier_run(output_dir, kind, f"--overwrite_output_dir: nothing in {output_dir} is deleted")
-        if start is not None:
-            check_apart(start, output_dir)
+        raise SimIPUError(
+            f"--output_dir {output_dir} is not empty: choose another folder, or continue the run in it with "
+            "--resume_from_checkpoint latest"
+        )
     return checkpoint  # of another run: this one starts, in a folder of its own
-
-
-def check_earlier_run(folder: Path, kind: str, refusal: str) -> None:
-    """Raises a `SimIPUError`, which begins with `refusal`, unless a folder holds a run of `kind` and no more."""
-    check_kind(folder, kind, refusal)
-    code = {path.name for path in Path(simipu_hf.modeling.__path__[0]).glob("*.py")}
-    strangers = [p.name for p in folder.iterdir() if p.name not in code and not _WRITTEN.fullmatch(p.name)]
-    if strangers:
-        raise SimIPUError(f"{refusal}, because it holds more than a run ({', '.join(sorted(strangers)[:3])})")
 
 
 def check_kind(folder: Path, kind: str, refusal: str) -> None:
@@ -131,10 +108,6 @@ def open_run_folder(arguments: RunArguments, step: int, last_step: int, **record
         SimIPUError: the folder cannot be written to.
     """
     output_dir = Path(arguments.output_dir)
-    if arguments.overwrite_output_dir and output_dir.is_dir():
-        # run.yaml last: without it what a kill leaves would not be known for a run
-        for path in sorted(output_dir.iterdir(), key=lambda path: path.name == RUN_FILE):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     for path in output_dir.glob(".checkpoint-*"):  # what a kill during a checkpoint left behind
         shutil.rmtree(path, ignore_errors=True)
     written = {
@@ -175,14 +148,8 @@ def open_run_folder(arguments: RunArguments, step: int, last_step: int, **record
 
 
 def current_command() -> str:
-    """The command line of this process, without what is secret in it."""
-    words = [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]
-    for position, word in enumerate(words):
-        name, equals, _ = word.partition("=")
-        if name.replace("-", "_") == "__hub_token":
-            hidden = position if equals else min(position + 1, len(words) - 1)
-            words[hidden] = f"{name}=***" if equals else "***"
-    return shlex.join(words)
+    """The command line of this process."""
+    return shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])
 
 
 def versions() -> dict[str, str]:

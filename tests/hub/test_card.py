@@ -133,7 +133,6 @@ def test_bgr_is_said(folder):
 
 
 def test_tokens_and_folders_are_taken_out(monkeypatch):
-    assert redact("a --hub_token=abc --hub-token abc b") == "a --hub_token=… --hub-token … b"
     assert redact("hf_abcdefgh123") == "hf_…"
     assert redact('"/home/alice/runs/kitti", --a=/mnt/x/y --b /z/w') == '"…/kitti", --a=…/y --b …/w'
     assert redact(r"C:\Users\alice\runs\a D:/alice/secret/KITTI") == "…/a …/KITTI"

@@ -114,3 +114,4 @@ def test_two_processes_share_the_evaluation_of_a_depth_model(results):
     assert saved["metrics"] == {name: pytest.approx(value, rel=1e-6) for name, value in alone["metrics"].items()}
     manifest = json.loads((results / "depth" / "checkpoint-2" / "manifest.json").read_text(encoding="utf-8"))
     assert {"rng_state_0.pth", "rng_state_1.pth"} < manifest["files"].keys()
+    assert manifest["identity"]["num_processes"] == 2  # one process with twice the frames would have another loss
