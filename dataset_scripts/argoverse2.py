@@ -168,6 +168,10 @@ def _log_frames(log: str, cameras: Sequence[str], problems: list[str], notes: li
         problems.append(f"{log}: expected {lacks}, found no such file")
         return []
     images = {camera: _times(os.path.join(log, "sensors", "cameras", camera), ".jpg") for camera in cameras}
+    for camera in cameras:
+        folder = os.path.join(log, "sensors", "cameras", camera)
+        if not images[camera] and os.path.isdir(folder) and (names := sorted(os.listdir(folder))):
+            problems.append(f"{folder}: expected images named TIME.jpg, found {names[0]}")
     scene, frames, pairs = os.path.basename(log), [], len(sweeps) * len(cameras)
     for sweep in sweeps:
         for camera in cameras:
@@ -324,6 +328,8 @@ def image_size(path: str) -> tuple[int, int]:
     mark at JPEG's end not whole; what is between is not looked at."""
     try:
         with open(path, "rb") as file, Image.open(file) as image:
+            if image.format in ("JPEG", "MPO") and image.getexif().get(274) in range(2, 9):
+                raise ValueError("an EXIF orientation: turn the pixels to what the calibration speaks of, without it")
             image.verify()
             file.seek(-min(4096, os.path.getsize(path)), os.SEEK_END)
             if image.format in ("JPEG", "MPO") and b"\xff\xd9" not in file.read():

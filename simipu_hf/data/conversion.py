@@ -29,7 +29,7 @@ from ..modeling.geometry import pixel_transform
 from .depth import read_depth_png, resize_depth_map
 from .inspection import open_source
 from .kitti_objects import by_field
-from .loading import load_pretraining_dataset
+from .loading import list_frames, load_pretraining_dataset
 from .preparation import run_in_processes
 from .rows import REQUIRED_COLUMNS, calibration_from_row, image_from_row, points_from_row
 from .sources import hub_license, undecoded
@@ -176,6 +176,9 @@ def convert_to_parquet(
     packing: Packing | None = Packing(image_size, image_format, quality, whole_scans)
     source, names = open_source(dataset_name, data_dir, dataset_config_name, split)
     check_apart(source.location, target)
+    if source.reader is not None and scenes is not None and split is None:
+        frames = list_frames(source, names, cameras, scenes).splits
+        names = [name for name in names if frames.get(name)]
     options: dict[str, Any] = {"cameras": cameras, "scenes": scenes, "num_proc": num_proc, "cache_dir": cache_dir}
     splits = {
         name: load_pretraining_dataset(

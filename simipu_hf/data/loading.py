@@ -166,7 +166,8 @@ def _load_parts(
         with named_errors(location):
             part = _load(source, own_request, own_split or None)
             _, planned = _plan_split(source, own_request, own_split or None)
-        names = row_names(part) if isinstance(part, datasets.Dataset) else _names(planned)
+        rows = _take(planned, source.saved) if source.kind == "saved" else part
+        names = row_names(rows) if isinstance(rows, datasets.Dataset) else _names(planned)
         take_rows(taken, text, source.location, names)
         parts.append(part)
     return parts
@@ -386,6 +387,11 @@ def _share(dataset: AnyDataset, held_out: bool, share: float, location: str) -> 
         advice = f"choose a value between {low:.3f} and {high:.3f}" if len(places) > 1 else "one cannot be shared"
         problem = f"validation_share {share} puts all of {len(places)} scenes on one side"
         raise SimIPUError(f"{location}: {problem}: {advice}")
+    if len(names) < 3 * len(places) and all(scene == scene_of(frame_id) for scene, frame_id in names):
+        logger.warning(
+            f"{location}: validation_share makes {len(places)} scenes of the names of {len(names)} frames; if these "
+            "are of fewer drives, the same places stand on both sides: name the drives in a column scene"
+        )
     return dataset.select([index for index, name in enumerate(names) if _is_on_side(*name, share, held_out)])
 
 

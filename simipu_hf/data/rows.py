@@ -103,7 +103,7 @@ def to_row(
 
 def scene_of(frame_id: str) -> str:
     """A scene's name where none is given: what is before the first slash of `frame_id`, or before the number at its
-    end and the camera's.
+    end and KITTI's name of a camera, `_image_NN`.
 
     >>> [scene_of(name) for name in ("log7/000123/left", "drive_0009_sync_image_02_0000000042", "000123")]
     ['log7', 'drive_0009_sync', '000123']
@@ -204,7 +204,7 @@ def image_from_row(row: Mapping[str, Any]) -> Image.Image:
     try:
         with ExitStack() as opened:
             if not isinstance(image, np.ndarray | Image.Image):
-                image = Image.open(opened.enter_context(_open_file(image)))
+                image = open_verified(opened.enter_context(_open_file(image)))
             image = to_8_bits(open_unturned(image))
             image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
             image.load()
@@ -227,6 +227,16 @@ def pixels_from_row(row: Mapping[str, Any]) -> np.ndarray:
     if not isinstance(row["image"], np.ndarray | Image.Image):
         pixels = _decode_plain(row["image"])
     return np.array(image_from_row(row)) if pixels is None else pixels  # a copy that may be written to
+
+
+def open_verified(file: BinaryIO) -> Image.Image:
+    """Opens an image; of a PNG, whose damage Pillow would decode, the checksums are checked first."""
+    image = Image.open(file)
+    if image.format == "PNG":
+        image.verify()
+        file.seek(0)
+        image = Image.open(file)
+    return image
 
 
 def _open_file(image: Any) -> BinaryIO:
@@ -354,7 +364,7 @@ def _naming(frame_id: Any) -> Iterator[None]:
     """Turns a ValueError into a SimIPUError that begins with the frame's name."""
     try:
         yield
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise SimIPUError(f"frame {frame_id}: {error}") from error
 
 

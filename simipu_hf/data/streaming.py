@@ -48,7 +48,8 @@ def stream_two_views(
 
     Args:
         rows: of `load_pretraining_dataset(streaming=True)`.
-        processor, augmentation: as [`TwoViewDataset`]; rows are augmented by (seed, epoch, hash of `frame_id`).
+        processor, augmentation: as [`TwoViewDataset`]; rows are augmented by (seed, epoch, `frame_id`, how many came
+            before in the epoch), so that a mixture's small source gives other views each time.
         seed: of order and augmentation.
         batch_size, collate: rows of a batch, and what makes a batch of them.
         num_workers: at most; a process cannot use more than it has shards.
@@ -107,7 +108,7 @@ class TwoViewStream(torch.utils.data.IterableDataset):
         self.seed = seed
         self.block_size = max(1, shuffle_buffer)
         self.on_bad_row = on_bad_row
-        self._state: dict[str, Any] = {"epoch": 0, "rows": None, "done": 0}
+        self._state: dict[str, Any] = {"epoch": 0, "rows": None, "done": 0, "count": 0}
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next sample comes from."""
@@ -134,23 +135,24 @@ class TwoViewStream(torch.utils.data.IterableDataset):
         if self._state["rows"] is not None:
             rows.load_state_dict(self._state["rows"])
             datasets.logging.get_logger("datasets.iterable_dataset").addFilter(_is_not_about_the_buffer)
-        reader, block_start = iter(rows), self._state["rows"]
+        reader, block_start, count = iter(rows), self._state["rows"], self._state["count"]
         while True:
             done = self._state["done"]
             block = [row for _, row in zip(range(self.block_size), reader)]  # noqa: B905 (the last is shorter)
             names = "/".join(str(row["frame_id"]) for row in block)
             order = np.random.default_rng([self.seed, epoch, zlib.crc32(names.encode())]).permutation(len(block))
             for place in range(done, len(block)):
-                self._state = {"epoch": epoch, "rows": block_start, "done": place + 1}
+                count += 1
+                self._state = {"epoch": epoch, "rows": block_start, "done": place + 1, "count": count}
                 yield block[order[place]]
             if len(block) < self.block_size:
-                self._state = {"epoch": epoch + 1, "rows": None, "done": 0}
+                self._state = {"epoch": epoch + 1, "rows": None, "done": 0, "count": 0}
                 return
             block_start = rows.state_dict()
-            self._state = {"epoch": epoch, "rows": block_start, "done": 0}
+            self._state = {"epoch": epoch, "rows": block_start, "done": 0, "count": count}
 
     def _sample(self, row: Mapping[str, Any]) -> dict[str, torch.Tensor] | None:
-        index = zlib.crc32(str(row["frame_id"]).encode("utf-8"))
+        index = zlib.crc32(f"{row['frame_id']}/{self._state['count']}".encode())
         place = {"seed": self.seed, "epoch": self._state["epoch"], "index": index}
         try:
             row = {**row, "points": points_from_row(row), "image": pixels_from_row(row)}

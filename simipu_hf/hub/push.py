@@ -359,9 +359,15 @@ def push_dataset(
     for file in files:
         split = _split_of(file.name)
         try:
-            splits[split] = splits.get(split, 0) + pyarrow.parquet.read_metadata(file).num_rows
+            metadata = pyarrow.parquet.read_metadata(file)
+            splits[split] = splits.get(split, 0) + metadata.num_rows
         except (OSError, ValueError) as error:
             raise SimIPUError(f"{file}: this Parquet file cannot be read: {error}") from error
+        if _without_images(metadata):
+            raise SimIPUError(
+                f"{file}: expected image files, found paths of this machine, which nobody else can read: write the "
+                "rows with simipu-hf data convert"
+            )
     own_card = folder / "README.md"
     try:
         own = DatasetCard.load(own_card) if own_card.is_file() else None
@@ -388,6 +394,14 @@ def push_dataset(
         (Path(staged) / "README.md").write_text(card, encoding="utf-8")
         repository = _Repository(repo_id, token, private, repo_type="dataset")
         return PushReport(repository.url, repository.upload(Path(staged), "Upload data set"))
+
+
+def _without_images(metadata: Any) -> bool:
+    """Whether a Parquet file has images without bytes."""
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    columns = [group.column(index) for group in groups for index in range(group.num_columns)]
+    found = [column.statistics for column in columns if column.path_in_schema == "image.bytes"]
+    return any(statistics is not None and statistics.null_count for statistics in found)
 
 
 def _split_of(file: str) -> str:

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from simipu_hf.data.loading import load_pretraining_dataset
-from simipu_hf.data.rows import Frame, calibration_from_row
-from simipu_hf.data.sources import given_sources, refuse_second_split
+from simipu_hf.data.rows import Frame, calibration_from_row, image_from_row
+from simipu_hf.data.sources import given_sources, refuse_second_split, undecoded
 from simipu_hf.data.two_views import TwoViewAugmentation
 from simipu_hf.errors import SimIPUError
 from simipu_hf.files import atomic_write
@@ -115,7 +115,8 @@ def visualize(
     loaded = None if model is None else LoadedModel(model, device)
     folder, written = Path(output_dir), []
     for index in tqdm(frames, desc="Drawing", unit="frame"):
-        row = rows[index]
+        row = undecoded(rows)[index]  # datasets would turn an image by its EXIF orientation
+        row["image"] = image_from_row(row)
         figures, html = draw_frame(row, loaded)
         name = re.sub(r"[^\w.-]+", "_", str(row["frame_id"]))
         if folder / f"{name}_scene.html" in written:

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import shutil
 import typing
 from pathlib import Path
 from unittest.mock import Mock
@@ -54,6 +55,16 @@ def test_rows_of_any_source_can_be_converted(tmp_path):
     convert_to_parquet(tmp_path / "twice", str(tmp_path / "once"), cache_dir=tmp_path / "cache")
     assert read_folder(tmp_path / "once") == read_folder(tmp_path / "twice")
     assert load_pretraining_dataset(str(tmp_path / "twice"), cache_dir=tmp_path / "cache")[1]["frame_id"] == "b"
+
+
+def test_scenes_are_converted_from_the_splits_that_have_them(object_root, tmp_path):
+    for sequence in ("03", "12"):  # of train and of test
+        folder = tmp_path / "odometry" / "sequences" / sequence
+        shutil.copytree(object_root / "training", folder)
+        calibration = (folder / "calib" / "000000.txt").read_text().replace("Tr_velo_to_cam", "Tr")
+        (folder / "calib.txt").write_text(calibration)
+    result = convert_to_parquet(tmp_path / "parquet", data_dir=tmp_path / "odometry", scenes=["12"], cameras=[2])
+    assert list(result["splits"]) == ["test"]
 
 
 def test_splits_of_different_columns_are_refused_before_anything_is_written(object_root, tmp_path):

@@ -20,6 +20,7 @@ from PIL import Image
 
 from simipu_hf.data import preparation
 from simipu_hf.data import rows as rows_module
+from simipu_hf.data.depth import read_depth_png
 from simipu_hf.data.loading import _runs, load_pretraining_dataset
 from simipu_hf.data.preparation import _chunks
 from simipu_hf.data.rows import (
@@ -146,6 +147,18 @@ def test_pixels_are_those_of_pillow_and_so_are_refusals(tmp_path, monkeypatch, w
                 pixels_from_row(row)
         else:
             np.testing.assert_array_equal(pixels_from_row(row), by_pillow)
+
+
+def test_a_flipped_bit_in_a_png_is_found(tmp_path):
+    for mode in ("RGB", "RGBA", "I;16"):
+        data = bytearray(encoded_image("L" if mode == "I;16" else mode, "PNG"))
+        if mode == "I;16":
+            Image.fromarray(np.arange(6000, dtype=np.uint16).reshape(60, 100)).save(file := io.BytesIO(), "PNG")
+            data = bytearray(file.getvalue())
+        data[len(data) // 2] ^= 1
+        source = {"bytes": bytes(data), "path": None}
+        with pytest.raises(SimIPUError, match=r"frame a.*checksum"):
+            read_depth_png(source, "frame a") if mode == "I;16" else image_from_row({"frame_id": "a", "image": source})
 
 
 def test_files_of_images_may_be_remote_and_those_that_cannot_be_read_are_named(tmp_path):

@@ -96,7 +96,7 @@ def test_a_mixture_keeps_its_proportions_and_reaches_every_row():
     assert rows != [Mixture((70, 20, 10), (1, 2, 1), seed=6).row(epoch, index) for index in range(100)]
 
 
-def test_scenes_are_held_out_whole(object_root, tmp_path):
+def test_scenes_are_held_out_whole(object_root, tmp_path, caplog):
     source = save(tmp_path, [f"log{log}/{frame:03d}" for log in range(20) for frame in range(3)])
     train, held_out = (
         load_pretraining_dataset(source, split=split, validation_share=0.2) for split in ("train", "validation")
@@ -113,6 +113,9 @@ def test_scenes_are_held_out_whole(object_root, tmp_path):
         for split in ("train", "validation")
     ]
     assert parts == [scenes[0] & {f"log{log}" for log in range(10)}, scenes[1] & {f"log{log}" for log in range(10)}]
+    assert not caplog.text
+    load_pretraining_dataset(save(tmp_path / "flat", [f"{n:06d}_front" for n in range(20)]), validation_share=0.2)
+    assert "makes 20 scenes of the names of 20 frames" in caplog.text
     more = load_pretraining_dataset(source, split="validation", validation_share=0.4)
     assert scenes[1] <= set(more["scene"])
     with pytest.raises(SimIPUError, match=r"puts all of 20 scenes on one side: choose a value between 0\.\d+ and"):
@@ -259,7 +262,7 @@ def test_a_stream_sees_every_row_of_an_epoch_in_another_order_each_time(shards, 
     for rank in range(ranks):
         stream = stream_of(shards, 0, rank, ranks).dataset
         for epoch in (0, 1):
-            stream.load_state_dict({"epoch": epoch, "rows": None, "done": 0})
+            stream.load_state_dict({"epoch": epoch, "rows": None, "done": 0, "count": 0})
             seen[epoch] += [row["frame_id"] for row in stream._rows_of_epoch(epoch)]
     names = sorted(row["frame_id"] for row in rows)
     assert sorted(seen[0]) == sorted(seen[1]) == names
@@ -284,6 +287,11 @@ def test_streams_are_mixed_by_weight(shards, tmp_path, monkeypatch):
     resumed = stream_of([shards, other], mixture=[1, 3])
     resumed.load_state_dict(loader.state_dict())
     assert [digest(batch) for batch in take(resumed, 7)] == whole[5:]
+    few = save(tmp_path / "few", ["few/0", "few/1"], first=2000)
+    repeated = [digest(batch) for batch in take(stream_of([shards, few], mixture=[1, 9]), 12)]
+    assert len(set(map(tuple, repeated))) == 12  # other views of the two rows each time
+    slices = [f"{few}#train[:1]", f"{few}#train[1:]"]
+    assert len(take(load_mixture(slices, mixture=[1, 1], streaming=True)[0], 9)) == 2
 
 
 def test_streams_of_other_writers_are_mixed(shards, tmp_path):

@@ -367,6 +367,12 @@ def test_data_set_from_kitti_is_private_and_says_why(endpoint, tmp_path, capsys)
     assert (edited.text.strip(), edited.data.tags, edited.data.license) == ("Important caveat.", ["mine"], "cc-by-4.0")
     with pytest.raises(SimIPUError, match="Parquet"):
         push_dataset(tmp_path / "absent", "owner/own")
+    Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
+    images = datasets.Dataset.from_dict({"image": [str(tmp_path / "1.png")]})
+    (tmp_path / "paths").mkdir()
+    images.cast_column("image", datasets.Image()).to_parquet(tmp_path / "paths" / "train.parquet")
+    with pytest.raises(SimIPUError, match=r"train\.parquet: expected image files, found paths"):
+        push_dataset(tmp_path / "paths", "owner/own")
     (tmp_path / "rows" / "README.md").write_text("---\nlicense: [\n---\n", encoding="utf-8")
     with pytest.raises(SimIPUError, match=r"README.md: its header between --- lines cannot be read"):
         push_dataset(tmp_path / "rows", "owner/own")
