@@ -144,7 +144,9 @@ def pad_to_divisor(pixel_values: Tensor, encoder: nn.Module) -> Tensor:
     """Zeros at the bottom and on the right up to a size `(B, 3, H, W)` that the encoder takes; nothing moves."""
     divisor = pad_divisor(encoder)
     height, width = pixel_values.shape[-2:]
-    return nn.functional.pad(pixel_values, (0, -width % divisor, 0, -height % divisor))
+    # not -width % divisor, which torch.compile cannot express for sizes that change
+    right, bottom = (divisor - width % divisor) % divisor, (divisor - height % divisor) % divisor
+    return nn.functional.pad(pixel_values, (0, right, 0, bottom))
 
 
 def sorted_stages(encoder: TimmModel, stages: Sequence[int]) -> list[int]:

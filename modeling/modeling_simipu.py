@@ -201,6 +201,7 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
         lidar_to_pixel: torch.Tensor,
         image_sizes: torch.Tensor | None = None,
         return_metrics: bool = False,
+        return_loss: bool = True,
         **kwargs: Any,
     ) -> SimIPUForPreTrainingOutput | tuple:
         """One pre-training step's losses.
@@ -214,6 +215,7 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
             image_sizes: `(B, 2)` int, height and width of each image before padding; the whole of
                 `pixel_values` where omitted.
             return_metrics: compute the accuracies as well, which need the rank of every positive.
+            return_loss: without effect; its default tells transformers' Trainer that there is a loss to evaluate.
         """
         # distances between points need single precision, whatever a batch was converted to
         wide = torch.promote_types(points.dtype, torch.float32)

@@ -37,13 +37,9 @@ def furthest_point_sample(points: Tensor, num_samples: int) -> Tensor:
 
 
 def furthest_point_sample_features(features: Tensor, num_samples: int) -> Tensor:
-    """(B, N, C) -> (B, M) int64.
-
-    Lazy: a distance to the nearest of the samples seen so far bounds that to all of them from above, so only the point
-    on top of a heap of such bounds has to look at further samples, and only until it is no longer on top.
-    """
+    """(B, N, C) -> (B, M) int64."""
     samples = torch.empty(len(features), num_samples, dtype=torch.int64)
-    threads = _threads(features.numel() * num_samples // 4)  # most of which the bounds spare
+    threads = _threads(features.numel() * num_samples)
     _in_threads(_sample_features, zip(features.numpy(), samples.numpy(), strict=True), threads)
     return samples
 
@@ -249,45 +245,17 @@ def _partition(points, axis, order, start, end, middle):
 
 @jit()
 def _sample_features(features, samples):
-    n = len(features)
     samples[:] = 0
-    norms = np.empty(n, features.dtype)
-    for i in range(n):
+    norms, nearest = np.empty((2, len(features)), features.dtype)
+    for i in range(len(features)):
         norms[i] = _dot(features[i], features[i])
-    nearest = np.full(n, 1e10, features.dtype)  # squared distance to the nearest of the first `seen` samples
-    seen = np.zeros(n, np.int64)
-    heap = np.arange(n)
-    for m in range(1, len(samples) if n > 1 else 0):
-        top = heap[0]
-        while seen[top] < m:
-            second = heap[2] if n > 2 and _farther(nearest, heap[2], heap[1]) else heap[1]
-            while seen[top] < m and _farther(nearest, top, second):
-                last = samples[seen[top]]
-                product = _dot(features[top], features[last])
-                nearest[top] = min(nearest[top], norms[top] + norms[last] - (product + product))
-                seen[top] += 1
-            _sift_down(heap, nearest)
-            top = heap[0]
-        samples[m] = top
-
-
-@jit()
-def _sift_down(heap, nearest):
-    moved, parent = heap[0], 0
-    while 2 * parent + 1 < len(heap):
-        child = 2 * parent + 1
-        if child + 1 < len(heap) and _farther(nearest, heap[child + 1], heap[child]):
-            child += 1
-        if not _farther(nearest, heap[child], moved):
-            break
-        heap[parent] = heap[child]
-        parent = child
-    heap[parent] = moved
-
-
-@jit()
-def _farther(nearest, i, j):
-    return nearest[i] > nearest[j] or (nearest[i] == nearest[j] and i < j)
+    nearest[:] = 1e10  # squared distance to the nearest sample so far
+    for m in range(1, len(samples)):
+        last = samples[m - 1]
+        for i in range(len(features)):
+            product = _dot(features[i], features[last])
+            nearest[i] = min(nearest[i], norms[i] + norms[last] - (product + product))
+        samples[m] = nearest.argmax()
 
 
 @jit(fastmath={"reassoc", "nsz", "contract"})  # lets the sum run in several lanes

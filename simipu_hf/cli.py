@@ -61,8 +61,6 @@ class Source:
 class Shards:
     """What the files hold."""
 
-    rows_per_shard: int | None = None
-    """Rows of a file, instead of --max_shard_size."""
     max_shard_size: str = "500MB"
     """Size of a file."""
     num_shards: int = 1

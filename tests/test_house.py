@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # from the bottom up; a module imports from its own floor and those below it
 FLOORS = [
-    ("modeling", "dataset_scripts", "errors", "files", "machine", "version"),
+    ("modeling", "dataset_scripts", "errors", "files", "machine", "processes", "version"),
     ("data", "training", "evaluation"),
     ("hub", "visualization", "benchmark"),
     ("pretrain", "finetun", "evaluate_", "compare", "demo", "check"),

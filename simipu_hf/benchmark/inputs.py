@@ -39,9 +39,7 @@ def two_view_dataset(
 def _rows(arguments: BenchmarkArguments, folder: Path, synthetic_frames: int) -> datasets.Dataset:
     if arguments.data_dir is not None or arguments.dataset_name is not None:
         return load_pretraining_dataset(arguments.dataset_name, arguments.data_dir)
-    drive = synthesize_drive(
-        folder / "drive", synthetic_frames, val_fraction=0, test_fraction=0, num_workers=0, progress=False
-    )
+    drive = synthesize_drive(folder / "drive", synthetic_frames, val_fraction=0, test_fraction=0, num_workers=0)
     return load_pretraining_dataset(data_dir=drive, cache_dir=folder / "cache")
 
 

@@ -26,11 +26,11 @@ from ..dataset_scripts.kitti import points_in_view
 from ..errors import SimIPUError
 from ..files import atomic_path, check_apart
 from ..modeling.geometry import pixel_transform
+from ..processes import run_in_processes
 from .depth import read_depth_png, resize_depth_map
 from .inspection import open_source
 from .kitti_objects import by_field
 from .loading import list_frames, load_pretraining_dataset
-from .preparation import run_in_processes
 from .rows import REQUIRED_COLUMNS, calibration_from_row, image_from_row, points_from_row
 from .sources import hub_license, undecoded
 
@@ -118,7 +118,6 @@ def convert_to_parquet(
     data_dir: str | os.PathLike | None = None,
     dataset_config_name: str | None = None,
     split: str | Sequence[str] | None = None,
-    rows_per_shard: int | None = None,
     *,
     max_shard_size: str = "500MB",
     num_shards: int = 1,
@@ -145,7 +144,6 @@ def convert_to_parquet(
         dataset_name, data_dir, dataset_config_name, cameras, scenes, num_proc, cache_dir: As
             `load_pretraining_dataset`, one source.
         split: One split or several; None: all of them (KITTI object's `trainval` holds all of train and val again).
-        rows_per_shard: Rows of a file; None: by `max_shard_size` and `num_shards`.
         max_shard_size: About the largest size of a file.
         num_shards: At least so many files a split: for streaming, as many as processes times data-loading workers.
         image_size, image_format, quality, whole_scans: See `Packing`.
@@ -163,10 +161,6 @@ def convert_to_parquet(
         raise SimIPUError(f"{output_dir}: expected a new or empty folder to convert into, found something there")
     if os.path.ismount(target):  # which the finished folder cannot replace
         raise SimIPUError(f"{output_dir}: expected a folder to make, found a mounted disk: name a folder in it")
-    if rows_per_shard is not None and rows_per_shard < 1:
-        raise SimIPUError(f"rows_per_shard: expected at least 1, found {rows_per_shard}")
-    if rows_per_shard is not None and max_shard_size != "500MB":
-        raise SimIPUError("expected either rows_per_shard or max_shard_size, found both")
     if num_shards < 1:
         raise SimIPUError(f"num_shards: expected at least 1, found {num_shards}")
     try:
@@ -196,7 +190,7 @@ def convert_to_parquet(
     shards = [
         shard
         for name, rows in splits.items()
-        for shard in _plan_shards(name, rows, packing, rows_per_shard, max_shard_size, num_shards)
+        for shard in _plan_shards(name, rows, packing, max_shard_size, num_shards)
     ]
     _prepare_partial(partial_dir, splits, shards, packing)
     missing = [shard for shard in shards if not (partial_dir / shard.file).is_file()]
@@ -234,19 +228,15 @@ def _plan_shards(
     name: str,
     rows: datasets.Dataset,
     packing: Packing | None,
-    rows_per_shard: int | None,
     max_shard_size: str,
     num_shards: int,
 ) -> list[_Shard]:
-    if rows_per_shard is None:
-        tables = [_table(rows, index, index + 1, packing) for index in range(0, len(rows), max(1, len(rows) // 8))]
-        row_size = sum(table.nbytes for table in tables) / len(tables)
-        most = max(1, int(convert_file_size_to_int(max_shard_size) / row_size))
-        needed = -(-len(rows) // most)
-        count = min(len(rows), -(-max(needed, 1) // num_shards) * num_shards)  # a multiple, for as many processes
-        bounds = [len(rows) * index // count for index in range(count + 1)]
-    else:
-        bounds = [*range(0, len(rows), rows_per_shard), len(rows)]
+    tables = [_table(rows, index, index + 1, packing) for index in range(0, len(rows), max(1, len(rows) // 8))]
+    row_size = sum(table.nbytes for table in tables) / len(tables)
+    most = max(1, int(convert_file_size_to_int(max_shard_size) / row_size))
+    needed = -(-len(rows) // most)
+    count = min(len(rows), -(-max(needed, 1) // num_shards) * num_shards)  # a multiple, for as many processes
+    bounds = [len(rows) * index // count for index in range(count + 1)]
     return [
         _Shard(name, start, stop, f"data/{name}-{index:05d}-of-{len(bounds) - 1:05d}.parquet")
         for index, (start, stop) in enumerate(itertools.pairwise(bounds))

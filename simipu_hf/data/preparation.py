@@ -12,9 +12,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -25,11 +23,10 @@ from typing import Any
 import datasets
 import psutil
 from filelock import FileLock
-from tqdm.auto import tqdm
 
 from ..errors import SimIPUError
 from ..files import write_json
-from ..machine import available_processors
+from ..processes import run_in_processes
 from .rows import write_arrow
 
 CHUNK, LONG_SCENE = 512, 32  # frames
@@ -152,41 +149,6 @@ def _is_whole(reading: Reading, path: Path, frames: Sequence[Any]) -> bool:
     prepared = set(rows["frame_id"][:])
     left_out = [frame for frame in frames if frame.frame_id not in prepared]
     return next(reading.rows(left_out, []), None) is None
-
-
-def run_in_processes(
-    work: Callable[[Any], Any],
-    items: Sequence[Any],
-    num_proc: int | None,
-    title: str,
-    weight: Callable[[Any], int],
-) -> None:
-    """`work(item)` for every item with a progress bar, on as many processes as are of use; the first error ends it.
-
-    `weight(item)` is its number of rows.
-    """
-    processes = min(num_proc or available_processors(), len(items))
-    with tqdm(total=sum(map(weight, items)), desc=title, unit="row", disable=not items) as progress:
-        if processes <= 1:
-            for item in items:
-                work(item)
-                progress.update(weight(item))
-            return
-        with ProcessPoolExecutor(processes) as pool:
-            running = {pool.submit(work, item): item for item in items}
-            try:
-                for future in as_completed(running):
-                    future.result()
-                    progress.update(weight(running[future]))
-            except BrokenProcessPool as error:
-                raise SimIPUError(
-                    f"{title}: one of {processes} processes ended without an answer: too little memory for so many "
-                    "(simipu-hf data convert --num_proc 1, and train on what that writes), or a script without "
-                    "if __name__ == '__main__'"
-                ) from error
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
 
 
 def _write_chunk(reading: Reading, item: tuple[Path, Sequence[Any]], stop_at_damage: bool) -> None:

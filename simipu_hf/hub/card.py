@@ -16,7 +16,7 @@ from simipu_hf.data.sources import full_path, hub_license, split_source
 from simipu_hf.errors import SimIPUError
 from simipu_hf.files import atomic_write, write_json
 from simipu_hf.hub.sources import read_input_convention
-from simipu_hf.hub.weights import InputConvention, read_json
+from simipu_hf.hub.weights import InputConvention, read_json, timm_template
 from simipu_hf.training.logging import read_metrics
 from simipu_hf.training.run_folder import data_fingerprint
 
@@ -62,6 +62,8 @@ def model_card(folder: str | Path, repo_id: str | None = None, encoder_repo_id: 
         order = about.get("channel_order", "rgb")
         strides = [grid[0] if grid else None for grid in about.get("feature_grids") or []]
         pyramid = list(range(len(strides)))[-4:] if len({*strides, None}) > len(strides) > 3 else None
+        if getattr(timm_template(architecture, config.get("model_args")), "output_fmt", "") == "NHWC":
+            pyramid = None  # transformers takes the maps of its backbone for channels first
         convention = InputConvention.from_data_config(config.get("pretrained_cfg") or {}, order)
     elif "image_config" in config:
         kind, architecture = KINDS[config["model_type"]], config["image_config"]["architecture"]
@@ -82,7 +84,8 @@ def model_card(folder: str | Path, repo_id: str | None = None, encoder_repo_id: 
         image_size=convention.size or (384, 1248),
         pyramid=pyramid,
         has_encoder=(folder / "image_encoder" / "config.json").is_file(),
-        has_heads="AutoModelForPreTraining" in (config.get("auto_map") or {}),
+        has_heads="SimIPUForPreTraining" in (config.get("architectures") or []),
+        untrained=(config.get("simipu") or {}).get("untrained"),
         run=run,
         settings={key: value for key, value in _arguments(run).items() if not key.startswith(hidden)},
         metrics=_last_metrics(folder),

@@ -32,6 +32,7 @@ class InputConvention:
         mean, std: for pixel values from 0 to 1, in the order of the tensor's channels.
         size: height, width in pixels of the training images, where they had one size.
         keep_aspect_ratio: whether training images kept their aspect ratio when resized.
+        interpolation: with which they were resized.
     """
 
     channel_order: ChannelOrder = "rgb"
@@ -39,6 +40,7 @@ class InputConvention:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     size: tuple[int, int] | None = None
     keep_aspect_ratio: bool = False
+    interpolation: str = "bilinear"
 
     def __str__(self) -> str:
         mean, std = ([round(255 * value, 4) for value in values] for values in (self.mean, self.std))
@@ -47,8 +49,8 @@ class InputConvention:
     def data_config(self) -> dict[str, Any]:
         """The part of it that timm's `pretrained_cfg` can say, which is all but the channel order."""
         size = {} if self.size is None else {"input_size": (3, *self.size)}
-        crop_mode = "center" if self.keep_aspect_ratio else "squash"
-        return {**size, "mean": self.mean, "std": self.std, "crop_pct": 1.0, "crop_mode": crop_mode}
+        crop = {"crop_pct": 1.0, "crop_mode": "border" if self.keep_aspect_ratio else "squash"}  # border: padded
+        return {**size, "mean": self.mean, "std": self.std, "interpolation": self.interpolation, **crop}
 
     @classmethod
     def from_data_config(cls, config: Mapping[str, Any], channel_order: ChannelOrder = "rgb") -> "InputConvention":
@@ -60,6 +62,7 @@ class InputConvention:
             tuple(config.get("std", cls.std)),
             tuple(size[1:]) if size else None,
             config.get("crop_mode") != "squash",
+            config.get("interpolation", cls.interpolation),
         )
 
 

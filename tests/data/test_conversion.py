@@ -28,13 +28,16 @@ def read_folder(folder: Path) -> dict[str, bytes]:
 
 
 def test_parquet_round_trip_is_exact_and_needs_nothing_of_ours(object_root, tmp_path):
-    result = convert_to_parquet(tmp_path / "parquet", data_dir=object_root, rows_per_shard=2)
+    result = convert_to_parquet(tmp_path / "parquet", data_dir=object_root, num_shards=2)
     assert result["splits"] == {"train": 3, "val": 2, "test": 1}
-    assert (result["shards"], result["resumed_shards"]) == (4, 0)
+    assert (result["shards"], result["resumed_shards"]) == (5, 0)
     files = sorted(read_folder(tmp_path / "parquet"))
     assert files == ["README.md"] + [
         f"data/{name}.parquet"
-        for name in ("test-00000-of-00001", "train-00000-of-00002", "train-00001-of-00002", "val-00000-of-00001")
+        for name in (
+            "test-00000-of-00001",
+            *(f"{name}-0000{part}-of-00002" for name in ("train", "val") for part in range(2)),
+        )
     ]
     plain = datasets.load_dataset(str(tmp_path / "parquet"), cache_dir=str(tmp_path / "cache"))
     for split, rows in plain.items():
@@ -113,9 +116,9 @@ def test_the_command_takes_every_format():
 def test_an_interrupted_conversion_goes_on_and_ends_equal(object_root, tmp_path, monkeypatch, kind):
     if kind == "rows":
         load_pretraining_dataset(data_dir=object_root, cache_dir=tmp_path / "c").save_to_disk(tmp_path / "saved")
-        options = {"data_dir": tmp_path / "saved", "rows_per_shard": 1, "num_proc": 1}
+        options = {"data_dir": tmp_path / "saved", "num_shards": 9, "num_proc": 1}
     else:
-        options = {"data_dir": object_root, "rows_per_shard": 1, "num_proc": 1, "split": ["train", "val"]}
+        options = {"data_dir": object_root, "num_shards": 9, "num_proc": 1, "split": ["train", "val"]}
     convert_to_parquet(tmp_path / "whole", **options)
 
     written = 0
@@ -142,7 +145,7 @@ def test_an_interrupted_conversion_goes_on_and_ends_equal(object_root, tmp_path,
 
 
 def test_what_changed_since_the_interruption_is_converted_again(object_root, tmp_path, monkeypatch):
-    options = {"data_dir": object_root, "split": "train", "rows_per_shard": 1, "cache_dir": tmp_path / "cache"}
+    options = {"data_dir": object_root, "split": "train", "num_shards": 9, "cache_dir": tmp_path / "cache"}
     with monkeypatch.context() as patch:
         patch.setattr(conversion, "_write_card", Mock(side_effect=SimIPUError("interrupted")))
         with pytest.raises(SimIPUError, match="interrupted"):
@@ -171,7 +174,6 @@ def test_nothing_of_others_is_overwritten(object_root, tmp_path):
     [
         ({"quality": 50}, "quality does nothing without"),
         ({"quality": 500, "image_format": "jpeg"}, "expected 1 to 100"),
-        ({"rows_per_shard": 2, "max_shard_size": "1KB"}, "either rows_per_shard or max_shard_size"),
         ({"output_dir": "parquet"}, "contain one another"),
         ({"split": "train"}, "#val: split: expected one, found 'train' as well"),
     ],
@@ -213,7 +215,7 @@ def test_files_are_as_large_and_as_many_as_asked_for(object_root, tmp_path):
     files = sorted((tmp_path / "four").rglob("*.parquet"))
     assert [pq.read_metadata(file).num_rows for file in files] == [2, 3, 2, 3]
     assert load_pretraining_dataset(data_dir=tmp_path / "four", cache_dir=tmp_path / "c")["frame_id"][:] == names
-    numbers = ({"rows_per_shard": 0}, {"num_shards": 0}, {"max_shard_size": "large"})
+    numbers = ({"num_shards": 0}, {"max_shard_size": "large"})
     for wrong in ({"image_format": "gif"}, {"image_size": (0, 5)}, {"image_size": (9, 5, 3)}, *numbers):
         with pytest.raises(SimIPUError, match=f"{next(iter(wrong))}: expected"):
             convert_to_parquet(tmp_path / "wrong", **options, **wrong)

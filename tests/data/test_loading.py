@@ -38,6 +38,7 @@ from simipu_hf.data.two_views import TwoViewAugmentation, two_view_sample
 from simipu_hf.dataset_scripts import kitti
 from simipu_hf.errors import SimIPUError
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
+from simipu_hf.processes import run_in_processes
 
 POINTS = np.arange(12, dtype=np.float64).reshape(3, 4)
 PROJECTION = np.array([[40.0, 0, 3, 1], [0, 50, 2, 2], [0, 0, 1, 3]])
@@ -493,7 +494,7 @@ def test_an_address_of_parquet_files_is_streamed(rows, tmp_path):
 
 def test_a_process_that_is_ended_from_outside_is_no_traceback():
     with pytest.raises(SimIPUError, match="one of 2 processes ended without an answer"):
-        preparation.run_in_processes(os._exit, [1, 1], 2, "Preparing", int)
+        run_in_processes(os._exit, [1, 1], 2, "Preparing", int)
 
 
 def test_a_file_in_the_cache_s_place_is_named(object_root, tmp_path):

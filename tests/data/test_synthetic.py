@@ -8,7 +8,7 @@ from simipu_hf.data.synthetic import Lidar, rays, synthesize_drive, synthesize_f
 from simipu_hf.data.synthetic.appearance import Material, appearance
 from simipu_hf.errors import SimIPUError
 
-TINY = {"image_size": (32, 106), "azimuth_steps": 120, "progress": False}
+TINY = {"image_size": (32, 106), "azimuth_steps": 120}
 
 
 @pytest.fixture(scope="module")

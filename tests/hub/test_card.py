@@ -55,6 +55,19 @@ def test_evaluation_becomes_a_model_index(folder):
         model_card(folder)
 
 
+def test_a_card_shows_what_works_with_its_weights(folder):
+    assert "With the projection heads" in model_card(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["SimIPUModel"]}), encoding="utf-8")
+    assert "With the projection heads" not in model_card(folder)
+    config = json.loads((folder / "image_encoder" / "config.json").read_text(encoding="utf-8"))
+    grids = [[stride, stride, 0, 0] for stride in (4, 8, 16, 32)]
+    for architecture, shown in (("convnext_atto", True), ("swin_tiny_patch4_window7_224", False)):  # channels last
+        changed = config | {"architecture": architecture, "simipu": {"feature_grids": grids}}
+        (folder / "image_encoder" / "config.json").write_text(json.dumps(changed), encoding="utf-8")
+        assert ("UperNet" in model_card(folder / "image_encoder")) == shown
+
+
 def test_base_model_data_set_and_licence(folder):
     record = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
     record["arguments"] |= {"data_dir": None, "dataset_name": "owner/drives", "pretrained_image_encoder": True}

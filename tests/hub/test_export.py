@@ -2,21 +2,25 @@
 
 import json
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torchvision
 from conftest import close, export_timm, randomize
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoImageProcessor, AutoModel, ResNetBackbone
 
 from simipu_hf.errors import SimIPUError
 from simipu_hf.hub import export
+from simipu_hf.hub.card import model_card
 from simipu_hf.hub.export import export_image_encoder
 from simipu_hf.hub.sources import load_image_encoder
 from simipu_hf.hub.weights import EncoderWeights
 from simipu_hf.modeling.image_encoder import pyramid_stages
+from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
 
 DATA = {"size": (64, 96), "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
 
@@ -37,6 +41,28 @@ def test_timm_loads_the_folder(encoder, folder, pixels):
         close(actual, wanted)
     data = timm.data.resolve_model_data_config(plain)
     assert [tuple(data[name]) for name in ("input_size", "mean", "std")] == [(3, 64, 96), DATA["mean"], DATA["std"]]
+
+
+@pytest.mark.parametrize("keeps_ratio", [False, True])
+def test_the_transform_of_timm_is_that_of_the_training(encoder, tmp_path, keeps_ratio):
+    noise = np.random.default_rng(0).integers(0, 256, (9, 25, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize((250, 90), Image.Resampling.BICUBIC)
+    folder = export_timm(encoder, tmp_path / "encoder", **DATA, keep_aspect_ratio=keeps_ratio)
+    config = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{folder}"))
+    found = timm.data.create_transform(**config, is_training=False)(image)
+    processor = SimIPUImageProcessor(
+        size={"height": 64, "width": 96}, keep_aspect_ratio=keeps_ratio, image_mean=DATA["mean"], image_std=DATA["std"]
+    )
+    wanted = processor(image, return_tensors="pt")["pixel_values"][0][:, : 35 if keeps_ratio else 64]
+    top = (64 - wanted.shape[1]) // 2  # timm pads on both sides
+    torch.testing.assert_close(found[:, top : top + wanted.shape[1]], wanted, rtol=0, atol=0.02)
+
+
+def test_layers_that_were_not_trained_are_named(tmp_path):
+    encoder = timm.create_model("test_efficientnet", num_classes=0)
+    report = export_image_encoder(export_timm(encoder, tmp_path / "encoder", **DATA), tmp_path / "again")
+    assert "layers that were not trained (conv_head): use features_only" in str(report)
+    assert "layers that were not trained (conv_head)" in model_card(tmp_path / "again")
 
 
 SWIN = "swin_tiny_patch4_window7_224"

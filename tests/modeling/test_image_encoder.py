@@ -14,6 +14,7 @@ from simipu_hf.modeling.image_encoder import (
     feature_grids,
     image_feature_maps,
     load_image_encoder_weights,
+    pad_to_divisor,
     pyramid_stages,
     timm_arguments,
     with_image_size,
@@ -96,6 +97,13 @@ def test_stages_behind_the_last_one_sampled_do_not_run():
     assert "layer2" in ran
     assert "layer3" not in ran
     assert [m.shape for m in maps] == [m.shape for m in expected]
+
+
+def test_padding_is_compiled_for_sizes_that_change():
+    encoder = timm.create_model("test_resnet", num_classes=0)
+    pad = torch.compile(lambda image: pad_to_divisor(image, encoder) + 1, backend="aot_eager", dynamic=True)
+    for height, width in ((64, 96), (50, 70), (33, 1)):
+        assert pad(torch.zeros(1, 3, height, width)).shape[-2:] == (-(-height // 32) * 32, -(-width // 32) * 32)
 
 
 def test_frozen_parts_stay_as_they_are():

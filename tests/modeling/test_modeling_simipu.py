@@ -2,6 +2,7 @@ import pytest
 import torch
 from tiny_simipu import tiny_batch, tiny_config
 from transformers import AutoConfig, AutoModel, AutoModelForPreTraining
+from transformers.utils.generic import can_return_loss
 
 from simipu_hf import SimIPUConfig, SimIPUForPreTraining, SimIPUModel
 
@@ -171,6 +172,10 @@ def test_too_small_clouds_are_named(model):
     batch = tiny_batch()
     with pytest.raises(ValueError, match="D-FPS has to draw 64 points from 40"):
         model.simipu.get_point_features(batch["points"][:, :40])
+
+
+def test_transformers_trainer_evaluates_the_loss():
+    assert can_return_loss(SimIPUForPreTraining)
 
 
 def test_accuracies_are_computed_when_asked_for(model):

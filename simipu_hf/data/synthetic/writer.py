@@ -1,20 +1,16 @@
 """Write a synthetic drive as a folder in KITTI object layout."""
 
-import multiprocessing
 import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm.auto import tqdm
 
 from simipu_hf.errors import SimIPUError
 from simipu_hf.files import atomic_folder
 from simipu_hf.machine import available_processors
+from simipu_hf.processes import run_in_processes
 
 from .frame import synthesize_frame
 from .sensors import Lidar
@@ -29,7 +25,6 @@ def synthesize_drive(
     val_fraction: float = 0.2,
     test_fraction: float = 0.1,
     azimuth_steps: int = 2083,
-    progress: bool = True,
 ) -> Path:
     """Generate streets seen by a camera and a 64-beam LiDAR: KITTI object data without a download.
 
@@ -87,26 +82,14 @@ def synthesize_drive(
                 (folder / "testing" / kind).mkdir(parents=True)
         size = image_size[0], image_size[1]
         make = partial(_write_frame, folder, trainval, seed, size, Lidar(azimuth_steps))
-        _run(make, num_frames, num_workers, progress)
+        if num_workers is None:
+            num_workers = min(available_processors(), num_frames // 25)  # a process takes seconds to start
+        from accelerate.utils import patch_environment  # imports PyTorch, which the workers do without
+
+        with patch_environment(OMP_NUM_THREADS=1, OPENBLAS_NUM_THREADS=1):  # or processes would fight over the cores
+            # never a fork of this process, which may hang where threads are running (PyTorch's, Embree's)
+            run_in_processes(make, range(num_frames), max(1, num_workers), "synthetic drive", start_method="spawn")
     return Path(output_dir)
-
-
-def _run(make: Callable[[int], None], num_frames: int, num_workers: int | None, progress: bool) -> None:
-    """Make all frames, in as many processes as wanted."""
-    if num_workers is None:
-        num_workers = min(available_processors(), num_frames // 25)  # a process takes seconds to start
-    with ExitStack() as stack:
-        made: Iterable[None] = map(make, range(num_frames))
-        if num_workers > 1:
-            from accelerate.utils import patch_environment  # imports PyTorch, which the workers do without
-
-            # linear algebra in one thread each, or the processes would fight over the processors; never a fork of
-            # this process, which may hang where threads are running (PyTorch's, Embree's)
-            stack.enter_context(patch_environment(OMP_NUM_THREADS=1, OPENBLAS_NUM_THREADS=1))
-            pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"))
-            made = stack.enter_context(pool).map(make, range(num_frames), chunksize=4)
-        for _ in tqdm(made, "synthetic drive", num_frames, unit="frame", disable=not progress):
-            pass
 
 
 def _write_frame(

@@ -1,0 +1,48 @@
+"""Work that is spread over several processes of this machine."""
+
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from .errors import SimIPUError
+from .machine import available_processors
+
+
+def run_in_processes(
+    work: Callable[[Any], Any],
+    items: Sequence[Any],
+    num_proc: int | None,
+    title: str,
+    weight: Callable[[Any], int] = lambda item: 1,
+    start_method: str | None = None,
+) -> None:
+    """`work(item)` for every item with a progress bar, on as many processes as are of use; the first error ends it.
+
+    `weight(item)` is its number of rows, `start_method` as in `multiprocessing`.
+    """
+    processes = min(num_proc or available_processors(), len(items))
+    with tqdm(total=sum(map(weight, items)), desc=title, unit="row", disable=not items) as progress:
+        if processes <= 1:
+            for item in items:
+                work(item)
+                progress.update(weight(item))
+            return
+        with ProcessPoolExecutor(processes, multiprocessing.get_context(start_method)) as pool:
+            running = {pool.submit(work, item): item for item in items}
+            try:
+                for future in as_completed(running):
+                    future.result()
+                    progress.update(weight(running[future]))
+            except BrokenProcessPool as error:
+                raise SimIPUError(
+                    f"{title}: one of {processes} processes ended without an answer: too little memory for so many "
+                    "(simipu-hf data convert --num_proc 1, and train on what that writes), or a script without "
+                    "if __name__ == '__main__'"
+                ) from error
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
