@@ -104,7 +104,6 @@ def workspace(tmp_path_factory) -> Path:
         image_size=(96, 320),
         azimuth_steps=512,
         num_workers=0,
-        progress=False,
     )
     torch.manual_seed(0)
     SimIPUForPreTraining(tiny_config(architecture="resnet18")).save_pretrained(folder / "OUT")

@@ -673,8 +673,8 @@ def test_pushes_checkpoints_and_the_end(run, monkeypatch):
     heard = []
 
     class Uploader(HubUploader):
-        def __init__(self, repo_id, output_dir, strategy, private, token, encoder_repo_id):
-            heard.append((repo_id, strategy, private, token, encoder_repo_id))
+        def __init__(self, repo_id, output_dir, strategy, private, encoder_repo_id):
+            heard.append((repo_id, strategy, private, encoder_repo_id))
 
         def checkpoint_saved(self, path):
             SimIPUForPreTraining.from_pretrained(path)
