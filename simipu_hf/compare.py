@@ -19,7 +19,7 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -75,7 +75,7 @@ def compare(arguments: CompareArguments, task: "Task") -> dict[str, Any]:
     finished = []
     identities = {}
     for name, encoder in encoders.items():
-        about = [encoder.architecture, encoder.model_args, asdict(encoder.input)]
+        about = [encoder.architecture, encoder.model_args, encoder.input.mean, encoder.input.std]
         weights = weights_fingerprint(encoder.state_dict, about)
         identities[name] = {"task": task_name, "encoder": name, "recipe": recipe, "weights": weights}
     plan = list(itertools.product(encoders, arguments.modes, fractions, arguments.seeds))
