@@ -224,13 +224,13 @@ class FineTuningTrainer(Trainer):
         with self._after_backward:
             loss = super().training_step(model, inputs, num_items_in_batch)
         if broken := self._not_finite(loss):  # before the optimizer spreads it
-            frames = "see the message of the process whose loss is not finite"
-            if self.args.world_size == 1 or not torch.isfinite(loss):  # gradients are means over all processes
-                keys = self._sampler(self.args.max_steps).step_keys(self.state.global_step)
-                frames = ", ".join(self.train_dataset.frame(row).frame_id for batch in keys for _, row in batch)
+            keys = self._sampler(self.args.max_steps).step_keys(self.state.global_step)
+            names = [self.train_dataset.frame(row).frame_id for batch in keys for _, row in batch]
+            # gradients are means over all processes: another one's frames may be the reason
+            part = f" (part {self.args.process_index + 1} of {self.args.world_size})" * (self.args.world_size > 1)
             raise SimIPUError(
-                f"step {self.state.global_step + 1}: the {broken}. Frames of the step: {frames}. The weights were not "
-                "updated: look at the frames, or begin a new run with a lower --learning_rate"
+                f"step {self.state.global_step + 1}: the {broken}. Frames of the step{part}: {', '.join(names)}. The "
+                "weights were not updated: look at the frames, or begin a new run with a lower --learning_rate"
             )
         return loss
 

@@ -14,7 +14,7 @@ from transformers import DetrConfig, DetrForObjectDetection, TimmBackboneConfig
 def build_detector(encoder: str, **config) -> DetrForObjectDetection:
     """A DETR on the last stage of `encoder`, a name that timm loads; `config` are fields of `DetrConfig`."""
     pyramid = timm.create_model(encoder, pretrained=True, features_only=True)
-    if pyramid.output_fmt == "NHWC":
+    if getattr(pyramid, "output_fmt", "NCHW") == "NHWC":
         raise ValueError(f"{encoder}: its maps have channels last; torchvision_detector.py takes them")
     last = len(pyramid.feature_info) - 1
     backbone = TimmBackboneConfig(backbone=encoder, out_indices=[last], features_only=True)

@@ -171,8 +171,10 @@ def convert_to_parquet(
     source, names = open_source(dataset_name, data_dir, dataset_config_name, split)
     check_apart(source.location, target)
     if source.reader is not None and scenes is not None and split is None:
-        frames = list_frames(source, names, cameras, scenes).splits
-        names = [name for name in names if frames.get(name)]
+        listing = list_frames(source, names, cameras, scenes)
+        if listing.problems:
+            raise SimIPUError("\n".join(listing.problems[:10]))
+        names = [name for name in names if listing.splits.get(name)] or names
     options: dict[str, Any] = {"cameras": cameras, "scenes": scenes, "num_proc": num_proc, "cache_dir": cache_dir}
     splits = {
         name: load_pretraining_dataset(

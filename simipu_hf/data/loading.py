@@ -166,7 +166,9 @@ def _load_parts(
         with named_errors(location):
             part = _load(source, own_request, own_split or None)
             _, planned = _plan_split(source, own_request, own_split or None)
-        rows = _take(planned, source.saved) if source.kind == "saved" else part
+        rows = part
+        if source.kind == "saved" and isinstance(part, datasets.IterableDataset):
+            rows = _with_scene(_take(planned, source.saved))
         names = row_names(rows) if isinstance(rows, datasets.Dataset) else _names(planned)
         take_rows(taken, text, source.location, names)
         parts.append(part)

@@ -71,7 +71,7 @@ def model_card(folder: str | Path, repo_id: str | None = None, encoder_repo_id: 
         convention = read_input_convention(folder)
     else:
         raise SimIPUError(f"{folder / 'config.json'}: neither a SimIPU model nor a timm encoder")
-    hidden = ("hub_", "push_", "report_", "output_", "overwrite")
+    hidden = ("hub_", "push_", "report_", "output_")
     text = _render(
         ModelCard,
         kind,

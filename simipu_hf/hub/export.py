@@ -1,6 +1,5 @@
 """The trained image encoder in the forms that other people's code loads, and official checkpoints as our folders."""
 
-import copy
 import importlib.util
 import io
 import json
@@ -263,19 +262,10 @@ def write_timm(weights: EncoderWeights, path: Path, tag: str = "simipu") -> None
             "channel_order": weights.input.channel_order,
             # where the cells of each stage look: [stride_y, stride_x, offset_y, offset_x] in pixels, null: on no grid
             "feature_grids": image_config.feature_grids,
-            "untrained": layers_behind_the_stages(template),
+            "untrained": weights.untrained,
         },
     }
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def layers_behind_the_stages(template: TimmModel) -> list[str]:
-    """Convolutions and linear layers behind the last stage, which pre-training does not reach."""
-    whole = template.state_dict()
-    pruned: Any = copy.deepcopy(template)
-    pruned.prune_intermediate_layers([len(template.feature_info) - 1], prune_norm=True, prune_head=True)
-    kept = pruned.state_dict().keys()
-    return sorted({name.rpartition(".")[0] for name in whole.keys() - kept if whole[name].ndim > 1})
 
 
 def taken_size(weights: EncoderWeights) -> tuple[int, int]:
@@ -480,8 +470,8 @@ def _notes(weights: EncoderWeights, folded: bool) -> list[str]:
     notes = []
     if folded and weights.batch_norm_eps != batch_norm_eps(weights.template()):
         notes.append("the trained batch-norm epsilon is folded into running_var: equal in evaluation mode")
-    if untrained := layers_behind_the_stages(weights.template()):
-        notes.append(f"pooled features pass layers that were not trained ({', '.join(untrained)}): use features_only")
+    if weights.untrained:
+        notes.append(f"not reached by the training: {', '.join(weights.untrained)}; features of earlier stages are")
     if weights.input.channel_order == "bgr":
         notes.append(
             "the first convolution expects BGR, and no loader reorders channels by itself: "

@@ -20,7 +20,7 @@ from simipu_hf.hub.weights import (
 )
 
 OFFICIAL_BATCH_NORM_EPS = 1e-3
-OFFICIAL_INPUT = InputConvention("bgr", (0.406, 0.456, 0.485), (round(1 / 255, 12),) * 3, None, True)
+OFFICIAL_INPUT = InputConvention("bgr", (0.406, 0.456, 0.485), (round(1 / 255, 12),) * 3, None, "border")
 
 # blocks, whether they are bottlenecks -> timm name
 RESNETS = {
@@ -130,7 +130,8 @@ def _input_convention(notes: dict[str, Any], imagenet: bool) -> InputConvention:
         return InputConvention() if imagenet else OFFICIAL_INPUT
     size = tuple(notes["size"]) if notes.get("size") else None
     mean, std = tuple(notes["mean"]), tuple(notes["std"])
-    return InputConvention(notes["channel_order"], mean, std, size, notes["keep_aspect_ratio"])
+    resizing = {name: notes[name] for name in ("crop_mode", "crop_pct", "interpolation") if name in notes}
+    return InputConvention(notes["channel_order"], mean, std, size, **resizing)
 
 
 def official_fields(state: StateDict, weights: EncoderWeights) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any, cast
 import timm
 import torch
 from huggingface_hub import snapshot_download
+from PIL.Image import Resampling
 from safetensors import SafetensorError, safe_open
 
 from simipu_hf.errors import SimIPUError
@@ -25,6 +26,7 @@ from simipu_hf.hub.weights import (
     read_json,
     read_safetensors,
     timm_template,
+    untrained_layers,
 )
 from simipu_hf.modeling.configuration_simipu import SimIPUImageConfig
 from simipu_hf.modeling.image_encoder import TimmModel, timm_arguments
@@ -208,7 +210,12 @@ def _from_simipu(folder: Path, config: dict[str, Any], where: str) -> EncoderWei
         eps = dict.fromkeys(eps, float(image_config.batch_norm_eps))
     description = f"{where}: image encoder ({architecture}) of a {config.get('model_type', 'SimIPU')} model"
     convention = read_input_convention(folder)
-    return EncoderWeights(architecture, state, eps, model_args, convention, description).check(where)
+    # those that features were sampled from, or that a depth or detection model was trained on
+    stages = (config["image_config"] if config.get("model_type") == "simipu" else config).get("out_indices") or [-1]
+    template = timm_template(architecture, model_args)
+    last = max(stage % len(template.feature_info) for stage in stages)
+    untrained = untrained_layers(template, last)
+    return EncoderWeights(architecture, state, eps, model_args, convention, description, untrained).check(where)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -232,16 +239,17 @@ def _from_timm_folder(folder: Path, config: dict[str, Any], where: str) -> Encod
     if not isinstance(pretrained_cfg, dict) or not isinstance(model_args, dict):
         raise SimIPUError(f"{where}: config.json: pretrained_cfg and model_args must be objects")
     state = read_safetensors(file)
-    template = timm_template(config["architecture"], {k: v for k, v in model_args.items() if k != "num_classes"})
+    template = timm_template(config["architecture"], model_args)
     state, eps = _as_trained(folder / TRAINED_STATISTICS, state, batch_norm_eps(template))
     keys, declared = template.state_dict().keys(), template.pretrained_cfg.get("classifier") or ()
     classifiers = {"fc", "head", "classifier", *([declared] if isinstance(declared, str) else declared)}
     if all(name.split(".")[0] in classifiers for name in state.keys() - keys):
         state = {name: value for name, value in state.items() if name in keys}
-    order = (config.get("simipu") or {}).get("channel_order", "rgb")
-    convention = InputConvention.from_data_config(pretrained_cfg, order)
-    description = f"{where}: timm encoder {config['architecture']} ({pretrained_cfg.get('tag') or 'untagged'} weights)"
-    return EncoderWeights(config["architecture"], state, eps, model_args, convention, description).check(where)
+    ours, architecture = config.get("simipu") or {}, config["architecture"]
+    convention = InputConvention.from_data_config(pretrained_cfg, ours.get("channel_order", "rgb"))
+    description = f"{where}: timm encoder {architecture} ({pretrained_cfg.get('tag') or 'untagged'} weights)"
+    about = (model_args, convention, description, ours.get("untrained") or [])
+    return EncoderWeights(architecture, state, eps, *about).check(where)
 
 
 def _as_trained(file: Path, state: StateDict, own_eps: dict[str, float]) -> tuple[StateDict, dict[str, float]]:
@@ -279,7 +287,8 @@ def read_input_convention(folder: Path) -> InputConvention:
         tuple(round(float(value) * scale, 12) for value in mean),
         tuple(round(float(value) * scale, 12) for value in std),
         (int(size["height"]), int(size["width"])) if {"height", "width"} <= set(size) else None,
-        bool(image.get("keep_aspect_ratio", False)),
+        "border" if image.get("keep_aspect_ratio") else "squash",
+        interpolation=Resampling(image.get("resample", Resampling.BILINEAR)).name.lower(),
     )
 
 

@@ -1,5 +1,6 @@
 """Image-encoder weights: read safely, checked, and carried over to another batch-norm epsilon."""
 
+import copy
 import json
 import pickle
 import re
@@ -8,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import timm
 import torch
 from safetensors import safe_open
 from torch import nn
@@ -31,15 +33,16 @@ class InputConvention:
         channel_order: of the tensor's channels.
         mean, std: for pixel values from 0 to 1, in the order of the tensor's channels.
         size: height, width in pixels of the training images, where they had one size.
-        keep_aspect_ratio: whether training images kept their aspect ratio when resized.
-        interpolation: with which they were resized.
+        crop_mode, crop_pct, interpolation: how images become that size, in timm's words: `"squash"` changes their
+            shape, `"border"` pads them, `"center"` cuts them.
     """
 
     channel_order: ChannelOrder = "rgb"
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     size: tuple[int, int] | None = None
-    keep_aspect_ratio: bool = False
+    crop_mode: str = "squash"
+    crop_pct: float = 1.0
     interpolation: str = "bilinear"
 
     def __str__(self) -> str:
@@ -49,20 +52,21 @@ class InputConvention:
     def data_config(self) -> dict[str, Any]:
         """The part of it that timm's `pretrained_cfg` can say, which is all but the channel order."""
         size = {} if self.size is None else {"input_size": (3, *self.size)}
-        crop = {"crop_pct": 1.0, "crop_mode": "border" if self.keep_aspect_ratio else "squash"}  # border: padded
-        return {**size, "mean": self.mean, "std": self.std, "interpolation": self.interpolation, **crop}
+        names = ("mean", "std", "crop_mode", "crop_pct", "interpolation")
+        return {**size, **{name: getattr(self, name) for name in names}}
 
     @classmethod
     def from_data_config(cls, config: Mapping[str, Any], channel_order: ChannelOrder = "rgb") -> "InputConvention":
-        """The inverse of [`data_config`], from a `pretrained_cfg`."""
+        """The inverse of [`data_config`], from a `pretrained_cfg`; what it lacks is timm's default."""
         size = config.get("input_size")
         return cls(
             channel_order,
             tuple(config.get("mean", cls.mean)),
             tuple(config.get("std", cls.std)),
             tuple(size[1:]) if size else None,
-            config.get("crop_mode") != "squash",
-            config.get("interpolation", cls.interpolation),
+            config.get("crop_mode", "center"),
+            config.get("crop_pct", timm.data.DEFAULT_CROP_PCT),
+            config.get("interpolation", "bicubic"),
         )
 
 
@@ -78,6 +82,7 @@ class EncoderWeights:
         model_args: further arguments of `timm.create_model`.
         input: what it was fed with.
         description: one line that says what was found, and where.
+        untrained: layers that keep the weights of the start, see [`untrained_layers`].
     """
 
     architecture: str
@@ -86,6 +91,7 @@ class EncoderWeights:
     model_args: dict[str, Any] = field(default_factory=dict)
     input: InputConvention = field(default_factory=InputConvention)
     description: str = ""
+    untrained: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.architecture = self.architecture.split(".")[0]  # timm's tag names weights, not the network
@@ -148,9 +154,23 @@ class EncoderWeights:
 def timm_template(architecture: str, model_args: Mapping[str, Any] | None = None) -> TimmModel:
     """A timm model without classifier on the meta device; always the same object."""
     try:
-        return image_encoder.timm_template(architecture, model_args)
+        kept = {name: value for name, value in (model_args or {}).items() if name not in CALLER_ARGS}
+        return image_encoder.timm_template(architecture, kept)
     except ValueError as error:
         raise SimIPUError(str(error)) from error
+
+
+def untrained_layers(template: TimmModel, last_stage: int) -> list[str]:
+    """What lies behind a stage: the outermost modules, norms alone left out."""
+    pruned: Any = copy.deepcopy(template)
+    pruned.prune_intermediate_layers([last_stage % len(template.feature_info)], prune_norm=True, prune_head=True)
+    whole, kept = template.state_dict(), pruned.state_dict().keys()
+    found = set()
+    for name in [name for name in whole if name not in kept and whole[name].ndim > 1]:
+        parts = name.split(".")
+        modules = (".".join(parts[:depth]) for depth in range(1, len(parts)))
+        found.add(next((module for module in modules if not any(k.startswith(f"{module}.") for k in kept)), name))
+    return sorted(found)
 
 
 def batch_norm_eps(model: nn.Module) -> dict[str, float]:

@@ -55,9 +55,9 @@ def create_accelerator(arguments: RunArguments) -> Accelerator:
 
 
 def choose_device(device: str | None) -> torch.device:
-    """The device named, or CUDA where there is one; it becomes the current one, which PyTorch's timers wait for."""
+    """The device named, or CUDA where there is one; a GPU becomes the current one, which PyTorch's timers wait for."""
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if chosen.type == "cuda":
+    if chosen.type == "cuda" and chosen.index is not None:  # without a number it is the current one
         torch.cuda.set_device(chosen)
     return chosen
 

@@ -68,6 +68,9 @@ def test_scenes_are_converted_from_the_splits_that_have_them(object_root, tmp_pa
         (folder / "calib.txt").write_text(calibration)
     result = convert_to_parquet(tmp_path / "parquet", data_dir=tmp_path / "odometry", scenes=["12"], cameras=[2])
     assert list(result["splits"]) == ["test"]
+    shutil.rmtree(tmp_path / "odometry" / "sequences" / "03" / "velodyne")
+    with pytest.raises(SimIPUError, match=r"03.velodyne: expected \*\.bin scans, found none"):
+        convert_to_parquet(tmp_path / "both", data_dir=tmp_path / "odometry", scenes=["03", "12"], cameras=[2])
 
 
 def test_splits_of_different_columns_are_refused_before_anything_is_written(object_root, tmp_path):

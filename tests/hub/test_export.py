@@ -10,6 +10,8 @@ import torchvision
 from conftest import close, export_timm, randomize
 from PIL import Image
 from safetensors.torch import save_file
+from timm.models import save_for_hf
+from tiny_simipu import tiny_config
 from torch import nn
 from transformers import AutoImageProcessor, AutoModel, ResNetBackbone
 
@@ -21,6 +23,7 @@ from simipu_hf.hub.sources import load_image_encoder
 from simipu_hf.hub.weights import EncoderWeights
 from simipu_hf.modeling.image_encoder import pyramid_stages
 from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
+from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 
 DATA = {"size": (64, 96), "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
 
@@ -47,7 +50,7 @@ def test_timm_loads_the_folder(encoder, folder, pixels):
 def test_the_transform_of_timm_is_that_of_the_training(encoder, tmp_path, keeps_ratio):
     noise = np.random.default_rng(0).integers(0, 256, (9, 25, 3), dtype=np.uint8)
     image = Image.fromarray(noise).resize((250, 90), Image.Resampling.BICUBIC)
-    folder = export_timm(encoder, tmp_path / "encoder", **DATA, keep_aspect_ratio=keeps_ratio)
+    folder = export_timm(encoder, tmp_path / "encoder", **DATA, crop_mode="border" if keeps_ratio else "squash")
     config = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{folder}"))
     found = timm.data.create_transform(**config, is_training=False)(image)
     processor = SimIPUImageProcessor(
@@ -58,11 +61,34 @@ def test_the_transform_of_timm_is_that_of_the_training(encoder, tmp_path, keeps_
     torch.testing.assert_close(found[:, top : top + wanted.shape[1]], wanted, rtol=0, atol=0.02)
 
 
-def test_layers_that_were_not_trained_are_named(tmp_path):
-    encoder = timm.create_model("test_efficientnet", num_classes=0)
-    report = export_image_encoder(export_timm(encoder, tmp_path / "encoder", **DATA), tmp_path / "again")
-    assert "layers that were not trained (conv_head): use features_only" in str(report)
-    assert "layers that were not trained (conv_head)" in model_card(tmp_path / "again")
+@pytest.mark.parametrize(
+    ("architecture", "out_indices", "untrained"),
+    [
+        ("test_efficientnet", None, ["conv_head"]),
+        ("test_resnet", None, []),
+        ("test_resnet", [1, 2], ["layer3", "layer4"]),
+    ],
+)
+def test_layers_that_were_not_trained_are_named(tmp_path, architecture, out_indices, untrained):
+    config = tiny_config(architecture=architecture, image_config={"out_indices": out_indices})
+    SimIPUForPreTraining(config).save_pretrained(tmp_path / "run")
+    report = export_image_encoder(tmp_path / "run", tmp_path / "encoder")
+    again = export_image_encoder(tmp_path / "encoder", tmp_path / "again")
+    for text in (str(report), str(again), model_card(tmp_path / "again")):
+        assert ("reach" in text) == bool(untrained)
+        assert ", ".join(untrained) in text
+
+
+def test_weights_of_timm_keep_their_transform_and_are_trained(tmp_path):
+    encoder = timm.create_model("test_efficientnet")
+    save_for_hf(encoder, tmp_path / "timm", model_args={"num_classes": 1000}, safe_serialization=True)
+    report = export_image_encoder(tmp_path / "timm", tmp_path / "encoder")
+    assert "reach" not in str(report) + model_card(tmp_path / "encoder") + model_card(tmp_path / "timm")
+    before, after = (
+        timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{tmp_path / name}"))
+        for name in ("timm", "encoder")
+    )
+    assert before == after
 
 
 SWIN = "swin_tiny_patch4_window7_224"
