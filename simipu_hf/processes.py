@@ -40,8 +40,8 @@ def run_in_processes(
             except BrokenProcessPool as error:
                 raise SimIPUError(
                     f"{title}: one of {processes} processes ended without an answer: too little memory for so many "
-                    "(ask for fewer; in training, have simipu-hf data convert --num_proc 1 prepare the rows), or a script "
-                    "without if __name__ == '__main__'"
+                    "(ask for fewer; in training, have simipu-hf data convert --num_proc 1 prepare the rows), or a "
+                    "script without if __name__ == '__main__'"
                 ) from error
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
