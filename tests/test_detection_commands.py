@@ -133,6 +133,7 @@ def test_comparison_of_encoders(frames, tmp_path, monkeypatch):
         with pytest.raises(SimIPUError, match=r"labels of .* that count at moderate"):
             compare_detection(arguments)
     result = compare_detection(arguments)
+    assert result["guess"]["name"] == "no detection"
     runs = {(run["encoder"], run["mode"]): run for run in result["runs"]}
     assert runs["scratch", "full"]["train_loss"] == runs["other", "full"]["train_loss"]  # random weights of one seed
     assert result["table"][1]["level"]["points"] == [0.0]

@@ -39,7 +39,13 @@ from simipu_hf.training.arguments import (
     parse_overrides,
 )
 from simipu_hf.training.batch_norm import ReducedBatchNorm, synchronize_batch_norm
-from simipu_hf.training.distributed import SharedFlags, StopRequest, create_accelerator, recompute_activations
+from simipu_hf.training.distributed import (
+    SharedFlags,
+    StopRequest,
+    choose_device,
+    create_accelerator,
+    recompute_activations,
+)
 from simipu_hf.training.logging import RunLogger, Watch, check_trackers, feature_spread, read_metrics
 from simipu_hf.training.optimizers import (
     ChainedOptimizer,
@@ -468,3 +474,11 @@ def test_fingerprint_is_of_weights_of_any_type(dtype):
     assert weights_fingerprint(weights) == weights_fingerprint({n: value.clone() for n, value in weights.items()})
     assert weights_fingerprint(weights) != weights_fingerprint({**weights, "n": torch.tensor(2, dtype=dtype)})
     assert weights_fingerprint(weights) != weights_fingerprint(weights, "resnet18")
+
+
+def test_a_gpu_with_a_number_becomes_the_current_one(monkeypatch):
+    chosen = Mock()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.set_device", chosen)
+    assert [str(choose_device(name)) for name in (None, "cuda", "cpu", "cuda:1")] == ["cuda", "cuda", "cpu", "cuda:1"]
+    assert [call.args for call in chosen.mock_calls] == [(torch.device("cuda:1"),)]
