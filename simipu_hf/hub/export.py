@@ -471,7 +471,7 @@ def _notes(weights: EncoderWeights, folded: bool) -> list[str]:
     if folded and weights.batch_norm_eps != batch_norm_eps(weights.template()):
         notes.append("the trained batch-norm epsilon is folded into running_var: equal in evaluation mode")
     if weights.untrained:
-        notes.append(f"not reached by the training: {', '.join(weights.untrained)}; features of earlier stages are")
+        notes.append(f"the training did not reach {', '.join(weights.untrained)}: use the features before them")
     if weights.input.channel_order == "bgr":
         notes.append(
             "the first convolution expects BGR, and no loader reorders channels by itself: "
