@@ -17,6 +17,7 @@ from simipu_hf.errors import SimIPUError
 from simipu_hf.files import atomic_write, write_json
 from simipu_hf.hub.sources import read_input_convention
 from simipu_hf.hub.weights import InputConvention, read_json, timm_template
+from simipu_hf.modeling.image_encoder import TimmModel
 from simipu_hf.training.logging import read_metrics
 from simipu_hf.training.run_folder import data_fingerprint
 
@@ -60,10 +61,7 @@ def model_card(folder: str | Path, repo_id: str | None = None, encoder_repo_id: 
         kind, architecture = "encoder", config["architecture"]
         about = config.get("simipu") or {}
         order = about.get("channel_order", "rgb")
-        strides = [grid[0] if grid else None for grid in about.get("feature_grids") or []]
-        pyramid = list(range(len(strides)))[-4:] if len({*strides, None}) > len(strides) > 3 else None
-        if getattr(timm_template(architecture, config.get("model_args")), "output_fmt", "") == "NHWC":
-            pyramid = None  # transformers takes the maps of its backbone for channels first
+        pyramid = _pyramid(timm_template(architecture, config.get("model_args")), about)
         convention = InputConvention.from_data_config(config.get("pretrained_cfg") or {}, order)
     elif "image_config" in config:
         kind, architecture = KINDS[config["model_type"]], config["image_config"]["architecture"]
@@ -95,6 +93,18 @@ def model_card(folder: str | Path, repo_id: str | None = None, encoder_repo_id: 
         kitti=_trained_on_kitti(run),
     )
     return redact(text)
+
+
+def _pyramid(template: TimmModel, about: dict[str, Any]) -> list[int] | None:
+    """The last four stages that were trained, of as many resolutions, where transformers takes their maps."""
+    strides = [grid[0] if grid else None for grid in about.get("feature_grids") or []]
+    # it takes the maps of its backbones for channels first
+    if len({*strides, None}) <= len(strides) or getattr(template, "output_fmt", "NCHW") == "NHWC":
+        return None
+    info: Any = template.feature_info
+    behind = tuple(f"{name}." for name in about.get("untrained") or [])
+    trained = [stage for stage in range(len(strides)) if not f"{info[stage]['module']}.".startswith(behind)]
+    return trained[-4:] if len(trained) > 3 else None
 
 
 def dataset_card(

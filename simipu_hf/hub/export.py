@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 
 import timm
 import torch
+from PIL.Image import Resampling
 from safetensors.torch import save_file
 from torch import nn
 from transformers import ResNetConfig, ResNetModel, ViTImageProcessor
@@ -315,7 +316,7 @@ def write_official(weights: EncoderWeights, path: Path, model: Path) -> None:
     torch.save({"meta": {"simipu_hf": _note(weights)}, "state_dict": official}, path)
 
 
-def write_transformers(weights: EncoderWeights, path: Path) -> None:
+def write_transformers(weights: EncoderWeights, path: Path) -> list[str]:
     """A native `ResNetModel` folder with its image processor."""
     state = weights.with_own_eps().state_dict
     last_norm = "bn3" if "layer1.0.bn3.weight" in state else "bn2"
@@ -333,8 +334,12 @@ def write_transformers(weights: EncoderWeights, path: Path) -> None:
     model.save_pretrained(path)
     height, width = weights.input.size or (224, 224)
     mean, std = list(weights.input.mean), list(weights.input.std)
-    processor = ViTImageProcessor(size={"height": height, "width": width}, image_mean=mean, image_std=std)
-    processor.save_pretrained(path)
+    resample = Resampling[weights.input.interpolation.upper()]
+    size = {"height": height, "width": width}
+    ViTImageProcessor(size=size, resample=resample, image_mean=mean, image_std=std).save_pretrained(path)
+    if weights.input.crop_mode == "squash":
+        return []
+    return [f"its processor changes the shape of images to {height} x {width}; the encoder's own images kept it"]
 
 
 class _Pyramid(nn.Module):
@@ -462,6 +467,7 @@ def _note(weights: EncoderWeights) -> dict[str, Any]:
     return {
         "architecture": weights.architecture,
         "batch_norm_eps": values.pop() if len(values) == 1 else None,
+        "untrained": weights.untrained,
         **asdict(weights.input),
     }
 

@@ -122,7 +122,8 @@ def read_checkpoint(
     report.notes.append(f"input of the image encoder: {convention}")
     description = f"{checkpoint}: {architecture} under {prefix + 'conv1.weight'!r} …, batch-norm epsilon {eps:g}"
     all_eps = dict.fromkeys(batch_norm_eps(template), eps)
-    return EncoderWeights(architecture, found, all_eps, {}, convention, description), state, report
+    about = (convention, description, notes.get("untrained") or [])
+    return EncoderWeights(architecture, found, all_eps, {}, *about), state, report
 
 
 def _input_convention(notes: dict[str, Any], imagenet: bool) -> InputConvention:

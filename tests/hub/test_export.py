@@ -73,10 +73,12 @@ def test_layers_that_were_not_trained_are_named(tmp_path, architecture, out_indi
     config = tiny_config(architecture=architecture, image_config={"out_indices": out_indices})
     SimIPUForPreTraining(config).save_pretrained(tmp_path / "run")
     report = export_image_encoder(tmp_path / "run", tmp_path / "encoder")
+    card = model_card(tmp_path / "encoder")
     again = export_image_encoder(tmp_path / "encoder", tmp_path / "again")
-    for text in (str(report), str(again), model_card(tmp_path / "again")):
+    for text in (str(report), str(again), card, model_card(tmp_path / "again")):
         assert ("reach" in text) == bool(untrained)
         assert ", ".join(untrained) in text
+    assert ("UperNet" in card) == (out_indices is None)  # else fewer than four stages were trained
 
 
 def test_weights_of_timm_keep_their_transform_and_are_trained(tmp_path):
