@@ -30,7 +30,7 @@ from ..processes import run_in_processes
 from .depth import read_depth_png, resize_depth_map
 from .inspection import open_source
 from .kitti_objects import by_field
-from .loading import list_frames, load_pretraining_dataset
+from .loading import list_frames, load_pretraining_dataset, refuse_problems
 from .rows import REQUIRED_COLUMNS, calibration_from_row, image_from_row, points_from_row
 from .sources import hub_license, undecoded
 
@@ -172,8 +172,7 @@ def convert_to_parquet(
     check_apart(source.location, target)
     if source.reader is not None and scenes is not None and split is None:
         listing = list_frames(source, names, cameras, scenes)
-        if listing.problems:
-            raise SimIPUError("\n".join(listing.problems[:10]))
+        refuse_problems(listing)
         names = [name for name in names if listing.splits.get(name)] or names
     options: dict[str, Any] = {"cameras": cameras, "scenes": scenes, "num_proc": num_proc, "cache_dir": cache_dir}
     splits = {

@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from ..errors import SimIPUError
 from ..modeling.geometry import inside_image, project_points
 from ..modeling.image_processing_simipu import SimIPUImageProcessor
 from .frames import FrameDataset, OnBadRow, crop_window, jitter_colors, select_frames, to_pixel_values
-from .rows import calibration_from_row, open_verified, pixels_from_row, points_from_row
+from .rows import calibration_from_row, open_image, pixels_from_row, points_from_row
 
 # KITTI Eigen training and evaluation use the bottom centre of every image (the "KB" crop): height, width.
 KB_CROP = (352, 1216)
@@ -168,8 +167,8 @@ def read_depth_png(source: Image.Image | Mapping[str, Any] | str | os.PathLike, 
         if not isinstance(source, Mapping):
             source, name = {"bytes": None, "path": source}, str(source)
         try:
-            source = open_verified(BytesIO(source["bytes"] or Path(source["path"]).read_bytes()))
-            source.load()
+            with open_image(source) as source:
+                source.load()
         except Exception as error:  # Pillow raises more than OSError
             raise SimIPUError(f"{name}: cannot be read as a depth PNG ({error})") from error
     if source.mode not in ("I;16", "I;16B", "I;16L", "I"):

@@ -265,6 +265,12 @@ def list_frames(
         return source.reader.list_frames(source.config, source.location, splits, cameras, scenes)
 
 
+def refuse_problems(listing: Any) -> None:
+    """Raises a `SimIPUError` with the first problems of a reader's listing, if it has any."""
+    if listing.problems:
+        raise SimIPUError("\n".join(listing.problems[:10]))
+
+
 def _load_files(source: Source, split: str, request: Request) -> AnyDataset:
     assert source.reader is not None
     assert source.config is not None
@@ -272,8 +278,8 @@ def _load_files(source: Source, split: str, request: Request) -> AnyDataset:
     listing = list_frames(source, names, request.cameras, request.scenes)
     if skipped is not None:
         skipped += listing.problems
-    elif listing.problems:
-        raise SimIPUError("\n".join(listing.problems[:10]))
+    else:
+        refuse_problems(listing)
     frames = {name: listing.splits.get(name, []) for name in names}
     empty = [name for name, found in frames.items() if not found]
     if empty:

@@ -204,7 +204,7 @@ def image_from_row(row: Mapping[str, Any]) -> Image.Image:
     try:
         with ExitStack() as opened:
             if not isinstance(image, np.ndarray | Image.Image):
-                image = open_verified(opened.enter_context(_open_file(image)))
+                image = opened.enter_context(open_image(image))
             image = to_8_bits(open_unturned(image))
             image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
             image.load()
@@ -229,14 +229,16 @@ def pixels_from_row(row: Mapping[str, Any]) -> np.ndarray:
     return np.array(image_from_row(row)) if pixels is None else pixels  # a copy that may be written to
 
 
-def open_verified(file: BinaryIO) -> Image.Image:
-    """Opens an image; of a PNG, whose damage Pillow would decode, the checksums are checked first."""
-    image = Image.open(file)
-    if image.format == "PNG":
-        image.verify()
-        file.seek(0)
-        image = Image.open(file)
-    return image
+@contextmanager
+def open_image(image: Any) -> Iterator[Image.Image]:
+    """Opens an image that is not decoded; of a PNG, whose damage Pillow would decode, checks the checksums first."""
+    with _open_file(image) as file:
+        opened = Image.open(file)
+        if opened.format == "PNG":
+            opened.verify()
+            file.seek(0)
+            opened = Image.open(file)
+        yield opened
 
 
 def _open_file(image: Any) -> BinaryIO:

@@ -56,10 +56,9 @@ def model_card(folder: str | Path, repo_id: str | None = None, encoder_repo_id: 
     """The text of the card of a model or encoder folder (see [`write_model_card`])."""
     folder = Path(folder)
     config, run, evaluations = read_json(folder / "config.json"), _run(folder), _evaluations(folder)
-    name = repo_id or folder.name
+    name, about = repo_id or folder.name, config.get("simipu") or {}
     if "architecture" in config:
         kind, architecture = "encoder", config["architecture"]
-        about = config.get("simipu") or {}
         order = about.get("channel_order", "rgb")
         pyramid = _pyramid(timm_template(architecture, config.get("model_args")), about)
         convention = InputConvention.from_data_config(config.get("pretrained_cfg") or {}, order)
@@ -83,7 +82,7 @@ def model_card(folder: str | Path, repo_id: str | None = None, encoder_repo_id: 
         pyramid=pyramid,
         has_encoder=(folder / "image_encoder" / "config.json").is_file(),
         has_heads="SimIPUForPreTraining" in (config.get("architectures") or []),
-        untrained=(config.get("simipu") or {}).get("untrained"),
+        untrained=about.get("untrained"),
         run=run,
         settings={key: value for key, value in _arguments(run).items() if not key.startswith(hidden)},
         metrics=_last_metrics(folder),

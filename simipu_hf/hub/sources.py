@@ -29,7 +29,7 @@ from simipu_hf.hub.weights import (
     untrained_layers,
 )
 from simipu_hf.modeling.configuration_simipu import SimIPUImageConfig
-from simipu_hf.modeling.image_encoder import TimmModel, timm_arguments
+from simipu_hf.modeling.image_encoder import TimmModel, sorted_stages, timm_arguments
 from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
 from simipu_hf.training.checkpoint import newest_checkpoint
 from simipu_hf.training.distributed import choose_device
@@ -205,16 +205,15 @@ def _from_simipu(folder: Path, config: dict[str, Any], where: str) -> EncoderWei
     state: StateDict = {}
     for file in files:
         state |= next((found for prefix in PREFIXES if (found := read_safetensors(file, prefix))), {})
-    eps = batch_norm_eps(timm_template(architecture, model_args))
+    template = timm_template(architecture, model_args)
+    eps = batch_norm_eps(template)
     if image_config.batch_norm_eps is not None:
         eps = dict.fromkeys(eps, float(image_config.batch_norm_eps))
     description = f"{where}: image encoder ({architecture}) of a {config.get('model_type', 'SimIPU')} model"
     convention = read_input_convention(folder)
     # those that features were sampled from, or that a depth or detection model was trained on
     stages = (config["image_config"] if config.get("model_type") == "simipu" else config).get("out_indices") or [-1]
-    template = timm_template(architecture, model_args)
-    last = max(stage % len(template.feature_info) for stage in stages)
-    untrained = untrained_layers(template, last)
+    untrained = untrained_layers(template, sorted_stages(template, stages)[-1])
     return EncoderWeights(architecture, state, eps, model_args, convention, description, untrained).check(where)
 
 

@@ -161,12 +161,12 @@ def timm_template(architecture: str, model_args: Mapping[str, Any] | None = None
 
 
 def untrained_layers(template: TimmModel, last_stage: int) -> list[str]:
-    """What lies behind a stage: the outermost modules, norms alone left out."""
+    """What lies behind a stage, counted from the front: the outermost modules, norms alone left out."""
     pruned: Any = copy.deepcopy(template)
-    pruned.prune_intermediate_layers([last_stage % len(template.feature_info)], prune_norm=True, prune_head=True)
+    pruned.prune_intermediate_layers([last_stage], prune_norm=True, prune_head=True)
     whole, kept = template.state_dict(), pruned.state_dict().keys()
     found = set()
-    for name in [name for name in whole if name not in kept and whole[name].ndim > 1]:
+    for name in (name for name in whole.keys() - kept if whole[name].ndim > 1):
         parts = name.split(".")
         modules = (".".join(parts[:depth]) for depth in range(1, len(parts)))
         found.add(next((module for module in modules if not any(k.startswith(f"{module}.") for k in kept)), name))

@@ -146,7 +146,8 @@ class PreTrainingArguments(RunArguments):
     mixture: list[float] | None = None
     """Weight of each of several data sets; by size if None, which --streaming does not know."""
     streaming: bool = False
-    """Read while training, prepare nothing on disk; needs --max_steps and --lr_scheduler_type cosine, say."""
+    """Read while training, prepare nothing on disk; needs --max_steps and --lr_scheduler_type cosine, say. The result
+    depends on --dataloader_num_workers."""
     cameras: list[int | str] | None = None
     """Cameras of a published data set, by its own names; its default ones if None."""
     scenes: list[str] | None = None

@@ -108,14 +108,14 @@ def visualize(
         SimIPUError: no such data set, frame or model, or the pictures cannot be written.
     """
     refuse_second_split(source.get("split"), *given_sources(source.get("dataset_name"), source.get("data_dir")))
-    rows = load_pretraining_dataset(**source)
+    rows = undecoded(load_pretraining_dataset(**source))  # datasets would turn an image by its EXIF orientation
     for index in frames:
         if not 0 <= index < len(rows):
             raise SimIPUError(f"frames: the split has rows 0 to {len(rows) - 1}, found {index}")
     loaded = None if model is None else LoadedModel(model, device)
     folder, written = Path(output_dir), []
     for index in tqdm(frames, desc="Drawing", unit="frame"):
-        row = undecoded(rows)[index]  # datasets would turn an image by its EXIF orientation
+        row = rows[index]
         row["image"] = image_from_row(row)
         figures, html = draw_frame(row, loaded)
         name = re.sub(r"[^\w.-]+", "_", str(row["frame_id"]))
