@@ -300,6 +300,8 @@ def _published_splits(folder: str, there: set[str]) -> dict[str, set[str]]:
         for name in lists:
             if not re.fullmatch(r"\w+", name):
                 raise ValueError(f"{own}: expected names of splits of letters, digits and _, found {name!r}")
+            if unknown := sorted(set(lists[name]) - there):
+                raise ValueError(f"{own}: {name}: expected scenes of the tables, found {unknown[0]!r}")
         splits |= {name: set(scenes) for name, scenes in lists.items()}
     return splits
 
