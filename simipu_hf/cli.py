@@ -3,6 +3,7 @@
 A new command is one line in `COMMANDS`.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, is_dataclass
@@ -318,6 +319,7 @@ COMMANDS: dict[str, Any] = {
     "data": {"inspect": data_inspect, "convert": data_convert, "push": data_push, "synthesize": data_synthesize},
     "benchmark": {"ops": BenchmarkOpsArguments, "step": BenchmarkStepArguments, "data": BenchmarkDataArguments},
 }
+LAUNCHED = ("pretrain", "finetune-depth", "finetune-detection")  # with accelerate, in several processes
 GROUPS = {"data": "Look at, convert, publish and synthesize data sets.", "benchmark": "Measure what takes time."}
 DESCRIPTION = """SimIPU: pre-train an image encoder on camera + LiDAR pairs, publish it, load it, measure it.
 
@@ -336,6 +338,9 @@ def run(argv: list[str]) -> None:
         words.append(argv.pop(0))
         command = command[words[-1]]
     prog = " ".join(["simipu-hf", *words])
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1 and words and words[0] not in LAUNCHED:
+        raise SimIPUError(f"{prog}: expected one process, found {processes}: start it without a launcher")
     if isinstance(command, dict):
         if argv == ["--version"] and not words:
             print(__version__)

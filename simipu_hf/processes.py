@@ -1,6 +1,8 @@
 """Work that is spread over several processes of this machine."""
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -31,7 +33,8 @@ def run_in_processes(
                 work(item)
                 progress.update(weight(item))
             return
-        with ProcessPoolExecutor(processes, multiprocessing.get_context(start_method)) as pool:
+        context = multiprocessing.get_context(start_method)
+        with ProcessPoolExecutor(processes, context, initializer=_end_with_parent) as pool:
             running = {pool.submit(work, item): item for item in items}
             try:
                 for future in as_completed(running):
@@ -46,3 +49,15 @@ def run_in_processes(
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for ever for its next item."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -86,6 +86,15 @@ def test_mistakes_end_with_a_message_and_no_traceback(run, argv, code, message):
         assert len(err.splitlines()) == 1
 
 
+def test_a_command_for_one_process_refuses_a_launcher(run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = run("compare-depth", "--image_encoders", "a=random:resnet10t", "--output_dir", "x")
+    assert (code, err) == (
+        1,
+        "error: simipu-hf compare-depth: expected one process, found 2: start it without a launcher\n",
+    )
+
+
 def test_json_has_no_nan(capsys):
     show({"abs_rel": math.nan}, as_json=True)
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"abs_rel": None}

@@ -232,7 +232,7 @@ def _plan_shards(
     max_shard_size: str,
     num_shards: int,
 ) -> list[_Shard]:
-    tables = [_table(rows, index, index + 1, packing) for index in range(0, len(rows), max(1, len(rows) // 8))]
+    tables = [_table(rows.select([index]), packing) for index in range(0, len(rows), max(1, len(rows) // 8))]
     row_size = sum(table.nbytes for table in tables) / len(tables)
     most = max(1, int(convert_file_size_to_int(max_shard_size) / row_size))
     needed = -(-len(rows) // most)
@@ -275,7 +275,7 @@ def _write_shard(folder: Path, splits: dict[str, datasets.Dataset], packing: Pac
     schema = _stored_features(rows).arrow_schema
     with atomic_path(folder / shard.file) as beside, pq.ParquetWriter(beside, schema) as writer:
         for start in range(shard.start, shard.stop, BATCH):
-            writer.write_table(_table(rows, start, min(start + BATCH, shard.stop), packing))
+            writer.write_table(_table(rows.select(range(start, min(start + BATCH, shard.stop))), packing))
 
 
 def _stored_features(rows: datasets.Dataset) -> datasets.Features:
@@ -298,14 +298,14 @@ def _common_features(location: str, splits: dict[str, datasets.Dataset]) -> data
     return features
 
 
-def _table(rows: datasets.Dataset, start: int, stop: int, packing: Packing | None) -> pa.Table:
+def _table(rows: datasets.Dataset, packing: Packing | None) -> pa.Table:
+    """All of `rows`, a few: what is done to them costs time for every file of the data set that they belong to."""
     features = _stored_features(rows)
-    table = rows.with_format("arrow")[start:stop]
+    table = rows.with_format("arrow")[:]
     if packing is not None:
         columns = [column for column in packing.columns if column in features]
-        needed = undecoded(rows.select_columns(columns))
         packed = datasets.Dataset.from_list(
-            [packing(needed[index]) for index in range(start, stop)],
+            [packing(row) for row in undecoded(rows.select_columns(columns))],
             features=datasets.Features({column: features[column] for column in columns}),
         ).with_format("arrow")[:]
         for column in columns:

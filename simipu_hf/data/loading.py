@@ -205,7 +205,7 @@ def _load(source: Source, request: Request, train_split: str | None) -> AnyDatas
         )
     held_out, split = _plan_split(source, request, train_split)
     if source.reader is not None:
-        dataset = _load_files(source, split, request)
+        dataset = _load_files(source, split, request, held_out)
         # KITTI's reader names none: the synthetic drive has the same layout
         dataset.info.license = getattr(source.reader, "LICENSE", "")
     elif source.kind == "saved":
@@ -271,7 +271,7 @@ def refuse_problems(listing: Any) -> None:
         raise SimIPUError("\n".join(listing.problems[:10]))
 
 
-def _load_files(source: Source, split: str, request: Request) -> AnyDataset:
+def _load_files(source: Source, split: str, request: Request, held_out: bool | None) -> AnyDataset:
     assert source.reader is not None
     assert source.config is not None
     names, skipped = list(dict.fromkeys(_names(split))), request.skipped
@@ -301,6 +301,13 @@ def _load_files(source: Source, split: str, request: Request) -> AnyDataset:
         return _take(split, prepared)
     if "[" in split or len(names) < len(_names(split)):
         raise SimIPUError(f"{source.location}: split: expected different names where streaming, found {split!r}")
+    if held_out is not None and request.validation_share is not None:  # of the others no file is opened
+        for name, found in frames.items():
+            own = _rows_of_side(
+                [(frame.scene, frame.frame_id) for frame in found],
+                held_out, request.validation_share, source.location,
+            )  # fmt: skip
+            frames[name] = [found[index] for index in own]
     features, options = source.reader.features(source.config), {"reading": reading, "skip": skipped is not None}
     streams = [
         datasets.IterableDataset.from_generator(_stream_rows, features, {"runs": _runs(frames[name]), **options})
@@ -310,9 +317,14 @@ def _load_files(source: Source, split: str, request: Request) -> AnyDataset:
 
 
 def _runs(frames: Sequence[Any]) -> list[Sequence[Any]]:
-    """The shards of a stream: of a large data set up to 64 frames that lie beside one another in its files."""
-    length = max(1, min(64, len(frames) // 1024))
-    return [frames[start : start + length] for start in range(0, len(frames), length)]
+    """The shards of a stream: of a large data set up to 64 frames that lie beside one another in its files.
+
+    As many for each of the processes that were launched, or every process would have to read all of them.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    wanted = -(-len(frames) // max(1, min(64, len(frames) // 1024)))
+    count = min(len(frames), -(-wanted // processes) * processes)
+    return [frames[len(frames) * run // count : len(frames) * (run + 1) // count] for run in range(count)]
 
 
 def _stream_rows(runs: Sequence[Sequence[Any]], reading: Reading, skip: bool) -> Iterator[dict[str, Any]]:
@@ -388,7 +400,11 @@ def _share(dataset: AnyDataset, held_out: bool, share: float, location: str) -> 
     if isinstance(dataset, datasets.IterableDataset):
         is_on_side = partial(_is_on_side, share=share, held_out=held_out)
         return undecoded(dataset).filter(is_on_side, input_columns=["scene", "frame_id"])
-    names = row_names(dataset)
+    return dataset.select(_rows_of_side(row_names(dataset), held_out, share, location))
+
+
+def _rows_of_side(names: Sequence[tuple[str, str]], held_out: bool, share: float, location: str) -> list[int]:
+    """Which of the rows with these scenes and names are held out, or are not; SimIPUError where all are on one side."""
     places = {scene: _place(scene) for scene, _ in names}
     low, high = min(places.values()), max(places.values())
     if not low < share <= high:
@@ -400,7 +416,7 @@ def _share(dataset: AnyDataset, held_out: bool, share: float, location: str) -> 
             f"{location}: validation_share makes {len(places)} scenes of the names of {len(names)} frames; if these "
             "are of fewer drives, the same places stand on both sides: name the drives in a column scene"
         )
-    return dataset.select([index for index, name in enumerate(names) if _is_on_side(*name, share, held_out)])
+    return [index for index, name in enumerate(names) if _is_on_side(*name, share, held_out)]
 
 
 def _is_on_side(scene: str | None, frame_id: str, share: float, held_out: bool) -> bool:

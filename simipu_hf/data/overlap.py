@@ -2,8 +2,10 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,6 +17,7 @@ from ..errors import SimIPUError
 from .sources import undecoded
 
 Key: TypeAlias = tuple[str, Any]
+COMPARED_BYTES = 64  # of a scan's start and of an image file's end
 
 
 def refuse_shared_frames(train: datasets.Dataset, held_out: datasets.Dataset, what: str) -> None:
@@ -66,9 +69,9 @@ def _shared_error(what: str, shared: int | str, count: int, first: str, second: 
 def frames_on_both_sides(first: datasets.Dataset, second: datasets.Dataset) -> list[tuple[str, str]]:
     """Pairs of `frame_id`s, one of each side, with the same image file or the same scan, byte for byte.
 
-    Copies with other names are found, and the other camera of the same instant where whole scans are kept. Only
-    lengths and the first bytes of all frames are compared; those that agree are read. What cannot be read is not
-    compared.
+    Copies with other names are found, and the other camera of the same instant where whole scans are kept. Of all
+    frames lengths and the scan's first bytes are compared, of those that agree the last bytes of the images; what
+    still agrees is read. What cannot be read is not compared.
 
     Args:
         first, second: `frame_id`, `image`, and `points` where there are scans.
@@ -77,22 +80,24 @@ def frames_on_both_sides(first: datasets.Dataset, second: datasets.Dataset) -> l
         At most one pair for each row of `second`, in their order.
     """
     first, second = _compared_columns(first), _compared_columns(second)
-    keys_of_second = list(_cheap_keys(second))
-    wanted = {key for keys in keys_of_second for key in keys}
-    common: set[Key] = set()
-    places: dict[Key, int] = {}  # of contents in `first`
-    for index, keys in enumerate(_cheap_keys(first)):
-        if shared := wanted.intersection(keys):
-            common |= shared
-            for content in _content(first[index]):
-                places.setdefault(content, index)
-    pairs = []
-    for index, keys in enumerate(keys_of_second):
-        contents = _content(second[index]) if common.intersection(keys) else ()
-        same = min((places[content] for content in contents if content in places), default=None)
-        if same is not None:
-            pairs.append((first[same]["frame_id"], second[index]["frame_id"]))
-    return pairs
+    left: Sequence[int] = range(len(first))
+    right: Sequence[int] = range(len(second))
+    for keys_of in (_cheap_keys, _keys_with_last_bytes, _contents):
+        keys_of_right = list(keys_of(second.select(right)))
+        wanted = {key for keys in keys_of_right for key in keys}
+        places: dict[Key, int] = {}  # in `first`
+        kept = []
+        for index, keys in zip(left, keys_of(first.select(left)), strict=True):
+            if shared := wanted.intersection(keys):
+                kept.append(index)
+                places |= {key: places.get(key, index) for key in shared}
+        same = {
+            index: min(places[key] for key in keys if key in places)
+            for index, keys in zip(right, keys_of_right, strict=True)
+            if places.keys() & keys
+        }
+        left, right = kept, list(same)
+    return [(first[index]["frame_id"], second[other]["frame_id"]) for other, index in same.items()]
 
 
 def _compared_columns(rows: datasets.Dataset) -> datasets.Dataset:
@@ -100,14 +105,25 @@ def _compared_columns(rows: datasets.Dataset) -> datasets.Dataset:
     return undecoded(rows.select_columns(columns))
 
 
-def _cheap_keys(rows: datasets.Dataset) -> Iterator[list[Key]]:
-    """Keys that equal frames share: the length of the image's file, and length and first points of the scan."""
+def _cheap_keys(
+    rows: datasets.Dataset, images: Callable[[pa.Table], Iterator[Any]] | None = None
+) -> Iterator[list[Key]]:
+    """Keys that equal frames share: the length of the image's file, and the first points of the scan."""
     for table in rows.with_format("arrow").iter(1024):  # reads the lengths, not the rows
         starts: list[bytes] = [b""] * len(table)
         if "points" in table.column_names:
-            starts = pc.binary_slice(table["points"].cast(pa.large_binary()), 0, 64).to_pylist()
-        for length, start in zip(_lengths(table), starts, strict=True):
-            yield [("image", length)] * (length is not None) + [("points", start)] * bool(start)
+            starts = pc.binary_slice(table["points"].cast(pa.large_binary()), 0, COMPARED_BYTES).to_pylist()
+        for image, start in zip((images or _lengths)(table), starts, strict=True):
+            yield [("image", image)] * (image is not None) + [("points", start)] * bool(start)
+
+
+def _keys_with_last_bytes(rows: datasets.Dataset) -> Iterator[list[Key]]:
+    """The same with the last bytes of the image's file: of JPEGs, many share their length."""
+    return _cheap_keys(rows, _lengths_and_last_bytes)
+
+
+def _contents(rows: datasets.Dataset) -> Iterator[list[Key]]:
+    return map(_content, rows)
 
 
 def image_lengths(rows: datasets.Dataset) -> Iterator[int | None]:
@@ -120,7 +136,21 @@ def _lengths(table: pa.Table) -> Iterator[int | None]:
     for chunk in table["image"].chunks:
         lengths, paths = pc.binary_length(chunk.field("bytes")).to_pylist(), chunk.field("path").to_pylist()
         for length, path in zip(lengths, paths, strict=True):
-            yield os.path.getsize(path) if length is None and path and os.path.isfile(path) else length
+            if length is None and path:
+                with suppress(OSError):
+                    length = os.stat(path).st_size
+            yield length
+
+
+def _lengths_and_last_bytes(table: pa.Table) -> Iterator[tuple[int, bytes] | None]:
+    ends = [pc.binary_slice(chunk.field("bytes"), -COMPARED_BYTES).to_pylist() for chunk in table["image"].chunks]
+    paths = [chunk.field("path").to_pylist() for chunk in table["image"].chunks]
+    for length, end, path in zip(_lengths(table), chain(*ends), chain(*paths), strict=True):
+        if end is None and length is not None:
+            with suppress(OSError), open(path, "rb") as file:
+                file.seek(max(0, length - COMPARED_BYTES))
+                end = file.read(COMPARED_BYTES)
+        yield None if end is None else (length, end)
 
 
 def _content(row: Mapping[str, Any]) -> list[Key]:

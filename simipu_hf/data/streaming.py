@@ -23,6 +23,7 @@ from .two_views import TwoViewAugmentation, two_view_sample
 
 logger = datasets.logging.get_logger(__name__)
 
+BLOCK_BYTES = 2**29  # of images and scans in the block of one worker
 # Arguments of IterableDataset.shuffle: several shards read in turns would not be resumed exactly.
 SHARDS_ONLY = {"buffer_size": 1, "max_buffer_input_shards": 1}
 
@@ -54,7 +55,8 @@ def stream_two_views(
         batch_size, collate: rows of a batch, and what makes a batch of them.
         num_workers: at most; a process cannot use more than it has shards.
         process_index, num_processes: this process reads its part.
-        shuffle_buffer: rows of a block, which are shuffled among themselves; 1 keeps their order in a shard.
+        shuffle_buffer: rows of a block, which are shuffled among themselves, fewer where they would take more than
+            512 MB; 1 keeps their order in a shard.
         on_bad_row: "error", or "skip" to log and leave out what cannot be used.
 
     Returns:
@@ -138,18 +140,28 @@ class TwoViewStream(torch.utils.data.IterableDataset):
         reader, block_start, count = iter(rows), self._state["rows"], self._state["count"]
         while True:
             done = self._state["done"]
-            block = [row for _, row in zip(range(self.block_size), reader)]  # noqa: B905 (the last is shorter)
+            block, is_last = self._next_block(reader)
             names = "/".join(str(row["frame_id"]) for row in block)
             order = np.random.default_rng([self.seed, epoch, zlib.crc32(names.encode())]).permutation(len(block))
             for place in range(done, len(block)):
                 count += 1
                 self._state = {"epoch": epoch, "rows": block_start, "done": place + 1, "count": count}
                 yield block[order[place]]
-            if len(block) < self.block_size:
+            if is_last:
                 self._state = {"epoch": epoch + 1, "rows": None, "done": 0, "count": 0}
                 return
             block_start = rows.state_dict()
             self._state = {"epoch": epoch, "rows": block_start, "done": 0, "count": count}
+
+    def _next_block(self, reader: Iterator[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], bool]:
+        """The next rows, and whether there are no more behind them."""
+        block, size = [], 0
+        for row in reader:
+            block.append(row)
+            size += len(row["points"] or b"") + len((row["image"] or {}).get("bytes") or b"")
+            if len(block) == self.block_size or size >= BLOCK_BYTES:
+                return block, False
+        return block, True
 
     def _sample(self, row: Mapping[str, Any]) -> dict[str, torch.Tensor] | None:
         index = zlib.crc32(f"{row['frame_id']}/{self._state['count']}".encode())

@@ -4,6 +4,8 @@ import io
 import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +16,7 @@ from unittest.mock import Mock
 
 import datasets
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -497,6 +500,34 @@ def test_a_process_that_is_ended_from_outside_is_no_traceback():
         run_in_processes(os._exit, [1, 1], 2, "Preparing", int)
 
 
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    """The parent starts a pool whose workers write their numbers, and is killed."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "from simipu_hf.processes import run_in_processes\n"
+        "def work(path):\n"
+        "    open(path, 'w').write(str(os.getpid()))\n"
+        "    time.sleep(600)\n"
+        "if __name__ == '__main__':\n"
+        "    run_in_processes(work, sys.argv[1:], 2, 'Waiting')\n"
+    )
+    notes = [tmp_path / "a", tmp_path / "b"]
+    parent = subprocess.Popen([sys.executable, script, *notes], stderr=subprocess.DEVNULL)
+    wait_until(lambda: all(note.is_file() and note.read_text() for note in notes))
+    parent.kill()
+    parent.wait()
+    numbers = [int(note.read_text()) for note in notes]
+    wait_until(lambda: not any(psutil.pid_exists(number) for number in numbers))
+
+
+def wait_until(condition) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 def test_a_file_in_the_cache_s_place_is_named(object_root, tmp_path):
     (tmp_path / "cache").touch()
     with pytest.raises(SimIPUError, match=r"cache.simipu_hf: the cache of prepared rows cannot be written"):
@@ -547,9 +578,17 @@ def test_new_scenes_leave_the_files_of_long_ones_as_they_are():
 
 def test_a_stream_of_many_frames_reads_neighbours_together():
     runs = _runs(range(100_000))
-    assert [len(run) for run in runs] == [64] * 1562 + [32]
+    assert {len(run) for run in runs} == {63, 64}
     assert [index for run in runs for index in run] == list(range(100_000))
     assert len(_runs(range(2000))) == 2000
+
+
+@pytest.mark.parametrize("frames", [3, 8, 25, 7481])
+def test_a_stream_has_as_many_shards_for_each_process(frames, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    runs = _runs(range(frames))
+    assert len(runs) % 8 == 0 or len(runs) == frames
+    assert [index for run in runs for index in run] == list(range(frames))
 
 
 def test_rows_are_prepared_anew_where_files_or_code_change(object_root, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from simipu_hf.data import overlap, streaming
 from simipu_hf.data.conversion import convert_to_parquet
 from simipu_hf.data.inspection import inspect_dataset
 from simipu_hf.data.loading import load_mixture, load_pretraining_dataset
@@ -191,6 +192,19 @@ def test_shared_frames_are_found_among_rows_of_many_chunks(tmp_path):
     assert found == [(f"2/{index}",) * 2 for index in range(3)]
 
 
+def test_few_of_many_images_of_one_length_are_read(tmp_path, monkeypatch):
+    rows = [{**make_row(str(index), index), "image": {"bytes": b"%064d" % index, "path": None}} for index in range(20)]
+    first = datasets.Dataset.from_list(rows, features=ROW_FEATURES)
+    read = []
+    monkeypatch.setattr(overlap, "_content", lambda row, content=overlap._content: read.append(row) or content(row))
+    second = datasets.Dataset.from_list([{**rows[3], "points": b"1"}, *rows[18:]], features=ROW_FEATURES)
+    assert frames_on_both_sides(first.select(range(18)), second) == [("3", "3")]
+    assert len(read) == 2
+    (tmp_path / "image").write_bytes(rows[7]["image"]["bytes"])
+    file = {**make_row("file", 30), "image": {"bytes": None, "path": str(tmp_path / "image")}}
+    assert frames_on_both_sides(first, datasets.Dataset.from_list([file], features=ROW_FEATURES)) == [("7", "file")]
+
+
 def test_shared_files_are_found(object_root, tmp_path):
     train, both = (
         load_pretraining_dataset(data_dir=object_root, split=split, cache_dir=tmp_path / "cache")
@@ -295,6 +309,17 @@ def test_streams_are_mixed_by_weight(shards, tmp_path, monkeypatch):
     assert list(load_pretraining_dataset(tmp_path / "nameless")["scene"]) == ["few", "few"]
     slices = [f"{tmp_path / 'nameless'}#train[:1]", f"{tmp_path / 'nameless'}#train[1:]"]
     assert len(take(load_mixture(slices, mixture=[1, 1], streaming=True)[0], 9)) == 2
+
+
+def test_a_block_of_large_rows_is_smaller_and_is_resumed_exactly(shards, monkeypatch):
+    monkeypatch.setattr(streaming, "BLOCK_BYTES", 1)
+    stream, resumed = stream_of(shards), stream_of(shards)
+    assert len(stream.dataset._next_block(iter(stream.dataset.rows))[0]) == 1
+    whole = [digest(batch) for batch in take(stream_of(shards), 26)]
+    batches = iter(stream)
+    first = [digest(next(batches)) for _ in range(5)]
+    resumed.load_state_dict(stream.state_dict())
+    assert first + [digest(batch) for batch in take(resumed, 21)] == whole
 
 
 def test_streams_of_other_writers_are_mixed(shards, tmp_path):
