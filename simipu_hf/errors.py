@@ -5,6 +5,7 @@ import contextlib
 import errno
 import io
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -59,7 +60,8 @@ def exit_code_of(run: Callable[[], Any]) -> int:
     keep_freed_memory()
     code = 0
     try:
-        run()
+        with _cleaning_up_on_sigterm():
+            run()
     except TrainingInterrupted as stopped:
         print(stopped, file=sys.stderr)
         code = stopped.exit_code
@@ -75,10 +77,26 @@ def exit_code_of(run: Callable[[], Any]) -> int:
         _leave_process_group()  # after an error the others may wait in a collective: the launcher ends them
     if any(thread.name == MAY_HANG for thread in threading.enumerate()):
         clean_up()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # None: it was closed
+            stream.flush()
         os._exit(code)  # the interpreter's own end would kill the thread, and some C code then aborts the process
     return code
+
+
+@contextlib.contextmanager
+def _cleaning_up_on_sigterm() -> Iterator[None]:
+    """Else SIGTERM would end a command at once, its worker processes and unfinished files left behind.
+
+    Not of a launched process, which may be in a collective that never returns to Python: its launcher ends it.
+    """
+    if threading.current_thread() is not threading.main_thread() or "LOCAL_RANK" in os.environ:
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 class OptionalReader:

@@ -12,9 +12,12 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from simipu_hf.errors import SimIPUError
 
@@ -79,15 +82,18 @@ def atomic_folder(
             is replaced.
 
     Raises:
-        SimIPUError: `path` is occupied, or cannot be written (full disk, no permission); it is untouched.
+        SimIPUError: `path` is occupied, is being written by another process, is a mounted disk, or cannot be written
+            (full disk, no permission); it is untouched.
     """
-    path = Path(path)
+    path = Path(path).resolve()
+    if os.path.ismount(path):
+        raise SimIPUError(f"{path} is a mounted disk, which a finished folder cannot replace: name a folder in it")
     beside, replaced = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.replaced")
-    with _writing(path):
+    with _writing(path), closing(WriteLock(path, path.with_name(f".{path.name}.lock"))) as lock:
+        lock.take()
         if replaced.exists() and not path.exists():  # a process was killed between two renames
             replaced.rename(path)
-    check_target(path, overwrite, lambda there: there.is_dir() and is_earlier_output(there))
-    with _writing(path):
+        check_target(path, overwrite, lambda there: there.is_dir() and is_earlier_output(there))
         try:
             for leftover in (beside, replaced):  # of a process that was killed
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -99,6 +105,37 @@ def atomic_folder(
         finally:
             for leftover in (beside, replaced) if path.exists() else (beside,):
                 shutil.rmtree(leftover, ignore_errors=True)
+
+
+class WriteLock:
+    """Keeps other processes from writing what this one writes, from `take` until `close`, or its end.
+
+    Args:
+        target: what is written, as the error names it.
+        file: marks it; made by `take`, removed by `close`.
+    """
+
+    def __init__(self, target: Path, file: Path):
+        self.target, self.file = target, file
+        self._lock = FileLock(file.resolve(), timeout=0, is_singleton=True)  # the same process may go on
+
+    def take(self) -> None:
+        """
+        Raises:
+            SimIPUError: another process has taken it.
+        """
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise SimIPUError(f"{self.target} is being written by another process: wait for its end") from error
+        except (NotImplementedError, OSError):  # a file system without locks, or a folder that takes no more files
+            pass
+
+    def close(self) -> None:
+        if self._lock.is_locked:
+            self._lock.release()
+            with suppress(OSError):  # Windows keeps what another process has open
+                self.file.unlink()
 
 
 def check_target(path: Path, overwrite: bool, is_earlier_output: Callable[[Path], bool]) -> None:
@@ -165,7 +202,7 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise SimIPUError(f"{path} cannot be written: {error}") from error
     finally:
         with suppress(OSError):  # stops at the first that is not empty

@@ -24,7 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from .data.frames import FrameDataset
 from .data.sources import name_sources
 from .errors import SimIPUError
-from .files import atomic_folder, move_into, write_json
+from .files import WriteLock, atomic_folder, move_into, write_json
 from .hub.card import write_model_card
 from .hub.push import HubUploader
 from .hub.sources import find_image_encoder
@@ -44,7 +44,13 @@ from .training.distributed import (
     use_all_cores,
 )
 from .training.logging import METRICS_FILE, check_trackers, cut_metrics, json_line
-from .training.run_folder import find_checkpoint, open_run_folder, rows_fingerprint, weights_fingerprint
+from .training.run_folder import (
+    find_checkpoint,
+    open_run_folder,
+    rows_fingerprint,
+    run_lock,
+    weights_fingerprint,
+)
 from .training.sampling import ROW_ORDER, GlobalBatchSampler, create_loader
 from .visualization import draw_curves
 
@@ -490,7 +496,8 @@ def fine_tune(
     output_dir, accelerator = Path(arguments.output_dir), trainer.accelerator
     check_processes(accelerator)
     use_all_cores(accelerator)
-    checkpoint = on_main_process(accelerator, open_run, arguments, trainer)
+    lock = run_lock(arguments)
+    checkpoint = on_main_process(accelerator, open_run, arguments, trainer, lock)
     publishes = arguments.push_to_hub and accelerator.is_main_process
     uploader = HubUploader.from_arguments(arguments) if publishes else None
     with StopRequest() as stop, uploader or nullcontext():
@@ -515,6 +522,7 @@ def fine_tune(
         write_model_card(output_dir, arguments.hub_model_id)
     if uploader is not None:
         uploader.finish()
+    lock.close()
     return output_dir
 
 
@@ -527,7 +535,7 @@ FREE = {
 }  # fmt: skip
 
 
-def open_run(arguments: FineTuningRunArguments, trainer: FineTuningTrainer) -> str | None:
+def open_run(arguments: FineTuningRunArguments, trainer: FineTuningTrainer, lock: WriteLock) -> str | None:
     """Prepare the run folder and write `run.yaml`; the checkpoint to resume from, `None` to start at the beginning."""
     checkpoint = find_checkpoint(arguments)
     rows, test_rows = trainer.train_dataset.rows, trainer.eval_dataset and trainer.eval_dataset.rows
@@ -556,7 +564,7 @@ def open_run(arguments: FineTuningRunArguments, trainer: FineTuningTrainer) -> s
     fixed["image_processor"] = trainer.processing_class.to_dict()
     trainer.identity = json.loads(json.dumps(fixed))
     step = 0 if checkpoint is None else resumed_step(checkpoint, trainer.identity)
-    open_run_folder(arguments, step, trainer.args.max_steps, data=record)
+    open_run_folder(arguments, lock, step, trainer.args.max_steps, data=record)
     return None if checkpoint is None else str(checkpoint)
 
 

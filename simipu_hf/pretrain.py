@@ -64,7 +64,13 @@ from simipu_hf.training.optimizers import (
     create_schedule,
     learning_rates,
 )
-from simipu_hf.training.run_folder import find_checkpoint, open_run_folder, rows_fingerprint, weights_fingerprint
+from simipu_hf.training.run_folder import (
+    find_checkpoint,
+    open_run_folder,
+    rows_fingerprint,
+    run_lock,
+    weights_fingerprint,
+)
 from simipu_hf.training.sampling import (
     ROW_ORDER,
     Steps,
@@ -152,8 +158,8 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
     record = {"data": describe_data(rows, identity.get("data_fingerprint")), "recipe": dataclasses.asdict(recipe)}
     if held_out_rows is not None:
         record["held_out"] = describe_data(held_out_rows)
-    output_dir = Path(arguments.output_dir)
-    on_main_process(accelerator, open_run_folder, arguments, steps.first, steps.last, **record)
+    output_dir, lock = Path(arguments.output_dir), run_lock(arguments)
+    on_main_process(accelerator, open_run_folder, arguments, lock, steps.first, steps.last, **record)
     logger = RunLogger(
         accelerator,
         output_dir,
@@ -183,6 +189,7 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
             raise
     skipped += sorted(set(gather_object(bad_rows(batches, held_out))), key=lambda row: (len(row), row))
     on_main_process(accelerator, finish, output_dir, model, processor, batches, skipped)
+    lock.close()
     if uploader:
         uploader.finish()
     return output_dir

@@ -219,6 +219,25 @@ raise SystemExit(exit_code_of(run))
     assert saved.exists()
 
 
+def test_sigterm_removes_what_is_unfinished(tmp_path):
+    program = """
+import os, signal, sys
+from simipu_hf.errors import exit_code_of
+from simipu_hf.files import atomic_folder
+
+def run():
+    with atomic_folder(sys.argv[1]) as beside:
+        (beside / "file").touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+        print("not reached")
+
+raise SystemExit(exit_code_of(run))
+"""
+    result = python(program, str(tmp_path / "target"))
+    assert (result.returncode, result.stdout) == (143, b"")
+    assert not list(tmp_path.iterdir())
+
+
 def test_completion_knows_commands_and_flags(run):
     script = run("--tyro-print-completion", "bash")[1]
     assert all(word in script for word in ("finetune-depth", "synthesize", "--per_device_train_batch_size"))

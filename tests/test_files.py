@@ -4,6 +4,7 @@ import json
 import math
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,32 @@ def test_only_an_earlier_output_is_overwritten(tmp_path):
         (beside / "mark").touch()
     assert os.listdir(tmp_path / "out") == ["mark"]
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_only_one_process_writes_a_folder(tmp_path):
+    with ThreadPoolExecutor(1) as other, atomic_folder(tmp_path / "target") as beside:
+
+        def write() -> None:
+            with atomic_folder(tmp_path / "target"):
+                pass
+
+        with pytest.raises(SimIPUError, match="target is being written by another process"):
+            other.submit(write).result()
+        (beside / "file").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["target", "file"]
+
+
+def test_a_folder_behind_a_link_is_written_where_it_lies(tmp_path, monkeypatch):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "far", target_is_directory=True)
+    for content in "ab":
+        with atomic_folder(tmp_path / "link", overwrite=True) as beside:
+            (beside / content).touch()
+    assert (tmp_path / "link").is_symlink()
+    assert [path.name for path in (tmp_path / "far").iterdir()] == ["b"]
+    monkeypatch.setattr("os.path.ismount", lambda path: True)
+    with pytest.raises(SimIPUError, match="far is a mounted disk"), atomic_folder(tmp_path / "link"):
+        pass
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, PermissionError])

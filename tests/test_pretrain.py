@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import Mock
 
 import datasets
@@ -31,6 +32,7 @@ from simipu_hf.data.rows import dataset_from_rows
 from simipu_hf.data.streaming import stream_two_views
 from simipu_hf.data.two_views import TwoViewAugmentation, TwoViewDataset
 from simipu_hf.errors import SimIPUError, TrainingInterrupted
+from simipu_hf.files import WriteLock
 from simipu_hf.hub.card import model_card
 from simipu_hf.hub.push import HubUploader
 from simipu_hf.hub.sources import model_folder
@@ -187,6 +189,17 @@ def test_passes_over_a_damaged_checkpoint(run, whole, tmp_path, capsys):
     resumed = run("broken", "--save_total_limit", "0", "--resume_from_checkpoint", "latest")
     assert "model.safetensors has 1000 bytes" in capsys.readouterr().out
     assert_same_result(whole, resumed)
+
+
+def test_two_runs_do_not_write_into_one_folder(run, tmp_path):
+    (tmp_path / "shared").mkdir()
+    lock = WriteLock(tmp_path / "shared", tmp_path / "shared" / ".lock")
+    with ThreadPoolExecutor(1) as other:
+        other.submit(lock.take).result()
+        with pytest.raises(SimIPUError, match="shared is being written by another process"):
+            run("shared", "--resume_from_checkpoint", "latest")
+        assert [path.name for path in (tmp_path / "shared").iterdir()] == [".lock"]
+        other.submit(lock.close).result()
 
 
 def test_sigterm_saves_and_says_how_to_continue(run, whole, monkeypatch):

@@ -1,6 +1,7 @@
 """Pictures: what is drawn where, against positions, colours and numbers worked out by hand."""
 
 import base64
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -94,6 +95,7 @@ def test_depth_maps_share_one_scale_and_leave_out_what_is_unknown():
     assert not hidden.get_visible()
     titles = [axes.get_title(loc="left") for axes in (image, target, predicted)]
     assert titles == ["frame: image", "target", "predicted"]
+    draw_depth("enc$^$", np.zeros((2, 2, 3), np.uint8), {"target": known}).savefig(io.BytesIO())
 
 
 def test_points_of_any_lidar_are_drawn_ahead_of_the_camera():

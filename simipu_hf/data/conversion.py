@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from io import BytesIO
@@ -24,7 +25,7 @@ from PIL import Image
 
 from ..dataset_scripts.kitti import points_in_view
 from ..errors import SimIPUError
-from ..files import atomic_path, check_apart
+from ..files import WriteLock, atomic_path, check_apart
 from ..modeling.geometry import pixel_transform
 from ..processes import run_in_processes
 from .depth import read_depth_png, resize_depth_map
@@ -152,8 +153,8 @@ def convert_to_parquet(
         `output_dir`, `splits` (rows of each), `shards`, `resumed_shards` (found whole), `bytes`; ready for JSON.
 
     Raises:
-        SimIPUError: the output folder holds something, the splits have different columns, a frame is damaged, or the
-            disk is full. What is whole stays in `<output_dir>.partial`.
+        SimIPUError: the output folder holds something or is being written by another process, the splits have
+            different columns, a frame is damaged, or the disk is full. What is whole stays in `<output_dir>.partial`.
     """
     target = Path(output_dir).resolve()
     partial_dir = target.with_name(f"{target.name}.partial")
@@ -193,21 +194,25 @@ def convert_to_parquet(
         for name, rows in splits.items()
         for shard in _plan_shards(name, rows, packing, max_shard_size, num_shards)
     ]
-    _prepare_partial(partial_dir, splits, shards, packing)
-    missing = [shard for shard in shards if not (partial_dir / shard.file).is_file()]
-    try:
-        write = partial(_write_shard, partial_dir, splits, packing)
-        run_in_processes(write, missing, num_proc, "Converting", lambda shard: shard.stop - shard.start)
-    except SimIPUError as error:
-        done = sum((partial_dir / shard.file).is_file() for shard in shards)
-        raise SimIPUError(
-            f"{error}. {done} of {len(shards)} shards are kept in {partial_dir}; the same command goes on from there"
-        ) from error
-    _write_card(partial_dir, splits, features, source.config or "default")
-    if target.exists():
-        target.rmdir()  # empty; Windows doesn't rename onto a folder
-    partial_dir.rename(target)
-    (target / MANIFEST).unlink()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with closing(WriteLock(target, target.with_name(f".{target.name}.lock"))) as lock:
+        lock.take()
+        _prepare_partial(partial_dir, splits, shards, packing)
+        missing = [shard for shard in shards if not (partial_dir / shard.file).is_file()]
+        try:
+            write = partial(_write_shard, partial_dir, splits, packing)
+            run_in_processes(write, missing, num_proc, "Converting", lambda shard: shard.stop - shard.start)
+        except SimIPUError as error:
+            done = sum((partial_dir / shard.file).is_file() for shard in shards)
+            raise SimIPUError(
+                f"{error}. {done} of {len(shards)} shards are kept in {partial_dir}; the same command goes on from "
+                "there"
+            ) from error
+        _write_card(partial_dir, splits, features, source.config or "default")
+        if target.exists():
+            target.rmdir()  # empty; Windows doesn't rename onto a folder
+        partial_dir.rename(target)
+        (target / MANIFEST).unlink()
     return {
         "output_dir": str(output_dir),
         "splits": {name: len(rows) for name, rows in splits.items()},

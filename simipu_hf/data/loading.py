@@ -404,7 +404,7 @@ def _share(dataset: AnyDataset, held_out: bool, share: float, location: str) -> 
 
 
 def _rows_of_side(names: Sequence[tuple[str, str]], held_out: bool, share: float, location: str) -> list[int]:
-    """Which of the rows with these scenes and names are held out, or are not; SimIPUError where all are on one side."""
+    """The rows, by scene and name, that are held out, or the others; SimIPUError where all are on one side."""
     places = {scene: _place(scene) for scene, _ in names}
     low, high = min(places.values()), max(places.values())
     if not low < share <= high:

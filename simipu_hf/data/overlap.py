@@ -142,7 +142,7 @@ def _lengths(table: pa.Table) -> Iterator[int | None]:
             yield length
 
 
-def _lengths_and_last_bytes(table: pa.Table) -> Iterator[tuple[int, bytes] | None]:
+def _lengths_and_last_bytes(table: pa.Table) -> Iterator[tuple[int | None, bytes] | None]:
     ends = [pc.binary_slice(chunk.field("bytes"), -COMPARED_BYTES).to_pylist() for chunk in table["image"].chunks]
     paths = [chunk.field("path").to_pylist() for chunk in table["image"].chunks]
     for length, end, path in zip(_lengths(table), chain(*ends), chain(*paths), strict=True):

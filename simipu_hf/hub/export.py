@@ -281,6 +281,13 @@ def taken_size(weights: EncoderWeights) -> tuple[int, int]:
     return height, width
 
 
+def _save(content: Any, path: Path) -> None:
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:  # on a full disk, without saying so
+        raise OSError(f"{first_line(error)} (is the disk full?)") from error
+
+
 def write_torchvision(weights: EncoderWeights, path: Path) -> None:
     """A state dict for torchvision's ResNet of the same depth, without `fc`."""
     plain = weights.with_own_eps()
@@ -288,14 +295,14 @@ def write_torchvision(weights: EncoderWeights, path: Path) -> None:
     # where PyTorch keeps the versions of a state dict: loaders skip names that are no modules
     metadata = OrderedDict({"": {"version": 1}, "simipu_hf": _note(plain)})
     state._metadata = metadata  # type: ignore[attr-defined]  # PyTorch's own attribute of an OrderedDict
-    torch.save(state, path)
+    _save(state, path)
 
 
 def write_mmdet(weights: EncoderWeights, path: Path, prefix: str = "img_backbone") -> None:
     """A checkpoint with `prefix.` before every name and `running_var` as trained."""
     prefix = f"{prefix.rstrip('.')}." if prefix else ""
     state = OrderedDict((prefix + name, value) for name, value in weights.state_dict.items())
-    torch.save({"meta": {"simipu_hf": _note(weights)}, "state_dict": state}, path)
+    _save({"meta": {"simipu_hf": _note(weights)}, "state_dict": state}, path)
 
 
 def write_official(weights: EncoderWeights, path: Path, model: Path) -> None:
@@ -313,7 +320,7 @@ def write_official(weights: EncoderWeights, path: Path, model: Path) -> None:
     official = to_official_state_dict(state | encoder)
     expected = _official_network(official, weights).state_dict()
     check_state_dict(state, expected, f"{file}: the official network has other point encoders and heads,")
-    torch.save({"meta": {"simipu_hf": _note(weights)}, "state_dict": official}, path)
+    _save({"meta": {"simipu_hf": _note(weights)}, "state_dict": official}, path)
 
 
 def write_transformers(weights: EncoderWeights, path: Path) -> list[str]:

@@ -385,15 +385,18 @@ def push_dataset(
             "For other data name their --license.",
             file=sys.stderr,
         )
-    with tempfile.TemporaryDirectory(prefix=STAGED) as staged:
+    staged = _staging_folder(folder)
+    try:
         for file in [*files, *folder.glob("*.json")]:
-            _place(file, Path(staged) / file.relative_to(folder))
+            _place(file, staged / file.relative_to(folder))
         if edited:
             edited.data.license = license or KITTI_LICENSE
         card = str(edited or dataset_card(repo_id, license, splits, own.data if own else None))
-        (Path(staged) / "README.md").write_text(card, encoding="utf-8")
+        (staged / "README.md").write_text(card, encoding="utf-8")
         repository = _Repository(repo_id, token, private, repo_type="dataset")
-        return PushReport(repository.url, repository.upload(Path(staged), "Upload data set"))
+        return PushReport(repository.url, repository.upload(staged, "Upload data set"))
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
 
 
 def _without_images(metadata: Any) -> bool:
@@ -448,10 +451,7 @@ def _snapshot(folder: Path, run: Path, resumable: bool = False) -> Path:
     if resumable:
         last = [*public, *(file for file in folder.iterdir() if RESUME.fullmatch(file.name))]
         files |= {Path("last-checkpoint") / file.relative_to(folder): file for file in last}
-    try:
-        staged = Path(tempfile.mkdtemp(prefix=STAGED, dir=run))
-    except OSError:  # a read-only folder can still be published
-        staged = Path(tempfile.mkdtemp(prefix=STAGED))
+    staged = _staging_folder(run)
     try:
         for name, file in files.items():
             _place(file, staged / name)
@@ -470,6 +470,14 @@ def _public_files(folder: Path) -> Iterator[Path]:
         for file in sorted((folder / sub).glob("[!.]*")):
             if file.is_file() and file.suffix in PUBLIC and not RESUME.fullmatch(file.name):
                 yield file
+
+
+def _staging_folder(near: Path) -> Path:
+    """A new hidden folder in `near`, on whose disk its files can be linked; elsewhere where `near` is read-only."""
+    try:
+        return Path(tempfile.mkdtemp(prefix=STAGED, dir=near))
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix=STAGED))
 
 
 def _place(file: Path, target: Path) -> None:

@@ -19,7 +19,7 @@ import yaml
 
 from simipu_hf.data.overlap import image_lengths
 from simipu_hf.errors import SimIPUError
-from simipu_hf.files import atomic_path, atomic_write
+from simipu_hf.files import WriteLock, atomic_path, atomic_write
 
 from .arguments import RunArguments
 from .checkpoint import new_set_aside, newest_checkpoint, set_aside, verify_checkpoint
@@ -97,7 +97,12 @@ def check_kind(folder: Path, kind: str, refusal: str) -> None:
         )
 
 
-def open_run_folder(arguments: RunArguments, step: int, last_step: int, **record: Any) -> None:
+def run_lock(arguments: RunArguments) -> WriteLock:
+    """What keeps other runs out of the output folder, to be given to [`open_run_folder`] and closed by its caller."""
+    return WriteLock(Path(arguments.output_dir), Path(arguments.output_dir) / ".lock")
+
+
+def open_run_folder(arguments: RunArguments, lock: WriteLock, step: int, last_step: int, **record: Any) -> None:
     """Create the output folder, or make an earlier run's ready to go on from `step` to `last_step`, and write
     `run.yaml`.
 
@@ -105,9 +110,14 @@ def open_run_folder(arguments: RunArguments, step: int, last_step: int, **record
     only, after [`find_checkpoint`].
 
     Raises:
-        SimIPUError: the folder cannot be written to.
+        SimIPUError: the folder cannot be written to, or another run is writing to it.
     """
     output_dir = Path(arguments.output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SimIPUError(f"--output_dir {output_dir} cannot be written to ({error})") from error
+    lock.take()
     for path in output_dir.glob(".checkpoint-*"):  # what a kill during a checkpoint left behind
         shutil.rmtree(path, ignore_errors=True)
     written = {

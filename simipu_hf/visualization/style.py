@@ -34,6 +34,7 @@ styled = matplotlib.rc_context(
         "axes.axisbelow": True,
         "grid.color": "#343a44",
         "text.color": TEXT,
+        "text.parse_math": False,  # a frame may be called anything
         "legend.fontsize": 8,
         "xtick.color": FAINT,
         "ytick.color": FAINT,

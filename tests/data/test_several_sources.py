@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simipu_hf.data import overlap, streaming
+from simipu_hf.data import overlap
+from simipu_hf.data import streaming as streaming_module
 from simipu_hf.data.conversion import convert_to_parquet
 from simipu_hf.data.inspection import inspect_dataset
 from simipu_hf.data.loading import load_mixture, load_pretraining_dataset
@@ -312,7 +313,7 @@ def test_streams_are_mixed_by_weight(shards, tmp_path, monkeypatch):
 
 
 def test_a_block_of_large_rows_is_smaller_and_is_resumed_exactly(shards, monkeypatch):
-    monkeypatch.setattr(streaming, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(streaming_module, "BLOCK_BYTES", 1)
     stream, resumed = stream_of(shards), stream_of(shards)
     assert len(stream.dataset._next_block(iter(stream.dataset.rows))[0]) == 1
     whole = [digest(batch) for batch in take(stream_of(shards), 26)]

@@ -164,3 +164,5 @@ def test_tokens_and_folders_are_taken_out(monkeypatch):
         "simipu_hf.pretrain --hub_model_id a/b",
     ]
     assert [redact(text) for text in unchanged] == unchanged
+    assert redact("--a sftp://me:s3cr3t@host/kitti#train") == "--a sftp://…@host/kitti#train"
+    assert redact("- 's3://b/x?X-Signature=a/b+c#train' y?") == "- 's3://b/x?…#train' y?"
