@@ -26,7 +26,8 @@ class SimIPUImageConfig(PreTrainedConfig):
             writes down which.
         image_size: height and width for which an encoder with position embeddings or fixed windows is built;
             `None` takes the architecture's own.
-        model_args: further keyword arguments of `timm.create_model`, such as `{"drop_path_rate": 0.1}`.
+        model_args: further keyword arguments of `timm.create_model`, such as `{"drop_path_rate": 0.1}`, but for
+            the 3 input channels and the head, which it lacks.
         frozen: modules or parameters of the encoder, by timm's names (`conv1`, `layer1`, `blocks.0`), that are not
             trained: no gradient, evaluation mode.
         feature_grids: where the cells of each stage look, in pixels: `[stride_y, stride_x, offset_y, offset_x]` a
@@ -58,6 +59,11 @@ class SimIPUImageConfig(PreTrainedConfig):
     def validate_architecture(self) -> None:
         if self.out_indices is not None and not self.out_indices:
             raise ValueError("image_config.out_indices is empty: name at least one stage, such as [-1]")
+        fixed = {"in_chans", "num_classes", "pretrained", "features_only"} & set(self.model_args or ())
+        if fixed:
+            raise ValueError(
+                f"image_config.model_args: {', '.join(sorted(fixed))} cannot be chosen: 3 channels, no head"
+            )
         if self.image_size is not None and (len(self.image_size) != 2 or min(self.image_size) < 1):
             raise ValueError(f"image_config.image_size: expected height and width, found {list(self.image_size)}")
         if any(grid is not None and (len(grid) != 4 or min(grid[:2]) <= 0) for grid in self.feature_grids or ()):

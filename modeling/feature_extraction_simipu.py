@@ -246,15 +246,28 @@ def _likely_columns(values: np.ndarray) -> int:
         return 4
     shares = {columns: share_between(columns) for columns in (3, 5, 6, 7, 8)}
     best = max(shares, key=lambda columns: round(shares[columns], 2))
-    return best if shares[best] > four + 0.1 else 4
+    likely = shares[best] > four + 0.1 and not (best == 8 and _are_two_points(sample.reshape(-1, 8)))
+    return best if likely else 4
+
+
+def _are_two_points(rows: np.ndarray) -> bool:
+    """Whether columns 4 and 5 of 8 are x and y as well, around the sensor and metres from it.
+
+    Two beams that fire in turns, or two sensors, differ in height and reflectance as columns do.
+    """
+    second = rows[rows[:, 4:].any(axis=1), 4:6]
+    if not len(second):
+        return False
+    signs = np.minimum((second > 0).mean(axis=0), (second < 0).mean(axis=0))
+    return bool(signs.max() > 0.05 and np.median(np.abs(second).max(axis=1)) > 1)
 
 
 @contextmanager
 def naming_row(row: str) -> Iterator[None]:
-    """Puts the row's name before the message of a ValueError."""
+    """Puts the row's name before the message of an error."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, TypeError, IndexError) as error:
         raise ValueError(f"{row}: {error}") from error
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import io
 import math
 import os
 from collections.abc import Sequence
@@ -44,14 +45,16 @@ def pad_to_largest(images: Sequence[torch.Tensor], divisor: int = 32) -> torch.T
 
 
 def open_unturned(image: Any) -> Any:
-    """The image, opened where it is the path of a file; what Pillow cannot read is returned as it is.
+    """The image, opened where it is the path or the bytes of a file; what Pillow cannot read is returned as it is.
 
     Raises:
         ValueError: an image, or the file of one, that is to be turned by its EXIF orientation: whether a calibration
             is that of the pixels as they are stored or as they are shown cannot be told.
     """
     try:
-        image = PIL.Image.open(image) if isinstance(image, str | os.PathLike) and os.path.isfile(image) else image
+        file = io.BytesIO(image) if isinstance(image, bytes) else image
+        is_file = isinstance(image, bytes) or (isinstance(image, str | os.PathLike) and os.path.isfile(image))
+        image = PIL.Image.open(file) if is_file else image
         orientation = image.getexif().get(PIL.ExifTags.Base.Orientation) if isinstance(image, Image) else None
     except Exception:  # `load_image` names it
         return image

@@ -25,8 +25,8 @@ class ContrastiveResult:
         chance: the loss of a uniform guess, ln(number of candidates).
         valid (`(R,)`): which anchors count.
         num_candidates: scalar tensor, how many rows anchors choose from.
-        positions (`(R,)`, *optional*): how many candidates rank before each anchor's positive; 0 is best. Equally
-            similar candidates rank by index, as in a stable sort.
+        positions (`(R,)`, *optional*): how many candidates rank before each anchor's positive; 0 is best. Candidates
+            of one similarity, to rounding, rank by index, as in a stable sort.
     """
 
     loss: Tensor

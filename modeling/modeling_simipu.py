@@ -29,6 +29,7 @@ from .image_encoder import (
     feature_channels,
     hold_frozen,
     image_feature_maps,
+    pad_to_divisor,
 )
 from .layers import LinearBlock, ProjectionHead, WeightedBatchNorm, linear, run_blocks
 from .losses import ContrastiveResult, contrastive_loss
@@ -119,6 +120,8 @@ class SimIPUModel(SimIPUPreTrainedModel):
         Returns:
             One `(B, C_s, H_s, W_s)` a stage.
         """
+        if self.config.cell_sampling == "grid":  # sizes that the processor's padding has not made whole
+            pixel_values = pad_to_divisor(pixel_values, self.image_encoder)
         return image_feature_maps(self.image_encoder, pixel_values, self.config.image_encoder_config.stages)
 
     def get_point_features(self, points: torch.Tensor) -> PointEncoderOutput:
@@ -217,6 +220,12 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
             return_metrics: compute the accuracies as well, which need the rank of every positive.
             return_loss: without effect; its default tells transformers' Trainer that there is a loss to evaluate.
         """
+        for name, matrices, shape in (
+            ("lidar_to_aug", lidar_to_aug, (4, 4)),
+            ("lidar_to_pixel", lidar_to_pixel, (3, 4)),
+        ):
+            if matrices.shape != (len(points), *shape):
+                raise ValueError(f"{name}: expected {(len(points), *shape)}, found {tuple(matrices.shape)}")
         # distances between points need single precision, whatever a batch was converted to
         wide = torch.promote_types(points.dtype, torch.float32)
         points, points_aug, lidar_to_aug = points.to(wide), points_aug.to(wide), lidar_to_aug.to(wide)

@@ -94,7 +94,7 @@ class SimIPUForMonocular3DDetection(SimIPUDenseModel):
     """An image encoder, a light feature pyramid and a centre-based head.
 
         >>> model = SimIPUForMonocular3DDetection(SimIPUDetectionConfig(image_config={"architecture": "resnet50"}))
-        >>> model(pixel_values, camera_projection).boxes_3d  # (B, K, 7), metres and radians in the camera's frame
+        >>> model(pixel_values, camera_projections).boxes_3d  # (B, K, 7), metres and radians in the camera's frame
 
     Attributes:
         image_encoder, pyramid: as in [`SimIPUDenseModel`].

@@ -24,7 +24,7 @@ WORK_PER_THREAD = 2**23  # iterations, some three milliseconds
 
 
 def furthest_point_sample(points: Tensor, num_samples: int) -> Tensor:
-    """(B, N, 3) -> (B, M) int64. Exact, equals included.
+    """(B, N, 3) -> (B, M) int64. Exact, equals included, within 50 km.
 
     Points are put into buckets by a k-d tree; a bucket whose bounding box lies farther from the new sample than all
     its points lie from their nearest samples cannot change and is skipped (the idea of QuickFPS, Han et al., TCAD

@@ -12,6 +12,21 @@ from .configuration_simipu import preset_values
 from .feature_extraction_simipu import SimIPUFeatureExtractor, naming_row
 from .image_processing_simipu import SimIPUImageProcessor, open_unturned
 
+GEOMETRY = ("points", "points_aug", "lidar_to_aug", "lidar_to_pixel")
+
+
+class SimIPUBatch(BatchFeature):
+    """A batch whose geometry keeps its precision: in bfloat16 points would move by decimetres, pixels by several."""
+
+    def to(self, *args: Any, **kwargs: Any) -> "SimIPUBatch":
+        """As `BatchFeature.to`; a data type is that of `pixel_values` alone."""
+        geometry = {
+            name: value for name, value in self.items() if name in GEOMETRY and isinstance(value, torch.Tensor)
+        }
+        super().to(*args, **kwargs)
+        self.update({name: value.to(self[name].device) for name, value in geometry.items()})
+        return self
+
 
 class SimIPUProcessor(ProcessorMixin):
     """Image processor and feature extractor together: rows in, a batch for [`SimIPUForPreTraining`] out.
@@ -71,7 +86,7 @@ class SimIPUProcessor(ProcessorMixin):
         """Process one row, or lists of as many images, scans and calibrations as there are rows.
 
         Args:
-            images: image(s): PIL, array or tensor.
+            images: image(s): PIL, array, tensor, path, or the bytes of a file.
             points: scan(s): bytes of little-endian float32, array or tensor (N, 4): x, y, z in metres in the LiDAR
                 frame, and reflectance. Without them only the images are processed.
             camera_projection: (3, 4) per row, rectified camera to pixels of the original image.
@@ -102,7 +117,7 @@ class SimIPUProcessor(ProcessorMixin):
         loaded, sizes, transforms = [], [], []
         for name, image in zip(names, images, strict=True):
             with naming_row(name):
-                if points is not None:
+                if points is not None or isinstance(image, bytes):
                     image = open_unturned(image)
                 loaded.append(image_processor.load_image(image))
                 sizes.append(tuple(loaded[-1].shape[-2:]))
@@ -130,7 +145,7 @@ class SimIPUProcessor(ProcessorMixin):
                 "lidar_to_pixel": lidar_to_pixel.float(),
             }
         )
-        return batch.convert_to_tensors(return_tensors)
+        return SimIPUBatch(batch.data).convert_to_tensors(return_tensors)
 
 
 SimIPUProcessor.register_for_auto_class("AutoProcessor")

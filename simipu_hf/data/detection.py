@@ -64,12 +64,15 @@ class DetectionLabels:
 
     def moved(self, matrix: np.ndarray, image_size: tuple[int, int], mirrored: bool = False) -> "DetectionLabels":
         """After `matrix` (3, 3) has moved the pixels into an image of height and width `image_size`."""
+        ignored_boxes = _move_image_boxes(self.ignored_boxes, matrix, image_size)
+        # a region beside the image would cover the cells at its border
+        is_inside = (ignored_boxes[:, 2:] > ignored_boxes[:, :2]).all(axis=1)
         return DetectionLabels(
             class_labels=self.class_labels,
             boxes_3d=mirror_boxes(self.boxes_3d) if mirrored else self.boxes_3d,
             boxes=_move_image_boxes(self.boxes, matrix, image_size),
-            ignored_boxes=_move_image_boxes(self.ignored_boxes, matrix, image_size),
-            ignored_labels=self.ignored_labels,
+            ignored_boxes=ignored_boxes[is_inside],
+            ignored_labels=self.ignored_labels[is_inside],
         )
 
     def to_tensors(self) -> dict[str, torch.Tensor]:

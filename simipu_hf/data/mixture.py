@@ -30,6 +30,8 @@ class Mixture:
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int = 0) -> None:
+        if min(sizes, default=0) < 1:
+            raise SimIPUError(f"mixture: expected rows in each data set, found {list(sizes)}")
         if len(weights) != len(sizes) or not all(0 < weight < float("inf") for weight in weights):
             raise SimIPUError(
                 f"mixture: expected a weight greater than 0 for each of {len(sizes)} data sets, found {list(weights)}"

@@ -20,7 +20,12 @@ from torchvision.transforms.v2 import functional as tvF
 from simipu_hf.errors import SimIPUError
 from simipu_hf.modeling.configuration_simipu import preset_values
 from simipu_hf.modeling.geometry import pixel_transform, transform_cloud
-from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor, pad_to_largest, size_within
+from simipu_hf.modeling.image_processing_simipu import (
+    SimIPUImageProcessor,
+    open_unturned,
+    pad_to_largest,
+    size_within,
+)
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
 from .frames import OnBadRow, draw_window
@@ -136,7 +141,8 @@ def two_view_sample(
         mirrored,
     ).astype(np.float32)
 
-    image = processor.image_processor.load_image(row["image"])
+    image = processor.image_processor.load_image(open_unturned(row["image"]))
+    processor.image_processor.check_floats(image)
     image_size = (image.shape[-2], image.shape[-1])
     cloud, frame_to_pixel = processor.feature_extractor.visible_points(
         row["points"], row["camera_projection"], row["lidar_to_camera"], image_size
@@ -201,6 +207,7 @@ def _augment_image(
 def _jitter_colors(
     image: torch.Tensor, augmentation: TwoViewAugmentation, generator: np.random.Generator
 ) -> torch.Tensor:
+    is_float_to_255 = image.is_floating_point() and image.max() > 1
     for adjust, strength, neutral in (
         (tvF.adjust_brightness, augmentation.brightness, 1.0),
         (tvF.adjust_contrast, augmentation.contrast, 1.0),
@@ -209,7 +216,8 @@ def _jitter_colors(
     ):
         amount = neutral + strength * generator.uniform(-1.0, 1.0)  # drawn even where off: the rest stays the same
         if strength:
-            image = adjust(image, amount)
+            # torchvision clamps floats at 1
+            image = adjust(image / 255, amount) * 255 if is_float_to_255 else adjust(image, amount)
     return image
 
 

@@ -206,7 +206,8 @@ def predict_depth(
     if flip_test:
         depth = (depth + model(pixel_values=pixel_values.flip(-1)).predicted_depth.flip(-1)) / 2
     output = DepthEstimatorOutput(predicted_depth=depth)
-    (result,) = processor.post_process_depth_estimation(output, [frame.depth.shape])
+    unpadded = processor.with_settings(do_pad=False)  # as `to_pixel_values` makes them
+    (result,) = unpadded.post_process_depth_estimation(output, [frame.depth.shape])
     return result["predicted_depth"].float().cpu().numpy()
 
 

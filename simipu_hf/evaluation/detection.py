@@ -88,9 +88,8 @@ def evaluate_detection(
 def _flatten(
     predictions: Sequence[KittiObjects], labels: Sequence[KittiObjects]
 ) -> tuple[Frames, KittiObjects, KittiObjects]:
-    counts = np.array([[len(found), len(true)] for found, true in zip(predictions, labels, strict=True)]).reshape(
-        -1, 2
-    )
+    counts = np.array([[len(found), len(true)] for found, true in zip(predictions, labels, strict=True)], np.int64)
+    counts = counts.reshape(-1, 2)
     pairs = counts[:, :1] * counts[:, 1:]
     starts = np.concatenate([np.zeros((1, 3), int), np.cumsum(np.hstack([counts, pairs]), axis=0)])
     detections, truth = _join(predictions), _join(labels)

@@ -93,6 +93,19 @@ def test_labels_say_what_is_to_be_found_and_what_is_not_known():
     assert dict(zip(found.ignored_boxes[:, 0], found.ignored_labels, strict=True)) == {1: 0, 3: 0, 4: -1}
 
 
+def test_regions_beside_a_window_hide_nothing_in_it():
+    labels = DetectionLabels.from_objects(
+        objects(
+            ("DontCare", (10, 20, 60, 80), (-1000, -1000, -1000)),
+            ("DontCare", (190, 20, 230, 80), (-1000, -1000, -1000)),
+        ),
+        CLASSES,
+    )
+    moved = labels.moved(np.array([[1.0, 0, -200], [0, 1, 0], [0, 0, 1]]), (100, 300))
+    assert moved.ignored_boxes.tolist() == [[0, 20, 30, 80]]
+    assert moved.ignored_labels.tolist() == [-1]
+
+
 def test_a_mirrored_box_projects_where_the_mirrored_image_shows_it():
     """Project the front of a car, mirror the pixel; and project the front of the mirrored car."""
     box = np.array([[3.0, 1.5, 20, 1.5, 1.6, 4, 0.7]])

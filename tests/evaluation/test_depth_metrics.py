@@ -154,3 +154,5 @@ def test_flip_test_averages_with_the_mirrored_prediction():
     np.testing.assert_allclose(predict_depth(Columns(), frame, processor), red + columns, rtol=1e-5)
     mean = predict_depth(Columns(), frame, processor, flip_test=True)
     np.testing.assert_allclose(mean, red + (columns + columns[::-1]) / 2, rtol=1e-5)
+    padding = SimIPUImageProcessor(size={"height": 32, "width": 64}, do_normalize=False, pad_size_divisor=48)
+    np.testing.assert_allclose(predict_depth(Columns(), frame, padding), red + columns, rtol=1e-5)

@@ -114,6 +114,10 @@ def test_cases_by_hand(truth, found, scores, expected):
     assert metrics["3d"]["moderate"] == metrics["bev"]["moderate"] == pytest.approx(in_space)
 
 
+def test_without_frames_nothing_is_found():
+    assert evaluate_detection([], [], ["Car"])["Car"]["3d"]["moderate"] == 0
+
+
 def test_orientation_is_left_out_where_predictions_have_none():
     objects = make([car()], [0.5])
     unknown = dataclasses.replace(objects, alpha=np.array([-10.0]))

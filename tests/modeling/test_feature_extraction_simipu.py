@@ -155,6 +155,18 @@ def test_beams_that_never_came_back_make_no_other_layout():
     assert to_point_cloud(scan.tobytes()).shape == (1800 * 16, 4)
 
 
+@pytest.mark.parametrize("near", [0.4, 0.7, 1.2])
+def test_two_sensors_in_turns_make_no_other_layout(near):
+    """A low and a high beam, or a sensor at the bumper and one on the roof, their points one after another."""
+    rng, count = np.random.default_rng(0), 3000
+    angle, high = rng.uniform(-np.pi, np.pi, count), np.arange(count) % 2 == 1
+    distance = np.where(high, rng.uniform(20, 60, count), near * rng.uniform(4, 8, count))
+    height = np.where(high, 0.1 * distance, -near)
+    reflectance = np.where(high, rng.uniform(0, 1, count), rng.uniform(0, 255, count))
+    scan = np.column_stack([distance * np.cos(angle), distance * np.sin(angle), height, reflectance]).astype("<f4")
+    np.testing.assert_array_equal(to_point_cloud(scan.tobytes()), scan)
+
+
 def test_clouds_without_structure_pass():
     rng = np.random.default_rng(0)
     for count in (1, 105, 300, 4000):

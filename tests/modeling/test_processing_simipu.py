@@ -98,6 +98,22 @@ def test_bad_rows_are_named(change, message):
         processor(**good, crop_size={"height": 200, "width": 100})
 
 
+def test_geometry_keeps_its_precision_where_a_batch_is_converted():
+    processor = SimIPUProcessor.from_preset("recommended", (32, 64), num_points=16)
+    batch, half = processor(**make_row()), processor(**make_row()).to(torch.bfloat16)
+    assert half["pixel_values"].dtype == torch.bfloat16
+    for name in ("points", "points_aug", "lidar_to_aug", "lidar_to_pixel"):
+        assert torch.equal(half[name], batch[name])
+
+
+def test_an_image_may_be_the_bytes_of_a_file(tmp_path):
+    processor, row = SimIPUProcessor.from_preset("recommended", (32, 64), num_points=16), make_row()
+    Image.fromarray(np.asarray(row["images"])).save(tmp_path / "image.png")
+    data = (tmp_path / "image.png").read_bytes()
+    assert torch.equal(processor(**row | {"images": data})["pixel_values"], processor(**row)["pixel_values"])
+    assert torch.equal(processor(data)["pixel_values"], processor(**row)["pixel_values"])
+
+
 def test_turned_images_are_refused_with_points(tmp_path):
     processor, row = SimIPUProcessor.from_preset("recommended", (32, 64), num_points=16), make_row()
     exif = Image.Exif()
