@@ -132,7 +132,7 @@ class SimIPUImageProcessor(TorchvisionBackend):
     half_pixel_centers = True
 
     def __init__(self, **kwargs: Unpack[SimIPUImageProcessorKwargs]) -> None:
-        super().__init__(**kwargs)
+        super().__init__(**kwargs)  # type: ignore[misc]  # it takes those of valid_kwargs
         if self.pad_size_divisor < 1:
             raise ValueError(f"pad_size_divisor: expected at least 1, found {self.pad_size_divisor}")
 

@@ -99,9 +99,9 @@ class Lighting:
         warmth = np.array([1.0, 0.93, 0.84]) if elevation > 0.5 else np.array([1.0, 0.81, 0.62])
         blue = rng.uniform([0.22, 0.42, 0.8], [0.4, 0.55, 0.95])
         self.sun_direction = np.array(direction, np.float32)
-        self.sun_color = np.float32(2.6 * np.clip(1.25 - self.cloud_cover, 0.05, 1) * warmth)
-        self.zenith_color = np.float32(blue * (1 - self.cloud_cover) + 0.75 * self.cloud_cover)
-        self.horizon_color = np.float32(rng.uniform(0.85, 1.0) * np.array([0.92, 0.95, 1.0]))
+        self.sun_color = np.asarray(2.6 * np.clip(1.25 - self.cloud_cover, 0.05, 1) * warmth, np.float32)
+        self.zenith_color = np.asarray(blue * (1 - self.cloud_cover) + 0.75 * self.cloud_cover, np.float32)
+        self.horizon_color = np.asarray(rng.uniform(0.85, 1.0) * np.array([0.92, 0.95, 1.0]), np.float32)
         self.visibility = rng.uniform(400, 1500)
 
     def sky(self, direction: np.ndarray) -> np.ndarray:

@@ -125,5 +125,7 @@ def _pixels_alone(actor: Actor, calibration: Calibration, ego_pose: np.ndarray, 
     v, u = np.mgrid[top : bottom + 2, left : right + 2].reshape(2, -1).astype(float)
     origin, directions = pixel_rays(calibration, ego_pose, u, v)
     origins = np.tile((origin - actor.pose[:3, 3]) @ actor.pose[:3, :3], (len(directions), 1))
-    hit, _ = actor.model.triangles.first(np.float32(origins), np.float32(directions @ actor.pose[:3, :3]))
+    hit, _ = actor.model.triangles.first(
+        np.asarray(origins, np.float32), np.asarray(directions @ actor.pose[:3, :3], np.float32)
+    )
     return int((hit >= 0).sum())

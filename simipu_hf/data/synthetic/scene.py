@@ -37,7 +37,8 @@ class Scene:
     def __init__(self, street: Street):
         self.street, columns = street, []
         for owner, actor in enumerate(street.actors):
-            model, rotation, origin = actor.model, np.float32(actor.pose[:3, :3]), np.float32(actor.pose[:3, 3])
+            model, pose = actor.model, actor.pose.astype(np.float32)
+            rotation, origin = pose[:3, :3], pose[:3, 3]
             axes = rotation.T[model.axes]
             corners, normals = model.corners @ rotation.T + origin, model.normals @ rotation.T
             owners = np.full(len(corners), owner, np.int32)
@@ -48,13 +49,15 @@ class Scene:
     def cast(self, origin: np.ndarray, directions: np.ndarray) -> Hits:
         """First hits of rays from one `origin` (3,) along `directions` (N, 3), not necessarily of unit length."""
         directions = np.ascontiguousarray(directions, np.float32)
-        triangle, reach = self._triangles.first(np.tile(np.float32(origin), (len(directions), 1)), directions)
+        triangle, reach = self._triangles.first(
+            np.tile(np.asarray(origin, np.float32), (len(directions), 1)), directions
+        )
         on_ground = np.float32(-origin[2]) / np.minimum(directions[:, 2], np.float32(-1e-6))
         on_ground[on_ground > 400] = np.inf
         distance = np.minimum(on_ground, reach)
         rays = np.flatnonzero(distance < np.inf)
         ground = np.flatnonzero(on_ground[rays] < reach[rays])
-        points = np.float32(origin) + distance[rays, None] * directions[rays]
+        points = np.asarray(origin, np.float32) + distance[rays, None] * directions[rays]
         normals, axes, shift, owner, material, color = (column[triangle[rays]] for column in self._faces)
         place = np.einsum("nij,nj->ni", axes, points) - shift
         normals[ground], owner[ground] = [0, 0, 1], GROUND
@@ -66,4 +69,4 @@ class Scene:
 
     def occluded(self, origins: np.ndarray, directions: np.ndarray, reach: float) -> np.ndarray:
         """Whether anything is hit within `reach` times the direction, (N,) bool."""
-        return self._triangles.occluded(np.float32(origins), np.float32(directions), reach)
+        return self._triangles.occluded(np.asarray(origins, np.float32), np.asarray(directions, np.float32), reach)

@@ -25,7 +25,7 @@ class Model:
 
     def __init__(self, kind: str, number: int):
         mesh: Any = concatenate(MAKERS[kind](np.random.default_rng((list(MAKERS).index(kind), number))))
-        self.corners, self.normals = np.float32(mesh.triangles), np.float32(mesh.face_normals)
+        self.corners, self.normals = np.asarray(mesh.triangles, np.float32), np.asarray(mesh.face_normals, np.float32)
         self.axes = np.array([[1, 2], [0, 2], [0, 1]])[np.abs(self.normals).argmax(axis=1)]
         self.material, self.color = (mesh.face_attributes[name] for name in ("material", "color"))
         self.triangles = Triangles(self.corners)
@@ -106,10 +106,11 @@ class Street:
         while s < LAST:
             kind = str(rng.choice(kinds.split()))
             model = shared_model(kind, int(rng.integers(20)))
-            length = np.ptp(model.corners[..., 0])
+            length: Any = np.ptp(model.corners[..., 0])
             s += length / 2
             towards = (0 if right else np.pi) + yaw + rng.normal(0, 0.03)
             pose = self.pose(s, (-d if right else d) + rng.normal(0, 0.1), towards)
             if not clear or abs(s) > clear + length / 2:
-                yield Actor(kind, model, pose, np.float32(rng.uniform(0.6, 1.1) * rng.uniform(0.8, 1.0, 3)))
+                tint = rng.uniform(0.6, 1.1) * rng.uniform(0.8, 1.0, 3)
+                yield Actor(kind, model, pose, tint.astype(np.float32))
             s += length / 2 + 0.2 + min(rng.exponential(gap), 3 * gap)
