@@ -97,8 +97,9 @@ def prepare(
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "simipu_hf"
     chunks = list(_chunks(frames))
     names = "\n".join(frame.frame_id for frame in frames)
-    note = folder / f"{_digest(reading, frames[0], names)}.json"
-    with _lock(note):
+    name = _digest(reading, frames[0], names)
+    note = folder / f"{name}-{_digest(_launch())}.json"  # nodes that share a cache have launches of their own
+    with _lock(folder / f"{name}.lock"):
         paths = _files_of_this_launch(note)
         if paths is None:
             kind = reading.module.rpartition(".")[2]
@@ -108,7 +109,8 @@ def prepare(
             _remove_leftovers(folder)
             write = partial(_write_chunk, reading, stop_at_damage=skipped is None)
             run_in_processes(write, missing, num_proc, "Preparing", lambda item: len(item[1]))
-            write_json(note, [_launch(), *map(str, paths)])
+            if _launch() is not None:
+                write_json(note, list(map(str, paths)))
     rows = datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in paths])
     messages: list[str] = []
     if len(rows) < len(frames):  # those left out are read again for the reason why
@@ -157,8 +159,8 @@ def _write_chunk(reading: Reading, item: tuple[Path, Sequence[Any]], stop_at_dam
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Unfinished files of processes that were killed. One that is younger than a day may be another's at work."""
-    for path in folder.glob(".*.arrow"):
+    """Unfinished files and notes of launches, older than a day: a younger one may be another process's at work."""
+    for path in (*folder.glob(".*.arrow"), *folder.glob("*.json")):
         with suppress(OSError):  # it was finished just now
             if time.time() - path.stat().st_mtime > DAY:
                 path.unlink()
@@ -172,8 +174,8 @@ def _files_of_this_launch(note: Path) -> list[Path] | None:
     """What another process of this launch found: the files of a large data set are not looked at by every rank."""
     if _launch() is None or not note.is_file():
         return None
-    launch, *paths = json.loads(note.read_text(encoding="utf-8"))
-    return [Path(path) for path in paths] if launch == _launch() and all(map(os.path.isfile, paths)) else None
+    paths = json.loads(note.read_text(encoding="utf-8"))
+    return list(map(Path, paths)) if all(map(os.path.isfile, paths)) else None
 
 
 def _launch() -> str | None:
@@ -188,8 +190,7 @@ def _launch() -> str | None:
     return " ".join([launcher, *places])
 
 
-def _lock(note: Path) -> FileLock:
-    path = note.with_suffix(".lock")
+def _lock(path: Path) -> FileLock:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()

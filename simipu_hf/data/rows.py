@@ -125,8 +125,8 @@ def dataset_from_rows(
 ) -> datasets.Dataset:
     """A data set of rows made by `to_row`, from a generator or any other iterable; it need not fit in memory.
 
-    The rows are written to a new file in `cache_dir` (default: the cache of datasets). To keep them, call
-    `save_to_disk` or `push_to_hub` on the result.
+    The rows are written to a new file in `cache_dir`; by default in the cache of datasets, and removed when this
+    process ends. To keep them, call `save_to_disk` or `push_to_hub` on the result.
 
     Args:
         features: types of further columns, such as `{"depth": datasets.Image()}`.
@@ -136,15 +136,15 @@ def dataset_from_rows(
     """
     path = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / f"rows-{secrets.token_hex(8)}.arrow"
     write_arrow(path, rows, datasets.Features({**ROW_FEATURES, **(features or {})}))
+    if cache_dir is None:
+        AT_THE_END.callback(path.unlink, missing_ok=True)
     return datasets.Dataset.from_file(str(path))
 
 
 def dataset_from_stream(rows: datasets.IterableDataset) -> datasets.Dataset:
     """All rows of a stream, in a file of the cache of datasets that is removed when this process ends."""
     # images as they are, not decoded and encoded anew
-    stored = dataset_from_rows(undecoded(rows.select_columns(list(ROW_FEATURES))))
-    AT_THE_END.callback(Path(stored.cache_files[0]["filename"]).unlink, missing_ok=True)
-    return stored
+    return dataset_from_rows(undecoded(rows.select_columns(list(ROW_FEATURES))))
 
 
 def write_arrow(path: Path, rows: Iterable[dict[str, Any]], features: datasets.Features) -> None:
