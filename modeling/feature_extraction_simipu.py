@@ -251,7 +251,7 @@ def _likely_columns(values: np.ndarray) -> int:
 
 
 def _are_two_points(rows: np.ndarray) -> bool:
-    """Whether columns 4 and 5 of 8 are x and y as well, around the sensor and metres from it.
+    """Whether columns 4 and 5 of 8 are x and y as well, on all sides of the sensor and metres from it.
 
     Two beams that fire in turns, or two sensors, differ in height and reflectance as columns do.
     """
@@ -259,7 +259,7 @@ def _are_two_points(rows: np.ndarray) -> bool:
     if not len(second):
         return False
     signs = np.minimum((second > 0).mean(axis=0), (second < 0).mean(axis=0))
-    return bool(signs.max() > 0.05 and np.median(np.abs(second).max(axis=1)) > 1)
+    return bool(signs.min() > 0.05 and np.median(np.abs(second).max(axis=1)) > 1)
 
 
 @contextmanager

@@ -29,7 +29,6 @@ from .image_encoder import (
     feature_channels,
     hold_frozen,
     image_feature_maps,
-    pad_to_divisor,
 )
 from .layers import LinearBlock, ProjectionHead, WeightedBatchNorm, linear, run_blocks
 from .losses import ContrastiveResult, contrastive_loss
@@ -120,8 +119,6 @@ class SimIPUModel(SimIPUPreTrainedModel):
         Returns:
             One `(B, C_s, H_s, W_s)` a stage.
         """
-        if self.config.cell_sampling == "grid":  # sizes that the processor's padding has not made whole
-            pixel_values = pad_to_divisor(pixel_values, self.image_encoder)
         return image_feature_maps(self.image_encoder, pixel_values, self.config.image_encoder_config.stages)
 
     def get_point_features(self, points: torch.Tensor) -> PointEncoderOutput:

@@ -338,8 +338,8 @@ def run(argv: list[str]) -> None:
         words.append(argv.pop(0))
         command = command[words[-1]]
     prog = " ".join(["simipu-hf", *words])
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1 and words and words[0] not in LAUNCHED:
+    processes = int(os.environ.get("WORLD_SIZE") or 1)
+    if processes > 1 and words and words[0] not in LAUNCHED and not {"--help", "-h"} & set(argv):
         raise SimIPUError(f"{prog}: expected one process, found {processes}: start it without a launcher")
     if isinstance(command, dict):
         if argv == ["--version"] and not words:

@@ -14,6 +14,7 @@ from typing import Any
 from .machine import keep_freed_memory
 
 MAY_HANG = "may-hang"  # name of the daemon threads that a command does not wait for at its end
+SIGTERM_CODE = 128 + signal.SIGTERM
 AT_THE_END = contextlib.ExitStack()  # what a process removes, however it ends
 
 
@@ -73,6 +74,10 @@ def exit_code_of(run: Callable[[], Any]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    except SystemExit as stopped:
+        if stopped.code != SIGTERM_CODE:
+            raise
+        code = SIGTERM_CODE
     else:
         _leave_process_group()  # after an error the others may wait in a collective: the launcher ends them
     if any(thread.name == MAY_HANG for thread in threading.enumerate()):
@@ -92,7 +97,7 @@ def _cleaning_up_on_sigterm() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or "LOCAL_RANK" in os.environ:
         yield
         return
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(SIGTERM_CODE))
     try:
         yield
     finally:

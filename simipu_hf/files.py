@@ -117,7 +117,8 @@ class WriteLock:
 
     def __init__(self, target: Path, file: Path):
         self.target, self.file = target, file
-        self._lock = FileLock(file.resolve(), timeout=0, is_singleton=True)  # the same process may go on
+        # the same process may go on; a soft lock would outlive a process that is killed
+        self._lock = FileLock(file.resolve(), timeout=0, is_singleton=True, fallback_to_soft=False)
 
     def take(self) -> None:
         """
@@ -128,14 +129,17 @@ class WriteLock:
             self._lock.acquire()
         except Timeout as error:
             raise SimIPUError(f"{self.target} is being written by another process: wait for its end") from error
-        except (NotImplementedError, OSError):  # a file system without locks, or a folder that takes no more files
-            pass
+        except OSError:  # a file system without locks, or a folder that takes no more files
+            self._remove()
 
     def close(self) -> None:
         if self._lock.is_locked:
-            self._lock.release()
-            with suppress(OSError):  # Windows keeps what another process has open
-                self.file.unlink()
+            self._remove()  # first: else another process could lock it in between
+            self._lock.release(force=True)
+
+    def _remove(self) -> None:
+        with suppress(OSError):  # Windows keeps what is open; filelock removes it there
+            self.file.unlink()
 
 
 def check_target(path: Path, overwrite: bool, is_earlier_output: Callable[[Path], bool]) -> None:

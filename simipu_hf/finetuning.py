@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from traceback import clear_frames
 from typing import Any, TypeVar
@@ -496,33 +496,34 @@ def fine_tune(
     output_dir, accelerator = Path(arguments.output_dir), trainer.accelerator
     check_processes(accelerator)
     use_all_cores(accelerator)
-    lock = run_lock(arguments)
-    checkpoint = on_main_process(accelerator, open_run, arguments, trainer, lock)
-    publishes = arguments.push_to_hub and accelerator.is_main_process
-    uploader = HubUploader.from_arguments(arguments) if publishes else None
-    with StopRequest() as stop, uploader or nullcontext():
-        run_folder = RunFolder(output_dir, stop, SharedFlags(accelerator), uploader)
-        trainer.add_callback(run_folder)
-        try:
-            trainer.train(resume_from_checkpoint=checkpoint)
-        except BaseException as error:
-            clear_frames(error.__traceback__)  # ends the loader's workers, which ignore the signals that end a process
-            raise
-        step, last_step = trainer.state.global_step, trainer.args.max_steps
-        if run_folder.stopped and step < last_step:  # a callback's early end is one as planned
-            raise stop.interruption(step, last_step, output_dir / f"checkpoint-{step}")
-    on_main_process(accelerator, save_final_model, trainer, output_dir)
-    if trainer.eval_dataset is not None:
-        result = evaluate_final_model(trainer, output_dir, arguments)
+    with closing(run_lock(arguments)) as lock:
+        checkpoint = on_main_process(accelerator, open_run, arguments, trainer, lock)
+        publishes = arguments.push_to_hub and accelerator.is_main_process
+        uploader = HubUploader.from_arguments(arguments) if publishes else None
+        with StopRequest() as stop, uploader or nullcontext():
+            run_folder = RunFolder(output_dir, stop, SharedFlags(accelerator), uploader)
+            trainer.add_callback(run_folder)
+            try:
+                trainer.train(resume_from_checkpoint=checkpoint)
+            except BaseException as error:
+                clear_frames(
+                    error.__traceback__
+                )  # ends the loader's workers, which ignore the signals that end a process
+                raise
+            step, last_step = trainer.state.global_step, trainer.args.max_steps
+            if run_folder.stopped and step < last_step:  # a callback's early end is one as planned
+                raise stop.interruption(step, last_step, output_dir / f"checkpoint-{step}")
+        on_main_process(accelerator, save_final_model, trainer, output_dir)
+        if trainer.eval_dataset is not None:
+            result = evaluate_final_model(trainer, output_dir, arguments)
+            if accelerator.is_main_process:
+                record(output_dir, arguments.test_frames or [str(getattr(arguments, "test_list", None))], result)
+                print(table(result))
         if accelerator.is_main_process:
-            record(output_dir, arguments.test_frames or [str(getattr(arguments, "test_list", None))], result)
-            print(table(result))
-    if accelerator.is_main_process:
-        draw_curves(output_dir, output_dir)
-        write_model_card(output_dir, arguments.hub_model_id)
-    if uploader is not None:
-        uploader.finish()
-    lock.close()
+            draw_curves(output_dir, output_dir)
+            write_model_card(output_dir, arguments.hub_model_id)
+        if uploader is not None:
+            uploader.finish()
     return output_dir
 
 

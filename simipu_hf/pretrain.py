@@ -158,40 +158,40 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
     record = {"data": describe_data(rows, identity.get("data_fingerprint")), "recipe": dataclasses.asdict(recipe)}
     if held_out_rows is not None:
         record["held_out"] = describe_data(held_out_rows)
-    output_dir, lock = Path(arguments.output_dir), run_lock(arguments)
-    on_main_process(accelerator, open_run_folder, arguments, lock, steps.first, steps.last, **record)
-    logger = RunLogger(
-        accelerator,
-        output_dir,
-        total_steps=steps.last,
-        first_step=steps.first,
-        rows_per_step=rows_per_forward(accelerator, arguments) * arguments.gradient_accumulation_steps,
-        show=SHOWN,
-        record={"arguments": arguments.to_dict(), **record},
-    )
-    with contextlib.closing(logger):
-        for doing, rows_used in (("training", "data"), ("evaluating", "held_out")):
-            if "rows" in record.get(rows_used, {}):
-                rows, scenes = record[rows_used]["rows"], record[rows_used]["scenes"]
-                logger.message(f"{doing} on {rows} rows of {scenes} scene{'s' if scenes != 1 else ''}")
-        wrapped, optimizer = accelerator.prepare(model, optimizer)
-        state = TrainingState(accelerator, wrapped, processor, optimizer, schedule, logger, batches, identity)
-        if checkpoint is not None:
-            state.restore(checkpoint)
-            logger.message(f"resumed from {checkpoint.path}")
-            checkpoint = None  # frees the host's copy of the optimizer's state
-        publishes = arguments.push_to_hub and accelerator.is_main_process
-        uploader = HubUploader.from_arguments(arguments) if publishes else None
-        try:
-            train(accelerator, arguments, state, steps, batches, held_out, uploader)
-        except BaseException:  # the other processes may not come here: those of this one
-            report_skipped([*(skipped if accelerator.is_main_process else ()), *bad_rows(batches, held_out)])
-            raise
-    skipped += sorted(set(gather_object(bad_rows(batches, held_out))), key=lambda row: (len(row), row))
-    on_main_process(accelerator, finish, output_dir, model, processor, batches, skipped)
-    lock.close()
-    if uploader:
-        uploader.finish()
+    output_dir = Path(arguments.output_dir)
+    with contextlib.closing(run_lock(arguments)) as lock:
+        on_main_process(accelerator, open_run_folder, arguments, lock, steps.first, steps.last, **record)
+        logger = RunLogger(
+            accelerator,
+            output_dir,
+            total_steps=steps.last,
+            first_step=steps.first,
+            rows_per_step=rows_per_forward(accelerator, arguments) * arguments.gradient_accumulation_steps,
+            show=SHOWN,
+            record={"arguments": arguments.to_dict(), **record},
+        )
+        with contextlib.closing(logger):
+            for doing, rows_used in (("training", "data"), ("evaluating", "held_out")):
+                if "rows" in record.get(rows_used, {}):
+                    rows, scenes = record[rows_used]["rows"], record[rows_used]["scenes"]
+                    logger.message(f"{doing} on {rows} rows of {scenes} scene{'s' if scenes != 1 else ''}")
+            wrapped, optimizer = accelerator.prepare(model, optimizer)
+            state = TrainingState(accelerator, wrapped, processor, optimizer, schedule, logger, batches, identity)
+            if checkpoint is not None:
+                state.restore(checkpoint)
+                logger.message(f"resumed from {checkpoint.path}")
+                checkpoint = None  # frees the host's copy of the optimizer's state
+            publishes = arguments.push_to_hub and accelerator.is_main_process
+            uploader = HubUploader.from_arguments(arguments) if publishes else None
+            try:
+                train(accelerator, arguments, state, steps, batches, held_out, uploader)
+            except BaseException:  # the other processes may not come here: those of this one
+                report_skipped([*(skipped if accelerator.is_main_process else ()), *bad_rows(batches, held_out)])
+                raise
+        skipped += sorted(set(gather_object(bad_rows(batches, held_out))), key=lambda row: (len(row), row))
+        on_main_process(accelerator, finish, output_dir, model, processor, batches, skipped)
+        if uploader:
+            uploader.finish()
     return output_dir
 
 

@@ -46,6 +46,10 @@ def run_in_processes(
                     "(ask for fewer; in training, have simipu-hf data convert --num_proc 1 prepare the rows), or a "
                     "script without if __name__ == '__main__'"
                 ) from error
+            except (KeyboardInterrupt, SystemExit):  # what is not finished begins anew
+                for process in multiprocessing.active_children():
+                    process.terminate()
+                raise
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise

@@ -221,7 +221,8 @@ def _load(source: Source, request: Request, train_split: str | None) -> AnyDatas
         )
         dataset.info.license = dataset.info.license or license_of(source.location)
     dataset = _checked(dataset, source.location, split, request.skipped)
-    if request.validation_share is None or held_out is None:
+    is_shared_already = source.reader is not None and request.streaming
+    if request.validation_share is None or held_out is None or is_shared_already:
         return dataset
     return _share(dataset, held_out, request.validation_share, source.location)
 
@@ -321,7 +322,7 @@ def _runs(frames: Sequence[Any]) -> list[Sequence[Any]]:
 
     As many for each of the processes that were launched, or every process would have to read all of them.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = int(os.environ.get("WORLD_SIZE") or 1)
     wanted = -(-len(frames) // max(1, min(64, len(frames) // 1024)))
     count = min(len(frames), -(-wanted // processes) * processes)
     return [frames[len(frames) * run // count : len(frames) * (run + 1) // count] for run in range(count)]

@@ -158,7 +158,8 @@ class TwoViewStream(torch.utils.data.IterableDataset):
         block, size = [], 0
         for row in reader:
             block.append(row)
-            size += len(row["points"] or b"") + len((row["image"] or {}).get("bytes") or b"")
+            image = row["image"].get("bytes") if isinstance(row["image"], dict) else None
+            size += sum(len(data) for data in (row["points"], image) if isinstance(data, bytes))
             if len(block) == self.block_size or size >= BLOCK_BYTES:
                 return block, False
         return block, True

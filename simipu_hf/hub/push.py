@@ -385,7 +385,7 @@ def push_dataset(
             "For other data name their --license.",
             file=sys.stderr,
         )
-    staged = _staging_folder(folder)
+    staged = _staging_folder(folder.resolve().parent)
     try:
         for file in [*files, *folder.glob("*.json")]:
             _place(file, staged / file.relative_to(folder))

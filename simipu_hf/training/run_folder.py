@@ -113,13 +113,17 @@ def open_run_folder(arguments: RunArguments, lock: WriteLock, step: int, last_st
         SimIPUError: the folder cannot be written to, or another run is writing to it.
     """
     output_dir = Path(arguments.output_dir)
+    is_new = not output_dir.exists()
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SimIPUError(f"--output_dir {output_dir} cannot be written to ({error})") from error
     lock.take()
     for path in output_dir.glob(".checkpoint-*"):  # what a kill during a checkpoint left behind
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
     written = {
         "kind": type(arguments).__name__,
         "command": current_command(),
@@ -136,6 +140,9 @@ def open_run_folder(arguments: RunArguments, lock: WriteLock, step: int, last_st
         with atomic_write(output_dir / RUN_FILE) as stream:
             yaml.safe_dump(written, stream, sort_keys=False, allow_unicode=True, width=sys.maxsize)
     except SimIPUError as error:
+        lock.close()
+        if is_new:
+            shutil.rmtree(output_dir, ignore_errors=True)
         raise SimIPUError(f"--output_dir {output_dir} cannot be written to ({error})") from error
     start = Path(arguments.resume_from_checkpoint or "").absolute().parent
     is_way_back = start.name.startswith("set_aside-") and start.resolve().parent == output_dir.resolve()

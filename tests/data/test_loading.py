@@ -518,7 +518,14 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     parent.kill()
     parent.wait()
     numbers = [int(note.read_text()) for note in notes]
-    wait_until(lambda: not any(psutil.pid_exists(number) for number in numbers))
+    wait_until(lambda: not any(is_running(number) for number in numbers))
+
+
+def is_running(number: int) -> bool:
+    try:
+        return psutil.Process(number).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def wait_until(condition) -> None:

@@ -312,6 +312,21 @@ def test_streams_are_mixed_by_weight(shards, tmp_path, monkeypatch):
     assert len(take(load_mixture(slices, mixture=[1, 1], streaming=True)[0], 9)) == 2
 
 
+def test_rows_of_a_generator_may_hold_images_of_any_form(tmp_path):
+    image = np.zeros((16, 48, 3), np.uint8)
+    Image.fromarray(image).save(tmp_path / "image.png")
+    rows = [
+        {**make_row(f"a/{index}", index), "image": form}
+        for index, form in enumerate((str(tmp_path / "image.png"), Image.fromarray(image)))
+    ]
+    stream = datasets.IterableDataset.from_generator(lambda: iter(rows))
+    processor = SimIPUProcessor.from_preset("recommended", image_size=(16, 48), num_points=16)
+    loader = stream_two_views(
+        stream, processor, TwoViewAugmentation(), seed=0, batch_size=2, collate=TwoViewCollator(1)
+    )
+    assert next(iter(loader))["images"].shape == (2, 3, 16, 48)
+
+
 def test_a_block_of_large_rows_is_smaller_and_is_resumed_exactly(shards, monkeypatch):
     monkeypatch.setattr(streaming_module, "BLOCK_BYTES", 1)
     stream, resumed = stream_of(shards), stream_of(shards)

@@ -166,3 +166,7 @@ def test_tokens_and_folders_are_taken_out(monkeypatch):
     assert [redact(text) for text in unchanged] == unchanged
     assert redact("--a sftp://me:s3cr3t@host/kitti#train") == "--a sftp://…@host/kitti#train"
     assert redact("- 's3://b/x?X-Signature=a/b+c#train' y?") == "- 's3://b/x?…#train' y?"
+    assert redact("sftp://me:p@ss@host/a {url: https://a/b?c, x: 1}") == "sftp://…@host/a {url: https://a/b?…, x: 1}"
+    assert redact("[x](https://e.org/p?a=1) `s3://b?x`") == "[x](https://e.org/p?…) `s3://b?…`"
+    command = {"command": 'x --d "s3://b/x?sig=1" --y 2'}
+    assert json.loads(redact(json.dumps(command))) == {"command": 'x --d "s3://b/x?…" --y 2'}

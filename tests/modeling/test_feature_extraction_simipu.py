@@ -145,6 +145,20 @@ def test_other_columns_and_types_are_named(columns, dtype, lost):
         to_point_cloud(data)
 
 
+def test_velocity_is_no_second_point():
+    rng, count = np.random.default_rng(0), 8400
+    angle, distance = np.linspace(0, 40 * np.pi, count), rng.uniform(3, 60, count)
+    scan = [distance * np.cos(angle), distance * np.sin(angle), rng.uniform(-2, 1, count), rng.uniform(0, 255, count)]
+    others = [
+        rng.normal(0, 8, count),
+        rng.uniform(0, 9e4, count),
+        rng.integers(0, 64, count),
+        rng.integers(0, 2, count),
+    ]
+    with pytest.raises(ValueError, match="found what looks like 8 columns of float32"):
+        to_point_cloud(np.column_stack([*scan, *others]).astype("<f4").tobytes())
+
+
 def test_beams_that_never_came_back_make_no_other_layout():
     """A VLP-16 in the order of its firing, low and high beams in turn: the high ones see the sky, and are zeros."""
     elevation = np.radians([-15, 1, -13, 3, -11, 5, -9, 7, -7, 9, -5, 11, -3, 13, -1, 15])
