@@ -251,15 +251,16 @@ def _likely_columns(values: np.ndarray) -> int:
 
 
 def _are_two_points(rows: np.ndarray) -> bool:
-    """Whether columns 4 and 5 of 8 are x and y as well, on all sides of the sensor and metres from it.
+    """Whether columns 4 and 5 of 8 are x and y as well: as often on either side as columns 0 and 1, and metres away.
 
     Two beams that fire in turns, or two sensors, differ in height and reflectance as columns do.
     """
-    second = rows[rows[:, 4:].any(axis=1), 4:6]
-    if not len(second):
+    first, second = rows[rows[:, :4].any(axis=1), :2], rows[rows[:, 4:].any(axis=1), 4:6]
+    if not len(first) or not len(second):
         return False
     signs = np.minimum((second > 0).mean(axis=0), (second < 0).mean(axis=0))
-    return bool(signs.min() > 0.05 and np.median(np.abs(second).max(axis=1)) > 1)
+    sides = np.abs((second > 0).mean(axis=0) - (first > 0).mean(axis=0))
+    return bool(signs.max() > 0.05 and sides.max() < 0.25 and np.median(np.abs(second).max(axis=1)) > 1)
 
 
 @contextmanager

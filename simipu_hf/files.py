@@ -125,12 +125,15 @@ class WriteLock:
         Raises:
             SimIPUError: another process has taken it.
         """
+        was_there = self.file.exists()
         try:
             self._lock.acquire()
-        except Timeout as error:
-            raise SimIPUError(f"{self.target} is being written by another process: wait for its end") from error
-        except OSError:  # a file system without locks, or a folder that takes no more files
-            self._remove()
+        except OSError as error:
+            # PermissionError: of another user
+            if isinstance(error, Timeout) or (was_there and isinstance(error, PermissionError)):
+                raise SimIPUError(f"{self.target} is being written by another process: wait for its end") from error
+            if not was_there:  # a file system without locks, or a folder that takes no more files
+                self._remove()
 
     def close(self) -> None:
         if self._lock.is_locked:

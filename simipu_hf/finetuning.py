@@ -506,9 +506,8 @@ def fine_tune(
             try:
                 trainer.train(resume_from_checkpoint=checkpoint)
             except BaseException as error:
-                clear_frames(
-                    error.__traceback__
-                )  # ends the loader's workers, which ignore the signals that end a process
+                # ends the loader's workers, which ignore the signals that end a process
+                clear_frames(error.__traceback__)
                 raise
             step, last_step = trainer.state.global_step, trainer.args.max_steps
             if run_folder.stopped and step < last_step:  # a callback's early end is one as planned

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -34,6 +35,7 @@ def run_in_processes(
                 progress.update(weight(item))
             return
         context = multiprocessing.get_context(start_method)
+        others = multiprocessing.active_children()
         with ProcessPoolExecutor(processes, context, initializer=_end_with_parent) as pool:
             running = {pool.submit(work, item): item for item in items}
             try:
@@ -48,7 +50,8 @@ def run_in_processes(
                 ) from error
             except (KeyboardInterrupt, SystemExit):  # what is not finished begins anew
                 for process in multiprocessing.active_children():
-                    process.terminate()
+                    if process not in others:
+                        process.terminate()
                 raise
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
@@ -56,7 +59,8 @@ def run_in_processes(
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for ever for its next item."""
+    """A worker whose parent was killed would wait for ever for its next item; one that is forked has its handlers."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -167,8 +167,9 @@ def redact(text: str) -> str:
     """`text` without Hub tokens, what an address has of passwords and signatures, and the folders of this machine: of
     an absolute path its last part stays."""
     text = re.sub(r"\bhf_[A-Za-z0-9]{8,}", "hf_…", text)
-    text = re.sub(r"""(\w://)[^/\s"'\\]+@""", r"\1…@", text)
-    text = re.sub(r"""(\w://[^\s"'?#\\]+)\?[^\s"'#\\()\[\]{},`<>]+""", r"\1?…", text)
+    text = re.sub(r"""(\w://)(?:[^/\s"'\\]|\\(?!["']))+@""", r"\1…@", text)
+    # what closes behind it, such as a bracket, stays
+    text = re.sub(r"""(\w://[^\s"'?#\\]+)\?[^\s"'#\\]+?(?=[()\[\]{},`<>]*(?:[\s"'#\\]|$))""", r"\1?…", text)
     text = re.sub(r"\bfile:/{2,3}(?=/|[A-Za-z]:)", "", text)
     start = r"(?<![\w/:.~…\\-])"  # not inside a relative path or an address
     known = [folder for folder in (Path.cwd(), Path.home()) if folder.name]

@@ -352,7 +352,8 @@ def push_dataset(
         SimIPUError: no Parquet files, a README.md whose header cannot be read, or the upload failed.
     """
     folder = Path(data)
-    files = sorted(folder.rglob("*.parquet"))
+    # but for what a push that was killed left behind
+    files = sorted(file for file in folder.rglob("*.parquet") if STAGED not in str(file.relative_to(folder)))
     if not files:
         raise SimIPUError(f"{folder}: expected a folder of Parquet files, found none")
     splits: dict[str, int] = {}
@@ -385,7 +386,7 @@ def push_dataset(
             "For other data name their --license.",
             file=sys.stderr,
         )
-    staged = _staging_folder(folder.resolve().parent)
+    staged = _staging_folder(folder)
     try:
         for file in [*files, *folder.glob("*.json")]:
             _place(file, staged / file.relative_to(folder))

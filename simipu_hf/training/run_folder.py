@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,8 @@ def open_run_folder(arguments: RunArguments, lock: WriteLock, step: int, last_st
     except SimIPUError as error:
         lock.close()
         if is_new:
-            shutil.rmtree(output_dir, ignore_errors=True)
+            with suppress(OSError):
+                output_dir.rmdir()
         raise SimIPUError(f"--output_dir {output_dir} cannot be written to ({error})") from error
     start = Path(arguments.resume_from_checkpoint or "").absolute().parent
     is_way_back = start.name.startswith("set_aside-") and start.resolve().parent == output_dir.resolve()

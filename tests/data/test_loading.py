@@ -500,25 +500,28 @@ def test_a_process_that_is_ended_from_outside_is_no_traceback():
         run_in_processes(os._exit, [1, 1], 2, "Preparing", int)
 
 
-def test_workers_end_with_a_parent_that_is_killed(tmp_path):
-    """The parent starts a pool whose workers write their numbers, and is killed."""
+@pytest.mark.parametrize("how", ["terminate", "kill"])
+def test_workers_end_with_their_parent(tmp_path, how):
+    """The parent starts a pool of two whose workers write their numbers, and is ended."""
     script = tmp_path / "script.py"
     script.write_text(
         "import os, sys, time\n"
+        "from simipu_hf.errors import exit_code_of\n"
         "from simipu_hf.processes import run_in_processes\n"
         "def work(path):\n"
         "    open(path, 'w').write(str(os.getpid()))\n"
         "    time.sleep(600)\n"
         "if __name__ == '__main__':\n"
-        "    run_in_processes(work, sys.argv[1:], 2, 'Waiting')\n"
+        "    sys.exit(exit_code_of(lambda: run_in_processes(work, sys.argv[1:], 2, 'Waiting')))\n"
     )
-    notes = [tmp_path / "a", tmp_path / "b"]
+    notes = [tmp_path / name for name in "abcdef"]
     parent = subprocess.Popen([sys.executable, script, *notes], stderr=subprocess.DEVNULL)
-    wait_until(lambda: all(note.is_file() and note.read_text() for note in notes))
-    parent.kill()
-    parent.wait()
-    numbers = [int(note.read_text()) for note in notes]
+    wait_until(lambda: all(note.is_file() and note.read_text() for note in notes[:2]))
+    getattr(parent, how)()
+    assert parent.wait(30) == {"terminate": 143, "kill": -9}[how]
+    numbers = [int(note.read_text()) for note in notes[:2]]
     wait_until(lambda: not any(is_running(number) for number in numbers))
+    assert not any(note.exists() for note in notes[2:])
 
 
 def is_running(number: int) -> bool:

@@ -168,5 +168,6 @@ def test_tokens_and_folders_are_taken_out(monkeypatch):
     assert redact("- 's3://b/x?X-Signature=a/b+c#train' y?") == "- 's3://b/x?…#train' y?"
     assert redact("sftp://me:p@ss@host/a {url: https://a/b?c, x: 1}") == "sftp://…@host/a {url: https://a/b?…, x: 1}"
     assert redact("[x](https://e.org/p?a=1) `s3://b?x`") == "[x](https://e.org/p?…) `s3://b?…`"
+    assert redact(r"https://h/x?v=1&p=a,b(c)&s=1 s3://u:pa\s@h/a") == "https://h/x?… s3://…@h/a"
     command = {"command": 'x --d "s3://b/x?sig=1" --y 2'}
     assert json.loads(redact(json.dumps(command))) == {"command": 'x --d "s3://b/x?…" --y 2'}

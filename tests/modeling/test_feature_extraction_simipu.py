@@ -170,10 +170,11 @@ def test_beams_that_never_came_back_make_no_other_layout():
 
 
 @pytest.mark.parametrize("near", [0.4, 0.7, 1.2])
-def test_two_sensors_in_turns_make_no_other_layout(near):
+@pytest.mark.parametrize("view", [np.pi, 0.7])
+def test_two_sensors_in_turns_make_no_other_layout(near, view):
     """A low and a high beam, or a sensor at the bumper and one on the roof, their points one after another."""
     rng, count = np.random.default_rng(0), 3000
-    angle, high = rng.uniform(-np.pi, np.pi, count), np.arange(count) % 2 == 1
+    angle, high = rng.uniform(-view, view, count), np.arange(count) % 2 == 1
     distance = np.where(high, rng.uniform(20, 60, count), near * rng.uniform(4, 8, count))
     height = np.where(high, 0.1 * distance, -near)
     reflectance = np.where(high, rng.uniform(0, 1, count), rng.uniform(0, 255, count))
