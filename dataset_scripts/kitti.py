@@ -532,7 +532,21 @@ def _likely_columns(values: np.ndarray) -> int:
         return 4
     shares = {columns: share_between(columns) for columns in (3, 5, 6, 7, 8)}
     best = max(shares, key=lambda columns: round(shares[columns], 2))
-    return best if shares[best] > four + 0.1 else 4
+    likely = shares[best] > four + 0.1 and not (best == 8 and _are_two_points(sample.reshape(-1, 8)))
+    return best if likely else 4
+
+
+def _are_two_points(rows: np.ndarray) -> bool:
+    """Whether columns 4 and 5 of 8 are x and y as well: as often on either side as columns 0 and 1, and metres away.
+
+    Two beams that fire in turns, or two sensors, differ in height and reflectance as columns do.
+    """
+    first, second = rows[rows[:, :4].any(axis=1), :2], rows[rows[:, 4:].any(axis=1), 4:6]
+    if not len(first) or not len(second):
+        return False
+    signs = np.minimum((second > 0).mean(axis=0), (second < 0).mean(axis=0))
+    sides = np.abs((second > 0).mean(axis=0) - (first > 0).mean(axis=0))
+    return bool(signs.max() > 0.05 and sides.max() < 0.25 and np.median(np.abs(second).max(axis=1)) > 1)
 
 
 def points_in_view(points: np.ndarray, lidar_to_image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

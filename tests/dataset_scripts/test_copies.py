@@ -18,6 +18,7 @@ def test_copies_are_the_same() -> None:
         [reader.image_size for reader in (argoverse2, kitti, nuscenes)],
         [builder._generate_examples for builder in builders],
         [module._likely_columns for module in (kitti, feature_extraction_simipu)],
+        [module._are_two_points for module in (kitti, feature_extraction_simipu)],
     ):
         assert len(set(map(inspect.getsource, copies))) == 1
     assert nuscenes.features("v1.0-mini-objects")["objects"] == kitti.features("object")["objects"]
