@@ -63,12 +63,12 @@ def stream_two_views(
         A `torchdata.stateful_dataloader.StatefulDataLoader`: iterate it, move batches to the device yourself.
 
     Raises:
-        SimIPUError: torchdata is not installed, or datasets is older than 5.0, or there are fewer shards than
+        SimIPUError: torchdata is not installed, or datasets is older than 5.1, or there are fewer shards than
             processes.
     """
-    if int(datasets.__version__.partition(".")[0]) < 5:
+    if tuple(map(int, datasets.__version__.split(".")[:2])) < (5, 1):
         raise SimIPUError(
-            f"streaming needs datasets >= 5.0, found {datasets.__version__}: older versions do not resume exactly"
+            f"streaming needs datasets >= 5.1, found {datasets.__version__}: older versions do not resume exactly"
         )
     try:
         from torchdata.stateful_dataloader import StatefulDataLoader

@@ -143,6 +143,8 @@ class TinySegment:
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> TinySegment:
+    if int(pa.__version__.partition(".")[0]) < 26:
+        pytest.skip("pyarrow before 26 reads no null lists of a fixed size")
     return TinySegment(tmp_path)
 
 

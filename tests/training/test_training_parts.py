@@ -108,8 +108,8 @@ class TestStreams:
         assert mixed[0] != mixed[1]
 
     def test_versions_of_datasets_that_lose_rows_are_refused(self, monkeypatch):
-        monkeypatch.setattr(datasets, "__version__", "4.8.5")
-        with pytest.raises(SimIPUError, match=r"needs datasets >= 5.0, found 4.8.5"):
+        monkeypatch.setattr(datasets, "__version__", "5.0.0")
+        with pytest.raises(SimIPUError, match=r"needs datasets >= 5.1, found 5.0.0"):
             stream_two_views(None, None, None, seed=0, batch_size=1, collate=list)
 
 
