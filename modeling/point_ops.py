@@ -141,8 +141,7 @@ def ball_query(
 
     Source: official `ball_query_cuda.cu`.
     """
-    if points.dim() != 3 or points.shape[1] == 0:
-        raise ValueError(f"ball_query takes (B, N, 3) with at least one point, found {tuple(points.shape)}")
+    _check_sampling(points, min(num_samples))
     points, centers = _at_least_float32(points).contiguous(), _at_least_float32(centers).contiguous()
     backend = _choose("ball_query", backend, **_obstacles(points, "points"))
     if backend == "numba":

@@ -86,10 +86,9 @@ def atomic_folder(
             (full disk, no permission); it is untouched.
     """
     path = Path(path).resolve()
-    if os.path.ismount(path):
-        raise SimIPUError(f"{path} is a mounted disk, which a finished folder cannot replace: name a folder in it")
+    check_not_mounted(path)
     beside, replaced = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.replaced")
-    with _writing(path), closing(WriteLock(path, path.with_name(f".{path.name}.lock"))) as lock:
+    with _writing(path), closing(WriteLock(path)) as lock:
         lock.take()
         if replaced.exists() and not path.exists():  # a process was killed between two renames
             replaced.rename(path)
@@ -112,13 +111,13 @@ class WriteLock:
 
     Args:
         target: what is written, as the error names it.
-        file: marks it; made by `take`, removed by `close`.
+        file: marks it; made by `take`, removed by `close`. None: a hidden file beside the target.
     """
 
-    def __init__(self, target: Path, file: Path):
-        self.target, self.file = target, file
+    def __init__(self, target: Path, file: Path | None = None):
+        self.target, self.file = target, file or target.with_name(f".{target.name}.lock")
         # the same process may go on; a soft lock would outlive a process that is killed
-        self._lock = FileLock(file.resolve(), timeout=0, is_singleton=True, fallback_to_soft=False)
+        self._lock = FileLock(self.file.resolve(), timeout=0, is_singleton=True, fallback_to_soft=False)
 
     def take(self) -> None:
         """
@@ -153,6 +152,12 @@ def check_target(path: Path, overwrite: bool, is_earlier_output: Callable[[Path]
         raise SimIPUError(f"{path} exists already: choose another place, or ask to overwrite it")
     if not is_earlier_output(path):
         raise SimIPUError(f"{path} is not overwritten: it holds something else than an earlier output of this command")
+
+
+def check_not_mounted(path: Path) -> None:
+    """Raise a SimIPUError where the folder `path`, which a finished folder is to replace, is a mounted disk."""
+    if os.path.ismount(path):
+        raise SimIPUError(f"{path} is a mounted disk, which a finished folder cannot replace: name a folder in it")
 
 
 def check_apart(source: str | Path, target: str | Path) -> None:

@@ -157,7 +157,7 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
 
     record = {"data": describe_data(rows, identity.get("data_fingerprint")), "recipe": dataclasses.asdict(recipe)}
     if held_out_rows is not None:
-        record["held_out"] = describe_data(held_out_rows)
+        record["held_out"] = on_main_process(accelerator, describe_data, held_out_rows)
     output_dir = Path(arguments.output_dir)
     with contextlib.closing(run_lock(arguments)) as lock:
         on_main_process(accelerator, open_run_folder, arguments, lock, steps.first, steps.last, **record)

@@ -25,7 +25,7 @@ from PIL import Image
 
 from ..dataset_scripts.kitti import points_in_view
 from ..errors import SimIPUError
-from ..files import WriteLock, atomic_path, check_apart
+from ..files import WriteLock, atomic_path, check_apart, check_not_mounted
 from ..modeling.geometry import pixel_transform
 from ..processes import run_in_processes
 from .depth import read_depth_png, resize_depth_map
@@ -160,8 +160,7 @@ def convert_to_parquet(
     partial_dir = target.with_name(f"{target.name}.partial")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise SimIPUError(f"{output_dir}: expected a new or empty folder to convert into, found something there")
-    if os.path.ismount(target):  # which the finished folder cannot replace
-        raise SimIPUError(f"{output_dir}: expected a folder to make, found a mounted disk: name a folder in it")
+    check_not_mounted(target)
     if num_shards < 1:
         raise SimIPUError(f"num_shards: expected at least 1, found {num_shards}")
     try:
@@ -195,7 +194,7 @@ def convert_to_parquet(
         for shard in _plan_shards(name, rows, packing, max_shard_size, num_shards)
     ]
     target.parent.mkdir(parents=True, exist_ok=True)
-    with closing(WriteLock(target, target.with_name(f".{target.name}.lock"))) as lock:
+    with closing(WriteLock(target)) as lock:
         lock.take()
         _prepare_partial(partial_dir, splits, shards, packing)
         missing = [shard for shard in shards if not (partial_dir / shard.file).is_file()]

@@ -88,7 +88,7 @@ def test_the_empty_folder_one_stands_in_can_be_converted_into(object_root, tmp_p
     assert convert_to_parquet(".", data_dir=object_root, split="test")["shards"] == 1
     assert sorted(path.name for path in (tmp_path / "rows").iterdir()) == ["README.md", "data"]
     monkeypatch.setattr("os.path.ismount", lambda path: True)
-    with pytest.raises(SimIPUError, match="found a mounted disk"):
+    with pytest.raises(SimIPUError, match="is a mounted disk"):
         convert_to_parquet(tmp_path / "disk", data_dir=object_root)
 
 
