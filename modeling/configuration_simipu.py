@@ -129,6 +129,10 @@ class SimIPUPointNet2Config(PreTrainedConfig):
         levels = len(self.num_points)
         per_level = ("fps_mods", "fps_sample_ranges", "radii", "num_samples", "mlp_channels", "aggregation_channels")
         for name in per_level:
+            if not all(isinstance(level, (list, tuple)) for level in getattr(self, name)) and name != per_level[-1]:
+                raise ValueError(
+                    f"point_config.{name}: expected a list for each set-abstraction level, found {getattr(self, name)}"
+                )
             if len(getattr(self, name)) != levels:
                 raise ValueError(
                     f"point_config.{name} has {len(getattr(self, name))} levels, num_points has {levels}: "
@@ -278,8 +282,8 @@ class SimIPUConfig(PreTrainedConfig):
             (`image_config.feature_grids`), integer pixel coordinates being pixel centres; `"aligned_corners"`, pixel
             0 and the image width at the outermost cells, whatever the encoder.
         projection_normalization: the size that pixel coordinates are relative to: `"batch"`, the padded size that
-            the image encoder really saw; `"sample"`, each image's own size rounded up to a multiple of 32, which
-            stretches every image but the batch's largest.
+            the image encoder really saw; `"sample"`, each image's own size rounded up to what the encoder divides by
+            (32 for a ResNet), which stretches every image but the batch's largest.
         inter_modal_point_gradient: how far the inter-modal loss reaches into the point branch: `"none"` (the
             point projection head stays at its initialisation), `"head"` (the head learns), `"encoder"`.
         symmetric_inter_modal_loss: average the image-to-point and point-to-image directions.

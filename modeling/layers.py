@@ -140,6 +140,18 @@ def _activate(rows: torch.Tensor, relu: bool) -> torch.Tensor:
     return F.relu(rows, inplace=True) if relu else rows
 
 
+class AffineMap(nn.Module):
+    """Weight `(out, in)` and bias `(out,)` of a linear layer whose product its owner computes, often in parts.
+
+    No `nn.Linear`: adapters and quantizers replace the forward of those, which would never be called.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        start = nn.Linear(in_features, out_features)
+        self.weight, self.bias = start.weight, start.bias
+
+
 class LinearBlock(nn.Module):
     """Linear, batch norm, and ReLU where `activation` is set, on rows `(R, in)` -> `(R, out)`."""
 
@@ -152,9 +164,14 @@ class LinearBlock(nn.Module):
         activation: bool = True,
     ) -> None:
         super().__init__()
-        self.linear = nn.Linear(in_features, out_features)
+        self.linear = AffineMap(in_features, out_features)
         self.norm = WeightedBatchNorm(out_features, eps=eps, momentum=momentum)
         self.activation = activation
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights; also in a replica of DataParallel, which has no `parameters()`."""
+        return self.linear.weight.dtype
 
     def forward(self, rows: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
         return self.normalize(linear(rows, self.linear.weight, self.linear.bias), weight)

@@ -29,8 +29,9 @@ from .image_encoder import (
     feature_channels,
     hold_frozen,
     image_feature_maps,
+    pad_divisor,
 )
-from .layers import LinearBlock, ProjectionHead, WeightedBatchNorm, linear, run_blocks
+from .layers import AffineMap, LinearBlock, ProjectionHead, WeightedBatchNorm, linear, run_blocks
 from .losses import ContrastiveResult, contrastive_loss
 from .matching import PendingMatch
 from .outputs_simipu import PointEncoderOutput, SimIPUForPreTrainingOutput, SimIPUModelOutput
@@ -56,8 +57,8 @@ class SimIPUPreTrainedModel(PreTrainedModel):
         init_buffers = getattr(module, "init_non_persistent_buffers", None)
         if init_buffers is not None:
             init_buffers()
-        if isinstance(module, nn.Linear):
-            bound = module.in_features**-0.5
+        if isinstance(module, (nn.Linear, AffineMap)):
+            bound = module.weight.shape[1] ** -0.5
             init.uniform_(module.weight, -bound, bound)
             if module.bias is not None:
                 init.uniform_(module.bias, -bound, bound)
@@ -307,7 +308,8 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
         if config.mask_out_of_image:
             valid = valid & in_image
         if config.projection_normalization == "sample":
-            covered = ((image_sizes + 31) // 32 * 32).to(pixels.dtype)
+            divisor = pad_divisor(config.image_encoder_config.architecture)
+            covered = ((image_sizes + divisor - 1) // divisor * divisor).to(pixels.dtype)
             stretch = torch.stack([padded_size[1] / covered[:, 1], padded_size[0] / covered[:, 0]], dim=-1)
             pixels = pixels * stretch[:, None]
         image_embeds = self._project_image(image_features, pixels, padded_size, valid)
@@ -461,8 +463,8 @@ def _start_matching(
 
 def _project(head: ProjectionHead, features: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """Runs a head on `(B, M, C)`; rows that are not valid do not count in its batch statistics."""
-    dtype = next(head.parameters()).dtype
-    rows = head(features.flatten(0, 1).to(dtype), valid.flatten())
+    first = cast("LinearBlock", head.layers[0])
+    rows = head(features.flatten(0, 1).to(first.dtype), valid.flatten())
     return rows.unflatten(0, valid.shape)
 
 

@@ -16,7 +16,7 @@ All equal the grouped definition up to rounding, in forward, backward and runnin
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +110,7 @@ class SetAbstraction(nn.Module):
             if num_points > xyz.shape[1]:
                 raise ValueError(
                     f"{mod} has to draw {num_points} points from {xyz.shape[1]}: give the encoder larger clouds "
-                    "(num_points of the processor) or lower point_config.num_points"
+                    "(num_points of the processor) or lower point_config.num_points and fps_sample_ranges"
                 )
             if mod in ("F-FPS", "FS"):
                 joint = torch.cat([xyz, features[:, start:stop].to(xyz.dtype)], dim=-1)
@@ -284,7 +284,7 @@ class PointNet2Encoder(nn.Module):
         if points.ndim != 3 or points.shape[-1] != 4:
             raise ValueError(f"points must be (B, N, 4), found {tuple(points.shape)}")
         coordinates, features = points[..., :3], points[..., 3:]
-        features = features.to(next(self.parameters()).dtype)
+        features = features.to(cast("SetAbstraction", self.levels[0]).aggregation.dtype)
         indices = None
         with torch.autocast(points.device.type, enabled=False):
             for level in self.levels:

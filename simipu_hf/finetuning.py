@@ -39,6 +39,7 @@ from .training.distributed import (
     StopRequest,
     check_precision,
     check_processes,
+    on_every_process,
     on_main_process,
     recompute_activations,
     use_all_cores,
@@ -295,17 +296,24 @@ class FineTuningTrainer(Trainer):
         The Trainer deletes the oldest checkpoints of that folder, and finds none but this one.
         """
         name, aside = f"checkpoint-{self.state.global_step}", Path(self._get_output_dir(trial))
+        save_parts = super()._save_checkpoint
+
+        def write() -> None:
+            try:
+                save_parts(model, trial)
+            except WRITE_ERRORS as error:
+                raise write_error(aside.parent / name, error) from error
+
         try:
-            super()._save_checkpoint(model, trial)
-        except WRITE_ERRORS as error:
+            on_every_process(self.accelerator, write)
+        except SimIPUError:
             shutil.rmtree(aside, ignore_errors=True)
-            raise write_error(aside.parent / name, error) from error
+            raise
 
         def save(folder: Path) -> None:
             move_into(aside / name, folder)
             shutil.rmtree(aside, ignore_errors=True)
 
-        self.accelerator.wait_for_everyone()
         on_main_process(
             self.accelerator,
             save_checkpoint,

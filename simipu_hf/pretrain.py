@@ -51,6 +51,7 @@ from simipu_hf.training.distributed import (
     StopRequest,
     check_precision,
     create_accelerator,
+    on_every_process,
     on_main_process,
     recompute_activations,
 )
@@ -151,8 +152,8 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
     identity = run_identity(accelerator, arguments, recipe, steps, batches, model, processor, augmentation)
     checkpoint = open_checkpoint(accelerator, arguments, identity, steps)
     prepare_model(accelerator, arguments, model)
-    example = to_model_inputs(send_to_device(batches.example(), accelerator.device), processor.image_processor)
-    try_first_step(accelerator, model, example)
+    example = send_to_device(on_every_process(accelerator, batches.example), accelerator.device)
+    try_first_step(accelerator, model, to_model_inputs(example, processor.image_processor))
     optimizer, schedule = create_optimization(arguments, recipe, model, batches.steps_per_epoch, steps.last)
 
     record = {"data": describe_data(rows, identity.get("data_fingerprint")), "recipe": dataclasses.asdict(recipe)}
@@ -517,7 +518,9 @@ def create_augmentation(arguments: PreTrainingArguments, config: SimIPUConfig) -
         overrides = {"random_resize": None, **overrides}
     try:
         return TwoViewAugmentation.from_preset(config.preset, **overrides)
-    except TypeError as error:  # an unknown field, or one number where a range is needed
+    except SimIPUError:
+        raise
+    except (TypeError, ValueError) as error:  # an unknown field, or too few or too many numbers
         known = ", ".join(TwoViewAugmentation.__dataclass_fields__)
         raise SimIPUError(f"--augmentation_overrides: {error}; the fields are {known}") from error
 

@@ -119,7 +119,7 @@ def _grouping(level: SetAbstraction, coordinates: Tensor, centers: Tensor) -> It
 
     *_, block = level.mlps[-1].children()
     assert isinstance(block, LinearBlock)
-    width = block.linear.out_features
+    width = len(block.linear.weight)
     rows = torch.randn(coordinates.shape[0] * coordinates.shape[1], width, device=coordinates.device)
     pool = partial(_pool_and_back, rows, query()[-1])
     yield Operation(f"group_max forward + backward, {width} channels", pool, ("torch", "numba"))

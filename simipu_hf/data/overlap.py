@@ -114,7 +114,7 @@ def _cheap_keys(
         if "points" in table.column_names:
             starts = pc.binary_slice(table["points"].cast(pa.large_binary()), 0, COMPARED_BYTES).to_pylist()
         for image, start in zip((images or _lengths)(table), starts, strict=True):
-            yield [("image", image)] * (image is not None) + [("points", start)] * bool(start)
+            yield [("image", image)] * bool(image) + [("points", start)] * bool(start)  # a damaged one may be empty
 
 
 def _keys_with_last_bytes(rows: datasets.Dataset) -> Iterator[list[Key]]:
@@ -150,7 +150,7 @@ def _lengths_and_last_bytes(table: pa.Table) -> Iterator[tuple[int | None, bytes
             with suppress(OSError), open(path, "rb") as file:
                 file.seek(max(0, length - COMPARED_BYTES))
                 end = file.read(COMPARED_BYTES)
-        yield None if end is None else (length, end)
+        yield (length, end) if end else None
 
 
 def _content(row: Mapping[str, Any]) -> list[Key]:
@@ -164,4 +164,4 @@ def _content(row: Mapping[str, Any]) -> list[Key]:
         data = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
     except OSError:
         return keys
-    return [("image", hashlib.sha256(data).digest()), *keys]
+    return [("image", hashlib.sha256(data).digest()), *keys] if data else keys

@@ -80,6 +80,8 @@ class TwoViewAugmentation:
             most = 0.5 if name == "hue" else 1
             if not 0 <= getattr(self, name) <= most:
                 raise SimIPUError(f"augmentation {name}: expected 0 to {most}, found {getattr(self, name)}")
+        if len(self.rotation_center) != 3:
+            raise SimIPUError(f"augmentation rotation_center: expected x, y, z, found {self.rotation_center}")
         if not 0 <= self.translation_std < math.inf:
             raise SimIPUError(f"augmentation translation_std: expected 0 or more metres, found {self.translation_std}")
         if self.random_resize is not None:

@@ -10,7 +10,10 @@ from typing import Any
 import jinja2
 import timm
 import yaml
-from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
+from datasets.info import DatasetInfo, DatasetInfosDict
+from datasets.splits import SplitDict
+from datasets.utils.metadata import MetadataConfigs
+from huggingface_hub import CardData, DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
 from simipu_hf.data.sources import full_path, hub_license, split_source
 from simipu_hf.errors import SimIPUError
@@ -125,6 +128,44 @@ def dataset_card(
     metadata["tags"] = list(dict.fromkeys([*(metadata.get("tags") or []), *tags]))
     metadata.pretty_name = repo_id.split("/")[-1]
     return _render(DatasetCard, "dataset", metadata, name=repo_id, kitti=license is None, splits=splits)
+
+
+def keep_other_splits(header: CardData, published: CardData, splits: dict[str, int]) -> dict[str, int]:
+    """Add to `header` what a published one says of splits that are not uploaded anew: their files stay, and `header`
+    would hide them where it lists files.
+
+    Args:
+        splits: rows of each split that is uploaded.
+
+    Returns:
+        the rows of all of them.
+
+    Raises:
+        SimIPUError: their columns differ from those that are uploaded, so that none of them could be read.
+    """
+    configs, infos = MetadataConfigs.from_dataset_card_data(header), DatasetInfosDict.from_dataset_card_data(header)
+    infos_there = DatasetInfosDict.from_dataset_card_data(published)
+    for name, there in MetadataConfigs.from_dataset_card_data(published).items() if configs else ():
+        listed = [files for files in there.get("data_files") or () if isinstance(files, dict)]
+        others = [files for files in listed if files["split"] not in splits]
+        if not others:
+            continue
+        configs.setdefault(name, {"data_files": []})["data_files"] += others
+        if name not in infos_there:
+            continue
+        info = infos.setdefault(name, DatasetInfo(features=infos_there[name].features, splits=SplitDict()))
+        if info.features != infos_there[name].features:
+            kept = ", ".join(files["split"] for files in others)
+            raise SimIPUError(
+                f"the repository holds {kept} with other columns: push to another one, or delete those files there"
+            )
+        for split in infos_there[name].splits.values():
+            if split.name not in splits:
+                info.splits.add(split)
+                splits = {**splits, split.name: split.num_examples}
+    configs.to_dataset_card_data(header)
+    infos.to_dataset_card_data(header)
+    return splits
 
 
 def add_evaluation(

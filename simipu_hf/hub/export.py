@@ -151,6 +151,11 @@ def export_image_encoder(
             f"the {format} form takes resnet18, 34, 50, 101 and 152; this encoder is {weights.architecture}: "
             "use the timm form"
         )
+    if format in RESNET_FORMS and weights.model_args:
+        raise SimIPUError(
+            f"the {format} form takes a {weights.architecture} as it is; this one was made with {weights.model_args}: "
+            "use the timm or the onnx form"
+        )
     if format in ("timm", "transformers"):
         with atomic_folder(target, overwrite=overwrite, is_earlier_output=is_export) as path:
             notes = writers[format](weights, path)

@@ -21,7 +21,6 @@ import pyarrow.parquet
 import yaml
 from huggingface_hub import DatasetCard, HfApi, ModelCard, constants
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
     LocalTokenNotFoundError,
@@ -37,6 +36,7 @@ from simipu_hf.hub.card import (
     GENERATED,
     KITTI_LICENSE,
     dataset_card,
+    keep_other_splits,
     redact,
     run_of,
     write_model_card,
@@ -100,11 +100,18 @@ class _Repository:
     def upload(self, folder: Path, message: str) -> str:
         """Publish what is in `folder`, without what an earlier upload left of its kind, and return the commit."""
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        limit, attempt = SHORTEST_LIMIT + size / SLOWEST_UPLOAD, 0
+        return self._persistently(lambda: self._commit(folder, message), SHORTEST_LIMIT + size / SLOWEST_UPLOAD)
+
+    def card(self) -> str | None:
+        """The README.md that is published; `None` without one, and without the repository."""
+        return self._persistently(self._card, SHORTEST_LIMIT)
+
+    def _persistently(self, action: Callable[[], Result], limit: float) -> Result:
+        attempt = 0
         while True:
             try:
                 # the client retries transfers, but not what comes before and after them, and has no time limit
-                return _in_background(lambda: self._commit(folder, message)).result(limit)
+                return _in_background(action).result(limit)
             except Exception as error:
                 if attempt == RETRIES or _is_final(error):
                     raise hub_error(error, self.repo_id) from error
@@ -123,7 +130,7 @@ class _Repository:
             )
         if self.revision is not None:
             api.create_branch(self.repo_id, repo_type=kind, branch=self.revision, exist_ok=True)
-        keeps_its_card = self._keeps_its_card(api, folder)
+        keeps_its_card = self._keeps_its_card(folder)
         commit = api.upload_folder(
             repo_id=self.repo_id,
             repo_type=kind,
@@ -143,17 +150,22 @@ class _Repository:
             return [split + suffix for split in splits for suffix in (".parquet", "-?????-of-?????.parquet")]
         return [*REPLACED, *(["last-checkpoint/*"] if (folder / "last-checkpoint").is_dir() else [])]
 
-    def _keeps_its_card(self, api: HfApi, folder: Path) -> bool:
+    def _card(self) -> str | None:
+        api = HfApi(token=self.token)
+        place: dict[str, Any] = {"repo_type": self.repo_type, "revision": self.revision}
+        if not api.file_exists(self.repo_id, "README.md", **place):
+            return None
+        with tempfile.TemporaryDirectory() as fresh:
+            card = api.hf_hub_download(self.repo_id, "README.md", force_download=True, local_dir=fresh, **place)
+            return Path(card).read_text(encoding="utf-8-sig", errors="replace")
+
+    def _keeps_its_card(self, folder: Path) -> bool:
         """Whether a model's card was edited on the Hub, and the folder's is a generated one."""
         if self.repo_type == "dataset" or GENERATED not in (folder / "README.md").read_text(encoding="utf-8-sig"):
             return False
-        with tempfile.TemporaryDirectory() as fresh:
-            place: dict[str, Any] = {"repo_type": self.repo_type, "revision": self.revision, "local_dir": fresh}
-            try:
-                card = api.hf_hub_download(self.repo_id, "README.md", force_download=True, **place)
-            except EntryNotFoundError:
-                return False
-            content = Path(card).read_text(encoding="utf-8-sig", errors="replace")
+        content = self._card()
+        if content is None:
+            return False
         text = ModelCard(content, ignore_metadata_errors=True).text  # one with a header alone is the Hub's
         return bool(text.strip()) and GENERATED not in content
 
@@ -336,7 +348,8 @@ def push_dataset(
     license: str | None = None,
     token: str | None = None,
 ) -> PushReport:
-    """Publish a folder of Parquet files as a data set, with a card.
+    """Publish a folder of Parquet files as a data set, with a card. Splits that are there already and not in the
+    folder stay.
 
     Args:
         data: the folder, as `simipu-hf data convert --to parquet` writes it. A README.md in it that somebody wrote is
@@ -349,7 +362,8 @@ def push_dataset(
         token: the logged-in user's if `None`.
 
     Raises:
-        SimIPUError: no Parquet files, a README.md whose header cannot be read, or the upload failed.
+        SimIPUError: no Parquet files, a README.md whose header cannot be read, a repository that holds another split
+            with other columns, or the upload failed.
     """
     folder = Path(data)
     # but for what a push that was killed left behind
@@ -386,6 +400,10 @@ def push_dataset(
             "For other data name their --license.",
             file=sys.stderr,
         )
+    repository = _Repository(repo_id, token, private, repo_type="dataset")
+    published = repository.card() if own else None
+    if own and published:
+        splits = keep_other_splits(own.data, DatasetCard(published, ignore_metadata_errors=True).data, splits)
     staged = _staging_folder(folder)
     try:
         for file in [*files, *folder.glob("*.json")]:
@@ -394,7 +412,6 @@ def push_dataset(
             edited.data.license = license or KITTI_LICENSE
         card = str(edited or dataset_card(repo_id, license, splits, own.data if own else None))
         (staged / "README.md").write_text(card, encoding="utf-8")
-        repository = _Repository(repo_id, token, private, repo_type="dataset")
         return PushReport(repository.url, repository.upload(staged, "Upload data set"))
     finally:
         shutil.rmtree(staged, ignore_errors=True)

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import math
 import re
 import typing
 from collections.abc import Sequence
@@ -228,9 +229,7 @@ class PreTrainingArguments(RunArguments):
                 "--pretrained_image_encoder: timm's weights take RGB images divided by their deviation, those of "
                 "--preset official are BGR and are not: leave one of the two out"
             )
-        for name in ("momentum", "adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise SimIPUError(f"--{name} must be at least 0 and below 1, found {getattr(self, name)}")
+        check_below_one(self, 0, "momentum", "adam_beta1", "adam_beta2")
         start, schedule = self.model_name_or_path, self.lr_scheduler_type
         evaluation = ("per_device_eval_batch_size", "validation_split")
         refuse_without_effect(self, self.push_to_hub, "without --push_to_hub", "encoder_repo_id")
@@ -297,6 +296,8 @@ class FineTuningRunArguments(RunArguments, FineTuningArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_below_one(self, 0.1, "adam_beta1")
+        check_below_one(self, 0, "adam_beta2")
         of_encoder = ("decoder_first", "encoder_learning_rate")
         refuse_without_effect(self, not self.freeze_image_encoder, "with --freeze_image_encoder", *of_encoder)
 
@@ -325,6 +326,7 @@ class DepthTaskArguments(Arguments):
         super().__post_init__()
         check_size("image_size", self.image_size)
         check_size("crop_size", self.crop_size)
+        check_depths(0, self.max_depth)
         if self.image_size is None and not self.kb_crop:
             raise SimIPUError("--no_kb_crop needs --image_size: a batch holds images of one size")
 
@@ -424,6 +426,7 @@ class EvaluateDepthArguments(EvaluateArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_depths(self.min_depth, self.max_depth)
         if bool(self.test_frames) == bool(self.test_list):
             raise SimIPUError("give the frames to evaluate on: either --test_frames or --test_list")
         if self.test_list and not (self.image_dir and self.depth_dir):
@@ -695,6 +698,19 @@ def check_at_least(arguments: Any, lowest: float, *names: str) -> None:
         value = getattr(arguments, name)
         if value is not None and not value >= lowest:
             raise SimIPUError(f"--{name} must be at least {lowest}, found {value}")
+
+
+def check_below_one(arguments: Any, lowest: float, *names: str) -> None:
+    """Raises a `SimIPUError` that names the first of the fields `names` that is not from `lowest` to below 1."""
+    for name in names:
+        if not lowest <= getattr(arguments, name) < 1:
+            raise SimIPUError(f"--{name} must be at least {lowest} and below 1, found {getattr(arguments, name)}")
+
+
+def check_depths(least: float, most: float) -> None:
+    """Raises a `SimIPUError` unless there are depths between the two, in metres."""
+    if not 0 <= least < most < math.inf:
+        raise SimIPUError(f"--max_depth must be a number of metres above {least:g}, the least depth, found {most}")
 
 
 def check_size(name: str, size: Sequence[int] | None) -> None:

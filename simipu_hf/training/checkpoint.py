@@ -284,6 +284,9 @@ class TrainingState:
                 own = processes[self.accelerator.process_index]
                 self.logger.load_state_dict(own["logger"])
                 self.batches.load_state_dict(own["batches"])
+            else:  # of rows on the disk: which of them were left out
+                for process in processes:
+                    self.batches.load_state_dict(process["batches"])
         except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
             raise SimIPUError(f"{checkpoint.path} does not fit the model or its optimizers ({error})") from error
 

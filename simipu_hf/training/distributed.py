@@ -7,7 +7,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -17,9 +17,10 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
+    gather_object,
 )
 
-from simipu_hf.errors import SimIPUError, TrainingInterrupted
+from simipu_hf.errors import SimIPUError, TrainingInterrupted, first_line
 from simipu_hf.machine import available_processors
 
 from .arguments import RunArguments
@@ -55,10 +56,20 @@ def create_accelerator(arguments: RunArguments) -> Accelerator:
 
 
 def choose_device(device: str | None) -> torch.device:
-    """The device named, or CUDA where there is one; a GPU becomes the current one, which PyTorch's timers wait for."""
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if chosen.type == "cuda" and chosen.index is not None:  # without a number it is the current one
-        torch.cuda.set_device(chosen)
+    """The device named, or CUDA where there is one; a GPU becomes the current one, which PyTorch's timers wait for.
+
+    Raises:
+        SimIPUError: no device of this machine.
+    """
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise SimIPUError(f"--device {device}: {first_line(error)}") from error
+    if chosen.type == "cuda":
+        if (chosen.index or 0) >= torch.cuda.device_count():
+            raise SimIPUError(f"--device {device}: this machine has {torch.cuda.device_count()} GPUs")
+        if chosen.index is not None:  # without a number it is the current one
+            torch.cuda.set_device(chosen)
     return chosen
 
 
@@ -138,6 +149,22 @@ def on_main_process(accelerator: Accelerator, function: Callable[..., T], *args:
     if outcome[1] is not None:
         raise SimIPUError(outcome[1])
     return outcome[0]
+
+
+def on_every_process(accelerator: Accelerator, function: Callable[..., T], *args: Any) -> T:
+    """Call `function` on every process; where one fails, all of them end with its `SimIPUError`.
+
+    Else the others would go on to wait for it, and blame what they were doing when it ended.
+    """
+    result, failure = None, None
+    try:
+        result = function(*args)
+    except SimIPUError as error:
+        failure = error
+    messages = gather_object([failure and str(failure)])
+    if any(messages):
+        raise failure or SimIPUError(next(filter(None, messages)))
+    return cast("T", result)
 
 
 class SharedFlags:

@@ -179,6 +179,9 @@ def test_shared_frames_are_found_by_content(tmp_path):
     damaged = datasets.Dataset.from_list(damaged, features=second.features)
     assert frames_on_both_sides(damaged, first) == [("same image", "2"), ("same scan", "3"), ("other name", "4")]
     assert frames_on_both_sides(first, first.select([])) == []
+    empty = [{**second[index], "image": {"bytes": b"", "path": None}} for index in (0, 2)]
+    empty = datasets.Dataset.from_list(empty, features=second.features)
+    assert frames_on_both_sides(empty.select([0]), empty.select([1])) == []
     with pytest.raises(SimIPUError, match=r"--eval: 3 of 4 frames are also trained on.*'other name', '4' among"):
         refuse_shared_frames(first, second, "--eval")
     refuse_shared_frames(first, second.select([0]), "--eval")

@@ -237,6 +237,9 @@ def test_impossible_exports(folder, tmp_path):
     atto = export_timm(timm.create_model("convnext_atto", num_classes=0), tmp_path / "atto")
     with pytest.raises(SimIPUError, match="convnext_atto"):
         export_image_encoder(atto, tmp_path / "out", "torchvision")
+    dilated = export_timm(timm.create_model("resnet18", num_classes=0, output_stride=16), tmp_path / "dilated")
+    with pytest.raises(SimIPUError, match=r"resnet18 as it is; this one was made with \{'output_stride': 16\}"):
+        export_image_encoder(dilated, tmp_path / "out", "torchvision")
     with pytest.raises(SimIPUError, match="plain timm model"):
         export_timm(nn.Conv2d(3, 3, 1), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -10,7 +10,8 @@ import datasets
 import local_hub
 import pytest
 import yaml
-from huggingface_hub import DatasetCard
+from datasets.info import DatasetInfosDict
+from huggingface_hub import DatasetCard, DatasetCardData
 from PIL import Image
 
 from simipu_hf.errors import MAY_HANG, SimIPUError
@@ -376,3 +377,27 @@ def test_data_set_from_kitti_is_private_and_says_why(endpoint, tmp_path, capsys)
     (tmp_path / "rows" / "README.md").write_text("---\nlicense: [\n---\n", encoding="utf-8")
     with pytest.raises(SimIPUError, match=r"README.md: its header between --- lines cannot be read"):
         push_dataset(tmp_path / "rows", "owner/own")
+
+
+def test_a_second_split_is_found_beside_the_first(endpoint, tmp_path):
+    rows = datasets.Dataset.from_dict({"frame_id": ["a", "b", "c"]})
+    for split, part in {"train": rows, "val": rows.select([0]), "odd": rows.rename_column("frame_id", "id")}.items():
+        (tmp_path / split / "data").mkdir(parents=True)
+        part.to_parquet(tmp_path / split / "data" / f"{split}-00000-of-00001.parquet")
+        info = datasets.DatasetInfo(features=part.features, splits=datasets.SplitDict())
+        info.splits.add(datasets.SplitInfo(split, num_bytes=1, num_examples=len(part)))
+        files = [{"split": split, "path": f"data/{split}-*"}]
+        header = DatasetCardData(configs=[{"config_name": "default", "data_files": files}])
+        DatasetInfosDict(default=info).to_dataset_card_data(header)
+        (tmp_path / split / "README.md").write_text(f"---\n{header.to_yaml()}\n---\n", encoding="utf-8")
+    for split in ("train", "val", "train"):
+        push_dataset(tmp_path / split, "owner/both", license="cc-by-4.0")
+    with pytest.raises(SimIPUError, match="the repository holds train, val with other columns"):
+        push_dataset(tmp_path / "odd", "owner/both", license="cc-by-4.0")
+    published = endpoint.files("owner/both", "datasets")
+    for name, content in published.items():
+        (tmp_path / "both" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "both" / name).write_bytes(content)
+    loaded = datasets.load_dataset(str(tmp_path / "both"), cache_dir=str(tmp_path / "cache"))
+    assert {split: rows["frame_id"][:] for split, rows in loaded.items()} == {"train": ["a", "b", "c"], "val": ["a"]}
+    assert "3 rows in train, 1 rows in val" in published["README.md"].decode()

@@ -1,3 +1,5 @@
+import importlib
+
 import pytest
 import torch
 from tiny_simipu import tiny_batch, tiny_config
@@ -150,6 +152,44 @@ def test_every_missing_tensor_is_initialised_after_meta_loading(model, tmp_path)
     weight = loaded.intra_point_head.layers[0].linear.weight
     assert 0.5 < weight.abs().max() * 32**0.5 <= 1  # uniform in +-1/sqrt(fan in), PyTorch's default
     assert torch.equal(loaded.intra_point_head.layers[0].norm.running_var, torch.ones(32))
+
+
+@pytest.mark.parametrize(("architecture", "divisor"), [("resnet10t", 32), ("test_vit", 16)])
+def test_the_official_normalisation_stretches_nothing_in_a_batch_of_one(architecture, divisor):
+    """Images are padded to what the encoder divides by: alone, an image has the batch's size."""
+    config = tiny_config("official", architecture, image_config={"out_indices": [-1], "image_size": [64, 5 * divisor]})
+    batch = {**tiny_batch(1, 64, 5 * divisor), "image_sizes": torch.tensor([[64, 5 * divisor - 3]])}
+    losses = []
+    for normalization in ("sample", "batch"):
+        torch.manual_seed(0)
+        config.projection_normalization = normalization
+        losses.append(SimIPUForPreTraining(config).eval()(**batch).inter_modal_loss)
+    torch.testing.assert_close(*losses, rtol=0, atol=0)
+
+
+def test_every_linear_layer_runs_its_own_forward():
+    """Adapters (peft) and quantizers replace it: one that is only read for its weights would lose what they add."""
+    model = SimIPUForPreTraining(tiny_config(architecture="test_vit", image_config={"image_size": [64, 96]}))
+    run = set()
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    for name, module in layers.items():
+        module.register_forward_hook(lambda *_, name=name: run.add(name))
+    model(**tiny_batch())
+    assert run == layers.keys()
+    assert all("image_encoder" in name for name in layers)
+
+
+def test_replicas_of_data_parallel_run(model, monkeypatch):
+    """transformers' Trainer wraps a model so where it finds several GPUs; here the copy between them is a clone."""
+    replicate = importlib.import_module("torch.nn.parallel.replicate")
+    monkeypatch.setattr(replicate, "_get_device_index", lambda device, *_: device)
+    monkeypatch.setattr(
+        replicate, "_broadcast_coalesced_reshape", lambda tensors, *_, **__: [list(map(torch.clone, tensors))]
+    )
+    replica = replicate.replicate(model, ["cpu"])[0]
+    assert not list(replica.parameters())
+    replica(**tiny_batch()).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_official_batch_norm_constants_reach_the_image_encoder():

@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 from tiny_simipu import tiny_batch, tiny_config
 
 from simipu_hf import pretrain as module
-from simipu_hf.errors import TrainingInterrupted
+from simipu_hf.errors import SimIPUError, TrainingInterrupted
 from simipu_hf.finetune_depth import finetune_depth
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.training.arguments import DepthArguments, PreTrainingArguments, parse_arguments
 from simipu_hf.training.checkpoint import TrainingState
-from simipu_hf.training.distributed import create_accelerator
+from simipu_hf.training.distributed import create_accelerator, on_every_process, on_main_process
 from simipu_hf.training.logging import RunLogger
 from simipu_hf.training.optimizers import choose_recipe, clip_gradients
 from simipu_hf.training.sampling import Steps
@@ -110,10 +110,27 @@ def interrupted_runs(flags: list[str], out: Path) -> None:
         run(name, "--resume_from_checkpoint", "latest")
 
 
+def errors_of_one_process(out: Path) -> None:
+    """What each process is told where the last one fails, and where the main one does."""
+    accelerator, told = Accelerator(), []
+
+    def fail(fails: bool) -> None:
+        if fails:
+            raise SimIPUError(f"process {accelerator.process_index} failed")
+
+    for call, fails in ((on_every_process, accelerator.is_last_process), (on_main_process, True)):
+        try:
+            call(accelerator, fail, fails)
+        except SimIPUError as error:
+            told.append(str(error))
+    (out / f"errors-{accelerator.process_index}.json").write_text(json.dumps(told), encoding="utf-8")
+
+
 def main() -> None:
     out, flags, depth_flags = Path(sys.argv[1]), *map(json.loads, sys.argv[2:])
     finetune_depth(parse_arguments(DepthArguments, depth_flags))
     interrupted_runs(flags, out)
+    errors_of_one_process(out)
     for architecture in ARCHITECTURES:
         for accumulation_steps in (1, 2):
             name = f"{architecture}-{accumulation_steps}"

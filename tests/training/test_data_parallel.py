@@ -104,6 +104,11 @@ def test_a_signal_to_one_of_two_processes_ends_both_after_a_checkpoint(results):
     assert re.match(r"stopped by SIGTERM after step [34] of 6, saved .*checkpoint-[34]\.", messages.pop())
 
 
+def test_an_error_of_one_process_ends_both(results):
+    told = [json.loads((results / f"errors-{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+    assert told == [["process 1 failed", "process 0 failed"]] * 2
+
+
 def test_two_processes_share_the_evaluation_of_a_depth_model(results):
     steps = [line["step"] for line in read_metrics(results / "depth" / "metrics.jsonl")]
     assert steps == [1, 2]

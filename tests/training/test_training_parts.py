@@ -363,6 +363,19 @@ class TestArguments:
         with pytest.raises(SimIPUError, match=f"--{next(iter(flags))} does nothing with"):
             cls(**given, **flags)
 
+    @pytest.mark.parametrize(
+        ("cls", "given", "message"),
+        [
+            (DepthArguments, {**TRAIN, "adam_beta1": 0.05}, "--adam_beta1 must be at least 0.1 and below 1"),
+            (DepthArguments, {**TRAIN, "max_depth": 0.0}, "--max_depth must be a number of metres above 0"),
+            (CompareDepthArguments, {**COMPARE, "max_depth": math.inf}, "--max_depth must be"),
+            (EvaluateDepthArguments, {**TEST, "min_depth": -1.0}, "above -1, the least depth"),
+        ],
+    )
+    def test_values_without_meaning_are_refused(self, cls, given, message):
+        with pytest.raises(SimIPUError, match=message):
+            cls(**given)
+
     def test_choices_hold_from_python_too(self):
         with pytest.raises(SimIPUError, match="--preset 'offical': choose from recommended, official"):
             PreTrainingArguments(data_dir="kitti", output_dir="out", preset="offical")
@@ -480,5 +493,9 @@ def test_a_gpu_with_a_number_becomes_the_current_one(monkeypatch):
     chosen = Mock()
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.set_device", chosen)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert [str(choose_device(name)) for name in (None, "cuda", "cpu", "cuda:1")] == ["cuda", "cuda", "cpu", "cuda:1"]
     assert [call.args for call in chosen.mock_calls] == [(torch.device("cuda:1"),)]
+    for name, problem in (("cuda:2", "this machine has 2 GPUs"), ("gpu0", "Invalid device string")):
+        with pytest.raises(SimIPUError, match=f"--device {name}: .*{problem}"):
+            choose_device(name)
