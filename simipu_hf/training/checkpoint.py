@@ -315,8 +315,5 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -
 
 
 def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
     with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
