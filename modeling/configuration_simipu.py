@@ -128,11 +128,12 @@ class SimIPUPointNet2Config(PreTrainedConfig):
     def validate_architecture(self) -> None:
         levels = len(self.num_points)
         per_level = ("fps_mods", "fps_sample_ranges", "radii", "num_samples", "mlp_channels", "aggregation_channels")
-        for name in per_level:
-            if not all(isinstance(level, (list, tuple)) for level in getattr(self, name)) and name != per_level[-1]:
+        for name in ("num_points", *per_level[:-1]):
+            if not all(isinstance(level, (list, tuple)) for level in getattr(self, name)):
                 raise ValueError(
                     f"point_config.{name}: expected a list for each set-abstraction level, found {getattr(self, name)}"
                 )
+        for name in per_level:
             if len(getattr(self, name)) != levels:
                 raise ValueError(
                     f"point_config.{name} has {len(getattr(self, name))} levels, num_points has {levels}: "
