@@ -150,10 +150,13 @@ def keep_other_splits(header: CardData, published: CardData, splits: dict[str, i
         others = [files for files in listed if files["split"] not in splits]
         if not others:
             continue
+        if name not in configs and name in infos_there:
+            infos[name] = DatasetInfo(features=infos_there[name].features, splits=SplitDict())
         configs.setdefault(name, {"data_files": []})["data_files"] += others
-        if name not in infos_there:
+        if name not in infos or name not in infos_there:  # sizes of some splits alone would be an error when loading
+            infos.pop(name, None)
             continue
-        info = infos.setdefault(name, DatasetInfo(features=infos_there[name].features, splits=SplitDict()))
+        info = infos[name]
         if info.features != infos_there[name].features:
             kept = ", ".join(files["split"] for files in others)
             raise SimIPUError(
@@ -164,6 +167,7 @@ def keep_other_splits(header: CardData, published: CardData, splits: dict[str, i
                 info.splits.add(split)
                 splits = {**splits, split.name: split.num_examples}
     configs.to_dataset_card_data(header)
+    header.pop("dataset_info", None)
     infos.to_dataset_card_data(header)
     return splits
 
