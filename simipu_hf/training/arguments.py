@@ -835,7 +835,7 @@ def parse_overrides(
             or a value that is no YAML.
     """
     overrides: dict[str, Any] = {}
-    for part in re.split(r",\s*(?=[\w.]+\s*=)", text.strip(" ,")) if text else []:  # values hold commas, too
+    for part in _split_outside_brackets(text or ""):
         name, equals, value = part.partition("=")
         section, _, inner = name.strip().rpartition(".")
         if not equals or (section and section not in sections) or (not section and inner in sections):
@@ -850,3 +850,14 @@ def parse_overrides(
             found = " ".join(str(error).split())
             raise SimIPUError(f"{name_of_flag} {part.strip()!r}: the value cannot be read ({found})") from error
     return overrides
+
+
+def _split_outside_brackets(text: str) -> list[str]:
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "[{(") - (character in "]})")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part for part in parts if part.strip()]
