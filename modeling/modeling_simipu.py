@@ -308,7 +308,7 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
         if config.mask_out_of_image:
             valid = valid & in_image
         if config.projection_normalization == "sample":
-            divisor = pad_divisor(config.image_encoder_config.architecture)
+            divisor = pad_divisor(self.simipu.image_encoder)
             covered = ((image_sizes + divisor - 1) // divisor * divisor).to(pixels.dtype)
             stretch = torch.stack([padded_size[1] / covered[:, 1], padded_size[0] / covered[:, 0]], dim=-1)
             pixels = pixels * stretch[:, None]

@@ -403,7 +403,14 @@ def push_dataset(
     repository = _Repository(repo_id, token, private, repo_type="dataset")
     published = repository.card() if own else None
     if own and published:
-        splits = keep_other_splits(own.data, DatasetCard(published, ignore_metadata_errors=True).data, splits)
+        try:
+            splits = keep_other_splits(own.data, DatasetCard(published).data, splits)
+        except SimIPUError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+            raise SimIPUError(
+                f"{repo_id}: its README.md and {own_card} list files in a form that cannot be joined: {error}"
+            ) from error
     staged = _staging_folder(folder)
     try:
         for file in [*files, *folder.glob("*.json")]:
