@@ -7,9 +7,9 @@ import pytest
 import torch
 from tiny_run import OVERRIDES, write_frames
 
-from simipu_hf.benchmark import benchmark_data, benchmark_ops, benchmark_step, step
+from simipu_hf.benchmark import BenchmarkResult, benchmark_data, benchmark_ops, benchmark_step, step
 from simipu_hf.benchmark.data import PILLOW, PILLOW_RESIZE, RESIZE, WORKER
-from simipu_hf.benchmark.inputs import two_view_dataset
+from simipu_hf.benchmark.inputs import sample_keys, two_view_dataset
 from simipu_hf.benchmark.measure import median_seconds, peak_bytes
 from simipu_hf.benchmark.step import BACKWARD, IMAGE, OPTIMIZER, POINTS, STEP, WAITING, create_model
 from simipu_hf.data.rows import check_row
@@ -108,6 +108,10 @@ def test_without_data_the_frames_are_synthetic():
         check_row(dataset.read_row(0))
 
 
+def test_sample_keys_go_round():
+    assert sample_keys([None] * 3, 5) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+
+
 def test_functions_take_turns():
     calls = []
     seconds = median_seconds({name: lambda name=name: calls.append(name) for name in "ab"}, repeats=2)
@@ -123,3 +127,12 @@ def test_peak_memory_is_what_a_call_needs():
         pytest.skip("this system does not tell")
     assert 60 < peak / 2**20 < 70
     assert peak_bytes(lambda: held.sum(), CPU) < 2**22
+
+
+def test_result_prints_settings_machine_table_and_summary():
+    rows = [{"part": "a", "note": "no"}, {"part": "bb", "seconds": 0.0125}]
+    text = str(BenchmarkResult("thing", {"image_size": [3, 4]}, rows, {"ratio": 2.0}))
+    assert text.startswith("thing. image size [3, 4]\ncpu ")
+    assert "0.0125" in text
+    assert text.endswith("ratio 2")
+    assert f"torch {torch.__version__.split('+')[0]}" in text

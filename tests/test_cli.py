@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ from tiny_simipu import tiny_config
 from transformers import pipeline
 
 from simipu_hf import cli
+from simipu_hf.cli import show
 from simipu_hf.errors import SimIPUError
 from simipu_hf.modeling.configuration_simipu import SimIPUDepthConfig
 from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
@@ -92,6 +94,11 @@ def test_a_command_for_one_process_refuses_a_launcher(run, monkeypatch):
     assert run("compare-depth", "--help")[0] == 0
     monkeypatch.setenv("WORLD_SIZE", "")
     assert run("--version")[0] == 0
+
+
+def test_json_has_no_nan(capsys):
+    show({"abs_rel": math.nan}, as_json=True)
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"abs_rel": None}
 
 
 def test_a_debug_switch_shows_the_traceback(monkeypatch):

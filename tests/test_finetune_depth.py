@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from simipu_hf.errors import SimIPUError, TrainingInterrupted
 from simipu_hf.evaluate_depth import evaluate_depth
 from simipu_hf.evaluation.depth import METRICS, DepthProtocol, evaluate_maps
 from simipu_hf.finetune_depth import DepthTrainer, create_processor, finetune_depth
-from simipu_hf.finetuning import create_model, find_rgb_encoder, recipe
+from simipu_hf.finetuning import RunFolder, create_model, find_rgb_encoder, recipe
 from simipu_hf.hub.push import HubUploader
 from simipu_hf.modeling.modeling_simipu_depth import SimIPUForDepthEstimation
 from simipu_hf.training.arguments import DepthArguments, DepthTaskArguments, EvaluateDepthArguments
@@ -530,6 +531,12 @@ def test_a_gradient_that_is_no_number_ends_the_run_before_the_step(fine_tune, tm
     with pytest.raises(SimIPUError, match=r"step 2: the norm of the gradient is (nan|inf)\. Frames of the step: 0"):
         fine_tune("run", checkpointing_steps=1, gradient_accumulation_steps=accumulation)
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_metrics_are_json_whatever_the_numbers(tmp_path):
+    state = SimpleNamespace(log_history=[{"grad_norm": float("inf"), "step": 1}], is_world_process_zero=True)
+    RunFolder(tmp_path, None, None).on_log(None, state, None)
+    assert (tmp_path / "metrics.jsonl").read_text(encoding="utf-8") == '{"grad_norm": null, "step": 1}\n'
 
 
 def test_a_first_forward_that_fails_leaves_nothing_behind(fine_tune, tmp_path, monkeypatch):

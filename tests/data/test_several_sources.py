@@ -209,6 +209,14 @@ def test_few_of_many_images_of_one_length_are_read(tmp_path, monkeypatch):
     assert frames_on_both_sides(first, datasets.Dataset.from_list([file], features=ROW_FEATURES)) == [("7", "file")]
 
 
+def test_shared_files_are_found(object_root, tmp_path):
+    train, both = (
+        load_pretraining_dataset(data_dir=object_root, split=split, cache_dir=tmp_path / "cache")
+        for split in ("train", "train[2:]+val")
+    )
+    assert frames_on_both_sides(train, both) == [("000002", "000002")]
+
+
 # --- streaming
 
 

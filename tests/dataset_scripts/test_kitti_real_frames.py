@@ -86,3 +86,13 @@ def test_every_raw_frame_equals_an_independent_reading(kitti_raw_mini, raw_rows)
         assert row["frame_id"] == f"2011_09_26_drive_0009_sync_image_0{camera}_{image.stem}"
         scan = drive / f"velodyne_points/data/{image.stem}.bin"
         assert_frame_equals(row, image, scan, cam[f"P_rect_0{camera}"].reshape(3, 4), rigid)
+
+
+def test_the_raw_calibration_is_the_object_benchmark_s_of_that_day(object_splits, raw_rows):
+    """So projected points agree too. Frames of 2011_09_26 are those of its image size."""
+    raw = raw_rows[0]
+    same_day = [row for row in object_splits["trainval"] if row["image"].size == raw["image"].size]
+    assert len(same_day) > 10
+    for row in same_day:
+        np.testing.assert_array_equal(row["camera_projection"], raw["camera_projection"])
+        np.testing.assert_array_equal(row["lidar_to_camera"], raw["lidar_to_camera"])

@@ -162,6 +162,10 @@ class TestFurthestPointSample:
             point_ops_numba._in_threads(fail, [(1,), (2,), (3,)], threads=3)
         point_ops_numba._in_threads(fail, [(1,), (2,), (3,)], threads=1)
 
+    def test_threads_start_where_the_work_pays(self, monkeypatch):
+        monkeypatch.setattr(point_ops_numba, "WORK_PER_THREAD", 100)
+        assert [point_ops_numba._threads(work) for work in (0, 99, 100, 199, 200, 9999)] == [1, 1, 2, 2, 3, 3]
+
 
 class TestFurthestPointSampleFeatures:
     @properties
