@@ -144,10 +144,10 @@ def keep_other_splits(header: CardData, published: CardData, splits: dict[str, i
         SimIPUError: their columns differ from those that are uploaded, so that none of them could be read.
     """
     configs, infos = MetadataConfigs.from_dataset_card_data(header), DatasetInfosDict.from_dataset_card_data(header)
-    infos_there = DatasetInfosDict.from_dataset_card_data(published)
+    infos_there, uploaded = DatasetInfosDict.from_dataset_card_data(published), frozenset(splits)
     for name, there in MetadataConfigs.from_dataset_card_data(published).items() if configs else ():
         listed = [files for files in there.get("data_files") or () if isinstance(files, dict)]
-        others = [files for files in listed if files["split"] not in splits]
+        others = [files for files in listed if files["split"] not in uploaded]
         if not others:
             continue
         if name not in configs and name in infos_there:
@@ -163,7 +163,7 @@ def keep_other_splits(header: CardData, published: CardData, splits: dict[str, i
                 f"the repository holds {kept} with other columns: push to another one, or delete those files there"
             )
         for split in infos_there[name].splits.values():
-            if split.name not in splits:
+            if split.name not in uploaded:
                 info.splits.add(split)
                 splits = {**splits, split.name: split.num_examples}
     configs.to_dataset_card_data(header)

@@ -326,7 +326,7 @@ class DepthTaskArguments(Arguments):
         super().__post_init__()
         check_size("image_size", self.image_size)
         check_size("crop_size", self.crop_size)
-        check_depths(0, self.max_depth)
+        check_depths(self)
         if self.image_size is None and not self.kb_crop:
             raise SimIPUError("--no_kb_crop needs --image_size: a batch holds images of one size")
 
@@ -426,7 +426,7 @@ class EvaluateDepthArguments(EvaluateArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_depths(self.min_depth, self.max_depth)
+        check_depths(self)
         if bool(self.test_frames) == bool(self.test_list):
             raise SimIPUError("give the frames to evaluate on: either --test_frames or --test_list")
         if self.test_list and not (self.image_dir and self.depth_dir):
@@ -707,10 +707,13 @@ def check_below_one(arguments: Any, lowest: float, *names: str) -> None:
             raise SimIPUError(f"--{name} must be at least {lowest} and below 1, found {getattr(arguments, name)}")
 
 
-def check_depths(least: float, most: float) -> None:
-    """Raises a `SimIPUError` unless there are depths between the two, in metres."""
-    if not 0 <= least < most < math.inf:
-        raise SimIPUError(f"--max_depth must be a number of metres above {least:g}, the least depth, found {most}")
+def check_depths(arguments: Any) -> None:
+    """Raises a `SimIPUError` unless there are depths between `min_depth`, where there is one, and `max_depth`."""
+    least = getattr(arguments, "min_depth", 0)
+    if not least >= 0:
+        raise SimIPUError(f"--min_depth must be at least 0, found {least}")
+    if not least < arguments.max_depth < math.inf:
+        raise SimIPUError(f"--max_depth must be a number of metres above {least:g}, found {arguments.max_depth}")
 
 
 def check_size(name: str, size: Sequence[int] | None) -> None:

@@ -63,13 +63,11 @@ def choose_device(device: str | None) -> torch.device:
     """
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
+        torch.zeros(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
         raise SimIPUError(f"--device {device}: {first_line(error)}") from error
-    if chosen.type == "cuda":
-        if (chosen.index or 0) >= torch.cuda.device_count():
-            raise SimIPUError(f"--device {device}: this machine has {torch.cuda.device_count()} GPUs")
-        if chosen.index is not None:  # without a number it is the current one
-            torch.cuda.set_device(chosen)
+    if chosen.type == "cuda" and chosen.index is not None:  # without a number it is the current one
+        torch.cuda.set_device(chosen)
     return chosen
 
 

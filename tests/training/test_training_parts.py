@@ -369,7 +369,7 @@ class TestArguments:
             (DepthArguments, {**TRAIN, "adam_beta1": 0.05}, "--adam_beta1 must be at least 0.1 and below 1"),
             (DepthArguments, {**TRAIN, "max_depth": 0.0}, "--max_depth must be a number of metres above 0"),
             (CompareDepthArguments, {**COMPARE, "max_depth": math.inf}, "--max_depth must be"),
-            (EvaluateDepthArguments, {**TEST, "min_depth": -1.0}, "above -1, the least depth"),
+            (EvaluateDepthArguments, {**TEST, "min_depth": -1.0}, "--min_depth must be at least 0, found -1"),
         ],
     )
     def test_values_without_meaning_are_refused(self, cls, given, message):
@@ -490,12 +490,16 @@ def test_fingerprint_is_of_weights_of_any_type(dtype):
 
 
 def test_a_gpu_with_a_number_becomes_the_current_one(monkeypatch):
+    def two_gpus(size, device):
+        if device.index == 2:
+            raise RuntimeError("CUDA error: invalid device ordinal")
+
     chosen = Mock()
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.set_device", chosen)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.zeros", two_gpus)
     assert [str(choose_device(name)) for name in (None, "cuda", "cpu", "cuda:1")] == ["cuda", "cuda", "cpu", "cuda:1"]
     assert [call.args for call in chosen.mock_calls] == [(torch.device("cuda:1"),)]
-    for name, problem in (("cuda:2", "this machine has 2 GPUs"), ("gpu0", "Invalid device string")):
+    for name, problem in (("cuda:2", "invalid device ordinal"), ("gpu0", "Invalid device string")):
         with pytest.raises(SimIPUError, match=f"--device {name}: .*{problem}"):
             choose_device(name)
