@@ -10,10 +10,12 @@ from typing import Any
 import jinja2
 import timm
 import yaml
+from datasets.data_files import sanitize_patterns
 from datasets.info import DatasetInfo, DatasetInfosDict
 from datasets.splits import SplitDict
 from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import CardData, DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils import filter_repo_objects
 
 from simipu_hf.data.sources import full_path, hub_license, split_source
 from simipu_hf.errors import SimIPUError
@@ -130,46 +132,71 @@ def dataset_card(
     return _render(DatasetCard, "dataset", metadata, name=repo_id, kitti=license is None, splits=splits)
 
 
-def keep_other_splits(header: CardData, published: CardData, splits: dict[str, int]) -> dict[str, int]:
-    """Add to `header` what a published one says of splits that are not uploaded anew: their files stay, and `header`
-    would hide them where it lists files.
+def keep_other_splits(
+    header: CardData, published: CardData, remaining: Sequence[str], uploaded: Sequence[str], rows: dict[str, int]
+) -> dict[str, int]:
+    """Name in `header` the Parquet files that stay in a repository: where it lists files, it would hide all others.
 
     Args:
-        splits: rows of each split that is uploaded.
+        header: of the card that is uploaded.
+        published: of the card that it replaces.
+        remaining: the files in the repository that the upload does not replace.
+        uploaded: those of the upload.
+        rows: of each split that is uploaded.
 
     Returns:
-        the rows of all of them.
+        the rows of all splits, as far as the headers say.
 
     Raises:
-        SimIPUError: their columns differ from those that are uploaded, so that none of them could be read.
+        SimIPUError: the files that stay have other columns than the new ones, so that neither could be read, or are
+            listed by a pattern that takes the new ones as well.
     """
     configs, infos = MetadataConfigs.from_dataset_card_data(header), DatasetInfosDict.from_dataset_card_data(header)
-    infos_there, uploaded = DatasetInfosDict.from_dataset_card_data(published), frozenset(splits)
-    for name, there in MetadataConfigs.from_dataset_card_data(published).items() if configs else ():
-        listed = [files for files in there.get("data_files") or () if isinstance(files, dict)]
-        others = [files for files in listed if files["split"] not in uploaded]
+    if not configs:  # then files are found by their names, and sizes of some splits alone would be an error
+        header.pop("dataset_info", None)
+        return rows
+    infos_there = DatasetInfosDict.from_dataset_card_data(published)
+    by_name: dict[str, list[str]] = {}
+    for file in remaining:
+        by_name.setdefault(split_of(file.rsplit("/", 1)[-1]), []).append(file)
+    there = MetadataConfigs.from_dataset_card_data(published) or {next(iter(configs)): {"data_files": by_name}}
+    for name, config in there.items():
+        own = sanitize_patterns(configs.get(name, {}).get("data_files") or {})
+        listed = sanitize_patterns(config.get("data_files") or {})
+        others = {s: paths for s, paths in listed.items() if s not in own and _matching(remaining, paths)}
         if not others:
             continue
-        if name not in configs and name in infos_there:
-            infos[name] = DatasetInfo(features=infos_there[name].features, splits=SplitDict())
-        configs.setdefault(name, {"data_files": []})["data_files"] += others
-        if name not in infos or name not in infos_there:  # sizes of some splits alone would be an error when loading
-            infos.pop(name, None)
-            continue
-        info = infos[name]
-        if info.features != infos_there[name].features:
-            kept = ", ".join(files["split"] for files in others)
+        if ambiguous := {split: paths for split, paths in others.items() if _matching(uploaded, paths)}:
+            raise SimIPUError(f"the repository's README.md lists {ambiguous}, which takes the new files as well")
+        files = [{"split": split, "path": paths} for split, paths in (own | others).items()]
+        configs[name] = {**config, **configs.get(name, {}), "data_files": files}
+        info, info_there = infos.pop(name, None), infos_there.get(name)
+        if info and info_there and info.features != info_there.features:
+            kept = ", ".join(sorted(others))
             raise SimIPUError(
                 f"the repository holds {kept} with other columns: push to another one, or delete those files there"
             )
-        for split in infos_there[name].splits.values():
-            if split.name not in uploaded:
-                info.splits.add(split)
-                splits = {**splits, split.name: split.num_examples}
+        if not own:
+            info = DatasetInfo(features=info_there.features, splits=SplitDict()) if info_there else None
+        sizes = (info_there and info_there.splits) or {}
+        if info and info.splits is not None and others.keys() <= sizes.keys():  # else sizes of some splits alone
+            for split in others:
+                info.splits.add(sizes[split])
+            infos[name] = info
+        rows = rows | {split: sizes[split].num_examples for split in others if split in sizes}
     configs.to_dataset_card_data(header)
     header.pop("dataset_info", None)
     infos.to_dataset_card_data(header)
-    return splits
+    return rows
+
+
+def _matching(files: Sequence[str], patterns: list[str]) -> bool:
+    return any(filter_repo_objects(files, allow_patterns=patterns))
+
+
+def split_of(file: str) -> str:
+    """The split that a Parquet file is named for; older versions of datasets put a hash behind the shard's number."""
+    return re.sub(r"(-\d+-of-\d+(-[0-9a-f]+)?)?\.parquet$", "", file)
 
 
 def add_evaluation(

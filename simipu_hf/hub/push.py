@@ -26,6 +26,7 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
 )
+from huggingface_hub.utils import filter_repo_objects
 from tqdm.auto import tqdm
 
 from simipu_hf.data.sources import license_of
@@ -39,6 +40,7 @@ from simipu_hf.hub.card import (
     keep_other_splits,
     redact,
     run_of,
+    split_of,
     write_model_card,
 )
 from simipu_hf.hub.export import write_timm
@@ -48,6 +50,7 @@ from simipu_hf.training.arguments import RunArguments
 
 Strategy = Literal["end", "every_save", "checkpoint"]
 Result = TypeVar("Result")
+Card = Callable[[str, list[str]], str]  # published README.md, Parquet files that stay -> new README.md
 
 # What a model repository takes: no pickles, no optimizer states.
 PUBLIC = {".json", ".jsonl", ".yaml", ".safetensors", ".py", ".md", ".png", ".html"}
@@ -97,21 +100,18 @@ class _Repository:
     def url(self) -> str:
         return f"{constants.ENDPOINT}/{'datasets/' if self.repo_type == 'dataset' else ''}{self.repo_id}"
 
-    def upload(self, folder: Path, message: str) -> str:
-        """Publish what is in `folder`, without what an earlier upload left of its kind, and return the commit."""
+    def upload(self, folder: Path, message: str, card: Card | None = None) -> str:
+        """Publish what is in `folder`, without what an earlier upload left of its kind, and return the commit.
+
+        `card` makes the README.md from what is published; where another commit comes between, it is made again.
+        """
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        return self._persistently(lambda: self._commit(folder, message), SHORTEST_LIMIT + size / SLOWEST_UPLOAD)
-
-    def card(self) -> str | None:
-        """The README.md that is published; `None` without one, and without the repository."""
-        return self._persistently(self._card, SHORTEST_LIMIT)
-
-    def _persistently(self, action: Callable[[], Result], limit: float) -> Result:
         attempt = 0
         while True:
             try:
                 # the client retries transfers, but not what comes before and after them, and has no time limit
-                return _in_background(action).result(limit)
+                upload = _in_background(lambda: self._commit(folder, message, card))
+                return upload.result(SHORTEST_LIMIT + size / SLOWEST_UPLOAD)
             except Exception as error:
                 if attempt == RETRIES or _is_final(error):
                     raise hub_error(error, self.repo_id) from error
@@ -120,7 +120,7 @@ class _Repository:
                 tqdm.write(f"{hub_error(error, self.repo_id)}; {trying}", file=sys.stderr)
                 sleep(wait)
 
-    def _commit(self, folder: Path, message: str) -> str:
+    def _commit(self, folder: Path, message: str, card: Card | None) -> str:
         api, kind = HfApi(token=self.token), self.repo_type
         api.create_repo(self.repo_id, repo_type=kind, private=self.private, exist_ok=True)
         if self.private and not api.repo_info(self.repo_id, repo_type=kind).private:
@@ -130,6 +130,12 @@ class _Repository:
             )
         if self.revision is not None:
             api.create_branch(self.repo_id, repo_type=kind, branch=self.revision, exist_ok=True)
+        head, replaced = None, self._replaced(folder)
+        if card is not None:
+            head = api.repo_info(self.repo_id, repo_type=kind, revision=self.revision).sha
+            files = api.list_repo_files(self.repo_id, repo_type=kind, revision=head)
+            staying = filter_repo_objects(files, allow_patterns=["*.parquet"], ignore_patterns=replaced)
+            (folder / "README.md").write_text(card(self._card() or "", list(staying)), encoding="utf-8")
         keeps_its_card = self._keeps_its_card(folder)
         commit = api.upload_folder(
             repo_id=self.repo_id,
@@ -138,7 +144,8 @@ class _Repository:
             commit_message=message,
             revision=self.revision,
             ignore_patterns=["README.md"] if keeps_its_card else None,
-            delete_patterns=self._replaced(folder),
+            delete_patterns=replaced,
+            parent_commit=head,
         )
         if keeps_its_card:
             tqdm.write(f"{self.repo_id}: its card, which was edited there, is kept", file=sys.stderr)
@@ -146,7 +153,7 @@ class _Repository:
 
     def _replaced(self, folder: Path) -> list[str]:
         if self.repo_type == "dataset":  # the shards of these splits alone
-            splits = sorted({_split_of(file.relative_to(folder).as_posix()) for file in folder.rglob("*.parquet")})
+            splits = sorted({split_of(file.relative_to(folder).as_posix()) for file in folder.rglob("*.parquet")})
             return [split + suffix for split in splits for suffix in (".parquet", "-?????-of-?????.parquet")]
         return [*REPLACED, *(["last-checkpoint/*"] if (folder / "last-checkpoint").is_dir() else [])]
 
@@ -372,7 +379,7 @@ def push_dataset(
         raise SimIPUError(f"{folder}: expected a folder of Parquet files, found none")
     splits: dict[str, int] = {}
     for file in files:
-        split = _split_of(file.name)
+        split = split_of(file.name)
         try:
             metadata = pyarrow.parquet.read_metadata(file)
             splits[split] = splits.get(split, 0) + metadata.num_rows
@@ -400,26 +407,32 @@ def push_dataset(
             "For other data name their --license.",
             file=sys.stderr,
         )
+    names = [file.relative_to(folder).as_posix() for file in files]
+
+    def card(published: str, staying: list[str]) -> str:
+        """With what the published card says of the files that stay."""
+        rows = splits
+        given: Any = DatasetCard(own.content) if own else None
+        if given and staying:
+            try:
+                rows = keep_other_splits(given.data, DatasetCard(published).data, staying, names, splits)
+            except SimIPUError as error:
+                raise SimIPUError(f"{repo_id}: {error}") from error
+            except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+                raise SimIPUError(
+                    f"{repo_id}: its README.md and {own_card} list files in a form that cannot be joined: {error}"
+                ) from error
+        if given and edited:
+            given.data.license = license or KITTI_LICENSE
+            return str(given)
+        return dataset_card(repo_id, license, rows, given.data if given else None)
+
     repository = _Repository(repo_id, token, private, repo_type="dataset")
-    published = repository.card() if own else None
-    if own and published:
-        try:
-            splits = keep_other_splits(own.data, DatasetCard(published).data, splits)
-        except SimIPUError:
-            raise
-        except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
-            raise SimIPUError(
-                f"{repo_id}: its README.md and {own_card} list files in a form that cannot be joined: {error}"
-            ) from error
     staged = _staging_folder(folder)
     try:
         for file in [*files, *folder.glob("*.json")]:
             _place(file, staged / file.relative_to(folder))
-        if edited:
-            edited.data.license = license or KITTI_LICENSE
-        card = str(edited or dataset_card(repo_id, license, splits, own.data if own else None))
-        (staged / "README.md").write_text(card, encoding="utf-8")
-        return PushReport(repository.url, repository.upload(staged, "Upload data set"))
+        return PushReport(repository.url, repository.upload(staged, "Upload data set", card))
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
@@ -430,11 +443,6 @@ def _without_images(metadata: Any) -> bool:
     columns = [group.column(index) for group in groups for index in range(group.num_columns)]
     found = [column.statistics for column in columns if column.path_in_schema == "image.bytes"]
     return any(statistics is not None and statistics.null_count for statistics in found)
-
-
-def _split_of(file: str) -> str:
-    """The split that a Parquet file is named for; older versions of datasets put a hash behind the shard's number."""
-    return re.sub(r"(-\d+-of-\d+(-[0-9a-f]+)?)?\.parquet$", "", file)
 
 
 def _in_background(action: Callable[[], Result]) -> "Future[Result]":

@@ -235,10 +235,13 @@ class Handler(BaseHTTPRequestHandler):
     def commit(self, kind: str, repo_id: str, revision: str) -> None:
         repo = self.writable(kind, repo_id)
         with self.hub.lock:
-            files = dict(repo.at(revision)[1])
+            head, files = repo.at(revision)
+            files = dict(files)
             for line in self.content.splitlines():
                 entry = json.loads(line)
                 value, key = entry["value"], entry["key"]
+                if key == "header" and value.get("parentCommit", head) != head:
+                    raise HubError(412, "a commit has happened since")
                 if key == "file":
                     files[value["path"]] = base64.b64decode(value["content"])
                 elif key == "lfsFile":

@@ -401,3 +401,45 @@ def test_a_second_split_is_found_beside_the_first(endpoint, tmp_path):
     loaded = datasets.load_dataset(str(tmp_path / "both"), cache_dir=str(tmp_path / "cache"))
     assert {split: rows["frame_id"][:] for split, rows in loaded.items()} == {"train": ["a", "b", "c"], "val": ["a"]}
     assert "3 rows in train, 1 rows in val" in published["README.md"].decode()
+
+
+@pytest.mark.parametrize("header", ["", "license: mit", "configs:\n- config_name: default\n  data_files: data/test*"])
+def test_splits_stay_that_a_published_card_does_not_list(endpoint, tmp_path, header):
+    rows = datasets.Dataset.from_dict({"frame_id": ["a", "b"]})
+    (tmp_path / "val" / "data").mkdir(parents=True)
+    rows.to_parquet(tmp_path / "val" / "data" / "val-00000-of-00001.parquet")
+    rows.select([0]).to_parquet(tmp_path / "test.parquet")
+    own = "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: val, path: data/val-*}\n---\n"
+    (tmp_path / "val" / "README.md").write_text(own, encoding="utf-8")
+    there = {"data/test-00000-of-00001.parquet": (tmp_path / "test.parquet").read_bytes()}
+    card = {"README.md": f"---\n{header}\n---\nMine.\n".encode()} if header else {}
+    endpoint.create("owner/both", "datasets", files=there | card)
+    push_dataset(tmp_path / "val", "owner/both", license="cc-by-4.0")
+    published = DatasetCard(endpoint.files("owner/both", "datasets")["README.md"].decode()).data
+    [config] = published["configs"]
+    found = {entry["split"]: entry["path"] for entry in config["data_files"]}
+    # of a pattern without splits, load_dataset makes a split train
+    other = {"train": ["data/test*"]} if "configs" in header else {"test": ["data/test-00000-of-00001.parquet"]}
+    assert found == {"val": ["data/val-*"], **other}
+
+
+def test_a_split_that_is_pushed_meanwhile_stays(endpoint, tmp_path, monkeypatch):
+    rows = datasets.Dataset.from_dict({"frame_id": ["a", "b"]})
+    own = "---\nconfigs:\n- config_name: default\n  data_files:\n  - {{split: {0}, path: {0}-*}}\n---\n"
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        rows.to_parquet(tmp_path / split / f"{split}-00000-of-00001.parquet")
+        (tmp_path / split / "README.md").write_text(own.format(split), encoding="utf-8")
+    endpoint.create("owner/both", "datasets")
+    upload = push.HfApi.upload_folder
+
+    def after_another(api, **arguments):
+        monkeypatch.setattr(push.HfApi, "upload_folder", upload)
+        push_dataset(tmp_path / "val", "owner/both", license="cc-by-4.0")
+        return upload(api, **arguments)
+
+    monkeypatch.setattr(push.HfApi, "upload_folder", after_another)
+    monkeypatch.setattr(push, "sleep", lambda seconds: None)
+    push_dataset(tmp_path / "train", "owner/both", license="cc-by-4.0")
+    published = DatasetCard(endpoint.files("owner/both", "datasets")["README.md"].decode()).data
+    assert {entry["split"] for entry in published["configs"][0]["data_files"]} == {"train", "val"}
