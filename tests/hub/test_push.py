@@ -423,6 +423,36 @@ def test_splits_stay_that_a_published_card_does_not_list(endpoint, tmp_path, hea
     assert found == {"val": ["data/val-*"], **other}
 
 
+def test_another_configuration_stays_and_sizes_of_some_splits_do_not(endpoint, tmp_path):
+    rows = datasets.Dataset.from_dict({"frame_id": ["a", "b"]})
+    (tmp_path / "rows" / "object").mkdir(parents=True)
+    rows.to_parquet(tmp_path / "rows" / "object" / "train-00000-of-00001.parquet")
+    info = datasets.DatasetInfo(features=rows.features, splits=datasets.SplitDict())
+    info.splits.add(datasets.SplitInfo("train", num_bytes=1, num_examples=2))
+
+    def push_card(header: DatasetCardData) -> DatasetCardData:
+        DatasetInfosDict({"object": info}).to_dataset_card_data(header)
+        (tmp_path / "rows" / "README.md").write_text(f"---\n{header.to_yaml()}\n---\n", encoding="utf-8")
+        push_dataset(tmp_path / "rows", "owner/both", license="cc-by-4.0")
+        return DatasetCard(endpoint.files("owner/both", "datasets")["README.md"].decode()).data
+
+    def config(name: str, path: str) -> dict:
+        return {"config_name": name, "data_files": [{"split": "train", "path": path}]}
+
+    raw = {"raw/train-00000-of-00001.parquet": b"rows"}
+    card = DatasetCardData(configs=[config("raw", "raw/train-*")])
+    endpoint.create("owner/both", "datasets", files=raw | {"README.md": f"---\n{card.to_yaml()}\n---\n".encode()})
+    published = push_card(DatasetCardData(configs=[config("object", "object/train-*")]))
+    assert [entry["config_name"] for entry in published["configs"]] == ["object", "raw"]
+    assert raw.keys() < endpoint.files("owner/both", "datasets").keys()
+    assert published["dataset_info"]["config_name"] == "object"
+    assert "dataset_info" not in push_card(DatasetCardData())  # files are found by name, of every configuration
+    card = DatasetCardData(configs=[config("raw", "*/train-*")])
+    endpoint.create("owner/both", "datasets", files=raw | {"README.md": f"---\n{card.to_yaml()}\n---\n".encode()})
+    with pytest.raises(SimIPUError, match=r"owner/both: the repository.s README.md lists .*takes the new files"):
+        push_card(DatasetCardData(configs=[config("object", "object/train-*")]))
+
+
 def test_a_split_that_is_pushed_meanwhile_stays(endpoint, tmp_path, monkeypatch):
     rows = datasets.Dataset.from_dict({"frame_id": ["a", "b"]})
     own = "---\nconfigs:\n- config_name: default\n  data_files:\n  - {{split: {0}, path: {0}-*}}\n---\n"
