@@ -353,9 +353,9 @@ def _build_index(sample_data: str, ego_pose: str, channels: dict[str, str]) -> p
     tokens = ("sample_token", "calibrated_sensor_token", "ego_pose_token")
     for record in _records(sample_data, *tokens, "filename", "timestamp", "is_key_frame", "width", "height"):
         if channels.get(record["calibrated_sensor_token"], LIDAR) in (*CAMERAS, LIDAR):
-            if not isinstance(record["filename"], str):
+            if not isinstance(record["filename"], str) or ".." in record["filename"].split("/"):
                 what = f"{sample_data}: record {record['token']}"
-                raise ValueError(f"{what}: expected a path as filename, found {record['filename']!r}")
+                raise ValueError(f"{what}: expected a path in the data set as filename, found {record['filename']!r}")
             rows["sample"].append(record["sample_token"])
             rows["sensor"].append(record["calibrated_sensor_token"])
             rows["ego"].append(record["ego_pose_token"])

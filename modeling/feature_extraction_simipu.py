@@ -100,8 +100,10 @@ class SimIPUFeatureExtractor(FeatureExtractionMixin):
             kept = cloud.compress(in_box, axis=0)  # several times faster than cloud[in_box]
         # single precision is good to a thousandth of a pixel
         pixels, depth = project_points(kept, frame_to_pixel.astype(kept.dtype))
-        # the official code's image ends at the centres of its outermost pixels
-        seen = inside_image(pixels, depth, np.array(image_size), margin=0.5 if self.frame == "camera" else 0.0)
+        # the official frustum begins at the centres of the first pixels and ends a pixel behind those of the last
+        official = self.frame == "lidar"
+        size, margin = np.array(image_size) + official, 0.0 if official else 0.5
+        seen = inside_image(pixels, depth, size, margin)
         if self.depth_range is not None:
             nearest, farthest = self.depth_range
             seen &= (depth >= nearest) & (depth <= farthest)

@@ -179,12 +179,14 @@ def to_calibration(camera_projection: Any, lidar_to_camera: Any) -> tuple[np.nda
 
     Raises:
         ValueError: no numbers, a wrong shape, values that are not finite, a projection whose last row is not 0 0 1 and
-            a distance, or a `lidar_to_camera` that is not a rotation and a shift.
+            a distance, or that maps everything onto one line, or a `lidar_to_camera` that is no rotation and shift.
     """
     projection = _to_matrix("camera_projection", camera_projection, (3, 4))
     if np.abs(projection[2, :3] - (0, 0, 1)).max() > 1e-6:
         found = projection[2].tolist()
         raise ValueError(f"camera_projection: expected the last row 0 0 1 and a distance, found {found}")
+    if np.linalg.det(projection[:, :3]) == 0:
+        raise ValueError(f"camera_projection: expected focal lengths that are not 0, found {projection.tolist()}")
     extrinsics = _to_matrix("lidar_to_camera", lidar_to_camera, (4, 4))
     if np.abs(extrinsics[3] - (0, 0, 0, 1)).max() > 1e-6:
         raise ValueError(f"lidar_to_camera: expected the last row 0 0 0 1, found {extrinsics[3].tolist()}")

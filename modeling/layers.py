@@ -188,7 +188,8 @@ def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None =
     """
     single = rows.dtype == weight.dtype == torch.float32
     on_cpu = rows.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    if not (single and on_cpu and min(weight.shape) >= 128) or torch.is_autocast_enabled("cpu"):
+    special = torch.is_autocast_enabled("cpu") or torch.is_anomaly_enabled() or torch.compiler.is_compiling()
+    if special or not (single and on_cpu and min(weight.shape) >= 128):
         return F.linear(rows, weight, bias)
     return F.linear(rows.to_mkldnn(), weight, bias).to_dense()
 

@@ -204,4 +204,4 @@ def _mean_over_valid(per_row: Tensor, valid: Tensor) -> Tensor:
     """Mean over the valid rows of all processes, as this process's share of an average over processes."""
     count = valid.sum().to(per_row.dtype)
     mean_count = all_reduce_sum(count) / world_size()
-    return torch.where(valid, per_row, 0.0).sum() / mean_count.clamp(min=1)
+    return torch.where(valid, per_row, 0.0).sum() / mean_count.clamp(min=1 / world_size())

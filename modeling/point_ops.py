@@ -248,7 +248,7 @@ def _obstacles(values: Tensor, takes: str, applies: bool = True) -> dict[str, Ex
     obstacles: dict[str, Exception | None] = {}
     for name, package, fits, where in (
         ("triton", triton, values.is_cuda and values.dtype == torch.float32, "in float32 on CUDA"),
-        ("numba", numba, values.device.type == "cpu", "on the CPU"),
+        ("numba", numba, values.device.type == "cpu" and not torch.compiler.is_compiling(), "on the CPU, uncompiled"),
     ):
         obstacles[name] = None if fits and applies else ValueError(f"this backend takes {takes} {where}")
         if package is None:

@@ -69,11 +69,10 @@ def compare(arguments: CompareArguments, task: "Task") -> dict[str, Any]:
         cut_metrics(output_dir / RUNS_FILE, math.inf)  # a line cut short would spoil the next one
     settings = arguments.recipe() | task.data
     counted = {name: value for name, value in settings.items() if name not in ("train_frames", "test_frames")}
-    recipe = hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:16]
+    recipe = _short_digest(counted)
     known = read_metrics(output_dir / RUNS_FILE)
     fractions = sorted(arguments.label_fractions, reverse=True)
-    finished = []
-    identities = {}
+    finished, identities, pictures = [], {}, []
     for name, encoder in encoders.items():
         about = [encoder.architecture, encoder.model_args, encoder.input.mean, encoder.input.std]
         weights = weights_fingerprint(encoder.state_dict, about)
@@ -83,12 +82,14 @@ def compare(arguments: CompareArguments, task: "Task") -> dict[str, Any]:
         key = identities[name] | {"mode": mode, "label_fraction": fraction, "seed": seed}
         encoder = encoders[name]
         run = next((run for run in known if key.items() <= run.items()), None)
+        if is_drawn := (fraction, seed) == (fractions[0], arguments.seeds[0]):
+            pictures.append(output_dir / "pictures" / _short_digest(key) / f"{name}_{mode}")
         if run is None:
             run = key | task.run(encoder, mode, fraction, seed)
             with (output_dir / RUNS_FILE).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(run) + "\n")
-            if (fraction, seed) == (fractions[0], arguments.seeds[0]):
-                task.draw(output_dir / "pictures" / f"{name}_{mode}")
+            if is_drawn:
+                task.draw(pictures[-1])
         finished.append(run | {"baseline": baseline_of(encoder, encoders)})
     result = {
         "recipe": settings,
@@ -101,11 +102,15 @@ def compare(arguments: CompareArguments, task: "Task") -> dict[str, Any]:
     }
     write_json(output_dir / RESULT_FILE, result)
     with atomic_write(output_dir / TABLE_FILE) as stream:
-        stream.write(format_table(result, task) + list_pictures(result, output_dir))
+        stream.write(format_table(result, task) + list_pictures(pictures, output_dir))
     plot_comparison(result, task, output_dir / PLOT_FILE)
     if not arguments.json:
         print((output_dir / TABLE_FILE).read_text(encoding="utf-8"))
     return result
+
+
+def _short_digest(of: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def check_output_dir(output_dir: Path, task_name: str) -> None:
@@ -518,10 +523,9 @@ def _level_in_words(entry: dict[str, Any]) -> str:
     )
 
 
-def list_pictures(result: dict[str, Any], output_dir: Path) -> str:
-    """The pictures of a comparison's encoders as Markdown, frame by frame."""
-    folders = {f"{entry['encoder']}_{entry['mode']}" for entry in result["table"]}
-    paths = [path for folder in folders for path in (output_dir / "pictures" / folder).glob("*.png")]
+def list_pictures(folders: Iterable[Path], output_dir: Path) -> str:
+    """The pictures of a comparison's runs as Markdown, frame by frame."""
+    paths = [path for folder in folders for path in folder.glob("*.png")]
     paths.sort(key=lambda path: (path.name, path.parent.name))
     return "".join(
         f"\n{path.parent.name}:\n![{path.stem}]({path.relative_to(output_dir).as_posix()})\n" for path in paths

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .data.frames import FrameDataset
+from .data.overlap import rows_fingerprint
 from .data.sources import name_sources
 from .errors import SimIPUError
 from .files import WriteLock, atomic_folder, move_into, write_json
@@ -48,7 +49,6 @@ from .training.logging import METRICS_FILE, check_trackers, cut_metrics, json_li
 from .training.run_folder import (
     find_checkpoint,
     open_run_folder,
-    rows_fingerprint,
     run_lock,
     weights_fingerprint,
 )
@@ -167,6 +167,14 @@ class FineTuningTrainer(Trainer):
         self._counted_steps: int | None = None
         self._count_steps()
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        except BaseException as error:
+            # ends the loader's workers, which ignore the signals that end a process
+            clear_frames(error.__traceback__)
+            raise
+
     def _count_steps(self) -> None:
         given = self.args.max_steps > 0 and self.args.max_steps != self._counted_steps
         if self.train_dataset is not None and not given:
@@ -207,7 +215,7 @@ class FineTuningTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> OneCycleLR:
-        """As published: the rate starts at 1/25 of its peak and ends at 1/100 of that; the first beta is cycled."""
+        """As published: from 1/25 of its peak, falling towards 1/100 of that at the end; the first beta is cycled."""
         self.lr_scheduler = OneCycleLR(
             self.optimizer,
             [group.get("max_lr", group["lr"]) for group in self.optimizer.param_groups],  # of an earlier train()
@@ -511,12 +519,7 @@ def fine_tune(
         with StopRequest() as stop, uploader or nullcontext():
             run_folder = RunFolder(output_dir, stop, SharedFlags(accelerator), uploader)
             trainer.add_callback(run_folder)
-            try:
-                trainer.train(resume_from_checkpoint=checkpoint)
-            except BaseException as error:
-                # ends the loader's workers, which ignore the signals that end a process
-                clear_frames(error.__traceback__)
-                raise
+            trainer.train(resume_from_checkpoint=checkpoint)
             step, last_step = trainer.state.global_step, trainer.args.max_steps
             if run_folder.stopped and step < last_step:  # a callback's early end is one as planned
                 raise stop.interruption(step, last_step, output_dir / f"checkpoint-{step}")

@@ -20,16 +20,15 @@ import datasets
 import timm
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, send_to_device, set_seed
+from accelerate.utils import gather_object, send_to_device
 from huggingface_hub.errors import StrictDataclassError
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedConfig
 from transformers.image_utils import SizeDict
-from transformers.utils.logging import disable_progress_bar
 
 from simipu_hf.data.loading import AnyDataset, load_mixture, load_pretraining_dataset, row_names
 from simipu_hf.data.mixture import Mixture
-from simipu_hf.data.overlap import refuse_shared_frames, refuse_shared_stream
+from simipu_hf.data.overlap import refuse_shared_frames, refuse_shared_stream, rows_fingerprint
 from simipu_hf.data.rows import Frame, dataset_from_stream
 from simipu_hf.data.sources import given_sources, refuse_second_split
 from simipu_hf.data.two_views import TwoViewAugmentation, TwoViewCollator, TwoViewDataset, to_model_inputs
@@ -51,6 +50,7 @@ from simipu_hf.training.distributed import (
     StopRequest,
     check_precision,
     create_accelerator,
+    kept_session,
     on_every_process,
     on_main_process,
     recompute_activations,
@@ -68,7 +68,6 @@ from simipu_hf.training.optimizers import (
 from simipu_hf.training.run_folder import (
     find_checkpoint,
     open_run_folder,
-    rows_fingerprint,
     run_lock,
     weights_fingerprint,
 )
@@ -122,6 +121,7 @@ FIELDS_WITH_FLAGS = {
 }
 
 
+@kept_session()
 def pretrain(arguments: PreTrainingArguments) -> Path:
     """Pre-train as the arguments say, in as many processes as were launched.
 
@@ -133,12 +133,11 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
         SimIPUError: bad input; nothing was written unless the message says so.
         TrainingInterrupted: Ctrl-C or SIGTERM, after saving a checkpoint.
     """
-    disable_progress_bar()  # of every save; the run has one bar
     check_before_loading(arguments)
     skipped: list[str] = []
     rows, mixture, held_out_rows = load_rows(arguments, skipped)  # before the processes join: it may take hours
     accelerator = create_accelerator(arguments)
-    set_seed(arguments.seed)
+    torch.manual_seed(arguments.seed)  # all that is drawn; Python's and NumPy's generators are the caller's
     model, processor = create_model(arguments)
     augmentation = create_augmentation(arguments, model.config)
     batches = create_batches(accelerator, arguments, rows, mixture, processor, augmentation)
@@ -260,9 +259,9 @@ def train(
             if is_saved or "stop" in raised:
                 with logger.paused_clock():
                     saved = state.save(output_dir, step, arguments.save_total_limit)
-                if uploader:
-                    draw_curves(output_dir, output_dir)
-                    uploader.checkpoint_saved(saved)
+                    if uploader:
+                        draw_curves(output_dir, output_dir)
+                        uploader.checkpoint_saved(saved)
             if step == steps.last:
                 break
             if "stop" in raised:
@@ -621,7 +620,7 @@ def open_checkpoint(
         return None
     checkpoint = load_checkpoint(path, identity)
     if checkpoint.step > steps.last:
-        raise SimIPUError(f"{path} is beyond the last step, {steps.last}: raise --max_steps")
+        raise SimIPUError(f"{path} is beyond the last step, {steps.last}: raise --max_steps or --num_train_epochs")
     steps.first = checkpoint.step
     return checkpoint
 

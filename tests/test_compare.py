@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import statistics
 from pathlib import Path
@@ -92,7 +93,7 @@ def test_every_combination_runs_once_and_a_killed_comparison_goes_on(arguments, 
     for file in ("comparison.json", "comparison.md", "comparison.png", "runs.jsonl"):
         assert (folder / file).stat().st_size > 0
     report = (folder / "comparison.md").read_text("utf-8")
-    assert "![000_frame](pictures/other_frozen/000_frame.png)" in report
+    assert re.search(r"!\[000_frame\]\(pictures/\w+/other_frozen/000_frame.png\)", report)
     assert "earlier_full" not in report
     assert "3 test frames, 400 steps of at most 8 frames, mean" in report
     lines = (folder / "runs.jsonl").read_text(encoding="utf-8").splitlines()
@@ -323,18 +324,25 @@ def test_runs_on_other_frames_are_not_reused_and_kept_whatever_their_pictures(de
         num_evaluations=1,
     )
     report = tmp_path / "comparison" / "comparison.md"
+    of_first = None
     for ids in (["000000", "000001"], ["000000", "000002", "000003"]):
         (tmp_path / "ids.txt").write_text("\n".join(ids), encoding="utf-8")
         (run,) = compare_depth(arguments)["runs"]
         assert run["num_frames"] == len(ids)
         assert "\n1 of 3 test frames, " in report.read_text("utf-8")
+        of_first = of_first or report.read_text("utf-8")
     shutil.move(rows, tmp_path / "moved")  # the same frames somewhere else: reused
     arguments.train_frames = [f"{tmp_path / 'moved'}#train:@{tmp_path / 'ids.txt'}"]
     arguments.test_frames = [f"{tmp_path / 'moved'}#test"]
     assert compare_depth(arguments)["runs"] == [run]
     assert len(read_metrics(tmp_path / "comparison" / "runs.jsonl")) == 2
-    drawn = sorted(path.name for path in (tmp_path / "comparison" / "pictures" / "scratch_full").iterdir())
-    assert drawn == ["000_000010.png", "001_000011.png"]
+    shown = re.findall(r"\((.*scratch_full/(.*))\)", report.read_text("utf-8"))
+    assert [name for _, name in shown] == ["000_000010.png", "001_000011.png"]
+    assert all((report.parent / path).is_file() for path, _ in shown)
+    (tmp_path / "ids.txt").write_text("000000\n000001", encoding="utf-8")
+    compare_depth(arguments)  # the run of before with its own pictures
+    assert re.findall(r"pictures.*png", report.read_text("utf-8")) == re.findall(r"pictures.*png", of_first)
+    assert not {path for path, _ in shown} & set(re.findall(r"pictures.*png", of_first))
 
 
 def test_frames_are_told_apart_by_what_they_hold():

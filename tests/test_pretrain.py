@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import random
 import runpy
 import shutil
 import signal
@@ -21,10 +22,12 @@ import timm
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_run import OVERRIDES, make_rows, reset_accelerate, write_frames
 from tiny_simipu import tiny_batch
+from transformers.utils.logging import is_progress_bar_enabled
 
 from simipu_hf import pretrain as module
 from simipu_hf.data.loading import load_pretraining_dataset
@@ -367,6 +370,22 @@ def test_what_needs_no_data_is_checked_before_it_is_read(run, monkeypatch, tmp_p
     ):
         with pytest.raises(SimIPUError, match=message):
             run(name, *flags)
+
+
+def test_a_run_leaves_the_session_as_it_was(run):
+    AcceleratorState._reset_state()
+    own = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=4)
+    drawn = []
+    for seed in (1, 2):  # not that of the run
+        random.seed(seed), np.random.seed(seed)
+        run(f"out{seed}", "--max_steps", "1")
+        drawn.append((random.random(), np.random.rand()))
+    assert drawn[0][0] != drawn[1][0]
+    assert drawn[0][1] != drawn[1][1]
+    assert (own.mixed_precision, own.gradient_accumulation_steps) == ("bf16", 4)
+    assert is_progress_bar_enabled()
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
 
 
 def test_refuses_to_resume_another_configuration(run, tmp_path):

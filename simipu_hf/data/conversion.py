@@ -16,6 +16,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets.info import DatasetInfosDict
 from datasets.table import embed_table_storage
@@ -24,7 +25,7 @@ from huggingface_hub import DatasetCardData
 from PIL import Image
 
 from ..dataset_scripts.kitti import points_in_view
-from ..errors import SimIPUError
+from ..errors import SimIPUError, first_line
 from ..files import WriteLock, atomic_path, check_apart, check_not_mounted
 from ..modeling.geometry import pixel_transform
 from ..processes import run_in_processes
@@ -32,7 +33,7 @@ from .depth import read_depth_png, resize_depth_map
 from .inspection import open_source
 from .kitti_objects import by_field
 from .loading import list_frames, load_pretraining_dataset, refuse_problems
-from .rows import REQUIRED_COLUMNS, calibration_from_row, image_from_row, points_from_row
+from .rows import REQUIRED_COLUMNS, calibration_from_row, image_from_row, open_image, points_from_row
 from .sources import hub_license, undecoded
 
 logger = logging.getLogger(__name__)
@@ -314,7 +315,26 @@ def _table(rows: datasets.Dataset, packing: Packing | None) -> pa.Table:
         ).with_format("arrow")[:]
         for column in columns:
             table = table.set_column(table.column_names.index(column), column, packed[column])
+    _refuse_files_that_are_no_images(table, features)
     return embed_table_storage(table.cast(features.arrow_schema))
+
+
+def _refuse_files_that_are_no_images(table: pa.Table, features: datasets.Features) -> None:
+    """A path in somebody else's rows may be that of any file here, which would be embedded, and then published."""
+    for column in (name for name, feature in features.items() if isinstance(feature, datasets.Image)):
+        is_embedded = pc.is_valid(pc.struct_field(table[column], "bytes")).to_pylist()
+        paths = pc.struct_field(table[column], "path").to_pylist()
+        for index, path in enumerate(paths):
+            if is_embedded[index] or path is None:
+                continue
+            try:
+                with open_image(path):
+                    pass
+            except Exception as error:
+                frame = table["frame_id"][index].as_py()
+                raise SimIPUError(
+                    f"frame {frame}: {column}: expected an image file, found {path} ({first_line(error)})"
+                ) from error
 
 
 def _write_card(

@@ -148,7 +148,8 @@ def objects_from_row(row: Mapping[str, Any]) -> KittiObjects:
     for index, kind in enumerate(objects.type.tolist()):
         box, size, place = (values[index].tolist() for values in (objects.bbox, objects.dimensions, objects.location))
         try:
-            check_object(kind, box, size, [*box, *size, *place, float(objects.rotation_y[index])])
+            further = (objects.truncated, objects.occluded, objects.alpha, objects.rotation_y)
+            check_object(kind, box, size, [*box, *size, *place, *(float(values[index]) for values in further)])
         except ValueError as error:
             raise SimIPUError(f"{name}, object {index}: {error}") from error
     return objects

@@ -16,7 +16,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
@@ -28,6 +28,7 @@ import kornia_rs
 import numpy as np
 from datasets.arrow_writer import ArrowWriter
 from datasets.utils.file_utils import xopen
+from filelock import FileLock
 from PIL import Image
 
 from ..errors import AT_THE_END, SimIPUError
@@ -135,10 +136,29 @@ def dataset_from_rows(
         SimIPUError: a row has a column whose type is not known.
     """
     path = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / f"rows-{secrets.token_hex(8)}.arrow"
-    write_arrow(path, rows, datasets.Features({**ROW_FEATURES, **(features or {})}))
+    path.parent.mkdir(parents=True, exist_ok=True)
     if cache_dir is None:
-        AT_THE_END.callback(path.unlink, missing_ok=True)
+        AT_THE_END.enter_context(_temporary(path))
+    write_arrow(path, rows, datasets.Features({**ROW_FEATURES, **(features or {})}))
     return datasets.Dataset.from_file(str(path))
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[None]:
+    """Removes `path` at its end; where this process is killed, the next one that makes such a file does."""
+
+    def remove(file: Path, lock: Path) -> None:
+        file.unlink(missing_ok=True)
+        lock.unlink(missing_ok=True)
+
+    for abandoned in path.parent.glob("rows-*.arrow.lock"):
+        with suppress(OSError), FileLock(abandoned, timeout=0):
+            remove(abandoned.with_suffix(""), abandoned)
+    lock = path.with_name(f"{path.name}.lock")
+    with FileLock(lock):
+        yield
+        with suppress(OSError):  # Windows keeps what is open
+            remove(path, lock)
 
 
 def dataset_from_stream(rows: datasets.IterableDataset) -> datasets.Dataset:

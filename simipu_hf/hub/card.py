@@ -31,6 +31,7 @@ GENERATED = "<!-- Written by simipu-hf from the files beside it. Delete this lin
 CURVES = "training_curves.png"
 EVALUATIONS = "eval_results.json"
 KITTI_LICENSE = "cc-by-nc-sa-3.0"
+RUN_PARTS = ("arguments", "data", "versions")  # of run.yaml; a file of that name may be of another program
 
 # model_type of a configuration -> template
 KINDS = {"simipu": "simipu", "simipu_depth": "depth", "simipu_detection": "detection"}
@@ -252,7 +253,9 @@ def redact(text: str) -> str:
     # whole values, whose folders may be named anything: quoted ones, and those of a line of YAML
     absolute = r"(?:/|[A-Za-z]:[/\\])"
     folders = r"""(?:[^"'#\n]|\#(?=[^:"'\n]*[/\\]))*[/\\]"""  # a # begins a split where no slash comes before a :
-    text = re.sub(rf"""(?m)((?<=["'@])|^\s*(?:- |[\w.]+: )){absolute}{folders}""", r"\1…/", text)
+    # quoted, in a cell of a table, behind a YAML key
+    start_of_value = r"""((?<=["'@])|(?<=\| )|^\s*(?:- |[\w.]+: ))"""
+    text = re.sub(rf"(?m){start_of_value}{absolute}{folders}", r"\1…/", text)
     # of another machine, of a drive; in JSON \ is written \\
     text = re.sub(start + r"\\{2,4}[\w-][\w.-]{2,}\\{1,2}(?:[\w.@+$-]+\\{1,2})*([\w.@+$-]*)", r"…/\1", text)
     root = r"(?:/|[A-Za-z]:(?:/|\\{1,2}))"
@@ -357,7 +360,8 @@ def _run(folder: Path) -> dict[str, Any]:
         run = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise SimIPUError(f"{path}: no readable YAML: {error}") from error
-    return run if isinstance(run, dict) else {}
+    parts = run if isinstance(run, dict) else {}
+    return {name: part for name, part in parts.items() if isinstance(part, dict) or name not in RUN_PARTS}
 
 
 def run_of(folder: Path) -> Path:
@@ -376,6 +380,10 @@ def _evaluations(folder: Path) -> list[dict[str, Any]]:
         return []
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return [{**entry, "metrics": _finite(entry["metrics"])} for entry in content]
+        named = ("task", "dataset", "split", "protocol")
+        return [
+            {**entry, **{name: str(entry[name]) for name in named}, "metrics": _finite(entry["metrics"])}
+            for entry in content
+        ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SimIPUError(f"{path}: expected the list that add_evaluation writes: {error!r}") from error

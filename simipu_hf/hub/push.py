@@ -3,6 +3,7 @@
 Every upload is one commit, so that a repository holds all of a model or none of it.
 """
 
+import glob
 import re
 import shutil
 import sys
@@ -47,6 +48,7 @@ from simipu_hf.hub.export import write_timm
 from simipu_hf.hub.sources import TRAINED_STATISTICS, find_image_encoder, hub_error, model_folder
 from simipu_hf.hub.weights import read_json, read_safetensors
 from simipu_hf.training.arguments import RunArguments
+from simipu_hf.training.logging import METRICS_FILE
 
 Strategy = Literal["end", "every_save", "checkpoint"]
 Result = TypeVar("Result")
@@ -61,7 +63,7 @@ RESUME = re.compile(
     r"|trainer_state\.json|(optimizer|scheduler|scaler)\.pt|rng_state\w*\.pth"
 )
 # What of a run belongs to each of its checkpoints, and to its encoder.
-RECORDS = ("run.yaml", "metrics.jsonl", CURVES)
+RECORDS = ("run.yaml", METRICS_FILE, CURVES)
 # What an earlier upload may have left under names that this one does not have; the Hub's * also matches /.
 REPLACED = [
     *("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors", TRAINED_STATISTICS),
@@ -154,7 +156,9 @@ class _Repository:
     def _replaced(self, folder: Path) -> list[str]:
         if self.repo_type == "dataset":  # the shards of these splits alone
             splits = sorted({split_of(file.relative_to(folder).as_posix()) for file in folder.rglob("*.parquet")})
-            return [split + suffix for split in splits for suffix in (".parquet", "-?????-of-?????.parquet")]
+            return [
+                glob.escape(split) + suffix for split in splits for suffix in (".parquet", "-?????-of-?????.parquet")
+            ]
         return [*REPLACED, *(["last-checkpoint/*"] if (folder / "last-checkpoint").is_dir() else [])]
 
     def _card(self) -> str | None:
@@ -430,7 +434,7 @@ def push_dataset(
     repository = _Repository(repo_id, token, private, repo_type="dataset")
     staged = _staging_folder(folder)
     try:
-        for file in [*files, *folder.glob("*.json")]:
+        for file in files:
             _place(file, staged / file.relative_to(folder))
         return PushReport(repository.url, repository.upload(staged, "Upload data set", card))
     finally:
@@ -480,7 +484,7 @@ def _snapshot(folder: Path, run: Path, resumable: bool = False) -> Path:
         read_safetensors(file, prefix="\0")  # reads the header and the file's length, no tensor
     public = list(_public_files(folder))
     files = {file.relative_to(folder): file for file in public}
-    files = {Path(name): run / name for name in RECORDS if (run / name).is_file()} | files
+    files = {Path(name): run / name for name in RECORDS if _is_own(run / name, run)} | files
     if resumable:
         last = [*public, *(file for file in folder.iterdir() if RESUME.fullmatch(file.name))]
         files |= {Path("last-checkpoint") / file.relative_to(folder): file for file in last}
@@ -501,8 +505,15 @@ def _public_files(folder: Path) -> Iterator[Path]:
     fine_tuned = "simipu_" in str(read_json(folder / "config.json").get("model_type"))
     for sub in ("", "image_encoder", *(() if fine_tuned else ("pictures",))):
         for file in sorted((folder / sub).glob("[!.]*")):
-            if file.is_file() and file.suffix in PUBLIC and not RESUME.fullmatch(file.name):
+            if _is_own(file, folder) and file.suffix in PUBLIC and not RESUME.fullmatch(file.name):
                 yield file
+
+
+def _is_own(file: Path, folder: Path) -> bool:
+    """A text that is a link in a folder of somebody else may be any file here; the Hub's cache links to its blobs."""
+    target = file.resolve()
+    is_inside = target.is_relative_to(folder.resolve()) or target.parent.name == "blobs"
+    return file.is_file() and (is_inside or file.suffix not in TEXT)
 
 
 def _staging_folder(near: Path) -> Path:
@@ -529,6 +540,7 @@ def _complete(staged: Path, repo_id: str, encoder_repo_id: str | None = None) ->
         write_timm(find_image_encoder(staged), staged / "image_encoder")
     write_model_card(staged, repo_id, encoder_repo_id)
     for file in staged.rglob("*"):
-        # what resumes a run is compared byte by byte with its manifest
-        if file.suffix in TEXT and file.relative_to(staged).parts[0] != "last-checkpoint":
+        # what resumes a run is compared byte by byte with its manifest; metrics are names and numbers, by the megabyte
+        as_it_is = file.name == METRICS_FILE or file.relative_to(staged).parts[0] == "last-checkpoint"
+        if file.suffix in TEXT and not as_it_is:
             file.write_text(redact(file.read_text(encoding="utf-8")), encoding="utf-8")

@@ -11,6 +11,7 @@ from typing import Any, cast
 import timm
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from PIL.Image import Resampling
 from safetensors import SafetensorError, safe_open
 
@@ -322,6 +323,6 @@ def load_dense_model(
         processor = SimIPUImageProcessor.from_pretrained(source)
     except SimIPUError:
         raise
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError, StrictDataclassError) as error:
         raise SimIPUError(f"{source}: no {wanted!r} model with its image processor ({error})") from error
     return model.to(choose_device(device)), processor

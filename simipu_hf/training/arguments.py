@@ -12,6 +12,7 @@ import difflib
 import inspect
 import json
 import math
+import os
 import re
 import typing
 from collections.abc import Sequence
@@ -34,14 +35,23 @@ class Arguments:
     """What all have in common: every class checks its own fields, and those of the classes that it is made of."""
 
     def __post_init__(self) -> None:
-        # the command line refuses other values itself; this is for arguments that come from Python
+        # the command line converts and refuses values itself; this is for arguments that come from Python
         for name, hint in typing.get_type_hints(type(self)).items():
+            value = _plain(getattr(self, name))
+            setattr(self, name, [value] if typing.get_origin(hint) is list and isinstance(value, str) else value)
             choices = [c for h in (hint, *get_args(hint)) if typing.get_origin(h) is Literal for c in get_args(h)]
             value = getattr(self, name)
             if not choices or (value is None and type(None) in get_args(hint)):
                 continue
             if any(item not in choices for item in (value if isinstance(value, list) else [value])):
                 raise SimIPUError(f"--{name} {value!r}: choose from {', '.join(choices)}")
+
+
+def _plain(value: Any) -> Any:
+    """Paths as text, and NumPy's numbers and arrays as Python's: what YAML and JSON can write."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(_plain, value))
+    return os.fspath(value) if isinstance(value, os.PathLike) else getattr(value, "tolist", lambda: value)()
 
 
 @dataclass(kw_only=True)
@@ -248,7 +258,7 @@ class FineTuningArguments(Arguments):
     """How an encoder is fine-tuned, in every task: AdamW and a one-cycle schedule over all steps."""
 
     learning_rate: float = 1e-4
-    """Peak of the one-cycle schedule, which starts at 1/25 of it and ends at 1/100 of that."""
+    """Peak of the one-cycle schedule, which starts at 1/25 of it and falls towards 1/100 of that."""
     weight_decay: float = 0.01
     """Of AdamW."""
     warmup_ratio: float = 0.3

@@ -3,7 +3,8 @@
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -11,7 +12,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
@@ -19,6 +20,7 @@ from accelerate.utils import (
     broadcast_object_list,
     gather_object,
 )
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from simipu_hf.errors import SimIPUError, TrainingInterrupted, first_line
 from simipu_hf.machine import available_processors
@@ -53,6 +55,23 @@ def create_accelerator(arguments: RunArguments) -> Accelerator:
     check_processes(accelerator)
     use_all_cores(accelerator)
     return accelerator
+
+
+@contextmanager
+def kept_session() -> Iterator[None]:
+    """A run leaves what a notebook has set of accelerate and transformers as it was: the precision and accumulation of
+    its own `Accelerator`, and progress bars, of which a run shows one alone."""
+    states = [(state, dict(state._shared_state)) for state in (AcceleratorState, GradientState)]
+    has_bars = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        for state, before in states:
+            state._shared_state.clear()
+            state._shared_state.update(before)
+        if has_bars:
+            enable_progress_bar()
 
 
 def choose_device(device: str | None) -> torch.device:

@@ -47,7 +47,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for text in path.read_text(encoding="utf-8").splitlines():
         with suppress(json.JSONDecodeError):
             lines.append(json.loads(text))
-    return lines
+    return [line for line in lines if isinstance(line, dict)]
 
 
 def json_line(values: Mapping[str, Any]) -> str:

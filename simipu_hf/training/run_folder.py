@@ -14,11 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 import yaml
 
-from simipu_hf.data.overlap import image_lengths
 from simipu_hf.errors import SimIPUError
 from simipu_hf.files import WriteLock, atomic_path, atomic_write
 
@@ -205,13 +203,6 @@ def weights_fingerprint(weights: Mapping[str, torch.Tensor], about: Any = None) 
     for name, value in weights.items():
         digest.update(name.encode() + value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def rows_fingerprint(rows: datasets.Dataset) -> str:
-    """A short digest of which frames, in which order, a data set holds, by their names and the lengths of their image
-    files; the same wherever they lie."""
-    frames = zip(rows["frame_id"][:], image_lengths(rows), strict=True)
-    return data_fingerprint(f"{frame_id} {length}" for frame_id, length in frames)
 
 
 def data_fingerprint(names: Iterable[str]) -> str:

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from simipu_hf.data.mixture import Mixture
+from simipu_hf.data.overlap import rows_fingerprint
 from simipu_hf.data.streaming import stream_two_views
 from simipu_hf.data.two_views import TwoViewAugmentation, TwoViewCollator, TwoViewDataset
 from simipu_hf.errors import SimIPUError
@@ -21,7 +22,7 @@ from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
 from .arguments import PreTrainingArguments
 from .distributed import StopRequest
-from .run_folder import data_fingerprint, rows_fingerprint
+from .run_folder import data_fingerprint
 
 # Another number wherever the same seed gives another order of rows or other drawn numbers: no run goes on across that.
 ROW_ORDER = 4

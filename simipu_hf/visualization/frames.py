@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
@@ -150,7 +151,7 @@ def _load_simipu(source: str | os.PathLike) -> tuple[SimIPUForPreTraining, SimIP
         loaded: Any = SimIPUForPreTraining.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
         model, info = loaded
         return None if info["missing_keys"] else (model, SimIPUProcessor.from_pretrained(folder))
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise SimIPUError(f"{folder}: the model cannot be loaded ({error})") from error
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from simipu_hf import cli
@@ -19,8 +20,8 @@ from simipu_hf.data import conversion
 from simipu_hf.data.conversion import convert_to_parquet
 from simipu_hf.data.depth import image_and_depth
 from simipu_hf.data.loading import load_pretraining_dataset
-from simipu_hf.data.rows import dataset_from_rows, points_from_row, to_row
-from simipu_hf.errors import SimIPUError
+from simipu_hf.data.rows import ROW_FEATURES, dataset_from_rows, points_from_row, to_row
+from simipu_hf.errors import AT_THE_END, SimIPUError
 
 
 def read_folder(folder: Path) -> dict[str, bytes]:
@@ -247,6 +248,34 @@ def test_images_are_resized_and_encoded_anew(tmp_path):
     mass = np.asarray(row["image"].convert("L"), float)
     assert np.average(np.arange(20), weights=mass.sum(0)) == pytest.approx(40 / 4 - 0.5, abs=0.05)
     assert np.average(np.arange(30), weights=mass.sum(1)) == pytest.approx(30 / 2 - 0.5, abs=0.05)
+
+
+def test_files_that_are_no_images_are_not_embedded(tmp_path):
+    (tmp_path / "id_rsa").write_text("secret", encoding="utf-8")
+    row = to_row("log/0", np.zeros((60, 80, 3), np.uint8), np.ones((2, 4)), np.eye(3, 4), np.eye(4))
+    row["depth"] = {"bytes": None, "path": str(tmp_path / "id_rsa")}
+    features = datasets.Features({**ROW_FEATURES, "depth": datasets.Image()})
+    table = datasets.Dataset.from_list([row], features).with_format("arrow")[:]  # datasets' own writers embed files
+    (tmp_path / "saved").mkdir()
+    pq.write_table(table.cast(features.arrow_schema), tmp_path / "saved" / "train.parquet")
+    with pytest.raises(SimIPUError, match=r"frame log/0: depth: expected an image file, found .*id_rsa"):
+        convert_to_parquet(tmp_path / "parquet", str(tmp_path / "saved"))
+
+
+def test_a_file_of_rows_of_a_process_that_was_killed_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    for name in ("killed", "running"):
+        (tmp_path / f"rows-{name}.arrow").touch()
+        (tmp_path / f"rows-{name}.arrow.lock").touch()
+    row = to_row("log/0", np.zeros((60, 80, 3), np.uint8), np.ones((2, 4)), np.eye(3, 4), np.eye(4))
+    with FileLock(tmp_path / "rows-running.arrow.lock"):
+        first, second = dataset_from_rows([row]), dataset_from_rows([row, row])
+        assert not list(tmp_path.glob("rows-killed*"))
+        assert (tmp_path / "rows-running.arrow").is_file()
+    assert (len(first), len(second), first[0]["frame_id"]) == (1, 2, "log/0")
+    own = [Path(rows.cache_files[0]["filename"]) for rows in (first, second)]
+    AT_THE_END.close()
+    assert not any(path.exists() for path in own)
 
 
 def test_labels_one_by_one_and_depth_are_resized_with_their_image(tmp_path):

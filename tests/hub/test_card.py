@@ -155,6 +155,7 @@ def test_tokens_and_folders_are_taken_out(monkeypatch):
     monkeypatch.setattr(Path, "cwd", lambda: home.parent)
     assert redact(f"data: {home / 'secret' / 'KITTI'}") == "data: …/KITTI"
     assert redact('"data_dir": "/media/John Doe/KITTI raw/x"') == '"data_dir": "…/x"'
+    assert redact("| data_dir | /media/John Doe/KITTI raw/x |") == "| data_dir | …/x |"
     assert redact("data_dir: /mnt/my (old)/K#train:1/2,1/3\n- D:/My Data/x") == "data_dir: …/K#train:1/2,1/3\n- …/x"
     assert redact("- /a b/D#train:@/media/J D/x.txt\n'/my #2/J D/x'") == "- …/D#train:@…/x.txt\n'…/x'"
     unchanged = [

@@ -109,6 +109,18 @@ def test_a_folder_of_links_as_in_the_cache_of_the_hub(endpoint, run_folder, tmp_
     assert endpoint.files("owner/encoder")["model.safetensors"] == (tmp_path / "blob").read_bytes()
 
 
+def test_a_text_that_is_a_link_out_of_the_folder_is_not_published(endpoint, run_folder, tmp_path):
+    folder = shutil.copytree(run_folder / "image_encoder", tmp_path / "encoder")
+    for target in (tmp_path / "credentials", tmp_path / "blobs" / "1f", folder / "inside"):
+        target.parent.mkdir(exist_ok=True)
+        target.write_text("{}", encoding="utf-8")
+        (folder / f"{target.name}.json").symlink_to(target)
+    push_folder(folder, "owner/encoder")
+    assert {name for name in endpoint.files("owner/encoder") if name.endswith(".json")} == {
+        "config.json", "1f.json", "inside.json",
+    }  # fmt: skip
+
+
 def test_a_card_that_was_edited_on_the_hub_stays(endpoint, run_folder, tmp_path):
     folder = shutil.copytree(run_folder / "image_encoder", tmp_path / "encoder")
     push_folder(folder, "owner/encoder")
@@ -392,6 +404,12 @@ def test_a_second_split_is_found_beside_the_first(endpoint, tmp_path):
         (tmp_path / split / "README.md").write_text(f"---\n{header.to_yaml()}\n---\n", encoding="utf-8")
     for split in ("train", "val", "train"):
         push_dataset(tmp_path / split, "owner/both", license="cc-by-4.0")
+    shutil.copytree(tmp_path / "odd", tmp_path / "pattern")
+    (tmp_path / "pattern/data/odd-00000-of-00001.parquet").rename(tmp_path / "pattern/data/*-00000-of-00001.parquet")
+    (tmp_path / "pattern/README.md").unlink()
+    push_dataset(tmp_path / "train", "owner/other", license="cc-by-4.0")
+    push_dataset(tmp_path / "pattern", "owner/other", license="cc-by-4.0")
+    assert "data/train-00000-of-00001.parquet" in endpoint.files("owner/other", "datasets")
     with pytest.raises(SimIPUError, match="the repository holds train, val with other columns"):
         push_dataset(tmp_path / "odd", "owner/both", license="cc-by-4.0")
     published = endpoint.files("owner/both", "datasets")

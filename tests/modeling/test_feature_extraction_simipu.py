@@ -24,11 +24,12 @@ def project(points):
     return u / depth, v / depth, depth
 
 
-def test_official_keeps_what_is_strictly_in_the_box_and_between_pixel_centres_where_it_is():
+def test_official_keeps_what_is_strictly_in_the_box_and_in_the_frustum_of_the_whole_image():
     points = make_points(20000)
     points[:3, :3] = [[0.0, 0, -1], [70.4, 0, -1], [20, 0, 1.0]]  # on the bounds
     u, v, depth = project(points)
-    seen = (depth > 0) & (u >= 0) & (u <= 249) & (v >= 0) & (v <= 79)
+    # mmdetection3d's remove_outside_points takes the frustum of the box 0, 0, width, height
+    seen = (depth > 0) & (u >= 0) & (u <= 250) & (v >= 0) & (v <= 80)
     low, high = np.array([0, -40, -3], np.float32), np.array([70.4, 40, 1], np.float32)
     inside = ((points[:, :3] > low) & (points[:, :3] < high)).all(1)
     extractor = SimIPUProcessor.from_preset("official").feature_extractor

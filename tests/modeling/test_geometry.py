@@ -96,6 +96,7 @@ def test_the_camera_aligned_frame_looks_along_the_optical_axis_from_the_camera()
         ("none", EXTRINSICS, "camera_projection: expected a matrix"),
         (PROJECTION + np.inf, EXTRINSICS, "camera_projection: expected finite values"),
         (2 * PROJECTION, EXTRINSICS, "camera_projection: expected the last row 0 0 1 and a distance"),
+        (np.diag([0.0, 1, 1, 1])[:3], EXTRINSICS, "camera_projection: expected focal lengths that are not 0"),
         (PROJECTION, EXTRINSICS[:3], r"lidar_to_camera: expected shape \(4, 4\), found \(3, 4\)"),
         (PROJECTION, EXTRINSICS.T, "lidar_to_camera: expected the last row 0 0 0 1"),
         (PROJECTION, np.diag([1.01, 1, 1, 1]) @ EXTRINSICS, "lidar_to_camera: expected a rotation .*0.02 off"),

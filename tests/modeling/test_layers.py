@@ -88,6 +88,15 @@ def test_wide_linear_is_linear(shape):
         torch.testing.assert_close(actual, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_wide_linear_under_anomaly_detection_and_twice_differentiated():
+    rows, weight = torch.randn(4, 128, requires_grad=True), torch.randn(128, 128, requires_grad=True)
+    with torch.autograd.detect_anomaly(check_nan=True):
+        (grad,) = torch.autograd.grad(linear(rows, weight).square().sum(), rows, create_graph=True)
+    torch.testing.assert_close(grad, 2 * rows @ weight.T @ weight)
+    grad.sum().backward()
+    assert weight.grad.abs().sum() > 0
+
+
 def test_linear_takes_part_of_a_wide_weight():
     torch.manual_seed(0)
     rows, wide = torch.randn(40, 130), torch.randn(140, 300, requires_grad=True)

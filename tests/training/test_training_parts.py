@@ -11,6 +11,7 @@ from itertools import chain
 from unittest.mock import Mock
 
 import datasets
+import numpy as np
 import pytest
 import timm
 import torch
@@ -20,6 +21,7 @@ from tiny_run import make_rows
 from torch import nn
 
 from simipu_hf.data.mixture import Mixture
+from simipu_hf.data.overlap import rows_fingerprint
 from simipu_hf.data.rows import dataset_from_rows
 from simipu_hf.data.streaming import stream_two_views
 from simipu_hf.data.two_views import TwoViewAugmentation
@@ -466,6 +468,34 @@ class TestReducedBatchNorm:
         assert list(converted.state_dict()) == names
         assert any(isinstance(module, ReducedBatchNorm) for module in converted.modules())
         torch.testing.assert_close(converted(x), expected)
+
+
+def test_rows_are_told_apart_by_scans_and_calibration_and_not_by_where_they_lie(tmp_path):
+    rows = make_rows(3)
+    found = {rows_fingerprint(dataset_from_rows(rows, tmp_path / name)) for name in ("a", "b")}
+    first = rows[0]
+    points = np.frombuffer(first["points"], "<f4").reshape(-1, 4)
+    others = [
+        {"points": (points * np.float32(1.2)).tobytes()},
+        {"points": points[1:].tobytes()},
+        {"camera_projection": (np.asarray(first["camera_projection"]) * [[1.01], [1], [1]]).tolist()},
+        {"lidar_to_camera": (np.asarray(first["lidar_to_camera"]) + np.eye(4)[:, ::-1] * 0.01).tolist()},
+        {"frame_id": "another"},
+    ]
+    for change in others:
+        found.add(rows_fingerprint(dataset_from_rows([{**first, **change}, *rows[1:]], tmp_path / "c")))
+    found.add(rows_fingerprint(dataset_from_rows(rows[::-1], tmp_path / "d")))
+    selected = dataset_from_rows([rows[1], *rows], tmp_path / "e").select([1, 2, 3])  # by a table of indices, too
+    assert rows_fingerprint(selected) in found
+    assert len(found) == 1 + len(others) + 1
+
+
+def test_arguments_from_python_take_paths_and_numbers_of_numpy(tmp_path):
+    arguments = PreTrainingArguments(
+        data_dir=[tmp_path], output_dir=tmp_path, learning_rate=np.float64(0.1), seed=np.int64(3), report_to="none"
+    )
+    assert (arguments.data_dir, arguments.output_dir) == ([str(tmp_path)], str(tmp_path))
+    assert (type(arguments.learning_rate), type(arguments.seed), arguments.report_to) == (float, int, ["none"])
 
 
 def test_fingerprint_is_of_frames_and_their_order():
