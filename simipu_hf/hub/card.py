@@ -163,12 +163,16 @@ def keep_other_splits(
     there = MetadataConfigs.from_dataset_card_data(published) or {next(iter(configs)): {"data_files": by_name}}
     for name, config in there.items():
         own = sanitize_patterns(configs.get(name, {}).get("data_files") or {})
-        listed = sanitize_patterns(config.get("data_files") or {})
-        others = {s: paths for s, paths in listed.items() if s not in own and _matching(remaining, paths)}
+        folder = f"{config.get('data_dir', '')}/".lstrip("/")
+        listed = config.get("data_files") or {s: [f for f in fs if f.startswith(folder)] for s, fs in by_name.items()}
+        others = {s: paths for s, paths in sanitize_patterns(listed).items() if _matching(remaining, paths)}
         if not others:
             continue
-        if ambiguous := {split: paths for split, paths in others.items() if _matching(uploaded, paths)}:
-            raise SimIPUError(f"the repository's README.md lists {ambiguous}, which takes the new files as well")
+        if ambiguous := {s: paths for s, paths in others.items() if s in own or _matching(uploaded, paths)}:
+            raise SimIPUError(
+                f"the repository's README.md lists {ambiguous}, which takes the new files as well as some that stay: "
+                "delete those there, or push to another one"
+            )
         files = [{"split": split, "path": paths} for split, paths in (own | others).items()]
         configs[name] = {**config, **configs.get(name, {}), "data_files": files}
         info, info_there = infos.pop(name, None), infos_there.get(name)
@@ -192,7 +196,9 @@ def keep_other_splits(
 
 
 def _matching(files: Sequence[str], patterns: list[str]) -> bool:
-    return any(filter_repo_objects(files, allow_patterns=patterns))
+    """As `datasets` resolves them: `**/` is any folder or none."""
+    both = [*patterns, *(pattern.replace("**/", "") for pattern in patterns)]
+    return any(filter_repo_objects(files, allow_patterns=both))
 
 
 def split_of(file: str) -> str:

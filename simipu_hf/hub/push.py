@@ -31,7 +31,7 @@ from huggingface_hub.utils import filter_repo_objects
 from tqdm.auto import tqdm
 
 from simipu_hf.data.sources import license_of
-from simipu_hf.errors import MAY_HANG, SimIPUError
+from simipu_hf.errors import MAY_HANG, SimIPUError, first_line
 from simipu_hf.hub.card import (
     CURVES,
     EVALUATIONS,
@@ -424,7 +424,8 @@ def push_dataset(
                 raise SimIPUError(f"{repo_id}: {error}") from error
             except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
                 raise SimIPUError(
-                    f"{repo_id}: its README.md and {own_card} list files in a form that cannot be joined: {error}"
+                    f"{repo_id}: its README.md and {own_card} list files in a form that cannot be joined: "
+                    f"{first_line(error)}"
                 ) from error
         if given and edited:
             given.data.license = license or KITTI_LICENSE
@@ -510,10 +511,16 @@ def _public_files(folder: Path) -> Iterator[Path]:
 
 
 def _is_own(file: Path, folder: Path) -> bool:
-    """A text that is a link in a folder of somebody else may be any file here; the Hub's cache links to its blobs."""
+    """Whether a file is there; in a folder of somebody else a text that is a link may be any file of this machine.
+
+    Raises:
+        SimIPUError: it is a link out of the folder; those in the Hub's cache lead to its blobs.
+    """
     target = file.resolve()
     is_inside = target.is_relative_to(folder.resolve()) or target.parent.name == "blobs"
-    return file.is_file() and (is_inside or file.suffix not in TEXT)
+    if file.suffix in TEXT and not is_inside:
+        raise SimIPUError(f"{file}: a link out of {folder} is not published: put the file itself there, or remove it")
+    return file.is_file()
 
 
 def _staging_folder(near: Path) -> Path:

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -38,7 +39,9 @@ class Arguments:
         # the command line converts and refuses values itself; this is for arguments that come from Python
         for name, hint in typing.get_type_hints(type(self)).items():
             value = _plain(getattr(self, name))
-            setattr(self, name, [value] if typing.get_origin(hint) is list and isinstance(value, str) else value)
+            union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+            kinds = [typing.get_origin(kind) or kind for kind in (get_args(hint) if union else [hint])]
+            setattr(self, name, [value] if isinstance(value, str) and list in kinds and str not in kinds else value)
             choices = [c for h in (hint, *get_args(hint)) if typing.get_origin(h) is Literal for c in get_args(h)]
             value = getattr(self, name)
             if not choices or (value is None and type(None) in get_args(hint)):

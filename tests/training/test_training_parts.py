@@ -482,20 +482,25 @@ def test_rows_are_told_apart_by_scans_and_calibration_and_not_by_where_they_lie(
         {"lidar_to_camera": (np.asarray(first["lidar_to_camera"]) + np.eye(4)[:, ::-1] * 0.01).tolist()},
         {"frame_id": "another"},
     ]
+    labels = [[{"type": "Car", "bbox": [0.0, 1, 2, height]}] for height in (3.0, 3.0, 4.0)]
+    for objects in labels:
+        found.add(rows_fingerprint(dataset_from_rows(rows, tmp_path / "f").add_column("objects", [objects, [], None])))
     for change in others:
         found.add(rows_fingerprint(dataset_from_rows([{**first, **change}, *rows[1:]], tmp_path / "c")))
     found.add(rows_fingerprint(dataset_from_rows(rows[::-1], tmp_path / "d")))
     selected = dataset_from_rows([rows[1], *rows], tmp_path / "e").select([1, 2, 3])  # by a table of indices, too
     assert rows_fingerprint(selected) in found
-    assert len(found) == 1 + len(others) + 1
+    assert len(found) == 1 + len(others) + 1 + 2
 
 
 def test_arguments_from_python_take_paths_and_numbers_of_numpy(tmp_path):
     arguments = PreTrainingArguments(
-        data_dir=[tmp_path], output_dir=tmp_path, learning_rate=np.float64(0.1), seed=np.int64(3), report_to="none"
-    )
+        data_dir=[tmp_path], output_dir=tmp_path, learning_rate=np.float64(0.1), seed=np.int64(3), report_to="none",
+        freeze="conv1",
+    )  # fmt: skip
     assert (arguments.data_dir, arguments.output_dir) == ([str(tmp_path)], str(tmp_path))
     assert (type(arguments.learning_rate), type(arguments.seed), arguments.report_to) == (float, int, ["none"])
+    assert arguments.freeze == ["conv1"]
 
 
 def test_fingerprint_is_of_frames_and_their_order():
