@@ -155,7 +155,7 @@ def _parts(values: Any) -> Iterator[bytes]:
     if pa.types.is_struct(values.type):
         for index in range(values.type.num_fields):
             yield from _parts(pc.struct_field(values, index))
-    elif hasattr(values, "flatten") and pa.types.is_nested(values.type):
+    elif pa.types.is_nested(values.type):
         yield pc.list_value_length(values).to_numpy(zero_copy_only=False).tobytes()
         yield from _parts(values.flatten())
     elif pa.types.is_primitive(values.type):

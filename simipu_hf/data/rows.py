@@ -136,7 +136,6 @@ def dataset_from_rows(
         SimIPUError: a row has a column whose type is not known.
     """
     path = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / f"rows-{secrets.token_hex(8)}.arrow"
-    path.parent.mkdir(parents=True, exist_ok=True)
     if cache_dir is None:
         AT_THE_END.enter_context(_temporary(path))
     write_arrow(path, rows, datasets.Features({**ROW_FEATURES, **(features or {})}))
