@@ -291,7 +291,10 @@ class SimIPUImageProcessor(TorchvisionBackend):
         if self.do_flip_channel_order:
             images = images.flip(1)
         names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
-        pixels = self.rescale_and_normalize(images, **{name: getattr(self, name) for name in names})
+        settings = {name: getattr(self, name) for name in names}
+        if not self.do_rescale:  # by 1, or mean and deviation would be copied to the device every time
+            settings |= {"do_rescale": True, "rescale_factor": 1.0}
+        pixels = self.rescale_and_normalize(images, **settings)
         rows, columns = (torch.arange(length, device=image_sizes.device) for length in images.shape[-2:])
         heights, widths = image_sizes[:, :, None, None, None].unbind(1)
         inside = (rows[:, None] < heights) & (columns < widths)

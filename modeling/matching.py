@@ -46,7 +46,7 @@ class PendingMatch:
         has_event = self._distances.is_cuda
         self._cost = self._distances.to("cpu", non_blocking=has_event)
         self._masks = [m if m is None else m.to("cpu", non_blocking=has_event) for m in (mask, other_mask)]
-        self._copied = torch.cuda.Event() if has_event else None
+        self._copied = torch.cuda.Event(blocking=True) if has_event else None  # solvers sleep until then
         if self._copied is not None:
             # of the tensors' device, which need not be the current one
             self._copied.record(torch.cuda.current_stream(self._distances.device))

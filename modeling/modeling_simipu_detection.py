@@ -298,18 +298,18 @@ def encode_targets(
     is_last = ~(place[:, None] == place).triu(diagonal=1).any(dim=1)
     order, cells, values = order[is_last], cells[is_last], values[is_last]
     boxes, class_labels = labels["boxes"][order], class_labels[order]
-    y, x = (torch.arange(length, device=cells.device) for length in (height, width))
-    heat_map, weight = values.new_zeros(classes, height, width), values.new_ones(classes, height, width)
-    for box, label in zip(labels["ignored_boxes"], labels["ignored_labels"].tolist(), strict=True):
-        low, high = grid.cells(box.view(2, 2))
-        covered = ((y >= low[1]) & (y <= high[1]))[:, None] & (x >= low[0]) & (x <= high[0])
-        weight[slice(None) if label < 0 else label][..., covered] = 0
+    y, x = torch.meshgrid(*(torch.arange(side, device=cells.device) for side in (height, width)), indexing="ij")
+    low, high = grid.cells(labels["ignored_boxes"].view(-1, 2, 2))[..., None, None].unbind(1)
+    covered = (x >= low[:, 0]) & (x <= high[:, 0]) & (y >= low[:, 1]) & (y <= high[:, 1])
+    of_class = torch.arange(classes, device=cells.device)[:, None] == labels["ignored_labels"]
+    of_class |= labels["ignored_labels"] < 0
+    ignored = (of_class[:, :, None, None] & covered).any(dim=1)
+    squared = (x - cells[:, 0, None, None]).square() + (y - cells[:, 1, None, None]).square()
     sides = (boxes[:, 2:] - boxes[:, :2]) / boxes.new_tensor([grid.stride_x, grid.stride_y])
-    for cell, label, sigma in zip(cells, class_labels.tolist(), _gaussian_sigma(sides), strict=True):
-        squared = (x - cell[0]).square() + (y - cell[1]).square()[:, None]
-        heat_map[label] = torch.maximum(heat_map[label], torch.exp(-squared / (2 * sigma**2)))
-    weight[heat_map == 1] = 1
-    return DetectionTargets(heat_map, weight, cells, class_labels, values)
+    peaks = torch.exp(-squared / (2 * _gaussian_sigma(sides)[:, None, None].square()))
+    heat_map = values.new_zeros(classes, height, width)
+    heat_map.scatter_reduce_(0, class_labels[:, None, None].expand_as(peaks), peaks, "amax")
+    return DetectionTargets(heat_map, (~ignored | (heat_map == 1)).to(values), cells, class_labels, values)
 
 
 def _gaussian_sigma(sides: Tensor) -> Tensor:

@@ -145,7 +145,8 @@ class SimIPUProcessor(ProcessorMixin):
                 "lidar_to_pixel": lidar_to_pixel.float(),
             }
         )
-        return SimIPUBatch(batch.data).convert_to_tensors(return_tensors)
+        batch = SimIPUBatch(batch.data).convert_to_tensors(return_tensors)
+        return batch if image_processor.device is None else batch.to(image_processor.device)
 
 
 SimIPUProcessor.register_for_auto_class("AutoProcessor")

@@ -49,6 +49,7 @@ from simipu_hf.training.distributed import (
     SharedFlags,
     StopRequest,
     check_precision,
+    compile_image_encoder,
     create_accelerator,
     kept_session,
     on_every_process,
@@ -639,9 +640,8 @@ def prepare_model(accelerator: Accelerator, arguments: PreTrainingArguments, mod
         raise SimIPUError("--torch_compile and --gradient_checkpointing exclude each other: leave one out")
     if arguments.gradient_checkpointing:
         recompute_activations(model)
-    if arguments.torch_compile:  # the point branch's index operations gain nothing from it
-        encoder = model.simipu.image_encoder
-        encoder.forward_intermediates = torch.compile(encoder.forward_intermediates)
+    if arguments.torch_compile:
+        compile_image_encoder(model)
 
 
 def try_first_step(accelerator: Accelerator, model: SimIPUForPreTraining, inputs: dict[str, torch.Tensor]) -> None:

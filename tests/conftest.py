@@ -10,6 +10,12 @@ for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ.pop(variable, None)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Results are compared to the bit, which CUDA does not give: only `pytest -m cuda` sees the GPUs."""
+    if config.option.markexpr != "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def _folder_from_env(variable: str) -> Path:
     value = os.environ.get(variable)
     if not value:

@@ -13,7 +13,7 @@ from simipu_hf.modeling.image_encoder import pad_divisor
 from simipu_hf.modeling.matching import PendingMatch
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.training.arguments import BenchmarkStepArguments
-from simipu_hf.training.distributed import choose_device
+from simipu_hf.training.distributed import choose_device, compile_image_encoder
 
 from .inputs import create_config, described, training_batch, two_view_dataset
 from .measure import BenchmarkResult, Function, median_seconds, peak_bytes
@@ -80,7 +80,7 @@ def create_model(arguments: BenchmarkStepArguments, device: torch.device) -> Sim
         raise SimIPUError(str(error)) from error
     model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
     if arguments.torch_compile:
-        model.simipu.image_encoder.compile()
+        compile_image_encoder(model)
     return model
 
 

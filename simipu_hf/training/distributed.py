@@ -121,6 +121,13 @@ def recompute_activations(model: Any) -> None:
         raise SimIPUError(f"--gradient_checkpointing: timm does not support it for {architecture}") from error
 
 
+def compile_image_encoder(model: Any) -> None:
+    """`torch.compile` of what the model calls of its image encoder; the point branch's index operations gain nothing
+    from it."""
+    encoder = model.simipu.image_encoder
+    encoder.forward_intermediates = torch.compile(encoder.forward_intermediates)
+
+
 def check_processes(accelerator: Accelerator) -> None:
     """Refuse launches that start other processes than they say, or that shard the model.
 

@@ -130,6 +130,7 @@ class StreamedBatches:
         )
         self.stream = self.create_loader(num_workers=arguments.dataloader_num_workers)
         self.stream.worker_init_fn = quiet_worker
+        self.stream.pin_memory = accelerator.device.type != "cpu"
 
     def loader(self, first_step: int, last_step: int) -> DataLoader:
         return self.stream

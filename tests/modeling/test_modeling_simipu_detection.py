@@ -1,5 +1,6 @@
 """The detection model: boxes there and back, targets, losses against their formulas, several encoders."""
 
+import itertools
 import math
 
 import numpy as np
@@ -11,6 +12,7 @@ from simipu_hf.modeling.geometry import FeatureGrid, image_boxes
 from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
 from simipu_hf.modeling.modeling_simipu_detection import (
     CHANNELS,
+    MIN_GAUSSIAN_OVERLAP,
     SimIPUForMonocular3DDetection,
     decode_boxes,
     detection_losses,
@@ -95,6 +97,47 @@ def test_targets_of_an_image():
     assert targets.weight[:, 5, 5].tolist() == [0, 0, 0]
     assert targets.weight[:, 5, 30].tolist() == [1, 1, 0]
     assert targets.weight[:, 50, 50].tolist() == [1, 1, 1]
+
+
+def test_heat_map_and_weight_object_by_object():
+    boxes_3d, classes = random_boxes(12)
+    rng = np.random.default_rng(1)
+    corners = torch.from_numpy(rng.uniform(0, [1200, 380], (2, 16, 2))).float()
+    boxes = torch.cat([corners.amin(0), corners.amax(0)], dim=1)
+    labels = {"class_labels": classes, "boxes_3d": boxes_3d.float(), "boxes": boxes[:12], "ignored_boxes": boxes[12:]}
+    labels["ignored_labels"] = torch.tensor([-1, 0, 2, 2])
+    targets = encode_targets(labels, PROJECTION.float(), GRID, (3, 96, 310), CONFIG)
+    cells, _ = encode_boxes(boxes_3d.float(), classes, PROJECTION.float(), GRID, CONFIG)
+    peaks = []
+    for (x, y), label, (left, top, right, bottom) in zip(
+        cells.tolist(), classes.tolist(), boxes[:12].tolist(), strict=True
+    ):
+        if 0 <= x < 310 and 0 <= y < 96:
+            peaks.append((x, y, label, peak_sigma((right - left) / 4, (bottom - top) / 4)))
+    assert len({peak[:3] for peak in peaks}) == len(peaks) > 5
+    for label, row, column in itertools.product(range(3), range(0, 96, 5), range(0, 310, 5)):
+        x, y = 4 * column + 1.5, 4 * row  # what the cell looks at
+        hidden = any(
+            of in (-1, label) and left <= x <= right and top <= y <= bottom
+            for (left, top, right, bottom), of in zip(boxes[12:].tolist(), (-1, 0, 2, 2), strict=True)
+        )
+        heights = [
+            math.exp(-((column - x) ** 2 + (row - y) ** 2) / (2 * sigma**2))
+            for x, y, of, sigma in peaks
+            if of == label
+        ]
+        assert targets.heat_map[label, row, column].item() == pytest.approx(max(heights, default=0), abs=1e-4)
+        assert targets.weight[label, row, column].item() == (not hidden or max(heights, default=0) == 1)
+
+
+def peak_sigma(width: float, height: float) -> float:
+    """From the largest shift along both axes at which two such boxes overlap enough, found by halving."""
+    low, high = 0.0, min(width, height)
+    for _ in range(60):
+        shift = (low + high) / 2
+        shared = (width - shift) * (height - shift)
+        low, high = (shift, high) if shared / (2 * width * height - shared) > MIN_GAUSSIAN_OVERLAP else (low, shift)
+    return max((2 * low + 1) / 6, 0.5)
 
 
 def test_an_object_outside_the_image_takes_no_cell_of_another():

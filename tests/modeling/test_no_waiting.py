@@ -6,8 +6,11 @@ from tiny_simipu import tiny_batch, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from simipu_hf.modeling import modeling_simipu
+from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
 from simipu_hf.modeling.matching import PendingMatch
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
+from simipu_hf.modeling.processing_simipu import SimIPUProcessor
+from simipu_hf.training.distributed import compile_image_encoder
 
 # operations whose result's value or size the host has to know
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "equal", "bincount")
@@ -45,6 +48,28 @@ def test_the_recorder_notices():
     with RecordWaiting() as record:
         values[values > 1].sum().item()
     assert record.found == ["index", "_local_scalar_dense"]
+
+
+@pytest.mark.parametrize("preset", ["official", "recommended"])
+def test_mean_and_deviation_are_made_on_the_device_once(monkeypatch, preset):
+    used, normalize = [], SimIPUImageProcessor.normalize
+    monkeypatch.setattr(
+        SimIPUImageProcessor, "normalize", lambda *a, **k: used.append(a[2:]) or normalize(*a, **k), raising=True
+    )
+    processor = SimIPUProcessor.from_preset(preset).image_processor
+    images, sizes = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.full((2, 2), 8)
+    first, second = (processor.normalize_images(images, sizes) for _ in range(2))
+    assert torch.equal(first, second)
+    assert all(a is b and isinstance(a, torch.Tensor) for a, b in zip(*used, strict=True))
+
+
+def test_what_a_step_calls_of_the_image_encoder_is_compiled(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda function: lambda *a, **k: calls.append(a) or function(*a, **k))
+    model = SimIPUForPreTraining(tiny_config())
+    compile_image_encoder(model)
+    model(**tiny_batch())
+    assert calls
 
 
 def test_the_assignment_is_solved_while_the_image_encoder_runs(monkeypatch):
