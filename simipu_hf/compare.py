@@ -42,6 +42,7 @@ from .modeling.image_encoder import image_feature_maps, pad_to_divisor
 from .training.arguments import CompareArguments
 from .training.logging import cut_metrics, read_metrics
 from .training.run_folder import weights_fingerprint
+from .training.sampling import TRAINING_VERSION
 
 RUNS_FILE, RESULT_FILE, TABLE_FILE, PLOT_FILE = "runs.jsonl", "comparison.json", "comparison.md", "comparison.png"
 BASELINE = "scratch"
@@ -69,6 +70,7 @@ def compare(arguments: CompareArguments, task: "Task") -> dict[str, Any]:
         cut_metrics(output_dir / RUNS_FILE, math.inf)  # a line cut short would spoil the next one
     settings = arguments.recipe() | task.data
     counted = {name: value for name, value in settings.items() if name not in ("train_frames", "test_frames")}
+    counted["training_version"] = TRAINING_VERSION
     recipe = _short_digest(counted)
     known = read_metrics(output_dir / RUNS_FILE)
     fractions = sorted(arguments.label_fractions, reverse=True)

@@ -52,7 +52,7 @@ from .training.run_folder import (
     run_lock,
     weights_fingerprint,
 )
-from .training.sampling import ROW_ORDER, GlobalBatchSampler, create_loader
+from .training.sampling import TRAINING_VERSION, GlobalBatchSampler, create_loader
 from .visualization import draw_curves
 
 
@@ -561,7 +561,7 @@ def open_run(arguments: FineTuningRunArguments, trainer: FineTuningTrainer, lock
     }
     fixed = {name: value for name, value in arguments.to_dict().items() if name not in FREE}
     fixed |= {name: record[name] for name in ("train", "total_steps")}
-    fixed |= {"kind": type(arguments).__name__, "row_order": ROW_ORDER}
+    fixed |= {"kind": type(arguments).__name__, "training_version": TRAINING_VERSION}
     fixed["num_processes"] = trainer.args.world_size  # losses are those of each process
     config = trainer.model.config.image_encoder_config
     fixed["image_encoder"] = {

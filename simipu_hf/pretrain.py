@@ -37,7 +37,7 @@ from simipu_hf.evaluation.correspondence import correspondence_recall
 from simipu_hf.files import atomic_folder, move_into
 from simipu_hf.hub.export import write_timm
 from simipu_hf.hub.push import HubUploader
-from simipu_hf.hub.sources import find_image_encoder, model_folder
+from simipu_hf.hub.sources import find_image_encoder, load_processor, model_folder
 from simipu_hf.modeling.configuration_simipu import POINT_CONFIGS, SimIPUConfig
 from simipu_hf.modeling.image_encoder import load_image_encoder_weights, pad_divisor, timm_arguments
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
@@ -73,7 +73,7 @@ from simipu_hf.training.run_folder import (
     weights_fingerprint,
 )
 from simipu_hf.training.sampling import (
-    ROW_ORDER,
+    TRAINING_VERSION,
     Steps,
     StoredBatches,
     StreamedBatches,
@@ -403,7 +403,7 @@ def create_model(arguments: PreTrainingArguments) -> tuple[SimIPUForPreTraining,
     try:
         if start:
             config = SimIPUConfig.from_pretrained(start)
-            processor = SimIPUProcessor.from_pretrained(start)
+            processor = load_processor(start)
             refuse_contradictions(arguments, config)
         else:
             image_fields = {"architecture": arguments.image_encoder or "resnet50"}
@@ -595,7 +595,7 @@ def run_identity(
     identity |= {
         **batches.identity(),
         "kind": type(arguments).__name__,
-        "row_order": ROW_ORDER,
+        "training_version": TRAINING_VERSION,
         "rows_per_forward": rows_per_forward(accelerator, arguments),
         "recipe": dataclasses.asdict(recipe),
         "augmentation": dataclasses.asdict(augmentation),

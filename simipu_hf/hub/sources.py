@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL.Image import Resampling
 from safetensors import SafetensorError, safe_open
 
-from simipu_hf.errors import SimIPUError
+from simipu_hf.errors import SimIPUError, first_line
 from simipu_hf.hub.official import read_checkpoint
 from simipu_hf.hub.weights import (
     ChannelOrder,
@@ -32,6 +32,7 @@ from simipu_hf.hub.weights import (
 from simipu_hf.modeling.configuration_simipu import SimIPUImageConfig
 from simipu_hf.modeling.image_encoder import TimmModel, sorted_stages, timm_arguments
 from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
+from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 from simipu_hf.training.checkpoint import newest_checkpoint
 from simipu_hf.training.distributed import choose_device
 
@@ -295,6 +296,20 @@ def read_input_convention(folder: Path) -> InputConvention:
 def _listing(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir())
     return ", ".join(names[:8]) + (", …" if len(names) > 8 else "") or "nothing"
+
+
+def load_processor(folder: Path) -> SimIPUProcessor:
+    """The processor saved with a SimIPU model, by this package's code alone.
+
+    Raises:
+        SimIPUError: it is of an earlier version, or of somebody else's code.
+    """
+    try:
+        return SimIPUProcessor.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError) as error:
+        raise SimIPUError(
+            f"{folder}: its processor is of an earlier version or has its own code ({first_line(error)})"
+        ) from error
 
 
 def load_dense_model(

@@ -24,8 +24,9 @@ from .arguments import PreTrainingArguments
 from .distributed import StopRequest
 from .run_folder import data_fingerprint
 
-# Another number wherever the same seed gives another order of rows or other drawn numbers: no run goes on across that.
-ROW_ORDER = 4
+# Another number wherever the same rows and seed give another run (order, drawn numbers, inputs, targets): no run and
+# no comparison goes on across that.
+TRAINING_VERSION = 5
 
 
 @dataclass

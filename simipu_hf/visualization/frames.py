@@ -20,7 +20,7 @@ from simipu_hf.data.two_views import TwoViewAugmentation
 from simipu_hf.errors import SimIPUError
 from simipu_hf.files import atomic_write
 from simipu_hf.hub.card import CURVES
-from simipu_hf.hub.sources import load_image_encoder, model_folder
+from simipu_hf.hub.sources import load_image_encoder, load_processor, model_folder
 from simipu_hf.hub.weights import read_json
 from simipu_hf.modeling.configuration_simipu import SimIPUConfig
 from simipu_hf.modeling.geometry import camera_aligned_frame, transform_cloud
@@ -150,7 +150,7 @@ def _load_simipu(source: str | os.PathLike) -> tuple[SimIPUForPreTraining, SimIP
     try:
         loaded: Any = SimIPUForPreTraining.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
         model, info = loaded
-        return None if info["missing_keys"] else (model, SimIPUProcessor.from_pretrained(folder))
+        return None if info["missing_keys"] else (model, load_processor(folder))
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise SimIPUError(f"{folder}: the model cannot be loaded ({error})") from error
 

@@ -16,6 +16,7 @@ from simipu_hf.hub.sources import (
     find_image_encoder,
     load_dense_model,
     load_image_encoder,
+    load_processor,
     model_folder,
     read_input_convention,
 )
@@ -145,6 +146,19 @@ def test_tampered_configuration(run_folder, tmp_path, change, message):
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(SimIPUError, match=message):
         load_image_encoder(folder, verbose=False)
+
+
+def test_a_processor_with_code_of_its_own_is_refused_and_not_asked_about(run_folder, tmp_path, monkeypatch):
+    for name in ("config.json", "processor_config.json", "feature_extraction_simipu.py"):
+        shutil.copy(run_folder / name, tmp_path)
+    assert load_processor(tmp_path).to_dict() == SimIPUProcessor.from_pretrained(run_folder).to_dict()
+    config = json.loads((tmp_path / "processor_config.json").read_text(encoding="utf-8"))
+    config["feature_extractor"]["feature_extractor_type"] = "SomebodyElses"
+    config["feature_extractor"]["auto_map"] = {"AutoFeatureExtractor": "feature_extraction_simipu.SomebodyElses"}
+    (tmp_path / "processor_config.json").write_text(json.dumps(config), encoding="utf-8")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    with pytest.raises(SimIPUError, match="of an earlier version or has its own code"):
+        load_processor(tmp_path)
 
 
 def test_tampered_weights(run_folder, tmp_path):
