@@ -435,8 +435,8 @@ def late_improvement(curve: Sequence[dict[str, Any]], sign: int = 1) -> dict[str
     """
     if len(curve) < 2 or not any(curve[-1]["values"]):
         return {"late_improvement": None, "late_share": None, "converged": None}
-    start = 0.75 * curve[-1]["step"]
-    earlier = [point for point in curve if point["step"] <= start] or curve[:1]
+    start = math.ceil(0.75 * curve[-1]["step"])  # evaluations are rounded up to whole steps
+    earlier = [point for point in curve[:-1] if point["step"] <= start] or curve[:1]
     before, after = (statistics.fmean(point["values"]) for point in (earlier[-1], curve[-1]))
     improvement = sign * (before - after) / max(before, after)
     share = 1 - earlier[-1]["step"] / curve[-1]["step"]
@@ -460,10 +460,10 @@ def format_table(result: dict[str, Any], task: Task) -> str:
     steps = f"{recipe['max_steps']} steps of at most {recipe['batch_size']} frames"
     num_frames = result["num_test_frames"]
     num_counted = num_frames - result["num_test_frames_without_target"]
-    about = (
-        f"{f'{num_counted} of {num_frames}' if num_counted < num_frames else num_frames} test frames, {steps}, "
-        f"mean ± standard deviation over {max(entry['num_seeds'] for entry in result['table'])} seeds."
-    )
+    num_seeds = max(entry["num_seeds"] for entry in result["table"])
+    spread_of = f"mean ± standard deviation over {num_seeds} seeds" if num_seeds > 1 else "one seed"
+    counted = f"{num_counted} of {num_frames}" if num_counted < num_frames else num_frames
+    about = f"{counted} test frames, {steps}, {spread_of}."
     claims = [f"- {claim}" for claim in (*warn_of_guesses(result, task), *describe_claims(result["table"], shown[0]))]
     encoders = [f"- {name}: {description}" for name, description in result["encoders"].items()]
     return "\n".join([*lines, "", about, "", *claims, "", *encoders, ""])
@@ -555,11 +555,16 @@ def plot_comparison(result: dict[str, Any], task: Task, path: Path) -> None:
             (line,) = lower.plot(steps, [statistics.fmean(v) for v in values], marker=".", label=name)
             low, high = [min(v) for v in values], [max(v) for v in values]
             lower.fill_between(steps, low, high, color=line.get_color(), alpha=0.2)
-        upper.set(title=f"weights trained: {_MODES[mode]}", xlabel="labelled frames", ylabel=metric, xscale="log")
+        upper.set(
+            title=f"weights trained: {_MODES[mode]}; bars: standard deviation",
+            xlabel="labelled frames",
+            ylabel=metric,
+            xscale="log",
+        )
         upper.set_xticks(ticks, [str(tick) for tick in ticks])
         upper.set_xlim(ticks[0] / 1.2, ticks[-1] * 1.2)
         upper.minorticks_off()
-        lower.set(xlabel="optimizer step", ylabel=metric)
+        lower.set(title="all labels; band: least to greatest", xlabel="optimizer step", ylabel=metric)
         for axes in (upper, lower):
             axes.grid(alpha=0.3)
             axes.legend()

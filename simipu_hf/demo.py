@@ -188,7 +188,7 @@ def make_frames(
         "train_frames": len(train),
         "held_out_frames": len(held_out),
         "image_size": [height, width],
-        "points_in_view": sum(len(points) for points in held_out["points"]) // 16 // len(held_out),
+        "points_per_frame": sum(len(points) for points in held_out["points"]) // 16 // len(held_out),
         "message": f"{len(train)} frames to train on, {len(held_out)} held out, {width} x {height} pixels",
     }
 

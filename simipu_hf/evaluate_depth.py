@@ -71,7 +71,7 @@ class PictureWriter(PictureFolder):
     def __call__(self, frame: DepthFrame, prediction: np.ndarray) -> None:
         top, left, height, width = frame.window
         seen = (slice(top, top + height), slice(left, left + width))
-        maps = {"LiDAR, the ground truth": frame.depth[seen], "predicted": prediction[seen]}
+        maps = {"ground truth": frame.depth[seen], "predicted": prediction[seen]}
         self.add(frame.frame_id, lambda: draw_depth(frame.frame_id, frame.image, maps))
 
 

@@ -168,12 +168,17 @@ def check_apart(source: str | Path, target: str | Path) -> None:
 
 
 def move_into(source: Path, target: Path) -> None:
-    """Move every entry of the folder `source` into the folder `target`, replacing what is there; remove `source`."""
+    """Move every entry of the folder `source` into the folder `target`, replacing what is there; remove `source`.
+
+    Raises:
+        SimIPUError: an entry cannot be replaced, such as weights that a program on Windows has loaded.
+    """
     for entry in source.iterdir():
         destination = target / entry.name
-        if destination.is_dir():
-            shutil.rmtree(destination)
-        entry.replace(destination)
+        with _writing(destination):
+            if destination.is_dir():
+                shutil.rmtree(destination)
+            entry.replace(destination)
     source.rmdir()
 
 

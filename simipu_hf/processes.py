@@ -14,6 +14,8 @@ from tqdm.auto import tqdm
 from .errors import SimIPUError
 from .machine import available_processors
 
+MOST_PROCESSES = 61 if os.name == "nt" else 1024  # Windows waits for no more
+
 
 def run_in_processes(
     work: Callable[[Any], Any],
@@ -27,7 +29,7 @@ def run_in_processes(
 
     `weight(item)` is its number of rows, `start_method` as in `multiprocessing`.
     """
-    processes = min(num_proc or available_processors(), len(items))
+    processes = min(num_proc or available_processors(), len(items), MOST_PROCESSES)
     with tqdm(total=sum(map(weight, items)), desc=title, unit="row", disable=not items) as progress:
         if processes <= 1:
             for item in items:

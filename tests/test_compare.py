@@ -210,6 +210,8 @@ def test_scratch_has_converged_when_the_last_quarter_brings_less_than_a_percent(
     late = improvement(0.5, 0.4, 0.3, 0.27)
     assert late == {"late_improvement": pytest.approx(0.1), "late_share": 0.25, "converged": False}
     assert improvement(0.5, 0.4, 0.3, 0.298)["converged"] is True
+    rounded_up = late_improvement([{"step": step, "values": [0.3]} for step in (38, 75, 113, 150)])
+    assert rounded_up["late_share"] == pytest.approx(37 / 150)
     assert improvement(0.3, 0.2)["late_share"] == 0.5  # no evaluation lies at three quarters
     assert improvement(0.3) == {"late_improvement": None, "late_share": None, "converged": None}
 

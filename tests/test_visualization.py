@@ -83,7 +83,7 @@ def test_points_are_drawn_where_they_project_far_ones_first():
     assert isinstance(dots.norm, LogNorm)
     assert figure.axes[1].get_ylabel() == "depth (m)"
     assert 0 < inside.sum() < 700
-    assert f"{inside.sum()} of 700" in figure.axes[0].get_title(loc="left")
+    assert f"{inside.sum()} of the row's 700 points" in figure.axes[0].get_title(loc="left")
 
 
 def test_depth_maps_share_one_scale_and_leave_out_what_is_unknown():
@@ -95,6 +95,11 @@ def test_depth_maps_share_one_scale_and_leave_out_what_is_unknown():
     assert not hidden.get_visible()
     titles = [axes.get_title(loc="left") for axes in (image, target, predicted)]
     assert titles == ["frame: image", "target", "predicted"]
+    sparse = np.zeros((4, 6))
+    sparse[1, 2], sparse[3, 5] = 7, 30
+    (dots,) = draw_depth("frame", np.zeros((4, 6, 3), np.uint8), {"target": sparse}).axes[1].collections
+    assert dots.get_offsets().tolist() == [[5, 3], [2, 1]]  # columns and rows, far ones first
+    assert dots.get_array().tolist() == [30, 7]
     draw_depth("enc$^$", np.zeros((2, 2, 3), np.uint8), {"target": known}).savefig(io.BytesIO())
 
 
@@ -244,6 +249,8 @@ def test_curves_have_their_chance_level_dashed_and_skip_null():
 def test_curves_of_a_run_with_one_loss_or_none():
     (axes,) = draw_training_curves([{"step": 10, "loss": 0.7}, {"step": 20, "loss": 0.5}]).axes
     assert axes.get_title(loc="left") == "loss"
+    (only,) = draw_training_curves([{"step": 10, "loss": 0.7}]).axes[0].lines
+    assert only.get_marker() == "o"  # a line of one point is not seen
     assert draw_training_curves([{"step": 1, "learning_rate": 0.1}]) is None
     assert draw_training_curves([]) is None
 

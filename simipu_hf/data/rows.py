@@ -156,8 +156,10 @@ def _temporary(path: Path) -> Iterator[None]:
     lock = path.with_name(f"{path.name}.lock")
     with FileLock(lock):
         yield
-        with suppress(OSError):  # Windows keeps what is open
+        with suppress(OSError):
             remove(path, lock)
+    if path.exists():  # Windows keeps what is open: the lock names it to the next process
+        lock.touch()
 
 
 def dataset_from_stream(rows: datasets.IterableDataset) -> datasets.Dataset:

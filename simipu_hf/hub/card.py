@@ -31,7 +31,7 @@ GENERATED = "<!-- Written by simipu-hf from the files beside it. Delete this lin
 CURVES = "training_curves.png"
 EVALUATIONS = "eval_results.json"
 KITTI_LICENSE = "cc-by-nc-sa-3.0"
-RUN_PARTS = ("arguments", "data", "versions")  # of run.yaml; a file of that name may be of another program
+RUN_PARTS = ("arguments", "data", "recipe", "versions")  # of run.yaml; a file of that name may be of another program
 
 # model_type of a configuration -> template
 KINDS = {"simipu": "simipu", "simipu_depth": "depth", "simipu_detection": "detection"}
@@ -74,6 +74,7 @@ def model_card(folder: str | Path, repo_id: str | None = None, encoder_repo_id: 
         convention = read_input_convention(folder)
     else:
         raise SimIPUError(f"{folder / 'config.json'}: neither a SimIPU model nor a timm encoder")
+    settings = _arguments(run) | (run.get("recipe") or {})  # which fills what was not given
     hidden = ("hub_", "push_", "report_", "output_")
     text = _render(
         ModelCard,
@@ -90,7 +91,7 @@ def model_card(folder: str | Path, repo_id: str | None = None, encoder_repo_id: 
         has_heads="SimIPUForPreTraining" in (config.get("architectures") or []),
         untrained=about.get("untrained"),
         run=run,
-        settings={key: value for key, value in _arguments(run).items() if not key.startswith(hidden)},
+        settings={key: value for key, value in settings.items() if not key.startswith(hidden)},
         metrics=_last_metrics(folder),
         curves=CURVES if (folder / CURVES).is_file() else None,
         pictures=_pictures(folder),

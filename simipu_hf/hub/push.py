@@ -137,7 +137,7 @@ class _Repository:
             head = api.repo_info(self.repo_id, repo_type=kind, revision=self.revision).sha
             files = api.list_repo_files(self.repo_id, repo_type=kind, revision=head)
             staying = filter_repo_objects(files, allow_patterns=["*.parquet"], ignore_patterns=replaced)
-            (folder / "README.md").write_text(card(self._card() or "", list(staying)), encoding="utf-8")
+            (folder / "README.md").write_text(card(self._card() or "", list(staying)), encoding="utf-8", newline="\n")
         keeps_its_card = self._keeps_its_card(folder)
         commit = api.upload_folder(
             repo_id=self.repo_id,
@@ -550,4 +550,4 @@ def _complete(staged: Path, repo_id: str, encoder_repo_id: str | None = None) ->
         # what resumes a run is compared byte by byte with its manifest; metrics are names and numbers, by the megabyte
         as_it_is = file.name == METRICS_FILE or file.relative_to(staged).parts[0] == "last-checkpoint"
         if file.suffix in TEXT and not as_it_is:
-            file.write_text(redact(file.read_text(encoding="utf-8")), encoding="utf-8")
+            file.write_text(redact(file.read_text(encoding="utf-8")), encoding="utf-8", newline="\n")

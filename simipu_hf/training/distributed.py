@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
@@ -39,9 +39,11 @@ def create_accelerator(arguments: RunArguments) -> Accelerator:
     """
     check_precision(arguments.mixed_precision)
     output_dir = arguments.output_dir
-    AcceleratorState._reset_state()  # of an earlier run in this process, whose precision it would keep
+    has_mps = torch.backends.mps.is_available()  # Apple's GPUs have no float64, which the geometry takes
+    # of an earlier run in this process, whose precision it would keep, and whose device
+    AcceleratorState._reset_state(reset_partial_state=has_mps)
     accelerator = Accelerator(
-        cpu=torch.backends.mps.is_available(),  # Apple's GPUs have no float64, which the geometry takes
+        cpu=has_mps,
         mixed_precision=arguments.mixed_precision,
         dynamo_backend="no",
         # the plugin, because ACCELERATE_GRADIENT_ACCUMULATION_STEPS overrides the plain argument
@@ -61,7 +63,8 @@ def create_accelerator(arguments: RunArguments) -> Accelerator:
 def kept_session() -> Iterator[None]:
     """A run leaves what a notebook has set of accelerate and transformers as it was: the precision and accumulation of
     its own `Accelerator`, and progress bars, of which a run shows one alone."""
-    states = [(state, dict(state._shared_state)) for state in (AcceleratorState, GradientState)]
+    kept = [AcceleratorState, GradientState, *([PartialState] if torch.backends.mps.is_available() else [])]
+    states = [(state, dict(state._shared_state)) for state in kept]
     has_bars = is_progress_bar_enabled()
     disable_progress_bar()
     try:
@@ -82,8 +85,8 @@ def choose_device(device: str | None) -> torch.device:
     """
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, dtype=torch.float64, device=chosen)  # the geometry's type, which MPS lacks
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise SimIPUError(f"--device {device}: {first_line(error)}") from error
     if chosen.type == "cuda" and chosen.index is not None:  # without a number it is the current one
         torch.cuda.set_device(chosen)

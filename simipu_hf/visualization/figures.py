@@ -18,6 +18,7 @@ from .style import BLUE, FAINT, ORANGE, RED, add_depth_bar, depth_colormap, dept
 
 WIDTH, NARROW = 12.5, 9.4  # inches
 MATCHES_DRAWN = 100  # at random but always the same
+SPARSE = 0.5  # a depth map that knows fewer of its pixels is drawn as points
 PIXELS = {"xlabel": "column (px)", "ylabel": "row (px)"}
 
 
@@ -33,7 +34,7 @@ def draw_points_on_image(frame: Frame) -> Figure:
     dots = axes.scatter(x, y, c=depth[far_first], cmap=depth_colormap(), norm=depth_norm(), s=2.5, linewidths=0)
     add_depth_bar(figure, dots, axes)
     nearest = f", {depth[inside].min():.1f} to {depth[inside].max():.1f} m" if inside.any() else ""
-    title = f"{frame.frame_id}: {inside.sum():,} of {len(depth):,} LiDAR points in the image{nearest}"
+    title = f"{frame.frame_id}: {inside.sum():,} of the row's {len(depth):,} points in the image{nearest}"
     axes.set(title=title, **PIXELS)
     return figure
 
@@ -48,8 +49,13 @@ def draw_depth(frame_id: str, image: np.ndarray, maps: Mapping[str, np.ndarray])
     panels[0].imshow(image, extent=(0, width, height, 0))
     panels[0].set_title(f"{frame_id}: image")
     for axes, (title, depth) in zip(panels[1:], maps.items(), strict=False):
-        known = np.ma.masked_less_equal(depth, 0)
-        drawn = axes.imshow(known, cmap=depth_colormap(), norm=depth_norm(), interpolation="nearest")
+        known, colors = depth > 0, {"cmap": depth_colormap(), "norm": depth_norm()}
+        if known.mean() < SPARSE:  # single pixels would be lost between those of the picture
+            v, u = (index[np.argsort(-depth[known])] for index in np.nonzero(known))
+            drawn = axes.scatter(u, v, c=depth[v, u], s=max(1.5, (414 / depth.shape[1]) ** 2), linewidths=0, **colors)
+            axes.set(xlim=(-0.5, depth.shape[1] - 0.5), ylim=(depth.shape[0] - 0.5, -0.5), aspect="equal")
+        else:
+            drawn = axes.imshow(np.ma.masked_array(depth, ~known), interpolation="nearest", **colors)
         axes.set_title(title)
     for axes in panels:
         axes.set(xticks=[], yticks=[])
@@ -224,6 +230,8 @@ def _plot(axes: Axes, metrics: Sequence[Mapping[str, Any]], name: str, label: st
     # a value that was not finite is written as null
     values = [(line["step"], line[name]) for line in metrics if line.get(name) is not None]
     if values:
+        if len(values) == 1:  # a line of one point is not drawn
+            style = {"marker": "o", "markersize": 3.5} | style
         axes.plot(*zip(*values, strict=True), label=label, **style)
 
 

@@ -66,8 +66,8 @@ def _draw_boxes(front: Axes, above: Axes, objects: KittiObjects, projection: np.
     above.add_collection(LineCollection(outlines, colors=color, linewidths=1.1))
     for index, score in enumerate(objects.score if objects.score is not None else ()):
         if depth[index].min() > NEAREST:
-            u, v = pixels[index].min(axis=0)
-            front.text(u, v - 2, f"{score:.2f}", color=color, fontsize=7, clip_on=True)
+            u, v = np.maximum(pixels[index].min(axis=0), (0, 12))  # within the picture, above the lines
+            front.text(u, v - 2, f"{score:.2f}", color=color, fontsize=7, clip_on=True, zorder=3)
 
 
 def _style_above(axes: Axes, drawn: Sequence[KittiObjects]) -> None:

@@ -41,13 +41,16 @@ def scene_html(frame: Frame, embeds: FrameEmbeds | None = None, colors: Principa
         shown = [*(name == other for other in modes), True]
         buttons.append({"label": name, "method": "update", "args": [{"visible": shown}]})
     figure.add_trace(_frustum(frame))
+    # plotly fills the chosen button with white
+    menu = {"type": "buttons", "direction": "right", "x": 0, "y": 1, "yanchor": "top", "buttons": buttons}
+    menu |= {"bgcolor": FAINT, "font": {"color": BACKGROUND}}
     axis = {"color": FAINT, "gridcolor": "#343a44", "showbackground": False, "ticksuffix": " m"}
     figure.update_layout(
         title={"text": frame.frame_id.replace("<", "&lt;"), "font": {"size": 14}},
         font={"color": TEXT},
         paper_bgcolor=BACKGROUND,
         margin={"l": 0, "r": 0, "t": 40, "b": 0},
-        updatemenus=[{"type": "buttons", "direction": "right", "x": 0, "y": 1, "yanchor": "top", "buttons": buttons}],
+        updatemenus=[menu],
         images=[_picture(frame.image)],
         scene={
             "aspectmode": "data",

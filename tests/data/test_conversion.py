@@ -273,7 +273,8 @@ def test_a_file_of_rows_of_a_process_that_was_killed_is_removed(tmp_path, monkey
         assert not list(tmp_path.glob("rows-killed*"))
         assert (tmp_path / "rows-running.arrow").is_file()
     assert (len(first), len(second), first[0]["frame_id"]) == (1, 2, "log/0")
-    own = [Path(rows.cache_files[0]["filename"]) for rows in (first, second)]
+    own = [Path(first.cache_files[0]["filename"]), Path(second.cache_files[0]["filename"])]
+    del first, second  # Windows keeps what is open
     AT_THE_END.close()
     assert not any(path.exists() for path in own)
 

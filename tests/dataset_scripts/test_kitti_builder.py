@@ -232,7 +232,8 @@ def test_file_names_may_be_in_upper_case_and_lists_may_begin_with_a_mark(object_
     root = object_root({"train": "\ufeff000001\n000002\n"})
     for path in (SCAN, IMAGE, CALIB):
         (root / path).rename((root / path).with_suffix((root / path).suffix.upper()))
-    (root / CALIB).with_suffix(".TXT").write_text("\ufeff" + (root / CALIB).with_suffix(".TXT").read_text())
+    calibration = (root / CALIB).with_suffix(".TXT")
+    calibration.write_text("\ufeff" + calibration.read_text(), encoding="utf-8")
     assert list(build(root, "object", tmp_path / "cache")["train"]["frame_id"]) == ["000001", "000002"]
 
 

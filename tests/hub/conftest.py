@@ -113,6 +113,7 @@ def export_timm(encoder: nn.Module, folder: Path, **convention) -> Path:
 RUN = """\
 command: simipu-hf pretrain --data_dir data/kitti --output_dir /home/alice/runs/1 --hub_token hf_abcdefghijklmnop
 arguments: {image_encoder: test_resnet, data_dir: data/kitti, output_dir: /home/alice/runs/1, max_steps: 20}
+recipe: {optimizer: sgd, learning_rate: 0.03}
 data: {dataset: kitti, config: object, split: train, rows: 25, fingerprint: 0123456789abcdef}
 versions: {python: 3.11.7, torch: 2.15.0}
 """

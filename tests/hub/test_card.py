@@ -30,6 +30,7 @@ def test_facts_of_the_run(folder):
     for fact in ("--data_dir data/kitti", "| rows | 25 |", "max_steps", "2112.04680", "| torch | 2.15.0 |"):
         assert fact in card, fact
     assert "hf_abcdefghijklmnop" not in card
+    assert "| learning_rate | 0.03 |" in card  # the recipe's: no flag gave it
     assert f"({CURVES})" in card
     assert "| inter_modal_chance | 8.3 |" in card
     assert "https://huggingface.co/owner/encoder" in card

@@ -529,9 +529,11 @@ def test_fingerprint_is_of_weights_of_any_type(dtype):
 
 
 def test_a_gpu_with_a_number_becomes_the_current_one(monkeypatch):
-    def two_gpus(size, device):
+    def two_gpus(size, dtype, device):
         if device.index == 2:
             raise RuntimeError("CUDA error: invalid device ordinal")
+        if device.type == "mps" and dtype == torch.float64:
+            raise TypeError("the MPS framework doesn't support float64")
 
     chosen = Mock()
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
@@ -539,6 +541,6 @@ def test_a_gpu_with_a_number_becomes_the_current_one(monkeypatch):
     monkeypatch.setattr("torch.zeros", two_gpus)
     assert [str(choose_device(name)) for name in (None, "cuda", "cpu", "cuda:1")] == ["cuda", "cuda", "cpu", "cuda:1"]
     assert [call.args for call in chosen.mock_calls] == [(torch.device("cuda:1"),)]
-    for name, problem in (("cuda:2", "invalid device ordinal"), ("gpu0", "Invalid device string")):
+    for name, problem in (("cuda:2", "invalid device ordinal"), ("gpu0", "Invalid device string"), ("mps", "float64")):
         with pytest.raises(SimIPUError, match=f"--device {name}: .*{problem}"):
             choose_device(name)
