@@ -308,7 +308,7 @@ def encode_targets(
     sides = (boxes[:, 2:] - boxes[:, :2]) / boxes.new_tensor([grid.stride_x, grid.stride_y])
     peaks = torch.exp(-squared / (2 * _gaussian_sigma(sides)[:, None, None].square()))
     heat_map = values.new_zeros(classes, height, width)
-    heat_map.scatter_reduce_(0, class_labels[:, None, None].expand_as(peaks), peaks, "amax")
+    heat_map.scatter_reduce_(0, class_labels.long()[:, None, None].expand_as(peaks), peaks.to(heat_map), "amax")
     return DetectionTargets(heat_map, (~ignored | (heat_map == 1)).to(values), cells, class_labels, values)
 
 

@@ -98,7 +98,8 @@ class SimIPUProcessor(ProcessorMixin):
         Returns:
             `pixel_values` (B, 3, H, W) and `image_sizes` (B, 2); with points also `points` and `points_aug`
             (B, num_points, 4), the same here, in the feature extractor's frame, `lidar_to_aug` (B, 4, 4), the
-            identity, and `lidar_to_pixel` (B, 3, 4), from that frame to pixels of `pixel_values`.
+            identity, and `lidar_to_pixel` (B, 3, 4), from that frame to pixels of `pixel_values`;
+            all of it on the `device` of `images_kwargs`, where one is given.
 
         Raises:
             ValueError: an image or scan that cannot be used, or a wrong calibration; the message names the row.

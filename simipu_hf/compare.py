@@ -430,8 +430,8 @@ def late_improvement(curve: Sequence[dict[str, Any]], sign: int = 1) -> dict[str
 
     Returns:
         `late_improvement`: how much its mean improves, relatively, since the last evaluation within three quarters of
-        the steps; `late_share`: the share of the steps since then, a quarter where one lies there; `converged`. All
-        `None` where it was evaluated less than twice, or found nothing (0, higher being better).
+        the steps (rounded up); `late_share`: the share of the steps since then, a quarter where one lies there;
+        `converged`. All `None` where it was evaluated less than twice, or found nothing (0, higher being better).
     """
     if len(curve) < 2 or not any(curve[-1]["values"]):
         return {"late_improvement": None, "late_share": None, "converged": None}
@@ -539,8 +539,10 @@ def _plus_minus(std: float | None, form: str) -> str:
 
 
 def plot_comparison(result: dict[str, Any], task: Task, path: Path) -> None:
-    """Above, the first metric against the number of labelled frames; below, against the steps, with all labels."""
+    """Above, the first metric against the number of labelled frames; below, against the steps, with most labels."""
     metric, table = task.shown[0], result["table"]
+    has_spread = max(entry["num_seeds"] for entry in table) > 1
+    bars, band = ("; bars: standard deviation", "; band: least to greatest") if has_spread else ("", "")
     modes = list(dict.fromkeys(entry["mode"] for entry in table))
     ticks = sorted({entry["num_frames"] for entry in table})
     figure = Figure(figsize=(5 * len(modes), 8), layout="constrained")
@@ -556,15 +558,12 @@ def plot_comparison(result: dict[str, Any], task: Task, path: Path) -> None:
             low, high = [min(v) for v in values], [max(v) for v in values]
             lower.fill_between(steps, low, high, color=line.get_color(), alpha=0.2)
         upper.set(
-            title=f"weights trained: {_MODES[mode]}; bars: standard deviation",
-            xlabel="labelled frames",
-            ylabel=metric,
-            xscale="log",
+            title=f"weights trained: {_MODES[mode]}{bars}", xlabel="labelled frames", ylabel=metric, xscale="log"
         )
         upper.set_xticks(ticks, [str(tick) for tick in ticks])
         upper.set_xlim(ticks[0] / 1.2, ticks[-1] * 1.2)
         upper.minorticks_off()
-        lower.set(title="all labels; band: least to greatest", xlabel="optimizer step", ylabel=metric)
+        lower.set(title=f"{ticks[-1]} labelled frames{band}", xlabel="optimizer step", ylabel=metric)
         for axes in (upper, lower):
             axes.grid(alpha=0.3)
             axes.legend()

@@ -134,9 +134,7 @@ def draw_frame(frame: DetectionFrame, predictions: KittiObjects) -> Any:
     """Figure of the surer ones of a frame's predictions, with its labels."""
     assert predictions.score is not None
     sure = predictions[predictions.score >= MIN_DRAWN_SCORE]
-    title = (
-        f"{frame.frame_id}: {len(sure)} of {len(predictions)} predictions, those with scores from {MIN_DRAWN_SCORE}"
-    )
+    title = f"{frame.frame_id}: {len(sure)} predictions with a score of at least {MIN_DRAWN_SCORE}"
     return draw_objects(title, frame.image, frame.camera_projection, frame.objects, sure)
 
 

@@ -74,7 +74,7 @@ def model_card(folder: str | Path, repo_id: str | None = None, encoder_repo_id: 
         convention = read_input_convention(folder)
     else:
         raise SimIPUError(f"{folder / 'config.json'}: neither a SimIPU model nor a timm encoder")
-    settings = _arguments(run) | (run.get("recipe") or {})  # which fills what was not given
+    settings = _arguments(run) | run.get("recipe", {})  # which fills what was not given
     hidden = ("hub_", "push_", "report_", "output_")
     text = _render(
         ModelCard,
@@ -91,7 +91,7 @@ def model_card(folder: str | Path, repo_id: str | None = None, encoder_repo_id: 
         has_heads="SimIPUForPreTraining" in (config.get("architectures") or []),
         untrained=about.get("untrained"),
         run=run,
-        settings={key: value for key, value in settings.items() if not key.startswith(hidden)},
+        settings={key: value for key, value in settings.items() if not str(key).startswith(hidden)},
         metrics=_last_metrics(folder),
         curves=CURVES if (folder / CURVES).is_file() else None,
         pictures=_pictures(folder),

@@ -302,13 +302,14 @@ def load_processor(folder: Path) -> SimIPUProcessor:
     """The processor saved with a SimIPU model, by this package's code alone.
 
     Raises:
-        SimIPUError: it is of an earlier version, or of somebody else's code.
+        SimIPUError: there is none, it is damaged, of an earlier version, or of somebody else's code.
     """
     try:
         return SimIPUProcessor.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, AttributeError, TypeError) as error:
         raise SimIPUError(
-            f"{folder}: its processor is of an earlier version or has its own code ({first_line(error)})"
+            f"{folder}: its processor cannot be loaded; one of an earlier version, or with code of its own, is "
+            f"refused ({first_line(error)})"
         ) from error
 
 

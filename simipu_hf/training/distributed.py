@@ -85,7 +85,7 @@ def choose_device(device: str | None) -> torch.device:
     """
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, dtype=torch.float64, device=chosen)  # the geometry's type, which MPS lacks
+        torch.zeros(1, dtype=torch.float64, device=chosen)  # the geometry takes it; MPS, without, is untested
     except (RuntimeError, AssertionError, TypeError) as error:
         raise SimIPUError(f"--device {device}: {first_line(error)}") from error
     if chosen.type == "cuda" and chosen.index is not None:  # without a number it is the current one

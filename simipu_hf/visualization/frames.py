@@ -151,6 +151,8 @@ def _load_simipu(source: str | os.PathLike) -> tuple[SimIPUForPreTraining, SimIP
         loaded: Any = SimIPUForPreTraining.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
         model, info = loaded
         return None if info["missing_keys"] else (model, load_processor(folder))
+    except SimIPUError:
+        raise
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise SimIPUError(f"{folder}: the model cannot be loaded ({error})") from error
 

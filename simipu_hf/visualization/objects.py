@@ -22,7 +22,7 @@ CROSS = ((0, 5), (1, 4))  # on the front, which says where the object heads
 
 @styled
 def draw_objects(
-    frame_id: str,
+    title: str,
     image: np.ndarray,
     camera_projection: np.ndarray,
     labels: KittiObjects,
@@ -47,7 +47,7 @@ def draw_objects(
     front.add_collection(LineCollection(list(regions), colors=FAINT, linestyles="dotted"))
     for axes, corner in ((front, "upper right"), (above, "upper left")):
         axes.legend([Line2D([], [], color=color) for _, color, _ in drawn], [name for *_, name in drawn], loc=corner)
-    front.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xticks=[], yticks=[], title=frame_id)
+    front.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xticks=[], yticks=[], title=title)
     _style_above(above, [objects for objects, *_ in drawn])
     return figure
 
@@ -65,7 +65,7 @@ def _draw_boxes(front: Axes, above: Axes, objects: KittiObjects, projection: np.
     outlines = [*ground[:, [0, 1, 2, 3, 0]], *heading]
     above.add_collection(LineCollection(outlines, colors=color, linewidths=1.1))
     for index, score in enumerate(objects.score if objects.score is not None else ()):
-        if depth[index].min() > NEAREST:
+        if depth[index].min() > NEAREST and (pixels[index].max(axis=0) > 0).all():
             u, v = np.maximum(pixels[index].min(axis=0), (0, 12))  # within the picture, above the lines
             front.text(u, v - 2, f"{score:.2f}", color=color, fontsize=7, clip_on=True, zorder=3)
 

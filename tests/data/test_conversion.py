@@ -2,6 +2,7 @@
 
 import errno
 import io
+import os
 import shutil
 import typing
 from pathlib import Path

@@ -157,7 +157,7 @@ def test_a_processor_with_code_of_its_own_is_refused_and_not_asked_about(run_fol
     config["feature_extractor"]["auto_map"] = {"AutoFeatureExtractor": "feature_extraction_simipu.SomebodyElses"}
     (tmp_path / "processor_config.json").write_text(json.dumps(config), encoding="utf-8")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
-    with pytest.raises(SimIPUError, match="of an earlier version or has its own code"):
+    with pytest.raises(SimIPUError, match="of an earlier version, or with code of its own, is refused"):
         load_processor(tmp_path)
 
 
