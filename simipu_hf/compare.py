@@ -70,8 +70,7 @@ def compare(arguments: CompareArguments, task: "Task") -> dict[str, Any]:
         cut_metrics(output_dir / RUNS_FILE, math.inf)  # a line cut short would spoil the next one
     settings = arguments.recipe() | task.data
     counted = {name: value for name, value in settings.items() if name not in ("train_frames", "test_frames")}
-    counted["training_version"] = TRAINING_VERSION
-    recipe = _short_digest(counted)
+    recipe = _short_digest(counted | {"training_version": TRAINING_VERSION})
     known = read_metrics(output_dir / RUNS_FILE)
     fractions = sorted(arguments.label_fractions, reverse=True)
     finished, identities, pictures = [], {}, []

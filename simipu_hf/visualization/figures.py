@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
+from matplotlib.collections import PathCollection
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
@@ -29,9 +30,7 @@ def draw_points_on_image(frame: Frame) -> Figure:
     figure = Figure(figsize=(WIDTH, _panel_height(frame, WIDTH, colorbar=True)))
     axes = figure.subplots()
     _show_image(axes, frame, brightness=0.6)
-    far_first = np.flatnonzero(inside)[np.argsort(-depth[inside])]
-    x, y = pixels[far_first].T
-    dots = axes.scatter(x, y, c=depth[far_first], cmap=depth_colormap(), norm=depth_norm(), s=2.5, linewidths=0)
+    dots = _scatter_depth(axes, pixels[inside], depth[inside], size=2.5)
     add_depth_bar(figure, dots, axes)
     nearest = f", {depth[inside].min():.1f} to {depth[inside].max():.1f} m" if inside.any() else ""
     title = f"{frame.frame_id}: {inside.sum():,} of the row's {len(depth):,} points in the image{nearest}"
@@ -49,13 +48,14 @@ def draw_depth(frame_id: str, image: np.ndarray, maps: Mapping[str, np.ndarray])
     panels[0].imshow(image, extent=(0, width, height, 0))
     panels[0].set_title(f"{frame_id}: image")
     for axes, (title, depth) in zip(panels[1:], maps.items(), strict=False):
-        known, colors = depth > 0, {"cmap": depth_colormap(), "norm": depth_norm()}
+        known = depth > 0
         if known.mean() < SPARSE:  # single pixels would be lost between those of the picture
-            v, u = (index[np.argsort(-depth[known])] for index in np.nonzero(known))
-            drawn = axes.scatter(u, v, c=depth[v, u], s=max(1.5, (414 / depth.shape[1]) ** 2), linewidths=0, **colors)
-            axes.set(xlim=(-0.5, depth.shape[1] - 0.5), ylim=(depth.shape[0] - 0.5, -0.5), aspect="equal")
+            size = max(1.5, (414 / depth.shape[1]) ** 2)  # a pixel of a panel that is 414 points wide
+            drawn = _scatter_depth(axes, np.argwhere(known)[:, ::-1], depth[known], size)
+            _stay_within(axes, depth)
         else:
-            drawn = axes.imshow(np.ma.masked_array(depth, ~known), interpolation="nearest", **colors)
+            shown = np.ma.masked_array(depth, ~known)
+            drawn = axes.imshow(shown, cmap=depth_colormap(), norm=depth_norm(), interpolation="nearest")
         axes.set_title(title)
     for axes in panels:
         axes.set(xticks=[], yticks=[])
@@ -235,6 +235,13 @@ def _plot(axes: Axes, metrics: Sequence[Mapping[str, Any]], name: str, label: st
         axes.plot(*zip(*values, strict=True), label=label, **style)
 
 
+def _scatter_depth(axes: Axes, pixels: np.ndarray, depth: np.ndarray, size: float) -> PathCollection:
+    """Points `(N, 2)` coloured by depth `(N,)`, near ones over far ones."""
+    order = np.argsort(-depth)
+    x, y = pixels[order].T
+    return axes.scatter(x, y, c=depth[order], cmap=depth_colormap(), norm=depth_norm(), s=size, linewidths=0)
+
+
 def _panel_height(frame: Frame, width: float, colorbar: bool = False) -> float:
     """Inches, labels and title included, of a panel with the image that is `width` inches wide."""
     height, columns = frame.image.shape[:2]
@@ -244,7 +251,7 @@ def _panel_height(frame: Frame, width: float, colorbar: bool = False) -> float:
 def _show_image(axes: Axes, frame: Frame, brightness: float = 1.0, gray: bool = False) -> None:
     image = frame.image.mean(-1, keepdims=True).repeat(3, -1) if gray else frame.image
     axes.imshow((image * brightness).astype(np.uint8), interpolation="antialiased", zorder=0)
-    _stay_within(axes, frame)
+    _stay_within(axes, frame.image)
 
 
 def _show_cells(axes: Axes, cells: CellMap, values: np.ndarray, frame: Frame, **style: Any) -> AxesImage:
@@ -253,13 +260,13 @@ def _show_cells(axes: Axes, cells: CellMap, values: np.ndarray, frame: Frame, **
     (left, top), (right, bottom) = cells.pixels[0, 0] - reach, cells.pixels[-1, -1] + reach
     bordered = np.pad(values, ((1, 1), (1, 1), (0, 0))[: values.ndim], "edge")
     shown = axes.imshow(bordered, extent=(left, right, bottom, top), interpolation="nearest", zorder=1, **style)
-    _stay_within(axes, frame)
+    _stay_within(axes, frame.image)
     return shown
 
 
-def _stay_within(axes: Axes, frame: Frame) -> None:
+def _stay_within(axes: Axes, image: np.ndarray) -> None:
     """Padding, and what else lies outside the image, isn't shown."""
-    height, width = frame.image.shape[:2]
+    height, width = image.shape[:2]
     axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), aspect="equal")
 
 
