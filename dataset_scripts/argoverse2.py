@@ -122,23 +122,13 @@ def list_frames(
     cameras: Sequence[str] | None = None,
     scenes: Sequence[str] | None = None,
 ) -> Listing:
-    """Frames of an Argoverse 2 folder. Reads names of folders and files only.
+    """Frames of an Argoverse 2 folder: all, or those of some splits, cameras and scenes (logs).
 
-    Args:
-        name: "sensor".
-        data_dir: the folder with `train/`, `val/` or `test/`.
-        splits: list only these; default all that are there.
-        cameras: such as "ring_front_center"; default all seven of the ring.
-        scenes: names of logs; default all.
-
-    Raises:
-        ValueError: this is no such folder, or a split, camera or scene asked for is not there.
+    Reads names of folders and files only. ValueError where one of these is not there.
     """
     root = _root(data_dir)
     available = split_names(name, root)
-    splits = (splits,) if isinstance(splits, str) else splits or available
-    cameras = (cameras,) if isinstance(cameras, str) else cameras or CAMERAS
-    scenes = (scenes,) if isinstance(scenes, str) else scenes
+    splits, cameras = splits or available, cameras or CAMERAS
     _require(splits, available, f"{root}: splits")
     _require(cameras, CAMERAS, f"{root}: cameras")
     logs = {split: list(_logs(os.path.join(root, split))) for split in splits}
@@ -231,13 +221,8 @@ def _require(wanted: Iterable[str] | None, available: Iterable[str], what: str) 
 def read_row(frame: Frame, whole_scans: bool = False, problems: list[str] | None = None) -> dict[str, Any]:
     """The row of a frame (see the table above); `image` is the path.
 
-    Args:
-        frame: of `list_frames`.
-        whole_scans: keep all points, not only those in the image.
-        problems: where given, a message for each damaged part is appended here and the part is None.
-
-    Raises:
-        ValueError: a file is missing or damaged; names the file, what was expected and what was found.
+    `whole_scans` keeps all points, not only those in the image. A ValueError names a file that is missing or damaged,
+    what was expected and what was found; with `problems` it is appended there, and what it is about is None.
     """
 
     def part(read: Callable[..., Any], *arguments: Any) -> Any:
@@ -250,7 +235,7 @@ def read_row(frame: Frame, whole_scans: bool = False, problems: list[str] | None
             return None
 
     projection, lidar_to_camera, expected_size = part(read_calibration, frame) or (None, None, None)
-    size = part(check_image, frame.image, expected_size)
+    size = part(image_size, frame.image, expected_size, "intrinsics.feather")
     points = part(read_points, frame.sweep)
     if not (whole_scans or points is None or size is None or projection is None):
         points = points_in_view(points, projection @ lidar_to_camera, size)
@@ -323,9 +308,9 @@ def _rigid(path: str, key: str, value: Any) -> np.ndarray:
     return matrix
 
 
-def image_size(path: str) -> tuple[int, int]:
+def image_size(path: str, expected: tuple[int, int] | None = None, source: str = "") -> tuple[int, int]:
     """Width and height of an image, without decoding it. ValueError where it is missing, or by PNG's checksums or the
-    mark at JPEG's end not whole; what is between is not looked at."""
+    mark at JPEG's end not whole (what is between is not looked at), or not of the size `expected` by `source`."""
     try:
         with open(path, "rb") as file, Image.open(file) as image:
             if image.format in ("JPEG", "MPO") and image.getexif().get(274) in range(2, 9):
@@ -335,19 +320,13 @@ def image_size(path: str) -> tuple[int, int]:
             if image.format in ("JPEG", "MPO") and b"\xff\xd9" not in file.read():
                 file.seek(0)
                 Image.open(file).load()  # raises where it is cut short; some writers leave much behind the end
-            return image.size
+            size = image.size
     except Exception as error:
         raise ValueError(f"{path}: expected a readable image, found: {error}") from error
-
-
-def check_image(path: str, size: tuple[int, int] | None = None) -> tuple[int, int]:
-    """`image_size`, and a ValueError where that is not `size`."""
-    found = image_size(path)
-    if size is not None and found != size:
-        raise ValueError(
-            f"{path}: expected {size[0]} x {size[1]} pixels as intrinsics.feather says, found {found[0]} x {found[1]}"
-        )
-    return found
+    if expected is not None and size != expected:
+        found = f"{size[0]} x {size[1]}"
+        raise ValueError(f"{path}: expected {expected[0]} x {expected[1]} pixels by {source}, found {found}")
+    return size
 
 
 def read_points(path: str) -> np.ndarray:

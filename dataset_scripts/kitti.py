@@ -119,26 +119,19 @@ def list_frames(
     cameras: Sequence[int] | None = None,
     scenes: Sequence[str] | None = None,
 ) -> Listing:
-    """Frames of a KITTI folder. Reads names of folders and files, and lists of frames.
+    """Frames of a KITTI folder: all, or those of some splits, cameras and scenes.
+
+    Reads names of folders and files, and lists of frames. ValueError where one of these is not there.
 
     Args:
         name: "object", "odometry" or "raw".
-        data_dir: object: the folder with `training/` or `testing/`; odometry: the folder with `sequences/`; raw: the
-            folder with the dated folders.
-        splits: list only these; default all that are there.
+        data_dir: the folder with `training/`, with `sequences/`, or with the dated folders.
         cameras: 2 (left colour) and 3 (right colour). Default: object 2, else those that a drive has.
-        scenes: odometry: names like "00"; raw: like "2011_09_26_drive_0009_sync"; default all.
-
-    Raises:
-        ValueError: `data_dir` is no such KITTI folder, or a split, camera or scene asked for is not there.
+        scenes: odometry: names like "00"; raw: like "2011_09_26_drive_0009_sync".
     """
     root = _root(data_dir)
-    splits = (splits,) if isinstance(splits, str) else splits
-    cameras = (cameras,) if isinstance(cameras, int | str) else cameras
-    scenes = (scenes,) if isinstance(scenes, str) else scenes
-    cameras = cameras if cameras is None else list(cameras)
     if cameras is not None and not set(map(str, cameras)) <= {"2", "3", "02", "03"}:
-        raise ValueError(f"cameras: expected 2 and / or 3 (KITTI's colour cameras), found {cameras}")
+        raise ValueError(f"cameras: expected 2 and / or 3 (KITTI's colour cameras), found {list(cameras)}")
     chosen = None if cameras is None else [int(camera) for camera in cameras]
     _require(splits, split_names(name, root), f"{root}: splits")
     if name != "object":
@@ -402,14 +395,9 @@ def _require(wanted: Iterable[str] | None, available: Collection[str], what: str
 def read_row(frame: Frame, whole_scans: bool = False, problems: list[str] | None = None) -> dict[str, Any]:
     """The row of a frame (see the table above); `image` is the path, `objects` there for the object benchmark.
 
-    Args:
-        frame: of `list_frames`.
-        whole_scans: keep all points, not only those in the image.
-        problems: where given, a message for each damaged part is appended here and the part is None.
-
-    Raises:
-        ValueError: a file is missing or damaged; names the file, what was expected and what was found. Lines of
-            `label_2` never are: those that can't be used are regions of DontCare (and appended to `problems`).
+    `whole_scans` keeps all points, not only those in the image. A ValueError names a file that is missing or damaged,
+    what was expected and what was found; with `problems` it is appended there, and what it is about is None. Lines of
+    `label_2` that can't be used never are an error: they are regions of DontCare, and appended to `problems`.
     """
 
     def part(read: Callable[..., Any], *arguments: Any) -> Any:
@@ -422,7 +410,7 @@ def read_row(frame: Frame, whole_scans: bool = False, problems: list[str] | None
             return None
 
     projection, lidar_to_camera, expected_size = part(read_calibration, frame) or (None, None, None)
-    size = part(check_image, frame, expected_size)
+    size = part(image_size, frame.image, expected_size, f"{frame.calibration[0]} (of another day?)")
     points = part(read_points, frame.scan)
     if not (whole_scans or points is None or size is None or projection is None):
         points = points_in_view(points, projection @ lidar_to_camera, size)
@@ -440,9 +428,9 @@ def read_row(frame: Frame, whole_scans: bool = False, problems: list[str] | None
     return row
 
 
-def image_size(path: str) -> tuple[int, int]:
+def image_size(path: str, expected: tuple[int, int] | None = None, source: str = "") -> tuple[int, int]:
     """Width and height of an image, without decoding it. ValueError where it is missing, or by PNG's checksums or the
-    mark at JPEG's end not whole; what is between is not looked at."""
+    mark at JPEG's end not whole (what is between is not looked at), or not of the size `expected` by `source`."""
     try:
         with open(path, "rb") as file, Image.open(file) as image:
             if image.format in ("JPEG", "MPO") and image.getexif().get(274) in range(2, 9):
@@ -452,20 +440,13 @@ def image_size(path: str) -> tuple[int, int]:
             if image.format in ("JPEG", "MPO") and b"\xff\xd9" not in file.read():
                 file.seek(0)
                 Image.open(file).load()  # raises where it is cut short; some writers leave much behind the end
-            return image.size
+            size = image.size
     except Exception as error:
         raise ValueError(f"{path}: expected a readable image, found: {error}") from error
-
-
-def check_image(frame: Frame, size: tuple[int, int] | None = None) -> tuple[int, int]:
-    """`image_size`, and a ValueError where that is not `size`."""
-    found = image_size(frame.image)
-    if size is not None and found != size:
-        raise ValueError(
-            f"{frame.image}: expected {size[0]} x {size[1]} pixels, the S_rect_{frame.camera:02d} of "
-            f"{frame.calibration[0]}, found {found[0]} x {found[1]}; is it the calibration of another day?"
-        )
-    return found
+    if expected is not None and size != expected:
+        found = f"{size[0]} x {size[1]}"
+        raise ValueError(f"{path}: expected {expected[0]} x {expected[1]} pixels by {source}, found {found}")
+    return size
 
 
 def read_points(path: str) -> np.ndarray:

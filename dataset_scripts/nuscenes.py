@@ -141,23 +141,13 @@ def list_frames(
     cameras: Sequence[str] | None = None,
     scenes: Sequence[str] | None = None,
 ) -> Listing:
-    """Frames of a nuScenes folder. Reads the tables and names of files.
+    """Frames of a nuScenes folder: all, or those of some splits, cameras and scenes.
 
-    Args:
-        name: a version, such as "v1.0-mini", or "v1.0-mini-sweeps".
-        data_dir: the folder that holds the version's folder, `samples/` and `sweeps/`.
-        splits: list only these; default all that are there.
-        cameras: such as "CAM_FRONT"; default all six.
-        scenes: such as "scene-0061"; default all.
-
-    Raises:
-        ValueError: a table is missing or damaged, or a split, camera or scene asked for is not there.
+    Reads the tables and names of files. ValueError where a table is missing or damaged, or one of these not there.
     """
     folder = _tables(name, data_dir)
     root = os.path.dirname(folder)
-    cameras = (cameras,) if isinstance(cameras, str) else cameras or CAMERAS
-    scenes = (scenes,) if isinstance(scenes, str) else scenes
-    splits = (splits,) if isinstance(splits, str) else splits
+    cameras = cameras or CAMERAS
     scene_names = {row["token"]: row["name"] for row in _records(os.path.join(folder, "scene.json"), "name")}
     there = set(scene_names.values())
     published = _published_splits(folder, there)
@@ -501,13 +491,8 @@ def fingerprint(frames: Iterable[Frame]) -> str:
 def read_row(frame: Frame, whole_scans: bool = False, problems: list[str] | None = None) -> dict[str, Any]:
     """The row of a frame (see the table above); `image` is the path.
 
-    Args:
-        frame: of `list_frames`.
-        whole_scans: keep all points, not only those in the image.
-        problems: where given, a message for each damaged part is appended here and the part is None.
-
-    Raises:
-        ValueError: a file is missing or damaged; names the file, what was expected and what was found.
+    `whole_scans` keeps all points, not only those in the image. A ValueError names a file that is missing or damaged,
+    what was expected and what was found; with `problems` it is appended there, and what it is about is None.
     """
 
     def part(read: Callable[..., Any], *arguments: Any) -> Any:
@@ -520,7 +505,7 @@ def read_row(frame: Frame, whole_scans: bool = False, problems: list[str] | None
             return None
 
     projection, lidar_to_camera = part(read_calibration, frame) or (None, None)
-    size = part(check_image, frame.image, frame.size)
+    size = part(image_size, frame.image, frame.size, "sample_data.json")
     points = part(read_points, frame.scan)
     if not (whole_scans or points is None or size is None or projection is None):
         points = points_in_view(points, projection @ lidar_to_camera, size)
@@ -534,7 +519,7 @@ def read_row(frame: Frame, whole_scans: bool = False, problems: list[str] | None
         "lidar_to_camera": None if lidar_to_camera is None else lidar_to_camera.tolist(),
     }
     if frame.boxes is not None:
-        row["objects"] = read_objects(frame, projection is not None)
+        row["objects"] = None if projection is None else read_objects(frame)
     return row
 
 
@@ -554,7 +539,7 @@ def read_calibration(frame: Frame) -> tuple[np.ndarray, np.ndarray]:
     return np.hstack([frame.intrinsics, np.zeros((3, 1))]), lidar_to_camera
 
 
-def read_objects(frame: Frame, has_calibration: bool = True) -> dict[str, list]:
+def read_objects(frame: Frame) -> dict[str, list]:
     """Field -> its value for every box of which something is in the image, in the form of KITTI's labels.
 
     Boxes are brought to the camera at the image's time; they stand upright in its frame, about the same centre and
@@ -562,15 +547,13 @@ def read_objects(frame: Frame, has_calibration: bool = True) -> dict[str, list]:
     borders. Categories outside the ten detection classes, and boxes without a point of a sensor, are DontCare regions.
     """
     objects: dict[str, list] = {field: [] for field in OBJECT_FIELDS}
-    if frame.boxes is None or not has_calibration:
-        return objects
     poses = (_rigid(getattr(frame, name), name) for name in ("ego_at_image", "camera_to_ego"))
     world_to_camera = np.linalg.inv(np.matmul(*poses))
     right_most, lowest = np.array(frame.size) - 1
     planes = np.array(
         [[0, 0, 1, -NEAR], [1, 0, 0, 0], [-1, 0, right_most, 0], [0, 1, 0, 0], [0, -1, lowest, 0]], np.float64
     )
-    for kind, occluded, has_points, width, length, height, *pose in frame.boxes:
+    for kind, occluded, has_points, width, length, height, *pose in () if frame.boxes is None else frame.boxes:
         to_camera = world_to_camera @ _rigid(np.array(pose), "box")
         corners = (CORNERS * [length, width, height]) @ to_camera[:3, :3].T + to_camera[:3, 3]
         faces = [(corners @ frame.intrinsics.T)[list(face)] for face in FACES]
@@ -633,9 +616,9 @@ def _rigid(pose: np.ndarray, what: str) -> np.ndarray:
     return matrix
 
 
-def image_size(path: str) -> tuple[int, int]:
+def image_size(path: str, expected: tuple[int, int] | None = None, source: str = "") -> tuple[int, int]:
     """Width and height of an image, without decoding it. ValueError where it is missing, or by PNG's checksums or the
-    mark at JPEG's end not whole; what is between is not looked at."""
+    mark at JPEG's end not whole (what is between is not looked at), or not of the size `expected` by `source`."""
     try:
         with open(path, "rb") as file, Image.open(file) as image:
             if image.format in ("JPEG", "MPO") and image.getexif().get(274) in range(2, 9):
@@ -645,17 +628,13 @@ def image_size(path: str) -> tuple[int, int]:
             if image.format in ("JPEG", "MPO") and b"\xff\xd9" not in file.read():
                 file.seek(0)
                 Image.open(file).load()  # raises where it is cut short; some writers leave much behind the end
-            return image.size
+            size = image.size
     except Exception as error:
         raise ValueError(f"{path}: expected a readable image, found: {error}") from error
-
-
-def check_image(path: str, size: tuple[int, int]) -> tuple[int, int]:
-    """`image_size`, and a ValueError where that is not `size`."""
-    found = image_size(path)
-    if found != size:
-        raise ValueError(f"{path}: expected {size[0]} x {size[1]} pixels as its record, found {found[0]} x {found[1]}")
-    return found
+    if expected is not None and size != expected:
+        found = f"{size[0]} x {size[1]}"
+        raise ValueError(f"{path}: expected {expected[0]} x {expected[1]} pixels by {source}, found {found}")
+    return size
 
 
 def read_points(path: str) -> np.ndarray:

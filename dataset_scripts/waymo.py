@@ -107,23 +107,13 @@ def list_frames(
     cameras: Sequence[str] | None = None,
     scenes: Sequence[str] | None = None,
 ) -> Listing:
-    """Frames of a Waymo folder. Reads names of files and the key columns of `camera_image`.
+    """Frames of a Waymo folder: all, or those of some splits, cameras (`FRONT`, …) and scenes (segments).
 
-    Args:
-        name: "perception".
-        data_dir: the folder with `training/` and the like.
-        splits: list only these; default all that are there.
-        cameras: such as "FRONT"; default all five.
-        scenes: names of segments; default all.
-
-    Raises:
-        ValueError: this is no such folder, or a split, camera or scene asked for is not there.
+    Reads names of files and the key columns of `camera_image`. ValueError where one of these is not there.
     """
     root = _root(data_dir)
     available = split_names(name, root)
-    splits = (splits,) if isinstance(splits, str) else splits or available
-    cameras = (cameras,) if isinstance(cameras, str) else cameras or tuple(CAMERAS)
-    scenes = (scenes,) if isinstance(scenes, str) else scenes
+    splits, cameras = splits or available, cameras or tuple(CAMERAS)
     _require(splits, available, f"{root}: splits")
     _require(cameras, CAMERAS, f"{root}: cameras")
     found: dict[str, list[Frame]] = {}
@@ -280,13 +270,8 @@ class _Row:
 def read_row(frame: Frame, whole_scans: bool = False, problems: list[str] | None = None) -> dict[str, Any]:
     """The row of a frame (see the table above).
 
-    Args:
-        frame: of `list_frames`.
-        whole_scans: keep all points, not only those in the image.
-        problems: where given, a message for each damaged part is appended here and the part is None.
-
-    Raises:
-        ValueError: a file is missing or damaged; names the file, what was expected and what was found.
+    `whole_scans` keeps all points, not only those in the image. A ValueError names a file that is missing or damaged,
+    what was expected and what was found; with `problems` it is appended there, and what it is about is None.
     """
 
     def part(read: Callable[..., Any], *arguments: Any) -> Any:

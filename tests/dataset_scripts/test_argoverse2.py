@@ -72,7 +72,7 @@ def test_nearest_image_within_tolerance_and_motion_between_the_times(tmp_path: P
     make_log(tmp_path / "train" / "log")
     (tmp_path / "train" / "log" / "sensors" / "cameras" / CAMERA / "5000000").touch()  # no image
     assert argoverse2.configurations(tmp_path) == ["sensor"]
-    listing = argoverse2.list_frames("sensor", tmp_path, cameras=CAMERA)
+    listing = argoverse2.list_frames("sensor", tmp_path, cameras=[CAMERA])
     [frame] = listing.splits["train"]  # the second sweep's image is 40 ms away
     assert (frame.sweep_time, frame.image_time) == (0, 10_000_000)
     assert "1 of 2 sweeps and cameras have no image" in listing.notes[0]
@@ -99,7 +99,7 @@ def test_nearest_image_within_tolerance_and_motion_between_the_times(tmp_path: P
 )
 def test_damage_is_named(tmp_path: Path, table: str, column: dict[str, list], message: str) -> None:
     make_log(tmp_path / "val" / "log", **{table: column})
-    [frame] = argoverse2.list_frames("sensor", tmp_path, cameras=CAMERA).splits["val"]
+    [frame] = argoverse2.list_frames("sensor", tmp_path, cameras=[CAMERA]).splits["val"]
     with pytest.raises(ValueError, match=message):
         argoverse2.read_row(frame)
 
@@ -107,7 +107,7 @@ def test_damage_is_named(tmp_path: Path, table: str, column: dict[str, list], me
 def test_what_changes_on_disk_is_read_again(tmp_path: Path) -> None:
     log = tmp_path / "val" / "log"
     make_log(log, **{"calibration/intrinsics": {"fx_px": [77.0]}})
-    [frame] = argoverse2.list_frames("sensor", tmp_path, cameras=CAMERA).splits["val"]
+    [frame] = argoverse2.list_frames("sensor", tmp_path, cameras=[CAMERA]).splits["val"]
     assert argoverse2.read_row(frame)["camera_projection"][0][0] == 77
     make_log(log)
     sweep = pyarrow.feather.read_table(frame.sweep)
@@ -120,7 +120,7 @@ def test_what_changes_on_disk_is_read_again(tmp_path: Path) -> None:
 def test_missing_and_truncated_files_are_named(tmp_path: Path) -> None:
     log = tmp_path / "val" / "log"
     make_log(log)
-    [frame] = argoverse2.list_frames("sensor", tmp_path, cameras=CAMERA).splits["val"]
+    [frame] = argoverse2.list_frames("sensor", tmp_path, cameras=[CAMERA]).splits["val"]
     sweep = Path(frame.sweep)
     sweep.write_bytes(sweep.read_bytes()[:64])
     with pytest.raises(ValueError, match="expected a whole feather file"):
@@ -129,7 +129,7 @@ def test_missing_and_truncated_files_are_named(tmp_path: Path) -> None:
         image.rename(image.with_suffix(".JPG"))
     assert (
         "expected images named TIME.jpg, found 10000000.JPG"
-        in argoverse2.list_frames("sensor", tmp_path, cameras=CAMERA).problems[0]
+        in argoverse2.list_frames("sensor", tmp_path, cameras=[CAMERA]).problems[0]
     )
     (log / "city_SE3_egovehicle.feather").unlink()
     listing = argoverse2.list_frames("sensor", tmp_path)

@@ -90,7 +90,7 @@ def test_raw_drive_and_camera_are_selectable(raw_root, tmp_path, drive):
     (raw_root / "2011_09_26/2011_09_28_drive_0003_sync").mkdir()  # damage, but to no drive that is asked for
     rows = build(raw_root, "raw", tmp_path / "cache", scenes=(drive,), cameras=(3,))["train"]
     assert list(rows["frame_id"]) == [f"2011_09_26_drive_0001_sync_image_03_{index:010d}" for index in (0, 2)]
-    frames = kitti.list_frames("raw", raw_root, splits="train", cameras=3, scenes=drive).splits["train"]
+    frames = kitti.list_frames("raw", raw_root, splits=["train"], cameras=[3], scenes=[drive]).splits["train"]
     assert [frame.frame_id for frame in frames] == list(rows["frame_id"])
 
 

@@ -208,17 +208,17 @@ def test_an_image_takes_the_first_scan_that_ends_after_it(tiny: TinyTables) -> N
     tiny.add("scene-0061_0", "LIDAR_TOP", "pcd.bin", 999_000, key=False)  # nearer in time, but over before
     tiny.add("scene-0061_0", "CAM_FRONT", "jpg", 1_080_000, key=False)
     root = tiny.write()
-    frames = nuscenes.list_frames("v1.0-mini", root, scenes="scene-0061").splits["mini_train"]
+    frames = nuscenes.list_frames("v1.0-mini", root, scenes=["scene-0061"]).splits["mini_train"]
     assert [Path(frame.scan).name.split("__")[-1] for frame in frames] == ["1010000.pcd.bin", "1530000.pcd.bin"]
-    sweeps = nuscenes.list_frames("v1.0-mini-sweeps", root, scenes="scene-0061").splits["mini_train"]
+    sweeps = nuscenes.list_frames("v1.0-mini-sweeps", root, scenes=["scene-0061"]).splits["mini_train"]
     assert len(sweeps) == 3
 
 
 def test_own_splits_and_choices_that_are_not_there(tiny: TinyTables) -> None:
     root = tiny.write()
     (tiny.root / "v1.0-mini" / "splits.json").write_text('{"mine": ["scene-0061"]}', encoding="utf-8")
-    assert nuscenes.list_frames("v1.0-mini", root, splits="mine").splits.keys() == {"mine"}
-    for choice in ({"splits": "train"}, {"cameras": "CAM_TOP"}, {"scenes": "scene-9999"}):
+    assert nuscenes.list_frames("v1.0-mini", root, splits=["mine"]).splits.keys() == {"mine"}
+    for choice in ({"splits": ["train"]}, {"cameras": ["CAM_TOP"]}, {"scenes": ["scene-9999"]}):
         with pytest.raises(ValueError, match=r"expected some of"):
             nuscenes.list_frames("v1.0-mini", root, **choice)
 
@@ -375,7 +375,7 @@ def test_damaged_annotations_are_named_where_labels_are_asked_for(tiny: TinyTabl
 
 @pytest.mark.parametrize(("camera", "kind", "expected"), [("CAM_FRONT", "Truck", 495), ("CAM_BACK", "Car", 45)])
 def test_labels_of_the_real_key_frame_hold_the_points_that_its_table_counts(rigs, camera, kind, expected) -> None:
-    listing = nuscenes.list_frames("v1.0-mini-objects", rigs / "nuscenes", cameras=camera)
+    listing = nuscenes.list_frames("v1.0-mini-objects", rigs / "nuscenes", cameras=[camera])
     row = nuscenes.read_row(listing.splits["mini_train"][0], whole_scans=True)
     objects = KittiObjects.from_row(row["objects"])
     label = objects[objects.type == kind][0:1]
