@@ -3,7 +3,7 @@ set is still the same."""
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import chain
@@ -71,8 +71,8 @@ def frames_on_both_sides(first: datasets.Dataset, second: datasets.Dataset) -> l
     """Pairs of `frame_id`s, one of each side, with the same image file or the same scan, byte for byte.
 
     Copies with other names are found, and the other camera of the same instant where whole scans are kept. Of all
-    frames lengths and the scan's first bytes are compared, of those that agree the last bytes of the images; what
-    still agrees is read. What cannot be read is not compared.
+    frames the scan's first bytes and the length and last bytes of the image are compared; what agrees is read. What
+    cannot be read is not compared.
 
     Args:
         first, second: `frame_id`, `image`, and `points` where there are scans.
@@ -83,7 +83,7 @@ def frames_on_both_sides(first: datasets.Dataset, second: datasets.Dataset) -> l
     first, second = _compared_columns(first), _compared_columns(second)
     left: Sequence[int] = range(len(first))
     right: Sequence[int] = range(len(second))
-    for keys_of in (_cheap_keys, _keys_with_last_bytes, _contents):
+    for keys_of in (_cheap_keys, _contents):
         keys_of_right = list(keys_of(second.select(right)))
         wanted = {key for keys in keys_of_right for key in keys}
         places: dict[Key, int] = {}  # in `first`
@@ -106,21 +106,15 @@ def _compared_columns(rows: datasets.Dataset) -> datasets.Dataset:
     return undecoded(rows.select_columns(columns))
 
 
-def _cheap_keys(
-    rows: datasets.Dataset, images: Callable[[pa.Table], Iterator[Any]] | None = None
-) -> Iterator[list[Key]]:
-    """Keys that equal frames share: the length of the image's file, and the first points of the scan."""
+def _cheap_keys(rows: datasets.Dataset) -> Iterator[list[Key]]:
+    """Keys that equal frames share: length and last bytes of the image's file (of JPEGs, many share their length), and
+    the first points of the scan."""
     for table in rows.with_format("arrow").iter(1024):  # reads the lengths, not the rows
         starts: list[bytes] = [b""] * len(table)
         if "points" in table.column_names:
             starts = pc.binary_slice(table["points"].cast(pa.large_binary()), 0, COMPARED_BYTES).to_pylist()
-        for image, start in zip((images or _lengths)(table), starts, strict=True):
+        for image, start in zip(_lengths_and_last_bytes(table), starts, strict=True):
             yield [("image", image)] * bool(image) + [("points", start)] * bool(start)  # a damaged one may be empty
-
-
-def _keys_with_last_bytes(rows: datasets.Dataset) -> Iterator[list[Key]]:
-    """The same with the last bytes of the image's file: of JPEGs, many share their length."""
-    return _cheap_keys(rows, _lengths_and_last_bytes)
 
 
 def _contents(rows: datasets.Dataset) -> Iterator[list[Key]]:
