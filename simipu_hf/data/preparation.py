@@ -7,7 +7,6 @@ is prepared where it is new.
 
 import hashlib
 import itertools
-import json
 import logging
 import os
 import sys
@@ -21,11 +20,9 @@ from types import ModuleType
 from typing import Any
 
 import datasets
-import psutil
 from filelock import FileLock
 
 from ..errors import SimIPUError
-from ..files import write_json
 from ..processes import run_in_processes
 from .rows import write_arrow
 
@@ -97,20 +94,15 @@ def prepare(
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "simipu_hf"
     chunks = list(_chunks(frames))
     names = "\n".join(frame.frame_id for frame in frames)
-    name = _digest(reading, frames[0], names)
-    note = folder / f"{name}-{_digest(_launch())}.json"  # nodes that share a cache have launches of their own
-    with _lock(folder / f"{name}.lock"):
-        paths = _files_of_this_launch(note)
-        if paths is None:
-            kind = reading.module.rpartition(".")[2]
-            digests = [_digest(reading.reader.fingerprint(chunk), reading) for chunk in chunks]
-            paths = [folder / f"{kind}-{digest}.arrow" for digest in digests]
-            missing = [item for item in zip(paths, chunks, strict=True) if not _is_whole(reading, *item)]
-            _remove_leftovers(folder)
-            write = partial(_write_chunk, reading, stop_at_damage=skipped is None)
-            run_in_processes(write, missing, num_proc, "Preparing", lambda item: len(item[1]))
-            if _launch() is not None:
-                write_json(note, list(map(str, paths)))
+    kind = reading.module.rpartition(".")[2]
+    # outside of the lock: the processes of a launch look at the files of a large data set at the same time
+    digests = [_digest(reading.reader.fingerprint(chunk), reading) for chunk in chunks]
+    paths = [folder / f"{kind}-{digest}.arrow" for digest in digests]
+    with _lock(folder / f"{_digest(reading, frames[0], names)}.lock"):
+        missing = [item for item in zip(paths, chunks, strict=True) if not _is_whole(reading, *item)]
+        _remove_leftovers(folder)
+        write = partial(_write_chunk, reading, stop_at_damage=skipped is None)
+        run_in_processes(write, missing, num_proc, "Preparing", lambda item: len(item[1]))
     rows = datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in paths])
     messages: list[str] = []
     if len(rows) < len(frames):  # those left out are read again for the reason why
@@ -159,8 +151,8 @@ def _write_chunk(reading: Reading, item: tuple[Path, Sequence[Any]], stop_at_dam
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Unfinished files and notes of launches, older than a day: a younger one may be another process's at work."""
-    for path in (*folder.glob(".*.arrow"), *folder.glob("*.json")):
+    """Unfinished files older than a day: a younger one may be another process's at work."""
+    for path in folder.glob(".*.arrow"):
         with suppress(OSError):  # it was finished just now
             if time.time() - path.stat().st_mtime > DAY:
                 path.unlink()
@@ -168,26 +160,6 @@ def _remove_leftovers(folder: Path) -> None:
 
 def _digest(*made_of: Any) -> str:
     return hashlib.sha256(repr(made_of).encode("utf-8")).hexdigest()[:32]
-
-
-def _files_of_this_launch(note: Path) -> list[Path] | None:
-    """What another process of this launch found: the files of a large data set are not looked at by every rank."""
-    if _launch() is None or not note.is_file():
-        return None
-    paths = json.loads(note.read_text(encoding="utf-8"))
-    return list(map(Path, paths)) if all(map(os.path.isfile, paths)) else None
-
-
-def _launch() -> str | None:
-    """Names the launch that this process is a rank of; `None` where it is no part of one, or cannot see who did."""
-    if "LOCAL_RANK" not in os.environ:
-        return None
-    try:  # in a container every launcher has the same number
-        launcher = f"{os.getppid()} {psutil.Process(os.getppid()).create_time()}"
-    except psutil.Error:
-        return None
-    places = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")]
-    return " ".join([launcher, *places])
 
 
 def _lock(path: Path) -> FileLock:

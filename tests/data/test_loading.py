@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import datasets
 import numpy as np
@@ -641,25 +640,6 @@ def test_processes_that_load_at_once_prepare_once(object_root, tmp_path):
         loaded = [future.result() for future in [pool.submit(load) for _ in range(3)]]
     assert [len(rows) for rows in loaded] == [3, 3, 3]
     assert len(list((tmp_path / "cache").rglob("*.arrow"))) == 1
-
-
-def test_one_rank_looks_at_the_files_for_all(object_root, tmp_path, monkeypatch):
-    fingerprint = Mock(side_effect=kitti.fingerprint)
-    monkeypatch.setattr(kitti, "fingerprint", fingerprint)
-    monkeypatch.setenv("MASTER_PORT", "29500")
-    for rank in range(3):
-        monkeypatch.setenv("LOCAL_RANK", str(rank))
-        assert len(load_pretraining_dataset(data_dir=object_root, cache_dir=tmp_path)) == 3
-    assert fingerprint.call_count == 1
-    monkeypatch.setenv("MASTER_PORT", "29501")  # the next launch
-    load_pretraining_dataset(data_dir=object_root, cache_dir=tmp_path)
-    monkeypatch.setattr("psutil.Process.create_time", lambda process: 0.0)  # a launcher of the same number, later
-    load_pretraining_dataset(data_dir=object_root, cache_dir=tmp_path)
-    next((tmp_path / "simipu_hf").glob("*.arrow")).unlink()
-    assert len(load_pretraining_dataset(data_dir=object_root, cache_dir=tmp_path)) == 3
-    monkeypatch.delenv("LOCAL_RANK")
-    load_pretraining_dataset(data_dir=object_root, cache_dir=tmp_path)
-    assert fingerprint.call_count == 5
 
 
 def test_cut_rows_hold_what_the_camera_sees_and_give_the_samples_of_whole_scans_bit_for_bit(kitti_mini, tmp_path):
