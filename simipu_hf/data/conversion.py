@@ -16,7 +16,6 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets.info import DatasetInfosDict
 from datasets.table import embed_table_storage
@@ -325,19 +324,15 @@ def _table(rows: datasets.Dataset, packing: Packing | None) -> pa.Table:
 def _refuse_files_that_are_no_images(table: pa.Table, features: datasets.Features) -> None:
     """A path in somebody else's rows may be that of any file here, which would be embedded, and then published."""
     for column in (name for name, feature in features.items() if isinstance(feature, datasets.Image)):
-        is_embedded = pc.is_valid(pc.struct_field(table[column], "bytes")).to_pylist()
-        paths = pc.struct_field(table[column], "path").to_pylist()
-        for index, path in enumerate(paths):
-            if is_embedded[index] or path is None:
+        for frame, image in zip(table["frame_id"].to_pylist(), table[column].to_pylist(), strict=True):
+            if image is None or image["bytes"] is not None or image["path"] is None:
                 continue
             try:
-                with open_image(path):
+                with open_image(image):
                     pass
             except Exception as error:
-                frame = table["frame_id"][index].as_py()
-                raise SimIPUError(
-                    f"frame {frame}: {column}: expected an image file, found {path} ({first_line(error)})"
-                ) from error
+                found = f"{image['path']} ({first_line(error)})"
+                raise SimIPUError(f"frame {frame}: {column}: expected an image file, found {found}") from error
 
 
 def _write_card(
