@@ -164,8 +164,8 @@ def _load_parts(
         split = own_split if own_split and request.split in (None, "train") else request.split
         own_request = replace(request, split=split)
         with named_errors(location):
-            part = _load(source, own_request, own_split or None)
-            _, planned = _plan_split(source, own_request, own_split or None)
+            held_out, planned = _plan_split(source, own_request, own_split or None)
+            part = _load(source, own_request, held_out, planned)
         rows = part
         if source.kind == "saved" and isinstance(part, datasets.IterableDataset):
             rows = _with_scene(_take(planned, source.saved))
@@ -195,7 +195,7 @@ def row_names(rows: datasets.Dataset) -> list[tuple[str, str]]:
     return [(scene or scene_of(frame_id), frame_id) for scene, frame_id in names]
 
 
-def _load(source: Source, request: Request, train_split: str | None) -> AnyDataset:
+def _load(source: Source, request: Request, held_out: bool | None, split: str) -> AnyDataset:
     if source.reader is None and (request.cameras is not None or request.scenes is not None):
         raise SimIPUError(
             f"{source.location}: cameras and scenes can be chosen of a published data set's files only. Of own "
@@ -203,7 +203,6 @@ def _load(source: Source, request: Request, train_split: str | None) -> AnyDatas
             f"simipu-hf visualize --dataset_name {source.location} --frames 0,1,2 --output_dir PICTURES draws chosen "
             "rows"
         )
-    held_out, split = _plan_split(source, request, train_split)
     if source.reader is not None:
         dataset = _load_files(source, split, request, held_out)
         # KITTI's reader names none: the synthetic drive has the same layout
