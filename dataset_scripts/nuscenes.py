@@ -174,7 +174,7 @@ class _Tables:
         self.problems: list[str] = []
         self.notes: list[str] = []
         samples = _records(os.path.join(folder, "sample.json"), "scene_token")
-        self.scene_of_sample = {row["token"]: scene_names.get(row["scene_token"]) for row in samples}
+        scene_of = {row["token"]: scene_names.get(row["scene_token"]) for row in samples}
         channels = {row["token"]: row["channel"] for row in _records(os.path.join(folder, "sensor.json"), "channel")}
         self.sensors: dict[str, tuple[str, np.ndarray, np.ndarray]] = {}
         path = os.path.join(folder, "calibrated_sensor.json")
@@ -188,7 +188,9 @@ class _Tables:
         self.data = _sample_data(folder, {token: sensor[0] for token, sensor in self.sensors.items()}, sweeps)
         self._drop("calibrated_sensor", lambda row: row["sensor"] not in self.sensors)
         self._drop("ego_pose", lambda row: row["pose"] is None)
-        self._drop("sample with a scene", lambda row: self.scene_of_sample.get(row["sample"]) is None)
+        for row in self.data:
+            row["scene"] = scene_of.get(row["sample"])
+        self._drop("sample with a scene", lambda row: row["scene"] is None)
         self.boxes = _boxes(folder, self.problems) if with_boxes else None
 
     def _drop(self, partner: str, is_lost: Callable[[dict[str, Any]], bool]) -> None:
@@ -197,9 +199,6 @@ class _Tables:
             self.data = [row for row in self.data if not is_lost(row)]
             path = os.path.join(self.folder, "sample_data.json")
             self.problems.append(f"{path}: {len(lost)} records have no {partner}, the first is {lost[0]}")
-
-    def scene(self, row: dict[str, Any]) -> str:
-        return str(self.scene_of_sample[row["sample"]])
 
 
 def _pair(tables: _Tables, root: str, cameras: Sequence[str], scenes: set[str], sweeps: bool) -> list[Frame]:
@@ -214,7 +213,7 @@ def _pair(tables: _Tables, root: str, cameras: Sequence[str], scenes: set[str], 
     scans: dict[str, list[dict[str, Any]]] = defaultdict(list)
     images = []
     for row in tables.data:
-        channel, scene = tables.sensors[row["sensor"]][0], tables.scene(row)
+        channel, scene = tables.sensors[row["sensor"]][0], row["scene"]
         wanted = scene in scenes and (channel == LIDAR or (channel in cameras and (sweeps or row["key"])))
         if not wanted:
             continue
@@ -228,8 +227,8 @@ def _pair(tables: _Tables, root: str, cameras: Sequence[str], scenes: set[str], 
     for found in scans.values():
         found.sort(key=lambda row: row["time"])
     frames, alone = [], 0
-    for row in sorted(images, key=lambda row: (tables.scene(row), row["time"], row["filename"])):
-        scan = _scan_of(row["time"], scans[tables.scene(row)])
+    for row in sorted(images, key=lambda row: (row["scene"], row["time"], row["filename"])):
+        scan = _scan_of(row["time"], scans[row["scene"]])
         if scan is None:
             alone += 1
         else:
@@ -255,7 +254,7 @@ def _frame(tables: _Tables, root: str, image: dict[str, Any], scan: dict[str, An
     channel, camera_to_ego, intrinsics = tables.sensors[image["sensor"]]
     return Frame(
         frame_id=os.path.splitext(os.path.basename(image["filename"]))[0],
-        scene=tables.scene(image),
+        scene=image["scene"],
         camera=channel,
         image=os.path.join(root, *image["filename"].split("/")),
         size=(image["width"], image["height"]),
