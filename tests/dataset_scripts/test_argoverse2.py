@@ -125,12 +125,6 @@ def test_missing_and_truncated_files_are_named(tmp_path: Path) -> None:
     sweep.write_bytes(sweep.read_bytes()[:64])
     with pytest.raises(ValueError, match="expected a whole feather file"):
         argoverse2.read_row(frame)
-    for image in Path(frame.image).parent.iterdir():
-        image.rename(image.with_suffix(".JPG"))
-    assert (
-        "expected images named TIME.jpg, found 10000000.JPG"
-        in argoverse2.list_frames("sensor", tmp_path, cameras=[CAMERA]).problems[0]
-    )
     (log / "city_SE3_egovehicle.feather").unlink()
     listing = argoverse2.list_frames("sensor", tmp_path)
     assert not listing.splits
