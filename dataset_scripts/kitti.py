@@ -138,15 +138,10 @@ def list_frames(
         return _list_drives(name, root, splits, chosen, scenes)
     if scenes is not None:
         raise ValueError("scenes can be chosen with the configurations 'odometry' and 'raw' only")
-    return _list_object(root, splits, chosen or (2,))
-
-
-def _list_object(root: str, splits: Sequence[str] | None, cameras: Sequence[int]) -> Listing:
-    drives = _object_drives(root)
-    listing = Listing({}, [], [])
+    drives, listing = _object_drives(root), Listing({}, [], [])
     for split, id_file in _object_splits(root).items():
         if splits is None or split in splits:
-            found = _object_frames(root, OBJECT_SPLITS[split], id_file, cameras, drives, listing)
+            found = _object_frames(root, OBJECT_SPLITS[split], id_file, chosen or (2,), drives, listing)
             if found:
                 listing.splits[split] = found
     return listing
