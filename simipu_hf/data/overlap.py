@@ -22,13 +22,9 @@ COMPARED_BYTES = 64  # of a scan's start and of an image file's end
 
 
 def refuse_shared_frames(train: datasets.Dataset, held_out: datasets.Dataset, what: str) -> None:
-    """Ends a command that would evaluate on frames that it trains on.
+    """Ends a command that would evaluate on frames that it trains on; `what` names the held-out side in the error.
 
         refuse_shared_frames(train_rows, test_rows, "--test_frames")
-
-    Args:
-        train, held_out: rows of the data contract, or with `image` alone.
-        what: names the held-out side in the error.
 
     Raises:
         SimIPUError: says how many there are and names the first.
@@ -83,7 +79,7 @@ def frames_on_both_sides(first: datasets.Dataset, second: datasets.Dataset) -> l
     first, second = _compared_columns(first), _compared_columns(second)
     left: Sequence[int] = range(len(first))
     right: Sequence[int] = range(len(second))
-    for keys_of in (_cheap_keys, _contents):
+    for keys_of in (_cheap_keys, lambda rows: map(_content, rows)):
         keys_of_right = list(keys_of(second.select(right)))
         wanted = {key for keys in keys_of_right for key in keys}
         places: dict[Key, int] = {}  # in `first`
@@ -115,10 +111,6 @@ def _cheap_keys(rows: datasets.Dataset) -> Iterator[list[Key]]:
             starts = pc.binary_slice(table["points"].cast(pa.large_binary()), 0, COMPARED_BYTES).to_pylist()
         for image, start in zip(_lengths_and_last_bytes(table), starts, strict=True):
             yield [("image", image)] * bool(image) + [("points", start)] * bool(start)  # a damaged one may be empty
-
-
-def _contents(rows: datasets.Dataset) -> Iterator[list[Key]]:
-    return map(_content, rows)
 
 
 def rows_fingerprint(rows: datasets.Dataset) -> str:

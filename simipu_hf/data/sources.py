@@ -245,7 +245,9 @@ def find_source(
         is_address = re.match(r"[\w+-]+://", location)
         is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", location) and not folder.is_absolute()
         if folder.exists() or (must_be_folder and not is_address) or not (is_address or is_hub_id):
-            raise SimIPUError(f"{location}: expected the folder of a data set, found {_describe_file(folder)}")
+            found = "an archive: unpack it first" if folder.suffix in ARCHIVES else "a file"
+            found = found if folder.exists() else "no such folder"
+            raise SimIPUError(f"{location}: expected the folder of a data set, found {found}")
         if is_address:
             _refuse_config(location, dataset_config_name)
             return Source(location.rstrip("/"), "parquet")
@@ -304,12 +306,6 @@ def _find_config(source: str, wanted: str | None) -> str:
 def _listed(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir())
     return (", ".join(names[:10]) + (", …" if len(names) > 10 else "")) or "an empty folder"
-
-
-def _describe_file(path: Path) -> str:
-    if not path.exists():
-        return "no such folder"
-    return "an archive: unpack it first" if path.suffix in ARCHIVES else "a file"
 
 
 def _hint(folder: Path) -> str:
