@@ -81,12 +81,8 @@ def prepare(
 ) -> datasets.Dataset:
     """The rows of frames, from the cache where they were prepared before.
 
-    Several processes may call it at once: the first one prepares, the others wait for it.
-
-    Args:
-        skipped: where given, damaged frames are left out and described here; otherwise the first is an error.
-        num_proc: processes; `None` takes one per core.
-        cache_dir: default: the cache of datasets.
+    Several processes may call it at once: the first one prepares, the others wait for it. Damaged frames are left out
+    and described in `skipped` where that is given.
 
     Raises:
         SimIPUError: a damaged frame, or a cache that cannot be written.
@@ -106,8 +102,7 @@ def prepare(
     rows = datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in paths])
     messages: list[str] = []
     if len(rows) < len(frames):  # those left out are read again for the reason why
-        prepared = set(rows["frame_id"][:])
-        for _ in reading.rows([frame for frame in frames if frame.frame_id not in prepared], messages):
+        for _ in reading.rows(_left_out(rows, frames), messages):
             pass
     if messages and skipped is None:
         raise SimIPUError(messages[0].partition(": ")[2])
@@ -138,11 +133,12 @@ def _is_whole(reading: Reading, path: Path, frames: Sequence[Any]) -> bool:
     if not path.is_file():
         return False
     rows = datasets.Dataset.from_file(str(path))
-    if len(rows) == len(frames):
-        return True
+    return next(reading.rows(_left_out(rows, frames), []), None) is None
+
+
+def _left_out(rows: datasets.Dataset, frames: Sequence[Any]) -> list[Any]:
     prepared = set(rows["frame_id"][:])
-    left_out = [frame for frame in frames if frame.frame_id not in prepared]
-    return next(reading.rows(left_out, []), None) is None
+    return [frame for frame in frames if frame.frame_id not in prepared]
 
 
 def _write_chunk(reading: Reading, item: tuple[Path, Sequence[Any]], stop_at_damage: bool) -> None:
