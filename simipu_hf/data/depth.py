@@ -38,13 +38,9 @@ def read_eigen_list(
     """The frames of an Eigen file list that have ground truth: `frame_id`, `image` (not decoded), path of `depth`.
 
     A line is `image_path depth_path`, with or without a focal length behind it (which nothing needs), and `None` for
-    a missing depth. The published test list has 697 lines, 652 of them with ground truth.
-
-    Args:
-        file_list: the list.
-        image_root: folder the image paths start from (KITTI raw).
-        depth_root: folder the depth paths start from (KITTI's annotated depth maps).
-        on_bad_row: what to do where a listed file is not there or listed twice: `"skip"` leaves the line out.
+    a missing depth. The paths start from `image_root` (KITTI raw) and `depth_root` (KITTI's annotated depth maps).
+    The published test list has 697 lines, 652 of them with ground truth. `on_bad_row="skip"` leaves a line out whose
+    files are not there or listed twice.
 
     Raises:
         SimIPUError: no such list, a line of another form, no line with ground truth, or a listed file is missing or
@@ -116,21 +112,15 @@ def select_depth_rows(
 def project_to_depth_map(
     points: np.ndarray, camera_projection: np.ndarray, lidar_to_camera: np.ndarray, height: int, width: int
 ) -> np.ndarray:
-    """Project a LiDAR scan into the image; where several points fall in one pixel, the nearest wins.
+    """Depth `(height, width)` of a LiDAR scan in the image, float32 metres: the nearest point's in each pixel, 0 where
+    none falls.
 
     Args:
-        points (`(N, 3)` or more columns): x y z in metres, LiDAR frame; non-finite points are left out.
-        camera_projection (`(3, 4)`): rectified camera to pixels.
-        lidar_to_camera (`(4, 4)`): LiDAR to rectified camera.
-        height, width: size of the image in pixels.
-
-    Returns:
-        `(height, width)` float32, metres; 0 where no point falls.
+        points: `(N, 3)` or more columns, x y z in metres, LiDAR frame.
+        camera_projection: `(3, 4)`, rectified camera to pixels.
+        lidar_to_camera: `(4, 4)`, LiDAR to rectified camera.
     """
-    xyz = np.asarray(points, dtype=np.float64)[:, :3]
-    xyz = xyz[np.isfinite(xyz).all(axis=1)]
-    lidar_to_pixel = np.asarray(camera_projection, np.float64) @ np.asarray(lidar_to_camera, np.float64)
-    pixels, depth = project_points(xyz, lidar_to_pixel)
+    pixels, depth = project_points(points[:, :3].astype(np.float64), camera_projection @ lidar_to_camera)
     inside = inside_image(pixels, depth, np.array([height, width]))
     column, row = np.floor(pixels[inside].T + 0.5)
     return _nearest_wins(row, column, depth[inside], height, width)
@@ -177,14 +167,8 @@ def read_depth_png(source: Image.Image | Mapping[str, Any] | str | os.PathLike, 
 
 
 def image_and_depth(row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """The image of a row and its ground truth: its `depth` where it has one, else its LiDAR scan projected.
-
-    Args:
-        row: a row of the data contract (`frame_id`, `image`, `points`, `camera_projection`, `lidar_to_camera`),
-            or one with `image` and `depth`: a KITTI-style 16-bit PNG as [`read_depth_png`] takes it.
-
-    Returns:
-        The image `(H, W, 3)` uint8 RGB, and its depth `(H, W)` float32, metres.
+    """The image of a row, `(H, W, 3)` uint8 RGB, and its ground truth, `(H, W)` float32 metres: its `depth`, as
+    [`read_depth_png`] takes it, where it has one, else its LiDAR scan projected.
 
     Raises:
         SimIPUError: something cannot be read, or the depth has another size than the image; names the frame.

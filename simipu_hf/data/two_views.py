@@ -354,15 +354,8 @@ class TwoViewCollator:
     pad_size_divisor: int = 32
 
     def __call__(self, samples: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """The batch; [`to_model_inputs`] makes the model's inputs of it.
-
-        Args:
-            samples: `image` (3, h, w) of any size; every other tensor has one shape in all samples.
-
-        Returns:
-            `images` (B, 3, H, W), zeros on the right and at the bottom; `image_sizes` (B, 2), height and width of
-            each; and the other tensors stacked.
-        """
+        """`images` (B, 3, H, W), zeros on the right and at the bottom; `image_sizes` (B, 2), height and width of each;
+        and the other tensors stacked. [`to_model_inputs`] makes the model's inputs of it."""
         images = [sample["image"] for sample in samples]
         stacked = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0] if name != "image"}
         return {
@@ -375,16 +368,10 @@ class TwoViewCollator:
 def to_model_inputs(
     batch: Mapping[str, torch.Tensor], image_processor: SimIPUImageProcessor
 ) -> dict[str, torch.Tensor]:
-    """The inputs of [`SimIPUForPreTraining`], normalised on the device that the batch is on.
+    """A batch of [`TwoViewCollator`] as inputs of [`SimIPUForPreTraining`]: `pixel_values` (B, 3, H, W) float32,
+    normalised on the device that the batch is on, in the place of `images`.
 
     Workers ship bytes instead, a quarter of the size: several of them are limited by what they send.
-
-    Args:
-        batch: of [`TwoViewCollator`].
-        image_processor: of the processor that made its samples.
-
-    Returns:
-        The batch with `pixel_values` (B, 3, H, W) float32 in the place of `images`.
     """
     inputs = {name: tensor for name, tensor in batch.items() if name != "images"}
     return {"pixel_values": image_processor.normalize_images(batch["images"], batch["image_sizes"]), **inputs}
