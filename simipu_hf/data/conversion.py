@@ -70,11 +70,6 @@ class Packing:
         if self.image_size is not None and (len(self.image_size) != 2 or min(self.image_size) < 1):
             raise SimIPUError(f"image_size: expected height and width in pixels, found {self.image_size}")
 
-    @property
-    def columns(self) -> list[str]:
-        """The columns that it needs or changes; all others are copied as they are stored."""
-        return [*REQUIRED_COLUMNS, *(("objects", "depth") if self.image_size else ())]
-
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row (its images undecoded) as it is written."""
         row = dict(row)
@@ -310,7 +305,9 @@ def _table(rows: datasets.Dataset, packing: Packing | None) -> pa.Table:
     features = _stored_features(rows)
     table = rows.with_format("arrow")[:]
     if packing is not None:
-        columns = [column for column in packing.columns if column in features]
+        # those that it needs or changes; all others are copied as they are stored
+        changed = [*REQUIRED_COLUMNS, *(("objects", "depth") if packing.image_size else ())]
+        columns = [column for column in changed if column in features]
         packed = datasets.Dataset.from_list(
             [packing(row) for row in undecoded(rows.select_columns(columns))],
             features=datasets.Features({column: features[column] for column in columns}),
