@@ -1,7 +1,7 @@
 """A synthetic drive in KITTI object layout, generated on the machine: streets seen by a camera and a 64-beam LiDAR.
 
-`shapes` and `appearance` are what a `street` is made of; `scene` casts rays, `sensors` record, `frame` adds labels,
-`writer` writes folders.
+`shapes` and `appearance` are what a `street` is made of; it casts `rays` for `sensors`, `frame` adds labels, `writer`
+writes folders.
 """
 
 from .frame import SyntheticFrame, synthesize_frame

@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 
 from ..kitti_objects import KittiObjects
-from .scene import GROUND, Scene
-from .sensors import Calibration, Lidar, pixel_rays, render
-from .street import LABELLED, LANE, Actor, Street
+from .sensors import Calibration, Lidar, render
+from .street import GROUND, LABELLED, Actor, Street
 
 LABEL_RANGE = 80.0
 """Objects further than this (metres), or of which less than a tenth is visible, are DontCare."""
@@ -52,17 +51,16 @@ def synthesize_frame(
         lidar: its resolution and noise; a Velodyne HDL-64E by default.
     """
     rng = np.random.default_rng((seed, index))
-    street, calibration = Street(rng), Calibration(rng, image_size)
-    ego_pose = street.pose(0, -LANE / 2 + rng.normal(0, 0.12), rng.normal(0, 0.02))
-    scene = Scene(street)
-    points, point_owner = (lidar or Lidar()).scan(scene, calibration, ego_pose, rng)
-    image, hits = render(scene, calibration, ego_pose, image_size, rng)
+    street = Street(rng)
+    calibration = Calibration(rng, image_size, street)
+    points, point_owner = (lidar or Lidar()).scan(street, calibration, rng)
+    image, hits = render(street, calibration, rng)
     pixel_owner = np.full(image_size, GROUND)
     pixel_owner.flat[hits.rays] = hits.owner
     labels: dict[int, dict[str, Any]] = {}
     for owner in np.unique(pixel_owner[pixel_owner != GROUND]).tolist():
         actor = street.actors[owner]
-        if actor.kind in LABELLED and (label := _label(actor, calibration, ego_pose, pixel_owner == owner)):
+        if actor.kind in LABELLED and (label := _label(actor, calibration, pixel_owner == owner)):
             labels[owner] = label
     owners = sorted(labels, key=lambda owner: (labels[owner]["type"] == "DontCare", labels[owner]["location"][2]))
     object_of = np.full(len(street.actors) + 1, -1)  # the last: the ground's
@@ -72,24 +70,20 @@ def synthesize_frame(
         depth=hits.distance.reshape(image_size),
         points=points,
         calibration=calibration,
-        objects=KittiObjects.from_row(
-            {name: [labels[owner][name] for owner in owners] for name in (*DONT_CARE, "bbox")}
-        ),
+        objects=KittiObjects.from_row([labels[owner] for owner in owners]),
         point_object=object_of[point_owner],
         pixel_object=object_of[pixel_owner],
     )
 
 
-def _label(actor: Actor, calibration: Calibration, ego_pose: np.ndarray, seen: np.ndarray) -> dict[str, Any] | None:
+def _label(actor: Actor, calibration: Calibration, seen: np.ndarray) -> dict[str, Any] | None:
     """Label of an actor that is `seen` (H, W); None where it is beside the camera or next to nothing is seen."""
-    pose = np.linalg.inv(calibration.camera_to_world(ego_pose)) @ actor.pose
+    pose = np.linalg.inv(calibration.camera_to_world) @ actor.pose
     location, forward = pose[:3, 3], pose[:3, 0]
     if not 1 < location[2] < 1.5 * LABEL_RANGE:
         return None
-    box, truncated = _image_box(
-        actor.model.corners.reshape(-1, 3) @ pose[:3, :3].T + location, calibration, seen.shape
-    )
-    visible = seen.sum() / max(_pixels_alone(actor, calibration, ego_pose, box), 1)
+    box, truncated = _image_box(actor.model.corners.reshape(-1, 3) @ pose[:3, :3].T + location, calibration)
+    visible = seen.sum() / max(_pixels_alone(actor, calibration, box), 1)
     if visible < 0.1 or location[2] > LABEL_RANGE or truncated > 0.95:
         return DONT_CARE | {"bbox": box} if visible > 0.02 else None
     # KITTI's yaw turns about the camera's y (down), from its x (right)
@@ -107,25 +101,22 @@ def _label(actor: Actor, calibration: Calibration, ego_pose: np.ndarray, seen: n
     }
 
 
-def _image_box(
-    vertices: np.ndarray, calibration: Calibration, image_size: tuple[int, ...]
-) -> tuple[tuple[float, ...], float]:
+def _image_box(vertices: np.ndarray, calibration: Calibration) -> tuple[tuple[float, ...], float]:
     """Left, top, right, bottom of vertices (V, 3) in the image, and the share of the full box that is cut off."""
     pixels = vertices @ calibration.P2[:, :3].T + calibration.P2[:, 3]
     pixels = pixels[pixels[:, 2] > 0.1]
     pixels = pixels[:, :2] / pixels[:, 2:]
     full = np.stack([pixels.min(axis=0), pixels.max(axis=0)])
-    inside = np.clip(full, 0, [image_size[1] - 1, image_size[0] - 1])
+    height, width = calibration.image_size
+    inside = np.clip(full, 0, [width - 1, height - 1])
     return tuple(inside.ravel().tolist()), float(1 - np.prod(inside[1] - inside[0]) / np.prod(full[1] - full[0]))
 
 
-def _pixels_alone(actor: Actor, calibration: Calibration, ego_pose: np.ndarray, box: tuple[float, ...]) -> int:
+def _pixels_alone(actor: Actor, calibration: Calibration, box: tuple[float, ...]) -> int:
     """How many pixels of its box an actor would fill if nothing hid it."""
     left, top, right, bottom = (int(edge) for edge in box)
     v, u = np.mgrid[top : bottom + 2, left : right + 2].reshape(2, -1).astype(float)
-    origin, directions = pixel_rays(calibration, ego_pose, u, v)
-    origins = np.tile((origin - actor.pose[:3, 3]) @ actor.pose[:3, :3], (len(directions), 1))
-    hit, _ = actor.model.triangles.first(
-        np.asarray(origins, np.float32), np.asarray(directions @ actor.pose[:3, :3], np.float32)
-    )
+    origin, directions = calibration.rays(u, v)
+    rotation = actor.pose[:3, :3]
+    hit, _ = actor.model.triangles.first((origin - actor.pose[:3, 3]) @ rotation, directions @ rotation)
     return int((hit >= 0).sum())

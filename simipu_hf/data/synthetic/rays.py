@@ -13,6 +13,12 @@ except ImportError:
 LEAF = 4
 
 
+def _rays(origins: np.ndarray, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Origins, one (3,) for all or (N, 3), and directions (N, 3) of any length, as float32 (N, 3)."""
+    origins = np.broadcast_to(origins, directions.shape)
+    return np.ascontiguousarray(origins, np.float32), np.ascontiguousarray(directions, np.float32)
+
+
 class EmbreeTriangles:
     """Triangles (T, 3, 3) in Embree. trimesh's own wrapper takes ten times as long: it repeats this in float64."""
 
@@ -21,64 +27,61 @@ class EmbreeTriangles:
         self._mesh = TriangleMesh(self._scene, np.ascontiguousarray(corners, np.float32))
 
     def first(self, origins: np.ndarray, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Triangle (N,) that each ray (N, 3) hits first (-1: none), and its distance (N,), inf where there is none."""
-        result = self._scene.run(origins, directions, output=True)
+        """Triangle (N,) that each ray hits first (-1: none), and its distance (N,), inf where there is none."""
+        result = self._scene.run(*_rays(origins, directions), output=True)
         return result["primID"], np.where(result["primID"] >= 0, result["tfar"], np.float32(np.inf))
 
     def occluded(self, origins: np.ndarray, directions: np.ndarray, reach: float) -> np.ndarray:
         """Whether each ray hits anything within `reach` times its direction, (N,) bool."""
-        limit = np.full(len(origins), reach, np.float32)
-        return self._scene.run(origins, directions, dists=limit, query="OCCLUDED") >= 0
+        limit = np.full(len(directions), reach, np.float32)
+        return self._scene.run(*_rays(origins, directions), dists=limit, query="OCCLUDED") >= 0
 
 
 class NumbaTriangles:
     """The same without Embree, several times slower: a binary tree of boxes, split at medians."""
 
     def __init__(self, corners: np.ndarray):
-        levels = max(int(np.ceil(np.log2(max(len(corners), 1) / LEAF))), 0)
-        order = np.minimum(np.arange(LEAF << levels), len(corners) - 1)[None]
-        for _ in range(levels):
-            middle = corners.mean(axis=1)[order]
-            longest = np.ptp(middle, axis=1).argmax(axis=1)
-            along = np.take_along_axis(middle, longest[:, None, None], axis=2)[..., 0]
-            order = np.take_along_axis(order, along.argsort(axis=1, kind="stable"), axis=1).reshape(2 * len(order), -1)
-        boxes = [np.stack([corners[order].min(axis=(1, 2)), corners[order].max(axis=(1, 2))], axis=1)]
-        while len(boxes[0]) > 1:
-            low, high = boxes[0][:, 0], boxes[0][:, 1]
-            boxes.insert(0, np.stack([low.reshape(-1, 2, 3).min(axis=1), high.reshape(-1, 2, 3).max(axis=1)], axis=1))
-        # the children of box i are 2i + 1 and 2i + 2
+        levels = max(int(np.ceil(np.log2(len(corners) / LEAF))), 0)
+        order, boxes = np.minimum(np.arange(LEAF << levels), len(corners) - 1), []
+        for level in range(levels + 1):  # the children of box i are 2i + 1 and 2i + 2
+            order = order.reshape(2**level, -1)
+            boxes.append(np.stack([corners[order].min(axis=(1, 2)), corners[order].max(axis=(1, 2))], axis=1))
+            if level < levels:
+                middle = corners.mean(axis=1)[order]
+                longest = np.ptp(middle, axis=1).argmax(axis=1)
+                along = np.take_along_axis(middle, longest[:, None, None], axis=2)[..., 0]
+                order = np.take_along_axis(order, along.argsort(axis=1, kind="stable"), axis=1)
         self._tree = np.concatenate(boxes), order, np.ascontiguousarray(corners, np.float32)
 
     def first(self, origins: np.ndarray, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return _trace(*self._tree, origins, directions, np.inf, False)
+        return _trace(*self._tree, *_rays(origins, directions), np.inf)
 
     def occluded(self, origins: np.ndarray, directions: np.ndarray, reach: float) -> np.ndarray:
-        return _trace(*self._tree, origins, directions, reach, True)[0] >= 0
+        return _trace(*self._tree, *_rays(origins, directions), reach)[0] >= 0
 
 
 Triangles: type[EmbreeTriangles | NumbaTriangles] = NumbaTriangles if EmbreeScene is None else EmbreeTriangles
 
 
 @jit()
-def _trace(boxes, order, corners, origins, directions, reach, any_hit):
+def _trace(boxes, order, corners, origins, directions, reach):
     found = np.full(len(origins), -1, np.int32)
     distance = np.full(len(origins), np.inf, np.float32)
-    first_leaf, stack = len(boxes) - len(order), np.empty(64, np.int64)
+    first_leaf = len(boxes) - len(order)
     for ray in range(len(origins)):
-        origin, direction, nearest, stack[0], height = origins[ray], directions[ray], reach, 0, 1
-        while height and not (any_hit and found[ray] >= 0):
-            height -= 1
-            node = stack[height]
-            if not _enters(boxes[node], origin, direction, nearest):
-                continue
-            if node < first_leaf:
-                stack[height], stack[height + 1] = 2 * node + 1, 2 * node + 2
-                height += 2
-                continue
-            for triangle in order[node - first_leaf]:
-                t = _intersect(corners[triangle], origin, direction)
-                if t < nearest:
-                    nearest, found[ray], distance[ray] = t, triangle, t
+        origin, direction, nearest, node = origins[ray], directions[ray], reach, 0
+        while node >= 0:
+            if _enters(boxes[node], origin, direction, nearest):
+                if node < first_leaf:
+                    node = 2 * node + 2
+                    continue
+                for triangle in order[node - first_leaf]:
+                    t = _intersect(corners[triangle], origin, direction)
+                    if t < nearest:
+                        nearest, found[ray], distance[ray] = t, triangle, t
+            while node % 2:  # a left child is visited last: its parent is done
+                node //= 2
+            node -= 1
     return found, distance
 
 

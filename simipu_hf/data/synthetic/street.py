@@ -1,4 +1,4 @@
-"""A random street and everything on it.
+"""A random street, everything on it, and what rays hit of that.
 
 World frame: x along the street, y left, z up, metres, the recording car at x = 0. The street bends like a parabola;
 places on it are (s, d): metres ahead, metres to the left of its centre line. Traffic keeps to the right.
@@ -17,6 +17,27 @@ from .shapes import HOUSE_DEPTH, MAKERS
 
 FIRST, LAST, LANE = -40.0, 140.0, 3.5
 LABELLED = ("Car", "Van", "Truck", "Pedestrian", "Cyclist")
+GROUND = -1  # owner of what lies on the ground
+
+
+class Hits(NamedTuple):
+    """First hits of N rays: `directions` (N, 3), `distance` (N,) in their units, inf where nothing is hit.
+
+    Of the M hits: `rays` (M,) indices into N; `points`, `normals` (M, 3) in the world, normals towards the ray;
+    `cosine` (M,) of the angle of incidence; `owner` (M,) index of the actor; `material` (M,), `color` (M, 3) and
+    `place` (M, 2) in metres along the surface.
+    """
+
+    directions: np.ndarray
+    distance: np.ndarray
+    rays: np.ndarray
+    points: np.ndarray
+    normals: np.ndarray
+    cosine: np.ndarray
+    owner: np.ndarray
+    material: np.ndarray
+    color: np.ndarray
+    place: np.ndarray
 
 
 class Model:
@@ -44,7 +65,7 @@ shared_model = lru_cache(maxsize=256)(Model)  # by all streets: making a model c
 
 
 class Street:
-    """A random street with its light, buildings, trees, parked cars, traffic and people."""
+    """A random street with its light, buildings, trees, parked cars, traffic and people, ready for ray casting."""
 
     def __init__(self, rng: np.random.Generator):
         self.lighting = Lighting(rng)
@@ -57,6 +78,16 @@ class Street:
         self.colors[Material.PAVEMENT] = rng.uniform(0.22, 0.4) * rng.uniform([1, 0.88, 0.8], 1)
         self.colors[Material.GRASS] = rng.uniform([0.05, 0.12, 0.02], [0.12, 0.19, 0.05])
         self.actors = [*self._line(rng, 0), *self._line(rng, 1)]
+        columns = []
+        for owner, actor in enumerate(self.actors):
+            model, pose = actor.model, actor.pose.astype(np.float32)
+            rotation, origin = pose[:3, :3], pose[:3, 3]
+            axes = rotation.T[model.axes]
+            corners, normals = model.corners @ rotation.T + origin, model.normals @ rotation.T
+            owners = np.full(len(corners), owner, np.int32)
+            columns.append((corners, normals, axes, axes @ origin, owners, model.material, model.color * actor.tint))
+        corners, *self._faces = (np.concatenate(column) for column in zip(*columns, strict=True))
+        self.triangles = Triangles(corners)
 
     def pose(self, s: float, d: float, yaw: float = 0.0) -> np.ndarray:
         """4 x 4 pose in the world of something on the ground at (s, d), turned by `yaw` against the street."""
@@ -78,6 +109,25 @@ class Street:
         material = np.select([line, out < kerb, out < walk], kinds, Material.GRASS)
         patch = (out < kerb) & (np.sin(np.floor(s / 23) * 78.2 + np.floor(d / 2.6) * 12.9) > 0.8)
         return material, self.colors[material] * np.where(patch, 0.72, 1)[:, None], np.stack([s, d], axis=1)
+
+    def cast(self, origin: np.ndarray, directions: np.ndarray) -> Hits:
+        """First hits of rays from one `origin` (3,) along `directions` (N, 3), not necessarily of unit length."""
+        directions = np.ascontiguousarray(directions, np.float32)
+        triangle, reach = self.triangles.first(origin, directions)
+        on_ground = np.float32(-origin[2]) / np.minimum(directions[:, 2], np.float32(-1e-6))
+        on_ground[on_ground > 400] = np.inf
+        distance = np.minimum(on_ground, reach)
+        rays = np.flatnonzero(distance < np.inf)
+        ground = np.flatnonzero(on_ground[rays] < reach[rays])
+        points = np.asarray(origin, np.float32) + distance[rays, None] * directions[rays]
+        normals, axes, shift, owner, material, color = (column[triangle[rays]] for column in self._faces)
+        place = np.einsum("nij,nj->ni", axes, points) - shift
+        normals[ground], owner[ground] = [0, 0, 1], GROUND
+        material[ground], color[ground], place[ground] = self.ground(points[ground])
+        toward = -np.einsum("ij,ij->i", normals, directions[rays])
+        cosine = np.abs(toward) / np.linalg.norm(directions[rays], axis=1)
+        normals *= np.sign(toward)[:, None]
+        return Hits(directions, distance, rays, points, normals, cosine, owner, material, color, place)
 
     def _line(self, rng: np.random.Generator, right: int) -> Iterator[Actor]:
         """Everything on one side of the street, outwards from the middle."""

@@ -31,12 +31,9 @@ def synthesize_drive(
     synthesize_drive("DRIVE", num_frames=200, image_size=(96, 320))
     rows = load_pretraining_dataset(data_dir="DRIVE", split="train")
 
-    The folder is KITTI's: `training/{image_2,velodyne,calib,label_2}`, `testing/{image_2,velodyne,calib}`,
-    `ImageSets/{train,val,trainval,test}.txt`, and beside them `depth_2`: dense true depth of every pixel of image_2 as
-    16-bit PNG, value = metres * 256 (depth of the third row of P2), 0 where there is none (sky, beyond 255 m).
-
-    Every frame is a street of its own, a function of the seed and of its number: training frames come first, then
-    those for validation and for testing. The number of workers, and of frames after it, makes no difference.
+    The folder is KITTI's; beside `image_2` lies `depth_2`: true depth of every pixel as 16-bit PNG, metres * 256 (of
+    the third row of P2), 0 where there is none (sky, beyond 255 m). Every frame is a street of its own, a function of
+    the seed and of its number: first those for training, then for validation and for testing.
 
     Args:
         output_dir: must not exist, or be empty; the folder is complete or not there.
@@ -45,16 +42,12 @@ def synthesize_drive(
             started afresh, so that a script which calls this needs the usual `if __name__ == "__main__":`.
         azimuth_steps: LiDAR firings per turn and beam; 2083 is KITTI's.
 
-    Returns:
-        `output_dir` as a path.
-
     Raises:
         SimIPUError: a value out of range, or `output_dir` is not empty.
     """
     checks = (
         ("image_size", len(image_size) == 2 and min(image_size) >= 16, "two sides of at least 16 pixels", image_size),
         ("num_frames", num_frames >= 1, "at least 1", num_frames),
-        ("azimuth_steps", azimuth_steps >= 1, "at least 1", azimuth_steps),
         ("seed", seed >= 0, "at least 0", seed),
         ("val_fraction", 0 <= val_fraction < 1, "at least 0 and less than 1", val_fraction),
         ("test_fraction", test_fraction >= 0 and val_fraction + test_fraction < 1, "0 to the rest", test_fraction),
@@ -80,8 +73,7 @@ def synthesize_drive(
             (folder / "training" / kind).mkdir(parents=True)
             if test and kind != "label_2":
                 (folder / "testing" / kind).mkdir(parents=True)
-        size = image_size[0], image_size[1]
-        make = partial(_write_frame, folder, trainval, seed, size, Lidar(azimuth_steps))
+        make = partial(_write_frame, folder, trainval, seed, image_size, Lidar(azimuth_steps))
         if num_workers is None:
             num_workers = min(available_processors(), num_frames // 25)  # a process takes seconds to start
         from accelerate.utils import patch_environment  # imports PyTorch, which the workers do without
