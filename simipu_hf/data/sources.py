@@ -279,8 +279,15 @@ def find_source(
 
 
 def _holds_parquet(folder: Path) -> bool:
-    """Whether a Parquet file lies in a folder or up to four below it, also behind links (which may lead in a ring)."""
-    return any(True for depth in range(5) for _ in folder.glob("*/" * depth + "*.parquet"))
+    """Whether a Parquet file lies anywhere in a folder, also behind links, but for those to what was looked at."""
+    seen = set(map(str, folder.resolve().parents))
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(place) in seen:
+            folders.clear()
+        elif any(name.endswith(".parquet") for name in names):
+            return True
+        seen.add(os.path.realpath(place))
+    return False
 
 
 def _refuse_config(location: str, wanted: str | None) -> None:
