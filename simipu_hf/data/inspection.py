@@ -4,7 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
@@ -163,8 +163,8 @@ def inspect_dataset(
             inspector.add_problems(repeated)
         counts, notes = {name: len(found) for name, found in loaded.items()}, []
         rows, total = _read_rows(loaded), sum(counts.values())
-    for label, row, damage in tqdm(rows, total=total, desc="Inspecting", unit="frame"):
-        inspector.look_at(label, row, damage)
+    for label, row, type_names, damage in tqdm(rows, total=total, desc="Inspecting", unit="frame"):
+        inspector.look_at(label, row, type_names, damage)
     return inspector.report(source.location, counts, total, notes)
 
 
@@ -187,30 +187,29 @@ def open_source(
     return source, [source.find_split(name) for name in ([split] if isinstance(split, str) else split)]
 
 
-def _read_files(source: Source, frames: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
+# a frame's label, its row, what the numbers of its objects' types stand for, its damage
+Look: TypeAlias = tuple[str, dict[str, Any], list[str], list[str]]
+
+
+def _read_files(source: Source, frames: Iterable[tuple[str, Any]]) -> Iterator[Look]:
     assert source.reader is not None
     for label, frame in frames:
         damage: list[str] = []
-        row = source.reader.read_row(frame, whole_scans=True, problems=damage)
-        types = by_field(row.get("objects"))["type"]
-        yield label, {**row, "object_types": types, "has_labels": bool(types)}, damage
+        yield label, source.reader.read_row(frame, whole_scans=True, problems=damage), [], damage
 
 
-def _read_rows(loaded: Mapping[str, datasets.Dataset]) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
+def _read_rows(loaded: Mapping[str, datasets.Dataset]) -> Iterator[Look]:
     for name, rows in loaded.items():
-        names = object_names(rows.features)
+        type_names = object_names(rows.features)
         for row in undecoded(rows):
-            types = _object_types(row, names)
-            # those that training on labels takes
-            has_labels = bool(types) and names in ([], list(OBJECT_TYPES))
-            yield f"{name}/{row['frame_id']}", {**row, "object_types": types, "has_labels": has_labels}, []
+            yield f"{name}/{row['frame_id']}", row, type_names, []
 
 
-def _object_types(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+def _object_types(row: Mapping[str, Any], type_names: Sequence[str]) -> list[str]:
     """Types of the objects of a row; empty where its column `objects` is of another form."""
     try:
         types = by_field(row.get("objects"))["type"]
-        return [kind if isinstance(kind, str) else names[kind] for kind in types]
+        return [kind if isinstance(kind, str) else type_names[kind] for kind in types]
     except (KeyError, IndexError, TypeError):
         return []
 
@@ -238,12 +237,13 @@ class _Inspector:
                 frames[frame] = None
                 self.damaged.add(frame)
 
-    def look_at(self, label: str, row: Mapping[str, Any], damage: Sequence[str]) -> None:
+    def look_at(self, label: str, row: Mapping[str, Any], type_names: list[str], damage: Sequence[str]) -> None:
         """`row` holds None for parts that its reader described in `damage`."""
         self.add_problems(damage, label)
         self.scenes.add(row.get("scene") or scene_of(row["frame_id"]))
-        self.objects.update(row["object_types"])
-        if row["has_labels"]:
+        types = _object_types(row, type_names)
+        self.objects.update(types)
+        if types and type_names in ([], list(OBJECT_TYPES)):  # labels that training takes
             self._read(label, row, objects_from_row)
         if isinstance(row.get("depth"), Mapping):
             self._read(label, row, lambda row: read_depth_png(row["depth"], f"frame {row['frame_id']}"))

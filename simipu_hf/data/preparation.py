@@ -89,12 +89,11 @@ def prepare(
     """
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "simipu_hf"
     chunks = list(_chunks(frames))
-    names = "\n".join(frame.frame_id for frame in frames)
     kind = reading.module.rpartition(".")[2]
     # outside of the lock: the processes of a launch look at the files of a large data set at the same time
     digests = [_digest(reading.reader.fingerprint(chunk), reading) for chunk in chunks]
     paths = [folder / f"{kind}-{digest}.arrow" for digest in digests]
-    with _lock(folder / f"{_digest(reading, frames[0], names)}.lock"):
+    with _lock(folder / f"{_digest(paths)}.lock"):
         missing = [item for item in zip(paths, chunks, strict=True) if not _is_whole(reading, *item)]
         _remove_leftovers(folder)
         write = partial(_write_chunk, reading, stop_at_damage=skipped is None)

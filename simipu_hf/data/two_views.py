@@ -240,7 +240,7 @@ class TwoViewDataset(torch.utils.data.Dataset):
         mixture: which row stands at an index of an epoch, where `rows` joins several sources; by default the index.
 
     Raises:
-        SimIPUError: no rows, or a column is missing.
+        SimIPUError: no rows.
     """
 
     def __init__(
@@ -256,9 +256,6 @@ class TwoViewDataset(torch.utils.data.Dataset):
             raise SimIPUError(f"on_bad_row: expected 'error' or 'skip', found {on_bad_row!r}")
         if len(rows) == 0:
             raise SimIPUError("the data set has no rows")
-        missing = [name for name in REQUIRED_COLUMNS if name not in rows.column_names]
-        if missing:
-            raise SimIPUError(f"the data set has no column {', '.join(missing)}; found {', '.join(rows.column_names)}")
         self.rows = rows
         # as Arrow tables: making Python objects of a whole row costs more than all of the geometry
         encoded = rows.select_columns(REQUIRED_COLUMNS).cast_column("image", datasets.Image(decode=False))
