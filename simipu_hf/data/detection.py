@@ -6,7 +6,7 @@ the rectified camera frame; boxes in the image are left, top, right, bottom in p
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
@@ -206,20 +206,17 @@ class DetectionAugmentation:
     color_range: tuple[float, float] = (0.8, 1.25)
 
 
+@dataclass(eq=False, repr=False)
 class DetectionDataset(FrameDataset):
     """Samples for 3-D detection: `pixel_values` (3, h, w), `camera_projection` (3, 4) and `labels`.
 
         dataset = DetectionDataset(select_frames(["KITTI#train"]), processor, classes=model.config.classes)
         Trainer(model, train_dataset=dataset, data_collator=collate_detection)
 
-    Args:
-        classes: the model's.
-        args, kwargs: see [`FrameDataset`].
+    `classes` are the model's; the other arguments are those of [`FrameDataset`].
     """
 
-    def __init__(self, *args: Any, classes: Sequence[str], **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.classes = classes
+    classes: Sequence[str] = field(kw_only=True)
 
     def read(self, row: Any) -> DetectionFrame:
         return DetectionFrame.from_row(row)

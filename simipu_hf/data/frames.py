@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,6 +118,7 @@ def jitter_colors(image: np.ndarray, generator: np.random.Generator, factors: tu
     return (image * generator.uniform(*factors, size=3).astype(np.float32)).clip(0, 255)
 
 
+@dataclass(eq=False, repr=False)
 class FrameDataset(torch.utils.data.Dataset):
     """Training samples of frames; a task adds `read` and `sample`.
 
@@ -135,20 +137,17 @@ class FrameDataset(torch.utils.data.Dataset):
         SimIPUError: no rows.
     """
 
-    def __init__(
-        self,
-        rows: datasets.Dataset | Sequence[Any],
-        processor: SimIPUImageProcessor,
-        augmentation: Any = None,
-        seed: int = 0,
-        keep_frames: bool = False,
-        on_bad_row: OnBadRow = "error",
-    ):
-        if len(rows) == 0:
+    rows: datasets.Dataset | Sequence[Any]
+    processor: SimIPUImageProcessor
+    augmentation: Any = None
+    seed: int = 0
+    keep_frames: bool = False
+    on_bad_row: OnBadRow = "error"
+
+    def __post_init__(self) -> None:
+        if len(self.rows) == 0:
             raise SimIPUError("the data set has no rows")
-        self.rows, self.processor, self.augmentation = rows, processor, augmentation
-        self.seed, self.on_bad_row = seed, on_bad_row
-        self.kept: dict[int, Any] | None = {} if keep_frames else None
+        self._kept: dict[int, Any] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -180,13 +179,13 @@ class FrameDataset(torch.utils.data.Dataset):
 
     def frame(self, index: int) -> Any:
         """The frame of a row, or of the next usable one."""
-        if self.kept is not None and index in self.kept:
-            return self.kept[index]
+        if index in self._kept:
+            return self._kept[index]
         frame = next(self.usable_frames((index + step) % len(self) for step in range(len(self))), None)
         if frame is None:
             raise SimIPUError(f"none of the {len(self)} training frames can be used")
-        if self.kept is not None:
-            self.kept[index] = frame
+        if self.keep_frames:
+            self._kept[index] = frame
         return frame
 
     def pixel_values(self, index: int) -> torch.Tensor:

@@ -30,15 +30,11 @@ class Mixture:
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int = 0) -> None:
-        if min(sizes, default=0) < 1:
-            raise SimIPUError(f"mixture: expected rows in each data set, found {list(sizes)}")
         if len(weights) != len(sizes) or not all(0 < weight < float("inf") for weight in weights):
             raise SimIPUError(
                 f"mixture: expected a weight greater than 0 for each of {len(sizes)} data sets, found {list(weights)}"
             )
-        self.sizes = tuple(sizes)
-        self.weights = tuple(weights)
-        self.seed = seed
+        self.sizes, self.seed = tuple(sizes), seed
         ends = np.cumsum(weights) / np.sum(weights) * len(self)
         self._ends = ends.round().astype(int).tolist()  # of the sources' shares of an epoch
         self.shares = np.diff([0, *self._ends]).tolist()

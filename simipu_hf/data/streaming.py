@@ -8,6 +8,7 @@ loses its rows on resuming, so shards are shuffled by `datasets` and rows within
 import logging
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -85,31 +86,26 @@ def stream_two_views(
             "all rows and uses its part of them"
         )
     own = split_dataset_by_node(rows, process_index, num_processes) if num_processes > 1 else rows
-    stream = TwoViewStream(own, processor, augmentation, seed, shuffle_buffer, on_bad_row)
+    encoded = undecoded(own.select_columns(REQUIRED_COLUMNS))
+    stream = TwoViewStream(encoded, processor, augmentation, seed, max(1, shuffle_buffer), on_bad_row)
     workers = min(num_workers, max(1, rows.num_shards // num_processes))
     if workers < num_workers:
         logger.warning(f"streaming: {workers} of {num_workers} data-loading workers have shards to read")
     return StatefulDataLoader(stream, batch_size, num_workers=workers, collate_fn=collate, drop_last=True)
 
 
+@dataclass(eq=False, repr=False)
 class TwoViewStream(torch.utils.data.IterableDataset):
     """Samples of `two_view_sample` without end, with `state_dict` and `load_state_dict`; see `stream_two_views`."""
 
-    def __init__(
-        self,
-        rows: datasets.IterableDataset,
-        processor: SimIPUProcessor,
-        augmentation: TwoViewAugmentation,
-        seed: int,
-        shuffle_buffer: int,
-        on_bad_row: str,
-    ) -> None:
-        self.rows = undecoded(rows.select_columns(REQUIRED_COLUMNS))
-        self.processor = processor
-        self.augmentation = augmentation
-        self.seed = seed
-        self.block_size = max(1, shuffle_buffer)
-        self.on_bad_row = on_bad_row
+    rows: datasets.IterableDataset
+    processor: SimIPUProcessor
+    augmentation: TwoViewAugmentation
+    seed: int
+    block_size: int
+    on_bad_row: str
+
+    def __post_init__(self) -> None:
         self._state: dict[str, Any] = {"epoch": 0, "rows": None, "done": 0, "count": 0}
 
     def state_dict(self) -> dict[str, Any]:

@@ -223,6 +223,7 @@ def _jitter_colors(
     return image
 
 
+@dataclass(eq=False, repr=False)
 class TwoViewDataset(torch.utils.data.Dataset):
     """Two views of each row, the same for one (seed, epoch, index) in every process and with any number of workers.
 
@@ -243,29 +244,21 @@ class TwoViewDataset(torch.utils.data.Dataset):
         SimIPUError: no rows.
     """
 
-    def __init__(
-        self,
-        rows: datasets.Dataset,
-        processor: SimIPUProcessor,
-        augmentation: TwoViewAugmentation,
-        seed: int = 0,
-        on_bad_row: OnBadRow = "error",
-        mixture: Mixture | None = None,
-    ) -> None:
-        if on_bad_row not in ("error", "skip"):
-            raise SimIPUError(f"on_bad_row: expected 'error' or 'skip', found {on_bad_row!r}")
-        if len(rows) == 0:
+    rows: datasets.Dataset
+    processor: SimIPUProcessor
+    augmentation: TwoViewAugmentation
+    seed: int = 0
+    on_bad_row: OnBadRow = "error"
+    mixture: Mixture | None = None
+
+    def __post_init__(self) -> None:
+        if self.on_bad_row not in ("error", "skip"):
+            raise SimIPUError(f"on_bad_row: expected 'error' or 'skip', found {self.on_bad_row!r}")
+        if len(self.rows) == 0:
             raise SimIPUError("the data set has no rows")
-        self.rows = rows
         # as Arrow tables: making Python objects of a whole row costs more than all of the geometry
-        encoded = rows.select_columns(REQUIRED_COLUMNS).cast_column("image", datasets.Image(decode=False))
-        self._arrow_rows = encoded.with_format("arrow")
-        self.processor = processor
-        self.augmentation = augmentation
-        self.seed = seed
-        self.on_bad_row = on_bad_row
-        self.mixture = mixture
-        self._is_bad = torch.zeros(len(rows), dtype=torch.bool).share_memory_()
+        self._arrow_rows = undecoded(self.rows.select_columns(REQUIRED_COLUMNS)).with_format("arrow")
+        self._is_bad = torch.zeros(len(self.rows), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.rows if self.mixture is None else self.mixture)
