@@ -454,11 +454,9 @@ def read_points(path: str) -> np.ndarray:
     except OSError as error:
         raise ValueError(f"{path}: expected a LiDAR scan, found: {error}") from error
     layout = likely_layout(data)
-    if not data or len(data) % 16:
-        hint = f", which look like {layout}" if layout else ""
+    if not data or len(data) % 16 or layout:
+        hint = f", which look like {layout}, not four float32 (x y z reflectance) a point" if layout else ""
         raise ValueError(f"{path}: expected whole points of 16 bytes each, found {len(data)} bytes{hint}")
-    if layout:
-        raise ValueError(f"{path}: expected four float32 (x y z reflectance) a point, found what looks like {layout}")
     points = np.frombuffer(data, dtype="<f4").reshape(-1, 4)
     damaged = ~np.isfinite(points).all(axis=1)
     if damaged.any():
