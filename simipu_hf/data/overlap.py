@@ -3,7 +3,7 @@ set is still the same."""
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from itertools import chain
@@ -68,33 +68,24 @@ def frames_on_both_sides(first: datasets.Dataset, second: datasets.Dataset) -> l
 
     Copies with other names are found, and the other camera of the same instant where whole scans are kept. Of all
     frames the scan's first bytes and the length and last bytes of the image are compared; what agrees is read. What
-    cannot be read is not compared.
-
-    Args:
-        first, second: `frame_id`, `image`, and `points` where there are scans.
-
-    Returns:
-        At most one pair for each row of `second`, in their order.
+    cannot be read is not compared. At most one pair for each row of `second`, in their order.
     """
     first, second = _compared_columns(first), _compared_columns(second)
-    left: Sequence[int] = range(len(first))
-    right: Sequence[int] = range(len(second))
-    for keys_of in (_cheap_keys, lambda rows: map(_content, rows)):
-        keys_of_right = list(keys_of(second.select(right)))
-        wanted = {key for keys in keys_of_right for key in keys}
-        places: dict[Key, int] = {}  # in `first`
-        kept = []
-        for index, keys in zip(left, keys_of(first.select(left)), strict=True):
-            if shared := wanted.intersection(keys):
-                kept.append(index)
-                places |= {key: places.get(key, index) for key in shared}
-        same = {
-            index: min(places[key] for key in keys if key in places)
-            for index, keys in zip(right, keys_of_right, strict=True)
-            if places.keys() & keys
-        }
-        left, right = kept, list(same)
-    return [(first[index]["frame_id"], second[other]["frame_id"]) for other, index in same.items()]
+    keys_of_second = list(_cheap_keys(second))
+    wanted = set(chain(*keys_of_second))
+    met: set[Key] = set()
+    places: dict[Key, int] = {}  # content -> row of `first`
+    for index, keys in enumerate(_cheap_keys(first)):
+        if shared := wanted.intersection(keys):
+            met |= shared
+            for key in _content(first[index]):
+                places.setdefault(key, index)
+    pairs = []
+    for index, keys in enumerate(keys_of_second):
+        same = [places[key] for key in _content(second[index]) if key in places] if met.intersection(keys) else []
+        if same:
+            pairs.append((first[min(same)]["frame_id"], second[index]["frame_id"]))
+    return pairs
 
 
 def _compared_columns(rows: datasets.Dataset) -> datasets.Dataset:
@@ -179,11 +170,9 @@ def _content(row: Mapping[str, Any]) -> list[Key]:
     keys: list[Key] = []
     if row.get("points"):
         keys.append(("points", hashlib.sha256(row["points"]).digest()))
-    image = row["image"] or {"bytes": None, "path": None}
-    if image["bytes"] is None and image["path"] is None:
-        return keys
-    try:
-        data = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
-    except OSError:
-        return keys
+    image = row["image"] or {}
+    data = image.get("bytes")
+    if data is None and image.get("path"):
+        with suppress(OSError):
+            data = Path(image["path"]).read_bytes()
     return [("image", hashlib.sha256(data).digest()), *keys] if data else keys
