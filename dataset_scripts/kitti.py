@@ -405,7 +405,8 @@ def read_row(frame: Frame, whole_scans: bool = False, problems: list[str] | None
             return None
 
     projection, lidar_to_camera, expected_size = part(read_calibration, frame) or (None, None, None)
-    size = part(image_size, frame.image, expected_size, f"{frame.calibration[0]} (of another day?)")
+    source = f"{frame.calibration[0]} (is it the calibration of another day?)"
+    size = part(image_size, frame.image, expected_size, source)
     points = part(read_points, frame.scan)
     if not (whole_scans or points is None or size is None or projection is None):
         points = points_in_view(points, projection @ lidar_to_camera, size)
