@@ -158,7 +158,7 @@ def list_frames(
 
     tables = _Tables(folder, scene_names, name.endswith(OBJECTS), name.endswith(SWEEPS))
     chosen = set().union(*wanted.values()) & (there if scenes is None else set(scenes))
-    frames = _pair(tables, root, cameras, chosen, name.endswith(SWEEPS))
+    frames = _pair(tables, root, cameras, chosen)
     by_split = {split: [f for f in frames if f.scene in names] for split, names in wanted.items()}
     unknown = sorted(there - set().union(*published.values()))
     if unknown:
@@ -201,7 +201,7 @@ class _Tables:
             self.problems.append(f"{path}: {len(lost)} records have no {partner}, the first is {lost[0]}")
 
 
-def _pair(tables: _Tables, root: str, cameras: Sequence[str], scenes: set[str], sweeps: bool) -> list[Frame]:
+def _pair(tables: _Tables, root: str, cameras: Sequence[str], scenes: set[str]) -> list[Frame]:
     """Every image with the first scan that ends after it, both on disk."""
 
     @functools.cache
@@ -213,15 +213,14 @@ def _pair(tables: _Tables, root: str, cameras: Sequence[str], scenes: set[str], 
     scans: dict[str, list[dict[str, Any]]] = defaultdict(list)
     images = []
     for row in tables.data:
-        channel, scene = tables.sensors[row["sensor"]][0], row["scene"]
-        wanted = scene in scenes and (channel == LIDAR or (channel in cameras and (sweeps or row["key"])))
-        if not wanted:
+        channel = tables.sensors[row["sensor"]][0]
+        if row["scene"] not in scenes or channel not in (*cameras, LIDAR):
             continue
         folder, _, name = row["filename"].rpartition("/")
         if name not in names(folder):
             missing[channel] += channel != LIDAR or row["key"]  # sweeps of the LiDAR are a help, not a need
         elif channel == LIDAR:
-            scans[scene].append(row)
+            scans[row["scene"]].append(row)
         else:
             images.append(row)
     for found in scans.values():
