@@ -51,21 +51,19 @@ def read_eigen_list(
     if len(entries) < len(lines) and on_bad_row == "error":
         twice = next(entry for entry in entries if lines.count(entry) > 1)
         raise SimIPUError(f"{file_list}: {twice[0]} is listed twice; --on_bad_row skip takes it once")
-    files = {(image, depth): (Path(image_root) / image, Path(depth_root) / depth) for image, depth in entries}
-    missing = {entry: path for entry, paths in files.items() for path in paths if not path.is_file()}
+    rows, missing = [], []
+    for image, depth in entries:
+        paths = Path(image_root) / image, Path(depth_root) / depth
+        absent = [path for path in paths if not path.is_file()]
+        missing += absent[:1]
+        if not absent:
+            rows.append({"frame_id": image, "image": str(paths[0]), "depth": str(paths[1])})
     if missing:
-        found = (
-            f"{file_list}: the files of {len(missing)} of {len(entries)} frames are missing, the first "
-            f"{next(iter(missing.values()))}"
-        )
+        count = f"{len(missing)} of {len(entries)} frames"
+        found = f"{file_list}: the files of {count} are missing, the first {missing[0]}"
         if on_bad_row == "error":
             raise SimIPUError(f"{found}; --on_bad_row skip leaves such frames out")
         print(f"{found}; they are left out", file=sys.stderr)
-    rows = [
-        {"frame_id": entry[0], "image": str(image), "depth": str(depth)}
-        for entry, (image, depth) in files.items()
-        if entry not in missing
-    ]
     if not rows:
         raise SimIPUError(f"{file_list}: no line has ground truth")
     text = datasets.Value("string")
