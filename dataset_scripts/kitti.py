@@ -1,11 +1,9 @@
 """KITTI camera + LiDAR pairs as a Hugging Face data set: object benchmark, odometry sequences and raw drives.
 
-This one file needs `datasets`, NumPy and Pillow, and gives the same rows in each of these ways:
+This one file needs `datasets`, NumPy and Pillow. `datasets` 3.x runs it as a script; from 4 on use its class:
 
-    # datasets 3.x reads it as a loading script
     load_dataset("dataset_scripts/kitti.py", "object", data_dir=ROOT, trust_remote_code=True)
 
-    # datasets >= 4 no longer runs scripts: use the class
     builder = Kitti(config_name="object", data_dir=ROOT)
     builder.download_and_prepare(num_proc=4)
     train = builder.as_dataset(split="train")

@@ -1,11 +1,9 @@
 """nuScenes camera + LiDAR pairs as a Hugging Face data set, without the devkit.
 
-This one file needs `datasets`, NumPy, pyarrow and Pillow, and gives the same rows in each of these ways:
+This one file needs `datasets`, NumPy, pyarrow and Pillow. `datasets` 3.x runs it as a script; from 4 on use its class:
 
-    # datasets 3.x reads it as a loading script
     load_dataset("dataset_scripts/nuscenes.py", "v1.0-mini", data_dir=ROOT, trust_remote_code=True)
 
-    # datasets >= 4 no longer runs scripts: use the class
     builder = NuScenes(config_name="v1.0-trainval", data_dir=ROOT, cameras=("CAM_FRONT",))
     builder.download_and_prepare(num_proc=4)
     train = builder.as_dataset(split="train")
