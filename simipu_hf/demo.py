@@ -42,8 +42,10 @@ from simipu_hf.pretrain import pretrain
 from simipu_hf.training.arguments import PreTrainingArguments, read_config
 from simipu_hf.training.logging import METRICS_FILE, read_metrics
 from simipu_hf.training.run_folder import versions
-from simipu_hf.visualization import draw_depth, save_figure, visualize
+from simipu_hf.visualization.figures import draw_depth
+from simipu_hf.visualization.frames import visualize
 from simipu_hf.visualization.report import write_report
+from simipu_hf.visualization.style import save_figure
 
 REPORT, RESULTS = "report.html", "results.json"
 DRIVE, FRAMES, RUN, PICTURES = "drive", "frames", "run", "pictures"

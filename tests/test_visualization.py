@@ -25,19 +25,18 @@ from simipu_hf.modeling.geometry import FeatureGrid, pixel_transform, project_po
 from simipu_hf.modeling.image_encoder import timm_template
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
-from simipu_hf.visualization import (
+from simipu_hf.visualization import frames
+from simipu_hf.visualization.features import FrameEmbeds, Principal, ViewMatches, cell_map, embed_frame, similarities
+from simipu_hf.visualization.figures import (
     draw_depth,
     draw_image_features,
     draw_matches,
     draw_points_on_image,
     draw_retrieval,
     draw_training_curves,
-    frames,
-    scene_html,
-    visualize,
 )
-from simipu_hf.visualization.features import FrameEmbeds, Principal, ViewMatches, cell_map, embed_frame, similarities
-from simipu_hf.visualization.frames import LoadedModel, _image_processor, aligned_frame, choose_points
+from simipu_hf.visualization.frames import LoadedModel, _image_processor, aligned_frame, choose_points, visualize
+from simipu_hf.visualization.scene import scene_html
 from simipu_hf.visualization.style import RED
 
 WIDTH, HEIGHT = 96, 32

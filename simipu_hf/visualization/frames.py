@@ -86,6 +86,8 @@ def visualize(
 ) -> list[Path]:
     """Draws chosen frames, and what a model makes of them.
 
+    >>> visualize("pictures", model="RUN", data_dir="KITTI", split="val", frames=[0, 3])
+
     For each frame, named by its `frame_id`, and by its row too where an earlier one has that name: `*_points.png`, the
     points over the image; with a SimIPU model also `*_matches.png`, two views with their matches,
     `*_shared_features.png`, image and point features as colours, and `*_retrieval.png`, where in the image the
