@@ -480,7 +480,7 @@ def _note(weights: EncoderWeights) -> dict[str, Any]:
         "architecture": weights.architecture,
         "batch_norm_eps": values.pop() if len(values) == 1 else None,
         "untrained": weights.untrained,
-        **asdict(weights.input),
+        "input": asdict(weights.input),
     }
 
 
