@@ -27,9 +27,9 @@ PIXELS = {"xlabel": "column (px)", "ylabel": "row (px)"}
 def draw_points_on_image(frame: Frame) -> Figure:
     """The scan over the image, coloured by depth in metres on a logarithmic scale."""
     pixels, depth, inside = frame.view
-    figure = Figure(figsize=(WIDTH, _panel_height(frame, WIDTH, colorbar=True)))
+    figure = Figure(figsize=(WIDTH, panel_height(frame.image, WIDTH, colorbar=True)))
     axes = figure.subplots()
-    _show_image(axes, frame, brightness=0.6)
+    show_image(axes, frame.image, brightness=0.6)
     dots = _scatter_depth(axes, pixels[inside], depth[inside], size=2.5)
     add_depth_bar(figure, dots, axes)
     nearest = f", {depth[inside].min():.1f} to {depth[inside].max():.1f} m" if inside.any() else ""
@@ -123,14 +123,14 @@ def draw_shared_features(frame: Frame, embeds: FrameEmbeds, colors: Principal) -
     """
     point_colors = colors.adapted(embeds.points).colors(embeds.points)
     pixels, depth, inside = frame.project(embeds.coordinates)
-    figure = Figure(figsize=(WIDTH, max(2 * _panel_height(frame, WIDTH * 0.68) + 0.3, 4.5)))
+    figure = Figure(figsize=(WIDTH, max(2 * panel_height(frame.image, WIDTH * 0.68) + 0.3, 4.5)))
     panels = figure.subplot_mosaic([["image", "above"], ["points", "above"]], width_ratios=[2.15, 1])
 
-    _show_image(panels["image"], frame, brightness=0.45)
+    show_image(panels["image"], frame.image, brightness=0.45)
     _show_cells(panels["image"], embeds.cells, colors.colors(embeds.cells.values), frame, alpha=0.8)
     panels["image"].set(title=f"{frame.frame_id}: image features", **PIXELS)
 
-    _show_image(panels["points"], frame, brightness=0.3)
+    show_image(panels["points"], frame.image, brightness=0.3)
     order = np.flatnonzero(inside)[np.argsort(-depth[inside])]
     x, y = pixels[order].T
     panels["points"].scatter(x, y, c=point_colors[order], s=14, linewidths=0)
@@ -151,11 +151,11 @@ def draw_image_features(frame: Frame, stages: Mapping[str, CellMap], photograph:
         photograph: false leaves the image itself out.
     """
     rows = len(stages) + photograph
-    figure = Figure(figsize=(NARROW, rows * _panel_height(frame, NARROW)))
+    figure = Figure(figsize=(NARROW, rows * panel_height(frame.image, NARROW)))
     panels = list(figure.subplots(rows, 1, squeeze=False)[:, 0])
     if photograph:
         axes = panels.pop(0)
-        _show_image(axes, frame)
+        show_image(axes, frame.image)
         axes.set(title=frame.frame_id, **PIXELS)
     for axes, (name, cells) in zip(panels, stages.items(), strict=True):
         colors = Principal(cells.values[cells.inside])
@@ -173,7 +173,7 @@ def draw_retrieval(frame: Frame, points: np.ndarray, maps: Sequence[CellMap], na
         maps: K maps `(h, w, 1)` of cosine similarities.
         names: K names of the points, for the titles.
     """
-    figure = Figure(figsize=(NARROW, len(points) * _panel_height(frame, NARROW, colorbar=True) + 0.3))
+    figure = Figure(figsize=(NARROW, len(points) * panel_height(frame.image, NARROW, colorbar=True) + 0.3))
     figure.suptitle(f"{frame.frame_id}: where the image features resemble a point's")
     pixels, depth, _ = frame.project(points)
     heat = visible_colormap("inferno")
@@ -181,7 +181,7 @@ def draw_retrieval(frame: Frame, points: np.ndarray, maps: Sequence[CellMap], na
         cells = maps[row]
         values = np.where(cells.inside, cells.values[..., 0], np.nan)
         best = cells.pixels[np.unravel_index(np.nanargmax(values), values.shape)]
-        _show_image(axes, frame, brightness=0.6, gray=True)
+        show_image(axes, frame.image.mean(-1, keepdims=True).repeat(3, -1), brightness=0.6)
         shown = _show_cells(axes, cells, values, frame, alpha=0.7, cmap=heat)
         axes.plot(*best, "s", mfc="none", mec="white", ms=9, mew=1.6, label="most similar cell", zorder=3)
         axes.plot(*pixels[row], "+", color="#4dffea", ms=15, mew=2.2, label="where the point is", zorder=3)
@@ -242,16 +242,15 @@ def _scatter_depth(axes: Axes, pixels: np.ndarray, depth: np.ndarray, size: floa
     return axes.scatter(x, y, c=depth[order], cmap=depth_colormap(), norm=depth_norm(), s=size, linewidths=0)
 
 
-def _panel_height(frame: Frame, width: float, colorbar: bool = False) -> float:
+def panel_height(image: np.ndarray, width: float, colorbar: bool = False) -> float:
     """Inches, labels and title included, of a panel with the image that is `width` inches wide."""
-    height, columns = frame.image.shape[:2]
+    height, columns = image.shape[:2]
     return (width - (1.9 if colorbar else 0.9)) * height / columns + 0.85
 
 
-def _show_image(axes: Axes, frame: Frame, brightness: float = 1.0, gray: bool = False) -> None:
-    image = frame.image.mean(-1, keepdims=True).repeat(3, -1) if gray else frame.image
+def show_image(axes: Axes, image: np.ndarray, brightness: float = 1.0) -> None:
     axes.imshow((image * brightness).astype(np.uint8), interpolation="antialiased", zorder=0)
-    _stay_within(axes, frame.image)
+    _stay_within(axes, image)
 
 
 def _show_cells(axes: Axes, cells: CellMap, values: np.ndarray, frame: Frame, **style: Any) -> AxesImage:

@@ -48,20 +48,8 @@ LONG_EDGE = 1248  # pixels, for an image encoder that takes any size; a multiple
 
 
 class LoadedModel:
-    """A SimIPU model with its heads, or else an image encoder, in evaluation mode.
-
-    Args:
-        source, device: `model` and `device` of [`visualize`].
-
-    Attributes:
-        encoder: the image encoder, a timm model.
-        image_processor: of that encoder.
-        stages: of the image encoder, to draw.
-        simipu: the whole model and its processor; `None` where there is only an image encoder.
-
-    Raises:
-        SimIPUError: there is no model.
-    """
+    """What `model` of [`visualize`] names: an image encoder in evaluation mode, its image processor, the stages to
+    draw, and in `simipu` the whole model and its processor, or `None` where there is only an image encoder."""
 
     def __init__(self, source: str | os.PathLike, device: str | None = None):
         self.simipu = _load_simipu(source)

@@ -12,9 +12,10 @@ from matplotlib.lines import Line2D
 from simipu_hf.data.kitti_objects import KittiObjects
 from simipu_hf.modeling.geometry import box_corners, project_points
 
+from .figures import WIDTH, panel_height, show_image
 from .style import BLUE, FAINT, ORANGE, styled
 
-WIDTH, ABOVE = 12.5, 5.0  # inches
+ABOVE = 5.0  # inches
 NEAREST = 0.1  # metres: what of a box is nearer is not drawn in the image
 EDGES = ((0, 3), (1, 2), (2, 3), (4, 7), (5, 6), (6, 7), (2, 6), (3, 7), (0, 1), (4, 5), (0, 4), (1, 5))
 CROSS = ((0, 5), (1, 4))  # on the front, which says where the object heads
@@ -35,11 +36,10 @@ def draw_objects(
         labels: in blue, with DontCare regions as dotted rectangles.
         predictions: in orange, with their scores.
     """
-    height, width = image.shape[:2]
-    picture = (WIDTH - 0.9) * height / width + 0.85
+    picture = panel_height(image, WIDTH)
     figure = Figure(figsize=(WIDTH, picture + ABOVE))
     front, above = figure.subplots(2, 1, height_ratios=[picture, ABOVE])
-    front.imshow((image * 0.8).astype(np.uint8), zorder=0)
+    show_image(front, image, brightness=0.8)
     drawn = [(labels, BLUE, "labels")] + ([] if predictions is None else [(predictions, ORANGE, "predictions")])
     for objects, color, _ in drawn:
         _draw_boxes(front, above, objects[(objects.dimensions > 0).all(axis=1)], camera_projection, color)
@@ -47,7 +47,7 @@ def draw_objects(
     front.add_collection(LineCollection(list(regions), colors=FAINT, linestyles="dotted"))
     for axes, corner in ((front, "upper right"), (above, "upper left")):
         axes.legend([Line2D([], [], color=color) for _, color, _ in drawn], [name for *_, name in drawn], loc=corner)
-    front.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xticks=[], yticks=[], title=title)
+    front.set(xticks=[], yticks=[], title=title)
     _style_above(above, [objects for objects, *_ in drawn])
     return figure
 
