@@ -146,15 +146,10 @@ def export_image_encoder(
     weights = find_image_encoder(model).with_channel_order(channel_order)
     if not weights.state_dict:
         raise SimIPUError(f"{model}: random weights are not exported")
-    if format in RESNET_FORMS and weights.architecture not in RESNETS:
+    if format in RESNET_FORMS and (weights.architecture not in RESNETS or weights.model_args):
         raise SimIPUError(
-            f"the {format} form takes resnet18, 34, 50, 101 and 152; this encoder is {weights.architecture}: "
-            "use the timm form"
-        )
-    if format in RESNET_FORMS and weights.model_args:
-        raise SimIPUError(
-            f"the {format} form takes a {weights.architecture} as it is; this one was made with {weights.model_args}: "
-            "use the timm or the onnx form"
+            f"the {format} form takes resnet18, 34, 50, 101 and 152; this encoder is {weights.architecture}, made "
+            f"with {weights.model_args or 'no arguments'}: use the timm or the onnx form"
         )
     if format in ("timm", "transformers"):
         with atomic_folder(target, overwrite=overwrite, is_earlier_output=is_export) as path:
