@@ -154,10 +154,8 @@ def stage(stages: dict[str, dict[str, Any]], folder: Path, name: str, title: str
         yield result
     except SimIPUError as error:
         raise SimIPUError(f"{where} failed: {error}. {kept}") from error
-    except TrainingInterrupted as stopped:
-        raise TrainingInterrupted(f"stopped in {where}. {kept}", stopped.exit_code) from stopped
-    except KeyboardInterrupt as stopped:
-        raise TrainingInterrupted(f"stopped in {where}. {kept}", 130) from stopped
+    except (TrainingInterrupted, KeyboardInterrupt) as stopped:
+        raise TrainingInterrupted(f"stopped in {where}. {kept}", getattr(stopped, "exit_code", 130)) from stopped
     except Exception:
         print(f"{where} failed, with an error that is not yours. {kept}", file=sys.stderr)
         raise
@@ -310,7 +308,6 @@ def check_encoder(run_dir: Path, row: dict[str, Any]) -> dict[str, Any]:
         "path": folder.as_posix(),
         "architecture": trained.pretrained_cfg["architecture"],
         "parameters": sum(parameter.numel() for parameter in trained.parameters()),
-        "weights_equal": True,
         "largest_feature_difference": difference,
         "feature_shapes": [list(feature.shape[1:]) for feature in maps],
         "message": "the weights that were trained, and the same features",
