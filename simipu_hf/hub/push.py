@@ -116,7 +116,7 @@ class _Repository:
             except Exception as error:
                 if attempt == RETRIES or _is_final(error):
                     raise hub_error(error, self.repo_id) from error
-                wait, attempt = min(2**attempt, 60), attempt + 1
+                wait, attempt = 2**attempt, attempt + 1
                 trying = f"trying again in {wait} s ({attempt} of {RETRIES})"
                 tqdm.write(f"{hub_error(error, self.repo_id)}; {trying}", file=sys.stderr)
                 sleep(wait)
@@ -396,17 +396,16 @@ def push_dataset(
     except (ValueError, yaml.YAMLError) as error:
         raise SimIPUError(f"{own_card}: its header between --- lines cannot be read: {error}") from error
     edited = own if own is not None and own.text.strip() and GENERATED not in own.content else None
-    if license is None and edited and edited.data.license != KITTI_LICENSE:
-        license = edited.data.license
-    if license is None:
-        license = own.data.license if own and own.data.license != KITTI_LICENSE else None
-        terms = license_of(str(folder)) if license else "treated as KITTI's, CC BY-NC-SA 3.0, same terms"
+    named = own.data.license if own and own.data.license != KITTI_LICENSE else None
+    if license is None and not (edited and named):
+        terms = license_of(str(folder)) if named else "treated as KITTI's, CC BY-NC-SA 3.0, same terms"
         private = True if private is None else private
         tqdm.write(
             f"Licence of these rows: {terms}. They go to a {'private' if private else 'PUBLIC'} repository. "
             "For other data name their --license.",
             file=sys.stderr,
         )
+    license = license or named
     names = [file.relative_to(folder).as_posix() for file in files]
 
     def card(published: str, staying: list[str]) -> str:
