@@ -134,14 +134,9 @@ def keep_other_splits(
     """Name in `header` the Parquet files that stay in a repository: where it lists files, it would hide all others.
 
     Args:
-        header: of the card that is uploaded.
-        published: of the card that it replaces.
-        remaining: the files in the repository that the upload does not replace.
-        uploaded: those of the upload.
-        rows: of each split that is uploaded.
-
-    Returns:
-        the rows of all splits, as far as the headers say.
+        header, published: of the card that is uploaded, and of the one that it replaces.
+        remaining, uploaded: the files in the repository that the upload does not replace, and those of the upload.
+        rows: of each split that is uploaded; returned with those of the others, as far as the headers say.
 
     Raises:
         SimIPUError: the files that stay have other columns than the new ones, so that neither could be read, or are

@@ -67,12 +67,7 @@ ONNX_LIMIT = 1536 * 2**20  # bytes of weights: PyTorch writes more of them into 
 
 @dataclass
 class ExportReport:
-    """What was written where, and how to feed it.
-
-    Args:
-        path: the folder, or the file.
-        norm_cfg: batch-norm setting for an mmdetection config (mmdet and official forms only).
-    """
+    """What was written where, and how to feed it; `norm_cfg` is for an mmdetection config (mmdet, official form)."""
 
     format: str
     path: Path
