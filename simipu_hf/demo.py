@@ -117,7 +117,7 @@ def demo(
             result |= make_frames(frames, data_dir, settings, seed)
         with stage(stages, folder, "pretraining", "Pre-training on camera + LiDAR pairs, without labels") as result:
             pretrain(pretraining_arguments(frames, run, settings, seed))
-            result |= summarize_pretraining(run, settings)
+            result |= summarize_pretraining(run)
         with stage(stages, folder, "encoder", "Loading the image encoder in plain timm and transformers") as result:
             result |= check_encoder(run, load_rows(frames, "validation")[0])
         with stage(stages, folder, "depth", "Probing the features for depth, against random weights") as result:
@@ -259,7 +259,7 @@ def pretraining_arguments(frames_dir: Path, run_dir: Path, settings: DemoSetting
     )
 
 
-def summarize_pretraining(run_dir: Path, settings: DemoSettings) -> dict[str, Any]:
+def summarize_pretraining(run_dir: Path) -> dict[str, Any]:
     """Where the held-out losses and recall ended, each with its chance level."""
     metrics = read_metrics(run_dir / METRICS_FILE)
     last = {name.removeprefix("eval/"): value for name, value in metrics[-1].items() if name.startswith("eval/")}
@@ -267,8 +267,6 @@ def summarize_pretraining(run_dir: Path, settings: DemoSettings) -> dict[str, An
     held_out = {name: last.get(name) for name in (*losses, "recall_within_2_cells")}
     loss, chance = held_out["inter_modal_loss"], held_out["inter_modal_chance"]
     return {
-        "steps": settings.max_steps,
-        "rows_per_step": settings.per_device_train_batch_size,
         "held_out": held_out,
         "seconds_per_step": next(line["seconds_per_step"] for line in reversed(metrics) if "seconds_per_step" in line),
         "message": f"inter-modal loss {loss:.2f} on held-out frames (random guess {chance:.2f})",
@@ -342,8 +340,6 @@ def probe_depth(run_dir: Path, frames_dir: Path, picture: Path, settings: DemoSe
     error, random_error = metrics[PRETRAINED]["abs_rel"], metrics[RANDOM]["abs_rel"]
     change = 100 * (error / random_error - 1)
     return {
-        "train_frames": len(train),
-        "test_frames": len(test),
         "metrics": metrics,
         "abs_rel_change_percent": change,
         "message": f"AbsRel {error:.3f} pre-trained, {random_error:.3f} random ({change:+.0f} %)",
