@@ -444,17 +444,12 @@ def is_export(path: Path, whole_model: bool = False) -> bool:
 
 
 def _transformers_name(name: str) -> str:
-    """`ResNetModel`'s name for timm's."""
-    leaf = {"conv": "convolution", "bn": "normalization", "0": "convolution", "1": "normalization"}
-    if match := re.fullmatch(r"(conv|bn)1\.(\w+)", name):
-        return f"embedder.embedder.{leaf[match[1]]}.{match[2]}"
-    if match := re.fullmatch(r"layer(\d)\.(\d+)\.(conv|bn)(\d)\.(\w+)", name):
-        stage, block, kind, position, rest = match.groups()
-        return f"encoder.stages.{int(stage) - 1}.layers.{block}.layer.{int(position) - 1}.{leaf[kind]}.{rest}"
-    if match := re.fullmatch(r"layer(\d)\.(\d+)\.downsample\.(\d)\.(\w+)", name):
-        stage, block, kind, rest = match.groups()
-        return f"encoder.stages.{int(stage) - 1}.layers.{block}.shortcut.{leaf[kind]}.{rest}"
-    raise SimIPUError(f"{name} is no name of a plain ResNet")
+    """`ResNetModel`'s name for timm's, of a plain ResNet."""
+    kind = {"conv": "convolution", "bn": "normalization"}
+    name = re.sub(r"^(conv|bn)1\.", lambda m: f"embedder.embedder.{kind[m[1]]}.", name)
+    name = re.sub(r"^layer(\d)\.(\d+)\.", lambda m: f"encoder.stages.{int(m[1]) - 1}.layers.{m[2]}.", name)
+    name = re.sub(r"(conv|bn)(\d)\.", lambda m: f"layer.{int(m[2]) - 1}.{kind[m[1]]}.", name)
+    return name.replace("downsample.0", "shortcut.convolution").replace("downsample.1", "shortcut.normalization")
 
 
 def _official_network(state: StateDict, weights: EncoderWeights) -> SimIPUForPreTraining:
