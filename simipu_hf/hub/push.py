@@ -223,10 +223,11 @@ def push_folder(
             failure = "the model was published, its image encoder was not"
             encoder = replace(repository, repo_id=encoder_repo_id)
             write_timm(find_image_encoder(folder).with_channel_order("rgb"), staged / "rgb")
-            for name in RECORDS:
-                if (staged / name).is_file():
-                    shutil.copyfile(staged / name, staged / "rgb" / name)
-            write_model_card(staged / "rgb", encoder_repo_id)
+            # not the model's, which are redacted: a path may be all that tells the card of KITTI's licence
+            records = [place / name for place in (run_of(folder), folder) for name in RECORDS]
+            for file in filter(Path.is_file, records):
+                shutil.copyfile(file, staged / "rgb" / file.name)
+            _complete(staged / "rgb", encoder_repo_id)
             encoder.upload(staged / "rgb", message)
             result.encoder_url = encoder.url
     except (OSError, SimIPUError) as error:

@@ -235,11 +235,13 @@ def test_folders_that_are_no_complete_model(endpoint, run_folder, tmp_path):
 
 def test_an_unfinished_run_is_published_with_its_record(endpoint, checkpoint, monkeypatch):
     monkeypatch.setattr("simipu_hf.hub.sources.newest_checkpoint", lambda path, **_: checkpoint)
+    record = checkpoint.parent / "run.yaml"
+    record.write_text(record.read_text(encoding="utf-8").replace("data/kitti", "/data/kitti/object"), encoding="utf-8")
     for model, repo_id in ((checkpoint, "owner/checkpoint"), (checkpoint.parent, "owner/run")):
         push_folder(model, repo_id, encoder_repo_id=f"{repo_id}-encoder")
         for repository in (repo_id, f"{repo_id}-encoder"):
             files = endpoint.files(repository)
-            assert "run.yaml" in files
+            assert b"data_dir: \xe2\x80\xa6/object" in files["run.yaml"]
             assert b"license: cc-by-nc-sa-3.0" in files["README.md"]
             assert b"## Recipe" in files["README.md"]
 
