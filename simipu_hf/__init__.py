@@ -7,6 +7,7 @@ Importing this package registers SimIPU with transformers' Auto classes, before 
 that `AutoModel.from_pretrained(folder)` finds it without `trust_remote_code`. Nothing heavy is imported for that.
 """
 
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,57 +62,43 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+ours: Any = sys.modules[__name__]  # whose names are imported when a hook asks for them
+
+
 # One hook for each module of transformers, importing no more than it registers: these modules import each other.
 @when_imported("transformers.models.auto.configuration_auto")
 def _register_configurations(auto: Any) -> None:
-    from .modeling.configuration_simipu import SimIPUConfig, SimIPUDepthConfig, SimIPUDetectionConfig
-
-    for config in (SimIPUConfig, SimIPUDepthConfig, SimIPUDetectionConfig):
+    for config in (ours.SimIPUConfig, ours.SimIPUDepthConfig, ours.SimIPUDetectionConfig):
         auto.AutoConfig.register(config.model_type, config, exist_ok=True)
 
 
 @when_imported("transformers.models.auto.feature_extraction_auto")
 def _register_feature_extractor(auto: Any) -> None:
-    from .modeling.configuration_simipu import SimIPUConfig
-    from .modeling.feature_extraction_simipu import SimIPUFeatureExtractor
-
-    auto.AutoFeatureExtractor.register(SimIPUConfig, SimIPUFeatureExtractor, exist_ok=True)
+    auto.AutoFeatureExtractor.register(ours.SimIPUConfig, ours.SimIPUFeatureExtractor, exist_ok=True)
 
 
 @when_imported("transformers.models.auto.image_processing_auto")
 def _register_image_processor(auto: Any) -> None:
-    from .modeling.configuration_simipu import SimIPUConfig, SimIPUDepthConfig, SimIPUDetectionConfig
-    from .modeling.image_processing_simipu import SimIPUImageProcessor
-
-    classes = {"torchvision": SimIPUImageProcessor}
-    for config in (SimIPUConfig, SimIPUDepthConfig, SimIPUDetectionConfig):
+    classes = {"torchvision": ours.SimIPUImageProcessor}
+    for config in (ours.SimIPUConfig, ours.SimIPUDepthConfig, ours.SimIPUDetectionConfig):
         auto.AutoImageProcessor.register(config, image_processor_classes=classes, exist_ok=True)
 
 
 @when_imported("transformers.models.auto.video_processing_auto")
 def _register_no_video_processor(auto: Any) -> None:
     """Or `pipeline` guesses the name of one from the image processor's, and asks whether it may run its code."""
-    from .modeling.configuration_simipu import SimIPUConfig, SimIPUDepthConfig, SimIPUDetectionConfig
-
-    for config in (SimIPUConfig, SimIPUDepthConfig, SimIPUDetectionConfig):
+    for config in (ours.SimIPUConfig, ours.SimIPUDepthConfig, ours.SimIPUDetectionConfig):
         auto.VIDEO_PROCESSOR_MAPPING.register(config, {}, exist_ok=True)
 
 
 @when_imported("transformers.models.auto.processing_auto")
 def _register_processor(auto: Any) -> None:
-    from .modeling.configuration_simipu import SimIPUConfig
-    from .modeling.processing_simipu import SimIPUProcessor
-
-    auto.AutoProcessor.register(SimIPUConfig, SimIPUProcessor, exist_ok=True)
+    auto.AutoProcessor.register(ours.SimIPUConfig, ours.SimIPUProcessor, exist_ok=True)
 
 
 @when_imported("transformers.models.auto.modeling_auto")
 def _register_models(auto: Any) -> None:
-    from .modeling.modeling_simipu import SimIPUConfig, SimIPUForPreTraining, SimIPUModel
-    from .modeling.modeling_simipu_depth import SimIPUDepthConfig, SimIPUForDepthEstimation
-    from .modeling.modeling_simipu_detection import SimIPUDetectionConfig, SimIPUForMonocular3DDetection
-
-    auto.AutoModel.register(SimIPUConfig, SimIPUModel, exist_ok=True)
-    auto.AutoModel.register(SimIPUDetectionConfig, SimIPUForMonocular3DDetection, exist_ok=True)
-    auto.AutoModelForPreTraining.register(SimIPUConfig, SimIPUForPreTraining, exist_ok=True)
-    auto.AutoModelForDepthEstimation.register(SimIPUDepthConfig, SimIPUForDepthEstimation, exist_ok=True)
+    auto.AutoModel.register(ours.SimIPUConfig, ours.SimIPUModel, exist_ok=True)
+    auto.AutoModel.register(ours.SimIPUDetectionConfig, ours.SimIPUForMonocular3DDetection, exist_ok=True)
+    auto.AutoModelForPreTraining.register(ours.SimIPUConfig, ours.SimIPUForPreTraining, exist_ok=True)
+    auto.AutoModelForDepthEstimation.register(ours.SimIPUDepthConfig, ours.SimIPUForDepthEstimation, exist_ok=True)

@@ -21,6 +21,7 @@ import psutil
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from huggingface_hub import HfApi, constants, get_token
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -84,19 +85,11 @@ class CheckReport:
 
 
 class Absent(Exception):  # noqa: N818 (not an error)
-    """What a check is about is not on this machine. `advice` says what to do."""
-
-    status: Literal["absent", "fail"] = "absent"
-
-    def __init__(self, detail: str, advice: str = "") -> None:
-        super().__init__(detail)
-        self.advice = advice
+    """What a check is about is not on this machine: what was looked for, and what to do."""
 
 
-class Failed(Absent):
-    """It is there, and does not do what it should."""
-
-    status: Literal["absent", "fail"] = "fail"
+class Failed(Exception):  # noqa: N818
+    """It is there, and does not do what it should: what it does, and what to do."""
 
 
 def check(arguments: CheckArguments | None = None) -> CheckReport:
@@ -115,7 +108,7 @@ def check(arguments: CheckArguments | None = None) -> CheckReport:
 
 
 def checks(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
-    """Name and function of every check. A function returns its detail, or raises `Absent` or anything else."""
+    """Name and function of every check. A function returns its detail, or raises `Absent`, `Failed` or anything."""
     yield "versions", _versions
     yield "optional packages", _optional_packages
     yield "device", lambda: _device(device)
@@ -147,7 +140,9 @@ def _run(name: str, function: Callable[[], str]) -> Finding:
     try:
         finding = Finding(name, "pass", function())
     except Absent as error:
-        finding = Finding(name, error.status, str(error), error.advice)
+        finding = Finding(name, "absent", *error.args)
+    except Failed as error:
+        finding = Finding(name, "fail", *error.args)
     except Exception as error:  # whatever a driver, a compiler or a network raises
         advice = "please report it, with the whole output of this command"
         finding = Finding(name, "fail", f"{type(error).__name__}: {error}", advice)
@@ -203,8 +198,6 @@ def _shared_memory() -> str:
 
 
 def _hub() -> str:
-    from huggingface_hub import HfApi, constants, get_token
-
     if constants.HF_HUB_OFFLINE:
         raise Absent("HF_HUB_OFFLINE is set", "unset it to download and publish")
     if get_token() is None:
@@ -237,17 +230,12 @@ def _kernel(compare: Callable[[str, torch.device], str], backend: str, device: t
         raise Absent(f"{backend} is not installed", f"pip install {backend}")
     if device.type != needed:
         raise Absent(f"runs on {needed}, this device is {device.type}")
-    started = time.perf_counter()
-    problem = compare(backend, device)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    seconds = time.perf_counter() - started
-    if problem:
+    if problem := compare(backend, device):
         raise Failed(
             f"{operation} with {backend} differs from its definition: {problem}",
             f"train with point_config's sampling_backend or grouping_backend set to torch, and report it ({backend})",
         )
-    return f"equal to the definition, {seconds:.2f} s with it"
+    return "equal to the definition"
 
 
 def _furthest_point_sample(backend: str, device: torch.device) -> str:

@@ -188,7 +188,7 @@ def visualize(
         frames: Rows of the split, such as 0,3,7.
         device: Such as cuda; a GPU where there is one if None.
     """
-    from simipu_hf.visualization import visualize as draw
+    from simipu_hf.visualization.frames import visualize as draw
 
     if device is not None and model is None:
         raise SimIPUError("--device does nothing without --model")
@@ -234,7 +234,8 @@ def data_inspect(rows: Rows, picture_path: str | None = None, as_json: AsJson = 
     report = inspect_dataset(**vars(rows))
     show(report, as_json)
     if picture_path is not None and report.sample is not None:
-        from simipu_hf.visualization import draw_points_on_image, save_figure
+        from simipu_hf.visualization.figures import draw_points_on_image
+        from simipu_hf.visualization.style import save_figure
 
         save_figure(draw_points_on_image(report.sample), picture_path)
     sys.exit(1 if report.problems else 0)

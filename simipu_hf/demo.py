@@ -42,8 +42,10 @@ from simipu_hf.pretrain import pretrain
 from simipu_hf.training.arguments import PreTrainingArguments, read_config
 from simipu_hf.training.logging import METRICS_FILE, read_metrics
 from simipu_hf.training.run_folder import versions
-from simipu_hf.visualization import draw_depth, save_figure, visualize
+from simipu_hf.visualization.figures import draw_depth
+from simipu_hf.visualization.frames import visualize
 from simipu_hf.visualization.report import write_report
+from simipu_hf.visualization.style import save_figure
 
 REPORT, RESULTS = "report.html", "results.json"
 DRIVE, FRAMES, RUN, PICTURES = "drive", "frames", "run", "pictures"
@@ -115,7 +117,7 @@ def demo(
             result |= make_frames(frames, data_dir, settings, seed)
         with stage(stages, folder, "pretraining", "Pre-training on camera + LiDAR pairs, without labels") as result:
             pretrain(pretraining_arguments(frames, run, settings, seed))
-            result |= summarize_pretraining(run, settings)
+            result |= summarize_pretraining(run)
         with stage(stages, folder, "encoder", "Loading the image encoder in plain timm and transformers") as result:
             result |= check_encoder(run, load_rows(frames, "validation")[0])
         with stage(stages, folder, "depth", "Probing the features for depth, against random weights") as result:
@@ -152,10 +154,8 @@ def stage(stages: dict[str, dict[str, Any]], folder: Path, name: str, title: str
         yield result
     except SimIPUError as error:
         raise SimIPUError(f"{where} failed: {error}. {kept}") from error
-    except TrainingInterrupted as stopped:
-        raise TrainingInterrupted(f"stopped in {where}. {kept}", stopped.exit_code) from stopped
-    except KeyboardInterrupt as stopped:
-        raise TrainingInterrupted(f"stopped in {where}. {kept}", 130) from stopped
+    except (TrainingInterrupted, KeyboardInterrupt) as stopped:
+        raise TrainingInterrupted(f"stopped in {where}. {kept}", getattr(stopped, "exit_code", 130)) from stopped
     except Exception:
         print(f"{where} failed, with an error that is not yours. {kept}", file=sys.stderr)
         raise
@@ -259,7 +259,7 @@ def pretraining_arguments(frames_dir: Path, run_dir: Path, settings: DemoSetting
     )
 
 
-def summarize_pretraining(run_dir: Path, settings: DemoSettings) -> dict[str, Any]:
+def summarize_pretraining(run_dir: Path) -> dict[str, Any]:
     """Where the held-out losses and recall ended, each with its chance level."""
     metrics = read_metrics(run_dir / METRICS_FILE)
     last = {name.removeprefix("eval/"): value for name, value in metrics[-1].items() if name.startswith("eval/")}
@@ -267,8 +267,6 @@ def summarize_pretraining(run_dir: Path, settings: DemoSettings) -> dict[str, An
     held_out = {name: last.get(name) for name in (*losses, "recall_within_2_cells")}
     loss, chance = held_out["inter_modal_loss"], held_out["inter_modal_chance"]
     return {
-        "steps": settings.max_steps,
-        "rows_per_step": settings.per_device_train_batch_size,
         "held_out": held_out,
         "seconds_per_step": next(line["seconds_per_step"] for line in reversed(metrics) if "seconds_per_step" in line),
         "message": f"inter-modal loss {loss:.2f} on held-out frames (random guess {chance:.2f})",
@@ -308,7 +306,6 @@ def check_encoder(run_dir: Path, row: dict[str, Any]) -> dict[str, Any]:
         "path": folder.as_posix(),
         "architecture": trained.pretrained_cfg["architecture"],
         "parameters": sum(parameter.numel() for parameter in trained.parameters()),
-        "weights_equal": True,
         "largest_feature_difference": difference,
         "feature_shapes": [list(feature.shape[1:]) for feature in maps],
         "message": "the weights that were trained, and the same features",
@@ -343,8 +340,6 @@ def probe_depth(run_dir: Path, frames_dir: Path, picture: Path, settings: DemoSe
     error, random_error = metrics[PRETRAINED]["abs_rel"], metrics[RANDOM]["abs_rel"]
     change = 100 * (error / random_error - 1)
     return {
-        "train_frames": len(train),
-        "test_frames": len(test),
         "metrics": metrics,
         "abs_rel_change_percent": change,
         "message": f"AbsRel {error:.3f} pre-trained, {random_error:.3f} random ({change:+.0f} %)",

@@ -18,7 +18,8 @@ from .hub.card import add_evaluation, write_model_card
 from .hub.sources import load_dense_model
 from .modeling.modeling_simipu_depth import SimIPUForDepthEstimation
 from .training.arguments import EvaluateDepthArguments
-from .visualization import PictureFolder, draw_depth
+from .visualization.figures import draw_depth
+from .visualization.style import PictureFolder
 
 EVALUATION_FILE = "depth_evaluation.json"
 

@@ -27,7 +27,8 @@ from .hub.sources import load_dense_model
 from .modeling.image_processing_simipu import SimIPUImageProcessor
 from .modeling.modeling_simipu_detection import SimIPUForMonocular3DDetection
 from .training.arguments import EvaluateDetectionArguments
-from .visualization import PictureFolder, draw_objects
+from .visualization.figures import draw_objects
+from .visualization.style import PictureFolder
 
 EVALUATION_FILE = "detection_evaluation.json"
 MEANS = ("ap_3d", "ap_bev", "ap_2d")

@@ -88,10 +88,15 @@ def atomic_folder(
     path = Path(path).resolve()
     check_not_mounted(path)
     beside, replaced = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.replaced")
+
+    def put_back() -> None:
+        """What an error, or the end of a process, left between the two renames."""
+        if replaced.exists() and not path.exists():
+            replaced.rename(path)
+
     with _writing(path), closing(WriteLock(path)) as lock:
         lock.take()
-        if replaced.exists() and not path.exists():  # a process was killed between two renames
-            replaced.rename(path)
+        put_back()
         check_target(path, overwrite, lambda there: there.is_dir() and is_earlier_output(there))
         try:
             for leftover in (beside, replaced):  # of a process that was killed
@@ -99,10 +104,13 @@ def atomic_folder(
             beside.mkdir()
             yield beside
             _synchronize_tree(beside)
-            _take_the_place(beside, path, replaced)
+            if path.exists():
+                path.rename(replaced)
+            beside.rename(path)
             _synchronize(path.parent)
         finally:
-            for leftover in (beside, replaced) if path.exists() else (beside,):
+            put_back()
+            for leftover in (beside, replaced):
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -180,17 +188,6 @@ def move_into(source: Path, target: Path) -> None:
                 shutil.rmtree(destination)
             entry.replace(destination)
     source.rmdir()
-
-
-def _take_the_place(beside: Path, path: Path, replaced: Path) -> None:
-    if path.exists():
-        path.rename(replaced)
-    try:
-        beside.rename(path)
-    except BaseException:  # KeyboardInterrupt as well
-        if replaced.exists() and not path.exists():
-            replaced.rename(path)
-        raise
 
 
 def _synchronize_tree(folder: Path) -> None:

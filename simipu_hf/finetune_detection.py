@@ -35,7 +35,7 @@ from .hub.weights import EncoderWeights
 from .modeling.configuration_simipu import SimIPUDetectionConfig
 from .modeling.modeling_simipu_detection import SimIPUForMonocular3DDetection
 from .training.arguments import DetectionArguments, DetectionTaskArguments, parse_arguments
-from .visualization import PictureFolder
+from .visualization.style import PictureFolder
 
 
 class DetectionTrainer(FineTuningTrainer):

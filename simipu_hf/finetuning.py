@@ -53,7 +53,7 @@ from .training.run_folder import (
     weights_fingerprint,
 )
 from .training.sampling import TRAINING_VERSION, GlobalBatchSampler, create_loader
-from .visualization import draw_curves
+from .visualization.frames import draw_curves
 
 
 def announce(text: str) -> None:

@@ -81,8 +81,10 @@ from simipu_hf.training.sampling import (
     iterate,
     seed_micro_batch,
 )
-from simipu_hf.visualization import draw_curves, draw_image_features, save_figure
 from simipu_hf.visualization.features import encode_image
+from simipu_hf.visualization.figures import draw_image_features
+from simipu_hf.visualization.frames import draw_curves
+from simipu_hf.visualization.style import save_figure
 
 LOGGED = (
     *("loss", "intra_modal_loss", "intra_modal_chance", "intra_modal_top1", "intra_modal_top5"),

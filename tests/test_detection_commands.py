@@ -27,7 +27,7 @@ from simipu_hf.finetune_detection import finetune_detection, mean_dimensions
 from simipu_hf.hub.sources import load_dense_model
 from simipu_hf.modeling.modeling_simipu_detection import SimIPUForMonocular3DDetection
 from simipu_hf.training.arguments import CompareDetectionArguments, DetectionArguments, EvaluateDetectionArguments
-from simipu_hf.visualization import draw_objects
+from simipu_hf.visualization.figures import draw_objects
 
 ENCODER = "random:test_resnet"
 

@@ -25,19 +25,18 @@ from simipu_hf.modeling.geometry import FeatureGrid, pixel_transform, project_po
 from simipu_hf.modeling.image_encoder import timm_template
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
-from simipu_hf.visualization import (
+from simipu_hf.visualization import frames
+from simipu_hf.visualization.features import FrameEmbeds, Principal, ViewMatches, cell_map, embed_frame, similarities
+from simipu_hf.visualization.figures import (
     draw_depth,
     draw_image_features,
     draw_matches,
     draw_points_on_image,
     draw_retrieval,
     draw_training_curves,
-    frames,
-    scene_html,
-    visualize,
 )
-from simipu_hf.visualization.features import FrameEmbeds, Principal, ViewMatches, cell_map, embed_frame, similarities
-from simipu_hf.visualization.frames import LoadedModel, _image_processor, aligned_frame, choose_points
+from simipu_hf.visualization.frames import _image_processor, aligned_frame, choose_points, load_model, visualize
+from simipu_hf.visualization.scene import scene_html
 from simipu_hf.visualization.style import RED
 
 WIDTH, HEIGHT = 96, 32
@@ -388,7 +387,7 @@ def test_visualize_an_encoder_alone_and_data_alone(run_folder, data, tmp_path):
     encoder = visualize(tmp_path / "encoder", run_folder / "image_encoder", dataset_name=str(data), device="cpu")
     kinds = ["drive_000_points.png", "drive_000_image_features.png", "drive_000_scene.html"]
     assert [path.name for path in encoder if path.name != "training_curves.png"] == kinds
-    assert _image_processor(timm_template("vit_small_patch14_dinov2")).pad_size_divisor == 14
+    assert _image_processor(timm_template("vit_small_patch14_dinov2"), (32, 96)).pad_size_divisor == 14
     alone = visualize(tmp_path / "data", dataset_name=str(data), frames=[0, 1, 1])  # one name twice
     names = ["drive_000_points.png", "drive_001_points.png", "drive_001_row1_points.png"]
     assert [path.name for path in alone if path.suffix == ".png"] == names
@@ -404,7 +403,7 @@ def test_visualize_names_what_is_wrong(run_folder, data, tmp_path):
 
 def test_embeddings_are_those_of_the_training_loss(run_folder):
     """At the pixel of a cell's centre, the dense map is what the model samples for a point that projects there."""
-    model, processor = LoadedModel(run_folder, "cpu").simipu
+    model, processor = load_model(run_folder, "cpu")
     frame = make_frame()
     embeds = embed_frame(model, processor, make_row(frame), frame)
     row, column = 2, 5

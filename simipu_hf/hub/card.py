@@ -14,7 +14,7 @@ from datasets.data_files import sanitize_patterns
 from datasets.info import DatasetInfo, DatasetInfosDict
 from datasets.splits import SplitDict
 from datasets.utils.metadata import MetadataConfigs
-from huggingface_hub import CardData, DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
+from huggingface_hub import CardData, DatasetCardData, EvalResult, ModelCardData
 from huggingface_hub.utils import filter_repo_objects
 
 from simipu_hf.data.sources import full_path, hub_license, split_source
@@ -26,15 +26,10 @@ from simipu_hf.modeling.image_encoder import TimmModel
 from simipu_hf.training.logging import read_metrics
 from simipu_hf.training.run_folder import data_fingerprint
 
-TEMPLATES = Path(__file__).parent / "templates"
 GENERATED = "<!-- Written by simipu-hf from the files beside it. Delete this line to keep your own edits. -->"
 CURVES = "training_curves.png"
 EVALUATIONS = "eval_results.json"
 KITTI_LICENSE = "cc-by-nc-sa-3.0"
-RUN_PARTS = ("arguments", "data", "recipe", "versions")  # of run.yaml; a file of that name may be of another program
-
-# model_type of a configuration -> template
-KINDS = {"simipu": "simipu", "simipu_depth": "depth", "simipu_detection": "detection"}
 TAGS = ("simipu", "self-supervised", "lidar", "autonomous-driving")
 TASKS = {"depth": "depth-estimation", "detection": "object-detection"}
 
@@ -69,15 +64,14 @@ def model_card(folder: str | Path, repo_id: str | None = None, encoder_repo_id: 
         pyramid = _pyramid(timm_template(architecture, config.get("model_args")), about)
         convention = InputConvention.from_data_config(config.get("pretrained_cfg") or {}, order)
     elif "image_config" in config:
-        kind, architecture = KINDS[config["model_type"]], config["image_config"]["architecture"]
+        kind, architecture = config["model_type"].removeprefix("simipu_"), config["image_config"]["architecture"]
         pyramid = None
         convention = read_input_convention(folder)
     else:
         raise SimIPUError(f"{folder / 'config.json'}: neither a SimIPU model nor a timm encoder")
-    settings = _arguments(run) | run.get("recipe", {})  # which fills what was not given
+    settings = run.get("arguments", {}) | run.get("recipe", {})  # which fills what was not given
     hidden = ("hub_", "push_", "report_", "output_")
     text = _render(
-        ModelCard,
         kind,
         _metadata(name, kind, architecture, run, evaluations),
         name=name,
@@ -131,7 +125,7 @@ def dataset_card(
     tags += ["kitti"] if license is None else []
     metadata["tags"] = list(dict.fromkeys([*(metadata.get("tags") or []), *tags]))
     metadata.pretty_name = repo_id.split("/")[-1]
-    return _render(DatasetCard, "dataset", metadata, name=repo_id, kitti=license is None, splits=splits)
+    return _render("dataset", metadata, name=repo_id, kitti=license is None, splits=splits)
 
 
 def keep_other_splits(
@@ -140,14 +134,9 @@ def keep_other_splits(
     """Name in `header` the Parquet files that stay in a repository: where it lists files, it would hide all others.
 
     Args:
-        header: of the card that is uploaded.
-        published: of the card that it replaces.
-        remaining: the files in the repository that the upload does not replace.
-        uploaded: those of the upload.
-        rows: of each split that is uploaded.
-
-    Returns:
-        the rows of all splits, as far as the headers say.
+        header, published: of the card that is uploaded, and of the one that it replaces.
+        remaining, uploaded: the files in the repository that the upload does not replace, and those of the upload.
+        rows: of each split that is uploaded; returned with those of the others, as far as the headers say.
 
     Raises:
         SimIPUError: the files that stay have other columns than the new ones, so that neither could be read, or are
@@ -269,21 +258,18 @@ def redact(text: str) -> str:
     return re.sub(start + root + r"(?:[\w.@+-]+[/\\]+)+([\w.@+-]*)", r"…/\1", text)
 
 
-def _render(card: type[ModelCard] | type[DatasetCard], template: str, metadata: Any, **facts: Any) -> str:
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES, encoding="utf-8"))
-    # from_template knows no folder of templates: the ones that this one extends or includes are handed to it
-    shared: dict[str, Any] = {
-        path.name.split(".")[0]: environment.get_template(path.name) for path in TEMPLATES.glob("_*.md.j2")
-    }
-    path = TEMPLATES / f"{template}.md.j2"
-    rendered = card.from_template(metadata, template_path=str(path), generated=GENERATED, **shared, **facts)
-    return re.sub(r"\n{3,}", "\n\n", str(rendered)).rstrip() + "\n"
+def _render(template: str, metadata: CardData, **facts: Any) -> str:
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("simipu_hf", "hub/templates"))
+    card = environment.get_template(f"{template}.md.j2")
+    text = card.render(card_data=metadata.to_yaml(), generated=GENERATED, **facts)
+    return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
 
 
 def _metadata(
     name: str, kind: str, architecture: str, run: dict[str, Any], evaluations: list[dict[str, Any]]
 ) -> ModelCardData:
-    arguments, is_encoder, task = _arguments(run), kind == "encoder", TASKS.get(kind, "image-feature-extraction")
+    arguments, is_encoder = run.get("arguments", {}), kind == "encoder"
+    task = TASKS.get(kind, "image-feature-extraction")
     base = arguments.get("model_name_or_path") or arguments.get("image_encoder")
     if arguments.get("pretrained_image_encoder"):
         # an encoder folder names its architecture without the tag of the weights that it started from
@@ -325,10 +311,6 @@ def _repositories(names: Any) -> list[str] | None:
     return [n for n in names if re.fullmatch(r"[\w.-]+/[\w.-]+", str(n)) and not Path(n).exists()] or None
 
 
-def _arguments(run: dict[str, Any]) -> dict[str, Any]:
-    return run.get("arguments") or {}
-
-
 def _last_metrics(folder: Path) -> dict[str, float]:
     path = _in_run(folder, "metrics.jsonl")
     last = {key: value for line in read_metrics(path) for key, value in line.items()} if path else {}
@@ -343,12 +325,12 @@ def _pictures(folder: Path) -> list[str]:
 
 def _licenses(run: dict[str, Any]) -> list[str]:
     """Of the rows, each once; those of several sources stand one under the other, as `datasets` joins them."""
-    joined = (run.get("data") or {}).get("license") or ""
+    joined = run.get("data", {}).get("license") or ""
     return list({hub_license(name): name for name in joined.split("\n\n") if name}.values())
 
 
 def _trained_on_kitti(run: dict[str, Any]) -> bool:
-    arguments, licenses = _arguments(run), _licenses(run)
+    arguments, licenses = run.get("arguments", {}), _licenses(run)
     if any(hub_license(name)[0] == KITTI_LICENSE for name in licenses):
         return True
     places = ["image_encoder", "model_name_or_path"]  # what it started from
@@ -360,6 +342,7 @@ def _trained_on_kitti(run: dict[str, Any]) -> bool:
 
 
 def _run(folder: Path) -> dict[str, Any]:
+    """The parts of `run.yaml`, none where a file of that name is of another program."""
     path = _in_run(folder, "run.yaml")
     if path is None:
         return {}
@@ -368,7 +351,7 @@ def _run(folder: Path) -> dict[str, Any]:
     except (OSError, yaml.YAMLError) as error:
         raise SimIPUError(f"{path}: no readable YAML: {error}") from error
     parts = run if isinstance(run, dict) else {}
-    return {name: part for name, part in parts.items() if isinstance(part, dict) or name not in RUN_PARTS}
+    return {name: part for name, part in parts.items() if isinstance(part, dict) or name == "command"}
 
 
 def run_of(folder: Path) -> Path:

@@ -67,12 +67,7 @@ ONNX_LIMIT = 1536 * 2**20  # bytes of weights: PyTorch writes more of them into 
 
 @dataclass
 class ExportReport:
-    """What was written where, and how to feed it.
-
-    Args:
-        path: the folder, or the file.
-        norm_cfg: batch-norm setting for an mmdetection config (mmdet and official forms only).
-    """
+    """What was written where, and how to feed it; `norm_cfg` is for an mmdetection config (mmdet, official form)."""
 
     format: str
     path: Path
@@ -146,15 +141,10 @@ def export_image_encoder(
     weights = find_image_encoder(model).with_channel_order(channel_order)
     if not weights.state_dict:
         raise SimIPUError(f"{model}: random weights are not exported")
-    if format in RESNET_FORMS and weights.architecture not in RESNETS:
+    if format in RESNET_FORMS and (weights.architecture not in RESNETS or weights.model_args):
         raise SimIPUError(
-            f"the {format} form takes resnet18, 34, 50, 101 and 152; this encoder is {weights.architecture}: "
-            "use the timm form"
-        )
-    if format in RESNET_FORMS and weights.model_args:
-        raise SimIPUError(
-            f"the {format} form takes a {weights.architecture} as it is; this one was made with {weights.model_args}: "
-            "use the timm or the onnx form"
+            f"the {format} form takes resnet18, 34, 50, 101 and 152; this encoder is {weights.architecture}, made "
+            f"with {weights.model_args or 'no arguments'}: use the timm or the onnx form"
         )
     if format in ("timm", "transformers"):
         with atomic_folder(target, overwrite=overwrite, is_earlier_output=is_export) as path:
@@ -454,17 +444,12 @@ def is_export(path: Path, whole_model: bool = False) -> bool:
 
 
 def _transformers_name(name: str) -> str:
-    """`ResNetModel`'s name for timm's."""
-    leaf = {"conv": "convolution", "bn": "normalization", "0": "convolution", "1": "normalization"}
-    if match := re.fullmatch(r"(conv|bn)1\.(\w+)", name):
-        return f"embedder.embedder.{leaf[match[1]]}.{match[2]}"
-    if match := re.fullmatch(r"layer(\d)\.(\d+)\.(conv|bn)(\d)\.(\w+)", name):
-        stage, block, kind, position, rest = match.groups()
-        return f"encoder.stages.{int(stage) - 1}.layers.{block}.layer.{int(position) - 1}.{leaf[kind]}.{rest}"
-    if match := re.fullmatch(r"layer(\d)\.(\d+)\.downsample\.(\d)\.(\w+)", name):
-        stage, block, kind, rest = match.groups()
-        return f"encoder.stages.{int(stage) - 1}.layers.{block}.shortcut.{leaf[kind]}.{rest}"
-    raise SimIPUError(f"{name} is no name of a plain ResNet")
+    """`ResNetModel`'s name for timm's, of a plain ResNet."""
+    kind = {"conv": "convolution", "bn": "normalization"}
+    name = re.sub(r"^(conv|bn)1\.", lambda m: f"embedder.embedder.{kind[m[1]]}.", name)
+    name = re.sub(r"^layer(\d)\.(\d+)\.", lambda m: f"encoder.stages.{int(m[1]) - 1}.layers.{m[2]}.", name)
+    name = re.sub(r"(conv|bn)(\d)\.", lambda m: f"layer.{int(m[2]) - 1}.{kind[m[1]]}.", name)
+    return name.replace("downsample.0", "shortcut.convolution").replace("downsample.1", "shortcut.normalization")
 
 
 def _official_network(state: StateDict, weights: EncoderWeights) -> SimIPUForPreTraining:
@@ -480,7 +465,7 @@ def _note(weights: EncoderWeights) -> dict[str, Any]:
         "architecture": weights.architecture,
         "batch_norm_eps": values.pop() if len(values) == 1 else None,
         "untrained": weights.untrained,
-        **asdict(weights.input),
+        "input": asdict(weights.input),
     }
 
 

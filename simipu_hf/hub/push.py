@@ -93,7 +93,6 @@ class _Repository:
     """Takes folders, each as one commit, tried again where that can help."""
 
     repo_id: str
-    token: str | None = None
     private: bool | None = None
     revision: str | None = None
     repo_type: str = "model"
@@ -117,13 +116,13 @@ class _Repository:
             except Exception as error:
                 if attempt == RETRIES or _is_final(error):
                     raise hub_error(error, self.repo_id) from error
-                wait, attempt = min(2**attempt, 60), attempt + 1
+                wait, attempt = 2**attempt, attempt + 1
                 trying = f"trying again in {wait} s ({attempt} of {RETRIES})"
                 tqdm.write(f"{hub_error(error, self.repo_id)}; {trying}", file=sys.stderr)
                 sleep(wait)
 
     def _commit(self, folder: Path, message: str, card: Card | None) -> str:
-        api, kind = HfApi(token=self.token), self.repo_type
+        api, kind = HfApi(), self.repo_type
         api.create_repo(self.repo_id, repo_type=kind, private=self.private, exist_ok=True)
         if self.private and not api.repo_info(self.repo_id, repo_type=kind).private:
             raise SimIPUError(
@@ -137,7 +136,7 @@ class _Repository:
             head = api.repo_info(self.repo_id, repo_type=kind, revision=self.revision).sha
             files = api.list_repo_files(self.repo_id, repo_type=kind, revision=head)
             staying = filter_repo_objects(files, allow_patterns=["*.parquet"], ignore_patterns=replaced)
-            (folder / "README.md").write_text(card(self._card() or "", list(staying)), encoding="utf-8", newline="\n")
+            (folder / "README.md").write_text(card(self._card(), list(staying)), encoding="utf-8", newline="\n")
         keeps_its_card = self._keeps_its_card(folder)
         commit = api.upload_folder(
             repo_id=self.repo_id,
@@ -161,11 +160,12 @@ class _Repository:
             ]
         return [*REPLACED, *(["last-checkpoint/*"] if (folder / "last-checkpoint").is_dir() else [])]
 
-    def _card(self) -> str | None:
-        api = HfApi(token=self.token)
+    def _card(self) -> str:
+        """README.md as it is published; empty where there is none."""
+        api = HfApi()
         place: dict[str, Any] = {"repo_type": self.repo_type, "revision": self.revision}
         if not api.file_exists(self.repo_id, "README.md", **place):
-            return None
+            return ""
         with tempfile.TemporaryDirectory() as fresh:
             card = api.hf_hub_download(self.repo_id, "README.md", force_download=True, local_dir=fresh, **place)
             return Path(card).read_text(encoding="utf-8-sig", errors="replace")
@@ -175,10 +175,10 @@ class _Repository:
         if self.repo_type == "dataset" or GENERATED not in (folder / "README.md").read_text(encoding="utf-8-sig"):
             return False
         content = self._card()
-        if content is None:
+        if not content or GENERATED in content:
             return False
-        text = ModelCard(content, ignore_metadata_errors=True).text  # one with a header alone is the Hub's
-        return bool(text.strip()) and GENERATED not in content
+        # one with a header alone is the Hub's
+        return bool(ModelCard(content, ignore_metadata_errors=True).text.strip())
 
 
 def push_folder(
@@ -186,8 +186,8 @@ def push_folder(
     repo_id: str,
     private: bool | None = None,
     encoder_repo_id: str | None = None,
-    token: str | None = None,
     revision: str | None = None,
+    message: str = "Upload model",
 ) -> PushReport:
     """Publish a run folder, a converted model, a depth model, or an encoder folder, with a card.
 
@@ -202,34 +202,32 @@ def push_folder(
         repo_id: `user/name`; created if it does not exist.
         private: of a repository that is created; `None` leaves it to the account's setting.
         encoder_repo_id: also publish the image encoder as a repository of its own, for RGB images.
-        token: the logged-in user's if `None`.
         revision: branch; `main` if `None`.
+        message: of the commits.
 
     Raises:
         SimIPUError: no complete model in the folder, or the upload failed; the message says why.
     """
-    return _push(Path(model), _Repository(repo_id, token, private, revision), encoder_repo_id, "Upload model")
-
-
-def _push(model: Path, repository: "_Repository", encoder_repo_id: str | None, message: str) -> PushReport:
-    if not model.is_dir():
+    if not Path(model).is_dir():
         raise SimIPUError(f"{model}: no such folder")
-    if encoder_repo_id == repository.repo_id:
+    if encoder_repo_id == repo_id:
         raise SimIPUError(f"--encoder_repo_id {encoder_repo_id}: the encoder would replace the model there")
+    repository = _Repository(repo_id, private, revision)
     failure, staged = "the model was not published", None
     try:
         folder = model_folder(model)
         staged = _snapshot(folder, run_of(folder))
-        _complete(staged, repository.repo_id, encoder_repo_id)
+        _complete(staged, repo_id, encoder_repo_id)
         result = PushReport(repository.url, repository.upload(staged, message))
         if encoder_repo_id is not None:
             failure = "the model was published, its image encoder was not"
             encoder = replace(repository, repo_id=encoder_repo_id)
             write_timm(find_image_encoder(folder).with_channel_order("rgb"), staged / "rgb")
-            for name in RECORDS:
-                if (staged / name).is_file():
-                    shutil.copyfile(staged / name, staged / "rgb" / name)
-            write_model_card(staged / "rgb", encoder_repo_id)
+            # not the model's, which are redacted: a path may be all that tells the card of KITTI's licence
+            records = [place / name for place in (run_of(folder), folder) for name in RECORDS]
+            for file in filter(Path.is_file, records):
+                shutil.copyfile(file, staged / "rgb" / file.name)
+            _complete(staged / "rgb", encoder_repo_id)
             encoder.upload(staged / "rgb", message)
             result.encoder_url = encoder.url
     except (OSError, SimIPUError) as error:
@@ -262,7 +260,7 @@ class HubUploader:
         private: bool | None = None,
         encoder_repo_id: str | None = None,
     ) -> None:
-        self.repository = _Repository(repo_id, private=private)
+        self.repository = _Repository(repo_id, private)
         self.output_dir, self.strategy, self.encoder_repo_id = Path(output_dir), strategy, encoder_repo_id
         self.running: Future[None] | None = None
         self.pending: str | None = None  # the newest checkpoint, until it is published or its failure reported
@@ -320,7 +318,8 @@ class HubUploader:
         if self.running is not None:
             self.running.result()
         try:
-            result = _push(self.output_dir, self.repository, self.encoder_repo_id, "End of training")
+            repo_id, private = self.repository.repo_id, self.repository.private
+            result = push_folder(self.output_dir, repo_id, private, self.encoder_repo_id, message="End of training")
         except Exception as error:
             encoder = f" --encoder_repo_id {self.encoder_repo_id}" if self.encoder_repo_id else ""
             tqdm.write(
@@ -357,7 +356,6 @@ def push_dataset(
     repo_id: str,
     private: bool | None = None,
     license: str | None = None,
-    token: str | None = None,
 ) -> PushReport:
     """Publish a folder of Parquet files as a data set, with a card. Splits that are there already and not in the
     folder stay.
@@ -370,7 +368,6 @@ def push_dataset(
             KITTI's.
         license: the Hub's name of the rows' licence, such as `"cc-by-4.0"`; `None` takes that of the folder's
             README.md, and without one KITTI's terms (CC BY-NC-SA 3.0), of which the card and the output warn.
-        token: the logged-in user's if `None`.
 
     Raises:
         SimIPUError: no Parquet files, a README.md whose header cannot be read, a repository that holds another split
@@ -400,17 +397,16 @@ def push_dataset(
     except (ValueError, yaml.YAMLError) as error:
         raise SimIPUError(f"{own_card}: its header between --- lines cannot be read: {error}") from error
     edited = own if own is not None and own.text.strip() and GENERATED not in own.content else None
-    if license is None and edited and edited.data.license != KITTI_LICENSE:
-        license = edited.data.license
-    if license is None:
-        license = own.data.license if own and own.data.license != KITTI_LICENSE else None
-        terms = license_of(str(folder)) if license else "treated as KITTI's, CC BY-NC-SA 3.0, same terms"
+    named = own.data.license if own and own.data.license != KITTI_LICENSE else None
+    if license is None and not (edited and named):
+        terms = license_of(str(folder)) if named else "treated as KITTI's, CC BY-NC-SA 3.0, same terms"
         private = True if private is None else private
         tqdm.write(
             f"Licence of these rows: {terms}. They go to a {'private' if private else 'PUBLIC'} repository. "
             "For other data name their --license.",
             file=sys.stderr,
         )
+    license = license or named
     names = [file.relative_to(folder).as_posix() for file in files]
 
     def card(published: str, staying: list[str]) -> str:
@@ -420,19 +416,15 @@ def push_dataset(
         if given and staying:
             try:
                 rows = keep_other_splits(given.data, DatasetCard(published).data, staying, names, splits)
-            except SimIPUError as error:
-                raise SimIPUError(f"{repo_id}: {error}") from error
             except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
-                raise SimIPUError(
-                    f"{repo_id}: its README.md and {own_card} list files in a form that cannot be joined: "
-                    f"{first_line(error)}"
-                ) from error
+                refused = f"{repo_id}: its README.md and {own_card} cannot be joined"
+                raise SimIPUError(f"{refused}: {first_line(error)}") from error
         if given and edited:
             given.data.license = license or KITTI_LICENSE
             return str(given)
         return dataset_card(repo_id, license, rows, given.data if given else None)
 
-    repository = _Repository(repo_id, token, private, repo_type="dataset")
+    repository = _Repository(repo_id, private, repo_type="dataset")
     staged = _staging_folder(folder)
     try:
         for file in files:

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -271,25 +270,19 @@ def _as_trained(file: Path, state: StateDict, own_eps: dict[str, float]) -> tupl
 def read_input_convention(folder: Path) -> InputConvention:
     """What the processor files of a SimIPU folder say about the encoder's input; ImageNet's if there are none."""
     names = ("processor_config.json", "preprocessor_config.json")
-    file = next((folder / name for name in names if (folder / name).is_file()), None)
-    if file is None:
+    if not any((folder / name).is_file() for name in names):
         return InputConvention()
-    image = read_json(file)
-    image = image.get("image_processor", image)
+    image = SimIPUImageProcessor.from_pretrained(folder)
     # the processor normalises value * factor; here values run from 0 to 1
-    scale = 1 / (255 * image.get("rescale_factor", 1 / 255)) if image.get("do_rescale", True) else 1 / 255
-    normalizes = image.get("do_normalize", True)
-    mean, std = (image["image_mean"], image["image_std"]) if normalizes else (0.0, 1.0)
-    # one number is that of every channel
-    mean, std = (value if isinstance(value, Sequence) else (value,) * 3 for value in (mean, std))
-    size = image.get("size") or {}
+    scale = 1 / (255 * image.rescale_factor) if image.do_rescale else 1 / 255
+    mean, std = (image.image_mean, image.image_std) if image.do_normalize else ((0.0,) * 3, (1.0,) * 3)
     return InputConvention(
-        "bgr" if image.get("do_flip_channel_order") else "rgb",
+        "bgr" if image.do_flip_channel_order else "rgb",
         tuple(round(float(value) * scale, 12) for value in mean),
         tuple(round(float(value) * scale, 12) for value in std),
-        (int(size["height"]), int(size["width"])) if {"height", "width"} <= set(size) else None,
-        "border" if image.get("keep_aspect_ratio") else "squash",
-        interpolation=Resampling(image.get("resample", Resampling.BILINEAR)).name.lower(),
+        (image.size.height, image.size.width),
+        "border" if image.keep_aspect_ratio else "squash",
+        interpolation=Resampling(image.resample).name.lower(),
     )
 
 

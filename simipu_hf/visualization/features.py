@@ -11,13 +11,7 @@ import torch.nn.functional as F
 from simipu_hf.data.rows import Frame
 from simipu_hf.data.two_views import TwoViewAugmentation, two_view_sample
 from simipu_hf.evaluation.correspondence import dense_image_embeds
-from simipu_hf.modeling.geometry import (
-    FeatureGrid,
-    invert_transform,
-    pixel_transform,
-    project_points,
-    transform_points,
-)
+from simipu_hf.modeling.geometry import FeatureGrid, invert_transform, project_points, transform_points
 from simipu_hf.modeling.image_encoder import TimmModel, feature_grids, image_feature_maps, sorted_stages
 from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
 from simipu_hf.modeling.matching import PendingMatch
@@ -122,7 +116,7 @@ def embed_frame(
     padded_size = tuple(batch["pixel_values"].shape[-2:])
     embeds, grid = dense_image_embeds(model, maps, padded_size)
     values = embeds[0].unflatten(0, tuple(maps[0].shape[-2:])).cpu().numpy()
-    resize = _resize_transform(frame, batch["image_sizes"][0].tolist(), processor.image_processor)
+    resize = processor.image_processor.pixel_transform(frame.image.shape[:2])
 
     kept = model.simipu.get_point_features(batch["points"])
     coordinates, features = kept.coordinates[0], kept.features[0]
@@ -150,7 +144,7 @@ def encode_image(
     """
     device = next(encoder.parameters()).device
     batch = image_processor(frame.image, return_tensors="pt").to(device)
-    resize = _resize_transform(frame, batch["image_sizes"][0].tolist(), image_processor)
+    resize = image_processor.pixel_transform(frame.image.shape[:2])
     maps, grids = image_feature_maps(encoder, batch["pixel_values"], stages), feature_grids(encoder, stages)
     return {
         f"stage {stage}, stride {round(grid.stride_y)}": cell_map(
@@ -200,8 +194,3 @@ def match_views(
 def similarities(embeds: FrameEmbeds, point: int) -> CellMap:
     """Cosine similarity of every cell of the image to one point, `(h, w, 1)`."""
     return replace(embeds.cells, values=embeds.cells.values @ embeds.points[point][:, None])
-
-
-def _resize_transform(frame: Frame, size: list[int], image_processor: SimIPUImageProcessor) -> np.ndarray:
-    height, width = frame.image.shape[:2]
-    return pixel_transform((0, 0, height, width), (size[0], size[1]), False, image_processor.half_pixel_centers)

@@ -4,22 +4,29 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.collections import PathCollection
+from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.lines import Line2D
 from matplotlib.patches import ConnectionPatch
 
+from simipu_hf.data.kitti_objects import KittiObjects
 from simipu_hf.data.rows import Frame
+from simipu_hf.modeling.geometry import box_corners, project_points
 
 from .features import CellMap, FrameEmbeds, Principal, ViewMatches
 from .style import BLUE, FAINT, ORANGE, RED, add_depth_bar, depth_colormap, depth_norm, styled, visible_colormap
 
-WIDTH, NARROW = 12.5, 9.4  # inches
+WIDTH, NARROW, ABOVE = 12.5, 9.4, 5.0  # inches; the last is the height of a view from above
 MATCHES_DRAWN = 100  # at random but always the same
 SPARSE = 0.5  # a depth map that knows fewer of its pixels is drawn as points
+NEAREST = 0.1  # metres: what of a box is nearer is not drawn in the image
+EDGES = ((0, 3), (1, 2), (2, 3), (4, 7), (5, 6), (6, 7), (2, 6), (3, 7), (0, 1), (4, 5), (0, 4), (1, 5))
+CROSS = ((0, 5), (1, 4))  # on the front, which says where the object heads
 PIXELS = {"xlabel": "column (px)", "ylabel": "row (px)"}
 
 
@@ -27,9 +34,9 @@ PIXELS = {"xlabel": "column (px)", "ylabel": "row (px)"}
 def draw_points_on_image(frame: Frame) -> Figure:
     """The scan over the image, coloured by depth in metres on a logarithmic scale."""
     pixels, depth, inside = frame.view
-    figure = Figure(figsize=(WIDTH, _panel_height(frame, WIDTH, colorbar=True)))
+    figure = Figure(figsize=(WIDTH, _panel_height(frame.image, WIDTH, colorbar=True)))
     axes = figure.subplots()
-    _show_image(axes, frame, brightness=0.6)
+    _show_image(axes, frame.image, brightness=0.6)
     dots = _scatter_depth(axes, pixels[inside], depth[inside], size=2.5)
     add_depth_bar(figure, dots, axes)
     nearest = f", {depth[inside].min():.1f} to {depth[inside].max():.1f} m" if inside.any() else ""
@@ -123,14 +130,14 @@ def draw_shared_features(frame: Frame, embeds: FrameEmbeds, colors: Principal) -
     """
     point_colors = colors.adapted(embeds.points).colors(embeds.points)
     pixels, depth, inside = frame.project(embeds.coordinates)
-    figure = Figure(figsize=(WIDTH, max(2 * _panel_height(frame, WIDTH * 0.68) + 0.3, 4.5)))
+    figure = Figure(figsize=(WIDTH, max(2 * _panel_height(frame.image, WIDTH * 0.68) + 0.3, 4.5)))
     panels = figure.subplot_mosaic([["image", "above"], ["points", "above"]], width_ratios=[2.15, 1])
 
-    _show_image(panels["image"], frame, brightness=0.45)
+    _show_image(panels["image"], frame.image, brightness=0.45)
     _show_cells(panels["image"], embeds.cells, colors.colors(embeds.cells.values), frame, alpha=0.8)
     panels["image"].set(title=f"{frame.frame_id}: image features", **PIXELS)
 
-    _show_image(panels["points"], frame, brightness=0.3)
+    _show_image(panels["points"], frame.image, brightness=0.3)
     order = np.flatnonzero(inside)[np.argsort(-depth[inside])]
     x, y = pixels[order].T
     panels["points"].scatter(x, y, c=point_colors[order], s=14, linewidths=0)
@@ -151,11 +158,11 @@ def draw_image_features(frame: Frame, stages: Mapping[str, CellMap], photograph:
         photograph: false leaves the image itself out.
     """
     rows = len(stages) + photograph
-    figure = Figure(figsize=(NARROW, rows * _panel_height(frame, NARROW)))
+    figure = Figure(figsize=(NARROW, rows * _panel_height(frame.image, NARROW)))
     panels = list(figure.subplots(rows, 1, squeeze=False)[:, 0])
     if photograph:
         axes = panels.pop(0)
-        _show_image(axes, frame)
+        _show_image(axes, frame.image)
         axes.set(title=frame.frame_id, **PIXELS)
     for axes, (name, cells) in zip(panels, stages.items(), strict=True):
         colors = Principal(cells.values[cells.inside])
@@ -173,7 +180,7 @@ def draw_retrieval(frame: Frame, points: np.ndarray, maps: Sequence[CellMap], na
         maps: K maps `(h, w, 1)` of cosine similarities.
         names: K names of the points, for the titles.
     """
-    figure = Figure(figsize=(NARROW, len(points) * _panel_height(frame, NARROW, colorbar=True) + 0.3))
+    figure = Figure(figsize=(NARROW, len(points) * _panel_height(frame.image, NARROW, colorbar=True) + 0.3))
     figure.suptitle(f"{frame.frame_id}: where the image features resemble a point's")
     pixels, depth, _ = frame.project(points)
     heat = visible_colormap("inferno")
@@ -181,7 +188,7 @@ def draw_retrieval(frame: Frame, points: np.ndarray, maps: Sequence[CellMap], na
         cells = maps[row]
         values = np.where(cells.inside, cells.values[..., 0], np.nan)
         best = cells.pixels[np.unravel_index(np.nanargmax(values), values.shape)]
-        _show_image(axes, frame, brightness=0.6, gray=True)
+        _show_image(axes, frame.image.mean(-1, keepdims=True).repeat(3, -1), brightness=0.6)
         shown = _show_cells(axes, cells, values, frame, alpha=0.7, cmap=heat)
         axes.plot(*best, "s", mfc="none", mec="white", ms=9, mew=1.6, label="most similar cell", zorder=3)
         axes.plot(*pixels[row], "+", color="#4dffea", ms=15, mew=2.2, label="where the point is", zorder=3)
@@ -226,6 +233,37 @@ def draw_training_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure | None:
     return figure
 
 
+@styled
+def draw_objects(
+    title: str,
+    image: np.ndarray,
+    camera_projection: np.ndarray,
+    labels: KittiObjects,
+    predictions: KittiObjects | None = None,
+) -> Figure:
+    """Labels and predictions as boxes in the image `(H, W, 3)`, and from above.
+
+    Args:
+        camera_projection: (3, 4), rectified camera frame to pixels.
+        labels: in blue, with DontCare regions as dotted rectangles.
+        predictions: in orange, with their scores.
+    """
+    picture = _panel_height(image, WIDTH)
+    figure = Figure(figsize=(WIDTH, picture + ABOVE))
+    front, above = figure.subplots(2, 1, height_ratios=[picture, ABOVE])
+    _show_image(front, image, brightness=0.8)
+    drawn = [(labels, BLUE, "labels")] + ([] if predictions is None else [(predictions, ORANGE, "predictions")])
+    for objects, color, _ in drawn:
+        _draw_boxes(front, above, objects[(objects.dimensions > 0).all(axis=1)], camera_projection, color)
+    regions = labels.bbox[labels.type == "DontCare"][:, [0, 1, 2, 1, 2, 3, 0, 3, 0, 1]].reshape(-1, 5, 2)
+    front.add_collection(LineCollection(list(regions), colors=FAINT, linestyles="dotted"))
+    for axes, corner in ((front, "upper right"), (above, "upper left")):
+        axes.legend([Line2D([], [], color=color) for _, color, _ in drawn], [name for *_, name in drawn], loc=corner)
+    front.set(xticks=[], yticks=[], title=title)
+    _style_boxes_from_above(above, [objects for objects, *_ in drawn])
+    return figure
+
+
 def _plot(axes: Axes, metrics: Sequence[Mapping[str, Any]], name: str, label: str, **style: Any) -> None:
     # a value that was not finite is written as null
     values = [(line["step"], line[name]) for line in metrics if line.get(name) is not None]
@@ -242,16 +280,15 @@ def _scatter_depth(axes: Axes, pixels: np.ndarray, depth: np.ndarray, size: floa
     return axes.scatter(x, y, c=depth[order], cmap=depth_colormap(), norm=depth_norm(), s=size, linewidths=0)
 
 
-def _panel_height(frame: Frame, width: float, colorbar: bool = False) -> float:
+def _panel_height(image: np.ndarray, width: float, colorbar: bool = False) -> float:
     """Inches, labels and title included, of a panel with the image that is `width` inches wide."""
-    height, columns = frame.image.shape[:2]
+    height, columns = image.shape[:2]
     return (width - (1.9 if colorbar else 0.9)) * height / columns + 0.85
 
 
-def _show_image(axes: Axes, frame: Frame, brightness: float = 1.0, gray: bool = False) -> None:
-    image = frame.image.mean(-1, keepdims=True).repeat(3, -1) if gray else frame.image
+def _show_image(axes: Axes, image: np.ndarray, brightness: float = 1.0) -> None:
     axes.imshow((image * brightness).astype(np.uint8), interpolation="antialiased", zorder=0)
-    _stay_within(axes, frame.image)
+    _stay_within(axes, image)
 
 
 def _show_cells(axes: Axes, cells: CellMap, values: np.ndarray, frame: Frame, **style: Any) -> AxesImage:
@@ -275,3 +312,31 @@ def _style_from_above(axes: Axes, title: str) -> None:
     axes.grid()
     axes.set_aspect("equal", adjustable="datalim")
     axes.invert_xaxis()  # left is left
+
+
+def _draw_boxes(front: Axes, above: Axes, objects: KittiObjects, projection: np.ndarray, color: str) -> None:
+    boxes = np.c_[objects.location, objects.dimensions, objects.rotation_y]
+    corners = box_corners(torch.from_numpy(boxes)).numpy()
+    pixels, depth = project_points(corners, projection)
+    ends = np.array([*EDGES, *CROSS])
+    edges = pixels[:, ends][depth[:, ends].min(axis=-1) > NEAREST]
+    front.add_collection(LineCollection(list(edges), colors=color, linewidths=1.1))
+    # from above, with a line from the middle to the front
+    ground = corners[:, :4, [2, 0]]
+    heading = np.stack([ground.mean(axis=1), ground[:, :2].mean(axis=1)], axis=1)
+    outlines = [*ground[:, [0, 1, 2, 3, 0]], *heading]
+    above.add_collection(LineCollection(outlines, colors=color, linewidths=1.1))
+    for index, score in enumerate(objects.score if objects.score is not None else ()):
+        if depth[index].min() > NEAREST and (pixels[index].max(axis=0) > 0).all():
+            u, v = np.maximum(pixels[index].min(axis=0), (0, 12))  # within the picture, above the lines
+            front.text(u, v - 2, f"{score:.2f}", color=color, fontsize=7, clip_on=True, zorder=3)
+
+
+def _style_boxes_from_above(axes: Axes, drawn: Sequence[KittiObjects]) -> None:
+    places = np.concatenate([o.location[(o.dimensions > 0).all(axis=1)] for o in drawn])
+    far = min(80.0, max(20.0, places[:, 2].max(initial=0) + 5))
+    side = max(10.0, np.abs(places[places[:, 2] <= far, 0]).max(initial=0) + 4)
+    axes.set(xlim=(0, far), ylim=(-side, side), xlabel="forward (m)", ylabel="to the right (m)", title="from above")
+    axes.set_aspect("equal", adjustable="box")
+    axes.invert_yaxis()  # right is below, as seen from above with the camera at the left
+    axes.grid()

@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -45,36 +45,8 @@ from .style import save_figure
 
 LAST_STAGES = (-3, -2, -1)
 LONG_EDGE = 1248  # pixels, for an image encoder that takes any size; a multiple of 32
-
-
-class LoadedModel:
-    """A SimIPU model with its heads, or else an image encoder, in evaluation mode.
-
-    Args:
-        source, device: `model` and `device` of [`visualize`].
-
-    Attributes:
-        encoder: the image encoder, a timm model.
-        image_processor: of that encoder.
-        stages: of the image encoder, to draw.
-        simipu: the whole model and its processor; `None` where there is only an image encoder.
-
-    Raises:
-        SimIPUError: there is no model.
-    """
-
-    def __init__(self, source: str | os.PathLike, device: str | None = None):
-        self.simipu = _load_simipu(source)
-        self.stages: Sequence[int] = LAST_STAGES
-        if self.simipu is None:
-            encoder = load_image_encoder(source, channel_order="rgb", verbose=False)[0]
-            self.encoder = encoder.to(choose_device(device)).eval()
-            self.image_processor = _image_processor(self.encoder)
-        else:
-            model, processor = self.simipu
-            model.to(choose_device(device)).eval()  # type: ignore[arg-type]  # transformers' decorator hides the method
-            self.encoder, self.image_processor = model.simipu.image_encoder, processor.image_processor
-            self.stages = model.config.image_encoder_config.stages
+# a SimIPU model with its heads and its processor, or an image encoder alone
+Model: TypeAlias = tuple[SimIPUForPreTraining, SimIPUProcessor] | TimmModel
 
 
 def visualize(
@@ -85,6 +57,8 @@ def visualize(
     **source: Any,
 ) -> list[Path]:
     """Draws chosen frames, and what a model makes of them.
+
+    >>> visualize("pictures", model="RUN", data_dir="KITTI", split="val", frames=[0, 3])
 
     For each frame, named by its `frame_id`, and by its row too where an earlier one has that name: `*_points.png`, the
     points over the image; with a SimIPU model also `*_matches.png`, two views with their matches,
@@ -113,7 +87,7 @@ def visualize(
     for index in frames:
         if not 0 <= index < len(rows):
             raise SimIPUError(f"frames: the split has rows 0 to {len(rows) - 1}, found {index}")
-    loaded = None if model is None else LoadedModel(model, device)
+    loaded = None if model is None else load_model(model, device)
     folder, written = Path(output_dir), []
     for index in tqdm(frames, desc="Drawing", unit="frame"):
         row = rows[index]
@@ -139,6 +113,15 @@ def draw_curves(run: Path, folder: Path) -> list[Path]:
     return [] if figure is None else [save_figure(figure, folder / CURVES)]
 
 
+def load_model(source: str | os.PathLike, device: str | None = None) -> Model:
+    """What `model` of [`visualize`] names, in evaluation mode."""
+    if simipu := _load_simipu(source):
+        simipu[0].to(choose_device(device)).eval()  # type: ignore[arg-type]  # transformers' decorator hides the method
+        return simipu
+    encoder = load_image_encoder(source, channel_order="rgb", verbose=False)[0]
+    return encoder.to(choose_device(device)).eval()
+
+
 def _load_simipu(source: str | os.PathLike) -> tuple[SimIPUForPreTraining, SimIPUProcessor] | None:
     """`None` for an image encoder alone, or a model saved without the heads that compare images with points."""
     try:
@@ -157,11 +140,12 @@ def _load_simipu(source: str | os.PathLike) -> tuple[SimIPUForPreTraining, SimIP
         raise SimIPUError(f"{folder}: the model cannot be loaded ({error})") from error
 
 
-def _image_processor(encoder: TimmModel) -> SimIPUImageProcessor:
-    """For an encoder alone: the size it was trained at where it says so, else at most `LONG_EDGE` pixels."""
+def _image_processor(encoder: TimmModel, image_size: tuple[int, ...]) -> SimIPUImageProcessor:
+    """For an encoder alone: the size it was trained at where it says so, else the image's, reduced to `LONG_EDGE`."""
     trained = encoder.pretrained_cfg
     has_size = trained.get("fixed_input_size") or trained.get("crop_mode") == "squash"
-    height, width = trained["input_size"][1:] if has_size else (LONG_EDGE, LONG_EDGE)
+    edge = min(LONG_EDGE, max(image_size))
+    height, width = trained["input_size"][1:] if has_size else (edge, edge)
     return SimIPUImageProcessor(
         size={"height": height, "width": width},
         keep_aspect_ratio=not has_size,
@@ -182,7 +166,7 @@ def aligned_frame(row: Mapping[str, Any]) -> Frame:
     return Frame(frame.frame_id, frame.image, transform_cloud(frame.points, lidar_to_aligned), aligned_to_image)
 
 
-def draw_frame(row: Mapping[str, Any], model: LoadedModel | None = None) -> tuple[dict[str, Figure], str]:
+def draw_frame(row: Mapping[str, Any], model: Model | None = None) -> tuple[dict[str, Figure], str]:
     """All pictures of one row: figures by the name of their kind, and the HTML of the 3-D page.
 
     Raises:
@@ -192,16 +176,13 @@ def draw_frame(row: Mapping[str, Any], model: LoadedModel | None = None) -> tupl
     figures = {"points": draw_points_on_image(frame)}
     if model is None:
         return figures, scene_html(frame)
-    image_processor = model.image_processor
-    if model.simipu is None and image_processor.keep_aspect_ratio:  # of no size: images are reduced, never enlarged
-        edge = min(LONG_EDGE, max(frame.image.shape[:2]))
-        image_processor = image_processor.with_settings(size={"height": edge, "width": edge})
-    figures["image_features"] = draw_image_features(
-        frame, encode_image(model.encoder, image_processor, frame, model.stages)
-    )
-    if model.simipu is None:
-        return figures, scene_html(frame)
-    simipu, processor = model.simipu
+    if not isinstance(model, tuple):
+        maps = encode_image(model, _image_processor(model, frame.image.shape[:2]), frame, LAST_STAGES)
+        return figures | {"image_features": draw_image_features(frame, maps)}, scene_html(frame)
+    simipu, processor = model
+    stages = simipu.config.image_encoder_config.stages
+    maps = encode_image(simipu.simipu.image_encoder, processor.image_processor, frame, stages)
+    figures["image_features"] = draw_image_features(frame, maps)
     try:
         augmentation = TwoViewAugmentation.from_preset(simipu.config.preset, random_resize=None)
         matches = match_views(simipu, processor, row, augmentation)

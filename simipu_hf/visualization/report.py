@@ -12,12 +12,7 @@ from .scene import POLICY
 
 
 def write_report(results: dict[str, Any], path: Path) -> Path:
-    """Write the report of a demo.
-
-    Args:
-        results: as in `results.json`; the pictures it names lie in the folder of `path`.
-        path: of the HTML file, which is written atomically.
-    """
+    """Write the report of a demo whose `results` are those of `results.json`; their pictures lie beside `path`."""
 
     def image(name: str) -> str:
         return "data:image/png;base64," + base64.b64encode((path.parent / name).read_bytes()).decode("ascii")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 OWNER_TOKEN = "hf_owner"
 READER_TOKEN = "hf_reader"
@@ -34,7 +34,6 @@ class Fault:
     status: int | None = None
     delay: float = 0.0
     times: int = 1
-    method: str = ""
 
 
 @dataclass
@@ -42,7 +41,6 @@ class Repo:
     private: bool = False
     commits: list[tuple[str, dict[str, bytes]]] = field(default_factory=list)
     branches: dict[str, int] = field(default_factory=lambda: {"main": 0})
-    lfs: set[str] = field(default_factory=set)
 
     def at(self, revision: str) -> tuple[str, dict[str, bytes]]:
         if revision in self.branches:
@@ -76,16 +74,15 @@ class LocalHub:
         repo.add("main", {})
         if files:
             repo.add("main", dict(files))
-            repo.lfs |= {name for name in files if is_large(name, len(files[name]))}
         return repo
 
     def files(self, repo_id: str, kind: str = "models", revision: str = "main") -> dict[str, bytes]:
         return self.repos[kind, repo_id].at(revision)[1]
 
-    def fault_for(self, method: str, path: str) -> Fault | None:
+    def fault_for(self, path: str) -> Fault | None:
         with self.lock:
             for fault in self.faults:
-                if fault.times > 0 and fault.method in ("", method) and re.search(fault.path, path):
+                if fault.times > 0 and re.search(fault.path, path):
                     fault.times -= 1
                     return fault
         return None
@@ -112,10 +109,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def respond(self) -> None:
         url = urlsplit(self.path)
-        path, self.query = unquote(url.path), parse_qs(url.query)
+        path = unquote(url.path)
         self.content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.hub.requests.append((self.command, path))
-        fault = self.hub.fault_for(self.command, path)
+        fault = self.hub.fault_for(path)
         try:
             if fault is not None:
                 time.sleep(fault.delay)
@@ -248,37 +245,23 @@ class Handler(BaseHTTPRequestHandler):
                     if value["oid"] not in self.hub.objects:
                         raise HubError(400, f"object of {value['path']} was not uploaded")
                     files[value["path"]] = self.hub.objects[value["oid"]]
-                    repo.lfs.add(value["path"])
                 elif key == "deletedFile":
                     files.pop(value["path"], None)
             sha = repo.add(revision, files)
         self.send_json({"commitUrl": f"{self.hub.url}/{repo_id}/commit/{sha}", "commitOid": sha, "success": True})
 
     def tree(self, kind: str, repo_id: str, revision: str, inside: str | None = None) -> None:
-        repo = self.readable(kind, repo_id)
-        _, files = repo.at(revision)
+        _, files = self.readable(kind, repo_id).at(revision)
         start = f"{inside.strip('/')}/" if inside else ""
-        deep = self.query.get("recursive", ["false"])[0].lower() in ("true", "1")
-        entries, folders = [], set()
-        for name, content in sorted(files.items()):
-            if not name.startswith(start):
-                continue
-            parents = name[len(start) :].split("/")[:-1]
-            visible = range(1, len(parents) + 1) if deep else range(1, min(len(parents), 1) + 1)
-            folders |= {start + "/".join(parents[:depth]) for depth in visible}
-            if deep or not parents:
-                entries.append(self.entry(repo, name, content))
-        if start and not entries and not folders:
+        found = {name: content for name, content in sorted(files.items()) if name.startswith(start)}
+        if start and not found:
             raise HubError(404, f"{inside} does not exist", "EntryNotFound")
-        self.send_json(
-            [{"type": "directory", "path": f, "size": 0, "oid": "0" * 40} for f in sorted(folders)] + entries
-        )
-
-    def entry(self, repo: Repo, name: str, content: bytes) -> dict:
-        entry = {"type": "file", "path": name, "size": len(content), "oid": git_id(content)}
-        if name in repo.lfs:
-            entry["lfs"] = {"oid": sha256(content), "size": len(content), "pointerSize": 130}
-        return entry
+        entries = []
+        for name, content in found.items():
+            entries.append({"type": "file", "path": name, "size": len(content), "oid": git_id(content)})
+            if is_large(name, len(content)):
+                entries[-1]["lfs"] = {"oid": sha256(content), "size": len(content), "pointerSize": 130}
+        self.send_json(entries)
 
     def resolve(self, datasets: str | None, repo_id: str, revision: str, name: str) -> None:
         repo = self.readable("datasets" if datasets else "models", repo_id)
@@ -287,9 +270,10 @@ class Handler(BaseHTTPRequestHandler):
             headers = {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found", "X-Repo-Commit": sha}
             return self.send(404, b"{}", headers)
         content = files[name]
-        oid = sha256(content) if name in repo.lfs else git_id(content)
+        is_lfs = is_large(name, len(content))
+        oid = sha256(content) if is_lfs else git_id(content)
         headers = {"X-Repo-Commit": sha, "ETag": f'"{oid}"'}
-        if name in repo.lfs:
+        if is_lfs:
             headers |= {"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(len(content))}
         return self.send(200, content, headers)
 

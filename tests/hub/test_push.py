@@ -164,9 +164,9 @@ def test_revision_is_a_branch(endpoint, run_folder):
 
 def test_server_errors_are_tried_again(endpoint, run_folder, capsys):
     endpoint.faults += [
-        local_hub.Fault(r"repos/create", 500, method="POST"),
-        local_hub.Fault(r"/commit/main", 503, method="POST"),
-        local_hub.Fault(r"/commit/main", 412, method="POST"),  # another commit came first
+        local_hub.Fault(r"repos/create", 500),
+        local_hub.Fault(r"/commit/main", 503),
+        local_hub.Fault(r"/commit/main", 412),  # another commit came first
     ]
     push_folder(run_folder / "image_encoder", "owner/encoder")
     assert "model.safetensors" in endpoint.files("owner/encoder")
@@ -193,8 +193,9 @@ def test_silent_server_counts_as_a_timeout(endpoint, run_folder, monkeypatch, ca
 def test_no_server(run_folder, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(push, "RETRIES", 0)
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
     with pytest.raises(SimIPUError, match=r"owner/encoder: .*refused"):
-        push_folder(run_folder / "image_encoder", "owner/encoder", token="hf_x")
+        push_folder(run_folder / "image_encoder", "owner/encoder")
 
 
 @pytest.mark.parametrize(
@@ -207,10 +208,11 @@ def test_no_server(run_folder, monkeypatch):
         ("not a name", local_hub.OWNER_TOKEN, "Repo id must"),
     ],
 )
-def test_missing_rights_are_named_and_not_retried(endpoint, run_folder, repo_id, token, message, capsys):
+def test_missing_rights_are_named_and_not_retried(endpoint, run_folder, repo_id, token, message, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", token)
     endpoint.create("somebody/encoder", files={"README.md": b"theirs"})
     with pytest.raises(SimIPUError, match=message):
-        push_folder(run_folder / "image_encoder", repo_id, token=token)
+        push_folder(run_folder / "image_encoder", repo_id)
     assert capsys.readouterr().out == ""
     assert endpoint.files("somebody/encoder") == {"README.md": b"theirs"}
 
@@ -233,11 +235,13 @@ def test_folders_that_are_no_complete_model(endpoint, run_folder, tmp_path):
 
 def test_an_unfinished_run_is_published_with_its_record(endpoint, checkpoint, monkeypatch):
     monkeypatch.setattr("simipu_hf.hub.sources.newest_checkpoint", lambda path, **_: checkpoint)
+    record = checkpoint.parent / "run.yaml"
+    record.write_text(record.read_text(encoding="utf-8").replace("data/kitti", "/data/kitti/object"), encoding="utf-8")
     for model, repo_id in ((checkpoint, "owner/checkpoint"), (checkpoint.parent, "owner/run")):
         push_folder(model, repo_id, encoder_repo_id=f"{repo_id}-encoder")
         for repository in (repo_id, f"{repo_id}-encoder"):
             files = endpoint.files(repository)
-            assert "run.yaml" in files
+            assert b"data_dir: \xe2\x80\xa6/object" in files["run.yaml"]
             assert b"license: cc-by-nc-sa-3.0" in files["README.md"]
             assert b"## Recipe" in files["README.md"]
 
@@ -473,7 +477,7 @@ def test_another_configuration_stays_and_sizes_of_some_splits_do_not(endpoint, t
     assert "dataset_info" not in push_card(DatasetCardData())  # files are found by name, of every configuration
     card = DatasetCardData(configs=[config("raw", "*/train-*")])
     endpoint.create("owner/both", "datasets", files=raw | {"README.md": f"---\n{card.to_yaml()}\n---\n".encode()})
-    with pytest.raises(SimIPUError, match=r"owner/both: the repository.s README.md lists .*takes the new files"):
+    with pytest.raises(SimIPUError, match=r"owner/both: .*: the repository.s README.md lists .*takes the new files"):
         push_card(DatasetCardData(configs=[config("object", "object/train-*")]))
 
 
