@@ -465,7 +465,7 @@ def _note(weights: EncoderWeights) -> dict[str, Any]:
         "architecture": weights.architecture,
         "batch_norm_eps": values.pop() if len(values) == 1 else None,
         "untrained": weights.untrained,
-        "input": asdict(weights.input),
+        **asdict(weights.input),
     }
 
 

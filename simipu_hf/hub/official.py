@@ -117,15 +117,22 @@ def read_checkpoint(
     stated = eps or notes.get("batch_norm_eps")
     eps = float(stated or (1e-5 if imagenet else OFFICIAL_BATCH_NORM_EPS))
     why = "as stated" if stated else "assumed (the official pre-training's is 0.001, ImageNet models' 1e-05)"
-    convention = InputConvention() if imagenet else OFFICIAL_INPUT
-    if "input" in notes:
-        convention = InputConvention(**notes["input"])
+    convention = _input_convention(notes, imagenet)
     report.notes.append(f"batch-norm epsilon of the image encoder: {eps:g}, {why}")
     report.notes.append(f"input of the image encoder: {convention}")
     description = f"{checkpoint}: {architecture} under {prefix + 'conv1.weight'!r} …, batch-norm epsilon {eps:g}"
     all_eps = dict.fromkeys(batch_norm_eps(template), eps)
     about = (convention, description, notes.get("untrained") or [])
     return EncoderWeights(architecture, found, all_eps, {}, *about), state, report
+
+
+def _input_convention(notes: dict[str, Any], imagenet: bool) -> InputConvention:
+    if "channel_order" not in notes:
+        return InputConvention() if imagenet else OFFICIAL_INPUT
+    size = tuple(notes["size"]) if notes.get("size") else None
+    mean, std = tuple(notes["mean"]), tuple(notes["std"])
+    resizing = {name: notes[name] for name in ("crop_mode", "crop_pct", "interpolation") if name in notes}
+    return InputConvention(notes["channel_order"], mean, std, size, **resizing)
 
 
 def official_fields(state: StateDict, weights: EncoderWeights) -> dict[str, Any]:
