@@ -96,6 +96,7 @@ class _Repository:
     private: bool | None = None
     revision: str | None = None
     repo_type: str = "model"
+    token: str | None = None
 
     @property
     def url(self) -> str:
@@ -122,7 +123,7 @@ class _Repository:
                 sleep(wait)
 
     def _commit(self, folder: Path, message: str, card: Card | None) -> str:
-        api, kind = HfApi(), self.repo_type
+        api, kind = HfApi(token=self.token), self.repo_type
         api.create_repo(self.repo_id, repo_type=kind, private=self.private, exist_ok=True)
         if self.private and not api.repo_info(self.repo_id, repo_type=kind).private:
             raise SimIPUError(
@@ -162,7 +163,7 @@ class _Repository:
 
     def _card(self) -> str:
         """README.md as it is published; empty where there is none."""
-        api = HfApi()
+        api = HfApi(token=self.token)
         place: dict[str, Any] = {"repo_type": self.repo_type, "revision": self.revision}
         if not api.file_exists(self.repo_id, "README.md", **place):
             return ""
@@ -188,6 +189,7 @@ def push_folder(
     encoder_repo_id: str | None = None,
     revision: str | None = None,
     message: str = "Upload model",
+    token: str | None = None,
 ) -> PushReport:
     """Publish a run folder, a converted model, a depth model, or an encoder folder, with a card.
 
@@ -204,6 +206,7 @@ def push_folder(
         encoder_repo_id: also publish the image encoder as a repository of its own, for RGB images.
         revision: branch; `main` if `None`.
         message: of the commits.
+        token: the logged-in user's if `None`.
 
     Raises:
         SimIPUError: no complete model in the folder, or the upload failed; the message says why.
@@ -212,7 +215,7 @@ def push_folder(
         raise SimIPUError(f"{model}: no such folder")
     if encoder_repo_id == repo_id:
         raise SimIPUError(f"--encoder_repo_id {encoder_repo_id}: the encoder would replace the model there")
-    repository = _Repository(repo_id, private, revision)
+    repository = _Repository(repo_id, private, revision, token=token)
     failure, staged = "the model was not published", None
     try:
         folder = model_folder(model)
@@ -356,6 +359,7 @@ def push_dataset(
     repo_id: str,
     private: bool | None = None,
     license: str | None = None,
+    token: str | None = None,
 ) -> PushReport:
     """Publish a folder of Parquet files as a data set, with a card. Splits that are there already and not in the
     folder stay.
@@ -368,6 +372,7 @@ def push_dataset(
             KITTI's.
         license: the Hub's name of the rows' licence, such as `"cc-by-4.0"`; `None` takes that of the folder's
             README.md, and without one KITTI's terms (CC BY-NC-SA 3.0), of which the card and the output warn.
+        token: the logged-in user's if `None`.
 
     Raises:
         SimIPUError: no Parquet files, a README.md whose header cannot be read, a repository that holds another split
@@ -424,7 +429,7 @@ def push_dataset(
             return str(given)
         return dataset_card(repo_id, license, rows, given.data if given else None)
 
-    repository = _Repository(repo_id, private, repo_type="dataset")
+    repository = _Repository(repo_id, private, repo_type="dataset", token=token)
     staged = _staging_folder(folder)
     try:
         for file in files:
