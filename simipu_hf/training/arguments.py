@@ -742,7 +742,8 @@ def _flags_of(config: str, cls: type) -> list[str]:
         if isinstance(value, bool):
             from_file.append(f"--{name}" if value else f"--no_{name}")
         else:
-            from_file += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+            values = value if isinstance(value, list) else [value]
+            from_file += [f"--{name}", *("None" if one in (None, "null", "~", "") else str(one) for one in values)]
     return from_file
 
 
@@ -751,21 +752,11 @@ def packaged_configs() -> list[str]:
     return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
-class _TextLoader(yaml.SafeLoader):
-    """Leaves what is not empty as it is written: a scene's name may look like a number (6380_000, 010), and `no` is
-    the name of a precision."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012 (so in the class that it is made of)
-        first: [rule for rule in rules if rule[0].rpartition(":")[2] not in ("int", "float", "timestamp", "bool")]
-        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
 def read_config(name: str) -> dict[str, Any]:
     """Flags from a YAML or JSON file, a `run.yaml` (its `arguments`), or a packaged configuration.
 
     Returns:
-        name -> `None` or the value as text; lists of them. Numbers and booleans are such in JSON alone.
+        name -> the value as text, or a list of texts; from JSON as they are.
 
     Raises:
         SimIPUError: there is no such file, or it holds something else.
@@ -775,7 +766,8 @@ def read_config(name: str) -> dict[str, Any]:
         raise SimIPUError(f"--config {name}: no such file; the packaged ones are {', '.join(packaged_configs())}")
     try:
         text = file.read_text(encoding="utf-8-sig")
-        values = json.loads(text) if name.endswith(".json") else yaml.load(text, _TextLoader)
+        # all as it is written: a scene's name may look like a number (010), and `no` is the name of a precision
+        values = json.loads(text) if name.endswith(".json") else yaml.load(text, yaml.BaseLoader)
     except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise SimIPUError(f"--config {name} cannot be read: {error}") from error
     if isinstance(values, dict) and isinstance(values.get("arguments"), dict):
@@ -797,7 +789,8 @@ def parse_overrides(
             or a value that is no YAML.
     """
     overrides: dict[str, Any] = {}
-    for part in _split_outside_brackets(text or ""):
+    parts = re.split(r",(?=\s*[\w.]+\s*=)", (text or "").strip(" ,"))  # at the commas before another name
+    for part in filter(None, parts):
         name, equals, value = part.partition("=")
         section, _, inner = name.strip().rpartition(".")
         if not equals or (section and section not in sections) or (not section and inner in sections):
@@ -812,14 +805,3 @@ def parse_overrides(
             found = " ".join(str(error).split())
             raise SimIPUError(f"{name_of_flag} {part.strip()!r}: the value cannot be read ({found})") from error
     return overrides
-
-
-def _split_outside_brackets(text: str) -> list[str]:
-    parts, depth = [""], 0
-    for character in text:
-        depth += (character in "[{(") - (character in "]})")
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return [part for part in parts if part.strip()]
