@@ -155,11 +155,11 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         raise SimIPUError(f"{path} is not a training checkpoint: it has no {MANIFEST}{hint}")
     try:
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-        whole = manifest.pop("sha256", None)  # an earlier version wrote none
+        digest_of_all = manifest.pop("sha256")
         expected = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SimIPUError(f"{manifest_path} is damaged ({error})") from error
-    if whole is not None and whole != _digest(manifest):
+    if digest_of_all != _digest(manifest):
         raise SimIPUError(f"{manifest_path} is damaged: its contents differ from what was written")
     for name, (size, digest) in expected.items():
         file = path / name

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +111,6 @@ def open_run_folder(arguments: RunArguments, lock: WriteLock, step: int, last_st
         SimIPUError: the folder cannot be written to, or another run is writing to it.
     """
     output_dir = Path(arguments.output_dir)
-    is_new = not output_dir.exists()
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -125,7 +123,7 @@ def open_run_folder(arguments: RunArguments, lock: WriteLock, step: int, last_st
             path.unlink(missing_ok=True)
     written = {
         "kind": type(arguments).__name__,
-        "command": current_command(),
+        "command": shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
         "arguments": arguments.to_dict(),
         **record,
         "versions": versions(),
@@ -135,15 +133,8 @@ def open_run_folder(arguments: RunArguments, lock: WriteLock, step: int, last_st
             "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         },
     }
-    try:
-        with atomic_write(output_dir / RUN_FILE) as stream:
-            yaml.safe_dump(written, stream, sort_keys=False, allow_unicode=True, width=sys.maxsize)
-    except SimIPUError as error:
-        lock.close()
-        if is_new:
-            with suppress(OSError):
-                output_dir.rmdir()
-        raise SimIPUError(f"--output_dir {output_dir} cannot be written to ({error})") from error
+    with atomic_write(output_dir / RUN_FILE) as stream:
+        yaml.safe_dump(written, stream, sort_keys=False, allow_unicode=True, width=sys.maxsize)
     start = Path(arguments.resume_from_checkpoint or "").absolute().parent
     is_way_back = start.name.startswith("set_aside-") and start.resolve().parent == output_dir.resolve()
     aside = set_aside(output_dir, step, is_way_back)
@@ -164,11 +155,6 @@ def open_run_folder(arguments: RunArguments, lock: WriteLock, step: int, last_st
             shutil.copyfile(start / METRICS_FILE, beside)
 
 
-def current_command() -> str:
-    """The command line of this process."""
-    return shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])
-
-
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that the result depends on."""
     found = {package: package_version(package) or "not installed" for package in _PACKAGES}
@@ -183,18 +169,14 @@ def package_version(name: str) -> str | None:
         return None
 
 
-def git_state() -> dict[str, Any] | None:
-    """Commit of the repository that this package lies in and whether it has changes; `None` outside of one."""
+def git_state() -> str | None:
+    """Commit of the repository that this package lies in, with `-dirty` where files differ; `None` outside of one."""
+    describe = ("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
+    command = ["git", "-C", str(Path(__file__).parent), *describe]
     try:
-        commit = _git("rev-parse", "HEAD")
-        return {"commit": commit, "changed": bool(_git("status", "--porcelain", "--untracked-files=no"))}
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
 
 def weights_fingerprint(weights: Mapping[str, torch.Tensor], about: Any = None) -> str:

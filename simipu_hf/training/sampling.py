@@ -103,15 +103,9 @@ class StreamedBatches:
         augmentation: TwoViewAugmentation,
         mixture: Mixture | None = None,
     ) -> None:
-        sources = (
-            arguments.dataset_name,
-            arguments.data_dir,
-            arguments.train_split,
-            arguments.dataset_config_name,
-            arguments.validation_share,
-        )
+        sources = ("dataset_name", "data_dir", "train_split", "dataset_config_name", "validation_share")
         self._identity = {
-            "stream": data_fingerprint(map(str, sources)),
+            "stream": data_fingerprint(str(getattr(arguments, name)) for name in sources),
             # the order of a source that grew is another one
             "num_shards": rows.num_shards if mixture is None else list(mixture.sizes),
             "num_processes": accelerator.num_processes,
