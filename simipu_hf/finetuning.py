@@ -342,8 +342,6 @@ class FineTuningTrainer(Trainer):
             folder = Path(output_dir or str(self.args.output_dir))
             self.model.save_pretrained(folder, state_dict=state_dict)
             self.processing_class.save_pretrained(folder)
-            for file in folder.glob("*.safetensors"):  # written for their owner alone, whatever the umask
-                file.chmod(folder.stat().st_mode & 0o666)
 
 
 class DecoderFirst(TrainerCallback):

@@ -90,7 +90,6 @@ LOGGED = (
     *("inter_modal_top10_percent", "inter_modal_top50_percent", "match_distance", "pairs_in_image"),
     "anchor_loss",
 )
-SHOWN = {"intra_modal_loss": "intra", "inter_modal_loss": "inter", "inter_modal_chance": "chance"}
 
 MAX_SKIPPED_STEPS = 50  # in a row; the loss scale, halved in each, has then gone far below any that helps
 NO_LOSS_SCALE = (
@@ -168,14 +167,12 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
             total_steps=steps.last,
             first_step=steps.first,
             rows_per_step=rows_per_forward(accelerator, arguments) * arguments.gradient_accumulation_steps,
-            show=SHOWN,
             record={"arguments": arguments.to_dict(), **record},
         )
         with contextlib.closing(logger):
-            for doing, rows_used in (("training", "data"), ("evaluating", "held_out")):
-                if "rows" in record.get(rows_used, {}):
-                    rows, scenes = record[rows_used]["rows"], record[rows_used]["scenes"]
-                    logger.message(f"{doing} on {rows} rows of {scenes} scene{'s' if scenes != 1 else ''}")
+            for name, about in record.items():
+                if "rows" in about:
+                    logger.message(f"{name}: {about['rows']} rows, {about['scenes']} scenes")
             wrapped, optimizer = accelerator.prepare(model, optimizer)
             state = TrainingState(accelerator, wrapped, processor, optimizer, schedule, logger, batches, identity)
             if checkpoint is not None:
@@ -186,11 +183,9 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
             uploader = HubUploader.from_arguments(arguments) if publishes else None
             try:
                 train(accelerator, arguments, state, steps, batches, held_out, uploader)
-            except BaseException:  # the other processes may not come here: those of this one
-                report_skipped([*(skipped if accelerator.is_main_process else ()), *bad_rows(batches, held_out)])
-                raise
-        skipped += sorted(set(gather_object(bad_rows(batches, held_out))), key=lambda row: (len(row), row))
-        on_main_process(accelerator, finish, output_dir, model, processor, batches, skipped)
+            finally:
+                report_skipped(skipped if accelerator.is_main_process else [], batches, held_out)
+        on_main_process(accelerator, finish, output_dir, model, processor, batches)
         if uploader:
             uploader.finish()
     return output_dir
@@ -734,7 +729,6 @@ def finish(
     model: SimIPUForPreTraining,
     processor: SimIPUProcessor,
     batches: StoredBatches | StreamedBatches,
-    skipped: list[str],
 ) -> None:
     """Write the final model, its image encoder (`image_encoder/`) and pictures into `output_dir`."""
     with atomic_folder(output_dir / ".final", overwrite=True) as folder:
@@ -747,18 +741,19 @@ def finish(
         with contextlib.suppress(ValueError):  # the first frame may be a damaged one
             row = batches.dataset.read_row(0)
             draw_features(model, processor, row, output_dir / "pictures" / "image_features.png")
-    report_skipped(skipped)
     encoder = (output_dir / "image_encoder").as_posix()
     print(f'{encoder}: load it with timm.create_model("local-dir:{encoder}", pretrained=True)')
 
 
-def bad_rows(batches: StoredBatches | StreamedBatches, held_out: TwoViewDataset | None) -> list[str]:
-    """What this process left out of the rows that it trained and evaluated on; a stream logs them as they come."""
-    used = (("row", getattr(batches, "dataset", None)), ("held-out row", held_out))
-    return [f"{name} {row}" for name, dataset in used if dataset is not None for row in dataset.bad_rows]
-
-
-def report_skipped(skipped: list[str]) -> None:
+def report_skipped(
+    frames: list[str], batches: StoredBatches | StreamedBatches, held_out: TwoViewDataset | None
+) -> None:
+    """Name `frames`, and the rows that this process left out; a stream names them as they come."""
+    skipped = list(frames)
+    if isinstance(batches, StoredBatches):
+        skipped += [f"row {row}" for row in batches.dataset.bad_rows]
+    if held_out is not None:
+        skipped += [f"held-out row {row}" for row in held_out.bad_rows]
     if skipped:
         print(f"{len(skipped)} damaged rows were skipped:", *skipped, sep="\n  ", file=sys.stderr)
 

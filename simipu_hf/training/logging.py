@@ -20,6 +20,7 @@ from simipu_hf.files import atomic_write, to_json
 
 METRICS_FILE = "metrics.jsonl"
 TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow", "comet_ml", "aim", "clearml", "swanlab")
+SHOWN = {"intra_modal_loss": "intra", "inter_modal_loss": "inter", "inter_modal_chance": "chance"}  # by the bar
 T = TypeVar("T")
 
 
@@ -74,7 +75,6 @@ class RunLogger:
         total_steps: for the progress bar.
         first_step: where the run starts or resumes.
         rows_per_step: rows of all processes together in one optimizer step.
-        show: which values the bar shows, as name -> label.
         record: what the trackers are told about the run.
     """
 
@@ -86,12 +86,10 @@ class RunLogger:
         total_steps: int,
         first_step: int,
         rows_per_step: int,
-        show: Mapping[str, str],
         record: Mapping[str, Any],
     ) -> None:
         self.accelerator = accelerator
         self.rows_per_step = rows_per_step
-        self.show = show
         self.main = accelerator.is_main_process
         purge = {"tensorboard": {"purge_step": first_step + 1}}  # also what a start without a checkpoint wrote
         config = {n: v if isinstance(v, (int, float, str, bool)) else str(v) for n, v in flatten(record).items()}
@@ -141,7 +139,7 @@ class RunLogger:
         throughput = self._throughput()
         self.write(step, {**means, **values, **throughput})
         self.watch.look(step, means, throughput["data_wait_share"])
-        self.bar.set_postfix({label: f"{means[n]:.3f}" for n, label in self.show.items() if n in means})
+        self.bar.set_postfix({label: f"{means[n]:.3f}" for n, label in SHOWN.items() if n in means})
         self._sums, self._counts = {}, {}
         self._reset_clock()
 

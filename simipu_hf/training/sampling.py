@@ -86,7 +86,7 @@ class StoredBatches:
         return {"bad_rows": self.dataset.bad_rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.dataset.bad_rows = list(dict.fromkeys([*self.dataset.bad_rows, *state["bad_rows"]]))
+        self.dataset.bad_rows = state["bad_rows"]
 
 
 class StreamedBatches:
