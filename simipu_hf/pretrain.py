@@ -44,7 +44,7 @@ from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 from simipu_hf.training.arguments import PreTrainingArguments, parse_arguments, parse_overrides
 from simipu_hf.training.batch_norm import kept_running_statistics, synchronize_batch_norm
-from simipu_hf.training.checkpoint import Checkpoint, TrainingState, load_checkpoint, newest_checkpoint
+from simipu_hf.training.checkpoint import TrainingState, newest_checkpoint, resumed_step
 from simipu_hf.training.distributed import (
     SharedFlags,
     StopRequest,
@@ -177,8 +177,7 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
             state = TrainingState(accelerator, wrapped, processor, optimizer, schedule, logger, batches, identity)
             if checkpoint is not None:
                 state.restore(checkpoint)
-                logger.message(f"resumed from {checkpoint.path}")
-                checkpoint = None  # frees the host's copy of the optimizer's state
+                logger.message(f"resumed from {checkpoint}")
             publishes = arguments.push_to_hub and accelerator.is_main_process
             uploader = HubUploader.from_arguments(arguments) if publishes else None
             try:
@@ -609,16 +608,14 @@ def run_identity(
 
 def open_checkpoint(
     accelerator: Accelerator, arguments: PreTrainingArguments, identity: dict[str, Any], steps: Steps
-) -> Checkpoint | None:
+) -> Path | None:
     """The checkpoint to resume from, after which `steps` then begin; nothing is written."""
     path = on_main_process(accelerator, find_checkpoint, arguments)
-    if path is None:
-        return None
-    checkpoint = load_checkpoint(path, identity)
-    if checkpoint.step > steps.last:
+    if path is not None:
+        steps.first = resumed_step(path, identity)
+    if steps.first > steps.last:
         raise SimIPUError(f"{path} is beyond the last step, {steps.last}: raise --max_steps or --num_train_epochs")
-    steps.first = checkpoint.step
-    return checkpoint
+    return path
 
 
 def prepare_model(accelerator: Accelerator, arguments: PreTrainingArguments, model: SimIPUForPreTraining) -> None:

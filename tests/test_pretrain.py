@@ -408,7 +408,7 @@ def test_refuses_to_resume_another_configuration(run, tmp_path):
 
 def test_where_each_process_has_its_own_negatives_their_number_stays(run, monkeypatch):
     seen = {}
-    monkeypatch.setattr(module, "load_checkpoint", lambda path, identity: seen.update(identity) or 1 / 0)
+    monkeypatch.setattr(module, "resumed_step", lambda path, identity: seen.update(identity) or 1 / 0)
     own_negatives = ("--config_overrides", OVERRIDES + ",gather_negatives=false")
     cases = {"all": ((), False), "own": (own_negatives, True), "norm": (("--no_sync_batch_norm",), True)}
     for folder, (flags, counts) in cases.items():

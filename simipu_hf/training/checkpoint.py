@@ -44,15 +44,6 @@ WRITE_ERRORS = (OSError, SafetensorError, RuntimeError, SimIPUError)  # of a ful
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
-@dataclass
-class Checkpoint:
-    """What [`load_checkpoint`] returns; `tensors` as [`TrainingState.save`] wrote them."""
-
-    path: Path
-    step: int
-    tensors: dict[str, Any]
-
-
 def save_checkpoint(
     output_dir: Path,
     step: int,
@@ -124,23 +115,22 @@ def resumed_step(path: Path, identity: dict[str, Any]) -> int:
     return manifest["step"]
 
 
-def load_checkpoint(path: Path, identity: dict[str, Any]) -> Checkpoint:
-    """[`resumed_step`] and the training state; the model's own files are left to its `from_pretrained`.
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What [`TrainingState.save`] wrote beside the model.
 
     Raises:
-        SimIPUError: as there, and where the state holds anything but tensors and plain values.
+        SimIPUError: it holds anything but tensors and plain values, or cannot be read.
     """
-    step = resumed_step(path, identity)
+    path = checkpoint / STATE_TENSORS
     try:
-        tensors = torch.load(path / STATE_TENSORS, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise SimIPUError(
-            f"{path / STATE_TENSORS} holds more than tensors and plain values; it was not loaded, because unpickling "
-            "runs code from the file"
+            f"{path} holds more than tensors and plain values; it was not loaded, because unpickling runs code from "
+            "the file"
         ) from error
     except (OSError, ValueError, RuntimeError, EOFError, KeyError) as error:
-        raise SimIPUError(f"{path}: the training state cannot be read ({error})") from error
-    return Checkpoint(path, step, tensors)
+        raise SimIPUError(f"{path} cannot be read ({error})") from error
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
@@ -268,18 +258,19 @@ class TrainingState:
             total_limit=total_limit,
         )
 
-    def restore(self, checkpoint: Checkpoint) -> None:
+    def restore(self, checkpoint: Path) -> None:
         """
         Raises:
-            SimIPUError: the checkpoint does not fit the model or the optimizers.
+            SimIPUError: the checkpoint cannot be read, or does not fit the model or the optimizers.
         """
+        saved = read_state(checkpoint)
         try:
-            self.unwrapped_model.load_state_dict(load_file(checkpoint.path / "model.safetensors"))
-            self.optimizer.load_state_dict(checkpoint.tensors["optimizer"])
-            self.schedule.load_state_dict(checkpoint.tensors["schedule"])
-            if self.accelerator.scaler is not None and checkpoint.tensors["scaler"] is not None:
-                self.accelerator.scaler.load_state_dict(checkpoint.tensors["scaler"])
-            processes = checkpoint.tensors["processes"]
+            self.unwrapped_model.load_state_dict(load_file(checkpoint / "model.safetensors"))
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.schedule.load_state_dict(saved["schedule"])
+            if self.accelerator.scaler is not None and saved["scaler"] is not None:
+                self.accelerator.scaler.load_state_dict(saved["scaler"])
+            processes = saved["processes"]
             if len(processes) == self.accelerator.num_processes:  # or the logged means start anew
                 own = processes[self.accelerator.process_index]
                 self.logger.load_state_dict(own["logger"])
@@ -288,7 +279,7 @@ class TrainingState:
                 for process in processes:
                     self.batches.load_state_dict(process["batches"])
         except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
-            raise SimIPUError(f"{checkpoint.path} does not fit the model or its optimizers ({error})") from error
+            raise SimIPUError(f"{checkpoint} does not fit the model or its optimizers ({error})") from error
 
 
 def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
