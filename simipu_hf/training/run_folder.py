@@ -45,54 +45,47 @@ def find_checkpoint(arguments: RunArguments) -> Path | None:
         SimIPUError: the folder holds something else than an earlier start of this command or the run of the
             checkpoint, or a finished model without checkpoints for `"latest"`, or the checkpoint does not exist.
     """
-    output_dir, resume, checkpoint = Path(arguments.output_dir), arguments.resume_from_checkpoint, None
+    output_dir, resume = Path(arguments.output_dir), arguments.resume_from_checkpoint
     if output_dir.exists() and not output_dir.is_dir():
         raise SimIPUError(f"--output_dir {output_dir} is a file")
-    occupied, kind = output_dir.is_dir() and any(output_dir.iterdir()), type(arguments).__name__
-    if resume not in (None, "latest"):
-        checkpoint = Path(resume)
+    if resume == "latest":
+        return latest_checkpoint(output_dir, type(arguments).__name__)
+    checkpoint = None if resume is None else Path(resume)
+    if checkpoint is not None:
         if not checkpoint.is_dir():
             raise SimIPUError(f"--resume_from_checkpoint {resume}: no such folder")
         folder = checkpoint.absolute().parent.resolve()
         if output_dir.resolve() == (folder.parent if folder.name.startswith("set_aside-") else folder):
             return checkpoint
-        if occupied:
-            verify_checkpoint(checkpoint)
-            raise SimIPUError(
-                f"--output_dir {output_dir} is not empty, and {resume} is a checkpoint of another run: choose another "
-                "folder to start from it, or --resume_from_checkpoint latest for the run in this one"
-            )
-    if resume == "latest":
-        found = newest_checkpoint(output_dir, on_damaged=lambda text: print(f"damaged, not used: {text}"))
-        if found is None and (output_dir / "config.json").is_file():
-            raise SimIPUError(
-                f"--output_dir {output_dir} holds a model and no whole checkpoint to resume from: choose another"
-            )
-        if found is None:
-            # a job's log file may lie there already; image_encoder/ would be replaced
-            if any((output_dir / name).exists() for name in (RUN_FILE, "image_encoder")):
-                check_kind(output_dir, kind, f"--resume_from_checkpoint latest: no run starts in {output_dir}")
-            print(f"no checkpoint in {output_dir} yet: starting at the beginning")
-        return found
-    if occupied:
+        verify_checkpoint(checkpoint)  # of another run: this one starts, in a folder of its own
+    if output_dir.is_dir() and any(output_dir.iterdir()):
         raise SimIPUError(
             f"--output_dir {output_dir} is not empty: choose another folder, or continue the run in it with "
             "--resume_from_checkpoint latest"
         )
-    return checkpoint  # of another run: this one starts, in a folder of its own
+    return checkpoint
 
 
-def check_kind(folder: Path, kind: str, refusal: str) -> None:
-    """Raises a `SimIPUError`, which begins with `refusal`, unless a folder's run is of `kind`: `DepthArguments`."""
-    try:
-        record = yaml.safe_load((folder / RUN_FILE).read_text(encoding="utf-8"))
-        found = record["kind"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise SimIPUError(f"{refusal}, because it does not look like a run ({RUN_FILE}: {error})") from error
-    if found != kind:
+def latest_checkpoint(output_dir: Path, kind: str) -> Path | None:
+    """The newest whole checkpoint; `None` where a run of `kind`, such as `DepthArguments`, may start in the folder."""
+    found = newest_checkpoint(output_dir, on_damaged=lambda text: print(f"damaged, not used: {text}"))
+    if found is not None:
+        return found
+    if (output_dir / "config.json").is_file():
         raise SimIPUError(
-            f"{refusal}, because it holds a run of another command ({found}, not {kind}); choose another folder"
+            f"--output_dir {output_dir} holds a model and no whole checkpoint to resume from: choose another"
         )
+    # a job's log file may lie there already; image_encoder/ would be replaced
+    if any((output_dir / name).exists() for name in (RUN_FILE, "image_encoder")):
+        refusal = f"--resume_from_checkpoint latest: no run starts in {output_dir}, because it"
+        try:
+            earlier = yaml.safe_load((output_dir / RUN_FILE).read_text(encoding="utf-8"))["kind"]
+        except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+            raise SimIPUError(f"{refusal} does not look like a run ({RUN_FILE}: {error})") from error
+        if earlier != kind:
+            raise SimIPUError(f"{refusal} holds a run of another command ({earlier}, not {kind}): choose another")
+    print(f"no checkpoint in {output_dir} yet: starting at the beginning")
+    return None
 
 
 def run_lock(arguments: RunArguments) -> WriteLock:
@@ -117,10 +110,7 @@ def open_run_folder(arguments: RunArguments, lock: WriteLock, step: int, last_st
         raise SimIPUError(f"--output_dir {output_dir} cannot be written to ({error})") from error
     lock.take()
     for path in output_dir.glob(".checkpoint-*"):  # what a kill during a checkpoint left behind
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
     written = {
         "kind": type(arguments).__name__,
         "command": shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
@@ -162,7 +152,6 @@ def versions() -> dict[str, str]:
 
 
 def package_version(name: str) -> str | None:
-    """Of an installed package."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
