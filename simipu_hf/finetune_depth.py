@@ -45,13 +45,10 @@ from .training.arguments import DepthArguments, DepthTaskArguments, parse_argume
 
 
 class DepthTrainer(FineTuningTrainer):
-    """[`FineTuningTrainer`] with depth metrics; both data sets are [`DepthDataset`]s.
+    """[`FineTuningTrainer`] that evaluates by a [`DepthProtocol`]; both data sets are [`DepthDataset`]s.
 
-        trainer = DepthTrainer(model, recipe("OUT", max_steps=500), train_dataset=DepthDataset(rows, processor))
-        trainer.train()
-
-    Args:
-        protocol: of `evaluate`.
+    trainer = DepthTrainer(model, recipe("OUT", max_steps=500), train_dataset=DepthDataset(rows, processor))
+    trainer.train()
     """
 
     task = "depth"
@@ -86,11 +83,7 @@ def trainer_parts(
     seed: int,
     keep_frames: bool = False,
 ) -> dict[str, Any]:
-    """Model, data sets, image processor and protocol, as keyword arguments of [`DepthTrainer`].
-
-    Args:
-        train_rows, test_rows: rows, or frames; `test_rows` may be `None`.
-    """
+    """What [`DepthTrainer`] is made of, from rows or frames to train and, where not `None`, to evaluate on."""
     processor, on_bad_row = create_processor(arguments, encoder.input), arguments.on_bad_row
     size = arguments.image_size or KB_CROP
     model = create_model(SimIPUForDepthEstimation, encoder, size, seed, max_depth=arguments.max_depth)
@@ -136,8 +129,7 @@ def finetune_depth(arguments: DepthArguments) -> Path:
         The output folder, which `pipeline("depth-estimation")` loads; see [`fine_tune`].
 
     Raises:
-        SimIPUError: unusable arguments, data or checkpoint, or a loss that is no number.
-        TrainingInterrupted: Ctrl-C or SIGTERM, after saving a checkpoint.
+        as [`fine_tune`].
     """
     return fine_tune(arguments, lambda: create_trainer(arguments), record_in_card, format_table)
 

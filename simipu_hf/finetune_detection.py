@@ -41,8 +41,8 @@ from .visualization import PictureFolder
 class DetectionTrainer(FineTuningTrainer):
     """[`FineTuningTrainer`] with KITTI's average precision; both data sets are [`DetectionDataset`]s.
 
-        trainer = DetectionTrainer(model, recipe("OUT", max_steps=500), train_dataset=DetectionDataset(...))
-        trainer.train()
+    trainer = DetectionTrainer(model, recipe("OUT", max_steps=500), train_dataset=DetectionDataset(...))
+    trainer.train()
 
     Args:
         min_overlap: of `evaluate`, see [`simipu_hf.evaluate_detection.score`].
@@ -91,12 +91,8 @@ def trainer_parts(
     seed: int,
     keep_frames: bool = False,
 ) -> dict[str, Any]:
-    """Model, data sets, image processor and overlap, as keyword arguments of [`DetectionTrainer`].
-
-    Args:
-        sizes: see [`mean_dimensions`].
-        train_rows, test_rows: rows, or frames; `test_rows` may be `None`.
-    """
+    """What [`DetectionTrainer`] is made of, from the `sizes` of [`mean_dimensions`] and rows or frames to train and,
+    where not `None`, to evaluate on."""
     classes, processor = list(arguments.classes), create_image_processor(arguments.image_size, encoder.input)
     fields = {"classes": classes, "mean_dimensions": sizes, "hidden_size": arguments.hidden_size}
     model = create_model(SimIPUForMonocular3DDetection, encoder, arguments.image_size, seed, **fields)
@@ -138,8 +134,7 @@ def finetune_detection(arguments: DetectionArguments) -> Path:
         The output folder, which `AutoModel.from_pretrained(..., trust_remote_code=True)` loads; see [`fine_tune`].
 
     Raises:
-        SimIPUError: unusable arguments, data or checkpoint, or a loss that is no number.
-        TrainingInterrupted: Ctrl-C or SIGTERM, after saving a checkpoint.
+        as [`fine_tune`].
     """
     return fine_tune(arguments, lambda: create_trainer(arguments), record_in_card, format_table)
 

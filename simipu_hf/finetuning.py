@@ -71,13 +71,11 @@ def find_rgb_encoder(source: str | os.PathLike) -> EncoderWeights:
 def create_model(
     model_class: Any, encoder: EncoderWeights, image_size: tuple[int, int] | None = None, seed: int = 0, **fields: Any
 ) -> Any:
-    """A model with the encoder's weights and a new decoder or head, which depends on `seed` and architecture alone.
+    """A [`SimIPUDenseModel`] with the encoder's weights, random ones where it holds none, and a new decoder or head,
+    which depends on `seed` and architecture alone.
 
     Args:
-        model_class: a [`SimIPUDenseModel`].
-        encoder: what to start from; random weights where it holds none.
         image_size: height and width of the images, for encoders that are built for one size.
-        seed: of the new weights.
         fields: of the model's configuration.
 
     Raises:
@@ -355,13 +353,7 @@ class DecoderFirst(TrainerCallback):
 
 
 class RunFolder(TrainerCallback):
-    """Keeps `metrics.jsonl`, publishes checkpoints, and ends the run after a signal, when a checkpoint is written.
-
-    Args:
-        stop: whether a signal has come.
-        flags: tells all processes of it.
-        uploader: publishes checkpoints; `None` publishes none.
-    """
+    """Keeps `metrics.jsonl`, publishes checkpoints, and ends the run after a signal, when a checkpoint is written."""
 
     def __init__(self, output_dir: Path, stop: StopRequest, flags: SharedFlags, uploader: HubUploader | None = None):
         self.output_dir, self.stop, self.flags, self.uploader = output_dir, stop, flags, uploader
@@ -420,10 +412,7 @@ def prepare_trainer(
     parts: dict[str, Any],
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainerT:
-    """The trainer of a command, its model frozen, checkpointed and synchronised as the flags say.
-
-    Args:
-        parts: model, data sets and image processor, as keyword arguments of `trainer_class`.
+    """The trainer of a command, made of `parts`, its model frozen, checkpointed and synchronised as the flags say.
 
     Raises:
         SimIPUError: the encoder does not take images of their sizes.
@@ -492,7 +481,6 @@ def fine_tune(
     """Train in as many processes as were launched, save, and evaluate.
 
     Args:
-        create_trainer: reads data and encoder.
         record: keeps the result of the evaluation for the card: given the folder, the test frames and the result.
         table: a result as text.
 
@@ -578,7 +566,6 @@ def open_run(arguments: FineTuningRunArguments, trainer: FineTuningTrainer, lock
 
 
 def save_final_model(trainer: FineTuningTrainer, output_dir: Path) -> None:
-    """The model beside the checkpoints; each file atomically."""
     with atomic_folder(output_dir / ".final", overwrite=True) as beside:
         trainer.save_model(str(beside))
     move_into(output_dir / ".final", output_dir)

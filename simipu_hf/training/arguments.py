@@ -263,12 +263,12 @@ class PreTrainingArguments(RunArguments):
                 "--pretrained_image_encoder: timm's weights take RGB images divided by their deviation, those of "
                 "--preset official are BGR and are not: leave one of the two out"
             )
-        start, schedule = self.model_name_or_path, self.lr_scheduler_type
-        evaluation = ("per_device_eval_batch_size", "validation_split")
         refuse_without_effect(self, self.push_to_hub, "without --push_to_hub", "encoder_repo_id")
         if self.push_to_hub and self.encoder_repo_id == self.hub_model_id:
             raise SimIPUError("--encoder_repo_id and --hub_model_id must differ: the encoder would replace the model")
+        evaluation = ("per_device_eval_batch_size", "validation_split")
         refuse_without_effect(self, self.eval_steps, "without --eval_steps", *evaluation)
+        start, schedule = self.model_name_or_path, self.lr_scheduler_type
         refuse_without_effect(self, not start, "with --model_name_or_path", "pretrained_image_encoder")
         refuse_without_effect(self, schedule != "constant", "with --lr_scheduler_type constant", "warmup_steps")
         refuse_without_effect(
@@ -701,11 +701,6 @@ def parse_arguments(cls: type[ArgumentsT], argv: Sequence[str] | None = None, pr
     Every `--config FILE` is read, in order, as if its flags stood before those of the command line, which therefore
     win.
 
-    Args:
-        cls: its fields are the flags.
-        argv: flags; `sys.argv[1:]` where `None`.
-        prog: the command as it stands in messages.
-
     Raises:
         SimIPUError: a configuration file that is missing or names an unknown flag, or a value that `cls` refuses.
         SystemExit: a flag that is not known or cannot be read (code 2), and `--help`.
@@ -748,7 +743,6 @@ def _flags_of(config: str, cls: type) -> list[str]:
 
 
 def packaged_configs() -> list[str]:
-    """Names of the configuration files that come with the package."""
     return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 

@@ -59,9 +59,6 @@ def save_checkpoint(
         identity: what must be the same for a run to continue, as JSON.
         total_limit: checkpoints to keep; 0 keeps all.
 
-    Returns:
-        the checkpoint's folder.
-
     Raises:
         SimIPUError: it could not be written (full disk, no permission); earlier checkpoints are untouched.
     """
@@ -96,7 +93,6 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 
 def write_error(target: Path, error: Exception) -> SimIPUError:
-    """What to raise for a checkpoint that could not be written."""
     kept = newest_checkpoint(target.parent)
     return SimIPUError(
         f"could not write checkpoint {target}: {error}. "
@@ -181,15 +177,11 @@ def newest_checkpoint(output_dir: Path, on_damaged: Callable[[str], None] = lamb
 
 
 def set_aside(output_dir: Path, step: int, is_way_back: bool = False) -> Path | None:
-    """Move the checkpoints beyond `step` into a folder of their own, with a copy of the metrics that led there.
-
-    `is_way_back`: to a checkpoint that was set aside, so that the one of `step`, too, is of another continuation.
+    """Move the checkpoints beyond `step` into a folder of their own, if there are any, with a copy of the metrics that
+    led there.
 
     A run that goes on from an earlier checkpoint leaves another continuation behind: it is neither deleted nor taken
-    for the newest.
-
-    Returns:
-        that folder; `None` where there are no such checkpoints.
+    for the newest. `is_way_back`: to a checkpoint that was set aside, so that the one of `step`, too, is of another.
     """
     beyond = [path for path in list_checkpoints(output_dir) if int(path.name.split("-")[1]) > step - is_way_back]
     if not beyond and not is_way_back:
@@ -212,11 +204,7 @@ def new_set_aside(output_dir: Path) -> Path:
 @dataclass
 class TrainingState:
     """What a run saves and takes up again: model, optimizer, schedule, loss scale, the logger's unfinished window, and
-    where each process stands in a stream.
-
-    Args:
-        model, optimizer: as accelerate prepared them.
-        identity: what must be the same for a run to continue, as JSON.
+    where each process stands in a stream. Model and optimizer are as accelerate prepared them.
     """
 
     accelerator: Accelerator

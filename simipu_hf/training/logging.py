@@ -52,7 +52,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def json_line(values: Mapping[str, Any]) -> str:
-    """A line of a `metrics.jsonl`."""
     return to_json(values, indent=None) + "\n"
 
 
@@ -71,8 +70,6 @@ class RunLogger:
 
     Args:
         accelerator: its trackers are started, used and closed.
-        output_dir: of the run; `metrics.jsonl` lies there.
-        total_steps: for the progress bar.
         first_step: where the run starts or resumes.
         rows_per_step: rows of all processes together in one optimizer step.
         record: what the trackers are told about the run.

@@ -72,7 +72,6 @@ class StoredBatches:
         return self.collate([self.dataset[key] for key in self.sampler.step_keys(0)[0]])
 
     def identity(self) -> dict[str, Any]:
-        """What has to be the same for a run to continue."""
         return {"data_fingerprint": rows_fingerprint(self.dataset.rows)}
 
     def frame_ids(self, step: int) -> list[str]:
@@ -131,7 +130,6 @@ class StreamedBatches:
         return self.stream
 
     def example(self) -> dict[str, torch.Tensor]:
-        """A first batch, to try."""
         return next(iter(self.create_loader(num_workers=0)))
 
     def identity(self) -> dict[str, Any]:
@@ -159,11 +157,8 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
     live for the whole run, and makes the position in the data nothing but the step.
 
     Args:
-        num_rows: rows of the data set.
         batch_size: rows per process and micro-batch.
         accumulation_steps: micro-batches per optimizer step.
-        num_processes, process_index: as accelerate counts them.
-        seed: of the permutations.
         first_step, last_step: optimizer steps to serve, the last one excluded.
 
     Raises:
@@ -209,7 +204,6 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
         return [[(epoch, row) for row in self._rows[start : start + self.batch_size]] for start in starts]
 
     def permutation(self, epoch: int) -> list[int]:
-        """The order of the rows in `epoch`."""
         return np.random.default_rng([self.seed, epoch]).permutation(self.num_rows).tolist()
 
 
