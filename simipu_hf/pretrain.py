@@ -209,7 +209,7 @@ def train(
     model, optimizer, logger = state.model, state.optimizer, state.logger
     image_processor, output_dir = state.processor.image_processor, Path(arguments.output_dir)
     accumulation = arguments.gradient_accumulation_steps
-    flags, recomputing, skipped = SharedFlags(accelerator), kept_running_statistics(model), 0
+    flags, skipped = SharedFlags(accelerator), 0
     model.train()
     loading = iterate(batches.loader(steps.first, steps.last))
     with StopRequest() as stop, uploader or contextlib.nullcontext(), loading as loader:
@@ -220,7 +220,7 @@ def train(
             with accelerator.accumulate(model):
                 batch = send_to_device(batch, accelerator.device, non_blocking=True)
                 output = model(**to_model_inputs(batch, image_processor), return_metrics=is_logged)
-                with recomputing:
+                with kept_running_statistics(model):
                     accelerator.backward(output.loss)
                 logger.add(scalars(output, with_spread=is_logged))
                 del output  # or its maps would be kept through the next forward pass
