@@ -147,10 +147,6 @@ class FineTuningTrainer(Trainer):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        if self.args.auto_find_batch_size:
-            raise SimIPUError(
-                "auto_find_batch_size: the order of rows follows from per_device_train_batch_size: set that"
-            )
         self.encoder_learning_rate = encoder_learning_rate
         self.evaluation: dict[str, Any] = {}  # the latest, whole
         self.identity: dict[str, Any] = {}  # what must be the same for the run to continue

@@ -1,6 +1,5 @@
 """Depth fine-tuning on the Trainer: resume, what is served is what was measured, gradients, early refusals."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -400,8 +399,6 @@ def test_one_set_of_arguments_serves_several_trainers(dataset, tmp_path):
 
 def test_other_frames_than_those_of_training_are_evaluated(dataset, tmp_path):
     model, settings = depth_model(), recipe(tmp_path, per_device_train_batch_size=2, use_cpu=True)
-    with pytest.raises(SimIPUError, match="auto_find_batch_size"):
-        DepthTrainer(model, dataclasses.replace(settings, auto_find_batch_size=True), train_dataset=dataset)
     other = DepthDataset(dataset.rows.select([2]), dataset.processor)
     found = DepthTrainer(model, settings, train_dataset=dataset, eval_dataset=dataset).evaluate(other)
     alone = DepthTrainer(model, settings, eval_dataset=other)
