@@ -24,9 +24,6 @@ from .training.arguments import CompareDetectionArguments
 class DetectionTask(Task):
     """Monocular 3-D detection as a task of `simipu_hf.compare`; the claims are about `ap_3d`, the mean over classes of
     the moderate average precision in space.
-
-    Raises:
-        SimIPUError: frames or labels that cannot be used, or frames that stand on both sides.
     """
 
     trainer_class = DetectionTrainer

@@ -149,11 +149,7 @@ def read_folders(predictions: str, labels: str) -> list[Found]:
 
 
 def write_predictions(folder: Path, found: Sequence[Found]) -> None:
-    """A folder in KITTI's text format, in the place of an earlier one; slashes of names become underscores.
-
-    Raises:
-        SimIPUError: two frames would share a file.
-    """
+    """A folder in KITTI's text format, in the place of an earlier one; slashes of names become underscores."""
     objects: dict[str, KittiObjects] = {}
     for frame in found:
         name = re.sub(r"[^\w.-]", "_", frame.frame_id)

@@ -77,9 +77,6 @@ def create_model(
     Args:
         image_size: height and width of the images, for encoders that are built for one size.
         fields: of the model's configuration.
-
-    Raises:
-        SimIPUError: the weights do not fit, or the encoder cannot be built for that size.
     """
     image_config = {"architecture": encoder.architecture, "model_args": encoder.model_args or None}
     try:
@@ -408,11 +405,7 @@ def prepare_trainer(
     parts: dict[str, Any],
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainerT:
-    """The trainer of a command, made of `parts`, its model frozen, checkpointed and synchronised as the flags say.
-
-    Raises:
-        SimIPUError: the encoder does not take images of their sizes.
-    """
+    """The trainer of a command, made of `parts`, its model frozen, checkpointed and synchronised as the flags say."""
     model = parts["model"]
     model.freeze_image_encoder(arguments.freeze_image_encoder)
     if arguments.gradient_checkpointing:

@@ -351,9 +351,6 @@ def load_rows(
     """The rows to train on, how several data sets are mixed, and the rows to evaluate on where `--eval_steps` asks.
 
     Damaged frames end the run, or are left out and described in `skipped`, as `--on_bad_row` says.
-
-    Raises:
-        SimIPUError: nothing to read, no such split, or frames that are trained on among those to evaluate on.
     """
     source: dict[str, Any] = {
         "dataset_name": arguments.dataset_name,
@@ -386,12 +383,7 @@ def load_rows(
 
 
 def create_model(arguments: PreTrainingArguments) -> tuple[SimIPUForPreTraining, SimIPUProcessor]:
-    """The model and its processor, from a preset or from an earlier model, changed as the flags say.
-
-    Raises:
-        SimIPUError: an unknown encoder, stage or configuration field, too few points for the sampler, or flags that
-            contradict the earlier model.
-    """
+    """The model and its processor, from a preset or from an earlier model, changed as the flags say."""
     source = arguments.model_name_or_path
     start = model_folder(source) if source else None
     try:
@@ -458,11 +450,7 @@ def change_processor(arguments: PreTrainingArguments, processor: SimIPUProcessor
 
 
 def change_config(arguments: PreTrainingArguments, config: SimIPUConfig, processor: SimIPUProcessor) -> SimIPUConfig:
-    """A configuration with the fields that the flags change.
-
-    Raises:
-        SimIPUError: an unknown field, or one that has a flag of its own.
-    """
+    """A configuration with the fields that the flags change."""
     overrides = parse_overrides(arguments.config_overrides)
     sections = {"image_config": config.image_encoder_config, "point_config": config.point_encoder_config}
     for section, known in (("", config), *sections.items()):
@@ -489,11 +477,7 @@ def change_config(arguments: PreTrainingArguments, config: SimIPUConfig, process
 
 
 def load_pretrained_image_encoder(model: SimIPUForPreTraining, processor: SimIPUProcessor) -> None:
-    """Replace the image encoder's weights by timm's pretrained ones, and take the mean and deviation they expect.
-
-    Raises:
-        SimIPUError: timm has none for this architecture, or they cannot be downloaded.
-    """
+    """Replace the image encoder's weights by timm's pretrained ones, and take the mean and deviation they expect."""
     config = model.config.image_encoder_config
     try:
         source = timm.create_model(config.architecture, pretrained=True, num_classes=0, **timm_arguments(config))
@@ -619,11 +603,7 @@ def open_checkpoint(
 
 
 def prepare_model(accelerator: Accelerator, arguments: PreTrainingArguments, model: SimIPUForPreTraining) -> None:
-    """Batch norm over all processes, gradient checkpointing and compilation, as the flags say; on the device.
-
-    Raises:
-        SimIPUError: the encoder or this machine cannot do it.
-    """
+    """Batch norm over all processes, gradient checkpointing and compilation, as the flags say; on the device."""
     model.to(accelerator.device)
     if accelerator.num_processes > 1 and arguments.sync_batch_norm:
         synchronize_batch_norm(model)
@@ -641,9 +621,6 @@ def try_first_step(accelerator: Accelerator, model: SimIPUForPreTraining, inputs
 
     Parameters that the loss does not reach (stages beyond the sampled ones) are frozen, so that several processes need
     not look for them in every step.
-
-    Raises:
-        SimIPUError: an image size that the encoder does not take, too little memory, a machine that cannot compile.
     """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.train()

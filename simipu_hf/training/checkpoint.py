@@ -247,10 +247,6 @@ class TrainingState:
         )
 
     def restore(self, checkpoint: Path) -> None:
-        """
-        Raises:
-            SimIPUError: the checkpoint cannot be read, or does not fit the model or the optimizers.
-        """
         saved = read_state(checkpoint)
         try:
             self.unwrapped_model.load_state_dict(load_file(checkpoint / "model.safetensors"))
@@ -271,12 +267,7 @@ class TrainingState:
 
 
 def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
-    """Refuse to continue a run under other conditions than it was started with.
-
-    Raises:
-        SimIPUError: naming the other command or version, or every value that differs, nested ones as
-            `recipe.learning_rate`.
-    """
+    """Refuse to continue a run under other conditions than it was started with."""
     kind, expected = saved.get("kind"), current.get("kind")
     if kind != expected:
         origin = f"another command ({kind}, not {expected})" if kind else "an earlier version or another Trainer"
