@@ -65,7 +65,6 @@ def evaluate_detection(arguments: EvaluateDetectionArguments) -> dict[str, Any]:
         result = {"model": arguments.model}
     result |= score(found, classes, arguments.min_overlap)
     if output_dir is not None:
-        output_dir.mkdir(parents=True, exist_ok=True)
         write_json(output_dir / "detection_evaluation.json", result)
         if arguments.model is not None:
             write_predictions(output_dir / "predictions", found)

@@ -84,13 +84,6 @@ from simipu_hf.training.sampling import (
 from simipu_hf.visualization import draw_curves, draw_image_features, save_figure
 from simipu_hf.visualization.features import encode_image
 
-LOGGED = (
-    *("loss", "intra_modal_loss", "intra_modal_chance", "intra_modal_top1", "intra_modal_top5"),
-    *("inter_modal_loss", "inter_modal_chance", "inter_modal_top1", "inter_modal_top5"),
-    *("inter_modal_top10_percent", "inter_modal_top50_percent", "match_distance", "pairs_in_image"),
-    "anchor_loss",
-)
-
 MAX_SKIPPED_STEPS = 50  # in a row; the loss scale, halved in each, has then gone far below any that helps
 NO_LOSS_SCALE = (
     f"the gradient was not finite in {MAX_SKIPPED_STEPS} steps in a row, whatever the loss scale of fp16. Use "
@@ -250,7 +243,7 @@ def train(
                 logger.write_means(step, rates)
             if held_out is not None and is_evaluated:  # first, so that a checkpoint means that its step is logged
                 with logger.paused_clock():
-                    logger.write(step, evaluate(accelerator, arguments, state.unwrapped_model, held_out))
+                    logger.write(step, evaluate(accelerator, arguments, accelerator.unwrap_model(model), held_out))
             if is_saved or "stop" in raised:
                 with logger.paused_clock():
                     saved = state.save(output_dir, step, arguments.save_total_limit)
@@ -264,8 +257,8 @@ def train(
 
 
 def scalars(output: Any, with_spread: bool) -> dict[str, torch.Tensor]:
-    """What is logged of a forward pass: what of `LOGGED` it computed, and the spread of the embeddings."""
-    values = {name: value for name in LOGGED if (value := getattr(output, name)) is not None}
+    """What is logged of a forward pass: all scalars of its output, and the spread of the embeddings."""
+    values = {name: value for name, value in output.items() if isinstance(value, torch.Tensor) and value.ndim == 0}
     if with_spread:
         values |= {"image_spread": feature_spread(output.image_embeds)}
         values |= {"point_spread": feature_spread(output.point_embeds)}

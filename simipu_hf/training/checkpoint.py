@@ -216,11 +216,6 @@ class TrainingState:
     batches: Stateful
     identity: dict[str, Any]
 
-    @property
-    def unwrapped_model(self) -> Any:
-        """The model itself, without what accelerate wraps it in for several processes."""
-        return self.accelerator.unwrap_model(self.model)
-
     def save(self, output_dir: Path, step: int, total_limit: int) -> Path:
         """Every process calls it; the main one writes, see [`save_checkpoint`]."""
         scaler = self.accelerator.scaler
@@ -232,7 +227,7 @@ class TrainingState:
         }
 
         def save(folder: Path) -> None:
-            self.unwrapped_model.save_pretrained(folder)  # with the remote code
+            self.accelerator.unwrap_model(self.model).save_pretrained(folder)  # with the remote code
             self.processor.save_pretrained(folder)
             torch.save(tensors, folder / STATE_TENSORS)
 
@@ -249,7 +244,7 @@ class TrainingState:
     def restore(self, checkpoint: Path) -> None:
         saved = read_state(checkpoint)
         try:
-            self.unwrapped_model.load_state_dict(load_file(checkpoint / "model.safetensors"))
+            self.accelerator.unwrap_model(self.model).load_state_dict(load_file(checkpoint / "model.safetensors"))
             self.optimizer.load_state_dict(saved["optimizer"])
             self.schedule.load_state_dict(saved["schedule"])
             if self.accelerator.scaler is not None and saved["scaler"] is not None:
