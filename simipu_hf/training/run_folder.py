@@ -9,7 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -176,9 +176,6 @@ def weights_fingerprint(weights: Mapping[str, torch.Tensor], about: Any = None) 
     return digest.hexdigest()[:16]
 
 
-def data_fingerprint(names: Iterable[str]) -> str:
-    """A short digest of names and their order."""
-    digest = hashlib.sha256()
-    for name in names:
-        digest.update(name.encode() + b"\n")
-    return digest.hexdigest()[:16]
+def short_digest(of: Any) -> str:
+    """Sixteen characters that tell apart what JSON can write."""
+    return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]

@@ -22,7 +22,7 @@ from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
 from .arguments import PreTrainingArguments
 from .distributed import StopRequest
-from .run_folder import data_fingerprint
+from .run_folder import short_digest
 
 # Another number wherever the same rows and seed give another run (order, drawn numbers, inputs, targets): no run and
 # no comparison goes on across that.
@@ -104,7 +104,7 @@ class StreamedBatches:
     ) -> None:
         sources = ("dataset_name", "data_dir", "train_split", "dataset_config_name", "validation_share")
         self._identity = {
-            "stream": data_fingerprint(str(getattr(arguments, name)) for name in sources),
+            "stream": short_digest([getattr(arguments, name) for name in sources]),
             # the order of a source that grew is another one
             "num_shards": rows.num_shards if mixture is None else list(mixture.sizes),
             "num_processes": accelerator.num_processes,

@@ -57,7 +57,7 @@ from simipu_hf.training.optimizers import (
     create_schedule,
     learning_rates,
 )
-from simipu_hf.training.run_folder import data_fingerprint, weights_fingerprint
+from simipu_hf.training.run_folder import weights_fingerprint
 from simipu_hf.training.sampling import GlobalBatchSampler, StreamedBatches, seed_micro_batch
 
 
@@ -505,12 +505,6 @@ def test_arguments_from_python_take_paths_and_numbers_of_numpy(tmp_path):
     assert (arguments.data_dir, arguments.output_dir) == ([str(tmp_path)], str(tmp_path))
     assert (type(arguments.learning_rate), type(arguments.seed), arguments.report_to) == (float, int, ["none"])
     assert arguments.freeze == ["conv1"]
-
-
-def test_fingerprint_is_of_frames_and_their_order():
-    assert data_fingerprint(["a", "b"]) == data_fingerprint(iter(["a", "b"]))
-    assert data_fingerprint(["a", "b"]) != data_fingerprint(["b", "a"])
-    assert data_fingerprint(["ab"]) != data_fingerprint(["a", "b"])
 
 
 def test_a_folder_that_a_tracker_left_is_not_its_package(tmp_path, monkeypatch):
