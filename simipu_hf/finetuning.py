@@ -304,7 +304,7 @@ class FineTuningTrainer(Trainer):
                 raise write_error(aside.parent / name, error) from error
 
         try:
-            on_every_process(self.accelerator, write)
+            on_every_process(write)
         except SimIPUError:
             shutil.rmtree(aside, ignore_errors=True)
             raise

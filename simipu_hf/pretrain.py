@@ -144,7 +144,7 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
     identity = run_identity(accelerator, arguments, recipe, steps, batches, model, processor, augmentation)
     checkpoint = open_checkpoint(accelerator, arguments, identity, steps)
     prepare_model(accelerator, arguments, model)
-    example = send_to_device(on_every_process(accelerator, batches.example), accelerator.device)
+    example = send_to_device(on_every_process(batches.example), accelerator.device)
     try_first_step(accelerator, model, to_model_inputs(example, processor.image_processor))
     optimizer, schedule = create_optimization(arguments, recipe, model, batches.steps_per_epoch, steps.last)
 

@@ -152,21 +152,11 @@ def on_main_process(accelerator: Accelerator, function: Callable[..., T], *args:
 
     Without the second half the other processes would wait for a main process that has given up.
     """
-    if accelerator.num_processes == 1:
-        return function(*args, **kwargs)
-    outcome: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = function(*args, **kwargs)
-        except SimIPUError as error:
-            outcome[1] = str(error)
-    broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise SimIPUError(outcome[1])
-    return outcome[0]
+    result = on_every_process(lambda: function(*args, **kwargs) if accelerator.is_main_process else None)
+    return cast("T", broadcast_object_list([result])[0])
 
 
-def on_every_process(accelerator: Accelerator, function: Callable[..., T], *args: Any) -> T:
+def on_every_process(function: Callable[..., T], *args: Any) -> T:
     """Call `function` on every process; where one fails, all of them end with its `SimIPUError`.
 
     Else the others would go on to wait for it, and blame what they were doing when it ended.

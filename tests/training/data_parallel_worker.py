@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -118,9 +119,10 @@ def errors_of_one_process(out: Path) -> None:
         if fails:
             raise SimIPUError(f"process {accelerator.process_index} failed")
 
-    for call, fails in ((on_every_process, accelerator.is_last_process), (on_main_process, True)):
+    on_main = partial(on_main_process, accelerator)
+    for call, fails in ((on_every_process, accelerator.is_last_process), (on_main, True)):
         try:
-            call(accelerator, fail, fails)
+            call(fail, fails)
         except SimIPUError as error:
             told.append(str(error))
     (out / f"errors-{accelerator.process_index}.json").write_text(json.dumps(told), encoding="utf-8")
