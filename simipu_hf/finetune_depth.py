@@ -8,12 +8,10 @@ What is depth's own is here: model, data and evaluation. Recipe, Trainer and run
 """
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
-from transformers import TrainerCallback
 
 from .data.depth import (
     KB_CROP,
@@ -102,8 +100,8 @@ def trainer_parts(
     }
 
 
-def create_trainer(arguments: DepthArguments, callbacks: Sequence[TrainerCallback] = ()) -> DepthTrainer:
-    """The trainer of `finetune_depth`, for use from Python: `train`, `evaluate`, callbacks.
+def create_trainer(arguments: DepthArguments) -> DepthTrainer:
+    """The trainer of `finetune_depth`, for use from Python: `train`, `evaluate`, `add_callback`.
 
     Raises:
         SimIPUError: unusable arguments, encoder or frames, or a frame that is trained and tested on.
@@ -117,7 +115,7 @@ def create_trainer(arguments: DepthArguments, callbacks: Sequence[TrainerCallbac
     encoder = find_rgb_encoder(arguments.image_encoder)
     announce(f"image encoder: {encoder.description}")
     parts = trainer_parts(arguments, encoder, train_rows, test_rows, arguments.seed, arguments.keep_frames)
-    return prepare_trainer(DepthTrainer, arguments, parts, callbacks)
+    return prepare_trainer(DepthTrainer, arguments, parts)
 
 
 def finetune_depth(arguments: DepthArguments) -> Path:

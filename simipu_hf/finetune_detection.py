@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from accelerate.utils import gather_object
-from transformers import TrainerCallback
 
 from .data.detection import DetectionAugmentation, DetectionDataset, collate_detection, read_labels, select_labelled
 from .data.frames import FrameDataset
@@ -107,7 +106,7 @@ def trainer_parts(
     }
 
 
-def create_trainer(arguments: DetectionArguments, callbacks: Sequence[TrainerCallback] = ()) -> DetectionTrainer:
+def create_trainer(arguments: DetectionArguments) -> DetectionTrainer:
     """The trainer of `finetune_detection`, for use from Python.
 
     Raises:
@@ -122,7 +121,7 @@ def create_trainer(arguments: DetectionArguments, callbacks: Sequence[TrainerCal
     announce(f"image encoder: {encoder.description}")
     sizes = mean_dimensions(read_labels(train_rows, arguments.on_bad_row), arguments.classes)
     parts = trainer_parts(arguments, encoder, sizes, train_rows, test_rows, arguments.seed, arguments.keep_frames)
-    return prepare_trainer(DetectionTrainer, arguments, parts, callbacks)
+    return prepare_trainer(DetectionTrainer, arguments, parts)
 
 
 def finetune_detection(arguments: DetectionArguments) -> Path:

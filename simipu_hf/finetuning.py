@@ -400,10 +400,7 @@ TrainerT = TypeVar("TrainerT", bound=FineTuningTrainer)
 
 
 def prepare_trainer(
-    trainer_class: type[TrainerT],
-    arguments: FineTuningRunArguments,
-    parts: dict[str, Any],
-    callbacks: Sequence[TrainerCallback] = (),
+    trainer_class: type[TrainerT], arguments: FineTuningRunArguments, parts: dict[str, Any]
 ) -> TrainerT:
     """The trainer of a command, made of `parts`, its model frozen, checkpointed and synchronised as the flags say."""
     model = parts["model"]
@@ -416,7 +413,6 @@ def prepare_trainer(
         synchronize_batch_norm(model.to(settings.device))
     return trainer_class(
         args=settings,
-        callbacks=list(callbacks),
         encoder_learning_rate=arguments.encoder_learning_rate,
         decoder_first=arguments.decoder_first,
         **parts,

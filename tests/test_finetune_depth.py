@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -241,8 +240,13 @@ def test_command_prints_metrics_or_json(frames, run, capsys):
 
 
 def test_a_callback_may_end_a_run_early(fine_tune, monkeypatch):
-    create = partial(finetune_depth_module.create_trainer, callbacks=[StopAfter(2)])
-    monkeypatch.setattr(finetune_depth_module, "create_trainer", create)
+    def stopped(arguments):
+        trainer = create(arguments)
+        trainer.add_callback(StopAfter(2))
+        return trainer
+
+    create = finetune_depth_module.create_trainer
+    monkeypatch.setattr(finetune_depth_module, "create_trainer", stopped)
     run = fine_tune("early", test_frames=[])
     assert saved_weights(run)
     assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [1, 2]
