@@ -639,29 +639,17 @@ def create_optimization(
     total_steps: int,
 ) -> tuple[ChainedOptimizer, LRScheduler]:
     """One optimizer for the image encoder and the heads, one for the point encoder, as the official run has them."""
-    shared: dict[str, Any] = {
-        "betas": (arguments.adam_beta1, arguments.adam_beta2),
-        "momentum": arguments.momentum,
+    modules = {
+        "image_encoder": [model.simipu.image_encoder],
+        "heads": [model.intra_point_head, model.inter_image_head, model.inter_point_head],
     }
-    image_optimizer = create_optimizer(
-        recipe.optimizer,
-        {
-            "image_encoder": [model.simipu.image_encoder],
-            "heads": [model.intra_point_head, model.inter_image_head, model.inter_point_head],
-        },
-        learning_rate=recipe.learning_rate,
-        weight_decay=recipe.weight_decay,
-        layer_decay=recipe.layer_decay,
-        **shared,
+    of_points = Recipe(arguments.point_optimizer, arguments.point_learning_rate, arguments.point_weight_decay)
+    optimizer = ChainedOptimizer(
+        [
+            create_optimizer(arguments, recipe, modules),
+            create_optimizer(arguments, of_points, {"point_encoder": [model.simipu.point_encoder]}),
+        ]
     )
-    point_optimizer = create_optimizer(
-        arguments.point_optimizer,
-        {"point_encoder": [model.simipu.point_encoder]},
-        learning_rate=arguments.point_learning_rate,
-        weight_decay=arguments.point_weight_decay,
-        **shared,
-    )
-    optimizer = ChainedOptimizer([image_optimizer, point_optimizer])
     schedule = create_schedule(
         arguments.lr_scheduler_type,
         optimizer,

@@ -51,6 +51,7 @@ from simipu_hf.training.distributed import (
 from simipu_hf.training.logging import RunLogger, Watch, check_trackers, feature_spread, read_metrics
 from simipu_hf.training.optimizers import (
     ChainedOptimizer,
+    Recipe,
     choose_recipe,
     clip_gradients,
     create_optimizer,
@@ -132,13 +133,9 @@ class TestOptimizers:
 
     @pytest.fixture
     def optimizer(self, layers):
-        shared = {"weight_decay": 0.1, "betas": (0.8, 0.9), "momentum": 0.5}
-        return ChainedOptimizer(
-            [
-                create_optimizer("sgd", {"a": [layers["a"]]}, learning_rate=0.1, **shared),
-                create_optimizer("adamw", {"b": [layers["b"]]}, learning_rate=0.01, **shared),
-            ]
-        )
+        flags = parse("--adam_beta1", "0.8", "--adam_beta2", "0.9", "--momentum", "0.5")
+        recipes = {"a": Recipe("sgd", 0.1, 0.1), "b": Recipe("adamw", 0.01, 0.1)}
+        return ChainedOptimizer([create_optimizer(flags, recipes[name], {name: [layers[name]]}) for name in recipes])
 
     def backward(self, layers):
         layers["b"](layers["a"](torch.tensor([[1.0, 2.0, 3.0]]))).sum().backward()
@@ -214,9 +211,7 @@ class TestOptimizers:
 
     def test_layers_further_from_the_output_learn_slower(self):
         vit = timm.create_model("test_vit", num_classes=0)
-        optimizer = create_optimizer(
-            "adamw", {"v": [vit]}, learning_rate=1.0, weight_decay=0.1, betas=(0.9, 0.99), momentum=0, layer_decay=0.5
-        )
+        optimizer = create_optimizer(parse(), Recipe("adamw", 1.0, 0.1, layer_decay=0.5), {"v": [vit]})
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         first, last = groups[id(vit.blocks[0].attn.qkv.weight)], groups[id(vit.blocks[-1].attn.qkv.weight)]
         assert last["lr"] == first["lr"] * 2 ** (len(vit.blocks) - 1)
