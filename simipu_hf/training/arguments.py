@@ -42,7 +42,9 @@ AtLeast0 = Must("at least 0", lambda value: value >= 0)
 AtLeast1 = Must("at least 1", lambda value: value >= 1)
 Below1 = Must("at least 0 and below 1", lambda value: 0 <= value < 1)
 InsideOf1 = Must("above 0 and below 1", lambda value: 0 < value < 1)
+EachOnce = Must("one or more, each once", lambda values: 0 < len(values) == len(set(values)))
 UpTo1 = Must("above 0 and at most 1", lambda value: 0 < value <= 1)
+NearAndFar = Must("the nearest and the farthest depth", lambda depths: 0 <= depths[0] < depths[1])
 Seed = Annotated[int, Must("at least 0 and below 2**32", lambda seed: 0 <= seed < 2**32)]  # as NumPy takes it
 Size = Annotated[
     tuple[int, int],
@@ -56,13 +58,14 @@ class Arguments:
     """What all have in common: every class checks its own fields, and those of the classes that it is made of."""
 
     def __post_init__(self) -> None:
-        for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
+        with_rules = typing.get_type_hints(type(self), include_extras=True)
+        for name, hint in typing.get_type_hints(type(self)).items():
             value = _plain(getattr(self, name))
             kinds = [get_origin(kind) or kind for kind in (get_args(hint) if _is_union(hint) else [hint])]
             if isinstance(value, str) and list in kinds and str not in kinds:  # one name, from Python
                 value = [value]
             setattr(self, name, value)
-            check(name, value, hint)
+            check(name, value, with_rules[name])
 
 
 def check(name: str, value: Any, hint: Any) -> None:
@@ -72,6 +75,7 @@ def check(name: str, value: Any, hint: Any) -> None:
         for rule in parts[1:]:
             if not rule.holds(value):
                 raise SimIPUError(f"--{name} must be {rule.be}, found {value}")
+        check(name, value, parts[0])
     elif kind is Literal and value not in parts:
         raise SimIPUError(f"--{name} {value!r}: choose from {', '.join(parts)}")
     elif kind is list and isinstance(value, list):
@@ -209,7 +213,7 @@ class PreTrainingArguments(RunArguments):
     """Height and width of all images; what the preset says if None: official draws sizes."""
     num_points: Annotated[int, AtLeast1] | None = None
     """Points drawn from each scan; 16384, or as saved with --model_name_or_path, if None."""
-    depth_range: tuple[float, float] | None = None
+    depth_range: Annotated[tuple[float, float], NearAndFar] | None = None
     """Nearest and farthest depth of the points that are used, in metres; 1 80 with the recommended preset if None."""
     augmentation_overrides: str | None = None
     """Fields of TwoViewAugmentation to change: 'random_zoom=[1.0,1.5],brightness=0.4,hue=0.1'."""
@@ -251,8 +255,6 @@ class PreTrainingArguments(RunArguments):
         super().__post_init__()
         if not (self.data_dir or self.dataset_name):
             raise SimIPUError("no data: give --data_dir or --dataset_name")
-        if self.depth_range is not None and not 0 <= self.depth_range[0] < self.depth_range[1]:
-            raise SimIPUError(f"--depth_range takes the nearest and the farthest depth, found {self.depth_range}")
         if self.streaming and (self.max_steps <= 0 or self.lr_scheduler_type == "exponential"):
             raise SimIPUError(
                 "--streaming does not know the length of an epoch: it needs --max_steps and a --lr_scheduler_type "
@@ -459,9 +461,9 @@ class DetectionTaskArguments(Arguments):
 
     image_size: Size = (384, 1248)
     """Height and width that images are resized to; intrinsics follow."""
-    classes: list[Literal["Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc"]] = field(
-        default_factory=lambda: ["Car", "Pedestrian", "Cyclist"]
-    )
+    classes: Annotated[
+        list[Literal["Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc"]], EachOnce
+    ] = field(default_factory=lambda: ["Car", "Pedestrian", "Cyclist"])
     """What is detected."""
     hidden_size: Annotated[int, AtLeast1] = 128
     """Width of the feature pyramid and the head, which on the CPU cost as much as a small encoder."""
@@ -471,11 +473,6 @@ class DetectionTaskArguments(Arguments):
     """Intersection over union that a match exceeds; KITTI's own, 0.7 for cars and 0.5 for the others, if None."""
     on_bad_row: Literal["error", "skip"] = "error"
     """Stop at an invalid frame, or leave it out."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.classes or len(set(self.classes)) < len(self.classes):
-            raise SimIPUError(f"--classes takes each class once, found {self.classes}")
 
 
 @dataclass(kw_only=True)
@@ -527,20 +524,20 @@ class EvaluateDetectionArguments(EvaluateArguments):
 class CompareArguments(FineTuningArguments):
     """What every comparison of image encoders takes, whatever the task."""
 
-    image_encoders: list[str]
+    image_encoders: Annotated[list[str], EachOnce]
     """NAME=SOURCE ..., SOURCE being whatever the task's --image_encoder takes. Each is compared with
     random weights of its architecture, added where missing: scratch, and scratch-ARCHITECTURE of a further one."""
-    train_frames: list[str]
+    train_frames: Annotated[list[str], EachOnce]
     """Frames with labels: SOURCE, SOURCE#SPLIT or SOURCE#SPLIT:ID,ID,..."""
-    test_frames: list[str]
+    test_frames: Annotated[list[str], EachOnce]
     """Frames to evaluate on; none may be a training frame, and no drive should be on both sides."""
     output_dir: str
     """Folder of the results; runs that it already holds are not repeated."""
-    modes: list[Literal["full", "frozen"]] = field(default_factory=lambda: ["full"])
+    modes: Annotated[list[Literal["full", "frozen"]], EachOnce] = field(default_factory=lambda: ["full"])
     """full: all weights are trained; frozen: the decoder alone."""
-    label_fractions: list[Annotated[float, UpTo1]] = field(default_factory=lambda: [1.0])
+    label_fractions: Annotated[list[Annotated[float, UpTo1]], EachOnce] = field(default_factory=lambda: [1.0])
     """Shares of the training frames; smaller ones are part of larger ones."""
-    seeds: list[Seed] = field(default_factory=lambda: [0, 1, 2])
+    seeds: Annotated[list[Seed], EachOnce] = field(default_factory=lambda: [0, 1, 2])
     """Of the decoder, of random encoders, of frame order and augmentation."""
     max_steps: Annotated[int, AtLeast1] = 400
     """Optimizer steps of every run."""
@@ -555,12 +552,6 @@ class CompareArguments(FineTuningArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("image_encoders", "train_frames", "test_frames", "modes", "label_fractions", "seeds"):
-            values = getattr(self, name)
-            if not values:
-                raise SimIPUError(f"--{name} is missing")
-            if len(set(values)) < len(values):
-                raise SimIPUError(f"--{name} names something twice: {' '.join(map(str, values))}")
         of_encoder = ("decoder_first", "encoder_learning_rate")
         refuse_without_effect(self, "full" in self.modes, "with --modes frozen", *of_encoder)
         names = [encoder.partition("=")[0] for encoder in self.image_encoders]
