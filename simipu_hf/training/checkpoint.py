@@ -250,13 +250,10 @@ class TrainingState:
             if self.accelerator.scaler is not None and saved["scaler"] is not None:
                 self.accelerator.scaler.load_state_dict(saved["scaler"])
             processes = saved["processes"]
-            if len(processes) == self.accelerator.num_processes:  # or the logged means start anew
+            if len(processes) == self.accelerator.num_processes:  # or the logged means and the skipped rows start anew
                 own = processes[self.accelerator.process_index]
                 self.logger.load_state_dict(own["logger"])
                 self.batches.load_state_dict(own["batches"])
-            else:  # of rows on the disk: which of them were left out
-                for process in processes:
-                    self.batches.load_state_dict(process["batches"])
         except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
             raise SimIPUError(f"{checkpoint} does not fit the model or its optimizers ({error})") from error
 
