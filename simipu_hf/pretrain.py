@@ -401,12 +401,6 @@ def create_model(arguments: PreTrainingArguments) -> tuple[SimIPUForPreTraining,
     except (ValueError, ImportError, OSError, RuntimeError, StrictDataclassError) as error:
         said = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
         raise SimIPUError(f"--model_name_or_path {source}: {said}" if source else str(said)) from error
-    needed = sum(getattr(model.config.point_config, "num_points", [[0]])[0])
-    if processor.feature_extractor.num_points < needed:
-        raise SimIPUError(
-            f"--num_points {processor.feature_extractor.num_points}: the point encoder's first level samples {needed} "
-            "points; raise it, or lower point_config.num_points with --config_overrides"
-        )
     if arguments.pretrained_image_encoder:
         load_pretrained_image_encoder(model, processor)
     if model.config.anchor_weight > 0:

@@ -305,7 +305,7 @@ def test_the_maps_of_a_step_are_freed_before_the_next(run, monkeypatch):
     ("flags", "message"),
     [
         (["--image_encoder", "resnet1000"], "no model named 'resnet1000'"),
-        (["--num_points", "32"], "first level samples 64"),
+        (["--num_points", "32"], "first step failed: D-FPS has to draw 64 points from 32"),
         (["--config_overrides", OVERRIDES + ",temperatur=1"], "no field temperatur"),
         (["--config_overrides", OVERRIDES + ",image_config.stride=1"], "no field stride"),
         (["--config_overrides", "loss.x=1"], "expected name=value or image_config.name=value"),
