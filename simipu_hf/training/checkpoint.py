@@ -264,10 +264,6 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -
     if kind != expected:
         origin = f"another command ({kind}, not {expected})" if kind else "an earlier version or another Trainer"
         raise SimIPUError(f"{path} is a checkpoint of {origin}: start anew in another folder")
-    if saved.get("training_version") != current.get("training_version"):
-        raise SimIPUError(
-            f"{path} is of another version of simipu_hf, which trains differently: start anew in another folder"
-        )
     saved, current = flatten(saved), flatten(current)
     differing = [
         f"{name}: {saved.get(name, 'absent')} in the checkpoint, {current.get(name, 'absent')} now"
