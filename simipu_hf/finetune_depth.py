@@ -33,7 +33,6 @@ from .finetuning import (
     create_model,
     find_rgb_encoder,
     fine_tune,
-    prepare_trainer,
 )
 from .hub.weights import EncoderWeights, InputConvention
 from .modeling.image_encoder import is_built_for_one_size, timm_arguments
@@ -115,7 +114,7 @@ def create_trainer(arguments: DepthArguments) -> DepthTrainer:
     encoder = find_rgb_encoder(arguments.image_encoder)
     announce(f"image encoder: {encoder.description}")
     parts = trainer_parts(arguments, encoder, train_rows, test_rows, arguments.seed, arguments.keep_frames)
-    return prepare_trainer(DepthTrainer, arguments, parts)
+    return DepthTrainer.from_arguments(arguments, **parts)
 
 
 def finetune_depth(arguments: DepthArguments) -> Path:

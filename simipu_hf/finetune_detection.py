@@ -28,7 +28,6 @@ from .finetuning import (
     create_model,
     find_rgb_encoder,
     fine_tune,
-    prepare_trainer,
 )
 from .hub.weights import EncoderWeights
 from .modeling.configuration_simipu import SimIPUDetectionConfig
@@ -121,7 +120,7 @@ def create_trainer(arguments: DetectionArguments) -> DetectionTrainer:
     announce(f"image encoder: {encoder.description}")
     sizes = mean_dimensions(read_labels(train_rows, arguments.on_bad_row), arguments.classes)
     parts = trainer_parts(arguments, encoder, sizes, train_rows, test_rows, arguments.seed, arguments.keep_frames)
-    return prepare_trainer(DetectionTrainer, arguments, parts)
+    return DetectionTrainer.from_arguments(arguments, **parts)
 
 
 def finetune_detection(arguments: DetectionArguments) -> Path:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from traceback import clear_frames
-from typing import Any, TypeVar
+from typing import Any, Self
 
 import torch
 from torch.optim import AdamW
@@ -157,6 +157,24 @@ class FineTuningTrainer(Trainer):
         self.args = copy.copy(self.args)  # the number of steps is of these data sets alone
         self._counted_steps: int | None = None
         self._count_steps()
+
+    @classmethod
+    def from_arguments(cls, arguments: FineTuningRunArguments, **parts: Any) -> Self:
+        """The trainer of a command, made of `parts`, its model changed as the flags say."""
+        model = parts["model"]
+        model.freeze_image_encoder(arguments.freeze_image_encoder)
+        if arguments.gradient_checkpointing:
+            recompute_activations(model)
+        check_image_sizes(model, parts["train_dataset"])
+        settings = trainer_settings(arguments)
+        if settings.world_size > 1 and arguments.sync_batch_norm:
+            synchronize_batch_norm(model.to(settings.device))
+        return cls(
+            args=settings,
+            encoder_learning_rate=arguments.encoder_learning_rate,
+            decoder_first=arguments.decoder_first,
+            **parts,
+        )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -394,29 +412,6 @@ def recipe(output_dir: str | os.PathLike, **changes: Any) -> TrainingArguments:
     arguments = TrainingArguments(str(output_dir), **{**settings, **changes})
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are several processes, never nn.DataParallel
     return arguments
-
-
-TrainerT = TypeVar("TrainerT", bound=FineTuningTrainer)
-
-
-def prepare_trainer(
-    trainer_class: type[TrainerT], arguments: FineTuningRunArguments, parts: dict[str, Any]
-) -> TrainerT:
-    """The trainer of a command, made of `parts`, its model frozen, checkpointed and synchronised as the flags say."""
-    model = parts["model"]
-    model.freeze_image_encoder(arguments.freeze_image_encoder)
-    if arguments.gradient_checkpointing:
-        recompute_activations(model)
-    check_image_sizes(model, parts["train_dataset"])
-    settings = trainer_settings(arguments)
-    if settings.world_size > 1 and arguments.sync_batch_norm:
-        synchronize_batch_norm(model.to(settings.device))
-    return trainer_class(
-        args=settings,
-        encoder_learning_rate=arguments.encoder_learning_rate,
-        decoder_first=arguments.decoder_first,
-        **parts,
-    )
 
 
 def trainer_settings(arguments: FineTuningRunArguments) -> TrainingArguments:
