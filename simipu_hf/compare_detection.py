@@ -42,15 +42,9 @@ class DetectionTask(Task):
                 "occluded, truncated by at most 0.3), found none to compare encoders by"
             )
         self.sizes = mean_dimensions(read_labels(train_rows, arguments.on_bad_row), arguments.classes)
-        train, test = (
-            DetectionDataset(
-                rows,
-                create_image_processor(arguments.image_size),
-                on_bad_row=arguments.on_bad_row,
-                classes=arguments.classes,
-            )
-            for rows in (train_rows, test_rows)
-        )
+        processor = create_image_processor(arguments.image_size)
+        about: dict[str, Any] = {"on_bad_row": arguments.on_bad_row, "classes": arguments.classes}
+        train, test = (DetectionDataset(rows, processor, **about) for rows in (train_rows, test_rows))
         super().__init__(arguments, train, test)
         self.guess = {"name": "no detection", "metrics": dict.fromkeys(MEANS, 0.0)}
 
