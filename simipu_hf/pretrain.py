@@ -644,15 +644,7 @@ def create_optimization(
             create_optimizer(arguments, of_points, {"point_encoder": [model.simipu.point_encoder]}),
         ]
     )
-    schedule = create_schedule(
-        arguments.lr_scheduler_type,
-        optimizer,
-        warmup_steps=recipe.warmup_steps,
-        total_steps=total_steps,
-        steps_per_epoch=steps_per_epoch,
-        decay_per_epoch=arguments.lr_decay_per_epoch,
-    )
-    return optimizer, schedule
+    return optimizer, create_schedule(arguments, recipe, optimizer, total_steps, steps_per_epoch)
 
 
 def describe_data(rows: AnyDataset, fingerprint: str | None = None) -> dict[str, Any]:

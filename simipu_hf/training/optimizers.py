@@ -116,25 +116,20 @@ def create_optimizer(
 
 
 def create_schedule(
-    name: str,
-    optimizer: Optimizer,
-    *,
-    warmup_steps: int,
-    total_steps: int,
-    steps_per_epoch: int,
-    decay_per_epoch: float,
+    arguments: PreTrainingArguments, recipe: Recipe, optimizer: Optimizer, total_steps: int, steps_per_epoch: int
 ) -> LRScheduler:
     """A schedule that is stepped once per optimizer step.
 
-    `"exponential"` multiplies by `decay_per_epoch` after every epoch (the official `Exp` policy) following a linear
+    `"exponential"` multiplies by `lr_decay_per_epoch` after every epoch (the official `Exp` policy) following a linear
     warm-up; the other names are those of `transformers.get_scheduler`.
     """
+    name, warmup_steps = arguments.lr_scheduler_type, recipe.warmup_steps
     if name != "exponential":
         return get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps)
 
     def factor(step: int) -> float:
         warmup = min(1.0, (step + 1) / (warmup_steps + 1))
-        return warmup * decay_per_epoch ** (step // steps_per_epoch)
+        return warmup * arguments.lr_decay_per_epoch ** (step // steps_per_epoch)
 
     return LambdaLR(optimizer, factor)
 

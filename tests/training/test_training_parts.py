@@ -156,8 +156,10 @@ class TestOptimizers:
                 optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         torch.testing.assert_close(layers.state_dict(), twin.state_dict())
 
-    def rates(self, name, optimizer, steps, **settings):
-        schedule = create_schedule(name, optimizer, total_steps=10, decay_per_epoch=0.5, **settings)
+    def rates(self, name, optimizer, steps, *flags, warmup_steps, steps_per_epoch):
+        recipe = Recipe("sgd", 0.1, 0.1, warmup_steps=warmup_steps)
+        arguments = parse("--lr_scheduler_type", name, *flags)
+        schedule = create_schedule(arguments, recipe, optimizer, 10, steps_per_epoch)
         rates = []
         for step in range(steps):
             rates.append(learning_rates(optimizer))
@@ -168,7 +170,8 @@ class TestOptimizers:
         return rates
 
     def test_one_schedule_serves_all(self, optimizer):
-        rates = self.rates("exponential", optimizer, 5, warmup_steps=0, steps_per_epoch=2)
+        decay = ("--lr_decay_per_epoch", "0.5")
+        rates = self.rates("exponential", optimizer, 5, *decay, warmup_steps=0, steps_per_epoch=2)
         assert [rate["learning_rate/a"] for rate in rates] == [0.1, 0.1, 0.05, 0.05, 0.025]
         assert [rate["learning_rate/b"] for rate in rates] == [0.01, 0.01, 0.005, 0.005, 0.0025]
 
