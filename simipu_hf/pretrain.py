@@ -558,7 +558,7 @@ def run_identity(
     flags = arguments.to_dict()
     identity = {name: value for name, value in flags.items() if name not in NOT_COMPARED}
     identity |= {
-        **batches.identity(),
+        **batches.identity,
         "kind": type(arguments).__name__,
         "training_version": TRAINING_VERSION,
         "rows_per_forward": rows_per_forward(accelerator, arguments),

@@ -61,6 +61,7 @@ class StoredBatches:
             seed=arguments.seed,
         )
         self.steps_per_epoch = self.sampler.steps_per_epoch
+        self.identity: dict[str, Any] = {"data_fingerprint": rows_fingerprint(dataset.rows)}
 
     def loader(self, first_step: int, last_step: int) -> DataLoader:
         """One loader for the whole run: its workers live through all epochs."""
@@ -70,9 +71,6 @@ class StoredBatches:
     def example(self) -> dict[str, torch.Tensor]:
         """A first batch, to try."""
         return self.collate([self.dataset[key] for key in self.sampler.step_keys(0)[0]])
-
-    def identity(self) -> dict[str, Any]:
-        return {"data_fingerprint": rows_fingerprint(self.dataset.rows)}
 
     def frame_ids(self, step: int) -> list[str]:
         """The rows of this process in `step`, counted from 1."""
@@ -103,10 +101,11 @@ class StreamedBatches:
         mixture: Mixture | None = None,
     ) -> None:
         sources = ("dataset_name", "data_dir", "train_split", "dataset_config_name", "validation_share")
-        self._identity = {
+        self.identity: dict[str, Any] = {
             "stream": short_digest([getattr(arguments, name) for name in sources]),
             # the order of a source that grew is another one
             "num_shards": rows.num_shards if mixture is None else list(mixture.sizes),
+            # its state belongs to one process and its workers
             "num_processes": accelerator.num_processes,
             "num_workers": arguments.dataloader_num_workers,
         }
@@ -131,10 +130,6 @@ class StreamedBatches:
 
     def example(self) -> dict[str, torch.Tensor]:
         return next(iter(self.create_loader(num_workers=0)))
-
-    def identity(self) -> dict[str, Any]:
-        """As of the other; the state of a stream belongs to one process and its workers."""
-        return self._identity
 
     def frame_ids(self, step: int) -> list[str]:
         return []  # not known

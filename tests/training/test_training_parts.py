@@ -100,7 +100,7 @@ class TestStreams:
         views = SimIPUProcessor.from_preset("recommended"), TwoViewAugmentation()
 
         def identity(stream, *flags, mixture=None):
-            return StreamedBatches(Accelerator(cpu=True), parse(*flags), stream, *views, mixture).identity()
+            return StreamedBatches(Accelerator(cpu=True), parse(*flags), stream, *views, mixture).identity
 
         found = {identity(rows, *flags)["stream"] for flags in ([], *([f"--{choice}"] for choice in choices))}
         assert len(found) == len(choices) + 1
