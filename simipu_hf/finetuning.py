@@ -277,20 +277,12 @@ class FineTuningTrainer(Trainer):
         return dataset.usable_frames(range(self.args.process_index, len(dataset), self.args.world_size))
 
     def evaluate_frames(self, dataset: FrameDataset, picture_dir: Path | None = None) -> dict[str, Any]:
-        """Evaluate on a data set, every process on its share of the frames.
-
-        Args:
-            picture_dir: where the main process draws some of them.
-
-        Returns:
-            `metrics` by name, and what else the task reports.
-        """
+        """`metrics` by name, and what else the task reports; every process evaluates its share of the frames, and the
+        main one draws some into `picture_dir`."""
         raise NotImplementedError
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if not isinstance(dataset, FrameDataset):
-            raise SimIPUError(f"evaluate: expected eval_dataset to be a FrameDataset, found {type(dataset).__name__}")
         self.evaluation = self.evaluate_frames(dataset)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluation["metrics"].items()}
         self.log(metrics)
