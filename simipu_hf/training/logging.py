@@ -214,8 +214,7 @@ class Watch:
     def __init__(self, warn: Callable[[str], None], patience: int = 100) -> None:
         self.warn = warn
         self.patience = patience
-        self._since: dict[str, int] = {}  # name -> the first line on which it held
-        self._warned: set[str] = set()
+        self._since: dict[str, float] = {}  # name -> the first line on which it held; infinity where that was told
 
     def look(self, step: int, means: Mapping[str, float], data_wait_share: float) -> None:
         """`means` up to `step`, since the last call; they may hold `X_loss` with `X_chance`, and `X_spread`."""
@@ -239,10 +238,9 @@ class Watch:
                 f"{data_wait_share:.0%} of the time is spent waiting for data; raise --dataloader_num_workers"
             )
         self._since = {name: self._since.get(name, step) for name in found}
-        self._warned &= found.keys()
         for name, text in found.items():
-            if step - self._since[name] >= self.patience and name not in self._warned:
-                self._warned.add(name)
+            if step - self._since[name] >= self.patience:
+                self._since[name] = math.inf
                 self.warn(f"step {step}: {text}")
 
 
