@@ -633,7 +633,7 @@ def create_optimization(
     total_steps: int,
 ) -> tuple[ChainedOptimizer, LRScheduler]:
     """One optimizer for the image encoder and the heads, one for the point encoder, as the official run has them."""
-    modules = {
+    modules: dict[str, list[torch.nn.Module]] = {
         "image_encoder": [model.simipu.image_encoder],
         "heads": [model.intra_point_head, model.inter_image_head, model.inter_point_head],
     }
