@@ -46,12 +46,7 @@ from .training.distributed import (
     use_all_cores,
 )
 from .training.logging import METRICS_FILE, check_trackers, cut_metrics, json_line
-from .training.run_folder import (
-    find_checkpoint,
-    open_run_folder,
-    run_lock,
-    weights_fingerprint,
-)
+from .training.run_folder import find_checkpoint, open_run_folder, weights_fingerprint
 from .training.sampling import TRAINING_VERSION, GlobalBatchSampler, create_loader
 from .visualization import draw_curves
 
@@ -470,7 +465,7 @@ def fine_tune(
     output_dir, accelerator = Path(arguments.output_dir), trainer.accelerator
     check_processes(accelerator)
     use_all_cores(accelerator)
-    with closing(run_lock(arguments)) as lock:
+    with closing(WriteLock(output_dir, output_dir / ".lock")) as lock:
         checkpoint = on_main_process(accelerator, open_run, arguments, trainer, lock)
         publishes = arguments.push_to_hub and accelerator.is_main_process
         uploader = HubUploader.from_arguments(arguments) if publishes else None

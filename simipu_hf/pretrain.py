@@ -34,7 +34,7 @@ from simipu_hf.data.sources import given_sources, refuse_second_split
 from simipu_hf.data.two_views import TwoViewAugmentation, TwoViewCollator, TwoViewDataset, to_model_inputs
 from simipu_hf.errors import SimIPUError, exit_code_of
 from simipu_hf.evaluation.correspondence import correspondence_recall
-from simipu_hf.files import atomic_folder, move_into
+from simipu_hf.files import WriteLock, atomic_folder, move_into
 from simipu_hf.hub.export import write_timm
 from simipu_hf.hub.push import HubUploader
 from simipu_hf.hub.sources import find_image_encoder, load_processor, model_folder
@@ -66,12 +66,7 @@ from simipu_hf.training.optimizers import (
     create_schedule,
     learning_rates,
 )
-from simipu_hf.training.run_folder import (
-    find_checkpoint,
-    open_run_folder,
-    run_lock,
-    weights_fingerprint,
-)
+from simipu_hf.training.run_folder import find_checkpoint, open_run_folder, weights_fingerprint
 from simipu_hf.training.sampling import (
     TRAINING_VERSION,
     Steps,
@@ -152,7 +147,7 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
     if held_out_rows is not None:
         record["held_out"] = on_main_process(accelerator, describe_data, held_out_rows)
     output_dir = Path(arguments.output_dir)
-    with contextlib.closing(run_lock(arguments)) as lock:
+    with contextlib.closing(WriteLock(output_dir, output_dir / ".lock")) as lock:
         on_main_process(accelerator, open_run_folder, arguments, lock, steps.first, steps.last, **record)
         logger = RunLogger(
             accelerator,

@@ -88,17 +88,12 @@ def latest_checkpoint(output_dir: Path, kind: str) -> Path | None:
     return None
 
 
-def run_lock(arguments: RunArguments) -> WriteLock:
-    """What keeps other runs out of the output folder, to be given to [`open_run_folder`] and closed by its caller."""
-    return WriteLock(Path(arguments.output_dir), Path(arguments.output_dir) / ".lock")
-
-
 def open_run_folder(arguments: RunArguments, lock: WriteLock, step: int, last_step: int, **record: Any) -> None:
     """Create the output folder, or make an earlier run's ready to go on from `step` to `last_step`, and write
     `run.yaml`.
 
     That holds the arguments (it can be given to `--config`), versions, command, git state, and `record`. Main process
-    only, after [`find_checkpoint`].
+    only, after [`find_checkpoint`]. From here on `lock` keeps other runs out, until its caller closes it.
 
     Raises:
         SimIPUError: the folder cannot be written to, or another run is writing to it.
