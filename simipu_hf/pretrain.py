@@ -149,14 +149,7 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
     output_dir = Path(arguments.output_dir)
     with contextlib.closing(WriteLock(output_dir, output_dir / ".lock")) as lock:
         on_main_process(accelerator, open_run_folder, arguments, lock, steps.first, steps.last, **record)
-        logger = RunLogger(
-            accelerator,
-            output_dir,
-            total_steps=steps.last,
-            first_step=steps.first,
-            rows_per_step=rows_per_forward(accelerator, arguments) * arguments.gradient_accumulation_steps,
-            record={"arguments": arguments.to_dict(), **record},
-        )
+        logger = RunLogger(accelerator, arguments, steps.first, steps.last, record)
         with contextlib.closing(logger):
             for name, about in record.items():
                 if "rows" in about:
@@ -529,10 +522,6 @@ def warn_of_squeezed_images(dataset: TwoViewDataset) -> None:
         )
 
 
-def rows_per_forward(accelerator: Accelerator, arguments: PreTrainingArguments) -> int:
-    return arguments.per_device_train_batch_size * accelerator.num_processes
-
-
 def run_identity(
     accelerator: Accelerator,
     arguments: PreTrainingArguments,
@@ -556,7 +545,7 @@ def run_identity(
         **batches.identity,
         "kind": type(arguments).__name__,
         "training_version": TRAINING_VERSION,
-        "rows_per_forward": rows_per_forward(accelerator, arguments),
+        "rows_per_forward": arguments.per_device_train_batch_size * accelerator.num_processes,
         "recipe": dataclasses.asdict(recipe),
         "augmentation": dataclasses.asdict(augmentation),
         "image_processor": processor.image_processor.to_dict(),

@@ -18,6 +18,8 @@ from tqdm.auto import tqdm
 from simipu_hf.errors import SimIPUError
 from simipu_hf.files import atomic_write, to_json
 
+from .arguments import RunArguments
+
 METRICS_FILE = "metrics.jsonl"
 TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow", "comet_ml", "aim", "clearml", "swanlab")
 SHOWN = {"intra_modal_loss": "intra", "inter_modal_loss": "inter", "inter_modal_chance": "chance"}  # by the bar
@@ -71,31 +73,31 @@ class RunLogger:
     Args:
         accelerator: its trackers are started, used and closed.
         first_step: where the run starts or resumes.
-        rows_per_step: rows of all processes together in one optimizer step.
-        record: what the trackers are told about the run.
+        record: what the trackers are told beside the arguments.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
-        output_dir: Path,
-        *,
-        total_steps: int,
+        arguments: RunArguments,
         first_step: int,
-        rows_per_step: int,
+        last_step: int,
         record: Mapping[str, Any],
     ) -> None:
         self.accelerator = accelerator
-        self.rows_per_step = rows_per_step
+        rows = arguments.per_device_train_batch_size * accelerator.num_processes
+        self.rows_per_step = rows * arguments.gradient_accumulation_steps
         self.main = accelerator.is_main_process
         purge = {"tensorboard": {"purge_step": first_step + 1}}  # also what a start without a checkpoint wrote
-        config = {n: v if isinstance(v, (int, float, str, bool)) else str(v) for n, v in flatten(record).items()}
+        told = flatten({"arguments": arguments.to_dict(), **record})
+        config = {n: v if isinstance(v, (int, float, str, bool)) else str(v) for n, v in told.items()}
         accelerator.init_trackers("pretrain", config=config, init_kwargs=purge)
         if self.main:
-            cut_metrics(output_dir / METRICS_FILE, first_step)
-            self._stream = (output_dir / METRICS_FILE).open("a", encoding="utf-8")
+            file = Path(arguments.output_dir) / METRICS_FILE
+            cut_metrics(file, first_step)
+            self._stream = file.open("a", encoding="utf-8")
         self.bar = tqdm(
-            total=total_steps, initial=first_step, unit="step", disable=not self.main, smoothing=0.1, desc="pretrain"
+            total=last_step, initial=first_step, unit="step", disable=not self.main, smoothing=0.1, desc="pretrain"
         )
         self.watch = Watch(lambda text: self.message(f"warning: {text}"))
         self._sums: dict[str, torch.Tensor] = {}

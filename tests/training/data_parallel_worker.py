@@ -59,7 +59,7 @@ def train(architecture: str, accumulation_steps: int, out: Path) -> dict[str, to
     optimizer, schedule = module.create_optimization(arguments, recipe, model, steps_per_epoch=2, total_steps=9)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     out.mkdir(exist_ok=True)
-    logger = RunLogger(accelerator, out, total_steps=STEPS, first_step=0, rows_per_step=ROWS, record={})
+    logger = RunLogger(accelerator, arguments, 0, STEPS, record={})
     processor = SimpleNamespace(image_processor=None, save_pretrained=lambda folder: None)
     state = TrainingState(accelerator, wrapped, processor, optimizer, schedule, logger, batches, identity={})
     gradients = {}

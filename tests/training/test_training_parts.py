@@ -249,8 +249,8 @@ def test_flags_are_seen_with_their_step():
 
 class TestLogging:
     def logger(self, folder, first_step=0):
-        steps = {"total_steps": 9, "first_step": first_step, "rows_per_step": 2}
-        return RunLogger(Accelerator(cpu=True), folder, **steps, record={})
+        arguments = PreTrainingArguments(data_dir="kitti", output_dir=folder)
+        return RunLogger(Accelerator(cpu=True), arguments, first_step, 9, record={})
 
     def test_what_some_steps_lack_is_a_mean_over_the_others(self, tmp_path):
         logger = self.logger(tmp_path)
