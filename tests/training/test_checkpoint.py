@@ -52,6 +52,7 @@ def test_a_failed_write_leaves_the_last_good_one(tmp_path, monkeypatch, error):
         save(tmp_path, 2, total_limit=1)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
     assert resumed_step(tmp_path / "checkpoint-1", IDENTITY) == 1
+    assert read_state(tmp_path / "checkpoint-1")["step"] == 1
 
 
 @pytest.mark.parametrize(
