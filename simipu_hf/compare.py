@@ -41,7 +41,7 @@ from .modeling.dense_model import SimIPUDenseModel
 from .modeling.image_encoder import image_feature_maps, pad_to_divisor
 from .training.arguments import CompareArguments
 from .training.logging import cut_metrics, read_metrics
-from .training.run_folder import weights_fingerprint
+from .training.run_folder import short_digest, weights_fingerprint
 from .training.sampling import TRAINING_VERSION
 
 RUNS_FILE, RESULT_FILE, TABLE_FILE, PLOT_FILE = "runs.jsonl", "comparison.json", "comparison.md", "comparison.png"
@@ -70,7 +70,7 @@ def compare(arguments: CompareArguments, task: "Task") -> dict[str, Any]:
         cut_metrics(output_dir / RUNS_FILE, math.inf)  # a line cut short would spoil the next one
     settings = arguments.recipe() | task.data
     counted = {name: value for name, value in settings.items() if name not in ("train_frames", "test_frames")}
-    recipe = _short_digest(counted | {"training_version": TRAINING_VERSION})
+    recipe = short_digest(counted | {"training_version": TRAINING_VERSION})
     known = read_metrics(output_dir / RUNS_FILE)
     fractions = sorted(arguments.label_fractions, reverse=True)
     finished, identities, pictures = [], {}, []
@@ -84,7 +84,7 @@ def compare(arguments: CompareArguments, task: "Task") -> dict[str, Any]:
         encoder = encoders[name]
         run = next((run for run in known if key.items() <= run.items()), None)
         if is_drawn := (fraction, seed) == (fractions[0], arguments.seeds[0]):
-            pictures.append(output_dir / "pictures" / _short_digest(key) / f"{name}_{mode}")
+            pictures.append(output_dir / "pictures" / short_digest(key) / f"{name}_{mode}")
         if run is None:
             run = key | task.run(encoder, mode, fraction, seed)
             with (output_dir / RUNS_FILE).open("a", encoding="utf-8") as file:
@@ -108,10 +108,6 @@ def compare(arguments: CompareArguments, task: "Task") -> dict[str, Any]:
     if not arguments.json:
         print((output_dir / TABLE_FILE).read_text(encoding="utf-8"))
     return result
-
-
-def _short_digest(of: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def check_output_dir(output_dir: Path, task_name: str) -> None:

@@ -24,11 +24,7 @@ from .training.arguments import CompareDepthArguments
 
 
 class DepthTask(Task):
-    """Monocular depth as a task of `simipu_hf.compare`; the claims are about AbsRel.
-
-    Raises:
-        SimIPUError: frames that cannot be used, or that stand on both sides.
-    """
+    """Monocular depth as a task of `simipu_hf.compare`; the claims are about AbsRel."""
 
     trainer_class = DepthTrainer
     shown = ("abs_rel", "rmse", "silog", "a1")
@@ -56,9 +52,6 @@ def best_constant(targets: Iterable[np.ndarray]) -> float:
     """The depth that, predicted everywhere, has the least AbsRel on images with these targets (`(N,)` each, metres).
 
     A median in which a pixel counts 1 / target, and every image the same.
-
-    Raises:
-        SimIPUError: there is no target.
     """
     known = [target for target in targets if target.size]
     if not known:

@@ -24,9 +24,6 @@ from .training.arguments import CompareDetectionArguments
 class DetectionTask(Task):
     """Monocular 3-D detection as a task of `simipu_hf.compare`; the claims are about `ap_3d`, the mean over classes of
     the moderate average precision in space.
-
-    Raises:
-        SimIPUError: frames or labels that cannot be used, or frames that stand on both sides.
     """
 
     trainer_class = DetectionTrainer
@@ -45,15 +42,9 @@ class DetectionTask(Task):
                 "occluded, truncated by at most 0.3), found none to compare encoders by"
             )
         self.sizes = mean_dimensions(read_labels(train_rows, arguments.on_bad_row), arguments.classes)
-        train, test = (
-            DetectionDataset(
-                rows,
-                create_image_processor(arguments.image_size),
-                on_bad_row=arguments.on_bad_row,
-                classes=arguments.classes,
-            )
-            for rows in (train_rows, test_rows)
-        )
+        processor = create_image_processor(arguments.image_size)
+        about: dict[str, Any] = {"on_bad_row": arguments.on_bad_row, "classes": arguments.classes}
+        train, test = (DetectionDataset(rows, processor, **about) for rows in (train_rows, test_rows))
         super().__init__(arguments, train, test)
         self.guess = {"name": "no detection", "metrics": dict.fromkeys(MEANS, 0.0)}
 

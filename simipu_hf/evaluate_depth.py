@@ -21,8 +21,6 @@ from .training.arguments import EvaluateDepthArguments
 from .visualization.figures import draw_depth
 from .visualization.style import PictureFolder
 
-EVALUATION_FILE = "depth_evaluation.json"
-
 
 def evaluate_depth(arguments: EvaluateDepthArguments) -> dict[str, Any]:
     """Evaluate a saved depth model at the resolution of the ground truth, per image and then averaged.
@@ -57,7 +55,7 @@ def evaluate_depth(arguments: EvaluateDepthArguments) -> dict[str, Any]:
     )
     result = {"model": arguments.model, **result}
     if output_dir is not None:
-        write_json(output_dir / EVALUATION_FILE, result)
+        write_json(output_dir / "depth_evaluation.json", result)
     if arguments.update_card:
         record_in_card(Path(arguments.model), arguments.test_frames or [str(arguments.test_list)], result)
         write_model_card(arguments.model)

@@ -30,7 +30,6 @@ from .training.arguments import EvaluateDetectionArguments
 from .visualization.figures import draw_objects
 from .visualization.style import PictureFolder
 
-EVALUATION_FILE = "detection_evaluation.json"
 MEANS = ("ap_3d", "ap_bev", "ap_2d")
 MIN_DRAWN_SCORE = 0.2
 
@@ -67,8 +66,7 @@ def evaluate_detection(arguments: EvaluateDetectionArguments) -> dict[str, Any]:
         result = {"model": arguments.model}
     result |= score(found, classes, arguments.min_overlap)
     if output_dir is not None:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(output_dir / EVALUATION_FILE, result)
+        write_json(output_dir / "detection_evaluation.json", result)
         if arguments.model is not None:
             write_predictions(output_dir / "predictions", found)
     if arguments.update_card:
@@ -100,21 +98,19 @@ def detect(
     image: np.ndarray,
     camera_projection: np.ndarray,
     processor: SimIPUImageProcessor,
-    threshold: float = 0.0,
 ) -> KittiObjects:
     """What a model finds in an image, best first.
 
     Args:
         image: `(H, W, 3)` uint8 RGB.
         camera_projection: (3, 4), rectified camera frame to pixels of `image`.
-        threshold: least score.
     """
     height, width = image.shape[:2]
     pixel_values = processor(Image.fromarray(image), return_tensors="pt")["pixel_values"].to(model.device)
     projection = torch.from_numpy(processor.pixel_transform((height, width)) @ camera_projection).float()
     outputs = model.eval()(pixel_values, projection[None].to(model.device))
     (found,) = processor.post_process_3d_object_detection(
-        outputs, [camera_projection], [(height, width)], threshold=threshold
+        outputs, [camera_projection], [(height, width)], threshold=0.0
     )
     values = {name: value.cpu().double().numpy() for name, value in found.items()}
     unknown = np.full(len(values["scores"]), -1.0)
@@ -153,11 +149,7 @@ def read_folders(predictions: str, labels: str) -> list[Found]:
 
 
 def write_predictions(folder: Path, found: Sequence[Found]) -> None:
-    """A folder in KITTI's text format, in the place of an earlier one; slashes of names become underscores.
-
-    Raises:
-        SimIPUError: two frames would share a file.
-    """
+    """A folder in KITTI's text format, in the place of an earlier one; slashes of names become underscores."""
     objects: dict[str, KittiObjects] = {}
     for frame in found:
         name = re.sub(r"[^\w.-]", "_", frame.frame_id)

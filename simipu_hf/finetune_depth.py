@@ -8,12 +8,10 @@ What is depth's own is here: model, data and evaluation. Recipe, Trainer and run
 """
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
-from transformers import TrainerCallback
 
 from .data.depth import (
     KB_CROP,
@@ -35,7 +33,6 @@ from .finetuning import (
     create_model,
     find_rgb_encoder,
     fine_tune,
-    prepare_trainer,
 )
 from .hub.weights import EncoderWeights, InputConvention
 from .modeling.image_encoder import is_built_for_one_size, timm_arguments
@@ -45,13 +42,10 @@ from .training.arguments import DepthArguments, DepthTaskArguments, parse_argume
 
 
 class DepthTrainer(FineTuningTrainer):
-    """[`FineTuningTrainer`] with depth metrics; both data sets are [`DepthDataset`]s.
+    """[`FineTuningTrainer`] that evaluates by a [`DepthProtocol`]; both data sets are [`DepthDataset`]s.
 
-        trainer = DepthTrainer(model, recipe("OUT", max_steps=500), train_dataset=DepthDataset(rows, processor))
-        trainer.train()
-
-    Args:
-        protocol: of `evaluate`.
+    trainer = DepthTrainer(model, recipe("OUT", max_steps=500), train_dataset=DepthDataset(rows, processor))
+    trainer.train()
     """
 
     task = "depth"
@@ -86,11 +80,7 @@ def trainer_parts(
     seed: int,
     keep_frames: bool = False,
 ) -> dict[str, Any]:
-    """Model, data sets, image processor and protocol, as keyword arguments of [`DepthTrainer`].
-
-    Args:
-        train_rows, test_rows: rows, or frames; `test_rows` may be `None`.
-    """
+    """What [`DepthTrainer`] is made of, from rows or frames to train and, where not `None`, to evaluate on."""
     processor, on_bad_row = create_processor(arguments, encoder.input), arguments.on_bad_row
     size = arguments.image_size or KB_CROP
     model = create_model(SimIPUForDepthEstimation, encoder, size, seed, max_depth=arguments.max_depth)
@@ -109,8 +99,8 @@ def trainer_parts(
     }
 
 
-def create_trainer(arguments: DepthArguments, callbacks: Sequence[TrainerCallback] = ()) -> DepthTrainer:
-    """The trainer of `finetune_depth`, for use from Python: `train`, `evaluate`, callbacks.
+def create_trainer(arguments: DepthArguments) -> DepthTrainer:
+    """The trainer of `finetune_depth`, for use from Python: `train`, `evaluate`, `add_callback`.
 
     Raises:
         SimIPUError: unusable arguments, encoder or frames, or a frame that is trained and tested on.
@@ -124,7 +114,7 @@ def create_trainer(arguments: DepthArguments, callbacks: Sequence[TrainerCallbac
     encoder = find_rgb_encoder(arguments.image_encoder)
     announce(f"image encoder: {encoder.description}")
     parts = trainer_parts(arguments, encoder, train_rows, test_rows, arguments.seed, arguments.keep_frames)
-    return prepare_trainer(DepthTrainer, arguments, parts, callbacks)
+    return DepthTrainer.from_arguments(arguments, **parts)
 
 
 def finetune_depth(arguments: DepthArguments) -> Path:
@@ -136,8 +126,7 @@ def finetune_depth(arguments: DepthArguments) -> Path:
         The output folder, which `pipeline("depth-estimation")` loads; see [`fine_tune`].
 
     Raises:
-        SimIPUError: unusable arguments, data or checkpoint, or a loss that is no number.
-        TrainingInterrupted: Ctrl-C or SIGTERM, after saving a checkpoint.
+        as [`fine_tune`].
     """
     return fine_tune(arguments, lambda: create_trainer(arguments), record_in_card, format_table)
 

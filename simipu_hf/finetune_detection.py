@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from accelerate.utils import gather_object
-from transformers import TrainerCallback
 
 from .data.detection import DetectionAugmentation, DetectionDataset, collate_detection, read_labels, select_labelled
 from .data.frames import FrameDataset
@@ -29,7 +28,6 @@ from .finetuning import (
     create_model,
     find_rgb_encoder,
     fine_tune,
-    prepare_trainer,
 )
 from .hub.weights import EncoderWeights
 from .modeling.configuration_simipu import SimIPUDetectionConfig
@@ -41,8 +39,8 @@ from .visualization.style import PictureFolder
 class DetectionTrainer(FineTuningTrainer):
     """[`FineTuningTrainer`] with KITTI's average precision; both data sets are [`DetectionDataset`]s.
 
-        trainer = DetectionTrainer(model, recipe("OUT", max_steps=500), train_dataset=DetectionDataset(...))
-        trainer.train()
+    trainer = DetectionTrainer(model, recipe("OUT", max_steps=500), train_dataset=DetectionDataset(...))
+    trainer.train()
 
     Args:
         min_overlap: of `evaluate`, see [`simipu_hf.evaluate_detection.score`].
@@ -91,12 +89,8 @@ def trainer_parts(
     seed: int,
     keep_frames: bool = False,
 ) -> dict[str, Any]:
-    """Model, data sets, image processor and overlap, as keyword arguments of [`DetectionTrainer`].
-
-    Args:
-        sizes: see [`mean_dimensions`].
-        train_rows, test_rows: rows, or frames; `test_rows` may be `None`.
-    """
+    """What [`DetectionTrainer`] is made of, from the `sizes` of [`mean_dimensions`] and rows or frames to train and,
+    where not `None`, to evaluate on."""
     classes, processor = list(arguments.classes), create_image_processor(arguments.image_size, encoder.input)
     fields = {"classes": classes, "mean_dimensions": sizes, "hidden_size": arguments.hidden_size}
     model = create_model(SimIPUForMonocular3DDetection, encoder, arguments.image_size, seed, **fields)
@@ -111,7 +105,7 @@ def trainer_parts(
     }
 
 
-def create_trainer(arguments: DetectionArguments, callbacks: Sequence[TrainerCallback] = ()) -> DetectionTrainer:
+def create_trainer(arguments: DetectionArguments) -> DetectionTrainer:
     """The trainer of `finetune_detection`, for use from Python.
 
     Raises:
@@ -126,7 +120,7 @@ def create_trainer(arguments: DetectionArguments, callbacks: Sequence[TrainerCal
     announce(f"image encoder: {encoder.description}")
     sizes = mean_dimensions(read_labels(train_rows, arguments.on_bad_row), arguments.classes)
     parts = trainer_parts(arguments, encoder, sizes, train_rows, test_rows, arguments.seed, arguments.keep_frames)
-    return prepare_trainer(DetectionTrainer, arguments, parts, callbacks)
+    return DetectionTrainer.from_arguments(arguments, **parts)
 
 
 def finetune_detection(arguments: DetectionArguments) -> Path:
@@ -138,8 +132,7 @@ def finetune_detection(arguments: DetectionArguments) -> Path:
         The output folder, which `AutoModel.from_pretrained(..., trust_remote_code=True)` loads; see [`fine_tune`].
 
     Raises:
-        SimIPUError: unusable arguments, data or checkpoint, or a loss that is no number.
-        TrainingInterrupted: Ctrl-C or SIGTERM, after saving a checkpoint.
+        as [`fine_tune`].
     """
     return fine_tune(arguments, lambda: create_trainer(arguments), record_in_card, format_table)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from traceback import clear_frames
-from typing import Any, TypeVar
+from typing import Any, Self
 
 import torch
 from torch.optim import AdamW
@@ -46,12 +46,7 @@ from .training.distributed import (
     use_all_cores,
 )
 from .training.logging import METRICS_FILE, check_trackers, cut_metrics, json_line
-from .training.run_folder import (
-    find_checkpoint,
-    open_run_folder,
-    run_lock,
-    weights_fingerprint,
-)
+from .training.run_folder import find_checkpoint, open_run_folder, weights_fingerprint
 from .training.sampling import TRAINING_VERSION, GlobalBatchSampler, create_loader
 from .visualization.frames import draw_curves
 
@@ -71,17 +66,12 @@ def find_rgb_encoder(source: str | os.PathLike) -> EncoderWeights:
 def create_model(
     model_class: Any, encoder: EncoderWeights, image_size: tuple[int, int] | None = None, seed: int = 0, **fields: Any
 ) -> Any:
-    """A model with the encoder's weights and a new decoder or head, which depends on `seed` and architecture alone.
+    """A [`SimIPUDenseModel`] with the encoder's weights, random ones where it holds none, and a new decoder or head,
+    which depends on `seed` and architecture alone.
 
     Args:
-        model_class: a [`SimIPUDenseModel`].
-        encoder: what to start from; random weights where it holds none.
         image_size: height and width of the images, for encoders that are built for one size.
-        seed: of the new weights.
         fields: of the model's configuration.
-
-    Raises:
-        SimIPUError: the weights do not fit, or the encoder cannot be built for that size.
     """
     image_config = {"architecture": encoder.architecture, "model_args": encoder.model_args or None}
     try:
@@ -149,10 +139,6 @@ class FineTuningTrainer(Trainer):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        if self.args.auto_find_batch_size:
-            raise SimIPUError(
-                "auto_find_batch_size: the order of rows follows from per_device_train_batch_size: set that"
-            )
         self.encoder_learning_rate = encoder_learning_rate
         self.evaluation: dict[str, Any] = {}  # the latest, whole
         self.identity: dict[str, Any] = {}  # what must be the same for the run to continue
@@ -166,6 +152,24 @@ class FineTuningTrainer(Trainer):
         self.args = copy.copy(self.args)  # the number of steps is of these data sets alone
         self._counted_steps: int | None = None
         self._count_steps()
+
+    @classmethod
+    def from_arguments(cls, arguments: FineTuningRunArguments, **parts: Any) -> Self:
+        """The trainer of a command, made of `parts`, its model changed as the flags say."""
+        model = parts["model"]
+        model.freeze_image_encoder(arguments.freeze_image_encoder)
+        if arguments.gradient_checkpointing:
+            recompute_activations(model)
+        check_image_sizes(model, parts["train_dataset"])
+        settings = trainer_settings(arguments)
+        if settings.world_size > 1 and arguments.sync_batch_norm:
+            synchronize_batch_norm(model.to(settings.device))
+        return cls(
+            args=settings,
+            encoder_learning_rate=arguments.encoder_learning_rate,
+            decoder_first=arguments.decoder_first,
+            **parts,
+        )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -268,20 +272,12 @@ class FineTuningTrainer(Trainer):
         return dataset.usable_frames(range(self.args.process_index, len(dataset), self.args.world_size))
 
     def evaluate_frames(self, dataset: FrameDataset, picture_dir: Path | None = None) -> dict[str, Any]:
-        """Evaluate on a data set, every process on its share of the frames.
-
-        Args:
-            picture_dir: where the main process draws some of them.
-
-        Returns:
-            `metrics` by name, and what else the task reports.
-        """
+        """`metrics` by name, and what else the task reports; every process evaluates its share of the frames, and the
+        main one draws some into `picture_dir`."""
         raise NotImplementedError
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if not isinstance(dataset, FrameDataset):
-            raise SimIPUError(f"evaluate: expected eval_dataset to be a FrameDataset, found {type(dataset).__name__}")
         self.evaluation = self.evaluate_frames(dataset)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluation["metrics"].items()}
         self.log(metrics)
@@ -313,7 +309,7 @@ class FineTuningTrainer(Trainer):
                 raise write_error(aside.parent / name, error) from error
 
         try:
-            on_every_process(self.accelerator, write)
+            on_every_process(write)
         except SimIPUError:
             shutil.rmtree(aside, ignore_errors=True)
             raise
@@ -342,8 +338,6 @@ class FineTuningTrainer(Trainer):
             folder = Path(output_dir or str(self.args.output_dir))
             self.model.save_pretrained(folder, state_dict=state_dict)
             self.processing_class.save_pretrained(folder)
-            for file in folder.glob("*.safetensors"):  # written for their owner alone, whatever the umask
-                file.chmod(folder.stat().st_mode & 0o666)
 
 
 class DecoderFirst(TrainerCallback):
@@ -357,13 +351,7 @@ class DecoderFirst(TrainerCallback):
 
 
 class RunFolder(TrainerCallback):
-    """Keeps `metrics.jsonl`, publishes checkpoints, and ends the run after a signal, when a checkpoint is written.
-
-    Args:
-        stop: whether a signal has come.
-        flags: tells all processes of it.
-        uploader: publishes checkpoints; `None` publishes none.
-    """
+    """Keeps `metrics.jsonl`, publishes checkpoints, and ends the run after a signal, when a checkpoint is written."""
 
     def __init__(self, output_dir: Path, stop: StopRequest, flags: SharedFlags, uploader: HubUploader | None = None):
         self.output_dir, self.stop, self.flags, self.uploader = output_dir, stop, flags, uploader
@@ -413,40 +401,6 @@ def recipe(output_dir: str | os.PathLike, **changes: Any) -> TrainingArguments:
     return arguments
 
 
-TrainerT = TypeVar("TrainerT", bound=FineTuningTrainer)
-
-
-def prepare_trainer(
-    trainer_class: type[TrainerT],
-    arguments: FineTuningRunArguments,
-    parts: dict[str, Any],
-    callbacks: Sequence[TrainerCallback] = (),
-) -> TrainerT:
-    """The trainer of a command, its model frozen, checkpointed and synchronised as the flags say.
-
-    Args:
-        parts: model, data sets and image processor, as keyword arguments of `trainer_class`.
-
-    Raises:
-        SimIPUError: the encoder does not take images of their sizes.
-    """
-    model = parts["model"]
-    model.freeze_image_encoder(arguments.freeze_image_encoder)
-    if arguments.gradient_checkpointing:
-        recompute_activations(model)
-    check_image_sizes(model, parts["train_dataset"])
-    settings = trainer_settings(arguments)
-    if settings.world_size > 1 and arguments.sync_batch_norm:
-        synchronize_batch_norm(model.to(settings.device))
-    return trainer_class(
-        args=settings,
-        callbacks=list(callbacks),
-        encoder_learning_rate=arguments.encoder_learning_rate,
-        decoder_first=arguments.decoder_first,
-        **parts,
-    )
-
-
 def trainer_settings(arguments: FineTuningRunArguments) -> TrainingArguments:
     """The flags as arguments of the Trainer."""
     check_precision(arguments.mixed_precision)
@@ -494,7 +448,6 @@ def fine_tune(
     """Train in as many processes as were launched, save, and evaluate.
 
     Args:
-        create_trainer: reads data and encoder.
         record: keeps the result of the evaluation for the card: given the folder, the test frames and the result.
         table: a result as text.
 
@@ -512,7 +465,7 @@ def fine_tune(
     output_dir, accelerator = Path(arguments.output_dir), trainer.accelerator
     check_processes(accelerator)
     use_all_cores(accelerator)
-    with closing(run_lock(arguments)) as lock:
+    with closing(WriteLock(output_dir, output_dir / ".lock")) as lock:
         checkpoint = on_main_process(accelerator, open_run, arguments, trainer, lock)
         publishes = arguments.push_to_hub and accelerator.is_main_process
         uploader = HubUploader.from_arguments(arguments) if publishes else None
@@ -580,7 +533,6 @@ def open_run(arguments: FineTuningRunArguments, trainer: FineTuningTrainer, lock
 
 
 def save_final_model(trainer: FineTuningTrainer, output_dir: Path) -> None:
-    """The model beside the checkpoints; each file atomically."""
     with atomic_folder(output_dir / ".final", overwrite=True) as beside:
         trainer.save_model(str(beside))
     move_into(output_dir / ".final", output_dir)

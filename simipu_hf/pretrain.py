@@ -34,7 +34,7 @@ from simipu_hf.data.sources import given_sources, refuse_second_split
 from simipu_hf.data.two_views import TwoViewAugmentation, TwoViewCollator, TwoViewDataset, to_model_inputs
 from simipu_hf.errors import SimIPUError, exit_code_of
 from simipu_hf.evaluation.correspondence import correspondence_recall
-from simipu_hf.files import atomic_folder, move_into
+from simipu_hf.files import WriteLock, atomic_folder, move_into
 from simipu_hf.hub.export import write_timm
 from simipu_hf.hub.push import HubUploader
 from simipu_hf.hub.sources import find_image_encoder, load_processor, model_folder
@@ -44,7 +44,7 @@ from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 from simipu_hf.training.arguments import PreTrainingArguments, parse_arguments, parse_overrides
 from simipu_hf.training.batch_norm import kept_running_statistics, synchronize_batch_norm
-from simipu_hf.training.checkpoint import Checkpoint, TrainingState, load_checkpoint, newest_checkpoint
+from simipu_hf.training.checkpoint import TrainingState, newest_checkpoint, resumed_step
 from simipu_hf.training.distributed import (
     SharedFlags,
     StopRequest,
@@ -66,12 +66,7 @@ from simipu_hf.training.optimizers import (
     create_schedule,
     learning_rates,
 )
-from simipu_hf.training.run_folder import (
-    find_checkpoint,
-    open_run_folder,
-    run_lock,
-    weights_fingerprint,
-)
+from simipu_hf.training.run_folder import find_checkpoint, open_run_folder, weights_fingerprint
 from simipu_hf.training.sampling import (
     TRAINING_VERSION,
     Steps,
@@ -85,14 +80,6 @@ from simipu_hf.visualization.features import encode_image
 from simipu_hf.visualization.figures import draw_image_features
 from simipu_hf.visualization.frames import draw_curves
 from simipu_hf.visualization.style import save_figure
-
-LOGGED = (
-    *("loss", "intra_modal_loss", "intra_modal_chance", "intra_modal_top1", "intra_modal_top5"),
-    *("inter_modal_loss", "inter_modal_chance", "inter_modal_top1", "inter_modal_top5"),
-    *("inter_modal_top10_percent", "inter_modal_top50_percent", "match_distance", "pairs_in_image"),
-    "anchor_loss",
-)
-SHOWN = {"intra_modal_loss": "intra", "inter_modal_loss": "inter", "inter_modal_chance": "chance"}
 
 MAX_SKIPPED_STEPS = 50  # in a row; the loss scale, halved in each, has then gone far below any that helps
 NO_LOSS_SCALE = (
@@ -154,7 +141,7 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
     identity = run_identity(accelerator, arguments, recipe, steps, batches, model, processor, augmentation)
     checkpoint = open_checkpoint(accelerator, arguments, identity, steps)
     prepare_model(accelerator, arguments, model)
-    example = send_to_device(on_every_process(accelerator, batches.example), accelerator.device)
+    example = send_to_device(on_every_process(batches.example), accelerator.device)
     try_first_step(accelerator, model, to_model_inputs(example, processor.image_processor))
     optimizer, schedule = create_optimization(arguments, recipe, model, batches.steps_per_epoch, steps.last)
 
@@ -162,37 +149,25 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
     if held_out_rows is not None:
         record["held_out"] = on_main_process(accelerator, describe_data, held_out_rows)
     output_dir = Path(arguments.output_dir)
-    with contextlib.closing(run_lock(arguments)) as lock:
+    with contextlib.closing(WriteLock(output_dir, output_dir / ".lock")) as lock:
         on_main_process(accelerator, open_run_folder, arguments, lock, steps.first, steps.last, **record)
-        logger = RunLogger(
-            accelerator,
-            output_dir,
-            total_steps=steps.last,
-            first_step=steps.first,
-            rows_per_step=rows_per_forward(accelerator, arguments) * arguments.gradient_accumulation_steps,
-            show=SHOWN,
-            record={"arguments": arguments.to_dict(), **record},
-        )
+        logger = RunLogger(accelerator, arguments, steps.first, steps.last, record)
         with contextlib.closing(logger):
-            for doing, rows_used in (("training", "data"), ("evaluating", "held_out")):
-                if "rows" in record.get(rows_used, {}):
-                    rows, scenes = record[rows_used]["rows"], record[rows_used]["scenes"]
-                    logger.message(f"{doing} on {rows} rows of {scenes} scene{'s' if scenes != 1 else ''}")
+            for name, about in record.items():
+                if "rows" in about:
+                    logger.message(f"{name}: {about['rows']} rows, {about['scenes']} scenes")
             wrapped, optimizer = accelerator.prepare(model, optimizer)
             state = TrainingState(accelerator, wrapped, processor, optimizer, schedule, logger, batches, identity)
             if checkpoint is not None:
                 state.restore(checkpoint)
-                logger.message(f"resumed from {checkpoint.path}")
-                checkpoint = None  # frees the host's copy of the optimizer's state
+                logger.message(f"resumed from {checkpoint}")
             publishes = arguments.push_to_hub and accelerator.is_main_process
             uploader = HubUploader.from_arguments(arguments) if publishes else None
             try:
                 train(accelerator, arguments, state, steps, batches, held_out, uploader)
-            except BaseException:  # the other processes may not come here: those of this one
-                report_skipped([*(skipped if accelerator.is_main_process else ()), *bad_rows(batches, held_out)])
-                raise
-        skipped += sorted(set(gather_object(bad_rows(batches, held_out))), key=lambda row: (len(row), row))
-        on_main_process(accelerator, finish, output_dir, model, processor, batches, skipped)
+            finally:
+                report_skipped(skipped if accelerator.is_main_process else [], batches, held_out)
+        on_main_process(accelerator, finish, output_dir, model, processor, batches)
         if uploader:
             uploader.finish()
     return output_dir
@@ -217,7 +192,7 @@ def train(
     model, optimizer, logger = state.model, state.optimizer, state.logger
     image_processor, output_dir = state.processor.image_processor, Path(arguments.output_dir)
     accumulation = arguments.gradient_accumulation_steps
-    flags, recomputing, skipped = SharedFlags(accelerator), kept_running_statistics(model), 0
+    flags, skipped = SharedFlags(accelerator), 0
     model.train()
     loading = iterate(batches.loader(steps.first, steps.last))
     with StopRequest() as stop, uploader or contextlib.nullcontext(), loading as loader:
@@ -228,7 +203,7 @@ def train(
             with accelerator.accumulate(model):
                 batch = send_to_device(batch, accelerator.device, non_blocking=True)
                 output = model(**to_model_inputs(batch, image_processor), return_metrics=is_logged)
-                with recomputing:
+                with kept_running_statistics(model):
                     accelerator.backward(output.loss)
                 logger.add(scalars(output, with_spread=is_logged))
                 del output  # or its maps would be kept through the next forward pass
@@ -258,7 +233,7 @@ def train(
                 logger.write_means(step, rates)
             if held_out is not None and is_evaluated:  # first, so that a checkpoint means that its step is logged
                 with logger.paused_clock():
-                    logger.write(step, evaluate(accelerator, arguments, state.unwrapped_model, held_out))
+                    logger.write(step, evaluate(accelerator, arguments, accelerator.unwrap_model(model), held_out))
             if is_saved or "stop" in raised:
                 with logger.paused_clock():
                     saved = state.save(output_dir, step, arguments.save_total_limit)
@@ -272,8 +247,8 @@ def train(
 
 
 def scalars(output: Any, with_spread: bool) -> dict[str, torch.Tensor]:
-    """What is logged of a forward pass: what of `LOGGED` it computed, and the spread of the embeddings."""
-    values = {name: value for name in LOGGED if (value := getattr(output, name)) is not None}
+    """What is logged of a forward pass: all scalars of its output, and the spread of the embeddings."""
+    values = {name: value for name, value in output.items() if isinstance(value, torch.Tensor) and value.ndim == 0}
     if with_spread:
         values |= {"image_spread": feature_spread(output.image_embeds)}
         values |= {"point_spread": feature_spread(output.point_embeds)}
@@ -359,9 +334,6 @@ def load_rows(
     """The rows to train on, how several data sets are mixed, and the rows to evaluate on where `--eval_steps` asks.
 
     Damaged frames end the run, or are left out and described in `skipped`, as `--on_bad_row` says.
-
-    Raises:
-        SimIPUError: nothing to read, no such split, or frames that are trained on among those to evaluate on.
     """
     source: dict[str, Any] = {
         "dataset_name": arguments.dataset_name,
@@ -394,12 +366,7 @@ def load_rows(
 
 
 def create_model(arguments: PreTrainingArguments) -> tuple[SimIPUForPreTraining, SimIPUProcessor]:
-    """The model and its processor, from a preset or from an earlier model, changed as the flags say.
-
-    Raises:
-        SimIPUError: an unknown encoder, stage or configuration field, too few points for the sampler, or flags that
-            contradict the earlier model.
-    """
+    """The model and its processor, from a preset or from an earlier model, changed as the flags say."""
     source = arguments.model_name_or_path
     start = model_folder(source) if source else None
     try:
@@ -424,12 +391,6 @@ def create_model(arguments: PreTrainingArguments) -> tuple[SimIPUForPreTraining,
     except (ValueError, ImportError, OSError, RuntimeError, StrictDataclassError) as error:
         said = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
         raise SimIPUError(f"--model_name_or_path {source}: {said}" if source else str(said)) from error
-    needed = sum(getattr(model.config.point_config, "num_points", [[0]])[0])
-    if processor.feature_extractor.num_points < needed:
-        raise SimIPUError(
-            f"--num_points {processor.feature_extractor.num_points}: the point encoder's first level samples {needed} "
-            "points; raise it, or lower point_config.num_points with --config_overrides"
-        )
     if arguments.pretrained_image_encoder:
         load_pretrained_image_encoder(model, processor)
     if model.config.anchor_weight > 0:
@@ -466,11 +427,7 @@ def change_processor(arguments: PreTrainingArguments, processor: SimIPUProcessor
 
 
 def change_config(arguments: PreTrainingArguments, config: SimIPUConfig, processor: SimIPUProcessor) -> SimIPUConfig:
-    """A configuration with the fields that the flags change.
-
-    Raises:
-        SimIPUError: an unknown field, or one that has a flag of its own.
-    """
+    """A configuration with the fields that the flags change."""
     overrides = parse_overrides(arguments.config_overrides)
     sections = {"image_config": config.image_encoder_config, "point_config": config.point_encoder_config}
     for section, known in (("", config), *sections.items()):
@@ -497,11 +454,7 @@ def change_config(arguments: PreTrainingArguments, config: SimIPUConfig, process
 
 
 def load_pretrained_image_encoder(model: SimIPUForPreTraining, processor: SimIPUProcessor) -> None:
-    """Replace the image encoder's weights by timm's pretrained ones, and take the mean and deviation they expect.
-
-    Raises:
-        SimIPUError: timm has none for this architecture, or they cannot be downloaded.
-    """
+    """Replace the image encoder's weights by timm's pretrained ones, and take the mean and deviation they expect."""
     config = model.config.image_encoder_config
     try:
         source = timm.create_model(config.architecture, pretrained=True, num_classes=0, **timm_arguments(config))
@@ -571,10 +524,6 @@ def warn_of_squeezed_images(dataset: TwoViewDataset) -> None:
         )
 
 
-def rows_per_forward(accelerator: Accelerator, arguments: PreTrainingArguments) -> int:
-    return arguments.per_device_train_batch_size * accelerator.num_processes
-
-
 def run_identity(
     accelerator: Accelerator,
     arguments: PreTrainingArguments,
@@ -595,10 +544,10 @@ def run_identity(
     flags = arguments.to_dict()
     identity = {name: value for name, value in flags.items() if name not in NOT_COMPARED}
     identity |= {
-        **batches.identity(),
+        **batches.identity,
         "kind": type(arguments).__name__,
         "training_version": TRAINING_VERSION,
-        "rows_per_forward": rows_per_forward(accelerator, arguments),
+        "rows_per_forward": arguments.per_device_train_batch_size * accelerator.num_processes,
         "recipe": dataclasses.asdict(recipe),
         "augmentation": dataclasses.asdict(augmentation),
         "image_processor": processor.image_processor.to_dict(),
@@ -616,24 +565,18 @@ def run_identity(
 
 def open_checkpoint(
     accelerator: Accelerator, arguments: PreTrainingArguments, identity: dict[str, Any], steps: Steps
-) -> Checkpoint | None:
+) -> Path | None:
     """The checkpoint to resume from, after which `steps` then begin; nothing is written."""
     path = on_main_process(accelerator, find_checkpoint, arguments)
-    if path is None:
-        return None
-    checkpoint = load_checkpoint(path, identity)
-    if checkpoint.step > steps.last:
+    if path is not None:
+        steps.first = resumed_step(path, identity)
+    if steps.first > steps.last:
         raise SimIPUError(f"{path} is beyond the last step, {steps.last}: raise --max_steps or --num_train_epochs")
-    steps.first = checkpoint.step
-    return checkpoint
+    return path
 
 
 def prepare_model(accelerator: Accelerator, arguments: PreTrainingArguments, model: SimIPUForPreTraining) -> None:
-    """Batch norm over all processes, gradient checkpointing and compilation, as the flags say; on the device.
-
-    Raises:
-        SimIPUError: the encoder or this machine cannot do it.
-    """
+    """Batch norm over all processes, gradient checkpointing and compilation, as the flags say; on the device."""
     model.to(accelerator.device)
     if accelerator.num_processes > 1 and arguments.sync_batch_norm:
         synchronize_batch_norm(model)
@@ -651,9 +594,6 @@ def try_first_step(accelerator: Accelerator, model: SimIPUForPreTraining, inputs
 
     Parameters that the loss does not reach (stages beyond the sampled ones) are frozen, so that several processes need
     not look for them in every step.
-
-    Raises:
-        SimIPUError: an image size that the encoder does not take, too little memory, a machine that cannot compile.
     """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.train()
@@ -679,38 +619,18 @@ def create_optimization(
     total_steps: int,
 ) -> tuple[ChainedOptimizer, LRScheduler]:
     """One optimizer for the image encoder and the heads, one for the point encoder, as the official run has them."""
-    shared: dict[str, Any] = {
-        "betas": (arguments.adam_beta1, arguments.adam_beta2),
-        "momentum": arguments.momentum,
+    modules: dict[str, list[torch.nn.Module]] = {
+        "image_encoder": [model.simipu.image_encoder],
+        "heads": [model.intra_point_head, model.inter_image_head, model.inter_point_head],
     }
-    image_optimizer = create_optimizer(
-        recipe.optimizer,
-        {
-            "image_encoder": [model.simipu.image_encoder],
-            "heads": [model.intra_point_head, model.inter_image_head, model.inter_point_head],
-        },
-        learning_rate=recipe.learning_rate,
-        weight_decay=recipe.weight_decay,
-        layer_decay=recipe.layer_decay,
-        **shared,
+    of_points = Recipe(arguments.point_optimizer, arguments.point_learning_rate, arguments.point_weight_decay)
+    optimizer = ChainedOptimizer(
+        [
+            create_optimizer(arguments, recipe, modules),
+            create_optimizer(arguments, of_points, {"point_encoder": [model.simipu.point_encoder]}),
+        ]
     )
-    point_optimizer = create_optimizer(
-        arguments.point_optimizer,
-        {"point_encoder": [model.simipu.point_encoder]},
-        learning_rate=arguments.point_learning_rate,
-        weight_decay=arguments.point_weight_decay,
-        **shared,
-    )
-    optimizer = ChainedOptimizer([image_optimizer, point_optimizer])
-    schedule = create_schedule(
-        arguments.lr_scheduler_type,
-        optimizer,
-        warmup_steps=recipe.warmup_steps,
-        total_steps=total_steps,
-        steps_per_epoch=steps_per_epoch,
-        decay_per_epoch=arguments.lr_decay_per_epoch,
-    )
-    return optimizer, schedule
+    return optimizer, create_schedule(arguments, recipe, optimizer, total_steps, steps_per_epoch)
 
 
 def describe_data(rows: AnyDataset, fingerprint: str | None = None) -> dict[str, Any]:
@@ -736,7 +656,6 @@ def finish(
     model: SimIPUForPreTraining,
     processor: SimIPUProcessor,
     batches: StoredBatches | StreamedBatches,
-    skipped: list[str],
 ) -> None:
     """Write the final model, its image encoder (`image_encoder/`) and pictures into `output_dir`."""
     with atomic_folder(output_dir / ".final", overwrite=True) as folder:
@@ -749,18 +668,19 @@ def finish(
         with contextlib.suppress(ValueError):  # the first frame may be a damaged one
             row = batches.dataset.read_row(0)
             draw_features(model, processor, row, output_dir / "pictures" / "image_features.png")
-    report_skipped(skipped)
     encoder = (output_dir / "image_encoder").as_posix()
     print(f'{encoder}: load it with timm.create_model("local-dir:{encoder}", pretrained=True)')
 
 
-def bad_rows(batches: StoredBatches | StreamedBatches, held_out: TwoViewDataset | None) -> list[str]:
-    """What this process left out of the rows that it trained and evaluated on; a stream logs them as they come."""
-    used = (("row", getattr(batches, "dataset", None)), ("held-out row", held_out))
-    return [f"{name} {row}" for name, dataset in used if dataset is not None for row in dataset.bad_rows]
-
-
-def report_skipped(skipped: list[str]) -> None:
+def report_skipped(
+    frames: list[str], batches: StoredBatches | StreamedBatches, held_out: TwoViewDataset | None
+) -> None:
+    """Name `frames`, and the rows that this process left out; a stream names them as they come."""
+    skipped = list(frames)
+    if isinstance(batches, StoredBatches):
+        skipped += [f"row {row}" for row in batches.dataset.bad_rows]
+    if held_out is not None:
+        skipped += [f"held-out row {row}" for row in held_out.bad_rows]
     if skipped:
         print(f"{len(skipped)} damaged rows were skipped:", *skipped, sep="\n  ", file=sys.stderr)
 

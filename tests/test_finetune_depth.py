@@ -1,10 +1,8 @@
 """Depth fine-tuning on the Trainer: resume, what is served is what was measured, gradients, early refusals."""
 
-import dataclasses
 import json
 import os
 import shutil
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -242,8 +240,13 @@ def test_command_prints_metrics_or_json(frames, run, capsys):
 
 
 def test_a_callback_may_end_a_run_early(fine_tune, monkeypatch):
-    create = partial(finetune_depth_module.create_trainer, callbacks=[StopAfter(2)])
-    monkeypatch.setattr(finetune_depth_module, "create_trainer", create)
+    def stopped(arguments):
+        trainer = create(arguments)
+        trainer.add_callback(StopAfter(2))
+        return trainer
+
+    create = finetune_depth_module.create_trainer
+    monkeypatch.setattr(finetune_depth_module, "create_trainer", stopped)
     run = fine_tune("early", test_frames=[])
     assert saved_weights(run)
     assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [1, 2]
@@ -400,14 +403,10 @@ def test_one_set_of_arguments_serves_several_trainers(dataset, tmp_path):
 
 def test_other_frames_than_those_of_training_are_evaluated(dataset, tmp_path):
     model, settings = depth_model(), recipe(tmp_path, per_device_train_batch_size=2, use_cpu=True)
-    with pytest.raises(SimIPUError, match="auto_find_batch_size"):
-        DepthTrainer(model, dataclasses.replace(settings, auto_find_batch_size=True), train_dataset=dataset)
     other = DepthDataset(dataset.rows.select([2]), dataset.processor)
     found = DepthTrainer(model, settings, train_dataset=dataset, eval_dataset=dataset).evaluate(other)
     alone = DepthTrainer(model, settings, eval_dataset=other)
     assert found | {"epoch": 0} == alone.evaluate() | {"epoch": 0}
-    with pytest.raises(SimIPUError, match="expected eval_dataset to be a FrameDataset, found dict"):
-        alone.evaluate({"other": other})
 
 
 class StopAfter(TrainerCallback):

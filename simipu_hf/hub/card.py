@@ -24,7 +24,7 @@ from simipu_hf.hub.sources import read_input_convention
 from simipu_hf.hub.weights import InputConvention, read_json, timm_template
 from simipu_hf.modeling.image_encoder import TimmModel
 from simipu_hf.training.logging import read_metrics
-from simipu_hf.training.run_folder import data_fingerprint
+from simipu_hf.training.run_folder import short_digest
 
 GENERATED = "<!-- Written by simipu-hf from the files beside it. Delete this line to keep your own edits. -->"
 CURVES = "training_curves.png"
@@ -219,7 +219,7 @@ def add_evaluation(
     given = [[full_path(source), rest] for source, rest in map(split_source, frames)]
     entry = {
         **{"task": task, "dataset": dataset, "split": split, "protocol": protocol},
-        **{"frames": data_fingerprint(map(str, given)), "metrics": _finite(metrics)},
+        **{"frames": short_digest(given), "metrics": _finite(metrics)},
     }
     key = ("task", "dataset", "split", "protocol", "frames")
     others = [e for e in _evaluations(Path(folder)) if any(e.get(k, entry[k]) != entry[k] for k in key)]

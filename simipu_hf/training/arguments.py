@@ -16,10 +16,10 @@ import os
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 import tyro
 import yaml
@@ -31,23 +31,63 @@ ArgumentsT = TypeVar("ArgumentsT")
 CONFIGS = Path(__file__).parent / "presets"  # configuration files that come with the package
 
 
+class Must(NamedTuple):
+    """A rule for the values of a flag, as part of its type, and how an error says it."""
+
+    be: str
+    holds: Callable[[Any], bool]
+
+
+AtLeast0 = Must("at least 0", lambda value: value >= 0)
+AtLeast1 = Must("at least 1", lambda value: value >= 1)
+Below1 = Must("at least 0 and below 1", lambda value: 0 <= value < 1)
+InsideOf1 = Must("above 0 and below 1", lambda value: 0 < value < 1)
+EachOnce = Must("one or more, each once", lambda values: 0 < len(values) == len(set(values)))
+UpTo1 = Must("above 0 and at most 1", lambda value: 0 < value <= 1)
+NearAndFar = Must("the nearest and the farthest depth", lambda depths: 0 <= depths[0] < depths[1])
+Seed = Annotated[int, Must("at least 0 and below 2**32", lambda seed: 0 <= seed < 2**32)]  # as NumPy takes it
+Size = Annotated[
+    tuple[int, int],
+    Must("a height and a width of at least 32 pixels", lambda size: len(size) == 2 and min(size) >= 32),
+]
+Depth = Annotated[float, Must("a number of metres above 0", lambda depth: 0 < depth < math.inf)]
+
+
 @dataclass(kw_only=True)
 class Arguments:
     """What all have in common: every class checks its own fields, and those of the classes that it is made of."""
 
     def __post_init__(self) -> None:
-        # the command line converts and refuses values itself; this is for arguments that come from Python
+        with_rules = typing.get_type_hints(type(self), include_extras=True)
         for name, hint in typing.get_type_hints(type(self)).items():
             value = _plain(getattr(self, name))
-            union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-            kinds = [typing.get_origin(kind) or kind for kind in (get_args(hint) if union else [hint])]
-            setattr(self, name, [value] if isinstance(value, str) and list in kinds and str not in kinds else value)
-            choices = [c for h in (hint, *get_args(hint)) if typing.get_origin(h) is Literal for c in get_args(h)]
-            value = getattr(self, name)
-            if not choices or (value is None and type(None) in get_args(hint)):
-                continue
-            if any(item not in choices for item in (value if isinstance(value, list) else [value])):
-                raise SimIPUError(f"--{name} {value!r}: choose from {', '.join(choices)}")
+            kinds = [get_origin(kind) or kind for kind in (get_args(hint) if _is_union(hint) else [hint])]
+            if isinstance(value, str) and list in kinds and str not in kinds:  # one name, from Python
+                value = [value]
+            setattr(self, name, value)
+            check(name, value, with_rules[name])
+
+
+def check(name: str, value: Any, hint: Any) -> None:
+    """Raises a `SimIPUError` for a value of the flag `name` that its type `hint` rules out: a choice, or a rule."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind is Annotated:
+        for rule in parts[1:]:
+            if not rule.holds(value):
+                raise SimIPUError(f"--{name} must be {rule.be}, found {value}")
+        check(name, value, parts[0])
+    elif kind is Literal and value not in parts:
+        raise SimIPUError(f"--{name} {value!r}: choose from {', '.join(parts)}")
+    elif kind is list and isinstance(value, list):
+        for item in value:
+            check(name, item, parts[0])
+    elif _is_union(hint) and value is not None:
+        for part in parts:
+            check(name, value, part)
+
+
+def _is_union(hint: Any) -> bool:
+    return get_origin(hint) in (typing.Union, types.UnionType)
 
 
 def _plain(value: Any) -> Any:
@@ -65,15 +105,15 @@ class RunArguments(Arguments):
     """Folder of the run."""
     resume_from_checkpoint: str | None = None
     """latest, or the path of a checkpoint."""
-    per_device_train_batch_size: int = 4
+    per_device_train_batch_size: Annotated[int, AtLeast1] = 4
     """Rows per process and forward pass."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: Annotated[int, AtLeast1] = 1
     """Forward passes per optimizer step."""
     num_train_epochs: float = 100.0
     """Passes over the training rows."""
     max_steps: int = -1
     """Optimizer steps; overrides --num_train_epochs when above 0."""
-    max_grad_norm: float = 0.0
+    max_grad_norm: Annotated[float, AtLeast0] = 0.0
     """Clip gradients to this norm; 0 does not."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """fp16 needs a GPU."""
@@ -81,17 +121,17 @@ class RunArguments(Arguments):
     """Recompute the image encoder's activations in the backward pass: less memory, more time."""
     sync_batch_norm: bool = True
     """Batch statistics over all processes; nothing changes on one."""
-    seed: int = 0
+    seed: Seed = 0
     """Of new weights, row order and augmentation."""
-    dataloader_num_workers: int = 2
+    dataloader_num_workers: Annotated[int, AtLeast0] = 2
     """Processes that load data."""
-    logging_steps: int = 10
+    logging_steps: Annotated[int, AtLeast1] = 10
     """Optimizer steps per logged line."""
-    eval_steps: int = 0
+    eval_steps: Annotated[int, AtLeast0] = 0
     """Evaluate every so many optimizer steps; 0 does not."""
-    checkpointing_steps: int = 500
+    checkpointing_steps: Annotated[int, AtLeast0] = 500
     """Optimizer steps per checkpoint; 0 only at the end."""
-    save_total_limit: int = 2
+    save_total_limit: Annotated[int, AtLeast0] = 2
     """Checkpoints to keep, the newest; 0 keeps all."""
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Trackers: tensorboard, trackio, wandb, …, or none."""
@@ -106,11 +146,6 @@ class RunArguments(Arguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(self, 1, "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps")
-        check_at_least(
-            self, 0, "max_grad_norm", "dataloader_num_workers", "eval_steps", "checkpointing_steps", "save_total_limit"
-        )
-        check_seeds("seed", self.seed)
         if self.max_steps <= 0 and not self.num_train_epochs > 0:
             raise SimIPUError(f"--num_train_epochs must be above 0, found {self.num_train_epochs}")
         if self.push_to_hub and not self.hub_model_id:
@@ -140,7 +175,7 @@ class PreTrainingArguments(RunArguments):
     """pointnet2 if None; sparse_conv needs spconv."""
     pretrained_image_encoder: bool = False
     """Start from timm's pretrained weights instead of random ones."""
-    anchor_weight: float | None = None
+    anchor_weight: Annotated[float, AtLeast0] | None = None
     """Weight of a term that keeps the image features close to those at the start; 0 if None."""
     freeze: list[str] | None = None
     """Parts of the image encoder to keep as they are, by timm's names: conv1 layer1, or patch_embed blocks.0."""
@@ -170,15 +205,15 @@ class PreTrainingArguments(RunArguments):
     """Split to train on, such as trainval or train[:50%]; train, or the only one, if None."""
     validation_split: str = "validation"
     """Split for --eval_steps; none of its frames may be a training frame."""
-    validation_share: float | None = None
+    validation_share: Annotated[float, InsideOf1] | None = None
     """Hold out this share of the scenes as the validation split of a data set that has none."""
-    per_device_eval_batch_size: int | None = None
+    per_device_eval_batch_size: Annotated[int, AtLeast1] | None = None
     """As --per_device_train_batch_size if None."""
-    image_size: tuple[int, int] | None = None
+    image_size: Size | None = None
     """Height and width of all images; what the preset says if None: official draws sizes."""
-    num_points: int | None = None
+    num_points: Annotated[int, AtLeast1] | None = None
     """Points drawn from each scan; 16384, or as saved with --model_name_or_path, if None."""
-    depth_range: tuple[float, float] | None = None
+    depth_range: Annotated[tuple[float, float], NearAndFar] | None = None
     """Nearest and farthest depth of the points that are used, in metres; 1 80 with the recommended preset if None."""
     augmentation_overrides: str | None = None
     """Fields of TwoViewAugmentation to change: 'random_zoom=[1.0,1.5],brightness=0.4,hue=0.1'."""
@@ -187,51 +222,39 @@ class PreTrainingArguments(RunArguments):
 
     optimizer: Literal["sgd", "adamw"] | None = None
     """Of image encoder and heads; sgd for encoders with batch norm (ResNets), adamw for the others, if None."""
-    learning_rate: float | None = None
+    learning_rate: Annotated[float, AtLeast0] | None = None
     """Of image encoder and heads, for 32 rows per optimizer step in all; sgd 0.03, adamw 1e-3 (1e-4 where the image
     encoder starts from pretrained weights) if None."""
-    weight_decay: float | None = None
+    weight_decay: Annotated[float, AtLeast0] | None = None
     """Of image encoder and heads; sgd 1e-4, adamw 0.05 without norms, biases and embeddings, if None."""
-    layer_decay: float | None = None
+    layer_decay: Annotated[float, UpTo1] | None = None
     """adamw: factor on the learning rate for each layer of the image encoder further from its output; 0.75 for
     pretrained starts, else 1, if None."""
-    momentum: float = 0.9
+    momentum: Annotated[float, Below1] = 0.9
     """Of sgd."""
     point_optimizer: Literal["sgd", "adamw"] = "adamw"
     """Of the point encoder."""
-    point_learning_rate: float = 1e-3
+    point_learning_rate: Annotated[float, AtLeast0] = 1e-3
     """Of the point encoder."""
-    point_weight_decay: float = 0.01
+    point_weight_decay: Annotated[float, AtLeast0] = 0.01
     """Of the point encoder."""
-    adam_beta1: float = 0.95
+    adam_beta1: Annotated[float, Below1] = 0.95
     """Of adamw."""
-    adam_beta2: float = 0.99
+    adam_beta2: Annotated[float, Below1] = 0.99
     """Of adamw."""
     lr_scheduler_type: Schedule = "exponential"
     """exponential multiplies by --lr_decay_per_epoch; the others are those of transformers.get_scheduler."""
     lr_decay_per_epoch: float = 0.99
     """Factor per epoch of the schedule exponential."""
-    warmup_steps: int | None = None
+    warmup_steps: Annotated[int, AtLeast0] | None = None
     """Optimizer steps of linear warm-up; sgd 0, adamw 5 % of all steps, if None."""
     encoder_repo_id: str | None = None
     """At the end, also publish the image encoder in this repository, alone."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(self, 1, "num_points", "per_device_eval_batch_size")
-        check_at_least(self, 0, "anchor_weight")
-        check_at_least(
-            self, 0, "learning_rate", "weight_decay", "point_learning_rate", "point_weight_decay", "warmup_steps",
-        )  # fmt: skip
         if not (self.data_dir or self.dataset_name):
             raise SimIPUError("no data: give --data_dir or --dataset_name")
-        check_size("image_size", self.image_size)
-        if self.validation_share is not None and not 0 < self.validation_share < 1:
-            raise SimIPUError(f"--validation_share must be above 0 and below 1, found {self.validation_share}")
-        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
-            raise SimIPUError(f"--layer_decay must be above 0 and at most 1, found {self.layer_decay}")
-        if self.depth_range is not None and not 0 <= self.depth_range[0] < self.depth_range[1]:
-            raise SimIPUError(f"--depth_range takes the nearest and the farthest depth, found {self.depth_range}")
         if self.streaming and (self.max_steps <= 0 or self.lr_scheduler_type == "exponential"):
             raise SimIPUError(
                 "--streaming does not know the length of an epoch: it needs --max_steps and a --lr_scheduler_type "
@@ -242,13 +265,12 @@ class PreTrainingArguments(RunArguments):
                 "--pretrained_image_encoder: timm's weights take RGB images divided by their deviation, those of "
                 "--preset official are BGR and are not: leave one of the two out"
             )
-        check_below_one(self, 0, "momentum", "adam_beta1", "adam_beta2")
-        start, schedule = self.model_name_or_path, self.lr_scheduler_type
-        evaluation = ("per_device_eval_batch_size", "validation_split")
         refuse_without_effect(self, self.push_to_hub, "without --push_to_hub", "encoder_repo_id")
         if self.push_to_hub and self.encoder_repo_id == self.hub_model_id:
             raise SimIPUError("--encoder_repo_id and --hub_model_id must differ: the encoder would replace the model")
+        evaluation = ("per_device_eval_batch_size", "validation_split")
         refuse_without_effect(self, self.eval_steps, "without --eval_steps", *evaluation)
+        start, schedule = self.model_name_or_path, self.lr_scheduler_type
         refuse_without_effect(self, not start, "with --model_name_or_path", "pretrained_image_encoder")
         refuse_without_effect(self, schedule != "constant", "with --lr_scheduler_type constant", "warmup_steps")
         refuse_without_effect(
@@ -260,26 +282,16 @@ class PreTrainingArguments(RunArguments):
 class FineTuningArguments(Arguments):
     """How an encoder is fine-tuned, in every task: AdamW and a one-cycle schedule over all steps."""
 
-    learning_rate: float = 1e-4
+    learning_rate: Annotated[float, AtLeast0] = 1e-4
     """Peak of the one-cycle schedule, which starts at 1/25 of it and falls towards 1/100 of that."""
-    weight_decay: float = 0.01
+    weight_decay: Annotated[float, AtLeast0] = 0.01
     """Of AdamW."""
-    warmup_ratio: float = 0.3
+    warmup_ratio: Annotated[float, InsideOf1] = 0.3
     """Share of the steps in which the learning rate rises."""
-    encoder_learning_rate: float | None = None
+    encoder_learning_rate: Annotated[float, AtLeast0] | None = None
     """Peak for the image encoder; as --learning_rate if None."""
-    decoder_first: float = 0.0
+    decoder_first: Annotated[float, Below1] = 0.0
     """Share of the steps, at the start, in which the image encoder's weights are frozen."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_at_least(self, 0, "learning_rate", "weight_decay", "decoder_first", "encoder_learning_rate")
-        if not 0 < self.warmup_ratio < 1:
-            raise SimIPUError(f"--warmup_ratio must be above 0 and below 1, found {self.warmup_ratio}")
-        if self.decoder_first >= 1:
-            raise SimIPUError(
-                f"--decoder_first must be below 1, found {self.decoder_first}; see --freeze_image_encoder"
-            )
 
 
 @dataclass(kw_only=True)
@@ -296,21 +308,19 @@ class FineTuningRunArguments(RunArguments, FineTuningArguments):
     """Frames to evaluate on; none may be a training frame."""
     keep_frames: bool = False
     """Keep decoded frames in memory, for small sets."""
-    per_device_train_batch_size: int = 8
+    per_device_train_batch_size: Annotated[int, AtLeast1] = 8
     """Frames per process and forward pass."""
     num_train_epochs: float = 24.0
     """Passes over the training frames."""
-    max_grad_norm: float = 35.0
+    max_grad_norm: Annotated[float, AtLeast0] = 35.0
     """Clip gradients to this norm; 0 does not."""
-    adam_beta1: float = 0.95
+    adam_beta1: Annotated[float, Must("at least 0.1 and below 1", lambda beta: 0.1 <= beta < 1)] = 0.95
     """Of AdamW; the schedule lowers it by 0.1 while the learning rate rises."""
-    adam_beta2: float = 0.99
+    adam_beta2: Annotated[float, Below1] = 0.99
     """Of AdamW."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_below_one(self, 0.1, "adam_beta1")
-        check_below_one(self, 0, "adam_beta2")
         of_encoder = ("decoder_first", "encoder_learning_rate")
         refuse_without_effect(self, not self.freeze_image_encoder, "with --freeze_image_encoder", *of_encoder)
 
@@ -321,12 +331,12 @@ class DepthTaskArguments(Arguments):
 
     kb_crop: bool = True
     """Keep the bottom centre of 352 x 1216 pixels of every image."""
-    image_size: tuple[int, int] | None = None
+    image_size: Size | None = None
     """Height and width to resize to after that."""
-    crop_size: tuple[int, int] | None = None
+    crop_size: Size | None = None
     """Height and width of the random training window; 352 704 or the same share of --image_size if None, the whole
     image for encoders that take one size."""
-    max_depth: float = 80.0
+    max_depth: Depth = 80.0
     """Largest depth that is predicted and evaluated, in metres."""
     evaluation_crop: Literal["garg", "eigen", "none"] = "garg"
     """Part of the ground truth that counts."""
@@ -337,9 +347,6 @@ class DepthTaskArguments(Arguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_size("image_size", self.image_size)
-        check_size("crop_size", self.crop_size)
-        check_depths(self)
         if self.image_size is None and not self.kb_crop:
             raise SimIPUError("--no_kb_crop needs --image_size: a batch holds images of one size")
 
@@ -430,16 +437,17 @@ class EvaluateDepthArguments(EvaluateArguments):
     """Evaluate on the bottom centre of 352 x 1216 pixels of every image; the model's own crop is saved with it."""
     evaluation_crop: Literal["garg", "eigen", "none"] = "garg"
     """Part of that which counts."""
-    min_depth: float = 1e-3
+    min_depth: Annotated[float, AtLeast0] = 1e-3
     """In metres; smaller depths are not evaluated."""
-    max_depth: float = 80.0
+    max_depth: Depth = 80.0
     """In metres; larger depths are not evaluated."""
     flip_test: bool = True
     """Evaluate the mean of the predictions for the image and its mirror image."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_depths(self)
+        if self.min_depth >= self.max_depth:
+            raise SimIPUError(f"--max_depth must be above --min_depth {self.min_depth:g}, found {self.max_depth}")
         if bool(self.test_frames) == bool(self.test_list):
             raise SimIPUError("give the frames to evaluate on: either --test_frames or --test_list")
         if self.test_list and not (self.image_dir and self.depth_dir):
@@ -451,34 +459,20 @@ class EvaluateDepthArguments(EvaluateArguments):
 class DetectionTaskArguments(Arguments):
     """What a detector sees, finds and is measured on."""
 
-    image_size: tuple[int, int] = (384, 1248)
+    image_size: Size = (384, 1248)
     """Height and width that images are resized to; intrinsics follow."""
-    classes: list[Literal["Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc"]] = field(
-        default_factory=lambda: ["Car", "Pedestrian", "Cyclist"]
-    )
+    classes: Annotated[
+        list[Literal["Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc"]], EachOnce
+    ] = field(default_factory=lambda: ["Car", "Pedestrian", "Cyclist"])
     """What is detected."""
-    hidden_size: int = 128
+    hidden_size: Annotated[int, AtLeast1] = 128
     """Width of the feature pyramid and the head, which on the CPU cost as much as a small encoder."""
-    zoom: float = 1.2
+    zoom: Annotated[float, AtLeast1] = 1.2
     """Largest factor by which a random window of a training image is enlarged; 1 does not."""
-    min_overlap: float | None = None
+    min_overlap: Annotated[float, InsideOf1] | None = None
     """Intersection over union that a match exceeds; KITTI's own, 0.7 for cars and 0.5 for the others, if None."""
     on_bad_row: Literal["error", "skip"] = "error"
     """Stop at an invalid frame, or leave it out."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_at_least(self, 1, "zoom", "hidden_size")
-        check_size("image_size", self.image_size)
-        if not self.classes or len(set(self.classes)) < len(self.classes):
-            raise SimIPUError(f"--classes takes each class once, found {self.classes}")
-        check_overlap(self.min_overlap)
-
-
-def check_overlap(min_overlap: float | None) -> None:
-    """Raises a `SimIPUError` for an intersection over union that is none."""
-    if min_overlap is not None and not 0 < min_overlap < 1:
-        raise SimIPUError(f"--min_overlap must be above 0 and below 1, found {min_overlap}")
 
 
 @dataclass(kw_only=True)
@@ -515,12 +509,11 @@ class EvaluateDetectionArguments(EvaluateArguments):
     """Folder of detections, a text file for each frame, instead of --model."""
     labels: str | None = None
     """Folder of the frames' label files, with --predictions."""
-    min_overlap: float | None = None
+    min_overlap: Annotated[float, InsideOf1] | None = None
     """Intersection over union that a match exceeds; KITTI's own, 0.7 for cars and 0.5 for the others, if None."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_overlap(self.min_overlap)
         given = tuple(map(bool, (self.model, self.test_frames, self.predictions, self.labels)))
         if given not in ((True, True, False, False), (False, False, True, True)):
             raise SimIPUError("give either --model and --test_frames, or --predictions and --labels")
@@ -531,26 +524,26 @@ class EvaluateDetectionArguments(EvaluateArguments):
 class CompareArguments(FineTuningArguments):
     """What every comparison of image encoders takes, whatever the task."""
 
-    image_encoders: list[str]
+    image_encoders: Annotated[list[str], EachOnce]
     """NAME=SOURCE ..., SOURCE being whatever the task's --image_encoder takes. Each is compared with
     random weights of its architecture, added where missing: scratch, and scratch-ARCHITECTURE of a further one."""
-    train_frames: list[str]
+    train_frames: Annotated[list[str], EachOnce]
     """Frames with labels: SOURCE, SOURCE#SPLIT or SOURCE#SPLIT:ID,ID,..."""
-    test_frames: list[str]
+    test_frames: Annotated[list[str], EachOnce]
     """Frames to evaluate on; none may be a training frame, and no drive should be on both sides."""
     output_dir: str
     """Folder of the results; runs that it already holds are not repeated."""
-    modes: list[Literal["full", "frozen"]] = field(default_factory=lambda: ["full"])
+    modes: Annotated[list[Literal["full", "frozen"]], EachOnce] = field(default_factory=lambda: ["full"])
     """full: all weights are trained; frozen: the decoder alone."""
-    label_fractions: list[float] = field(default_factory=lambda: [1.0])
+    label_fractions: Annotated[list[Annotated[float, UpTo1]], EachOnce] = field(default_factory=lambda: [1.0])
     """Shares of the training frames; smaller ones are part of larger ones."""
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    seeds: Annotated[list[Seed], EachOnce] = field(default_factory=lambda: [0, 1, 2])
     """Of the decoder, of random encoders, of frame order and augmentation."""
-    max_steps: int = 400
+    max_steps: Annotated[int, AtLeast1] = 400
     """Optimizer steps of every run."""
-    batch_size: int = 8
+    batch_size: Annotated[int, AtLeast1] = 8
     """Frames per step."""
-    num_evaluations: int = 8
+    num_evaluations: Annotated[int, AtLeast1] = 8
     """Evaluations during every run, evenly spaced, the last at its end; they are the curve that speed is read from."""
     device: str | None = None
     """Such as cuda; a GPU where there is one if None."""
@@ -559,13 +552,6 @@ class CompareArguments(FineTuningArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("image_encoders", "train_frames", "test_frames", "modes", "label_fractions", "seeds"):
-            values = getattr(self, name)
-            if not values:
-                raise SimIPUError(f"--{name} is missing")
-            if len(set(values)) < len(values):
-                raise SimIPUError(f"--{name} names something twice: {' '.join(map(str, values))}")
-        check_seeds("seeds", *self.seeds)
         of_encoder = ("decoder_first", "encoder_learning_rate")
         refuse_without_effect(self, "full" in self.modes, "with --modes frozen", *of_encoder)
         names = [encoder.partition("=")[0] for encoder in self.image_encoders]
@@ -576,9 +562,6 @@ class CompareArguments(FineTuningArguments):
                 raise SimIPUError(f"--image_encoders {encoder}: expected a NAME of letters, digits and . _ + -")
         if len(set(names)) < len(names):
             raise SimIPUError(f"--image_encoders: expected each NAME once, found {' '.join(names)}")
-        if not all(0 < fraction <= 1 for fraction in self.label_fractions):
-            raise SimIPUError(f"--label_fractions must be above 0 and at most 1, found {self.label_fractions}")
-        check_at_least(self, 1, "max_steps", "batch_size", "num_evaluations")
         if self.num_evaluations > self.max_steps:
             raise SimIPUError(f"--num_evaluations {self.num_evaluations} is more than --max_steps {self.max_steps}")
 
@@ -631,21 +614,16 @@ class BenchmarkArguments(Arguments):
     """Hub id, or a folder."""
     preset: Literal["recommended", "official"] = "recommended"
     """Model, processor and augmentation."""
-    batch_size: int = 2
+    batch_size: Annotated[int, AtLeast1] = 2
     """Rows in a batch."""
-    num_points: int = 16384
+    num_points: Annotated[int, AtLeast1] = 16384
     """Points of a scan."""
-    repeats: int = 5
+    repeats: Annotated[int, AtLeast1] = 5
     """Measurements of which the median counts, at least."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the weights and the augmentation."""
     json: bool = False
     """Print JSON, for programs."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_at_least(self, 1, "batch_size", "num_points", "repeats")
-        check_seeds("seed", self.seed)
 
 
 @dataclass(kw_only=True)
@@ -695,44 +673,10 @@ class BenchmarkDataArguments(BenchmarkArguments):
 
     image_size: tuple[int, int] = (384, 1248)
     """Height and width of the images."""
-    num_rows: int = 16
+    num_rows: Annotated[int, AtLeast1] = 16
     """Rows in one pass; a smaller data set is read several times over."""
-    num_workers: int | None = None
+    num_workers: Annotated[int, AtLeast1] | None = None
     """Processes of the loader; one per processor if None."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_at_least(self, 1, "num_rows", "num_workers")
-
-
-def check_at_least(arguments: Any, lowest: float, *names: str) -> None:
-    """Raises a `SimIPUError` that names the first of the fields `names` whose value is below `lowest`."""
-    for name in names:
-        value = getattr(arguments, name)
-        if value is not None and not value >= lowest:
-            raise SimIPUError(f"--{name} must be at least {lowest}, found {value}")
-
-
-def check_below_one(arguments: Any, lowest: float, *names: str) -> None:
-    """Raises a `SimIPUError` that names the first of the fields `names` that is not from `lowest` to below 1."""
-    for name in names:
-        if not lowest <= getattr(arguments, name) < 1:
-            raise SimIPUError(f"--{name} must be at least {lowest} and below 1, found {getattr(arguments, name)}")
-
-
-def check_depths(arguments: Any) -> None:
-    """Raises a `SimIPUError` unless there are depths between `min_depth`, where there is one, and `max_depth`."""
-    least = getattr(arguments, "min_depth", 0)
-    if not least >= 0:
-        raise SimIPUError(f"--min_depth must be at least 0, found {least}")
-    if not least < arguments.max_depth < math.inf:
-        raise SimIPUError(f"--max_depth must be a number of metres above {least:g}, found {arguments.max_depth}")
-
-
-def check_size(name: str, size: Sequence[int] | None) -> None:
-    """Raises a `SimIPUError` for a height and width of less than 32 pixels."""
-    if size is not None and (len(size) != 2 or min(size) < 32):
-        raise SimIPUError(f"--{name} takes a height and a width of at least 32 pixels, found {size}")
 
 
 def refuse_without_effect(arguments: Any, has_effect: Any, reason: str, *names: str) -> None:
@@ -742,23 +686,11 @@ def refuse_without_effect(arguments: Any, has_effect: Any, reason: str, *names: 
             raise SimIPUError(f"--{name} does nothing {reason}")
 
 
-def check_seeds(name: str, *seeds: int) -> None:
-    """Raises a `SimIPUError` for a seed that NumPy does not take."""
-    for seed in seeds:
-        if not 0 <= seed < 2**32:
-            raise SimIPUError(f"--{name} must be at least 0 and below 2**32, found {seed}")
-
-
 def parse_arguments(cls: type[ArgumentsT], argv: Sequence[str] | None = None, prog: str | None = None) -> ArgumentsT:
     """Command-line flags to an instance of the dataclass `cls`, whose docstrings are the help.
 
     Every `--config FILE` is read, in order, as if its flags stood before those of the command line, which therefore
     win.
-
-    Args:
-        cls: its fields are the flags.
-        argv: flags; `sys.argv[1:]` where `None`.
-        prog: the command as it stands in messages.
 
     Raises:
         SimIPUError: a configuration file that is missing or names an unknown flag, or a value that `cls` refuses.
@@ -796,30 +728,20 @@ def _flags_of(config: str, cls: type) -> list[str]:
         if isinstance(value, bool):
             from_file.append(f"--{name}" if value else f"--no_{name}")
         else:
-            from_file += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+            values = value if isinstance(value, list) else [value]
+            from_file += [f"--{name}", *("None" if one in (None, "null", "~", "") else str(one) for one in values)]
     return from_file
 
 
 def packaged_configs() -> list[str]:
-    """Names of the configuration files that come with the package."""
     return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-
-
-class _TextLoader(yaml.SafeLoader):
-    """Leaves what is not empty as it is written: a scene's name may look like a number (6380_000, 010), and `no` is
-    the name of a precision."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012 (so in the class that it is made of)
-        first: [rule for rule in rules if rule[0].rpartition(":")[2] not in ("int", "float", "timestamp", "bool")]
-        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
 
 
 def read_config(name: str) -> dict[str, Any]:
     """Flags from a YAML or JSON file, a `run.yaml` (its `arguments`), or a packaged configuration.
 
     Returns:
-        name -> `None` or the value as text; lists of them. Numbers and booleans are such in JSON alone.
+        name -> the value as text, or a list of texts; from JSON as they are.
 
     Raises:
         SimIPUError: there is no such file, or it holds something else.
@@ -829,7 +751,8 @@ def read_config(name: str) -> dict[str, Any]:
         raise SimIPUError(f"--config {name}: no such file; the packaged ones are {', '.join(packaged_configs())}")
     try:
         text = file.read_text(encoding="utf-8-sig")
-        values = json.loads(text) if name.endswith(".json") else yaml.load(text, _TextLoader)
+        # all as it is written: a scene's name may look like a number (010), and `no` is the name of a precision
+        values = json.loads(text) if name.endswith(".json") else yaml.load(text, yaml.BaseLoader)
     except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise SimIPUError(f"--config {name} cannot be read: {error}") from error
     if isinstance(values, dict) and isinstance(values.get("arguments"), dict):
@@ -851,7 +774,8 @@ def parse_overrides(
             or a value that is no YAML.
     """
     overrides: dict[str, Any] = {}
-    for part in _split_outside_brackets(text or ""):
+    parts = re.split(r",(?=\s*[\w.]+\s*=)", (text or "").strip(" ,"))  # at the commas before another name
+    for part in filter(None, parts):
         name, equals, value = part.partition("=")
         section, _, inner = name.strip().rpartition(".")
         if not equals or (section and section not in sections) or (not section and inner in sections):
@@ -866,14 +790,3 @@ def parse_overrides(
             found = " ".join(str(error).split())
             raise SimIPUError(f"{name_of_flag} {part.strip()!r}: the value cannot be read ({found})") from error
     return overrides
-
-
-def _split_outside_brackets(text: str) -> list[str]:
-    parts, depth = [""], 0
-    for character in text:
-        depth += (character in "[{(") - (character in "]})")
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return [part for part in parts if part.strip()]

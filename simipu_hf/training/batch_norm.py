@@ -1,5 +1,7 @@
 """Batch norm in training: statistics over all processes, and none counted twice."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,27 +13,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from simipu_hf.modeling.layers import all_reduce_sum
 
 
-class kept_running_statistics:  # noqa: N801 (a context manager, named like a function)
-    """Keeps batch-norm buffers as they are while gradient checkpointing runs a forward again in the backward pass.
-
-    Does nothing for a model whose image encoder does not checkpoint.
-    """
-
-    def __init__(self, model: nn.Module):
-        recomputes = any(getattr(module, "grad_checkpointing", False) for module in model.modules())
-        self.norms = [m for m in model.modules() if isinstance(m, _BatchNorm)] * recomputes
-        self.counters = [norm.num_batches_tracked for norm in self.norms if norm.num_batches_tracked is not None]
-
-    def __enter__(self) -> None:
-        self.momenta = [norm.momentum for norm in self.norms]
-        self.counts = [counter.clone() for counter in self.counters]
-        for norm in self.norms:
-            norm.momentum = 0.0
-
-    def __exit__(self, *_: object) -> None:
-        for norm, momentum in zip(self.norms, self.momenta, strict=True):
+@contextmanager
+def kept_running_statistics(model: nn.Module) -> Iterator[None]:
+    """Keeps batch-norm buffers as they are while gradient checkpointing runs a forward again in the backward pass."""
+    recomputes = any(getattr(module, "grad_checkpointing", False) for module in model.modules())
+    norms = [module for module in model.modules() if recomputes and isinstance(module, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    counters = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
+    counts = [counter.clone() for counter in counters]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-        for counter, count in zip(self.counters, self.counts, strict=True):
+        for counter, count in zip(counters, counts, strict=True):
             counter.copy_(count)
 
 

@@ -44,15 +44,6 @@ WRITE_ERRORS = (OSError, SafetensorError, RuntimeError, SimIPUError)  # of a ful
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
-@dataclass
-class Checkpoint:
-    """What [`load_checkpoint`] returns; `tensors` as [`TrainingState.save`] wrote them."""
-
-    path: Path
-    step: int
-    tensors: dict[str, Any]
-
-
 def save_checkpoint(
     output_dir: Path,
     step: int,
@@ -67,9 +58,6 @@ def save_checkpoint(
         save: writes everything into the folder it is given.
         identity: what must be the same for a run to continue, as JSON.
         total_limit: checkpoints to keep; 0 keeps all.
-
-    Returns:
-        the checkpoint's folder.
 
     Raises:
         SimIPUError: it could not be written (full disk, no permission); earlier checkpoints are untouched.
@@ -105,7 +93,6 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 
 def write_error(target: Path, error: Exception) -> SimIPUError:
-    """What to raise for a checkpoint that could not be written."""
     kept = newest_checkpoint(target.parent)
     return SimIPUError(
         f"could not write checkpoint {target}: {error}. "
@@ -124,23 +111,22 @@ def resumed_step(path: Path, identity: dict[str, Any]) -> int:
     return manifest["step"]
 
 
-def load_checkpoint(path: Path, identity: dict[str, Any]) -> Checkpoint:
-    """[`resumed_step`] and the training state; the model's own files are left to its `from_pretrained`.
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What [`TrainingState.save`] wrote beside the model.
 
     Raises:
-        SimIPUError: as there, and where the state holds anything but tensors and plain values.
+        SimIPUError: it holds anything but tensors and plain values, or cannot be read.
     """
-    step = resumed_step(path, identity)
+    path = checkpoint / STATE_TENSORS
     try:
-        tensors = torch.load(path / STATE_TENSORS, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise SimIPUError(
-            f"{path / STATE_TENSORS} holds more than tensors and plain values; it was not loaded, because unpickling "
-            "runs code from the file"
+            f"{path} holds more than tensors and plain values; it was not loaded, because unpickling runs code from "
+            "the file"
         ) from error
     except (OSError, ValueError, RuntimeError, EOFError, KeyError) as error:
-        raise SimIPUError(f"{path}: the training state cannot be read ({error})") from error
-    return Checkpoint(path, step, tensors)
+        raise SimIPUError(f"{path} cannot be read ({error})") from error
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
@@ -155,11 +141,11 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         raise SimIPUError(f"{path} is not a training checkpoint: it has no {MANIFEST}{hint}")
     try:
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-        whole = manifest.pop("sha256", None)  # an earlier version wrote none
+        digest_of_all = manifest.pop("sha256")
         expected = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SimIPUError(f"{manifest_path} is damaged ({error})") from error
-    if whole is not None and whole != _digest(manifest):
+    if digest_of_all != _digest(manifest):
         raise SimIPUError(f"{manifest_path} is damaged: its contents differ from what was written")
     for name, (size, digest) in expected.items():
         file = path / name
@@ -191,15 +177,11 @@ def newest_checkpoint(output_dir: Path, on_damaged: Callable[[str], None] = lamb
 
 
 def set_aside(output_dir: Path, step: int, is_way_back: bool = False) -> Path | None:
-    """Move the checkpoints beyond `step` into a folder of their own, with a copy of the metrics that led there.
-
-    `is_way_back`: to a checkpoint that was set aside, so that the one of `step`, too, is of another continuation.
+    """Move the checkpoints beyond `step` into a folder of their own, if there are any, with a copy of the metrics that
+    led there.
 
     A run that goes on from an earlier checkpoint leaves another continuation behind: it is neither deleted nor taken
-    for the newest.
-
-    Returns:
-        that folder; `None` where there are no such checkpoints.
+    for the newest. `is_way_back`: to a checkpoint that was set aside, so that the one of `step`, too, is of another.
     """
     beyond = [path for path in list_checkpoints(output_dir) if int(path.name.split("-")[1]) > step - is_way_back]
     if not beyond and not is_way_back:
@@ -222,11 +204,7 @@ def new_set_aside(output_dir: Path) -> Path:
 @dataclass
 class TrainingState:
     """What a run saves and takes up again: model, optimizer, schedule, loss scale, the logger's unfinished window, and
-    where each process stands in a stream.
-
-    Args:
-        model, optimizer: as accelerate prepared them.
-        identity: what must be the same for a run to continue, as JSON.
+    where each process stands in a stream. Model and optimizer are as accelerate prepared them.
     """
 
     accelerator: Accelerator
@@ -237,11 +215,6 @@ class TrainingState:
     logger: RunLogger
     batches: Stateful
     identity: dict[str, Any]
-
-    @property
-    def unwrapped_model(self) -> Any:
-        """The model itself, without what accelerate wraps it in for several processes."""
-        return self.accelerator.unwrap_model(self.model)
 
     def save(self, output_dir: Path, step: int, total_limit: int) -> Path:
         """Every process calls it; the main one writes, see [`save_checkpoint`]."""
@@ -254,7 +227,7 @@ class TrainingState:
         }
 
         def save(folder: Path) -> None:
-            self.unwrapped_model.save_pretrained(folder)  # with the remote code
+            self.accelerator.unwrap_model(self.model).save_pretrained(folder)  # with the remote code
             self.processor.save_pretrained(folder)
             torch.save(tensors, folder / STATE_TENSORS)
 
@@ -268,44 +241,29 @@ class TrainingState:
             total_limit=total_limit,
         )
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """
-        Raises:
-            SimIPUError: the checkpoint does not fit the model or the optimizers.
-        """
+    def restore(self, checkpoint: Path) -> None:
+        saved = read_state(checkpoint)
         try:
-            self.unwrapped_model.load_state_dict(load_file(checkpoint.path / "model.safetensors"))
-            self.optimizer.load_state_dict(checkpoint.tensors["optimizer"])
-            self.schedule.load_state_dict(checkpoint.tensors["schedule"])
-            if self.accelerator.scaler is not None and checkpoint.tensors["scaler"] is not None:
-                self.accelerator.scaler.load_state_dict(checkpoint.tensors["scaler"])
-            processes = checkpoint.tensors["processes"]
-            if len(processes) == self.accelerator.num_processes:  # or the logged means start anew
+            self.accelerator.unwrap_model(self.model).load_state_dict(load_file(checkpoint / "model.safetensors"))
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.schedule.load_state_dict(saved["schedule"])
+            if self.accelerator.scaler is not None and saved["scaler"] is not None:
+                self.accelerator.scaler.load_state_dict(saved["scaler"])
+            processes = saved["processes"]
+            if len(processes) == self.accelerator.num_processes:  # or the logged means and the skipped rows start anew
                 own = processes[self.accelerator.process_index]
                 self.logger.load_state_dict(own["logger"])
                 self.batches.load_state_dict(own["batches"])
-            else:  # of rows on the disk: which of them were left out
-                for process in processes:
-                    self.batches.load_state_dict(process["batches"])
         except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
-            raise SimIPUError(f"{checkpoint.path} does not fit the model or its optimizers ({error})") from error
+            raise SimIPUError(f"{checkpoint} does not fit the model or its optimizers ({error})") from error
 
 
 def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
-    """Refuse to continue a run under other conditions than it was started with.
-
-    Raises:
-        SimIPUError: naming the other command or version, or every value that differs, nested ones as
-            `recipe.learning_rate`.
-    """
+    """Refuse to continue a run under other conditions than it was started with."""
     kind, expected = saved.get("kind"), current.get("kind")
     if kind != expected:
         origin = f"another command ({kind}, not {expected})" if kind else "an earlier version or another Trainer"
         raise SimIPUError(f"{path} is a checkpoint of {origin}: start anew in another folder")
-    if saved.get("training_version") != current.get("training_version"):
-        raise SimIPUError(
-            f"{path} is of another version of simipu_hf, which trains differently: start anew in another folder"
-        )
     saved, current = flatten(saved), flatten(current)
     differing = [
         f"{name}: {saved.get(name, 'absent')} in the checkpoint, {current.get(name, 'absent')} now"

@@ -78,11 +78,7 @@ def kept_session() -> Iterator[None]:
 
 
 def choose_device(device: str | None) -> torch.device:
-    """The device named, or CUDA where there is one; a GPU becomes the current one, which PyTorch's timers wait for.
-
-    Raises:
-        SimIPUError: no device of this machine.
-    """
+    """The device named, or CUDA where there is one; a GPU becomes the current one, which PyTorch's timers wait for."""
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, dtype=torch.float64, device=chosen)  # the geometry takes it; MPS, without, is untested
@@ -112,11 +108,7 @@ def check_precision(precision: str) -> None:
 
 
 def recompute_activations(model: Any) -> None:
-    """Gradient checkpointing of a model's image encoder.
-
-    Raises:
-        SimIPUError: timm does not have it for this encoder.
-    """
+    """Gradient checkpointing of a model's image encoder."""
     try:
         model.gradient_checkpointing_enable()
     except (AttributeError, AssertionError) as error:
@@ -132,11 +124,7 @@ def compile_image_encoder(model: Any) -> None:
 
 
 def check_processes(accelerator: Accelerator) -> None:
-    """Refuse launches that start other processes than they say, or that shard the model.
-
-    Raises:
-        SimIPUError: several processes that do not know of each other, or a strategy other than data parallelism.
-    """
+    """Refuse launches that start other processes than they say, or that shard the model."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise SimIPUError(
@@ -164,21 +152,11 @@ def on_main_process(accelerator: Accelerator, function: Callable[..., T], *args:
 
     Without the second half the other processes would wait for a main process that has given up.
     """
-    if accelerator.num_processes == 1:
-        return function(*args, **kwargs)
-    outcome: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = function(*args, **kwargs)
-        except SimIPUError as error:
-            outcome[1] = str(error)
-    broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise SimIPUError(outcome[1])
-    return outcome[0]
+    result = on_every_process(lambda: function(*args, **kwargs) if accelerator.is_main_process else None)
+    return cast("T", broadcast_object_list([result])[0])
 
 
-def on_every_process(accelerator: Accelerator, function: Callable[..., T], *args: Any) -> T:
+def on_every_process(function: Callable[..., T], *args: Any) -> T:
     """Call `function` on every process; where one fails, all of them end with its `SimIPUError`.
 
     Else the others would go on to wait for it, and blame what they were doing when it ended.

@@ -18,8 +18,11 @@ from tqdm.auto import tqdm
 from simipu_hf.errors import SimIPUError
 from simipu_hf.files import atomic_write, to_json
 
+from .arguments import RunArguments
+
 METRICS_FILE = "metrics.jsonl"
 TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow", "comet_ml", "aim", "clearml", "swanlab")
+SHOWN = {"intra_modal_loss": "intra", "inter_modal_loss": "inter", "inter_modal_chance": "chance"}  # by the bar
 T = TypeVar("T")
 
 
@@ -51,7 +54,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def json_line(values: Mapping[str, Any]) -> str:
-    """A line of a `metrics.jsonl`."""
     return to_json(values, indent=None) + "\n"
 
 
@@ -70,37 +72,32 @@ class RunLogger:
 
     Args:
         accelerator: its trackers are started, used and closed.
-        output_dir: of the run; `metrics.jsonl` lies there.
-        total_steps: for the progress bar.
         first_step: where the run starts or resumes.
-        rows_per_step: rows of all processes together in one optimizer step.
-        show: which values the bar shows, as name -> label.
-        record: what the trackers are told about the run.
+        record: what the trackers are told beside the arguments.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
-        output_dir: Path,
-        *,
-        total_steps: int,
+        arguments: RunArguments,
         first_step: int,
-        rows_per_step: int,
-        show: Mapping[str, str],
+        last_step: int,
         record: Mapping[str, Any],
     ) -> None:
         self.accelerator = accelerator
-        self.rows_per_step = rows_per_step
-        self.show = show
+        rows = arguments.per_device_train_batch_size * accelerator.num_processes
+        self.rows_per_step = rows * arguments.gradient_accumulation_steps
         self.main = accelerator.is_main_process
         purge = {"tensorboard": {"purge_step": first_step + 1}}  # also what a start without a checkpoint wrote
-        config = {n: v if isinstance(v, (int, float, str, bool)) else str(v) for n, v in flatten(record).items()}
+        told = flatten({"arguments": arguments.to_dict(), **record})
+        config = {n: v if isinstance(v, (int, float, str, bool)) else str(v) for n, v in told.items()}
         accelerator.init_trackers("pretrain", config=config, init_kwargs=purge)
         if self.main:
-            cut_metrics(output_dir / METRICS_FILE, first_step)
-            self._stream = (output_dir / METRICS_FILE).open("a", encoding="utf-8")
+            file = Path(arguments.output_dir) / METRICS_FILE
+            cut_metrics(file, first_step)
+            self._stream = file.open("a", encoding="utf-8")
         self.bar = tqdm(
-            total=total_steps, initial=first_step, unit="step", disable=not self.main, smoothing=0.1, desc="pretrain"
+            total=last_step, initial=first_step, unit="step", disable=not self.main, smoothing=0.1, desc="pretrain"
         )
         self.watch = Watch(lambda text: self.message(f"warning: {text}"))
         self._sums: dict[str, torch.Tensor] = {}
@@ -141,7 +138,7 @@ class RunLogger:
         throughput = self._throughput()
         self.write(step, {**means, **values, **throughput})
         self.watch.look(step, means, throughput["data_wait_share"])
-        self.bar.set_postfix({label: f"{means[n]:.3f}" for n, label in self.show.items() if n in means})
+        self.bar.set_postfix({label: f"{means[n]:.3f}" for n, label in SHOWN.items() if n in means})
         self._sums, self._counts = {}, {}
         self._reset_clock()
 
@@ -219,8 +216,7 @@ class Watch:
     def __init__(self, warn: Callable[[str], None], patience: int = 100) -> None:
         self.warn = warn
         self.patience = patience
-        self._since: dict[str, int] = {}  # name -> the first line on which it held
-        self._warned: set[str] = set()
+        self._since: dict[str, float] = {}  # name -> the first line on which it held; infinity where that was told
 
     def look(self, step: int, means: Mapping[str, float], data_wait_share: float) -> None:
         """`means` up to `step`, since the last call; they may hold `X_loss` with `X_chance`, and `X_spread`."""
@@ -244,10 +240,9 @@ class Watch:
                 f"{data_wait_share:.0%} of the time is spent waiting for data; raise --dataloader_num_workers"
             )
         self._since = {name: self._since.get(name, step) for name in found}
-        self._warned &= found.keys()
         for name, text in found.items():
-            if step - self._since[name] >= self.patience and name not in self._warned:
-                self._warned.add(name)
+            if step - self._since[name] >= self.patience:
+                self._since[name] = math.inf
                 self.warn(f"step {step}: {text}")
 
 

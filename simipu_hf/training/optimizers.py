@@ -1,6 +1,6 @@
 """Optimizers and schedules: which parameters follow which rule, and how fast."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,13 +18,13 @@ from .arguments import PreTrainingArguments, refuse_without_effect
 
 @dataclass(frozen=True)
 class Recipe:
-    """How image encoder and heads are optimised, with every default resolved."""
+    """How a part of the model is optimised, with every default resolved."""
 
     optimizer: str
     learning_rate: float
     weight_decay: float
-    layer_decay: float
-    warmup_steps: int
+    layer_decay: float = 1.0
+    warmup_steps: int = 0
 
 
 def choose_recipe(arguments: PreTrainingArguments, image_encoder: nn.Module, total_steps: int) -> Recipe:
@@ -37,11 +37,11 @@ def choose_recipe(arguments: PreTrainingArguments, image_encoder: nn.Module, tot
     has_batch_norm = any(isinstance(module, _BatchNorm) for module in image_encoder.modules())
     optimizer = arguments.optimizer or ("sgd" if has_batch_norm else "adamw")
     if optimizer == "sgd":
-        defaults = Recipe("sgd", learning_rate=0.03, weight_decay=1e-4, layer_decay=1.0, warmup_steps=0)
+        defaults = Recipe("sgd", learning_rate=0.03, weight_decay=1e-4)
     elif arguments.pretrained_image_encoder or arguments.model_name_or_path:
         defaults = Recipe("adamw", 1e-4, weight_decay=0.05, layer_decay=0.75, warmup_steps=total_steps // 20)
     else:
-        defaults = Recipe("adamw", 1e-3, weight_decay=0.05, layer_decay=1.0, warmup_steps=total_steps // 20)
+        defaults = Recipe("adamw", 1e-3, weight_decay=0.05, warmup_steps=total_steps // 20)
     if arguments.lr_scheduler_type == "constant":
         defaults = replace(defaults, warmup_steps=0)
     kinds = {optimizer, arguments.point_optimizer}
@@ -87,14 +87,7 @@ def learning_rates(optimizer: Optimizer) -> dict[str, float]:
 
 
 def create_optimizer(
-    kind: str,
-    modules: dict[str, Sequence[nn.Module]],
-    *,
-    learning_rate: float,
-    weight_decay: float,
-    betas: tuple[float, float],
-    momentum: float,
-    layer_decay: float = 1.0,
+    arguments: PreTrainingArguments, recipe: Recipe, modules: Mapping[str, Sequence[nn.Module]]
 ) -> Optimizer:
     """SGD or AdamW over the trainable parameters of named modules.
 
@@ -106,41 +99,37 @@ def create_optimizer(
         for module in parts:
             undecayed: Any = getattr(module, "no_weight_decay", set)()
             found: list[dict[str, Any]]
-            if kind == "sgd":
+            if recipe.optimizer == "sgd":
                 found = [{"params": [p for p in module.parameters() if p.requires_grad]}]
-            elif layer_decay < 1 and hasattr(module, "group_matcher"):
+            elif recipe.layer_decay < 1 and hasattr(module, "group_matcher"):
                 found = param_groups_layer_decay(
-                    module, weight_decay, no_weight_decay_list=undecayed, layer_decay=layer_decay
+                    module, recipe.weight_decay, no_weight_decay_list=undecayed, layer_decay=recipe.layer_decay
                 )
             else:
-                found = param_groups_weight_decay(module, weight_decay, no_weight_decay_list=undecayed)
-            groups += [{**group, "name": name, "lr": learning_rate * group.get("lr_scale", 1.0)} for group in found]
+                found = param_groups_weight_decay(module, recipe.weight_decay, no_weight_decay_list=undecayed)
+            for group in found:
+                groups.append({**group, "name": name, "lr": recipe.learning_rate * group.get("lr_scale", 1.0)})
     groups = [group for group in groups if group["params"]]
-    if kind == "sgd":
-        return torch.optim.SGD(groups, momentum=momentum, weight_decay=weight_decay)
-    return AdamW(groups, betas=betas, weight_decay=weight_decay)
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=arguments.momentum, weight_decay=recipe.weight_decay)
+    return AdamW(groups, betas=(arguments.adam_beta1, arguments.adam_beta2), weight_decay=recipe.weight_decay)
 
 
 def create_schedule(
-    name: str,
-    optimizer: Optimizer,
-    *,
-    warmup_steps: int,
-    total_steps: int,
-    steps_per_epoch: int,
-    decay_per_epoch: float,
+    arguments: PreTrainingArguments, recipe: Recipe, optimizer: Optimizer, total_steps: int, steps_per_epoch: int
 ) -> LRScheduler:
     """A schedule that is stepped once per optimizer step.
 
-    `"exponential"` multiplies by `decay_per_epoch` after every epoch (the official `Exp` policy) following a linear
+    `"exponential"` multiplies by `lr_decay_per_epoch` after every epoch (the official `Exp` policy) following a linear
     warm-up; the other names are those of `transformers.get_scheduler`.
     """
+    name, warmup_steps = arguments.lr_scheduler_type, recipe.warmup_steps
     if name != "exponential":
         return get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps)
 
     def factor(step: int) -> float:
         warmup = min(1.0, (step + 1) / (warmup_steps + 1))
-        return warmup * decay_per_epoch ** (step // steps_per_epoch)
+        return warmup * arguments.lr_decay_per_epoch ** (step // steps_per_epoch)
 
     return LambdaLR(optimizer, factor)
 

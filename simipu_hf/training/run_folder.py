@@ -9,8 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,59 +45,47 @@ def find_checkpoint(arguments: RunArguments) -> Path | None:
         SimIPUError: the folder holds something else than an earlier start of this command or the run of the
             checkpoint, or a finished model without checkpoints for `"latest"`, or the checkpoint does not exist.
     """
-    output_dir, resume, checkpoint = Path(arguments.output_dir), arguments.resume_from_checkpoint, None
+    output_dir, resume = Path(arguments.output_dir), arguments.resume_from_checkpoint
     if output_dir.exists() and not output_dir.is_dir():
         raise SimIPUError(f"--output_dir {output_dir} is a file")
-    occupied, kind = output_dir.is_dir() and any(output_dir.iterdir()), type(arguments).__name__
-    if resume not in (None, "latest"):
-        checkpoint = Path(resume)
+    if resume == "latest":
+        return latest_checkpoint(output_dir, type(arguments).__name__)
+    checkpoint = None if resume is None else Path(resume)
+    if checkpoint is not None:
         if not checkpoint.is_dir():
             raise SimIPUError(f"--resume_from_checkpoint {resume}: no such folder")
         folder = checkpoint.absolute().parent.resolve()
         if output_dir.resolve() == (folder.parent if folder.name.startswith("set_aside-") else folder):
             return checkpoint
-        if occupied:
-            verify_checkpoint(checkpoint)
-            raise SimIPUError(
-                f"--output_dir {output_dir} is not empty, and {resume} is a checkpoint of another run: choose another "
-                "folder to start from it, or --resume_from_checkpoint latest for the run in this one"
-            )
-    if resume == "latest":
-        found = newest_checkpoint(output_dir, on_damaged=lambda text: print(f"damaged, not used: {text}"))
-        if found is None and (output_dir / "config.json").is_file():
-            raise SimIPUError(
-                f"--output_dir {output_dir} holds a model and no whole checkpoint to resume from: choose another"
-            )
-        if found is None:
-            # a job's log file may lie there already; image_encoder/ would be replaced
-            if any((output_dir / name).exists() for name in (RUN_FILE, "image_encoder")):
-                check_kind(output_dir, kind, f"--resume_from_checkpoint latest: no run starts in {output_dir}")
-            print(f"no checkpoint in {output_dir} yet: starting at the beginning")
-        return found
-    if occupied:
+        verify_checkpoint(checkpoint)  # of another run: this one starts, in a folder of its own
+    if output_dir.is_dir() and any(output_dir.iterdir()):
         raise SimIPUError(
             f"--output_dir {output_dir} is not empty: choose another folder, or continue the run in it with "
             "--resume_from_checkpoint latest"
         )
-    return checkpoint  # of another run: this one starts, in a folder of its own
+    return checkpoint
 
 
-def check_kind(folder: Path, kind: str, refusal: str) -> None:
-    """Raises a `SimIPUError`, which begins with `refusal`, unless a folder's run is of `kind`: `DepthArguments`."""
-    try:
-        record = yaml.safe_load((folder / RUN_FILE).read_text(encoding="utf-8"))
-        found = record["kind"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise SimIPUError(f"{refusal}, because it does not look like a run ({RUN_FILE}: {error})") from error
-    if found != kind:
+def latest_checkpoint(output_dir: Path, kind: str) -> Path | None:
+    """The newest whole checkpoint; `None` where a run of `kind`, such as `DepthArguments`, may start in the folder."""
+    found = newest_checkpoint(output_dir, on_damaged=lambda text: print(f"damaged, not used: {text}"))
+    if found is not None:
+        return found
+    if (output_dir / "config.json").is_file():
         raise SimIPUError(
-            f"{refusal}, because it holds a run of another command ({found}, not {kind}); choose another folder"
+            f"--output_dir {output_dir} holds a model and no whole checkpoint to resume from: choose another"
         )
-
-
-def run_lock(arguments: RunArguments) -> WriteLock:
-    """What keeps other runs out of the output folder, to be given to [`open_run_folder`] and closed by its caller."""
-    return WriteLock(Path(arguments.output_dir), Path(arguments.output_dir) / ".lock")
+    # a job's log file may lie there already; image_encoder/ would be replaced
+    if any((output_dir / name).exists() for name in (RUN_FILE, "image_encoder")):
+        refusal = f"--resume_from_checkpoint latest: no run starts in {output_dir}, because it"
+        try:
+            earlier = yaml.safe_load((output_dir / RUN_FILE).read_text(encoding="utf-8"))["kind"]
+        except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+            raise SimIPUError(f"{refusal} does not look like a run ({RUN_FILE}: {error})") from error
+        if earlier != kind:
+            raise SimIPUError(f"{refusal} holds a run of another command ({earlier}, not {kind}): choose another")
+    print(f"no checkpoint in {output_dir} yet: starting at the beginning")
+    return None
 
 
 def open_run_folder(arguments: RunArguments, lock: WriteLock, step: int, last_step: int, **record: Any) -> None:
@@ -106,26 +93,22 @@ def open_run_folder(arguments: RunArguments, lock: WriteLock, step: int, last_st
     `run.yaml`.
 
     That holds the arguments (it can be given to `--config`), versions, command, git state, and `record`. Main process
-    only, after [`find_checkpoint`].
+    only, after [`find_checkpoint`]. From here on `lock` keeps other runs out, until its caller closes it.
 
     Raises:
         SimIPUError: the folder cannot be written to, or another run is writing to it.
     """
     output_dir = Path(arguments.output_dir)
-    is_new = not output_dir.exists()
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SimIPUError(f"--output_dir {output_dir} cannot be written to ({error})") from error
     lock.take()
     for path in output_dir.glob(".checkpoint-*"):  # what a kill during a checkpoint left behind
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
     written = {
         "kind": type(arguments).__name__,
-        "command": current_command(),
+        "command": shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
         "arguments": arguments.to_dict(),
         **record,
         "versions": versions(),
@@ -135,15 +118,8 @@ def open_run_folder(arguments: RunArguments, lock: WriteLock, step: int, last_st
             "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         },
     }
-    try:
-        with atomic_write(output_dir / RUN_FILE) as stream:
-            yaml.safe_dump(written, stream, sort_keys=False, allow_unicode=True, width=sys.maxsize)
-    except SimIPUError as error:
-        lock.close()
-        if is_new:
-            with suppress(OSError):
-                output_dir.rmdir()
-        raise SimIPUError(f"--output_dir {output_dir} cannot be written to ({error})") from error
+    with atomic_write(output_dir / RUN_FILE) as stream:
+        yaml.safe_dump(written, stream, sort_keys=False, allow_unicode=True, width=sys.maxsize)
     start = Path(arguments.resume_from_checkpoint or "").absolute().parent
     is_way_back = start.name.startswith("set_aside-") and start.resolve().parent == output_dir.resolve()
     aside = set_aside(output_dir, step, is_way_back)
@@ -164,11 +140,6 @@ def open_run_folder(arguments: RunArguments, lock: WriteLock, step: int, last_st
             shutil.copyfile(start / METRICS_FILE, beside)
 
 
-def current_command() -> str:
-    """The command line of this process."""
-    return shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])
-
-
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that the result depends on."""
     found = {package: package_version(package) or "not installed" for package in _PACKAGES}
@@ -176,25 +147,20 @@ def versions() -> dict[str, str]:
 
 
 def package_version(name: str) -> str | None:
-    """Of an installed package."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def git_state() -> dict[str, Any] | None:
-    """Commit of the repository that this package lies in and whether it has changes; `None` outside of one."""
+def git_state() -> str | None:
+    """Commit of the repository that this package lies in, with `-dirty` where files differ; `None` outside of one."""
+    describe = ("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
+    command = ["git", "-C", str(Path(__file__).parent), *describe]
     try:
-        commit = _git("rev-parse", "HEAD")
-        return {"commit": commit, "changed": bool(_git("status", "--porcelain", "--untracked-files=no"))}
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
 
 def weights_fingerprint(weights: Mapping[str, torch.Tensor], about: Any = None) -> str:
@@ -205,9 +171,6 @@ def weights_fingerprint(weights: Mapping[str, torch.Tensor], about: Any = None) 
     return digest.hexdigest()[:16]
 
 
-def data_fingerprint(names: Iterable[str]) -> str:
-    """A short digest of names and their order."""
-    digest = hashlib.sha256()
-    for name in names:
-        digest.update(name.encode() + b"\n")
-    return digest.hexdigest()[:16]
+def short_digest(of: Any) -> str:
+    """Sixteen characters that tell apart what JSON can write."""
+    return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]

@@ -22,7 +22,7 @@ from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
 from .arguments import PreTrainingArguments
 from .distributed import StopRequest
-from .run_folder import data_fingerprint
+from .run_folder import short_digest
 
 # Another number wherever the same rows and seed give another run (order, drawn numbers, inputs, targets): no run and
 # no comparison goes on across that.
@@ -61,6 +61,7 @@ class StoredBatches:
             seed=arguments.seed,
         )
         self.steps_per_epoch = self.sampler.steps_per_epoch
+        self.identity: dict[str, Any] = {"data_fingerprint": rows_fingerprint(dataset.rows)}
 
     def loader(self, first_step: int, last_step: int) -> DataLoader:
         """One loader for the whole run: its workers live through all epochs."""
@@ -70,10 +71,6 @@ class StoredBatches:
     def example(self) -> dict[str, torch.Tensor]:
         """A first batch, to try."""
         return self.collate([self.dataset[key] for key in self.sampler.step_keys(0)[0]])
-
-    def identity(self) -> dict[str, Any]:
-        """What has to be the same for a run to continue."""
-        return {"data_fingerprint": rows_fingerprint(self.dataset.rows)}
 
     def frame_ids(self, step: int) -> list[str]:
         """The rows of this process in `step`, counted from 1."""
@@ -86,7 +83,7 @@ class StoredBatches:
         return {"bad_rows": self.dataset.bad_rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.dataset.bad_rows = list(dict.fromkeys([*self.dataset.bad_rows, *state["bad_rows"]]))
+        self.dataset.bad_rows = state["bad_rows"]
 
 
 class StreamedBatches:
@@ -103,17 +100,12 @@ class StreamedBatches:
         augmentation: TwoViewAugmentation,
         mixture: Mixture | None = None,
     ) -> None:
-        sources = (
-            arguments.dataset_name,
-            arguments.data_dir,
-            arguments.train_split,
-            arguments.dataset_config_name,
-            arguments.validation_share,
-        )
-        self._identity = {
-            "stream": data_fingerprint(map(str, sources)),
+        sources = ("dataset_name", "data_dir", "train_split", "dataset_config_name", "validation_share")
+        self.identity: dict[str, Any] = {
+            "stream": short_digest([getattr(arguments, name) for name in sources]),
             # the order of a source that grew is another one
             "num_shards": rows.num_shards if mixture is None else list(mixture.sizes),
+            # its state belongs to one process and its workers
             "num_processes": accelerator.num_processes,
             "num_workers": arguments.dataloader_num_workers,
         }
@@ -137,12 +129,7 @@ class StreamedBatches:
         return self.stream
 
     def example(self) -> dict[str, torch.Tensor]:
-        """A first batch, to try."""
         return next(iter(self.create_loader(num_workers=0)))
-
-    def identity(self) -> dict[str, Any]:
-        """As of the other; the state of a stream belongs to one process and its workers."""
-        return self._identity
 
     def frame_ids(self, step: int) -> list[str]:
         return []  # not known
@@ -165,15 +152,9 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
     live for the whole run, and makes the position in the data nothing but the step.
 
     Args:
-        num_rows: rows of the data set.
         batch_size: rows per process and micro-batch.
         accumulation_steps: micro-batches per optimizer step.
-        num_processes, process_index: as accelerate counts them.
-        seed: of the permutations.
         first_step, last_step: optimizer steps to serve, the last one excluded.
-
-    Raises:
-        SimIPUError: fewer rows than one optimizer step takes.
     """
 
     num_rows: int
@@ -215,7 +196,6 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
         return [[(epoch, row) for row in self._rows[start : start + self.batch_size]] for start in starts]
 
     def permutation(self, epoch: int) -> list[int]:
-        """The order of the rows in `epoch`."""
         return np.random.default_rng([self.seed, epoch]).permutation(self.num_rows).tolist()
 
 

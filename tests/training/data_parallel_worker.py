@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,7 +59,7 @@ def train(architecture: str, accumulation_steps: int, out: Path) -> dict[str, to
     optimizer, schedule = module.create_optimization(arguments, recipe, model, steps_per_epoch=2, total_steps=9)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     out.mkdir(exist_ok=True)
-    logger = RunLogger(accelerator, out, total_steps=STEPS, first_step=0, rows_per_step=ROWS, show={}, record={})
+    logger = RunLogger(accelerator, arguments, 0, STEPS, record={})
     processor = SimpleNamespace(image_processor=None, save_pretrained=lambda folder: None)
     state = TrainingState(accelerator, wrapped, processor, optimizer, schedule, logger, batches, identity={})
     gradients = {}
@@ -118,9 +119,10 @@ def errors_of_one_process(out: Path) -> None:
         if fails:
             raise SimIPUError(f"process {accelerator.process_index} failed")
 
-    for call, fails in ((on_every_process, accelerator.is_last_process), (on_main_process, True)):
+    on_main = partial(on_main_process, accelerator)
+    for call, fails in ((on_every_process, accelerator.is_last_process), (on_main, True)):
         try:
-            call(accelerator, fail, fails)
+            call(fail, fails)
         except SimIPUError as error:
             told.append(str(error))
     (out / f"errors-{accelerator.process_index}.json").write_text(json.dumps(told), encoding="utf-8")
