@@ -176,15 +176,15 @@ def newest_checkpoint(output_dir: Path, on_damaged: Callable[[str], None] = lamb
     return None
 
 
-def set_aside(output_dir: Path, step: int, is_way_back: bool = False) -> Path | None:
+def set_aside(output_dir: Path, step: int) -> Path | None:
     """Move the checkpoints beyond `step` into a folder of their own, if there are any, with a copy of the metrics that
     led there.
 
     A run that goes on from an earlier checkpoint leaves another continuation behind: it is neither deleted nor taken
-    for the newest. `is_way_back`: to a checkpoint that was set aside, so that the one of `step`, too, is of another.
+    for the newest.
     """
-    beyond = [path for path in list_checkpoints(output_dir) if int(path.name.split("-")[1]) > step - is_way_back]
-    if not beyond and not is_way_back:
+    beyond = [path for path in list_checkpoints(output_dir) if int(path.name.split("-")[1]) > step]
+    if not beyond:
         return None
     folder = new_set_aside(output_dir)
     if (output_dir / METRICS_FILE).is_file():

@@ -17,11 +17,10 @@ import torch
 import yaml
 
 from simipu_hf.errors import SimIPUError
-from simipu_hf.files import WriteLock, atomic_path, atomic_write
+from simipu_hf.files import WriteLock, atomic_write
 
 from .arguments import RunArguments
 from .checkpoint import new_set_aside, newest_checkpoint, set_aside, verify_checkpoint
-from .logging import METRICS_FILE
 
 RUN_FILE = "run.yaml"
 # what is there once, at the end of a run: the model and what was measured of it
@@ -54,8 +53,7 @@ def find_checkpoint(arguments: RunArguments) -> Path | None:
     if checkpoint is not None:
         if not checkpoint.is_dir():
             raise SimIPUError(f"--resume_from_checkpoint {resume}: no such folder")
-        folder = checkpoint.absolute().parent.resolve()
-        if output_dir.resolve() == (folder.parent if folder.name.startswith("set_aside-") else folder):
+        if checkpoint.absolute().parent.resolve() == output_dir.resolve():
             return checkpoint
         verify_checkpoint(checkpoint)  # of another run: this one starts, in a folder of its own
     if output_dir.is_dir() and any(output_dir.iterdir()):
@@ -120,12 +118,9 @@ def open_run_folder(arguments: RunArguments, lock: WriteLock, step: int, last_st
     }
     with atomic_write(output_dir / RUN_FILE) as stream:
         yaml.safe_dump(written, stream, sort_keys=False, allow_unicode=True, width=sys.maxsize)
-    start = Path(arguments.resume_from_checkpoint or "").absolute().parent
-    is_way_back = start.name.startswith("set_aside-") and start.resolve().parent == output_dir.resolve()
-    aside = set_aside(output_dir, step, is_way_back)
+    aside = set_aside(output_dir, step)
     if aside is not None:
-        moved = "the other continuation is" if is_way_back else f"the checkpoints beyond step {step} are"
-        print(f"{moved} now in {aside}")
+        print(f"the checkpoints beyond step {step} are now in {aside}")
     final = [path for path in output_dir.iterdir() if _FINAL.fullmatch(path.name)]
     if step < last_step and final:
         aside = aside or new_set_aside(output_dir)
@@ -135,9 +130,6 @@ def open_run_folder(arguments: RunArguments, lock: WriteLock, step: int, last_st
         for path in sorted(final, key=lambda path: path.name != "config.json"):
             path.rename(aside / path.name)
         print(f"the model that the run ended with before is now in {aside}")
-    if is_way_back and (start / METRICS_FILE).is_file():  # the lines of the steps that led there
-        with atomic_path(output_dir / METRICS_FILE) as beside:
-            shutil.copyfile(start / METRICS_FILE, beside)
 
 
 def versions() -> dict[str, str]:
