@@ -318,10 +318,6 @@ class SimIPUConfig(PreTrainedConfig):
     anchor_weight: Number = 0.0
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if kwargs.pop("align_corners", False):  # written before cells had a place of their own
-            self.cell_sampling = "aligned_corners"
-        if kwargs.pop("loss_per_stage", False):
-            raise ValueError("loss_per_stage: one image head for each stage is no longer provided")
         if isinstance(self.point_config, dict):
             fields, known = dict(self.point_config), {kind.model_type: kind for kind in POINT_CONFIGS.values()}
             model_type = fields.pop("model_type", SimIPUPointNet2Config.model_type)
