@@ -56,7 +56,7 @@ class SimIPUDenseModel(PreTrainedModel):
         super().train(mode)
         hold_frozen(self.image_encoder, self.config.image_encoder_config)
         if self._freeze:
-            self.image_encoder.eval()
+            self.image_encoder.eval().requires_grad_(False)
         return self
 
     @torch.no_grad()
