@@ -464,7 +464,7 @@ def _start_matching(
 def _project(head: ProjectionHead, features: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """Runs a head on `(B, M, C)`; rows that are not valid do not count in its batch statistics."""
     first = cast("LinearBlock", head.layers[0])
-    rows = head(features.flatten(0, 1).to(first.dtype), valid.flatten())
+    rows = head(features.flatten(0, 1).to(first.linear.weight.dtype), valid.flatten())
     return rows.unflatten(0, valid.shape)
 
 

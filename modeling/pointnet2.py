@@ -284,7 +284,7 @@ class PointNet2Encoder(nn.Module):
         if points.ndim != 3 or points.shape[-1] != 4:
             raise ValueError(f"points must be (B, N, 4), found {tuple(points.shape)}")
         coordinates, features = points[..., :3], points[..., 3:]
-        features = features.to(cast("SetAbstraction", self.levels[0]).aggregation.dtype)
+        features = features.to(cast("SetAbstraction", self.levels[0]).aggregation.linear.weight.dtype)
         indices = None
         with torch.autocast(points.device.type, enabled=False):
             for level in self.levels:
