@@ -67,6 +67,7 @@ def evaluate_detection(
             raise SimIPUError(f"predictions of frame {index}: expected scores, found none")
     frames, detections, truth = _flatten(predictions, labels)
     overlaps = _overlaps(frames, detections, truth)
+    covered = overlaps.pop("covered")
     result: dict[str, dict[str, dict[str, float]]] = {}
     for name in classes:
         least = {**MIN_OVERLAP, **(min_overlap or {})}.get(name, 0.5)
@@ -74,10 +75,9 @@ def evaluate_detection(
         for level, difficulty in enumerate(DIFFICULTIES):
             roles = _detection_roles(detections, name, level), label_roles(truth, name, level)
             for metric, pairs in overlaps.items():
-                covered = overlaps["covered"] if metric == "2d" else np.zeros(0)
-                if metric != "covered":
-                    precision, similarity = _curves(frames, *roles, pairs, covered, least)
-                    result[name][metric][difficulty] = float(100 * precision[1:].mean())
+                excused = covered if metric == "2d" else np.zeros(0)
+                precision, similarity = _curves(frames, *roles, pairs, excused, least)
+                result[name][metric][difficulty] = float(100 * precision[1:].mean())
                 if metric == "2d":
                     result[name]["aos"][difficulty] = float(100 * similarity[1:].mean())
         if (detections.alpha == -10).any():
