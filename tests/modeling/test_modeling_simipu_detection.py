@@ -260,8 +260,8 @@ def test_configurations_that_do_not_fit_are_named():
     for fields, message in (
         ({"classes": ["Car"]}, "mean_dimensions"),
         ({"hidden_size": 0}, "hidden_size"),
-        ({"out_indices": []}, "expected at least one"),
-        ({"classes": [], "mean_dimensions": []}, "expected at least one"),
+        ({"out_indices": []}, "out_indices is empty"),
+        ({"classes": [], "mean_dimensions": []}, "classes is empty"),
     ):
         with pytest.raises(Exception, match=message):
             SimIPUDetectionConfig(**fields)
