@@ -15,7 +15,7 @@ a cloud of 16,384 points. The same function is computed here for a fraction of t
 All equal the grouped definition up to rounding, in forward, backward and running statistics.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -103,7 +103,17 @@ class SetAbstraction(nn.Module):
     @torch.no_grad()
     def draw_centers(self, coordinates: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """Rows `(B, M)` of the centres, each sampler seeing its own range of the cloud."""
-        drawn, start = [], 0
+        drawn = [
+            start + sample(values, count, self.sampling_backend)
+            for sample, values, count, start in self.samplers(coordinates, features)
+        ]
+        return torch.cat(drawn, dim=1)
+
+    def samplers(
+        self, coordinates: torch.Tensor, features: torch.Tensor
+    ) -> Iterator[tuple[Callable[..., torch.Tensor], torch.Tensor, int, int]]:
+        """Each sampler, the values `(B, n, C)` that it sees, how many points it draws, and the row of its first."""
+        start = 0
         for num_points, mod, sample_range in zip(self.num_points, self.fps_mods, self.fps_sample_ranges, strict=True):
             stop = coordinates.shape[1] if sample_range == -1 else start + sample_range
             xyz = coordinates[:, start:stop]
@@ -114,11 +124,10 @@ class SetAbstraction(nn.Module):
                 )
             if mod in ("F-FPS", "FS"):
                 joint = torch.cat([xyz, features[:, start:stop].to(xyz.dtype)], dim=-1)
-                drawn.append(start + furthest_point_sample_features(joint, num_points, self.sampling_backend))
+                yield furthest_point_sample_features, joint, num_points, start
             if mod in ("D-FPS", "FS"):
-                drawn.append(start + furthest_point_sample(xyz, num_points, self.sampling_backend))
+                yield furthest_point_sample, xyz, num_points, start
             start = stop
-        return torch.cat(drawn, dim=1)
 
     def _scale_without_xyz(
         self, blocks: Iterable[LinearBlock], neighbors: Neighbors, rows: torch.Tensor, *_: torch.Tensor

@@ -152,14 +152,6 @@ def profile_parts(
 @contextmanager
 def labelled_parts(model: SimIPUForPreTraining) -> Iterator[None]:
     """Gives the calls inside the forward names for the profiler, until the block ends."""
-
-    def labelled(name: str, function: Callable) -> Callable:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with record_function(name):
-                return function(*args, **kwargs)
-
-        return call
-
     encoders = model.simipu
     with ExitStack() as patches:
         for owner, method, name in (
@@ -167,5 +159,6 @@ def labelled_parts(model: SimIPUForPreTraining) -> Iterator[None]:
             (encoders, "get_image_features", "image encoder"),
             (PendingMatch, "result", WAITING),
         ):
-            patches.enter_context(patch.object(owner, method, labelled(name, getattr(owner, method))))
+            labelled = record_function(name)(getattr(owner, method))
+            patches.enter_context(patch.object(owner, method, labelled))
         yield
