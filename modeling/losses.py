@@ -95,14 +95,9 @@ class _InfoNCE(torch.autograd.Function):
     backward pass, so that memory grows linearly with the number of candidates; with every process's points as
     candidates the full matrix would be the largest tensor.
 
-    Args:
-        anchors: `(R, D)`, unit length.
-        candidates: `(N, D)`, unit length; from row `rank * R` on they are the anchors' positives.
-        valid, candidate_valid: `(R,)` and `(N,)` bool.
-        temperature, symmetric, gathered, rank_positives: as in `contrastive_loss`.
-
-    Returns:
-        losses of the anchors `(R,)`, of their positives `(R,)` (zeros unless symmetric), and positions `(R,)` or None.
+    Anchors `(R, D)` and candidates `(N, D)` have unit length; from row `rank * R` on, candidates are the anchors'
+    positives. Returns losses of the anchors `(R,)`, of their positives `(R,)` (zeros unless symmetric), and positions
+    `(R,)` or None.
     """
 
     @staticmethod

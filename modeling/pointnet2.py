@@ -211,14 +211,8 @@ def _pair_moments(
     """Mean `(C,)`, biased variance `(C,)` and number of u_j + W d_e over all slots, without forming them.
 
     With everything centred, Var(u + W d) = Var(u) + W Cov(d) Wᵀ + 2 W Cov(d, u), and the sums over slots that
-    hold point j need only the sum of its offsets.
-
-    Args:
-        per_point: u, `(R, C)`.
-        offset: d, `(E, 3)`.
-        xyz_weight: W, `(C, 3)`.
-        occurrences: `(R,)`, slots per point.
-        reduce: sums over the processes that share statistics.
+    hold point j need only the sum of its offsets. `per_point` `(R, C)` is u, `offset` `(E, 3)` d, `xyz_weight`
+    `(C, 3)` W, and `occurrences` `(R,)` are slots per point.
     """
     slots = neighbors.weight.to(offset)
     count = reduce(slots.sum())

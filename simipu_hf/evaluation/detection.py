@@ -155,15 +155,9 @@ def _recall_thresholds(scores: np.ndarray, num_labels: int) -> np.ndarray:
 
 def _overlaps(frames: Frames, detections: KittiObjects, labels: KittiObjects) -> dict[str, np.ndarray]:
     """Intersection over union of every pair (P,) by metric; `covered` is the share of the detection's image box."""
+    order = [0, 2, 5, 4, 6, 1, 3]  # x, z, length, width, rotation_y, y of the bottom, height
     upright = [
-        np.c_[
-            boxes.location[:, [0, 2]],
-            boxes.dimensions[:, [2, 1]],
-            boxes.rotation_y,
-            boxes.location[:, 1],
-            boxes.dimensions[:, 0],
-        ]
-        for boxes in (detections, labels)
+        np.c_[boxes.location, boxes.dimensions, boxes.rotation_y].take(order, axis=1) for boxes in (detections, labels)
     ]
     starts = frames.detection_starts, frames.label_starts, frames.pair_starts
     values = pair_overlaps(*starts, detections.bbox, labels.bbox, *upright)
