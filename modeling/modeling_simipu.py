@@ -285,12 +285,15 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
         distance: torch.Tensor,
         return_metrics: bool,
     ) -> ContrastiveResult:
-        limit = self.config.max_match_distance
+        config = self.config
+        limit = config.max_match_distance
         valid = distance.isfinite() if limit is None else distance <= limit
         queries = _project(self.intra_point_head, view.features, valid)
         with torch.no_grad():
             keys = _project(self.intra_point_head, augmented.features.take_along_dim(match[..., None], 1), valid)
-        return self._contrast(queries, keys, valid, return_metrics)
+        return contrastive_loss(
+            queries, keys, config.temperature, valid, gather=config.gather_negatives, return_positions=return_metrics
+        )
 
     def _inter_modal(
         self,
@@ -315,28 +318,16 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
         image_embeds = self._project_image(image_features, pixels, padded_size, valid)
         point_rows = view.features if config.inter_modal_point_gradient == "encoder" else view.features.detach()
         point_embeds = _project(self.inter_point_head, point_rows, valid)
-        symmetric = config.symmetric_inter_modal_loss
-        result = self._contrast(image_embeds, point_embeds, valid, return_metrics, symmetric)
-        return result, image_embeds, point_embeds
-
-    def _contrast(
-        self,
-        anchors: torch.Tensor,
-        positives: torch.Tensor,
-        valid: torch.Tensor,
-        return_metrics: bool,
-        symmetric: bool = False,
-    ) -> ContrastiveResult:
-        """The contrastive loss of embeddings `(B, M, D)`."""
-        return contrastive_loss(
-            anchors.flatten(0, 1),
-            positives.flatten(0, 1),
-            self.config.temperature,
-            valid.flatten(),
-            symmetric=symmetric,
-            gather=self.config.gather_negatives,
+        result = contrastive_loss(
+            image_embeds,
+            point_embeds,
+            config.temperature,
+            valid,
+            symmetric=config.symmetric_inter_modal_loss,
+            gather=config.gather_negatives,
             return_positions=return_metrics,
         )
+        return result, image_embeds, point_embeds
 
     def _project_image(
         self,
