@@ -71,10 +71,7 @@ def correspondence_recall(
     cell_embeds, grid = dense_image_embeds(model, output.image_features, image_size)
     coordinates = output.point_output.coordinates
     pixels, depth = project_points(coordinates, batch["lidar_to_pixel"].to(coordinates.dtype))
-    sizes = batch.get("image_sizes")
-    if sizes is None:
-        sizes = torch.tensor([image_size], device=pixels.device).expand(len(pixels), 2)
-    valid = inside_image(pixels, depth, sizes)
+    valid = inside_image(pixels, depth, batch["image_sizes"])
     if output.point_output.mask is not None:
         valid &= output.point_output.mask
     finest = output.image_features[0]
