@@ -268,7 +268,7 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
             inter_modal_top10_percent=inter.accuracy_percent(10),
             inter_modal_top50_percent=inter.accuracy_percent(50),
             match_distance=_masked_mean(match_distance, match_distance.isfinite()),
-            pairs_in_image=_masked_mean(in_image.float(), _slots(view)),
+            pairs_in_image=_masked_mean(in_image.float(), view.mask),
             image_embeds=image_embeds,
             point_embeds=point_embeds,
             match=match,
@@ -307,7 +307,7 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
     ) -> tuple[ContrastiveResult, torch.Tensor, torch.Tensor]:
         """The loss and both embeddings `(B, M, D)`."""
         config = self.config
-        valid = _slots(view)
+        valid = view.mask
         if config.mask_out_of_image:
             valid = valid & in_image
         if config.projection_normalization == "sample":
@@ -435,13 +435,6 @@ def build_point_encoder(config: PointConfig) -> nn.Module:
 
         return SparseConvEncoder(config)
     return PointNet2Encoder(cast("SimIPUPointNet2Config", config))
-
-
-def _slots(point_output: PointEncoderOutput) -> torch.Tensor:
-    """`(B, M)` bool, which slots hold a point."""
-    if point_output.mask is not None:
-        return point_output.mask
-    return torch.ones(point_output.features.shape[:2], dtype=torch.bool, device=point_output.features.device)
 
 
 def _start_matching(

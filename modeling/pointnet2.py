@@ -293,4 +293,5 @@ class PointNet2Encoder(nn.Module):
             for level in self.levels:
                 coordinates, features, drawn = level(coordinates, features)
                 indices = drawn if indices is None else indices.gather(1, drawn)
-        return PointEncoderOutput(coordinates=coordinates, features=features, indices=indices)
+        mask = torch.ones(coordinates.shape[:2], dtype=torch.bool, device=coordinates.device)
+        return PointEncoderOutput(coordinates=coordinates, features=features, indices=indices, mask=mask)

@@ -71,9 +71,7 @@ def correspondence_recall(
     cell_embeds, grid = dense_image_embeds(model, output.image_features, image_size)
     coordinates = output.point_output.coordinates
     pixels, depth = project_points(coordinates, batch["lidar_to_pixel"].to(coordinates.dtype))
-    valid = inside_image(pixels, depth, batch["image_sizes"])
-    if output.point_output.mask is not None:
-        valid &= output.point_output.mask
+    valid = inside_image(pixels, depth, batch["image_sizes"]) & output.point_output.mask
     finest = output.image_features[0]
     cell_pixels = grid.pixels((finest.shape[-2], finest.shape[-1]), finest.device)
     embeds = F.normalize(output.point_embeds.float(), dim=-1)
