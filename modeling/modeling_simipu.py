@@ -315,7 +315,7 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
             covered = ((image_sizes + divisor - 1) // divisor * divisor).to(pixels.dtype)
             stretch = torch.stack([padded_size[1] / covered[:, 1], padded_size[0] / covered[:, 0]], dim=-1)
             pixels = pixels * stretch[:, None]
-        image_embeds = self._project_image(image_features, pixels, padded_size, valid)
+        image_embeds = self.embed_pixels(image_features, pixels, padded_size, valid)
         point_rows = view.features if config.inter_modal_point_gradient == "encoder" else view.features.detach()
         point_embeds = _project(self.inter_point_head, point_rows, valid)
         result = contrastive_loss(
@@ -329,20 +329,6 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
         )
         return result, image_embeds, point_embeds
 
-    def _project_image(
-        self,
-        image_features: tuple[torch.Tensor, ...],
-        pixels: torch.Tensor,
-        padded_size: tuple[int, int],
-        valid: torch.Tensor,
-    ) -> torch.Tensor:
-        """Image projections `(B, M, D)` at `pixels` `(B, M, 2)`."""
-        grids = self.stage_grids(image_features, padded_size)
-        cells = [grid.cells(pixels) for grid in grids]
-        # where points outside are left out, the outer half of the border cells must not fade to zero
-        padding_mode = "border" if self.config.mask_out_of_image else "zeros"
-        return self.inter_image_head(image_features, cells, valid, padding_mode)
-
     def stage_grids(self, image_features: tuple[torch.Tensor, ...], padded_size: tuple[int, int]) -> list[FeatureGrid]:
         """Where the model takes the cells of each of `image_features` to look, in pixels of `pixel_values`.
 
@@ -354,7 +340,11 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
         return [aligned_corners_grid(feature.shape[-2:], padded_size) for feature in image_features]
 
     def embed_pixels(
-        self, image_features: tuple[torch.Tensor, ...], pixels: torch.Tensor, padded_size: tuple[int, int]
+        self,
+        image_features: tuple[torch.Tensor, ...],
+        pixels: torch.Tensor,
+        padded_size: tuple[int, int],
+        valid: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The inter-modal image projection at any pixels, `(B, K, projection_dim)`, not normalised.
 
@@ -362,9 +352,14 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
             image_features: of this model's output.
             pixels: `(B, K, 2)`, x and y.
             padded_size: height and width of `pixel_values`.
+            valid: `(B, K)` bool, which count in the head's batch statistics; all where omitted.
         """
-        everywhere = torch.ones(pixels.shape[:2], dtype=torch.bool, device=pixels.device)
-        return self._project_image(image_features, pixels, padded_size, everywhere)
+        if valid is None:
+            valid = torch.ones(pixels.shape[:2], dtype=torch.bool, device=pixels.device)
+        cells = [grid.cells(pixels) for grid in self.stage_grids(image_features, padded_size)]
+        # where points outside are left out, the outer half of the border cells must not fade to zero
+        padding_mode = "border" if self.config.mask_out_of_image else "zeros"
+        return self.inter_image_head(image_features, cells, valid, padding_mode)
 
     def anchor_image_encoder(self) -> None:
         """Keep a frozen copy of the image encoder as it is now, for the term of `config.anchor_weight`.
