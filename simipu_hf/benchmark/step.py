@@ -35,13 +35,10 @@ def benchmark_step(arguments: BenchmarkStepArguments) -> BenchmarkResult:
         SimIPUError: an unknown encoder, or data that cannot be used.
     """
     device = choose_device(arguments.device)
-    try:
-        divisor = pad_divisor(arguments.image_encoder)
-    except ValueError as error:
-        raise SimIPUError(str(error)) from error
+    model = create_model(arguments, device)
+    divisor = pad_divisor(model.simipu.image_encoder)
     with two_view_dataset(arguments, arguments.image_size, arguments.batch_size, divisor) as dataset:
         batch = training_batch(dataset, arguments.batch_size, device)
-    model = create_model(arguments, device)
     functions = step_functions(model, batch, arguments.mixed_precision, device)
     seconds = median_seconds(functions, arguments.repeats)
     rows = [
