@@ -126,37 +126,31 @@ class SimIPUPointNet2Config(PreTrainedConfig):
         return self.aggregation_channels[-1]
 
     def validate_architecture(self) -> None:
-        levels = len(self.num_points)
-        per_level = ("fps_mods", "fps_sample_ranges", "radii", "num_samples", "mlp_channels", "aggregation_channels")
-        for name in ("num_points", *per_level[:-1]):
+        per_sampler = "num_points", "fps_mods", "fps_sample_ranges"
+        per_scale = "radii", "num_samples", "mlp_channels"
+        for name in (*per_sampler, *per_scale):
             if not all(isinstance(level, (list, tuple)) for level in getattr(self, name)):
                 raise ValueError(
                     f"point_config.{name}: expected a list for each set-abstraction level, found {getattr(self, name)}"
                 )
-        for name in per_level:
-            if len(getattr(self, name)) != levels:
+        for name in (*per_sampler, *per_scale, "aggregation_channels"):
+            if len(getattr(self, name)) != len(self.num_points):
                 raise ValueError(
-                    f"point_config.{name} has {len(getattr(self, name))} levels, num_points has {levels}: "
-                    "give one entry per set-abstraction level"
+                    f"point_config.{name} has {len(getattr(self, name))} levels, num_points has "
+                    f"{len(self.num_points)}: give one entry per set-abstraction level"
                 )
-        for level in range(levels):
-            if not len(self.num_points[level]) == len(self.fps_mods[level]) == len(self.fps_sample_ranges[level]):
-                raise ValueError(
-                    f"point_config level {level}: num_points, fps_mods and fps_sample_ranges must have one entry "
-                    f"per sampler, found {self.num_points[level]}, {self.fps_mods[level]}, "
-                    f"{self.fps_sample_ranges[level]}"
-                )
-            if not 0 < len(self.radii[level]) == len(self.num_samples[level]) == len(self.mlp_channels[level]):
-                raise ValueError(
-                    f"point_config level {level}: radii, num_samples and mlp_channels must have one entry per scale"
-                )
-            unknown = set(self.fps_mods[level]) - {"D-FPS", "F-FPS", "FS"}
+        for level, (radii, mods) in enumerate(zip(self.radii, self.fps_mods, strict=True)):
+            for names, entries, what in ((per_sampler, mods, "sampler"), (per_scale, radii, "scale")):
+                found = [getattr(self, name)[level] for name in names]
+                if not entries or any(len(values) != len(entries) for values in found):
+                    raise ValueError(
+                        f"point_config level {level}: {', '.join(names)} must have one entry per {what}, found {found}"
+                    )
+            unknown = set(mods) - {"D-FPS", "F-FPS", "FS"}
             if unknown:
                 raise ValueError(f"point_config.fps_mods: unknown {sorted(unknown)}; choose from D-FPS, F-FPS, FS")
-            if list(self.radii[level]) != sorted(set(self.radii[level])) or self.radii[level][0] <= 0:
-                raise ValueError(
-                    f"point_config.radii of level {level} must grow from above 0, found {self.radii[level]}"
-                )
+            if list(radii) != sorted(set(radii)) or radii[0] <= 0:
+                raise ValueError(f"point_config.radii of level {level} must grow from above 0, found {radii}")
 
 
 @strict
@@ -318,10 +312,6 @@ class SimIPUConfig(PreTrainedConfig):
     anchor_weight: Number = 0.0
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if kwargs.pop("align_corners", False):  # written before cells had a place of their own
-            self.cell_sampling = "aligned_corners"
-        if kwargs.pop("loss_per_stage", False):
-            raise ValueError("loss_per_stage: one image head for each stage is no longer provided")
         if isinstance(self.point_config, dict):
             fields, known = dict(self.point_config), {kind.model_type: kind for kind in POINT_CONFIGS.values()}
             model_type = fields.pop("model_type", SimIPUPointNet2Config.model_type)
@@ -384,14 +374,39 @@ class SimIPUConfig(PreTrainedConfig):
 
 
 @strict
-class SimIPUDepthConfig(PreTrainedConfig):
-    """Configuration of [`SimIPUForDepthEstimation`].
+class SimIPUDenseConfig(PreTrainedConfig):
+    """What the configurations of the models that fine-tune an image encoder have in common.
 
     Args:
         image_config: `SimIPUImageConfig` or a dictionary of its fields; its `out_indices` concern pre-training
             and are not used here.
-        out_indices: stages given to the decoder, in timm's numbering; `None` takes the last stage of every
-            resolution, or four evenly spaced ones where the encoder has a single resolution (a plain ViT).
+        out_indices: stages given to the decoder, in timm's numbering; `None` takes the last stage of every resolution
+            that the model reads, or four evenly spaced ones where the encoder has a single one (a plain ViT).
+    """
+
+    sub_configs_defaults = {  # noqa: RUF012
+        "image_config": SimIPUImageConfig,  # type: ignore[dict-item]  # transformers takes the class alone, too
+    }
+
+    image_config: dict | PreTrainedConfig | None = None
+    out_indices: list[int] | tuple[int, ...] | None = None
+
+    @property
+    def image_encoder_config(self) -> SimIPUImageConfig:
+        """`image_config`, whatever form it was given in."""
+        return cast("SimIPUImageConfig", self.image_config)
+
+    def validate_out_indices(self) -> None:
+        if self.out_indices is not None and not self.out_indices:
+            raise ValueError("out_indices is empty: expected at least one stage, or None")
+
+
+@strict
+class SimIPUDepthConfig(SimIPUDenseConfig):
+    """Configuration of [`SimIPUForDepthEstimation`].
+
+    Args:
+        image_config, out_indices: as in [`SimIPUDenseConfig`], from the finest resolution on.
         decoder_channels: widths of the decoder's upsampling blocks, one fewer than stages; `None` halves the last
             stage's width at each block (2048 of a ResNet-50: 1024, 512, 256, 128), never below 16.
         max_depth: the largest depth that can be predicted, in metres (80 for KITTI, 10 for indoors).
@@ -400,27 +415,14 @@ class SimIPUDepthConfig(PreTrainedConfig):
     """
 
     model_type = "simipu_depth"
-    sub_configs_defaults = {  # noqa: RUF012
-        "image_config": SimIPUImageConfig,  # type: ignore[dict-item]  # transformers takes the class alone, too
-    }
-
-    image_config: dict | PreTrainedConfig | None = None
-    out_indices: list[int] | tuple[int, ...] | None = None
     decoder_channels: list[int] | tuple[int, ...] | None = None
     max_depth: Number = 80.0
     silog_epsilon: Number = 1e-3
     silog_mean_weight: Number = 0.15
 
-    @property
-    def image_encoder_config(self) -> SimIPUImageConfig:
-        """`image_config`, whatever form it was given in."""
-        return cast("SimIPUImageConfig", self.image_config)
-
     def validate_architecture(self) -> None:
         if self.max_depth <= 0:
             raise ValueError(f"max_depth must be above 0 metres, found {self.max_depth}")
-        if self.out_indices is not None and len(self.out_indices) == 0:
-            raise ValueError("out_indices is empty: name the stages given to the decoder, or use None")
         if self.silog_epsilon <= 0 or self.silog_mean_weight < 0:
             raise ValueError(
                 f"silog_epsilon must be above 0 and silog_mean_weight not negative, found {self.silog_epsilon} "
@@ -429,13 +431,11 @@ class SimIPUDepthConfig(PreTrainedConfig):
 
 
 @strict
-class SimIPUDetectionConfig(PreTrainedConfig):
+class SimIPUDetectionConfig(SimIPUDenseConfig):
     """Configuration of [`SimIPUForMonocular3DDetection`].
 
     Args:
-        image_config: `SimIPUImageConfig` or a dictionary of its fields; its `out_indices` concern pre-training
-            and are not used here.
-        out_indices: stages given to the feature pyramid, in timm's numbering; `None` takes those of stride 4 and more.
+        image_config, out_indices: as in [`SimIPUDenseConfig`], from stride 4 on.
         classes: names of what is detected.
         mean_dimensions: height, width and length in metres of an average object of each class.
         hidden_size: width of the feature pyramid and of the head.
@@ -445,29 +445,15 @@ class SimIPUDetectionConfig(PreTrainedConfig):
     """
 
     model_type = "simipu_detection"
-    sub_configs_defaults = {  # noqa: RUF012
-        "image_config": SimIPUImageConfig,  # type: ignore[dict-item]  # transformers takes the class alone, too
-    }
-
-    image_config: dict | PreTrainedConfig | None = None
-    out_indices: list[int] | tuple[int, ...] | None = None
     classes: list[str] | tuple[str, ...] = ("Car", "Pedestrian", "Cyclist")
     mean_dimensions: list | tuple = ((1.53, 1.63, 3.88), (1.76, 0.66, 0.84), (1.74, 0.60, 1.76))
     hidden_size: int = 128
     log_depth_per_focal: Number = -3.4
     max_detections: int = 50
 
-    @property
-    def image_encoder_config(self) -> SimIPUImageConfig:
-        """`image_config`, whatever form it was given in."""
-        return cast("SimIPUImageConfig", self.image_config)
-
     def validate_architecture(self) -> None:
-        if not self.classes or (self.out_indices is not None and not self.out_indices):
-            raise ValueError(
-                "classes and out_indices: expected at least one of each, or None as out_indices, found "
-                f"{list(self.classes)} and {self.out_indices}"
-            )
+        if not self.classes:
+            raise ValueError("classes is empty: expected at least one name of what is detected")
         if len(self.mean_dimensions) != len(self.classes) or any(
             len(size) != 3 or min(size) <= 0 for size in self.mean_dimensions
         ):

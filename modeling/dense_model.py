@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
+from .configuration_simipu import SimIPUDenseConfig
 from .image_encoder import FeaturePyramid, build_image_encoder, hold_frozen, pyramid_stages, with_image_size
 
 
@@ -22,6 +23,7 @@ class SimIPUDenseModel(PreTrainedModel):
         ValueError: the configuration names stages that the encoder does not have.
     """
 
+    config: SimIPUDenseConfig
     main_input_name = "pixel_values"
     input_modalities = "image"
     supports_gradient_checkpointing = True
@@ -30,7 +32,7 @@ class SimIPUDenseModel(PreTrainedModel):
     # the finest resolution that is read where `config.out_indices` names no stages
     finest_stride = 1
 
-    def __init__(self, config: Any):
+    def __init__(self, config: SimIPUDenseConfig):
         super().__init__(config)
         self.image_encoder = build_image_encoder(config.image_encoder_config)
         stages = config.out_indices
@@ -42,8 +44,7 @@ class SimIPUDenseModel(PreTrainedModel):
 
     def set_image_size(self, image_size: Sequence[int]) -> None:
         """Make the encoder take images of another height and width, its position embeddings interpolated."""
-        config: Any = self.config
-        self.image_encoder = with_image_size(self.image_encoder, config.image_encoder_config, image_size)
+        self.image_encoder = with_image_size(self.image_encoder, self.config.image_encoder_config, image_size)
         self.train(self.training)
 
     def freeze_image_encoder(self, freeze: bool = True) -> None:
@@ -56,7 +57,7 @@ class SimIPUDenseModel(PreTrainedModel):
         super().train(mode)
         hold_frozen(self.image_encoder, self.config.image_encoder_config)
         if self._freeze:
-            self.image_encoder.eval()
+            self.image_encoder.eval().requires_grad_(False)
         return self
 
     @torch.no_grad()

@@ -121,17 +121,9 @@ def camera_aligned_frame(camera_projection: np.ndarray, lidar_to_camera: np.ndar
 
     Returns:
         `lidar_to_aligned` (4, 4) and `aligned_to_pixel` (3, 4), float64.
-
-    Raises:
-        ValueError: `camera_projection` has no centre, its left 3 x 3 being singular.
     """
     intrinsics = camera_projection[:, :3]
-    try:
-        offset = np.linalg.solve(intrinsics, camera_projection[:, 3])
-    except np.linalg.LinAlgError as error:
-        raise ValueError(
-            f"camera_projection: expected an invertible left 3 x 3, found {intrinsics.tolist()}"
-        ) from error
+    offset = np.linalg.solve(intrinsics, camera_projection[:, 3])
     lidar_to_aligned = np.eye(4)
     lidar_to_aligned[:3, :3] = CAMERA_TO_ALIGNED @ lidar_to_camera[:3, :3]
     lidar_to_aligned[:3, 3] = CAMERA_TO_ALIGNED @ (lidar_to_camera[:3, 3] + offset)

@@ -44,7 +44,7 @@ def build_image_encoder(config: SimIPUImageConfig) -> TimmModel:
     if config.feature_grids is None:
         # sizes change no place: one measurement for all of them
         arguments = {k: v for k, v in (config.model_args or {}).items() if k not in ("img_size", "dynamic_img_size")}
-        grids = _measured_grids(config.architecture, _as_json(arguments))
+        grids = _measured_grids(config.architecture, json.dumps(arguments, sort_keys=True))
         config.feature_grids = [grid and list(grid) for grid in grids]
     else:
         _check_strides(encoder, config)
@@ -85,7 +85,7 @@ def timm_template(architecture: str, model_args: Mapping[str, Any] | None = None
     Raises:
         ValueError: timm does not know it, or cannot build it with these arguments.
     """
-    return _template(architecture, _as_json(model_args))
+    return _template(architecture, json.dumps(model_args or {}, sort_keys=True))
 
 
 def pad_divisor(encoder: nn.Module | str) -> int:
@@ -178,7 +178,7 @@ class FeaturePyramid(nn.Module):
 
     Args:
         encoder: a timm model.
-        out_indices: stages, in timm's numbering; `None` as in [`pyramid_stages`].
+        out_indices: stages, in timm's numbering.
 
     Raises:
         ValueError: a stage that the encoder does not have, or one that is named twice.
@@ -188,17 +188,15 @@ class FeaturePyramid(nn.Module):
         channels, strides: of each map.
     """
 
-    def __init__(self, encoder: TimmModel, out_indices: Sequence[int] | None = None) -> None:
+    def __init__(self, encoder: TimmModel, out_indices: Sequence[int]) -> None:
         super().__init__()
-        self.stages = pyramid_stages(encoder) if out_indices is None else _checked_stages(encoder, out_indices)
+        self.stages = _checked_stages(encoder, out_indices)
         self.channels = feature_channels(encoder, self.stages)
-        self.strides: list[float] = [_reductions(encoder)[stage] for stage in self.stages]
-        single = len(self.stages) > 1 and len(set(self.strides)) == 1
-        levels = range(2, 2 - len(self.stages), -1) if single else [0] * len(self.stages)
-        self.strides = [stride * 2.0**-level for stride, level in zip(self.strides, levels, strict=True)]
-        self.resample = nn.ModuleList(
-            _resample(width, level) for width, level in zip(self.channels, levels, strict=True)
-        )
+        strides = [_reductions(encoder)[stage] for stage in self.stages]
+        single = len(strides) > 1 and len(set(strides)) == 1
+        levels = range(2, 2 - len(strides), -1) if single else [0] * len(strides)
+        self.strides = [stride * 2.0**-level for stride, level in zip(strides, levels, strict=True)]
+        self.resample = nn.ModuleList(map(_resample, self.channels, levels))
 
     def forward(self, encoder: TimmModel, pixel_values: Tensor) -> list[Tensor]:
         """`(B, C_s, H / stride_s, W / stride_s)` each."""
@@ -214,11 +212,13 @@ def _resample(channels: int, level: int) -> nn.Module:
     for step in range(level):
         layers += [nn.GELU()] if step else []
         layers.append(nn.ConvTranspose2d(channels, channels, 2, stride=2))
-    return nn.Sequential(*layers) if layers else nn.Identity()
+    return nn.Sequential(*layers)
 
 
 def with_image_size(encoder: TimmModel, config: SimIPUImageConfig, image_size: Sequence[int]) -> TimmModel:
     """The encoder for images of another size, its position embeddings interpolated; the size is written to `config`.
+
+    Where it is a new one it is in training mode, and `config.frozen` alone is frozen.
 
     Args:
         encoder: built from `config`; it may be changed in place.
@@ -243,9 +243,7 @@ def with_image_size(encoder: TimmModel, config: SimIPUImageConfig, image_size: S
             grids = (model.tokens_spatial_shape for model in (resized, encoder))  # Hiera's, which timm leaves to us
             state[name] = resample_abs_pos_embed(state[name], *grids, num_prefix_tokens=0)
     resized.load_state_dict(state)
-    for name, parameter in resized.named_parameters():
-        parameter.requires_grad_(encoder.get_parameter(name).requires_grad)
-    return resized.to(next(encoder.parameters())).train(encoder.training)  # device and data type
+    return resized.to(next(encoder.parameters()))  # device and data type
 
 
 def load_image_encoder_weights(encoder: TimmModel, state_dict: Mapping[str, Tensor], source: str) -> None:
@@ -351,10 +349,6 @@ def _size_arguments(template: TimmModel, image_size: Sequence[int] | None) -> di
         return {}
     divisor = pad_divisor(template)
     return {"img_size": tuple(math.ceil(length / divisor) * divisor for length in image_size)}
-
-
-def _as_json(model_args: Mapping[str, Any] | None) -> str:
-    return json.dumps(model_args or {}, sort_keys=True)
 
 
 def _reductions(encoder: TimmModel) -> list[int]:

@@ -30,7 +30,6 @@ class WeightedBatchNorm(nn.Module):
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
         super().__init__()
-        self.num_features = num_features
         self.eps = eps
         self.momentum = momentum
         self.synchronize = False
@@ -87,9 +86,6 @@ class WeightedBatchNorm(nn.Module):
         momentum = self.momentum * (count >= 1).to(self.running_mean)  # no row, no statistics
         self.running_mean.lerp_(mean.to(self.running_mean), momentum)
         self.running_var.lerp_(unbiased.to(self.running_var), momentum)
-
-    def extra_repr(self) -> str:
-        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"
 
 
 class _WeightedNormalize(torch.autograd.Function):
@@ -167,11 +163,6 @@ class LinearBlock(nn.Module):
         self.linear = AffineMap(in_features, out_features)
         self.norm = WeightedBatchNorm(out_features, eps=eps, momentum=momentum)
         self.activation = activation
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights; also in a replica of DataParallel, which has no `parameters()`."""
-        return self.linear.weight.dtype
 
     def forward(self, rows: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
         return self.normalize(linear(rows, self.linear.weight, self.linear.bias), weight)

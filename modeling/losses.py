@@ -61,18 +61,19 @@ def contrastive_loss(
     `mean_i CE(a_i · p_j / T, j = i)` over valid rows i and j, rows L2-normalised.
 
     Args:
-        anchors: `(R, D)`.
-        positives: `(R, D)`, row i belongs to anchor i. Detach it where it must not learn.
+        anchors: `(..., D)`, R rows in all.
+        positives: `(..., D)`, row i belongs to anchor i. Detach it where it must not learn.
         temperature: T.
-        valid: `(R,)` bool; rows that are false are neither anchors nor candidates.
+        valid: `(...)` bool; rows that are false are neither anchors nor candidates.
         symmetric: average with the loss of anchors and positives exchanged, from the same similarities.
         gather: candidates come from every process. Each process must bring the same R.
         return_positions: rank the positives as well, which costs another pass over all similarities.
     """
     # exp(similarity / T - 1 / T) is formed, which single precision holds down to -80
     precision = torch.promote_types(anchors.dtype, torch.float32 if temperature > 2 / 80 else torch.float64)
-    anchors = F.normalize(anchors.to(precision), dim=1)
-    positives = F.normalize(positives.to(precision), dim=1)
+    anchors = F.normalize(anchors.flatten(0, -2).to(precision), dim=1)
+    positives = F.normalize(positives.flatten(0, -2).to(precision), dim=1)
+    valid = valid.flatten()
     gather = gather and world_size() > 1
     candidates = all_gather_rows(positives) if gather else positives
     candidate_valid = all_gather_rows(valid.to(torch.uint8)).bool() if gather else valid
@@ -95,14 +96,9 @@ class _InfoNCE(torch.autograd.Function):
     backward pass, so that memory grows linearly with the number of candidates; with every process's points as
     candidates the full matrix would be the largest tensor.
 
-    Args:
-        anchors: `(R, D)`, unit length.
-        candidates: `(N, D)`, unit length; from row `rank * R` on they are the anchors' positives.
-        valid, candidate_valid: `(R,)` and `(N,)` bool.
-        temperature, symmetric, gathered, rank_positives: as in `contrastive_loss`.
-
-    Returns:
-        losses of the anchors `(R,)`, of their positives `(R,)` (zeros unless symmetric), and positions `(R,)` or None.
+    Anchors `(R, D)` and candidates `(N, D)` have unit length; from row `rank * R` on, candidates are the anchors'
+    positives. Returns losses of the anchors `(R,)`, of their positives `(R,)` (zeros unless symmetric), and positions
+    `(R,)` or None.
     """
 
     @staticmethod

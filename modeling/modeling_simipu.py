@@ -268,7 +268,7 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
             inter_modal_top10_percent=inter.accuracy_percent(10),
             inter_modal_top50_percent=inter.accuracy_percent(50),
             match_distance=_masked_mean(match_distance, match_distance.isfinite()),
-            pairs_in_image=_masked_mean(in_image.float(), _slots(view)),
+            pairs_in_image=_masked_mean(in_image.float(), view.mask),
             image_embeds=image_embeds,
             point_embeds=point_embeds,
             match=match,
@@ -285,12 +285,15 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
         distance: torch.Tensor,
         return_metrics: bool,
     ) -> ContrastiveResult:
-        limit = self.config.max_match_distance
+        config = self.config
+        limit = config.max_match_distance
         valid = distance.isfinite() if limit is None else distance <= limit
         queries = _project(self.intra_point_head, view.features, valid)
         with torch.no_grad():
             keys = _project(self.intra_point_head, augmented.features.take_along_dim(match[..., None], 1), valid)
-        return self._contrast(queries, keys, valid, return_metrics)
+        return contrastive_loss(
+            queries, keys, config.temperature, valid, gather=config.gather_negatives, return_positions=return_metrics
+        )
 
     def _inter_modal(
         self,
@@ -304,7 +307,7 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
     ) -> tuple[ContrastiveResult, torch.Tensor, torch.Tensor]:
         """The loss and both embeddings `(B, M, D)`."""
         config = self.config
-        valid = _slots(view)
+        valid = view.mask
         if config.mask_out_of_image:
             valid = valid & in_image
         if config.projection_normalization == "sample":
@@ -312,45 +315,19 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
             covered = ((image_sizes + divisor - 1) // divisor * divisor).to(pixels.dtype)
             stretch = torch.stack([padded_size[1] / covered[:, 1], padded_size[0] / covered[:, 0]], dim=-1)
             pixels = pixels * stretch[:, None]
-        image_embeds = self._project_image(image_features, pixels, padded_size, valid)
+        image_embeds = self.embed_pixels(image_features, pixels, padded_size, valid)
         point_rows = view.features if config.inter_modal_point_gradient == "encoder" else view.features.detach()
         point_embeds = _project(self.inter_point_head, point_rows, valid)
-        symmetric = config.symmetric_inter_modal_loss
-        result = self._contrast(image_embeds, point_embeds, valid, return_metrics, symmetric)
-        return result, image_embeds, point_embeds
-
-    def _contrast(
-        self,
-        anchors: torch.Tensor,
-        positives: torch.Tensor,
-        valid: torch.Tensor,
-        return_metrics: bool,
-        symmetric: bool = False,
-    ) -> ContrastiveResult:
-        """The contrastive loss of embeddings `(B, M, D)`."""
-        return contrastive_loss(
-            anchors.flatten(0, 1),
-            positives.flatten(0, 1),
-            self.config.temperature,
-            valid.flatten(),
-            symmetric=symmetric,
-            gather=self.config.gather_negatives,
+        result = contrastive_loss(
+            image_embeds,
+            point_embeds,
+            config.temperature,
+            valid,
+            symmetric=config.symmetric_inter_modal_loss,
+            gather=config.gather_negatives,
             return_positions=return_metrics,
         )
-
-    def _project_image(
-        self,
-        image_features: tuple[torch.Tensor, ...],
-        pixels: torch.Tensor,
-        padded_size: tuple[int, int],
-        valid: torch.Tensor,
-    ) -> torch.Tensor:
-        """Image projections `(B, M, D)` at `pixels` `(B, M, 2)`."""
-        grids = self.stage_grids(image_features, padded_size)
-        cells = [grid.cells(pixels) for grid in grids]
-        # where points outside are left out, the outer half of the border cells must not fade to zero
-        padding_mode = "border" if self.config.mask_out_of_image else "zeros"
-        return self.inter_image_head(image_features, cells, valid, padding_mode)
+        return result, image_embeds, point_embeds
 
     def stage_grids(self, image_features: tuple[torch.Tensor, ...], padded_size: tuple[int, int]) -> list[FeatureGrid]:
         """Where the model takes the cells of each of `image_features` to look, in pixels of `pixel_values`.
@@ -363,7 +340,11 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
         return [aligned_corners_grid(feature.shape[-2:], padded_size) for feature in image_features]
 
     def embed_pixels(
-        self, image_features: tuple[torch.Tensor, ...], pixels: torch.Tensor, padded_size: tuple[int, int]
+        self,
+        image_features: tuple[torch.Tensor, ...],
+        pixels: torch.Tensor,
+        padded_size: tuple[int, int],
+        valid: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The inter-modal image projection at any pixels, `(B, K, projection_dim)`, not normalised.
 
@@ -371,9 +352,14 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
             image_features: of this model's output.
             pixels: `(B, K, 2)`, x and y.
             padded_size: height and width of `pixel_values`.
+            valid: `(B, K)` bool, which count in the head's batch statistics; all where omitted.
         """
-        everywhere = torch.ones(pixels.shape[:2], dtype=torch.bool, device=pixels.device)
-        return self._project_image(image_features, pixels, padded_size, everywhere)
+        if valid is None:
+            valid = torch.ones(pixels.shape[:2], dtype=torch.bool, device=pixels.device)
+        cells = [grid.cells(pixels) for grid in self.stage_grids(image_features, padded_size)]
+        # where points outside are left out, the outer half of the border cells must not fade to zero
+        padding_mode = "border" if self.config.mask_out_of_image else "zeros"
+        return self.inter_image_head(image_features, cells, valid, padding_mode)
 
     def anchor_image_encoder(self) -> None:
         """Keep a frozen copy of the image encoder as it is now, for the term of `config.anchor_weight`.
@@ -446,13 +432,6 @@ def build_point_encoder(config: PointConfig) -> nn.Module:
     return PointNet2Encoder(cast("SimIPUPointNet2Config", config))
 
 
-def _slots(point_output: PointEncoderOutput) -> torch.Tensor:
-    """`(B, M)` bool, which slots hold a point."""
-    if point_output.mask is not None:
-        return point_output.mask
-    return torch.ones(point_output.features.shape[:2], dtype=torch.bool, device=point_output.features.device)
-
-
 def _start_matching(
     view: PointEncoderOutput, augmented: PointEncoderOutput, lidar_to_aug: torch.Tensor
 ) -> PendingMatch:
@@ -464,7 +443,7 @@ def _start_matching(
 def _project(head: ProjectionHead, features: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """Runs a head on `(B, M, C)`; rows that are not valid do not count in its batch statistics."""
     first = cast("LinearBlock", head.layers[0])
-    rows = head(features.flatten(0, 1).to(first.dtype), valid.flatten())
+    rows = head(features.flatten(0, 1).to(first.linear.weight.dtype), valid.flatten())
     return rows.unflatten(0, valid.shape)
 
 

@@ -8,7 +8,7 @@ another camera stays metric.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -141,15 +141,15 @@ class SimIPUForMonocular3DDetection(SimIPUDenseModel):
                 ]
                 losses = detection_losses(logits, regression, targets)
             with torch.no_grad():
-                peaks = select_peaks(logits, regression, self.config.max_detections)
-                boxes_3d = decode_boxes(peaks.cells, peaks.values, peaks.labels, projection, grid, self.config)
+                scores, classes, cells, values = select_peaks(logits, regression, self.config.max_detections)
+                boxes_3d = decode_boxes(cells, values, classes, projection, grid, self.config)
         return SimIPUDetectionOutput(
             loss=None if losses is None else torch.stack(list(losses.values())).sum(),
             losses=losses,
             logits=logits,
             regression=regression,
-            scores=peaks.scores,
-            labels=peaks.labels,
+            scores=scores,
+            labels=classes,
             boxes_3d=boxes_3d,
         )
 
@@ -350,14 +350,7 @@ def focal_loss(logits: Tensor, target: Tensor) -> Tensor:
     return torch.where(target == 1, positive, negative)
 
 
-class _Peaks(NamedTuple):
-    scores: Tensor
-    labels: Tensor
-    cells: Tensor
-    values: Tensor
-
-
-def select_peaks(logits: Tensor, regression: Tensor, count: int) -> _Peaks:
+def select_peaks(logits: Tensor, regression: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The best `count` local maxima of the heat maps: scores and classes (B, K), cells (B, K, 2), numbers (B, K, 9).
     Where there are fewer, the others have the score 0.
 
@@ -372,7 +365,7 @@ def select_peaks(logits: Tensor, regression: Tensor, count: int) -> _Peaks:
     sure = torch.exp(-torch.exp(split_values(values)["log_spread"][..., 0]))
     scores, order = (scores * sure).sort(dim=1, descending=True, stable=True)
     index, cell, values = index.gather(1, order), cell.gather(1, order), values.take_along_dim(order[..., None], 1)
-    return _Peaks(scores, index // (height * width), torch.stack([cell % width, cell // width], dim=-1), values)
+    return scores, index // (height * width), torch.stack([cell % width, cell // width], dim=-1), values
 
 
 SimIPUForMonocular3DDetection.register_for_auto_class("AutoModel")

@@ -14,13 +14,13 @@ class PointEncoderOutput(ModelOutput):
         coordinates (`(B, M, 3)`): where the kept points lie, metres, in the frame of the input cloud.
         features (`(B, M, C)`): their features.
         indices (`(B, M)`, int64, *optional*): their rows in the input cloud; `None` where they are not rows of it.
-        mask (`(B, M)`, bool, *optional*): false for slots that hold no point; `None` means all hold one.
+        mask (`(B, M)`, bool): false for slots that hold no point.
     """
 
     coordinates: torch.Tensor = None  # type: ignore[assignment]  # always given, but ModelOutput asks for a default
     features: torch.Tensor = None  # type: ignore[assignment]  # likewise
     indices: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
+    mask: torch.Tensor = None  # type: ignore[assignment]  # likewise
 
 
 @dataclass

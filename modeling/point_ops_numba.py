@@ -203,8 +203,10 @@ def _buckets(points):
                 low, high = _extent(points, candidate, order, start, end)
                 if high - low > widest:
                     widest, axis = high - low, candidate
-            halves[2 * b], halves[2 * b + 1] = start, (start + end) // 2
-            _partition(points, axis, order, start, end, (start + end) // 2)
+            middle = (start + end) // 2
+            halves[2 * b], halves[2 * b + 1] = start, middle
+            bucket = order[start:end]
+            bucket[:] = bucket[np.argpartition(points[bucket, axis], middle - start)]
         halves[-1] = len(points)
         starts = halves
     return order, starts
@@ -217,30 +219,6 @@ def _extent(points, axis, order, start, end):
         value = points[order[i], axis]
         low, high = min(low, value), max(high, value)
     return low, high
-
-
-@jit()
-def _partition(points, axis, order, start, end, middle):
-    """Hoare's quickselect: afterwards nothing in order[start:middle] lies above anything in order[middle:end]."""
-    left, right = start, end - 1
-    while left < right:
-        pivot = points[order[(left + right) // 2], axis]
-        i, j = left, right
-        while i <= j:
-            while points[order[i], axis] < pivot:
-                i += 1
-            while points[order[j], axis] > pivot:
-                j -= 1
-            if i <= j:
-                order[i], order[j] = order[j], order[i]
-                i += 1
-                j -= 1
-        if middle <= j:
-            right = j
-        elif middle >= i:
-            left = i
-        else:
-            return
 
 
 @jit()

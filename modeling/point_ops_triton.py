@@ -1,14 +1,14 @@
 """Point operations on CUDA, written in Triton. Same functions as their definitions in `point_ops`.
 
 Inputs are contiguous float32 tensors. Nothing here waits for the device. Products and sums are not fused
-(`enable_fp_fusion=False`), so that coordinates round as in the definition.
+(`enable_fp_fusion=False`), so that coordinates round as in the definition. Triton launches on the current device,
+so each launch makes the tensors' own the current one.
 """
 
 # ruff: noqa: N803 (capital letters for compile-time constants)
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,28 +19,13 @@ try:
 except Exception:
     triton = None
 
-Result = TypeVar("Result")
 
-
-def _on_its_device(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Triton launches on the current device, wherever the tensors are."""
-
-    @functools.wraps(function)
-    def launch(values: Tensor, *arguments: Any) -> Result:
-        with torch.cuda.device_of(values):
-            return function(values, *arguments)
-
-    return launch
-
-
-@_on_its_device
 def furthest_point_sample(points: Tensor, num_samples: int) -> Tensor:
     """(B, N, 3) -> (B, M) int64, one program per cloud."""
     axes = points.transpose(1, 2).contiguous()  # (B, 3, N)
     return _sample(axes, num_samples, _sample_coordinates)
 
 
-@_on_its_device
 def furthest_point_sample_features(features: Tensor, num_samples: int) -> Tensor:
     """(B, N, C) -> (B, M) int64, through the full (B, N, N) matrix of squared distances.
 
@@ -52,7 +37,8 @@ def furthest_point_sample_features(features: Tensor, num_samples: int) -> Tensor
     squared = features.new_empty(batch, n, n)
     tile = 64
     grid = (batch, triton.cdiv(n, tile), triton.cdiv(n, tile))
-    _pairwise[grid](features, norms, squared, n, channels, TILE=tile, CHANNELS=32, enable_fp_fusion=False)
+    with torch.cuda.device_of(features):
+        _pairwise[grid](features, norms, squared, n, channels, TILE=tile, CHANNELS=32, enable_fp_fusion=False)
     return _sample(squared, num_samples, _sample_distances)
 
 
@@ -61,12 +47,12 @@ def _sample(source: Tensor, num_samples: int, kernel: Any) -> Tensor:
     samples = torch.zeros(batch, num_samples, dtype=torch.int64, device=source.device)
     nearest = torch.full((batch, n), 1e10, dtype=source.dtype, device=source.device)
     block = min(triton.next_power_of_2(n), 8192)
-    warps = max(1, min(32, block // 256))
-    kernel[(batch,)](source, nearest, samples, n, num_samples, BLOCK=block, num_warps=warps, enable_fp_fusion=False)
+    options = {"BLOCK": block, "num_warps": max(1, min(32, block // 256)), "enable_fp_fusion": False}
+    with torch.cuda.device_of(source):
+        kernel[(batch,)](source, nearest, samples, n, num_samples, **options)
     return samples
 
 
-@_on_its_device
 def ball_query_padded(
     points: Tensor, centers: Tensor, radii_squared: Sequence[tuple[float, float]], num_samples: Sequence[int]
 ) -> list[Tensor]:
@@ -75,21 +61,22 @@ def ball_query_padded(
     groups = batch * m
     out = torch.empty(groups * sum(num_samples), dtype=torch.int64, device=points.device)
     tile = 16
-    _query[(batch, triton.cdiv(m, tile), len(num_samples))](
-        points.transpose(1, 2).contiguous(),
-        centers,
-        out,
-        points.shape[1],
-        m,
-        groups,
-        LOW=tuple(low for low, _ in radii_squared),
-        HIGH=tuple(high for _, high in radii_squared),
-        SLOTS=tuple(num_samples),
-        MAX_SLOTS=triton.next_power_of_2(max(num_samples)),
-        CENTERS=tile,
-        POINTS=128,
-        enable_fp_fusion=False,
-    )
+    with torch.cuda.device_of(points):
+        _query[(batch, triton.cdiv(m, tile), len(num_samples))](
+            points.transpose(1, 2).contiguous(),
+            centers,
+            out,
+            points.shape[1],
+            m,
+            groups,
+            LOW=tuple(low for low, _ in radii_squared),
+            HIGH=tuple(high for _, high in radii_squared),
+            SLOTS=tuple(num_samples),
+            MAX_SLOTS=triton.next_power_of_2(max(num_samples)),
+            CENTERS=tile,
+            POINTS=128,
+            enable_fp_fusion=False,
+        )
     return [
         ring.view(batch, m, k)
         for ring, k in zip(out.split([groups * k for k in num_samples]), num_samples, strict=True)

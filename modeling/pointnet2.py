@@ -15,7 +15,7 @@ a cloud of 16,384 points. The same function is computed here for a fraction of t
 All equal the grouped definition up to rounding, in forward, backward and running statistics.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -103,7 +103,17 @@ class SetAbstraction(nn.Module):
     @torch.no_grad()
     def draw_centers(self, coordinates: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """Rows `(B, M)` of the centres, each sampler seeing its own range of the cloud."""
-        drawn, start = [], 0
+        drawn = [
+            start + sample(values, count, self.sampling_backend)
+            for sample, values, count, start in self.samplers(coordinates, features)
+        ]
+        return torch.cat(drawn, dim=1)
+
+    def samplers(
+        self, coordinates: torch.Tensor, features: torch.Tensor
+    ) -> Iterator[tuple[Callable[..., torch.Tensor], torch.Tensor, int, int]]:
+        """Each sampler, the values `(B, n, C)` that it sees, how many points it draws, and the row of its first."""
+        start = 0
         for num_points, mod, sample_range in zip(self.num_points, self.fps_mods, self.fps_sample_ranges, strict=True):
             stop = coordinates.shape[1] if sample_range == -1 else start + sample_range
             xyz = coordinates[:, start:stop]
@@ -114,11 +124,10 @@ class SetAbstraction(nn.Module):
                 )
             if mod in ("F-FPS", "FS"):
                 joint = torch.cat([xyz, features[:, start:stop].to(xyz.dtype)], dim=-1)
-                drawn.append(start + furthest_point_sample_features(joint, num_points, self.sampling_backend))
+                yield furthest_point_sample_features, joint, num_points, start
             if mod in ("D-FPS", "FS"):
-                drawn.append(start + furthest_point_sample(xyz, num_points, self.sampling_backend))
+                yield furthest_point_sample, xyz, num_points, start
             start = stop
-        return torch.cat(drawn, dim=1)
 
     def _scale_without_xyz(
         self, blocks: Iterable[LinearBlock], neighbors: Neighbors, rows: torch.Tensor, *_: torch.Tensor
@@ -202,14 +211,8 @@ def _pair_moments(
     """Mean `(C,)`, biased variance `(C,)` and number of u_j + W d_e over all slots, without forming them.
 
     With everything centred, Var(u + W d) = Var(u) + W Cov(d) Wᵀ + 2 W Cov(d, u), and the sums over slots that
-    hold point j need only the sum of its offsets.
-
-    Args:
-        per_point: u, `(R, C)`.
-        offset: d, `(E, 3)`.
-        xyz_weight: W, `(C, 3)`.
-        occurrences: `(R,)`, slots per point.
-        reduce: sums over the processes that share statistics.
+    hold point j need only the sum of its offsets. `per_point` `(R, C)` is u, `offset` `(E, 3)` d, `xyz_weight`
+    `(C, 3)` W, and `occurrences` `(R,)` are slots per point.
     """
     slots = neighbors.weight.to(offset)
     count = reduce(slots.sum())
@@ -284,10 +287,11 @@ class PointNet2Encoder(nn.Module):
         if points.ndim != 3 or points.shape[-1] != 4:
             raise ValueError(f"points must be (B, N, 4), found {tuple(points.shape)}")
         coordinates, features = points[..., :3], points[..., 3:]
-        features = features.to(cast("SetAbstraction", self.levels[0]).aggregation.dtype)
+        features = features.to(cast("SetAbstraction", self.levels[0]).aggregation.linear.weight.dtype)
         indices = None
         with torch.autocast(points.device.type, enabled=False):
             for level in self.levels:
                 coordinates, features, drawn = level(coordinates, features)
                 indices = drawn if indices is None else indices.gather(1, drawn)
-        return PointEncoderOutput(coordinates=coordinates, features=features, indices=indices)
+        mask = torch.ones(coordinates.shape[:2], dtype=torch.bool, device=coordinates.device)
+        return PointEncoderOutput(coordinates=coordinates, features=features, indices=indices, mask=mask)

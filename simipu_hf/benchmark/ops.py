@@ -11,13 +11,7 @@ from simipu_hf.modeling.configuration_simipu import SimIPUPointNet2Config
 from simipu_hf.modeling.geometry import invert_transform, transform_points
 from simipu_hf.modeling.layers import LinearBlock
 from simipu_hf.modeling.matching import PendingMatch
-from simipu_hf.modeling.point_ops import (
-    Neighbors,
-    ball_query,
-    furthest_point_sample,
-    furthest_point_sample_features,
-    group_max,
-)
+from simipu_hf.modeling.point_ops import Neighbors, ball_query, group_max
 from simipu_hf.modeling.pointnet2 import PointNet2Encoder, SetAbstraction
 from simipu_hf.training.arguments import BenchmarkOpsArguments
 from simipu_hf.training.distributed import choose_device
@@ -70,8 +64,10 @@ def operations(encoder: PointNet2Encoder, batch: dict[str, Tensor]) -> Iterator[
         assert isinstance(level, SetAbstraction)
         with torch.no_grad():
             centers, summary, _ = level(coordinates, features)
-        for operation in (*_sampling(level, coordinates, features), *_grouping(level, coordinates, centers)):
-            yield operation._replace(name=f"level {number}: {operation.name}")
+        for sample, values, count, _ in level.samplers(coordinates, features):
+            name = f"level {number}: {sample.__name__} {values.shape[1]} -> {count}"
+            yield Operation(name, partial(sample, values, count))
+        yield from _grouping(f"level {number}", level, coordinates, centers)
         coordinates, features = centers, summary
     yield _assignment(encoder, batch)
 
@@ -98,31 +94,16 @@ def measure(operation: Operation, device: torch.device, repeats: int) -> list[di
     ]
 
 
-def _sampling(level: SetAbstraction, coordinates: Tensor, features: Tensor) -> Iterator[Operation]:
-    start = 0
-    for count, mod, length in zip(level.num_points, level.fps_mods, level.fps_sample_ranges, strict=True):
-        stop = coordinates.shape[1] if length == -1 else start + length
-        xyz = coordinates[:, start:stop]
-        size = f"{xyz.shape[1]} -> {count}"
-        if mod in ("F-FPS", "FS"):
-            joint = torch.cat([xyz, features[:, start:stop].to(xyz.dtype)], dim=2)
-            run = partial(furthest_point_sample_features, joint, count)
-            yield Operation(f"furthest_point_sample_features {size}", run)
-        if mod in ("D-FPS", "FS"):
-            yield Operation(f"furthest_point_sample {size}", partial(furthest_point_sample, xyz, count))
-        start = stop
-
-
-def _grouping(level: SetAbstraction, coordinates: Tensor, centers: Tensor) -> Iterator[Operation]:
+def _grouping(name: str, level: SetAbstraction, coordinates: Tensor, centers: Tensor) -> Iterator[Operation]:
     query = partial(ball_query, coordinates, centers, level.radii, level.num_samples)
-    yield Operation(f"ball_query, {len(level.radii)} rings", query)
+    yield Operation(f"{name}: ball_query, {len(level.radii)} rings", query)
 
     *_, block = level.mlps[-1].children()
     assert isinstance(block, LinearBlock)
     width = len(block.linear.weight)
     rows = torch.randn(coordinates.shape[0] * coordinates.shape[1], width, device=coordinates.device)
     pool = partial(_pool_and_back, rows, query()[-1])
-    yield Operation(f"group_max forward + backward, {width} channels", pool, ("torch", "numba"))
+    yield Operation(f"{name}: group_max forward + backward, {width} channels", pool, ("torch", "numba"))
 
 
 def _assignment(encoder: PointNet2Encoder, batch: dict[str, Tensor]) -> Operation:

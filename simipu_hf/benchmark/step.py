@@ -35,13 +35,10 @@ def benchmark_step(arguments: BenchmarkStepArguments) -> BenchmarkResult:
         SimIPUError: an unknown encoder, or data that cannot be used.
     """
     device = choose_device(arguments.device)
-    try:
-        divisor = pad_divisor(arguments.image_encoder)
-    except ValueError as error:
-        raise SimIPUError(str(error)) from error
+    model = create_model(arguments, device)
+    divisor = pad_divisor(model.simipu.image_encoder)
     with two_view_dataset(arguments, arguments.image_size, arguments.batch_size, divisor) as dataset:
         batch = training_batch(dataset, arguments.batch_size, device)
-    model = create_model(arguments, device)
     functions = step_functions(model, batch, arguments.mixed_precision, device)
     seconds = median_seconds(functions, arguments.repeats)
     rows = [
@@ -152,14 +149,6 @@ def profile_parts(
 @contextmanager
 def labelled_parts(model: SimIPUForPreTraining) -> Iterator[None]:
     """Gives the calls inside the forward names for the profiler, until the block ends."""
-
-    def labelled(name: str, function: Callable) -> Callable:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with record_function(name):
-                return function(*args, **kwargs)
-
-        return call
-
     encoders = model.simipu
     with ExitStack() as patches:
         for owner, method, name in (
@@ -167,5 +156,6 @@ def labelled_parts(model: SimIPUForPreTraining) -> Iterator[None]:
             (encoders, "get_image_features", "image encoder"),
             (PendingMatch, "result", WAITING),
         ):
-            patches.enter_context(patch.object(owner, method, labelled(name, getattr(owner, method))))
+            labelled = record_function(name)(getattr(owner, method))
+            patches.enter_context(patch.object(owner, method, labelled))
         yield

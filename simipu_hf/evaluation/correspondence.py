@@ -1,7 +1,5 @@
 """Does the image feature at a pixel belong to the point that projects there? Metrics of the pre-training task."""
 
-from collections.abc import Iterable
-
 import torch
 import torch.nn.functional as F
 
@@ -39,7 +37,6 @@ def pixel_recall(
     cell_pixels: torch.Tensor,
     valid: torch.Tensor,
     cell_size: tuple[float, float],
-    radii: Iterable[int] = RADII,
 ) -> dict[str, float]:
     """How often the image cell most similar to a point lies within r cells of where the point projects.
 
@@ -50,16 +47,16 @@ def pixel_recall(
         cell_pixels: (K, 2), where the cells lie.
         valid: (B, M), points that project into their image.
         cell_size: width and height of a cell in pixels.
-        radii: in cells; distances are Euclidean, to the cell's centre.
 
     Returns:
-        `recall_within_{r}_cells` for each radius, 0 to 1; NaN without valid points.
+        `recall_within_{r}_cells` for each of `RADII`, Euclidean distances to the cell's centre; 0 to 1, NaN without
+        valid points.
     """
     with torch.autocast(point_embeds.device.type, enabled=False):  # half precision has ties, of which any would win
         best = (point_embeds.float() @ cell_embeds.float().transpose(1, 2)).argmax(-1)
     offset = (cell_pixels[best] - pixels) / pixels.new_tensor(cell_size)
     distance = offset.norm(dim=-1)[valid]
-    return {f"recall_within_{r}_cells": (distance <= r).float().mean().item() for r in radii}
+    return {f"recall_within_{r}_cells": (distance <= r).float().mean().item() for r in RADII}
 
 
 @torch.no_grad()
@@ -74,12 +71,7 @@ def correspondence_recall(
     cell_embeds, grid = dense_image_embeds(model, output.image_features, image_size)
     coordinates = output.point_output.coordinates
     pixels, depth = project_points(coordinates, batch["lidar_to_pixel"].to(coordinates.dtype))
-    sizes = batch.get("image_sizes")
-    if sizes is None:
-        sizes = torch.tensor([image_size], device=pixels.device).expand(len(pixels), 2)
-    valid = inside_image(pixels, depth, sizes)
-    if output.point_output.mask is not None:
-        valid &= output.point_output.mask
+    valid = inside_image(pixels, depth, batch["image_sizes"]) & output.point_output.mask
     finest = output.image_features[0]
     cell_pixels = grid.pixels((finest.shape[-2], finest.shape[-1]), finest.device)
     embeds = F.normalize(output.point_embeds.float(), dim=-1)

@@ -63,27 +63,12 @@ class DepthProtocol:
             SimIPUError: the image is smaller than the KITTI crop; `name` says which.
         """
         kept = {"height": KB_CROP[0], "width": KB_CROP[1]} if self.kb_crop else None
-        top, left, height, width = crop_window(SimIPUImageProcessor(crop_size=kept), target.shape, name)
-        first_row, last_row, first_column, last_column = crop_box(self.crop, height, width)
+        first_row, first_column, height, width = crop_window(SimIPUImageProcessor(crop_size=kept), target.shape, name)
+        top, bottom, left, right = CROPS[self.crop]
         inside = np.zeros(target.shape, dtype=bool)
-        inside[top + first_row : top + last_row, left + first_column : left + last_column] = True
+        window = inside[first_row : first_row + height, first_column : first_column + width]
+        window[int(top * height) : int(bottom * height), int(left * width) : int(right * width)] = True
         return inside & (target > self.min_depth) & (target < self.max_depth)
-
-
-def crop_box(crop: str, height: int, width: int) -> tuple[int, int, int, int]:
-    """Top, bottom, left and right pixel of an evaluation crop; bottom and right are exclusive.
-
-    Args:
-        crop: see [`DepthProtocol`].
-        height, width: size of the ground truth, 352 x 1216 in the published protocol.
-
-    Raises:
-        SimIPUError: an unknown crop.
-    """
-    if crop not in CROPS:
-        raise SimIPUError(f"unknown evaluation crop {crop!r}: choose from {', '.join(CROPS)}")
-    top, bottom, left, right = CROPS[crop]
-    return int(top * height), int(bottom * height), int(left * width), int(right * width)
 
 
 def depth_metrics(prediction: np.ndarray, target: np.ndarray) -> dict[str, float]:

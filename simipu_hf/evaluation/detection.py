@@ -67,6 +67,7 @@ def evaluate_detection(
             raise SimIPUError(f"predictions of frame {index}: expected scores, found none")
     frames, detections, truth = _flatten(predictions, labels)
     overlaps = _overlaps(frames, detections, truth)
+    covered = overlaps.pop("covered")
     result: dict[str, dict[str, dict[str, float]]] = {}
     for name in classes:
         least = {**MIN_OVERLAP, **(min_overlap or {})}.get(name, 0.5)
@@ -74,10 +75,9 @@ def evaluate_detection(
         for level, difficulty in enumerate(DIFFICULTIES):
             roles = _detection_roles(detections, name, level), label_roles(truth, name, level)
             for metric, pairs in overlaps.items():
-                covered = overlaps["covered"] if metric == "2d" else np.zeros(0)
-                if metric != "covered":
-                    precision, similarity = _curves(frames, *roles, pairs, covered, least)
-                    result[name][metric][difficulty] = float(100 * precision[1:].mean())
+                excused = covered if metric == "2d" else np.zeros(0)
+                precision, similarity = _curves(frames, *roles, pairs, excused, least)
+                result[name][metric][difficulty] = float(100 * precision[1:].mean())
                 if metric == "2d":
                     result[name]["aos"][difficulty] = float(100 * similarity[1:].mean())
         if (detections.alpha == -10).any():
@@ -155,15 +155,9 @@ def _recall_thresholds(scores: np.ndarray, num_labels: int) -> np.ndarray:
 
 def _overlaps(frames: Frames, detections: KittiObjects, labels: KittiObjects) -> dict[str, np.ndarray]:
     """Intersection over union of every pair (P,) by metric; `covered` is the share of the detection's image box."""
+    order = [0, 2, 5, 4, 6, 1, 3]  # x, z, length, width, rotation_y, y of the bottom, height
     upright = [
-        np.c_[
-            boxes.location[:, [0, 2]],
-            boxes.dimensions[:, [2, 1]],
-            boxes.rotation_y,
-            boxes.location[:, 1],
-            boxes.dimensions[:, 0],
-        ]
-        for boxes in (detections, labels)
+        np.c_[boxes.location, boxes.dimensions, boxes.rotation_y].take(order, axis=1) for boxes in (detections, labels)
     ]
     starts = frames.detection_starts, frames.label_starts, frames.pair_starts
     values = pair_overlaps(*starts, detections.bbox, labels.bbox, *upright)

@@ -119,9 +119,7 @@ def embed_frame(
     resize = processor.image_processor.pixel_transform(frame.image.shape[:2])
 
     kept = model.simipu.get_point_features(batch["points"])
-    coordinates, features = kept.coordinates[0], kept.features[0]
-    if kept.mask is not None:
-        coordinates, features = coordinates[kept.mask[0]], features[kept.mask[0]]
+    coordinates, features = kept.coordinates[kept.mask], kept.features[kept.mask]
     points = model.inter_point_head(features.to(next(model.inter_point_head.parameters()).dtype))
     # whatever frame the model works in: where the points appear in the image says where they are
     pixels, depth = project_points(coordinates.double(), batch["lidar_to_pixel"][0].double())

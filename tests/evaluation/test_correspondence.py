@@ -38,7 +38,7 @@ def test_recall_without_points_is_not_a_number():
 def test_dense_embeds_are_those_of_the_model():
     torch.manual_seed(0)
     config = tiny_config(architecture="test_resnet", image_config={"out_indices": [-1]})
-    model, batch = SimIPUForPreTraining(config).eval(), tiny_batch()
+    model, batch = SimIPUForPreTraining(config).eval(), tiny_batch() | {"image_sizes": torch.tensor([[64, 96]] * 2)}
     with torch.no_grad():
         output = model(**batch)
     embeds, grid = dense_image_embeds(model, output.image_features, (64, 96))

@@ -13,7 +13,6 @@ from simipu_hf.errors import SimIPUError
 from simipu_hf.evaluation.depth import (
     METRICS,
     DepthProtocol,
-    crop_box,
     depth_metrics,
     evaluate_maps,
     map_metrics,
@@ -68,7 +67,6 @@ def test_a_ratio_of_exactly_the_threshold_does_not_count():
     ],
 )
 def test_crops_select_exactly_the_published_pixels(crop, height, width, box):
-    assert crop_box(crop, height, width) == box
     mask = DepthProtocol(crop).mask(np.full((height, width), 10.0, np.float32))
     rows, columns = np.nonzero(mask)
     top, bottom, left, right = box
@@ -99,8 +97,6 @@ def test_predictions_are_clamped_and_nan_is_named():
         map_metrics("frame 7", prediction, target, WHOLE)
     with pytest.raises(SimIPUError, match="shape"):
         map_metrics("frame 7", prediction[:3], target, WHOLE)
-    with pytest.raises(SimIPUError, match="garg, eigen, none"):
-        crop_box("center", 3, 3)
 
 
 def test_images_count_the_same_and_empty_ones_do_not_count():

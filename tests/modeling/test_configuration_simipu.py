@@ -38,7 +38,6 @@ def test_official_preset_holds_the_official_values():
         (lambda: SimIPUConfig(preset="my own"), "preset"),
         (lambda: SimIPUConfig(temperature=0), "temperature must be above 0, found 0"),
         (lambda: SimIPUConfig(temperature="warm"), "temperature"),
-        (lambda: SimIPUConfig(loss_per_stage=True), "no longer provided"),
         (lambda: SimIPUConfig(max_match_distance=-1), "max_match_distance must be above 0 metres"),
         (lambda: SimIPUConfig(projection_normalization="image"), "projection_normalization"),
         (lambda: SimIPUConfig(point_config={"model_type": "kpconv"}), "unknown model_type 'kpconv'"),

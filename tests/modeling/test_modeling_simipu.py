@@ -6,7 +6,7 @@ from tiny_simipu import tiny_batch, tiny_config
 from transformers import AutoConfig, AutoModel, AutoModelForPreTraining
 from transformers.utils.generic import can_return_loss
 
-from simipu_hf import SimIPUConfig, SimIPUForPreTraining, SimIPUModel
+from simipu_hf import SimIPUForPreTraining, SimIPUModel
 
 
 @pytest.fixture
@@ -251,9 +251,3 @@ def test_the_anchor_is_the_encoder_of_the_start_and_no_part_of_the_model(tmp_pat
     loaded = SimIPUForPreTraining.from_pretrained(tmp_path)
     assert loaded(**tiny_batch()).anchor_loss is None  # in evaluation mode it can be done without
     assert same_state(model, loaded)
-
-
-def test_checkpoints_from_before_cells_had_places_keep_their_map(tmp_path):
-    fields = {**tiny_config("official").to_dict(), "align_corners": True}
-    fields.pop("cell_sampling")
-    assert SimIPUConfig.from_dict(fields).cell_sampling == "aligned_corners"

@@ -357,24 +357,20 @@ class TestBackendChoice:
             return definition(*arguments, backend="torch")
 
         obstacles = {"triton": None, "numba": ValueError("not here"), "torch": None}
-        for stand_in, message in ((broken, "RuntimeError: no PTX"), (wrong, "not the definition's"), (right, None)):
-            point_ops.triton_works.cache_clear()
+        on_cpu = functools.partial(point_ops.triton_works.__wrapped__, device="cpu")
+        monkeypatch.setattr(point_ops, "_obstacles", lambda *_, **__: obstacles)
+        monkeypatch.setattr(point_ops, "triton_works", on_cpu)
+        for stand_in, message in ((broken, "RuntimeError: no PTX"), (wrong, "not the definition's")):
             monkeypatch.setattr(point_ops, kernel, stand_in)
-            monkeypatch.setattr(point_ops, "_obstacles", lambda *_, **__: obstacles)
-            monkeypatch.setattr(
-                point_ops, "triton_works", functools.partial(point_ops.triton_works.__wrapped__, device="cpu")
-            )
-            if message is None:
-                torch.set_default_dtype(torch.float64)
-                try:
-                    assert point_ops._choose(operation, "auto", **obstacles) == "triton"
-                finally:
-                    torch.set_default_dtype(torch.float32)
-            else:
-                with pytest.warns(RuntimeWarning, match=message):
-                    assert point_ops._choose(operation, "auto", **obstacles) == "torch"
+            with pytest.warns(RuntimeWarning, match=message):
+                assert point_ops._choose(operation, "auto", **obstacles) == "torch"
             assert point_ops._choose(operation, "triton", **obstacles) == "triton"
-            monkeypatch.undo()
+        monkeypatch.setattr(point_ops, kernel, right)
+        torch.set_default_dtype(torch.float64)
+        try:
+            assert point_ops._choose(operation, "auto", **obstacles) == "triton"
+        finally:
+            torch.set_default_dtype(torch.float32)
 
     def test_triton_needs_cuda(self, monkeypatch):
         monkeypatch.setattr(point_ops, "triton", object())
