@@ -467,7 +467,7 @@ def eigen_files(folder):
         Image.fromarray(np.full((64, 96), 256 * (5 + index), np.uint16)).save(folder / "depth" / f"{index}.png")
         lines.append(f"/{index}.png {index}.png 721.5")
     (folder / "train.txt").write_text("\n".join(lines[:3]), encoding="utf-8")
-    (folder / "test.txt").write_text(lines[3] + "\nmissing.png gone.png\n", encoding="utf-8")
+    (folder / "test.txt").write_text(lines[3] + "\n2.png gone.png\n", encoding="utf-8")
     lists = {"train_list": str(folder / "train.txt"), "test_list": str(folder / "test.txt")}
     roots = {"image_dir": str(folder / "raw"), "depth_dir": str(folder / "depth")}
     return {"train_frames": [], "test_frames": [], **roots, **lists}
