@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 OWNER_TOKEN = "hf_owner"
 READER_TOKEN = "hf_reader"
@@ -42,7 +42,6 @@ class Repo:
     private: bool = False
     commits: list[tuple[str, dict[str, bytes]]] = field(default_factory=list)
     branches: dict[str, int] = field(default_factory=lambda: {"main": 0})
-    lfs: set[str] = field(default_factory=set)
 
     def at(self, revision: str) -> tuple[str, dict[str, bytes]]:
         if revision in self.branches:
@@ -76,7 +75,6 @@ class LocalHub:
         repo.add("main", {})
         if files:
             repo.add("main", dict(files))
-            repo.lfs |= {name for name in files if is_large(name, len(files[name]))}
         return repo
 
     def files(self, repo_id: str, kind: str = "models", revision: str = "main") -> dict[str, bytes]:
@@ -95,10 +93,6 @@ def is_large(path: str, size: int) -> bool:
     return size > 1_000_000 or path.endswith((".safetensors", ".parquet", ".pt", ".png"))
 
 
-def git_id(content: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
@@ -111,8 +105,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def respond(self) -> None:
-        url = urlsplit(self.path)
-        path, self.query = unquote(url.path), parse_qs(url.query)
+        path = unquote(urlsplit(self.path).path)
         self.content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.hub.requests.append((self.command, path))
         fault = self.hub.fault_for(self.command, path)
@@ -198,10 +191,8 @@ class Handler(BaseHTTPRequestHandler):
     def info(self, kind: str, repo_id: str, revision: str | None = None) -> None:
         repo = self.readable(kind, repo_id)
         sha, files = repo.at(revision or "main")
-        date = "2026-01-01T00:00:00.000Z"
-        body = {"_id": "0", "id": repo_id, "sha": sha, "private": repo.private, "tags": [], "downloads": 0, "likes": 0}
-        body |= {"author": repo_id.split("/")[0], "lastModified": date, "createdAt": date, "gated": False}
-        self.send_json({**body, "siblings": [{"rfilename": name} for name in sorted(files)]})
+        siblings = [{"rfilename": name} for name in sorted(files)]
+        self.send_json({"id": repo_id, "sha": sha, "private": repo.private, "siblings": siblings})
 
     def branch(self, kind: str, repo_id: str, name: str) -> None:
         repo = self.writable(kind, repo_id)
@@ -209,13 +200,11 @@ class Handler(BaseHTTPRequestHandler):
         self.send_json({})
 
     def preupload(self, kind: str, repo_id: str, revision: str) -> None:
-        _, files = self.writable(kind, repo_id).at(revision)
+        self.writable(kind, repo_id).at(revision)
         answers = []
         for entry in json.loads(self.content)["files"]:
             mode = "lfs" if is_large(entry["path"], entry["size"]) else "regular"
-            known = files.get(entry["path"]) if mode == "regular" else None
-            oid = git_id(known) if known is not None else None
-            answers.append({"path": entry["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+            answers.append({"path": entry["path"], "uploadMode": mode, "shouldIgnore": False})
         self.send_json({"files": answers})
 
     def lfs_batch(self, datasets: str | None, repo_id: str) -> None:
@@ -248,50 +237,30 @@ class Handler(BaseHTTPRequestHandler):
                     if value["oid"] not in self.hub.objects:
                         raise HubError(400, f"object of {value['path']} was not uploaded")
                     files[value["path"]] = self.hub.objects[value["oid"]]
-                    repo.lfs.add(value["path"])
                 elif key == "deletedFile":
                     files.pop(value["path"], None)
             sha = repo.add(revision, files)
         self.send_json({"commitUrl": f"{self.hub.url}/{repo_id}/commit/{sha}", "commitOid": sha, "success": True})
 
     def tree(self, kind: str, repo_id: str, revision: str, inside: str | None = None) -> None:
-        repo = self.readable(kind, repo_id)
-        _, files = repo.at(revision)
-        start = f"{inside.strip('/')}/" if inside else ""
-        deep = self.query.get("recursive", ["false"])[0].lower() in ("true", "1")
-        entries, folders = [], set()
-        for name, content in sorted(files.items()):
-            if not name.startswith(start):
-                continue
-            parents = name[len(start) :].split("/")[:-1]
-            visible = range(1, len(parents) + 1) if deep else range(1, min(len(parents), 1) + 1)
-            folders |= {start + "/".join(parents[:depth]) for depth in visible}
-            if deep or not parents:
-                entries.append(self.entry(repo, name, content))
-        if start and not entries and not folders:
+        _, files = self.readable(kind, repo_id).at(revision)
+        files = {name: content for name, content in files.items() if name.startswith(f"{inside}/" if inside else "")}
+        if inside and not files:
             raise HubError(404, f"{inside} does not exist", "EntryNotFound")
         self.send_json(
-            [{"type": "directory", "path": f, "size": 0, "oid": "0" * 40} for f in sorted(folders)] + entries
+            [
+                {"type": "file", "path": name, "size": len(content), "oid": sha256(content)}
+                for name, content in sorted(files.items())
+            ]
         )
 
-    def entry(self, repo: Repo, name: str, content: bytes) -> dict:
-        entry = {"type": "file", "path": name, "size": len(content), "oid": git_id(content)}
-        if name in repo.lfs:
-            entry["lfs"] = {"oid": sha256(content), "size": len(content), "pointerSize": 130}
-        return entry
-
     def resolve(self, datasets: str | None, repo_id: str, revision: str, name: str) -> None:
-        repo = self.readable("datasets" if datasets else "models", repo_id)
-        sha, files = repo.at(revision)
+        sha, files = self.readable("datasets" if datasets else "models", repo_id).at(revision)
         if name not in files:
             headers = {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found", "X-Repo-Commit": sha}
             return self.send(404, b"{}", headers)
         content = files[name]
-        oid = sha256(content) if name in repo.lfs else git_id(content)
-        headers = {"X-Repo-Commit": sha, "ETag": f'"{oid}"'}
-        if name in repo.lfs:
-            headers |= {"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(len(content))}
-        return self.send(200, content, headers)
+        return self.send(200, content, {"X-Repo-Commit": sha, "ETag": f'"{sha256(content)}"'})
 
 
 REPO = r"([^/]+/[^/]+)"
