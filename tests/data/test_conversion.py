@@ -25,6 +25,11 @@ from simipu_hf.data.rows import ROW_FEATURES, dataset_from_rows, points_from_row
 from simipu_hf.errors import AT_THE_END, SimIPUError
 
 
+def make_row(frame_id: str, **changes) -> dict:
+    image = np.zeros((60, 80, 3), np.uint8)
+    return {**to_row(frame_id, image, np.ones((2, 4)), np.eye(3, 4), np.eye(4)), **changes}
+
+
 def read_folder(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -54,8 +59,7 @@ def test_parquet_round_trip_is_exact_and_needs_nothing_of_ours(object_root, tmp_
 
 
 def test_rows_of_any_source_can_be_converted(tmp_path):
-    rows = [to_row(name, np.zeros((4, 6, 3), np.uint8), np.ones((2, 4)), np.eye(3, 4), np.eye(4)) for name in "abc"]
-    dataset_from_rows(rows, tmp_path / "rows").save_to_disk(tmp_path / "saved")
+    dataset_from_rows(map(make_row, "abc"), tmp_path / "rows").save_to_disk(tmp_path / "saved")
     convert_to_parquet(tmp_path / "once", str(tmp_path / "saved"))
     convert_to_parquet(tmp_path / "twice", str(tmp_path / "once"), cache_dir=tmp_path / "cache")
     assert read_folder(tmp_path / "once") == read_folder(tmp_path / "twice")
@@ -106,9 +110,8 @@ def refused() -> None:
 def test_other_columns_are_copied_as_they_are_stored(tmp_path, options):
     jpeg = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 48, 3), np.uint8)).save(jpeg, "jpeg", quality=98)
-    rows = [to_row(name, np.zeros((4, 6, 3), np.uint8), np.ones((2, 4)), np.eye(3, 4), np.eye(4)) for name in "ab"]
     images = [{"bytes": jpeg.getvalue(), "path": None}, {"bytes": jpeg.getvalue()[:300], "path": None}]  # one is cut
-    rows = dataset_from_rows(rows, tmp_path / "rows").add_column("right", images)
+    rows = dataset_from_rows(map(make_row, "ab"), tmp_path / "rows").add_column("right", images)
     rows = rows.cast_column("right", datasets.Image())
     times = pa.table({"time": pa.array([1700000000123456789] * 2, pa.timestamp("ns"))})
     rows = datasets.concatenate_datasets([rows, datasets.Dataset(times)], axis=1)
@@ -206,7 +209,7 @@ def test_damage_ends_it_before_anything_is_written(object_root, tmp_path):
 
 
 def test_a_scan_behind_the_camera_is_named(tmp_path):
-    row = to_row("log/0", np.zeros((4, 6, 3), np.uint8), np.full((2, 4), -1.0), np.eye(3, 4), np.eye(4))
+    row = make_row("log/0", points=np.full((2, 4), -1, "<f4").tobytes())
     dataset_from_rows([row], tmp_path / "rows").save_to_disk(tmp_path / "saved")
     with pytest.raises(SimIPUError, match="frame log/0: expected points of the scan in the image, found none"):
         convert_to_parquet(tmp_path / "parquet", str(tmp_path / "saved"))
@@ -221,9 +224,7 @@ def test_files_are_as_large_and_as_many_as_asked_for(object_root, tmp_path):
     assert convert_to_parquet(tmp_path / "two", num_shards=2, **options)["shards"] == 2
     assert convert_to_parquet(tmp_path / "small", max_shard_size="1KB", **options)["shards"] == 3
     names = [f"a/{index}" for index in range(10)]
-    row = to_row("", np.zeros((8, 8, 3), np.uint8), np.ones((5, 4)), np.eye(3, 4), np.eye(4))
-    rows = [row | {"frame_id": name} for name in names]
-    dataset_from_rows(rows, tmp_path / "ten").save_to_disk(tmp_path / "saved")
+    dataset_from_rows(map(make_row, names), tmp_path / "ten").save_to_disk(tmp_path / "saved")
     convert_to_parquet(tmp_path / "four", data_dir=tmp_path / "saved", num_shards=4, num_proc=1)
     files = sorted((tmp_path / "four").rglob("*.parquet"))
     assert [pq.read_metadata(file).num_rows for file in files] == [2, 3, 2, 3]
@@ -261,8 +262,7 @@ def test_images_are_resized_and_encoded_anew(tmp_path):
 
 def test_files_that_are_no_images_are_not_embedded(tmp_path):
     (tmp_path / "id_rsa").write_text("secret", encoding="utf-8")
-    row = to_row("log/0", np.zeros((60, 80, 3), np.uint8), np.ones((2, 4)), np.eye(3, 4), np.eye(4))
-    row["depth"] = {"bytes": None, "path": str(tmp_path / "id_rsa")}
+    row = make_row("log/0", depth={"bytes": None, "path": str(tmp_path / "id_rsa")})
     features = datasets.Features({**ROW_FEATURES, "depth": datasets.Image()})
     table = datasets.Dataset.from_list([row], features).with_format("arrow")[:]  # datasets' own writers embed files
     (tmp_path / "saved").mkdir()
@@ -276,7 +276,7 @@ def test_a_file_of_rows_of_a_process_that_was_killed_is_removed(tmp_path, monkey
     for name in ("killed", "running"):
         (tmp_path / f"rows-{name}.arrow").touch()
         (tmp_path / f"rows-{name}.arrow.lock").touch()
-    row = to_row("log/0", np.zeros((60, 80, 3), np.uint8), np.ones((2, 4)), np.eye(3, 4), np.eye(4))
+    row = make_row("log/0")
     with FileLock(tmp_path / "rows-running.arrow.lock"):
         first, second = dataset_from_rows([row]), dataset_from_rows([row, row])
         assert not list(tmp_path.glob("rows-killed*"))
@@ -293,10 +293,8 @@ def test_labels_one_by_one_and_depth_are_resized_with_their_image(tmp_path):
     depth[30, 40] = 10 * 256
     png = io.BytesIO()
     Image.fromarray(depth).save(png, "png")
-    rows = [to_row("log/0", np.zeros((60, 80, 3), np.uint8), np.ones((2, 4)), np.eye(3, 4), np.eye(4))]
-    rows = dataset_from_rows(rows, tmp_path / "rows").add_column(
-        "objects", [[{"bbox": [9.5, 19.5, 29.5, 39.5], "rotation_y": 0.0}]]
-    )
+    objects = [[{"bbox": [9.5, 19.5, 29.5, 39.5], "rotation_y": 0.0}]]
+    rows = dataset_from_rows([make_row("log/0")], tmp_path / "rows").add_column("objects", objects)
     rows.add_column("depth", ["depth.png"]).save_to_disk(tmp_path / "paths")
     for name, data in (("saved", png.getvalue()), ("cut", png.getvalue()[:60])):
         pictures = rows.add_column("depth", [{"bytes": data, "path": None}])
