@@ -34,7 +34,6 @@ class Fault:
     status: int | None = None
     delay: float = 0.0
     times: int = 1
-    method: str = ""
 
 
 @dataclass
@@ -80,10 +79,10 @@ class LocalHub:
     def files(self, repo_id: str, kind: str = "models", revision: str = "main") -> dict[str, bytes]:
         return self.repos[kind, repo_id].at(revision)[1]
 
-    def fault_for(self, method: str, path: str) -> Fault | None:
+    def fault_for(self, path: str) -> Fault | None:
         with self.lock:
             for fault in self.faults:
-                if fault.times > 0 and fault.method in ("", method) and re.search(fault.path, path):
+                if fault.times > 0 and re.search(fault.path, path):
                     fault.times -= 1
                     return fault
         return None
@@ -108,7 +107,7 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.hub.requests.append((self.command, path))
-        fault = self.hub.fault_for(self.command, path)
+        fault = self.hub.fault_for(path)
         try:
             if fault is not None:
                 time.sleep(fault.delay)

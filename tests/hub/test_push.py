@@ -164,9 +164,9 @@ def test_revision_is_a_branch(endpoint, run_folder):
 
 def test_server_errors_are_tried_again(endpoint, run_folder, capsys):
     endpoint.faults += [
-        local_hub.Fault(r"repos/create", 500, method="POST"),
-        local_hub.Fault(r"/commit/main", 503, method="POST"),
-        local_hub.Fault(r"/commit/main", 412, method="POST"),  # another commit came first
+        local_hub.Fault(r"repos/create", 500),
+        local_hub.Fault(r"/commit/main", 503),
+        local_hub.Fault(r"/commit/main", 412),  # another commit came first
     ]
     push_folder(run_folder / "image_encoder", "owner/encoder")
     assert "model.safetensors" in endpoint.files("owner/encoder")
