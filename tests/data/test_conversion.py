@@ -2,6 +2,7 @@
 
 import errno
 import io
+import itertools
 import os
 import shutil
 import typing
@@ -38,14 +39,10 @@ def test_parquet_round_trip_is_exact_and_needs_nothing_of_ours(object_root, tmp_
     result = convert_to_parquet(tmp_path / "parquet", data_dir=object_root, num_shards=2)
     assert result["splits"] == {"train": 3, "val": 2, "test": 1}
     assert (result["shards"], result["resumed_shards"]) == (5, 0)
+    shards = ["test-00000-of-00001"]
+    shards += [f"{split}-0000{part}-of-00002" for split in ("train", "val") for part in range(2)]
     files = sorted(read_folder(tmp_path / "parquet"))
-    assert files == ["README.md"] + [
-        f"data/{name}.parquet"
-        for name in (
-            "test-00000-of-00001",
-            *(f"{name}-0000{part}-of-00002" for name in ("train", "val") for part in range(2)),
-        )
-    ]
+    assert files == ["README.md", *(f"data/{shard}.parquet" for shard in shards)]
     plain = datasets.load_dataset(str(tmp_path / "parquet"), cache_dir=str(tmp_path / "cache"))
     for split, rows in plain.items():
         original = load_pretraining_dataset(data_dir=object_root, split=split, cache_dir=tmp_path / "cache")
@@ -137,13 +134,10 @@ def test_an_interrupted_conversion_goes_on_and_ends_equal(object_root, tmp_path,
         options = {"data_dir": object_root, "num_shards": 9, "num_proc": 1, "split": ["train", "val"]}
     convert_to_parquet(tmp_path / "whole", **options)
 
-    written = 0
-    write_table = pq.ParquetWriter.write_table
+    calls, write_table = itertools.count(1), pq.ParquetWriter.write_table
 
     def full_disk(*args, **kwargs):
-        nonlocal written
-        written += 1
-        if written == 3:
+        if next(calls) == 3:
             raise OSError(errno.ENOSPC, "No space left on device")
         return write_table(*args, **kwargs)
 
@@ -276,7 +270,7 @@ def test_a_file_of_rows_of_a_process_that_was_killed_is_removed(tmp_path, monkey
     for name in ("killed", "running"):
         (tmp_path / f"rows-{name}.arrow").touch()
         (tmp_path / f"rows-{name}.arrow.lock").touch()
-    row = make_row("log/0")
+    row = to_row("log/0", np.zeros((60, 80, 3), np.uint8), np.ones((2, 4)), np.eye(3, 4), np.eye(4))
     with FileLock(tmp_path / "rows-running.arrow.lock"):
         first, second = dataset_from_rows([row]), dataset_from_rows([row, row])
         assert not list(tmp_path.glob("rows-killed*"))
