@@ -29,11 +29,11 @@ PROJECTION = np.array([[40.0, 0, 23.5, 0], [0, 40, 7.5, 0], [0, 0, 1, 0]])
 EXTRINSICS = np.array([[0.0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
 
 
-def make_row(frame_id: str, number: int, scene: str | None = None) -> dict:
+def make_row(frame_id: str, number: int) -> dict:
     rng = np.random.default_rng(number)
     points = rng.uniform([5, -5, -2, 0], [50, 5, 2, 1], size=(60, 4))
     image = rng.integers(0, 256, (16, 48, 3), dtype=np.uint8)
-    return to_row(frame_id, image, points, PROJECTION, EXTRINSICS, scene)
+    return to_row(frame_id, image, points, PROJECTION, EXTRINSICS)
 
 
 def save(folder, frame_ids, first=0) -> str:
@@ -221,8 +221,8 @@ def test_shared_files_are_found(object_root, tmp_path):
 # --- streaming
 
 
-def stream_of(folder, workers=0, rank=0, ranks=1, split="train", on_bad_row="error", **options):
-    rows, _ = load_mixture(folder, split=split, streaming=True, **options)
+def stream_of(folder, workers=0, rank=0, ranks=1, on_bad_row="error", **options):
+    rows, _ = load_mixture(folder, streaming=True, **options)
     processor = SimIPUProcessor.from_preset("recommended", image_size=(16, 48), num_points=16)
     return stream_two_views(
         rows,
