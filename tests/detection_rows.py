@@ -5,7 +5,8 @@ from typing import Any
 
 import datasets
 import numpy as np
-from PIL import Image
+
+from simipu_hf.data.rows import to_row
 
 HEIGHT, WIDTH, FOCAL = 64, 192, 120.0
 PROJECTION = np.array([[FOCAL, 0, WIDTH / 2, 0], [0, FOCAL, HEIGHT / 2, 0], [0, 0, 1, 0]])
@@ -26,15 +27,8 @@ def make_row(index: int, **changes: Any) -> dict[str, Any]:
         "type": "Car", "truncated": 0.0, "occluded": 0, "alpha": -np.arctan2(x, z), "bbox": box,
         "dimensions": [1.5, 1.6, 3.9], "location": [x, 1.5, z], "rotation_y": 0.0,
     } | changes  # fmt: skip
-    return {
-        "frame_id": f"{index:06d}",
-        "image": Image.fromarray(image),
-        "points": generator.normal(size=(5, 4)).astype("<f4").tobytes(),
-        "camera_projection": PROJECTION.tolist(),
-        "lidar_to_camera": LIDAR_TO_CAMERA.tolist(),
-        "scene": str(index),
-        "objects": {name: [label[name]] for name in FIELDS},
-    }
+    row = to_row(f"{index:06d}", image, generator.normal(size=(5, 4)), PROJECTION, LIDAR_TO_CAMERA, scene=str(index))
+    return row | {"objects": {name: [label[name]] for name in FIELDS}}
 
 
 def save_rows(folder: Path, **changes: Any) -> str:

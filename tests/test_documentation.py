@@ -199,10 +199,6 @@ SHELL = [
 
 @pytest.mark.parametrize("command", SHELL)
 def test_command_exists_and_takes_these_flags(command, inside):
-    check_command(command)
-
-
-def check_command(command: list[str]) -> None:
     if command[:2] == ["accelerate", "launch"]:
         launched = launch_command_parser().parse_args(command[2:])
         assert launched.module, f"{command}: launch with -m"

@@ -274,15 +274,10 @@ def test_apples_gpus_are_left_alone(tmp_path, monkeypatch):
 
 
 def test_evaluation_of_a_crop_is_not_that_of_the_whole_image(tmp_path):
-    rows = list(make_rows(range(1), 375, 1242))
-    model = depth_model()
-    processor = create_processor(DepthTaskArguments(image_size=(64, 192)))
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    dataset_from_rows(rows, cache_dir=str(tmp_path / "cache")).save_to_disk(tmp_path / "rows")
-    arguments = {"model": str(tmp_path / "model"), "test_frames": [str(tmp_path / "rows")]}
+    depth_model().save_pretrained(tmp_path)
+    create_processor(DepthTaskArguments(image_size=(64, 192))).save_pretrained(tmp_path)
     with pytest.raises(SimIPUError, match="KITTI crop alone"):
-        evaluate_depth(EvaluateDepthArguments(**arguments, kb_crop=False))
+        evaluate_depth(EvaluateDepthArguments(model=str(tmp_path), test_frames=["none"], kb_crop=False))
 
 
 # --- the stock Trainer ----------------------------------------------------------------------------------------------
@@ -337,9 +332,7 @@ def test_decoder_first_leaves_the_encoders_weights_for_a_share_of_the_steps(data
         model = depth_model()
         before = [parameter.clone() for parameter in model.image_encoder.parameters()]
         settings = recipe(tmp_path, max_steps=4, per_device_train_batch_size=2, save_strategy="no", use_cpu=True)
-        trainer = DepthTrainer(
-            model, settings, train_dataset=dataset, processing_class=dataset.processor, decoder_first=0.5
-        )
+        trainer = DepthTrainer(model, settings, train_dataset=dataset, decoder_first=0.5)
         trainer.add_callback(StopAfter(steps))
         trainer.train()
         changed.append(
@@ -354,9 +347,7 @@ def test_the_best_model_is_loaded_at_the_end(dataset, tmp_path):
         save_total_limit=1, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
         metric_for_best_model="abs_rel", greater_is_better=True,  # the worst, which is not the last
     )  # fmt: skip
-    trainer = DepthTrainer(
-        depth_model(), settings, train_dataset=dataset, eval_dataset=dataset, processing_class=dataset.processor
-    )
+    trainer = DepthTrainer(depth_model(), settings, train_dataset=dataset, eval_dataset=dataset)
     trainer.train()
     values = [entry["eval_abs_rel"] for entry in trainer.state.log_history if "eval_abs_rel" in entry]
     best = 1 + int(np.argmax(values))
@@ -431,9 +422,7 @@ def test_it_learns_brightness_to_depth(dataset, tmp_path):
     settings = recipe(
         tmp_path, max_steps=16, per_device_train_batch_size=4, learning_rate=4e-3, save_strategy="no", logging_steps=1
     )
-    trainer = DepthTrainer(
-        model, settings, train_dataset=dataset, eval_dataset=dataset, processing_class=dataset.processor
-    )
+    trainer = DepthTrainer(model, settings, train_dataset=dataset, eval_dataset=dataset)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert np.mean(losses[-3:]) < 0.6 * np.mean(losses[:3])  # batches are of four of the frames

@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_run import OVERRIDES, make_rows, reset_accelerate, write_frames
+from tiny_run import OVERRIDES, arguments, make_rows, reset_accelerate, stopping, write_frames
 from tiny_simipu import tiny_batch
 from transformers.utils.logging import is_progress_bar_enabled
 
@@ -46,7 +46,6 @@ from simipu_hf.pretrain import create_augmentation, pretrain
 from simipu_hf.training.arguments import PreTrainingArguments, parse_arguments
 from simipu_hf.training.checkpoint import list_checkpoints
 from simipu_hf.training.logging import read_metrics
-from simipu_hf.training.optimizers import clip_gradients
 from simipu_hf.training.run_folder import find_checkpoint
 
 TIMES = ("rows_per_second", "seconds_per_step", "data_wait_share", "memory_gb")
@@ -77,16 +76,6 @@ def run(frames, tmp_path, monkeypatch):
     return call
 
 
-def arguments(frames, output_dir, *flags: str):
-    defaults = [
-        *("--dataset_name", str(frames), "--output_dir", str(output_dir), "--image_encoder", "test_resnet"),
-        *("--image_size", "32", "96", "--num_points", "128", "--config_overrides", OVERRIDES, "--report_to", "none"),
-        *("--per_device_train_batch_size", "2", "--max_steps", "8", "--logging_steps", "2"),
-        *("--checkpointing_steps", "3", "--dataloader_num_workers", "0", "--learning_rate", "0.003"),
-    ]
-    return parse_arguments(PreTrainingArguments, defaults + list(flags))
-
-
 @pytest.fixture(scope="module")
 def whole(frames, tmp_path_factory):
     """A run of eight steps that nothing interrupts, with all its checkpoints; tests change copies."""
@@ -111,21 +100,6 @@ def assert_same_result(first, second):
 
 def metrics(folder):
     return read_metrics(folder / "metrics.jsonl")
-
-
-def stop_after(monkeypatch, step, error=None):
-    """Make the run break, or ask it to stop, in optimizer step `step`, counted from 1."""
-    calls = []
-
-    def broken(*positional):
-        calls.append(1)
-        if len(calls) == step:
-            if error is not None:
-                raise error
-            os.kill(os.getpid(), signal.SIGTERM)
-        return clip_gradients(*positional)
-
-    monkeypatch.setattr(module, "clip_gradients", broken)
 
 
 def test_writes_a_complete_folder(whole):
@@ -172,7 +146,7 @@ def test_resumes_to_the_bit(request, run, tmp_path, monkeypatch, workers, accumu
 
 def break_off(run, monkeypatch, step, *flags):
     with monkeypatch.context() as patch:
-        stop_after(patch, step, error=RuntimeError("killed"))
+        patch.setattr(module, "clip_gradients", stopping(step, RuntimeError("killed")))
         with pytest.raises(RuntimeError, match="killed"):
             run("broken", *flags)
 
@@ -208,7 +182,7 @@ def test_two_runs_do_not_write_into_one_folder(run, tmp_path):
 def test_sigterm_saves_and_says_how_to_continue(run, whole, monkeypatch):
     left = []
     with monkeypatch.context() as patch:
-        stop_after(patch, 4)
+        patch.setattr(module, "clip_gradients", stopping(4))
         patch.setattr(HubUploader, "checkpoint_saved", lambda self, path: None)
         patch.setattr(HubUploader, "__exit__", lambda self, kind, *_: left.append(kind))
         with pytest.raises(TrainingInterrupted, match=r"SIGTERM after step 4 of 8.*latest") as stopped:
@@ -531,18 +505,6 @@ class TestFromAnEarlierModel:
             self.create(earlier, *flags)
 
 
-def test_whole_scenes_are_held_out(run, tmp_path):
-    write_frames(tmp_path / "one", train=12)
-    out = run(
-        *("out", "--dataset_name", str(tmp_path / "one"), "--validation_share", "0.4", "--eval_steps", "2"),
-        *("--per_device_eval_batch_size", "1", "--max_steps", "3"),
-    )
-    record = yaml.safe_load((out / "run.yaml").read_text(encoding="utf-8"))
-    assert record["data"]["rows"] < 12
-    assert record["data"]["rows"] % 2 == 0  # scenes have two frames
-    assert [line["step"] for line in metrics(out) if "eval/loss" in line] == [2, 3]
-
-
 def test_several_sources_resume_to_the_bit(run, tmp_path, monkeypatch):
     write_frames(tmp_path / "a", train=6)
     dataset_from_rows(make_rows(8, seed=5)).save_to_disk(tmp_path / "b")
@@ -775,7 +737,7 @@ def test_damaged_rows_that_are_skipped_end_no_run_and_are_named(frames, tmp_path
         *("--max_steps", "7", "--eval_steps", "7"),
     )
     with monkeypatch.context() as patch:
-        stop_after(patch, 6)  # an epoch has 5
+        patch.setattr(module, "clip_gradients", stopping(6))  # an epoch has 5
         with pytest.raises(TrainingInterrupted):
             pretrain(arguments(frames, tmp_path / "out", *flags))
     assert "1 damaged rows were skipped:\n  row 0\n" in capsys.readouterr().err

@@ -1,5 +1,9 @@
 """Frames and flags for training runs small enough for tests, which run in the test's own process."""
 
+import itertools
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +12,8 @@ import numpy as np
 from accelerate.state import AcceleratorState, GradientState
 
 from simipu_hf.data.rows import dataset_from_rows, to_row
+from simipu_hf.training.arguments import PreTrainingArguments, parse_arguments
+from simipu_hf.training.optimizers import clip_gradients
 
 OVERRIDES = (
     "projection_dim=8,point_config.num_points=[[64],[32],[16,16]],point_config.fps_sample_ranges=[[-1],[-1],[16,-1]],"
@@ -37,6 +43,31 @@ def write_frames(folder: Path, **splits: int) -> None:
     sizes = splits or {"train": 10, "validation": 6}
     rows = {name: dataset_from_rows(make_rows(size, seed)) for seed, (name, size) in enumerate(sizes.items())}
     datasets.DatasetDict(rows).save_to_disk(folder)
+
+
+def arguments(frames: Path, output_dir: Path, *flags: str) -> PreTrainingArguments:
+    """Of a pre-training of eight steps with a tiny model; `flags` come last."""
+    defaults = [
+        *("--dataset_name", str(frames), "--output_dir", str(output_dir), "--image_encoder", "test_resnet"),
+        *("--image_size", "32", "96", "--num_points", "128", "--config_overrides", OVERRIDES, "--report_to", "none"),
+        *("--per_device_train_batch_size", "2", "--max_steps", "8", "--logging_steps", "2"),
+        *("--checkpointing_steps", "3", "--dataloader_num_workers", "0", "--learning_rate", "0.003"),
+    ]
+    return parse_arguments(PreTrainingArguments, [*defaults, *flags])
+
+
+def stopping(step: int, error: Exception | None = None) -> Callable[..., Any]:
+    """`clip_gradients` that breaks a run, or asks it to stop, in optimizer step `step`, counted from 1."""
+    calls = itertools.count(1)
+
+    def clip(*positional: Any) -> Any:
+        if next(calls) == step:
+            if error is not None:
+                raise error
+            os.kill(os.getpid(), signal.SIGTERM)
+        return clip_gradients(*positional)
+
+    return clip
 
 
 def reset_accelerate() -> None:

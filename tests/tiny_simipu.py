@@ -29,20 +29,18 @@ def tiny_config(preset: str = "recommended", architecture: str = "resnet10t", **
     )
 
 
-def tiny_batch(
-    batch_size: int = 2, height: int = 64, width: int = 96, seed: int = 0, dtype: torch.dtype = torch.float32
-) -> dict[str, torch.Tensor]:
+def tiny_batch(batch_size: int = 2, height: int = 64, width: int = 96) -> dict[str, torch.Tensor]:
     """Points in front of a pinhole camera that looks along x; the augmented view is turned about z and mirrored."""
-    generator = torch.Generator().manual_seed(seed)
-    points = torch.rand(batch_size, POINTS, 4, generator=generator, dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    points = torch.rand(batch_size, POINTS, 4, generator=generator)
     points[..., :3] = points[..., :3] * torch.tensor([20.0, 16.0, 4.0]) + torch.tensor([4.0, -8.0, -2.0])
-    camera = torch.tensor([[width / 2, -width / 2, 0, 0], [height / 2, 0, -width / 2, 0], [1, 0, 0, 0]], dtype=dtype)
-    turn = torch.tensor([[0.8, 0.6, 0, 1], [0.6, -0.8, 0, 2], [0, 0, 1, 0], [0, 0, 0, 1]], dtype=dtype)
+    camera = torch.tensor([[width / 2, -width / 2, 0, 0], [height / 2, 0, -width / 2, 0], [1.0, 0, 0, 0]])
+    turn = torch.tensor([[0.8, 0.6, 0, 1], [0.6, -0.8, 0, 2], [0, 0, 1, 0], [0, 0, 0, 1]])
     points_aug = points.clone()
     points_aug[..., :3] = points[..., :3] @ turn[:3, :3].T + turn[:3, 3]
     order = torch.randperm(POINTS, generator=generator)
     return {
-        "pixel_values": torch.randn(batch_size, 3, height, width, generator=generator, dtype=dtype),
+        "pixel_values": torch.randn(batch_size, 3, height, width, generator=generator),
         "points": points,
         "points_aug": points_aug[:, order],
         "lidar_to_aug": turn.expand(batch_size, 4, 4).clone(),

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import itertools
 import os
 import shutil
 import typing
@@ -24,6 +25,11 @@ from simipu_hf.data.rows import ROW_FEATURES, dataset_from_rows, points_from_row
 from simipu_hf.errors import AT_THE_END, SimIPUError
 
 
+def make_row(frame_id: str, **changes) -> dict:
+    image = np.zeros((60, 80, 3), np.uint8)
+    return {**to_row(frame_id, image, np.ones((2, 4)), np.eye(3, 4), np.eye(4)), **changes}
+
+
 def read_folder(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -32,14 +38,10 @@ def test_parquet_round_trip_is_exact_and_needs_nothing_of_ours(object_root, tmp_
     result = convert_to_parquet(tmp_path / "parquet", data_dir=object_root, num_shards=2)
     assert result["splits"] == {"train": 3, "val": 2, "test": 1}
     assert (result["shards"], result["resumed_shards"]) == (5, 0)
+    shards = ["test-00000-of-00001"]
+    shards += [f"{split}-0000{part}-of-00002" for split in ("train", "val") for part in range(2)]
     files = sorted(read_folder(tmp_path / "parquet"))
-    assert files == ["README.md"] + [
-        f"data/{name}.parquet"
-        for name in (
-            "test-00000-of-00001",
-            *(f"{name}-0000{part}-of-00002" for name in ("train", "val") for part in range(2)),
-        )
-    ]
+    assert files == ["README.md", *(f"data/{shard}.parquet" for shard in shards)]
     plain = datasets.load_dataset(str(tmp_path / "parquet"), cache_dir=str(tmp_path / "cache"))
     for split, rows in plain.items():
         original = load_pretraining_dataset(data_dir=object_root, split=split, cache_dir=tmp_path / "cache")
@@ -53,8 +55,7 @@ def test_parquet_round_trip_is_exact_and_needs_nothing_of_ours(object_root, tmp_
 
 
 def test_rows_of_any_source_can_be_converted(tmp_path):
-    rows = [to_row(name, np.zeros((4, 6, 3), np.uint8), np.ones((2, 4)), np.eye(3, 4), np.eye(4)) for name in "abc"]
-    dataset_from_rows(rows, tmp_path / "rows").save_to_disk(tmp_path / "saved")
+    dataset_from_rows(map(make_row, "abc"), tmp_path / "rows").save_to_disk(tmp_path / "saved")
     convert_to_parquet(tmp_path / "once", str(tmp_path / "saved"))
     convert_to_parquet(tmp_path / "twice", str(tmp_path / "once"), cache_dir=tmp_path / "cache")
     assert read_folder(tmp_path / "once") == read_folder(tmp_path / "twice")
@@ -105,9 +106,8 @@ def refused() -> None:
 def test_other_columns_are_copied_as_they_are_stored(tmp_path, options):
     jpeg = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 48, 3), np.uint8)).save(jpeg, "jpeg", quality=98)
-    rows = [to_row(name, np.zeros((4, 6, 3), np.uint8), np.ones((2, 4)), np.eye(3, 4), np.eye(4)) for name in "ab"]
     images = [{"bytes": jpeg.getvalue(), "path": None}, {"bytes": jpeg.getvalue()[:300], "path": None}]  # one is cut
-    rows = dataset_from_rows(rows, tmp_path / "rows").add_column("right", images)
+    rows = dataset_from_rows(map(make_row, "ab"), tmp_path / "rows").add_column("right", images)
     rows = rows.cast_column("right", datasets.Image())
     times = pa.table({"time": pa.array([1700000000123456789] * 2, pa.timestamp("ns"))})
     rows = datasets.concatenate_datasets([rows, datasets.Dataset(times)], axis=1)
@@ -133,13 +133,10 @@ def test_an_interrupted_conversion_goes_on_and_ends_equal(object_root, tmp_path,
         options = {"data_dir": object_root, "num_shards": 9, "num_proc": 1, "split": ["train", "val"]}
     convert_to_parquet(tmp_path / "whole", **options)
 
-    written = 0
-    write_table = pq.ParquetWriter.write_table
+    calls, write_table = itertools.count(1), pq.ParquetWriter.write_table
 
     def full_disk(*args, **kwargs):
-        nonlocal written
-        written += 1
-        if written == 3:
+        if next(calls) == 3:
             raise OSError(errno.ENOSPC, "No space left on device")
         return write_table(*args, **kwargs)
 
@@ -205,7 +202,7 @@ def test_damage_ends_it_before_anything_is_written(object_root, tmp_path):
 
 
 def test_a_scan_behind_the_camera_is_named(tmp_path):
-    row = to_row("log/0", np.zeros((4, 6, 3), np.uint8), np.full((2, 4), -1.0), np.eye(3, 4), np.eye(4))
+    row = make_row("log/0", points=np.full((2, 4), -1, "<f4").tobytes())
     dataset_from_rows([row], tmp_path / "rows").save_to_disk(tmp_path / "saved")
     with pytest.raises(SimIPUError, match="frame log/0: expected points of the scan in the image, found none"):
         convert_to_parquet(tmp_path / "parquet", str(tmp_path / "saved"))
@@ -220,9 +217,7 @@ def test_files_are_as_large_and_as_many_as_asked_for(object_root, tmp_path):
     assert convert_to_parquet(tmp_path / "two", num_shards=2, **options)["shards"] == 2
     assert convert_to_parquet(tmp_path / "small", max_shard_size="1KB", **options)["shards"] == 3
     names = [f"a/{index}" for index in range(10)]
-    row = to_row("", np.zeros((8, 8, 3), np.uint8), np.ones((5, 4)), np.eye(3, 4), np.eye(4))
-    rows = [row | {"frame_id": name} for name in names]
-    dataset_from_rows(rows, tmp_path / "ten").save_to_disk(tmp_path / "saved")
+    dataset_from_rows(map(make_row, names), tmp_path / "ten").save_to_disk(tmp_path / "saved")
     convert_to_parquet(tmp_path / "four", data_dir=tmp_path / "saved", num_shards=4, num_proc=1)
     files = sorted((tmp_path / "four").rglob("*.parquet"))
     assert [pq.read_metadata(file).num_rows for file in files] == [2, 3, 2, 3]
@@ -260,8 +255,7 @@ def test_images_are_resized_and_encoded_anew(tmp_path):
 
 def test_files_that_are_no_images_are_not_embedded(tmp_path):
     (tmp_path / "id_rsa").write_text("secret", encoding="utf-8")
-    row = to_row("log/0", np.zeros((60, 80, 3), np.uint8), np.ones((2, 4)), np.eye(3, 4), np.eye(4))
-    row["depth"] = {"bytes": None, "path": str(tmp_path / "id_rsa")}
+    row = make_row("log/0", depth={"bytes": None, "path": str(tmp_path / "id_rsa")})
     features = datasets.Features({**ROW_FEATURES, "depth": datasets.Image()})
     table = datasets.Dataset.from_list([row], features).with_format("arrow")[:]  # datasets' own writers embed files
     (tmp_path / "saved").mkdir()
@@ -285,10 +279,8 @@ def test_labels_one_by_one_and_depth_are_resized_with_their_image(tmp_path):
     depth[30, 40] = 10 * 256
     png = io.BytesIO()
     Image.fromarray(depth).save(png, "png")
-    rows = [to_row("log/0", np.zeros((60, 80, 3), np.uint8), np.ones((2, 4)), np.eye(3, 4), np.eye(4))]
-    rows = dataset_from_rows(rows, tmp_path / "rows").add_column(
-        "objects", [[{"bbox": [9.5, 19.5, 29.5, 39.5], "rotation_y": 0.0}]]
-    )
+    objects = [[{"bbox": [9.5, 19.5, 29.5, 39.5], "rotation_y": 0.0}]]
+    rows = dataset_from_rows([make_row("log/0")], tmp_path / "rows").add_column("objects", objects)
     rows.add_column("depth", ["depth.png"]).save_to_disk(tmp_path / "paths")
     for name, data in (("saved", png.getvalue()), ("cut", png.getvalue()[:60])):
         pictures = rows.add_column("depth", [{"bytes": data, "path": None}])

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -28,11 +29,11 @@ PROJECTION = np.array([[40.0, 0, 23.5, 0], [0, 40, 7.5, 0], [0, 0, 1, 0]])
 EXTRINSICS = np.array([[0.0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
 
 
-def make_row(frame_id: str, number: int, scene: str | None = None) -> dict:
+def make_row(frame_id: str, number: int) -> dict:
     rng = np.random.default_rng(number)
     points = rng.uniform([5, -5, -2, 0], [50, 5, 2, 1], size=(60, 4))
     image = rng.integers(0, 256, (16, 48, 3), dtype=np.uint8)
-    return to_row(frame_id, image, points, PROJECTION, EXTRINSICS, scene)
+    return to_row(frame_id, image, points, PROJECTION, EXTRINSICS)
 
 
 def save(folder, frame_ids, first=0) -> str:
@@ -220,8 +221,8 @@ def test_shared_files_are_found(object_root, tmp_path):
 # --- streaming
 
 
-def stream_of(folder, workers=0, rank=0, ranks=1, split="train", on_bad_row="error", **options):
-    rows, _ = load_mixture(folder, split=split, streaming=True, **options)
+def stream_of(folder, workers=0, rank=0, ranks=1, on_bad_row="error", **options):
+    rows, _ = load_mixture(folder, streaming=True, **options)
     processor = SimIPUProcessor.from_preset("recommended", image_size=(16, 48), num_points=16)
     return stream_two_views(
         rows,
@@ -247,11 +248,22 @@ def shards(tmp_path_factory):
 
 
 def take(loader, count) -> list:
-    return [batch for batch, _ in zip(loader, range(count), strict=False)]
+    return [batch for _, batch in zip(range(count), loader, strict=False)]  # and none more of an iterator
 
 
-def digest(batch) -> list:
-    return [batch[name].double().sum().item() for name in sorted(batch)]
+def digests(loader, count) -> list:
+    return [[batch[name].double().sum().item() for name in sorted(batch)] for batch in take(loader, count)]
+
+
+def assert_goes_on(create, whole, stop) -> None:
+    """Stopped behind some batches of `whole`, another stream gives the rest of them."""
+    stopped, resumed = create(), create()
+    batches = iter(stopped)
+    first = digests(batches, stop)
+    state = stopped.state_dict()
+    del batches
+    resumed.load_state_dict(json.loads(json.dumps(state, default=str)) if stopped.num_workers == 0 else state)
+    assert first + digests(resumed, len(whole) - stop) == whole, stop
 
 
 @pytest.mark.parametrize(("workers", "ranks"), [(0, 1), (2, 1), (2, 2)])
@@ -259,17 +271,10 @@ def test_a_resumed_stream_goes_on_exactly(shards, workers, ranks, monkeypatch):
     warnings = []
     monkeypatch.setattr(logging.getLogger("datasets.iterable_dataset"), "callHandlers", warnings.append)
     for rank in range(ranks):
-        whole = [digest(batch) for batch in take(stream_of(shards, workers, rank, ranks), 26 // ranks)]
+        create = partial(stream_of, shards, workers, rank, ranks)
+        whole = digests(create(), 26 // ranks)
         for stop in (1, 7, 12):
-            loader = stream_of(shards, workers, rank, ranks)
-            batches = iter(loader)
-            first = [digest(next(batches)) for _ in range(stop)]
-            state = json.loads(json.dumps(loader.state_dict(), default=str)) if workers == 0 else loader.state_dict()
-            del batches
-            resumed = stream_of(shards, workers, rank, ranks)
-            resumed.load_state_dict(state)
-            rest = [digest(batch) for batch in take(resumed, len(whole) - stop)]
-            assert first + rest == whole, (rank, stop)
+            assert_goes_on(create, whole, stop)
     assert not warnings  # of rows lost in the shuffle buffer
 
 
@@ -298,15 +303,10 @@ def test_streams_are_mixed_by_weight(shards, tmp_path, monkeypatch):
     assert mixture.sizes == (9, 40)  # shards
     names = [row["scene"] for row, _ in zip(rows, range(100), strict=False)]
     assert 60 < names.count("other") < 90
-    whole = [digest(batch) for batch in take(stream_of([shards, other], mixture=[1, 3]), 12)]
-    loader = stream_of([shards, other], mixture=[1, 3])
-    batches = iter(loader)
-    assert [digest(next(batches)) for _ in range(5)] == whole[:5]
-    resumed = stream_of([shards, other], mixture=[1, 3])
-    resumed.load_state_dict(loader.state_dict())
-    assert [digest(batch) for batch in take(resumed, 7)] == whole[5:]
+    create = partial(stream_of, [shards, other], mixture=[1, 3])
+    assert_goes_on(create, digests(create(), 12), 5)
     few = save(tmp_path / "few", ["few/0", "few/1"], first=2000)
-    repeated = [digest(batch) for batch in take(stream_of([shards, few], mixture=[1, 9]), 12)]
+    repeated = digests(stream_of([shards, few], mixture=[1, 9]), 12)
     assert len(set(map(tuple, repeated))) == 12  # other views of the two rows each time
     nameless = datasets.load_from_disk(few).remove_columns("scene")
     nameless.save_to_disk(tmp_path / "nameless")
@@ -332,13 +332,10 @@ def test_rows_of_a_generator_may_hold_images_of_any_form(tmp_path):
 
 def test_a_block_of_large_rows_is_smaller_and_is_resumed_exactly(shards, monkeypatch):
     monkeypatch.setattr(streaming_module, "BLOCK_BYTES", 1)
-    stream, resumed = stream_of(shards), stream_of(shards)
-    assert len(stream.dataset._next_block(iter(stream.dataset.rows))[0]) == 1
-    whole = [digest(batch) for batch in take(stream_of(shards), 26)]
-    batches = iter(stream)
-    first = [digest(next(batches)) for _ in range(5)]
-    resumed.load_state_dict(stream.state_dict())
-    assert first + [digest(batch) for batch in take(resumed, 21)] == whole
+    stream = stream_of(shards).dataset
+    assert len(stream._next_block(iter(stream.rows))[0]) == 1
+    create = partial(stream_of, shards)
+    assert_goes_on(create, digests(create(), 26), 5)
 
 
 def test_streams_of_other_writers_are_mixed(shards, tmp_path):

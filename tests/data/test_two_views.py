@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 from transformers.image_utils import SizeDict
 
-from simipu_hf.data.rows import REQUIRED_COLUMNS, ROW_FEATURES
+from simipu_hf.data.rows import ROW_FEATURES, to_row
 from simipu_hf.data.two_views import (
     TwoViewAugmentation,
     TwoViewCollator,
@@ -30,19 +30,12 @@ WIDTH, HEIGHT = 250, 120
 CAMERA_PROJECTION = np.array([[150.0, 0, 124.5, 11.0], [0, 145.0, 59.5, -3.0], [0, 0, 1, 0.002]])
 
 
-def make_row(seed=0, count=3000, image=None):
+def make_row(seed=0, count=3000):
     """Every point has its own reflectance, which names it in both views."""
     rng = np.random.default_rng(seed)
     points = np.column_stack([rng.uniform((5, -12, -2.9), (60, 12, 0.9), (count, 3)), np.arange(count) / count])
-    if image is None:
-        image = rng.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
-    return {
-        "frame_id": f"{seed:06d}",
-        "image": Image.fromarray(image),
-        "points": points.astype("<f4").tobytes(),
-        "camera_projection": CAMERA_PROJECTION.tolist(),
-        "lidar_to_camera": LIDAR_TO_CAMERA.tolist(),
-    }
+    image = rng.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    return to_row(f"{seed:06d}", image, points, CAMERA_PROJECTION, LIDAR_TO_CAMERA)
 
 
 def make_sample(row, processor, augmentation, seed=0, epoch=0, index=0):
@@ -310,17 +303,13 @@ def test_images_of_bytes_and_of_floats_share_a_batch():
     assert batch["lidar_to_pixel"][1].unique().tolist() == [2]
 
 
-def to_dataset(rows):
-    features = datasets.Features({name: ROW_FEATURES[name] for name in REQUIRED_COLUMNS})
-    return datasets.Dataset.from_list(rows, features=features)
-
-
 def make_dataset(count=6, on_bad_row="error", change=None, **augmentation):
     rows = [make_row(seed=index, count=300) for index in range(count)]
     if change is not None:
         change(rows)
     processor = SimIPUProcessor.from_preset("recommended", (32, 64), num_points=64)
-    return TwoViewDataset(to_dataset(rows), processor, TwoViewAugmentation(**augmentation), 5, on_bad_row)
+    rows = datasets.Dataset.from_list(rows, features=ROW_FEATURES)
+    return TwoViewDataset(rows, processor, TwoViewAugmentation(**augmentation), 5, on_bad_row)
 
 
 def equal(first, second):
@@ -349,12 +338,6 @@ def break_points(rows):
     rows[2]["points"] = rows[2]["points"][:-3]
 
 
-def break_image(rows):
-    buffer = io.BytesIO()
-    rows[2]["image"].save(buffer, "PNG")
-    rows[2]["image"] = {"bytes": buffer.getvalue()[:2000], "path": None}
-
-
 def turn_image(rows):
     exif, buffer = Image.Exif(), io.BytesIO()
     exif[0x112] = 6
@@ -366,8 +349,7 @@ def look_away(rows):
     rows[2]["lidar_to_camera"] = (np.diag([1, 1, -1, 1]) @ LIDAR_TO_CAMERA).tolist()
 
 
-@pytest.mark.parametrize("change", [break_points, break_image, turn_image, look_away])
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(("change", "num_workers"), [(break_points, 0), (turn_image, 0), (look_away, 2)])
 def test_bad_rows_are_named_or_replaced_by_the_next(change, num_workers):
     with pytest.raises(SimIPUError, match=r"row 2 \(frame_id 000002\): "):
         make_dataset(change=change)[2]
@@ -386,7 +368,7 @@ def test_bad_rows_are_named_or_replaced_by_the_next(change, num_workers):
 
 def test_a_data_set_that_cannot_work_is_refused():
     processor, augmentation = SimIPUProcessor.from_preset(num_points=8), TwoViewAugmentation()
-    rows = to_dataset([make_row()])
+    rows = datasets.Dataset.from_list([make_row()], features=ROW_FEATURES)
     with pytest.raises(SimIPUError, match="no rows"):
         TwoViewDataset(rows.select([]), processor, augmentation)
     with pytest.raises(SimIPUError, match="on_bad_row"):

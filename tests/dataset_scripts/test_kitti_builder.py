@@ -252,34 +252,25 @@ def test_object_frames_know_their_drive_where_the_devkit_is_at_hand(object_root,
         kitti.list_frames("object", root)
 
 
-@pytest.fixture
-def odometry_root(object_root, tmp_path):
-    """Sequences 03 and 12 of the object fixture's first frames; image_3 of 12 is absent."""
-    training = object_root() / "training"
-    root = tmp_path / "odometry"
-    for sequence in ("03", "12"):
-        folder = root / "sequences" / sequence
-        for name in ("image_2", "image_3", "velodyne"):
-            shutil.copytree(training / name, folder / name)
-        calib = (training / "calib/000000.txt").read_text().replace("Tr_velo_to_cam", "Tr")
-        (folder / "calib.txt").write_text(calib.replace("R0_rect", "unused"))
-    shutil.rmtree(root / "sequences/12/image_3")
-    return root
-
-
-def test_odometry_sequences(odometry_root, tmp_path):
-    assert kitti.configurations(odometry_root) == ["odometry"]
-    data = build(odometry_root, "odometry", tmp_path / "cache", whole_scans=True)
+def test_odometry_sequences(object_root, tmp_path):
+    training, root = object_root() / "training", tmp_path / "odometry"
+    calib = (training / "calib/000000.txt").read_text().replace("Tr_velo_to_cam", "Tr").replace("R0_rect", "unused")
+    for sequence, names in (("03", ("image_2", "image_3", "velodyne")), ("12", ("image_2", "velodyne"))):
+        for name in names:
+            shutil.copytree(training / name, root / "sequences" / sequence / name)
+        (root / "sequences" / sequence / "calib.txt").write_text(calib)
+    assert kitti.configurations(root) == ["odometry"]
+    data = build(root, "odometry", tmp_path / "cache", whole_scans=True)
     assert {name: len(rows) for name, rows in data.items()} == {"train": 8, "test": 4}
     row = data["train"][5]
     assert (row["frame_id"], row["scene"], row["camera"]) == ("03_image_3_000001", "03", "image_3")
     np.testing.assert_array_equal(np.ravel(row["camera_projection"]), np.array(PROJECTIONS[3].split(), float))
     np.testing.assert_array_equal(np.ravel(row["lidar_to_camera"])[:12], np.array(LIDAR_TO_CAMERA.split(), float))
-    assert row["points"] == (odometry_root / "sequences/03/velodyne/000001.bin").read_bytes()
-    some = build(odometry_root, "odometry", tmp_path / "cache", scenes=("12",), cameras=(2,))
+    assert row["points"] == (root / "sequences/03/velodyne/000001.bin").read_bytes()
+    some = build(root, "odometry", tmp_path / "cache", scenes=("12",), cameras=(2,))
     assert {name: len(rows) for name, rows in some.items()} == {"test": 4}
     with pytest.raises(ValueError, match=r"scenes: expected some of \['03', '12'\]"):
-        kitti.list_frames("odometry", odometry_root, scenes=["05"])
+        kitti.list_frames("odometry", root, scenes=["05"])
 
 
 DRIVE = "2011_09_26/2011_09_26_drive_0002_sync"

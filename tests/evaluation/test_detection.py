@@ -42,11 +42,11 @@ def random_labels(rng, count):
     return rows
 
 
-def random_frames(seed, num_frames=12):
+def random_frames(seed):
     """Labels and detections: some near labels, some duplicates, some elsewhere, scores with ties."""
     rng = np.random.default_rng(seed)
     predictions, labels = [], []
-    for _ in range(num_frames):
+    for _ in range(12):
         truth = random_labels(rng, rng.integers(0, 12))
         found = random_labels(rng, rng.integers(0, 3))
         for kind, _, _, alpha, box, size, place, yaw in truth:
@@ -80,8 +80,8 @@ def test_average_precision_is_that_of_the_definition(seed, least):
     assert some > 5
 
 
-def car(left=100.0, height=60.0, kind="Car", x=0.0, truncated=0.0, occluded=0):
-    return (kind, truncated, occluded, 0.3, [left, 100, left + 80, 100 + height], [1.5, 1.6, 4], [x, 1.6, 20], 0.3)
+def car(left=100.0, height=60.0, kind="Car", x=0.0, occluded=0):
+    return (kind, 0.0, occluded, 0.3, [left, 100, left + 80, 100 + height], [1.5, 1.6, 4], [x, 1.6, 20], 0.3)
 
 
 DONT_CARE = ("DontCare", -1, -1, -10, [90, 90, 300, 250], [-1, -1, -1], [-1000, -1000, -1000], -10)

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -25,6 +24,13 @@ sys.path.insert(0, str(Path(__file__).parent))  # the helper modules beside this
 import local_hub
 
 OPTIONAL = ("spconv", "cumm", "numba", "llvmlite", "torch_quickfps", "scipy", "triton", "datasets", "accelerate")
+# as if they were not installed: importing them fails, and `find_spec` finds nothing
+PREAMBLE = f"""
+import json, sys
+sys.modules.update(dict.fromkeys({("simipu_hf", *OPTIONAL)}))
+globals().update(json.loads(sys.argv[1]))
+result = {{}}
+"""
 
 
 @pytest.fixture
@@ -46,33 +52,21 @@ def isolated(tmp_path):
     def run(code: str, hub=None, offline=False, **values) -> dict:
         work = tmp_path / "elsewhere"
         work.mkdir(exist_ok=True)
-        result = work / "result.json"
-        result.unlink(missing_ok=True)
-        # as if they were not installed: importing them fails, and `find_spec` finds nothing
-        preamble = f"import sys; sys.modules.update(dict.fromkeys({('simipu_hf', *OPTIONAL)}))"
-        values_code = "\n".join(f"{name} = {value!r}" for name, value in values.items())
-        script = work / "script.py"
-        script.write_text(
-            f"{preamble}\n{values_code}\nresult = {{}}\n{textwrap.dedent(code)}\n"
-            f"import json\nopen({str(result)!r}, 'w').write(json.dumps(result))\n",
-            encoding="utf-8",
-        )
         env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "PYTHONPATH", "TRANSFORMERS_"))}
         env |= {"HF_HOME": str(tmp_path / "hf_home"), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": local_hub.OWNER_TOKEN}
         env |= {"HF_ENDPOINT": hub.url if hub else "http://127.0.0.1:9", "OMP_NUM_THREADS": "1"}
         env |= {"HF_HUB_OFFLINE": "1"} if offline else {}
-        done = subprocess.run(
-            [sys.executable, str(script)], cwd=work, env=env, capture_output=True, text=True, timeout=300
-        )
+        command = [sys.executable, "-c", f"{PREAMBLE}{code}\nprint(json.dumps(result))", json.dumps(values)]
+        done = subprocess.run(command, cwd=work, env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-4000:]
-        return json.loads(result.read_text(encoding="utf-8"))
+        return json.loads(done.stdout.splitlines()[-1])
 
     return run
 
 
-def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+def randomize(model: nn.Module) -> nn.Module:
     """Batch-norm statistics as after training: no layer is an identity, activations stay of order one."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.running_mean.uniform_(-0.2, 0.2, generator=generator)

@@ -92,10 +92,6 @@ def is_large(path: str, size: int) -> bool:
     return size > 1_000_000 or path.endswith((".safetensors", ".parquet", ".pt", ".png"))
 
 
-def git_id(content: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
@@ -108,8 +104,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def respond(self) -> None:
-        url = urlsplit(self.path)
-        path = unquote(url.path)
+        path = unquote(urlsplit(self.path).path)
         self.content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.hub.requests.append((self.command, path))
         fault = self.hub.fault_for(path)
@@ -195,10 +190,8 @@ class Handler(BaseHTTPRequestHandler):
     def info(self, kind: str, repo_id: str, revision: str | None = None) -> None:
         repo = self.readable(kind, repo_id)
         sha, files = repo.at(revision or "main")
-        date = "2026-01-01T00:00:00.000Z"
-        body = {"_id": "0", "id": repo_id, "sha": sha, "private": repo.private, "tags": [], "downloads": 0, "likes": 0}
-        body |= {"author": repo_id.split("/")[0], "lastModified": date, "createdAt": date, "gated": False}
-        self.send_json({**body, "siblings": [{"rfilename": name} for name in sorted(files)]})
+        siblings = [{"rfilename": name} for name in sorted(files)]
+        self.send_json({"id": repo_id, "sha": sha, "private": repo.private, "siblings": siblings})
 
     def branch(self, kind: str, repo_id: str, name: str) -> None:
         repo = self.writable(kind, repo_id)
@@ -206,13 +199,11 @@ class Handler(BaseHTTPRequestHandler):
         self.send_json({})
 
     def preupload(self, kind: str, repo_id: str, revision: str) -> None:
-        _, files = self.writable(kind, repo_id).at(revision)
+        self.writable(kind, repo_id).at(revision)
         answers = []
         for entry in json.loads(self.content)["files"]:
             mode = "lfs" if is_large(entry["path"], entry["size"]) else "regular"
-            known = files.get(entry["path"]) if mode == "regular" else None
-            oid = git_id(known) if known is not None else None
-            answers.append({"path": entry["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+            answers.append({"path": entry["path"], "uploadMode": mode, "shouldIgnore": False})
         self.send_json({"files": answers})
 
     def lfs_batch(self, datasets: str | None, repo_id: str) -> None:
@@ -252,30 +243,23 @@ class Handler(BaseHTTPRequestHandler):
 
     def tree(self, kind: str, repo_id: str, revision: str, inside: str | None = None) -> None:
         _, files = self.readable(kind, repo_id).at(revision)
-        start = f"{inside.strip('/')}/" if inside else ""
-        found = {name: content for name, content in sorted(files.items()) if name.startswith(start)}
-        if start and not found:
+        files = {name: content for name, content in files.items() if name.startswith(f"{inside}/" if inside else "")}
+        if inside and not files:
             raise HubError(404, f"{inside} does not exist", "EntryNotFound")
-        entries = []
-        for name, content in found.items():
-            entries.append({"type": "file", "path": name, "size": len(content), "oid": git_id(content)})
-            if is_large(name, len(content)):
-                entries[-1]["lfs"] = {"oid": sha256(content), "size": len(content), "pointerSize": 130}
-        self.send_json(entries)
+        self.send_json(
+            [
+                {"type": "file", "path": name, "size": len(content), "oid": sha256(content)}
+                for name, content in sorted(files.items())
+            ]
+        )
 
     def resolve(self, datasets: str | None, repo_id: str, revision: str, name: str) -> None:
-        repo = self.readable("datasets" if datasets else "models", repo_id)
-        sha, files = repo.at(revision)
+        sha, files = self.readable("datasets" if datasets else "models", repo_id).at(revision)
         if name not in files:
             headers = {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found", "X-Repo-Commit": sha}
             return self.send(404, b"{}", headers)
         content = files[name]
-        is_lfs = is_large(name, len(content))
-        oid = sha256(content) if is_lfs else git_id(content)
-        headers = {"X-Repo-Commit": sha, "ETag": f'"{oid}"'}
-        if is_lfs:
-            headers |= {"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(len(content))}
-        return self.send(200, content, headers)
+        return self.send(200, content, {"X-Repo-Commit": sha, "ETag": f'"{sha256(content)}"'})
 
 
 REPO = r"([^/]+/[^/]+)"

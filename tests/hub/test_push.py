@@ -38,13 +38,10 @@ RESUME |= {"trainer_state.json", "optimizer.pt", "scheduler.pt", "scaler.pt", "r
 @pytest.fixture
 def checkpoint(run_folder, tmp_path):
     """A run in progress with one checkpoint, resume state included."""
-    output_dir = tmp_path / "training"
-    folder = output_dir / "checkpoint-20"
-    folder.mkdir(parents=True)
-    for file in run_folder.iterdir():
-        if file.is_file() and file.name not in ("run.yaml", "metrics.jsonl"):
-            (folder / file.name).write_bytes(file.read_bytes())
-    (output_dir / "run.yaml").write_bytes((run_folder / "run.yaml").read_bytes())
+    folder = tmp_path / "training" / "checkpoint-20"
+    of_the_run = shutil.ignore_patterns("image_encoder", "run.yaml", "metrics.jsonl")
+    shutil.copytree(run_folder, folder, ignore=of_the_run)
+    shutil.copy(run_folder / "run.yaml", folder.parent)
     for name in RESUME:
         (folder / name).write_bytes(b"{}")
     (folder / "training_args.bin").write_bytes(b"a pickle")

@@ -13,8 +13,8 @@ EXTRINSICS = np.array([[0.0, -1, 0, 0.02], [0, 0, -1, -0.08], [1, 0, 0, -0.27], 
 SIZE = (80, 250)
 
 
-def make_points(count=3000, seed=0):
-    rng = np.random.default_rng(seed)
+def make_points(count=3000):
+    rng = np.random.default_rng(0)
     points = np.column_stack([rng.uniform((-10, -45, -4), (80, 45, 2), (count, 3)), np.linspace(0, 1, count)])
     return points.astype("<f4")
 

@@ -11,8 +11,8 @@ from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
 
-def make_image(width=250, height=80, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+def make_image(height=80):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, 250, 3), dtype=np.uint8))
 
 
 def preset(name, image_size=None):

@@ -80,12 +80,10 @@ def test_targets_of_an_image():
     boxes_3d = torch.tensor(
         [[0, 1, 20, 2.0, 2, 4, 0], [0, 1, 10, 2, 2, 4, 0], [90, 1, 10, 2, 2, 4, 0], [0, 1, -9, 2, 2, 4, 0]]
     )
-    labels = {
+    labels = EMPTY | {
         "class_labels": torch.tensor([0, 0, 1, 0]),
         "boxes_3d": boxes_3d,
         "boxes": torch.tensor([[580.0, 150, 620, 190]] * 4),
-        "ignored_boxes": torch.tensor([[0.0, 0, 40, 40], [100, 0, 140, 40]]),
-        "ignored_labels": torch.tensor([-1, 2]),
     }
     projection = torch.tensor([[700.0, 0, 600, 0], [0, 700, 170, 0], [0, 0, 1, 0]])
     targets = encode_targets(labels, projection, FeatureGrid(4.0, 4.0, 0, 0), (3, 96, 320), CONFIG)
@@ -93,10 +91,6 @@ def test_targets_of_an_image():
     assert targets.cells.tolist() == [[150, 42]]
     assert targets.values[0, 2].item() == pytest.approx(math.log(10 / 700) - CONFIG.log_depth_per_focal, abs=1e-5)
     assert (targets.heat_map == 1).nonzero().tolist() == [[0, 42, 150]]
-    assert 0.3 < targets.heat_map[0, 42, 151] < 1
-    assert targets.weight[:, 5, 5].tolist() == [0, 0, 0]
-    assert targets.weight[:, 5, 30].tolist() == [1, 1, 0]
-    assert targets.weight[:, 50, 50].tolist() == [1, 1, 1]
 
 
 def test_heat_map_and_weight_object_by_object():

@@ -97,31 +97,22 @@ def test_the_assignment_is_solved_while_the_image_encoder_runs(monkeypatch):
 @pytest.mark.parametrize("preset", ["official", "recommended"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_on_the_device(preset, dtype):
-    """No wait but the assignment's event, and the loss of the CPU in float64."""
-    torch.manual_seed(0)
-    model = SimIPUForPreTraining(tiny_config(preset))
-    batch = tiny_batch()
-    double = {name: value.double() for name, value in batch.items()}
-    expected = SimIPUForPreTraining(model.config).double()
-    expected.load_state_dict(model.state_dict())
-    expected = expected(**double).loss.item()
-    model = model.cuda()
-    on_device = {name: value.cuda() for name, value in batch.items()}
-    state = {name: value.clone() for name, value in model.state_dict().items()}
+    """No wait but the assignment's event; test_check.py compares losses with those of the CPU."""
+    model = SimIPUForPreTraining(tiny_config(preset)).cuda()
+    batch = {name: value.cuda() for name, value in tiny_batch().items()}
 
     def step() -> torch.Tensor:
         with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
-            loss = model(**on_device).loss
+            loss = model(**batch).loss
         loss.backward()
         return loss.detach()
 
     step()  # kernels are compiled and tried once
-    model.load_state_dict(state)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         loss = step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert loss.item() == pytest.approx(expected, rel=1e-3 if dtype == torch.float32 else 0.1)
+    assert loss.isfinite()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)

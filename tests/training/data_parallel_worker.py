@@ -1,114 +1,76 @@
 """What test_data_parallel.py runs in one process and in two; no test itself.
 
-accelerate launch --num_processes 2 data_parallel_worker.py OUT 'JSON list of pretrain flags' 'of finetune-depth flags'
+accelerate launch --num_processes 2 data_parallel_worker.py OUT, the folder of the frames and of the results
 """
 
 import contextlib
 import json
 import os
-import signal
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
-import torch
 from accelerate import Accelerator, PartialState
-from safetensors.torch import save_file
-from tiny_simipu import tiny_batch, tiny_config
+from tiny_run import arguments, stopping
 
 from simipu_hf import pretrain as module
 from simipu_hf.errors import SimIPUError, TrainingInterrupted
 from simipu_hf.finetune_depth import finetune_depth
-from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
-from simipu_hf.training.arguments import DepthArguments, PreTrainingArguments, parse_arguments
-from simipu_hf.training.checkpoint import TrainingState
-from simipu_hf.training.distributed import create_accelerator, on_every_process, on_main_process
-from simipu_hf.training.logging import RunLogger
-from simipu_hf.training.optimizers import choose_recipe, clip_gradients
-from simipu_hf.training.sampling import Steps
+from simipu_hf.pretrain import create_model, to_model_inputs
+from simipu_hf.training.arguments import DepthArguments, parse_arguments
+from simipu_hf.training.distributed import on_every_process, on_main_process
 
-ROWS, STEPS = 4, 3
+ROWS = 4  # of all processes
 ARCHITECTURES = ("test_resnet", "test_efficientnet")  # timm's own batch norm in the second
 
 
-def own_part(batch: dict[str, torch.Tensor], accelerator: Accelerator) -> dict[str, torch.Tensor]:
-    share = ROWS // accelerator.num_processes
-    first = accelerator.process_index * share
-    return {name: value[first : first + share] for name, value in batch.items()}
+def pretrain(out: Path, name: str, *flags: str, **changes: Any) -> None:
+    """On the frames of `out`, into the folder of a name in it; `changes` are of functions that `pretrain` calls."""
+    with mock.patch.multiple(module, **changes) if changes else contextlib.nullcontext():
+        module.pretrain(arguments(out / "frames", out / name, *flags))
 
 
-def train(architecture: str, accumulation_steps: int, out: Path) -> dict[str, torch.Tensor]:
-    """The loop for a few steps in float64; gradients of the first step, and all weights and buffers after the last."""
-    arguments = PreTrainingArguments(
-        data_dir="none", output_dir=str(out), report_to=["none"], gradient_accumulation_steps=accumulation_steps,
-        optimizer="sgd", learning_rate=0.01, lr_decay_per_epoch=0.9, max_grad_norm=1.0,
-        point_optimizer="sgd", point_learning_rate=0.001,
-    )  # fmt: skip
-    accelerator = create_accelerator(arguments)
-    indices = range(STEPS * accumulation_steps)
-    # some points project beside the image, so that processes differ in valid pairs
-    rows = (tiny_batch(ROWS, 32, 96, seed=index, dtype=torch.float64) for index in indices)
-    data = [own_part(batch, accelerator) for batch in rows]
-    batches = SimpleNamespace(loader=lambda first, last: data, state_dict=dict, load_state_dict=dict)
-    torch.manual_seed(0)
-    model = SimIPUForPreTraining(tiny_config(architecture=architecture)).double()
-    module.prepare_model(accelerator, arguments, model)
-    module.try_first_step(accelerator, model, data[0])
-    recipe = choose_recipe(arguments, model.simipu.image_encoder, 9)
-    optimizer, schedule = module.create_optimization(arguments, recipe, model, steps_per_epoch=2, total_steps=9)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    out.mkdir(exist_ok=True)
-    logger = RunLogger(accelerator, arguments, 0, STEPS, record={})
-    processor = SimpleNamespace(image_processor=None, save_pretrained=lambda folder: None)
-    state = TrainingState(accelerator, wrapped, processor, optimizer, schedule, logger, batches, identity={})
-    gradients = {}
+def train(out: Path, name: str, architecture: str, accumulation_steps: int) -> None:
+    """Three steps in float64."""
 
-    def keep_gradients(*positional):
-        if not gradients:
-            gradients.update({f"grad.{n}": p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
-        return clip_gradients(*positional)
+    def create_double(given):
+        model, processor = create_model(given)
+        return model.double(), processor
 
-    module.clip_gradients, module.to_model_inputs = keep_gradients, lambda batch, image_processor: batch
-    with contextlib.closing(logger):
-        module.train(accelerator, arguments, state, Steps(0, STEPS), batches, None, None)
-    return gradients | {name: value.clone() for name, value in model.state_dict().items()}
+    def to_double(batch, image_processor):
+        inputs = to_model_inputs(batch, image_processor)
+        return {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+
+    flags = [
+        *("--image_encoder", architecture, "--max_steps", "3", "--logging_steps", "1", "--max_grad_norm", "1"),
+        *("--per_device_train_batch_size", str(ROWS // int(os.environ.get("WORLD_SIZE", 1)))),
+        *("--gradient_accumulation_steps", str(accumulation_steps), "--lr_decay_per_epoch", "0.9"),
+        *("--optimizer", "sgd", "--learning_rate", "0.01"),
+        *("--point_optimizer", "sgd", "--point_learning_rate", "0.001"),
+        # some points project beside the image, so that processes differ in valid pairs
+        *("--augmentation_overrides", "random_zoom=[1,2]"),
+    ]
+    double = {"create_model": create_double, "to_model_inputs": to_double, "draw_features": lambda *_: None}
+    pretrain(out, name, *flags, **double)
 
 
-def interrupted_runs(flags: list[str], out: Path) -> None:
+def interrupted_runs(out: Path) -> None:
     """`pretrain` in full; broken off in step 5; with a signal to the last process alone in step 3; both resumed."""
-
-    def run(name: str, *more: str) -> None:
-        module.pretrain(parse_arguments(PreTrainingArguments, [*flags, "--output_dir", str(out / name), *more]))
-
-    run("whole")
-    calls = []
-
-    def broken(*arguments):
-        calls.append(1)
-        if len(calls) == 5:
-            raise RuntimeError("killed")
-        return clip_gradients(*arguments)
-
-    module.clip_gradients = broken
+    flags = [
+        *("--max_steps", "6", "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2"),
+        *("--logging_steps", "3", "--checkpointing_steps", "2", "--eval_steps", "3", "--dataloader_num_workers", "1"),
+    ]
+    pretrain(out, "whole", *flags)
     with contextlib.suppress(RuntimeError):
-        run("broken")
-    calls.clear()
-
-    def preempted(*arguments):
-        calls.append(1)
-        if len(calls) == 3 and PartialState().is_last_process:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return clip_gradients(*arguments)
-
-    module.clip_gradients = preempted
+        pretrain(out, "broken", *flags, clip_gradients=stopping(5, RuntimeError("killed")))
     try:
-        run("preempted")
+        pretrain(out, "preempted", *flags, clip_gradients=stopping(3 if PartialState().is_last_process else 0))
     except TrainingInterrupted as interruption:
         (out / f"interruption-{PartialState().process_index}.txt").write_text(str(interruption), encoding="utf-8")
-    module.clip_gradients = clip_gradients
     for name in ("broken", "preempted"):
-        run(name, "--resume_from_checkpoint", "latest")
+        pretrain(out, name, *flags, "--resume_from_checkpoint", "latest")
 
 
 def errors_of_one_process(out: Path) -> None:
@@ -129,17 +91,19 @@ def errors_of_one_process(out: Path) -> None:
 
 
 def main() -> None:
-    out, flags, depth_flags = Path(sys.argv[1]), *map(json.loads, sys.argv[2:])
+    out = Path(sys.argv[1])
+    depth_flags = [
+        *("--image_encoder", "random:test_resnet", "--output_dir", str(out / "depth"), "--no_kb_crop"),
+        *("--train_frames", str(out / "rows"), "--test_frames", f"{out / 'rows'}#test", "--image_size", "32", "64"),
+        *("--max_steps", "2", "--per_device_train_batch_size", "2", "--logging_steps", "1", "--no_flip_test"),
+        *("--dataloader_num_workers", "0", "--report_to", "none"),
+    ]
     finetune_depth(parse_arguments(DepthArguments, depth_flags))
-    interrupted_runs(flags, out)
+    interrupted_runs(out)
     errors_of_one_process(out)
     for architecture in ARCHITECTURES:
         for accumulation_steps in (1, 2):
-            name = f"{architecture}-{accumulation_steps}"
-            result = train(architecture, accumulation_steps, out / name)
-            if Accelerator().is_main_process:
-                contiguous = {key: value.contiguous() for key, value in result.items()}
-                save_file(contiguous, out / f"{name}.safetensors")
+            train(out, f"{architecture}-{accumulation_steps}", architecture, accumulation_steps)
 
 
 if __name__ == "__main__":

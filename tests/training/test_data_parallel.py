@@ -1,6 +1,5 @@
 """What `accelerate launch` of two processes computes is what one computes, to rounding; and they resume exactly."""
 
-import importlib.util
 import json
 import os
 import re
@@ -13,14 +12,12 @@ import pytest
 import torch
 from depth_rows import save_rows
 from safetensors.torch import load_file
-from tiny_run import OVERRIDES, reset_accelerate, write_frames
+from tiny_run import reset_accelerate, write_frames
+from training import data_parallel_worker as worker
 
-from simipu_hf.data.two_views import to_model_inputs
 from simipu_hf.evaluate_depth import evaluate_depth
 from simipu_hf.training.arguments import EvaluateDepthArguments
 from simipu_hf.training.logging import read_metrics
-
-WORKER = Path(__file__).with_name("data_parallel_worker.py")
 
 
 @pytest.fixture(scope="module")
@@ -28,28 +25,17 @@ def results(tmp_path_factory) -> Path:
     """What the worker wrote in two processes."""
     out = tmp_path_factory.mktemp("data_parallel")
     write_frames(out / "frames")
-    flags = [
-        *("--dataset_name", str(out / "frames"), "--image_encoder", "test_resnet", "--image_size", "32", "96"),
-        *("--num_points", "128", "--config_overrides", OVERRIDES, "--report_to", "none", "--max_steps", "6"),
-        *("--per_device_train_batch_size", "1", "--logging_steps", "3", "--checkpointing_steps", "2"),
-        *("--dataloader_num_workers", "1", "--learning_rate", "0.003", "--gradient_accumulation_steps", "2"),
-        *("--eval_steps", "3"),
-    ]
-    depth_flags = [
-        *("--image_encoder", "random:test_resnet", "--output_dir", str(out / "depth"), "--no_kb_crop"),
-        *("--train_frames", save_rows(out), "--test_frames", f"{out / 'rows'}#test", "--image_size", "32", "64"),
-        *("--max_steps", "2", "--per_device_train_batch_size", "2", "--logging_steps", "1", "--no_flip_test"),
-        *("--dataloader_num_workers", "0", "--report_to", "none"),
-    ]
+    save_rows(out)
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(WORKER.parents[1]), os.environ.get("PYTHONPATH", "")])
+    helpers = Path(__file__).parents[1]
+    environment["PYTHONPATH"] = os.pathsep.join([str(helpers), os.environ.get("PYTHONPATH", "")])
     environment["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = "4"  # not ours: the flags count
     launcher = [
         *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
         *("--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"),
     ]
     process = subprocess.Popen(
-        [*launcher, str(WORKER), str(out), json.dumps(flags), json.dumps(depth_flags)],
+        [*launcher, worker.__file__, str(out)],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -65,26 +51,20 @@ def results(tmp_path_factory) -> Path:
     return out
 
 
-@pytest.fixture
-def worker():
-    """The worker as a module, for its runs in this process."""
-    spec = importlib.util.spec_from_file_location("data_parallel_worker", WORKER)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    reset_accelerate()
-    module.module.clip_gradients, module.module.to_model_inputs = module.clip_gradients, to_model_inputs
-
-
 @pytest.mark.parametrize("accumulation_steps", [1, 2])
 @pytest.mark.parametrize("architecture", ["test_resnet", "test_efficientnet"])
-def test_two_processes_equal_one_with_twice_the_rows(worker, results, tmp_path, architecture, accumulation_steps):
-    one = worker.train(architecture, accumulation_steps, tmp_path / "one")
-    two = load_file(results / f"{architecture}-{accumulation_steps}.safetensors")
-    assert one.keys() == two.keys()
-    assert any(name.startswith("grad.simipu.point_encoder") for name in one)
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+def test_two_processes_equal_one_with_twice_the_rows(results, architecture, accumulation_steps):
+    name = f"{architecture}-{accumulation_steps}"
+    worker.train(results, f"one-{name}", architecture, accumulation_steps)
+    reset_accelerate()
+    one, two = (results / folder for folder in (f"one-{name}", name))
+    first, second = (load_file(folder / "model.safetensors") for folder in (one, two))
+    torch.testing.assert_close(second, first, rtol=1e-10, atol=1e-10)
+    first, second = (read_metrics(folder / "metrics.jsonl") for folder in (one, two))
+    for part in ("image_encoder", "heads", "point_encoder"):  # before they were clipped
+        norms = [[line[f"grad_norm/{part}"] for line in lines] for lines in (first, second)]
+        assert norms[1] == pytest.approx(norms[0], rel=1e-10)
+        assert min(norms[0]) > 0
 
 
 def test_two_processes_resume_to_the_bit(results):
