@@ -338,6 +338,12 @@ def break_points(rows):
     rows[2]["points"] = rows[2]["points"][:-3]
 
 
+def cut_image(rows):
+    buffer = io.BytesIO()
+    rows[2]["image"].save(buffer, "PNG")
+    rows[2]["image"] = {"bytes": buffer.getvalue()[:2000], "path": None}
+
+
 def turn_image(rows):
     exif, buffer = Image.Exif(), io.BytesIO()
     exif[0x112] = 6
@@ -349,7 +355,9 @@ def look_away(rows):
     rows[2]["lidar_to_camera"] = (np.diag([1, 1, -1, 1]) @ LIDAR_TO_CAMERA).tolist()
 
 
-@pytest.mark.parametrize(("change", "num_workers"), [(break_points, 0), (turn_image, 0), (look_away, 2)])
+@pytest.mark.parametrize(
+    ("change", "num_workers"), [(break_points, 0), (cut_image, 2), (turn_image, 0), (look_away, 2)]
+)
 def test_bad_rows_are_named_or_replaced_by_the_next(change, num_workers):
     with pytest.raises(SimIPUError, match=r"row 2 \(frame_id 000002\): "):
         make_dataset(change=change)[2]
