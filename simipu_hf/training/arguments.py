@@ -31,26 +31,26 @@ ArgumentsT = TypeVar("ArgumentsT")
 CONFIGS = Path(__file__).parent / "presets"  # configuration files that come with the package
 
 
-class Must(NamedTuple):
+class Rule(NamedTuple):
     """A rule for the values of a flag, as part of its type, and how an error says it."""
 
-    be: str
+    expected: str
     holds: Callable[[Any], bool]
 
 
-AtLeast0 = Must("at least 0", lambda value: value >= 0)
-AtLeast1 = Must("at least 1", lambda value: value >= 1)
-Below1 = Must("at least 0 and below 1", lambda value: 0 <= value < 1)
-InsideOf1 = Must("above 0 and below 1", lambda value: 0 < value < 1)
-EachOnce = Must("one or more, each once", lambda values: 0 < len(values) == len(set(values)))
-UpTo1 = Must("above 0 and at most 1", lambda value: 0 < value <= 1)
-NearAndFar = Must("the nearest and the farthest depth", lambda depths: 0 <= depths[0] < depths[1])
-Seed = Annotated[int, Must("at least 0 and below 2**32", lambda seed: 0 <= seed < 2**32)]  # as NumPy takes it
+AT_LEAST_0 = Rule("at least 0", lambda value: value >= 0)
+AT_LEAST_1 = Rule("at least 1", lambda value: value >= 1)
+BELOW_1 = Rule("at least 0 and below 1", lambda value: 0 <= value < 1)
+BETWEEN_0_AND_1 = Rule("above 0 and below 1", lambda value: 0 < value < 1)
+EACH_ONCE = Rule("one or more, each once", lambda values: 0 < len(values) == len(set(values)))
+UP_TO_1 = Rule("above 0 and at most 1", lambda value: 0 < value <= 1)
+NEAR_AND_FAR = Rule("the nearest and the farthest depth", lambda depths: 0 <= depths[0] < depths[1])
+Seed = Annotated[int, Rule("at least 0 and below 2**32", lambda seed: 0 <= seed < 2**32)]  # as NumPy takes it
 Size = Annotated[
     tuple[int, int],
-    Must("a height and a width of at least 32 pixels", lambda size: len(size) == 2 and min(size) >= 32),
+    Rule("a height and a width of at least 32 pixels", lambda size: len(size) == 2 and min(size) >= 32),
 ]
-Depth = Annotated[float, Must("a number of metres above 0", lambda depth: 0 < depth < math.inf)]
+Depth = Annotated[float, Rule("a number of metres above 0", lambda depth: 0 < depth < math.inf)]
 
 
 @dataclass(kw_only=True)
@@ -74,7 +74,7 @@ def check(name: str, value: Any, hint: Any) -> None:
     if kind is Annotated:
         for rule in parts[1:]:
             if not rule.holds(value):
-                raise SimIPUError(f"--{name} must be {rule.be}, found {value}")
+                raise SimIPUError(f"--{name} must be {rule.expected}, found {value}")
         check(name, value, parts[0])
     elif kind is Literal and value not in parts:
         raise SimIPUError(f"--{name} {value!r}: choose from {', '.join(parts)}")
@@ -105,15 +105,15 @@ class RunArguments(Arguments):
     """Folder of the run."""
     resume_from_checkpoint: str | None = None
     """latest, or the path of a checkpoint."""
-    per_device_train_batch_size: Annotated[int, AtLeast1] = 4
+    per_device_train_batch_size: Annotated[int, AT_LEAST_1] = 4
     """Rows per process and forward pass."""
-    gradient_accumulation_steps: Annotated[int, AtLeast1] = 1
+    gradient_accumulation_steps: Annotated[int, AT_LEAST_1] = 1
     """Forward passes per optimizer step."""
     num_train_epochs: float = 100.0
     """Passes over the training rows."""
     max_steps: int = -1
     """Optimizer steps; overrides --num_train_epochs when above 0."""
-    max_grad_norm: Annotated[float, AtLeast0] = 0.0
+    max_grad_norm: Annotated[float, AT_LEAST_0] = 0.0
     """Clip gradients to this norm; 0 does not."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """fp16 needs a GPU."""
@@ -123,15 +123,15 @@ class RunArguments(Arguments):
     """Batch statistics over all processes; nothing changes on one."""
     seed: Seed = 0
     """Of new weights, row order and augmentation."""
-    dataloader_num_workers: Annotated[int, AtLeast0] = 2
+    dataloader_num_workers: Annotated[int, AT_LEAST_0] = 2
     """Processes that load data."""
-    logging_steps: Annotated[int, AtLeast1] = 10
+    logging_steps: Annotated[int, AT_LEAST_1] = 10
     """Optimizer steps per logged line."""
-    eval_steps: Annotated[int, AtLeast0] = 0
+    eval_steps: Annotated[int, AT_LEAST_0] = 0
     """Evaluate every so many optimizer steps; 0 does not."""
-    checkpointing_steps: Annotated[int, AtLeast0] = 500
+    checkpointing_steps: Annotated[int, AT_LEAST_0] = 500
     """Optimizer steps per checkpoint; 0 only at the end."""
-    save_total_limit: Annotated[int, AtLeast0] = 2
+    save_total_limit: Annotated[int, AT_LEAST_0] = 2
     """Checkpoints to keep, the newest; 0 keeps all."""
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Trackers: tensorboard, trackio, wandb, …, or none."""
@@ -175,7 +175,7 @@ class PreTrainingArguments(RunArguments):
     """pointnet2 if None; sparse_conv needs spconv."""
     pretrained_image_encoder: bool = False
     """Start from timm's pretrained weights instead of random ones."""
-    anchor_weight: Annotated[float, AtLeast0] | None = None
+    anchor_weight: Annotated[float, AT_LEAST_0] | None = None
     """Weight of a term that keeps the image features close to those at the start; 0 if None."""
     freeze: list[str] | None = None
     """Parts of the image encoder to keep as they are, by timm's names: conv1 layer1, or patch_embed blocks.0."""
@@ -205,15 +205,15 @@ class PreTrainingArguments(RunArguments):
     """Split to train on, such as trainval or train[:50%]; train, or the only one, if None."""
     validation_split: str = "validation"
     """Split for --eval_steps; none of its frames may be a training frame."""
-    validation_share: Annotated[float, InsideOf1] | None = None
+    validation_share: Annotated[float, BETWEEN_0_AND_1] | None = None
     """Hold out this share of the scenes as the validation split of a data set that has none."""
-    per_device_eval_batch_size: Annotated[int, AtLeast1] | None = None
+    per_device_eval_batch_size: Annotated[int, AT_LEAST_1] | None = None
     """As --per_device_train_batch_size if None."""
     image_size: Size | None = None
     """Height and width of all images; what the preset says if None: official draws sizes."""
-    num_points: Annotated[int, AtLeast1] | None = None
+    num_points: Annotated[int, AT_LEAST_1] | None = None
     """Points drawn from each scan; 16384, or as saved with --model_name_or_path, if None."""
-    depth_range: Annotated[tuple[float, float], NearAndFar] | None = None
+    depth_range: Annotated[tuple[float, float], NEAR_AND_FAR] | None = None
     """Nearest and farthest depth of the points that are used, in metres; 1 80 with the recommended preset if None."""
     augmentation_overrides: str | None = None
     """Fields of TwoViewAugmentation to change: 'random_zoom=[1.0,1.5],brightness=0.4,hue=0.1'."""
@@ -222,31 +222,31 @@ class PreTrainingArguments(RunArguments):
 
     optimizer: Literal["sgd", "adamw"] | None = None
     """Of image encoder and heads; sgd for encoders with batch norm (ResNets), adamw for the others, if None."""
-    learning_rate: Annotated[float, AtLeast0] | None = None
+    learning_rate: Annotated[float, AT_LEAST_0] | None = None
     """Of image encoder and heads, for 32 rows per optimizer step in all; sgd 0.03, adamw 1e-3 (1e-4 where the image
     encoder starts from pretrained weights) if None."""
-    weight_decay: Annotated[float, AtLeast0] | None = None
+    weight_decay: Annotated[float, AT_LEAST_0] | None = None
     """Of image encoder and heads; sgd 1e-4, adamw 0.05 without norms, biases and embeddings, if None."""
-    layer_decay: Annotated[float, UpTo1] | None = None
+    layer_decay: Annotated[float, UP_TO_1] | None = None
     """adamw: factor on the learning rate for each layer of the image encoder further from its output; 0.75 for
     pretrained starts, else 1, if None."""
-    momentum: Annotated[float, Below1] = 0.9
+    momentum: Annotated[float, BELOW_1] = 0.9
     """Of sgd."""
     point_optimizer: Literal["sgd", "adamw"] = "adamw"
     """Of the point encoder."""
-    point_learning_rate: Annotated[float, AtLeast0] = 1e-3
+    point_learning_rate: Annotated[float, AT_LEAST_0] = 1e-3
     """Of the point encoder."""
-    point_weight_decay: Annotated[float, AtLeast0] = 0.01
+    point_weight_decay: Annotated[float, AT_LEAST_0] = 0.01
     """Of the point encoder."""
-    adam_beta1: Annotated[float, Below1] = 0.95
+    adam_beta1: Annotated[float, BELOW_1] = 0.95
     """Of adamw."""
-    adam_beta2: Annotated[float, Below1] = 0.99
+    adam_beta2: Annotated[float, BELOW_1] = 0.99
     """Of adamw."""
     lr_scheduler_type: Schedule = "exponential"
     """exponential multiplies by --lr_decay_per_epoch; the others are those of transformers.get_scheduler."""
     lr_decay_per_epoch: float = 0.99
     """Factor per epoch of the schedule exponential."""
-    warmup_steps: Annotated[int, AtLeast0] | None = None
+    warmup_steps: Annotated[int, AT_LEAST_0] | None = None
     """Optimizer steps of linear warm-up; sgd 0, adamw 5 % of all steps, if None."""
     encoder_repo_id: str | None = None
     """At the end, also publish the image encoder in this repository, alone."""
@@ -282,15 +282,15 @@ class PreTrainingArguments(RunArguments):
 class FineTuningArguments(Arguments):
     """How an encoder is fine-tuned, in every task: AdamW and a one-cycle schedule over all steps."""
 
-    learning_rate: Annotated[float, AtLeast0] = 1e-4
+    learning_rate: Annotated[float, AT_LEAST_0] = 1e-4
     """Peak of the one-cycle schedule, which starts at 1/25 of it and falls towards 1/100 of that."""
-    weight_decay: Annotated[float, AtLeast0] = 0.01
+    weight_decay: Annotated[float, AT_LEAST_0] = 0.01
     """Of AdamW."""
-    warmup_ratio: Annotated[float, InsideOf1] = 0.3
+    warmup_ratio: Annotated[float, BETWEEN_0_AND_1] = 0.3
     """Share of the steps in which the learning rate rises."""
-    encoder_learning_rate: Annotated[float, AtLeast0] | None = None
+    encoder_learning_rate: Annotated[float, AT_LEAST_0] | None = None
     """Peak for the image encoder; as --learning_rate if None."""
-    decoder_first: Annotated[float, Below1] = 0.0
+    decoder_first: Annotated[float, BELOW_1] = 0.0
     """Share of the steps, at the start, in which the image encoder's weights are frozen."""
 
 
@@ -308,15 +308,15 @@ class FineTuningRunArguments(RunArguments, FineTuningArguments):
     """Frames to evaluate on; none may be a training frame."""
     keep_frames: bool = False
     """Keep decoded frames in memory, for small sets."""
-    per_device_train_batch_size: Annotated[int, AtLeast1] = 8
+    per_device_train_batch_size: Annotated[int, AT_LEAST_1] = 8
     """Frames per process and forward pass."""
     num_train_epochs: float = 24.0
     """Passes over the training frames."""
-    max_grad_norm: Annotated[float, AtLeast0] = 35.0
+    max_grad_norm: Annotated[float, AT_LEAST_0] = 35.0
     """Clip gradients to this norm; 0 does not."""
-    adam_beta1: Annotated[float, Must("at least 0.1 and below 1", lambda beta: 0.1 <= beta < 1)] = 0.95
+    adam_beta1: Annotated[float, Rule("at least 0.1 and below 1", lambda beta: 0.1 <= beta < 1)] = 0.95
     """Of AdamW; the schedule lowers it by 0.1 while the learning rate rises."""
-    adam_beta2: Annotated[float, Below1] = 0.99
+    adam_beta2: Annotated[float, BELOW_1] = 0.99
     """Of AdamW."""
 
     def __post_init__(self) -> None:
@@ -437,7 +437,7 @@ class EvaluateDepthArguments(EvaluateArguments):
     """Evaluate on the bottom centre of 352 x 1216 pixels of every image; the model's own crop is saved with it."""
     evaluation_crop: Literal["garg", "eigen", "none"] = "garg"
     """Part of that which counts."""
-    min_depth: Annotated[float, AtLeast0] = 1e-3
+    min_depth: Annotated[float, AT_LEAST_0] = 1e-3
     """In metres; smaller depths are not evaluated."""
     max_depth: Depth = 80.0
     """In metres; larger depths are not evaluated."""
@@ -462,14 +462,14 @@ class DetectionTaskArguments(Arguments):
     image_size: Size = (384, 1248)
     """Height and width that images are resized to; intrinsics follow."""
     classes: Annotated[
-        list[Literal["Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc"]], EachOnce
+        list[Literal["Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc"]], EACH_ONCE
     ] = field(default_factory=lambda: ["Car", "Pedestrian", "Cyclist"])
     """What is detected."""
-    hidden_size: Annotated[int, AtLeast1] = 128
+    hidden_size: Annotated[int, AT_LEAST_1] = 128
     """Width of the feature pyramid and the head, which on the CPU cost as much as a small encoder."""
-    zoom: Annotated[float, AtLeast1] = 1.2
+    zoom: Annotated[float, AT_LEAST_1] = 1.2
     """Largest factor by which a random window of a training image is enlarged; 1 does not."""
-    min_overlap: Annotated[float, InsideOf1] | None = None
+    min_overlap: Annotated[float, BETWEEN_0_AND_1] | None = None
     """Intersection over union that a match exceeds; KITTI's own, 0.7 for cars and 0.5 for the others, if None."""
     on_bad_row: Literal["error", "skip"] = "error"
     """Stop at an invalid frame, or leave it out."""
@@ -509,7 +509,7 @@ class EvaluateDetectionArguments(EvaluateArguments):
     """Folder of detections, a text file for each frame, instead of --model."""
     labels: str | None = None
     """Folder of the frames' label files, with --predictions."""
-    min_overlap: Annotated[float, InsideOf1] | None = None
+    min_overlap: Annotated[float, BETWEEN_0_AND_1] | None = None
     """Intersection over union that a match exceeds; KITTI's own, 0.7 for cars and 0.5 for the others, if None."""
 
     def __post_init__(self) -> None:
@@ -524,26 +524,26 @@ class EvaluateDetectionArguments(EvaluateArguments):
 class CompareArguments(FineTuningArguments):
     """What every comparison of image encoders takes, whatever the task."""
 
-    image_encoders: Annotated[list[str], EachOnce]
+    image_encoders: Annotated[list[str], EACH_ONCE]
     """NAME=SOURCE ..., SOURCE being whatever the task's --image_encoder takes. Each is compared with
     random weights of its architecture, added where missing: scratch, and scratch-ARCHITECTURE of a further one."""
-    train_frames: Annotated[list[str], EachOnce]
+    train_frames: Annotated[list[str], EACH_ONCE]
     """Frames with labels: SOURCE, SOURCE#SPLIT or SOURCE#SPLIT:ID,ID,..."""
-    test_frames: Annotated[list[str], EachOnce]
+    test_frames: Annotated[list[str], EACH_ONCE]
     """Frames to evaluate on; none may be a training frame, and no drive should be on both sides."""
     output_dir: str
     """Folder of the results; runs that it already holds are not repeated."""
-    modes: Annotated[list[Literal["full", "frozen"]], EachOnce] = field(default_factory=lambda: ["full"])
+    modes: Annotated[list[Literal["full", "frozen"]], EACH_ONCE] = field(default_factory=lambda: ["full"])
     """full: all weights are trained; frozen: the decoder alone."""
-    label_fractions: Annotated[list[Annotated[float, UpTo1]], EachOnce] = field(default_factory=lambda: [1.0])
+    label_fractions: Annotated[list[Annotated[float, UP_TO_1]], EACH_ONCE] = field(default_factory=lambda: [1.0])
     """Shares of the training frames; smaller ones are part of larger ones."""
-    seeds: Annotated[list[Seed], EachOnce] = field(default_factory=lambda: [0, 1, 2])
+    seeds: Annotated[list[Seed], EACH_ONCE] = field(default_factory=lambda: [0, 1, 2])
     """Of the decoder, of random encoders, of frame order and augmentation."""
-    max_steps: Annotated[int, AtLeast1] = 400
+    max_steps: Annotated[int, AT_LEAST_1] = 400
     """Optimizer steps of every run."""
-    batch_size: Annotated[int, AtLeast1] = 8
+    batch_size: Annotated[int, AT_LEAST_1] = 8
     """Frames per step."""
-    num_evaluations: Annotated[int, AtLeast1] = 8
+    num_evaluations: Annotated[int, AT_LEAST_1] = 8
     """Evaluations during every run, evenly spaced, the last at its end; they are the curve that speed is read from."""
     device: str | None = None
     """Such as cuda; a GPU where there is one if None."""
@@ -614,11 +614,11 @@ class BenchmarkArguments(Arguments):
     """Hub id, or a folder."""
     preset: Literal["recommended", "official"] = "recommended"
     """Model, processor and augmentation."""
-    batch_size: Annotated[int, AtLeast1] = 2
+    batch_size: Annotated[int, AT_LEAST_1] = 2
     """Rows in a batch."""
-    num_points: Annotated[int, AtLeast1] = 16384
+    num_points: Annotated[int, AT_LEAST_1] = 16384
     """Points of a scan."""
-    repeats: Annotated[int, AtLeast1] = 5
+    repeats: Annotated[int, AT_LEAST_1] = 5
     """Measurements of which the median counts, at least."""
     seed: Seed = 0
     """Of the weights and the augmentation."""
@@ -673,9 +673,9 @@ class BenchmarkDataArguments(BenchmarkArguments):
 
     image_size: tuple[int, int] = (384, 1248)
     """Height and width of the images."""
-    num_rows: Annotated[int, AtLeast1] = 16
+    num_rows: Annotated[int, AT_LEAST_1] = 16
     """Rows in one pass; a smaller data set is read several times over."""
-    num_workers: Annotated[int, AtLeast1] | None = None
+    num_workers: Annotated[int, AT_LEAST_1] | None = None
     """Processes of the loader; one per processor if None."""
 
 
