@@ -128,8 +128,9 @@ def list_frames(
         scenes: odometry: names like "00"; raw: like "2011_09_26_drive_0009_sync".
     """
     root = _root(data_dir)
+    cameras = None if cameras is None else list(cameras)
     if cameras is not None and not set(map(str, cameras)) <= {"2", "3", "02", "03"}:
-        raise ValueError(f"cameras: expected 2 and / or 3 (KITTI's colour cameras), found {list(cameras)}")
+        raise ValueError(f"cameras: expected 2 and / or 3 (KITTI's colour cameras), found {cameras}")
     chosen = None if cameras is None else [int(camera) for camera in cameras]
     _require(splits, split_names(name, root), f"{root}: splits")
     if name != "object":

@@ -284,6 +284,8 @@ def _published_splits(folder: str, there: set[str]) -> dict[str, set[str]]:
         if not all(isinstance(scenes, list) and all(isinstance(scene, str) for scene in scenes) for scenes in named):
             raise ValueError(f"{own}: expected split -> list of scenes, found {str(lists)[:80]}")
         for name in lists:
+            if not re.fullmatch(r"\w+", name):
+                raise ValueError(f"{own}: expected names of splits of letters, digits and _, found {name!r}")
             if unknown := sorted(set(lists[name]) - there):
                 raise ValueError(f"{own}: {name}: expected scenes of the tables, found {unknown[0]!r}")
         splits |= {name: set(scenes) for name, scenes in lists.items()}
@@ -308,6 +310,9 @@ def _sample_data(folder: str, channels: dict[str, str], sweeps: bool) -> list[di
     Two of the tables have 2.6 million records each in trainval: they are read record by record, once.
     """
     paths = [os.path.join(folder, f"{table}.json") for table in INDEXED]
+    for path in paths:
+        if not os.path.isfile(path):
+            raise ValueError(f"{path}: expected a table of nuScenes, found no such file")
     state = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
     with open(__file__, "rb") as file:
         key = hashlib.sha256(file.read() + repr(state).encode("utf-8")).hexdigest()[:16]

@@ -205,8 +205,9 @@ def _buckets(points):
                     widest, axis = high - low, candidate
             middle = (start + end) // 2
             halves[2 * b], halves[2 * b + 1] = start, middle
-            bucket = order[start:end]
-            bucket[:] = bucket[np.argpartition(points[bucket, axis], middle - start)]
+            if widest > 0:  # np.argpartition takes long where all are equal
+                bucket = order[start:end]
+                bucket[:] = bucket[np.argpartition(points[bucket, axis], middle - start)]
         halves[-1] = len(points)
         starts = halves
     return order, starts

@@ -118,7 +118,8 @@ def project_to_depth_map(
         camera_projection: `(3, 4)`, rectified camera to pixels.
         lidar_to_camera: `(4, 4)`, LiDAR to rectified camera.
     """
-    pixels, depth = project_points(points[:, :3].astype(np.float64), camera_projection @ lidar_to_camera)
+    lidar_to_pixel = np.asarray(camera_projection, np.float64) @ np.asarray(lidar_to_camera, np.float64)
+    pixels, depth = project_points(np.asarray(points, np.float64)[:, :3], lidar_to_pixel)
     inside = inside_image(pixels, depth, np.array([height, width]))
     column, row = np.floor(pixels[inside].T + 0.5)
     return _nearest_wins(row, column, depth[inside], height, width)

@@ -259,8 +259,10 @@ def list_frames(
     cameras: Sequence[int | str] | None = None,
     scenes: Sequence[str] | None = None,
 ) -> Any:
-    """The reader's listing of some splits of a published data set."""
+    """The reader's listing of some splits of a published data set; one camera or scene may be given by itself."""
     assert source.reader is not None
+    cameras = [cameras] if isinstance(cameras, str | int) else cameras
+    scenes = [scenes] if isinstance(scenes, str) else scenes
     with named_errors(source.location):
         return source.reader.list_frames(source.config, source.location, splits, cameras, scenes)
 

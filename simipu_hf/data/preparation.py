@@ -93,11 +93,12 @@ def prepare(
     # outside of the lock: the processes of a launch look at the files of a large data set at the same time
     digests = [_digest(reading.reader.fingerprint(chunk), reading) for chunk in chunks]
     paths = [folder / f"{kind}-{digest}.arrow" for digest in digests]
-    with _lock(folder / f"{_digest(paths)}.lock"):
-        missing = [item for item in zip(paths, chunks, strict=True) if not _is_whole(reading, *item)]
-        _remove_leftovers(folder)
-        write = partial(_write_chunk, reading, stop_at_damage=skipped is None)
-        run_in_processes(write, missing, num_proc, "Preparing", lambda item: len(item[1]))
+    if missing := _missing(reading, paths, chunks):
+        with _lock(folder / f"{_digest(paths)}.lock"):
+            missing = _missing(reading, *zip(*missing, strict=True))  # another process may have prepared them
+            _remove_leftovers(folder)
+            write = partial(_write_chunk, reading, stop_at_damage=skipped is None)
+            run_in_processes(write, missing, num_proc, "Preparing", lambda item: len(item[1]))
     rows = datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in paths])
     messages: list[str] = []
     if len(rows) < len(frames):  # those left out are read again for the reason why
@@ -127,12 +128,16 @@ def _chunks(frames: Sequence[Any]) -> Iterator[Sequence[Any]]:
         yield chunk
 
 
+def _missing(reading: Reading, paths: Sequence[Path], chunks: Sequence[Any]) -> list[tuple[Path, Sequence[Any]]]:
+    return [item for item in zip(paths, chunks, strict=True) if not _is_whole(reading, *item)]
+
+
 def _is_whole(reading: Reading, path: Path, frames: Sequence[Any]) -> bool:
     """Whether a file holds all frames that can be read: some may have been left out for a passing reason."""
     if not path.is_file():
         return False
     rows = datasets.Dataset.from_file(str(path))
-    return next(reading.rows(_left_out(rows, frames), []), None) is None
+    return len(rows) == len(frames) or next(reading.rows(_left_out(rows, frames), []), None) is None
 
 
 def _left_out(rows: datasets.Dataset, frames: Sequence[Any]) -> list[Any]:

@@ -16,12 +16,11 @@ import os
 import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
 import datasets
@@ -29,6 +28,7 @@ import kornia_rs
 import numpy as np
 from datasets.arrow_writer import ArrowWriter
 from datasets.utils.file_utils import xopen
+from filelock import FileLock
 from PIL import Image
 
 from ..errors import AT_THE_END, SimIPUError
@@ -135,15 +135,31 @@ def dataset_from_rows(
     Raises:
         SimIPUError: a row has a column whose type is not known.
     """
+    path = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / f"rows-{secrets.token_hex(8)}.arrow"
     if cache_dir is None:
-        cache = Path(datasets.config.HF_DATASETS_CACHE)
-        cache.mkdir(parents=True, exist_ok=True)
-        # what Windows cannot remove is still open
-        temporary = TemporaryDirectory(prefix="rows-", dir=cache, ignore_cleanup_errors=True)
-        cache_dir = AT_THE_END.enter_context(temporary)
-    path = Path(cache_dir) / f"rows-{secrets.token_hex(8)}.arrow"
+        AT_THE_END.enter_context(_temporary(path))
     write_arrow(path, rows, datasets.Features({**ROW_FEATURES, **(features or {})}))
     return datasets.Dataset.from_file(str(path))
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[None]:
+    """Removes `path` at its end; where this process is killed, the next one that makes such a file does."""
+
+    def remove(file: Path, lock: Path) -> None:
+        file.unlink(missing_ok=True)
+        lock.unlink(missing_ok=True)
+
+    for abandoned in path.parent.glob("rows-*.arrow.lock"):
+        with suppress(OSError), FileLock(abandoned, timeout=0):
+            remove(abandoned.with_suffix(""), abandoned)
+    lock = path.with_name(f"{path.name}.lock")
+    with FileLock(lock):
+        yield
+        with suppress(OSError):
+            remove(path, lock)
+    if path.exists():  # Windows keeps what is open: the lock names it to the next process
+        lock.touch()
 
 
 def dataset_from_stream(rows: datasets.IterableDataset) -> datasets.Dataset:
@@ -159,11 +175,19 @@ def write_arrow(path: Path, rows: Iterable[dict[str, Any]], features: datasets.F
         SimIPUError: it cannot be written, or a row has a column that `features` does not know.
     """
     with atomic_path(path) as beside, ArrowWriter(path=str(beside), features=features, writer_batch_size=16) as writer:
-        for row in rows:
+        for row in _without_os_errors(rows):
             if unknown := sorted(row.keys() - features.keys()):
                 raise _row_error(row, unknown[0], "a column whose type is given in features", "none given")
             writer.write(features.encode_example(row))
         writer.finalize()
+
+
+def _without_os_errors(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """What the rows' own files raise is not to be taken for an error of the file that is written."""
+    try:
+        yield from rows
+    except OSError as error:
+        raise SimIPUError(f"a row cannot be read: {error}") from error
 
 
 def points_from_row(row: Mapping[str, Any]) -> np.ndarray:

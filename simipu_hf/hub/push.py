@@ -187,6 +187,7 @@ def push_folder(
     repo_id: str,
     private: bool | None = None,
     encoder_repo_id: str | None = None,
+    *,
     revision: str | None = None,
     message: str = "Upload model",
     token: str | None = None,

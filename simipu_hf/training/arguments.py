@@ -28,6 +28,7 @@ from simipu_hf.errors import SimIPUError
 
 Schedule = Literal["exponential", "constant", "constant_with_warmup", "linear", "cosine", "polynomial", "inverse_sqrt"]
 ArgumentsT = TypeVar("ArgumentsT")
+NULLS = (None, "null", "Null", "NULL", "~", "")  # as YAML has them
 CONFIGS = Path(__file__).parent / "presets"  # configuration files that come with the package
 
 
@@ -36,6 +37,12 @@ class Rule(NamedTuple):
 
     expected: str
     holds: Callable[[Any], bool]
+
+    def allows(self, value: Any) -> bool:
+        try:
+            return self.holds(value)
+        except TypeError:  # None, or one number for a list
+            return False
 
 
 AT_LEAST_0 = Rule("at least 0", lambda value: value >= 0)
@@ -73,12 +80,12 @@ def check(name: str, value: Any, hint: Any) -> None:
     kind, parts = get_origin(hint), get_args(hint)
     if kind is Annotated:
         for rule in parts[1:]:
-            if not rule.holds(value):
+            if not rule.allows(value):
                 raise SimIPUError(f"--{name} must be {rule.expected}, found {value}")
         check(name, value, parts[0])
     elif kind is Literal and value not in parts:
         raise SimIPUError(f"--{name} {value!r}: choose from {', '.join(parts)}")
-    elif kind is list and isinstance(value, list):
+    elif kind is list and isinstance(value, list | tuple):
         for item in value:
             check(name, item, parts[0])
     elif _is_union(hint) and value is not None:
@@ -729,7 +736,7 @@ def _flags_of(config: str, cls: type) -> list[str]:
             from_file.append(f"--{name}" if value else f"--no_{name}")
         else:
             values = value if isinstance(value, list) else [value]
-            from_file += [f"--{name}", *("None" if one in (None, "null", "~", "") else str(one) for one in values)]
+            from_file += [f"--{name}", *("None" if one in NULLS else str(one) for one in values)]
     return from_file
 
 
@@ -774,11 +781,12 @@ def parse_overrides(
             or a value that is no YAML.
     """
     overrides: dict[str, Any] = {}
-    parts = re.split(r",(?=\s*[\w.]+\s*=)", (text or "").strip(" ,"))  # at the commas before another name
+    parts = re.split(r",+(?=\s*[\w.]+\s*=)", (text or "").strip(" ,"))  # at the commas before another name
     for part in filter(None, parts):
         name, equals, value = part.partition("=")
         section, _, inner = name.strip().rpartition(".")
-        if not equals or (section and section not in sections) or (not section and inner in sections):
+        is_known = section in sections if section else inner not in sections
+        if not equals or not is_known or re.fullmatch(r"[^\[{'\"]*,.*", value.strip()):  # no value has a bare comma
             nested = "".join(f" or {known}.name=value" for known in sections)
             raise SimIPUError(f"{name_of_flag} {part.strip()!r}: expected name=value{nested}")
         target = overrides.setdefault(section, {}) if section else overrides

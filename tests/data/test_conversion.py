@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from simipu_hf import cli
@@ -264,14 +265,21 @@ def test_files_that_are_no_images_are_not_embedded(tmp_path):
         convert_to_parquet(tmp_path / "parquet", str(tmp_path / "saved"))
 
 
-def test_files_of_rows_in_the_cache_are_removed_at_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    row = to_row("log/0", np.zeros((60, 80, 3), np.uint8), np.ones((2, 4)), np.eye(3, 4), np.eye(4))
-    first, second = dataset_from_rows([row]), dataset_from_rows([row, row])
+def test_a_file_of_rows_of_a_process_that_was_killed_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    for name in ("killed", "running"):
+        (tmp_path / f"rows-{name}.arrow").touch()
+        (tmp_path / f"rows-{name}.arrow.lock").touch()
+    row = make_row("log/0")
+    with FileLock(tmp_path / "rows-running.arrow.lock"):
+        first, second = dataset_from_rows([row]), dataset_from_rows([row, row])
+        assert not list(tmp_path.glob("rows-killed*"))
+        assert (tmp_path / "rows-running.arrow").is_file()
     assert (len(first), len(second), first[0]["frame_id"]) == (1, 2, "log/0")
+    own = [Path(first.cache_files[0]["filename"]), Path(second.cache_files[0]["filename"])]
     del first, second  # Windows keeps what is open
     AT_THE_END.close()
-    assert not list((tmp_path / "cache").iterdir())
+    assert not any(path.exists() for path in own)
 
 
 def test_labels_one_by_one_and_depth_are_resized_with_their_image(tmp_path):

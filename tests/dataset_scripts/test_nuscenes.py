@@ -267,6 +267,9 @@ def test_damaged_tables_are_named(tiny: TinyTables) -> None:
         (tiny.root / "v1.0-mini/splits.json").write_text(text)
         with pytest.raises(ValueError, match=r"splits\.json: expected split -> list of scenes, found [\[{]"):
             nuscenes.split_names("v1.0-mini", root)
+    (tiny.root / "v1.0-mini/splits.json").write_text('{"day-light": ["scene-0061"]}')
+    with pytest.raises(ValueError, match=r"splits\.json: expected names of splits .* found 'day-light'"):
+        nuscenes.split_names("v1.0-mini", root)
     (tiny.root / "v1.0-mini/splits.json").write_text('{"mine": ["scene-0061", "scene-61"]}')
     with pytest.raises(ValueError, match=r"splits\.json: mine: expected scenes of the tables, found 'scene-61'"):
         nuscenes.split_names("v1.0-mini", root)

@@ -379,6 +379,10 @@ class TestArguments:
     def test_choices_hold_from_python_too(self):
         with pytest.raises(SimIPUError, match="--preset 'offical': choose from recommended, official"):
             PreTrainingArguments(data_dir="kitti", output_dir="out", preset="offical")
+        with pytest.raises(SimIPUError, match="--label_fractions must be above 0 and at most 1, found 2"):
+            CompareDepthArguments(**COMPARE, label_fractions=(0.5, 2))
+        with pytest.raises(SimIPUError, match="--seeds must be one or more, each once, found 0"):
+            CompareDepthArguments(**COMPARE, seeds=0)
 
     def test_overrides(self):
         text = "max_match_distance=null,image_config.out_indices=[-1, 2],point_config.use_xyz=false,temperature=0.1"
@@ -389,7 +393,13 @@ class TestArguments:
             "temperature": 0.1,
         }
         assert parse_overrides(None) == {}
-        for bad, message in (("a=1,a=2", "a is given twice"), ("a=[", r"'a=\[': the value cannot be read")):
+        assert parse_overrides("a='x, y',,b=[1,2],") == {"a": "x, y", "b": [1, 2]}
+        for bad, message in (
+            ("a=1,a=2", "a is given twice"),
+            ("a=[", r"'a=\[': the value cannot be read"),
+            ("a=1,b", "expected name=value"),
+            ("a=[1],b", "the value cannot be read"),
+        ):
             with pytest.raises(SimIPUError, match=message):
                 parse_overrides(bad)
 

@@ -54,23 +54,23 @@ class NumbaTriangles:
         self._tree = np.concatenate(boxes), order, np.ascontiguousarray(corners, np.float32)
 
     def first(self, origins: np.ndarray, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return _trace(*self._tree, *_rays(origins, directions), np.inf)
+        return _trace(*self._tree, *_rays(origins, directions), np.inf, False)
 
     def occluded(self, origins: np.ndarray, directions: np.ndarray, reach: float) -> np.ndarray:
-        return _trace(*self._tree, *_rays(origins, directions), reach)[0] >= 0
+        return _trace(*self._tree, *_rays(origins, directions), reach, True)[0] >= 0
 
 
 Triangles: type[EmbreeTriangles | NumbaTriangles] = NumbaTriangles if EmbreeScene is None else EmbreeTriangles
 
 
 @jit()
-def _trace(boxes, order, corners, origins, directions, reach):
+def _trace(boxes, order, corners, origins, directions, reach, any_hit):
     found = np.full(len(origins), -1, np.int32)
     distance = np.full(len(origins), np.inf, np.float32)
     first_leaf = len(boxes) - len(order)
     for ray in range(len(origins)):
         origin, direction, nearest, node = origins[ray], directions[ray], reach, 0
-        while node >= 0:
+        while node >= 0 and not (any_hit and found[ray] >= 0):
             if _enters(boxes[node], origin, direction, nearest):
                 if node < first_leaf:
                     node = 2 * node + 2

@@ -48,6 +48,7 @@ def synthesize_drive(
     checks = (
         ("image_size", len(image_size) == 2 and min(image_size) >= 16, "two sides of at least 16 pixels", image_size),
         ("num_frames", num_frames >= 1, "at least 1", num_frames),
+        ("azimuth_steps", azimuth_steps >= 1, "at least 1", azimuth_steps),
         ("seed", seed >= 0, "at least 0", seed),
         ("val_fraction", 0 <= val_fraction < 1, "at least 0 and less than 1", val_fraction),
         ("test_fraction", test_fraction >= 0 and val_fraction + test_fraction < 1, "0 to the rest", test_fraction),
