@@ -538,6 +538,7 @@ def read_objects(frame: Frame) -> dict[str, list]:
     with the same heading. `bbox` is what the box covers of the image, `truncated` what share of that lies beyond its
     borders. Categories outside the ten detection classes, and boxes without a point of a sensor, are DontCare regions.
     """
+    assert frame.boxes is not None
     objects: dict[str, list] = {field: [] for field in OBJECT_FIELDS}
     poses = (_rigid(getattr(frame, name), name) for name in ("ego_at_image", "camera_to_ego"))
     world_to_camera = np.linalg.inv(np.matmul(*poses))
@@ -545,7 +546,7 @@ def read_objects(frame: Frame) -> dict[str, list]:
     planes = np.array(
         [[0, 0, 1, -NEAR], [1, 0, 0, 0], [-1, 0, right_most, 0], [0, 1, 0, 0], [0, -1, lowest, 0]], np.float64
     )
-    for kind, occluded, has_points, width, length, height, *pose in () if frame.boxes is None else frame.boxes:
+    for kind, occluded, has_points, width, length, height, *pose in frame.boxes:
         to_camera = world_to_camera @ _rigid(np.array(pose), "box")
         corners = (CORNERS * [length, width, height]) @ to_camera[:3, :3].T + to_camera[:3, 3]
         faces = [(corners @ frame.intrinsics.T)[list(face)] for face in FACES]

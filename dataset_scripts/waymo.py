@@ -338,7 +338,7 @@ def read_image(frame: Frame, camera: Camera) -> bytes:
         raise ValueError(f"{row.path}: expected a readable image of {frame.frame_id}, found: {error}") from error
     if image.size != camera.size:
         raise ValueError(
-            f"{row.path}: expected {camera.size[0]} x {camera.size[1]} pixels as camera_calibration says, found "
+            f"{row.path}: expected {camera.size[0]} x {camera.size[1]} pixels by camera_calibration, found "
             f"{image.width} x {image.height} in {frame.frame_id}"
         )
     if not any(camera.distortion):

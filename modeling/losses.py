@@ -97,8 +97,8 @@ class _InfoNCE(torch.autograd.Function):
     candidates the full matrix would be the largest tensor.
 
     Anchors `(R, D)` and candidates `(N, D)` have unit length; from row `rank * R` on, candidates are the anchors'
-    positives. Returns losses of the anchors `(R,)`, of their positives `(R,)` (zeros unless symmetric), and positions
-    `(R,)` or None.
+    positives; `valid` `(R,)` and `candidate_valid` `(N,)` are bool. Returns losses of the anchors `(R,)`, of their
+    positives `(R,)` (zeros unless symmetric), and positions `(R,)` or None.
     """
 
     @staticmethod

@@ -205,7 +205,7 @@ def _buckets(points):
                     widest, axis = high - low, candidate
             middle = (start + end) // 2
             halves[2 * b], halves[2 * b + 1] = start, middle
-            if widest > 0:  # np.argpartition takes long where all are equal
+            if widest > 0:  # equal points need no halving, which takes long
                 bucket = order[start:end]
                 bucket[:] = bucket[np.argpartition(points[bucket, axis], middle - start)]
         halves[-1] = len(points)

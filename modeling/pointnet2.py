@@ -212,7 +212,7 @@ def _pair_moments(
 
     With everything centred, Var(u + W d) = Var(u) + W Cov(d) Wᵀ + 2 W Cov(d, u), and the sums over slots that
     hold point j need only the sum of its offsets. `per_point` `(R, C)` is u, `offset` `(E, 3)` d, `xyz_weight`
-    `(C, 3)` W, and `occurrences` `(R,)` are slots per point.
+    `(C, 3)` W, and `occurrences` `(R,)` are slots per point; `reduce` sums over the processes that share statistics.
     """
     slots = neighbors.weight.to(offset)
     count = reduce(slots.sum())

@@ -62,43 +62,43 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-ours: Any = sys.modules[__name__]  # whose names are imported when a hook asks for them
+_ours: Any = sys.modules[__name__]  # whose names are imported when a hook asks for them
 
 
 # One hook for each module of transformers, importing no more than it registers: these modules import each other.
 @when_imported("transformers.models.auto.configuration_auto")
 def _register_configurations(auto: Any) -> None:
-    for config in (ours.SimIPUConfig, ours.SimIPUDepthConfig, ours.SimIPUDetectionConfig):
+    for config in (_ours.SimIPUConfig, _ours.SimIPUDepthConfig, _ours.SimIPUDetectionConfig):
         auto.AutoConfig.register(config.model_type, config, exist_ok=True)
 
 
 @when_imported("transformers.models.auto.feature_extraction_auto")
 def _register_feature_extractor(auto: Any) -> None:
-    auto.AutoFeatureExtractor.register(ours.SimIPUConfig, ours.SimIPUFeatureExtractor, exist_ok=True)
+    auto.AutoFeatureExtractor.register(_ours.SimIPUConfig, _ours.SimIPUFeatureExtractor, exist_ok=True)
 
 
 @when_imported("transformers.models.auto.image_processing_auto")
 def _register_image_processor(auto: Any) -> None:
-    classes = {"torchvision": ours.SimIPUImageProcessor}
-    for config in (ours.SimIPUConfig, ours.SimIPUDepthConfig, ours.SimIPUDetectionConfig):
+    classes = {"torchvision": _ours.SimIPUImageProcessor}
+    for config in (_ours.SimIPUConfig, _ours.SimIPUDepthConfig, _ours.SimIPUDetectionConfig):
         auto.AutoImageProcessor.register(config, image_processor_classes=classes, exist_ok=True)
 
 
 @when_imported("transformers.models.auto.video_processing_auto")
 def _register_no_video_processor(auto: Any) -> None:
     """Or `pipeline` guesses the name of one from the image processor's, and asks whether it may run its code."""
-    for config in (ours.SimIPUConfig, ours.SimIPUDepthConfig, ours.SimIPUDetectionConfig):
+    for config in (_ours.SimIPUConfig, _ours.SimIPUDepthConfig, _ours.SimIPUDetectionConfig):
         auto.VIDEO_PROCESSOR_MAPPING.register(config, {}, exist_ok=True)
 
 
 @when_imported("transformers.models.auto.processing_auto")
 def _register_processor(auto: Any) -> None:
-    auto.AutoProcessor.register(ours.SimIPUConfig, ours.SimIPUProcessor, exist_ok=True)
+    auto.AutoProcessor.register(_ours.SimIPUConfig, _ours.SimIPUProcessor, exist_ok=True)
 
 
 @when_imported("transformers.models.auto.modeling_auto")
 def _register_models(auto: Any) -> None:
-    auto.AutoModel.register(ours.SimIPUConfig, ours.SimIPUModel, exist_ok=True)
-    auto.AutoModel.register(ours.SimIPUDetectionConfig, ours.SimIPUForMonocular3DDetection, exist_ok=True)
-    auto.AutoModelForPreTraining.register(ours.SimIPUConfig, ours.SimIPUForPreTraining, exist_ok=True)
-    auto.AutoModelForDepthEstimation.register(ours.SimIPUDepthConfig, ours.SimIPUForDepthEstimation, exist_ok=True)
+    auto.AutoModel.register(_ours.SimIPUConfig, _ours.SimIPUModel, exist_ok=True)
+    auto.AutoModel.register(_ours.SimIPUDetectionConfig, _ours.SimIPUForMonocular3DDetection, exist_ok=True)
+    auto.AutoModelForPreTraining.register(_ours.SimIPUConfig, _ours.SimIPUForPreTraining, exist_ok=True)
+    auto.AutoModelForDepthEstimation.register(_ours.SimIPUDepthConfig, _ours.SimIPUForDepthEstimation, exist_ok=True)

@@ -51,7 +51,7 @@ class DepthTask(Task):
 def best_constant(targets: Iterable[np.ndarray]) -> float:
     """The depth that, predicted everywhere, has the least AbsRel on images with these targets (`(N,)` each, metres).
 
-    A median in which a pixel counts 1 / target, and every image the same.
+    A median in which a pixel counts 1 / target, and every image the same. A `SimIPUError` where there is no target.
     """
     known = [target for target in targets if target.size]
     if not known:

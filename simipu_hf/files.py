@@ -90,7 +90,7 @@ def atomic_folder(
     beside, replaced = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.replaced")
 
     def put_back() -> None:
-        """What an error, or the end of a process, left between the two renames."""
+        """Undo the first rename where an error, or the end of a process, came before the second."""
         if replaced.exists() and not path.exists():
             replaced.rename(path)
 

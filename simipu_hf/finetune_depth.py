@@ -80,7 +80,7 @@ def trainer_parts(
     seed: int,
     keep_frames: bool = False,
 ) -> dict[str, Any]:
-    """What [`DepthTrainer`] is made of, from rows or frames to train and, where not `None`, to evaluate on."""
+    """Keyword arguments of [`DepthTrainer`], from rows or frames to train and, where not `None`, to evaluate on."""
     processor, on_bad_row = create_processor(arguments, encoder.input), arguments.on_bad_row
     size = arguments.image_size or KB_CROP
     model = create_model(SimIPUForDepthEstimation, encoder, size, seed, max_depth=arguments.max_depth)

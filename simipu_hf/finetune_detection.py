@@ -89,8 +89,8 @@ def trainer_parts(
     seed: int,
     keep_frames: bool = False,
 ) -> dict[str, Any]:
-    """What [`DetectionTrainer`] is made of, from the `sizes` of [`mean_dimensions`] and rows or frames to train and,
-    where not `None`, to evaluate on."""
+    """Keyword arguments of [`DetectionTrainer`], from the `sizes` of [`mean_dimensions`] and rows or frames to train
+    and, where not `None`, to evaluate on."""
     classes, processor = list(arguments.classes), create_image_processor(arguments.image_size, encoder.input)
     fields = {"classes": classes, "mean_dimensions": sizes, "hidden_size": arguments.hidden_size}
     model = create_model(SimIPUForMonocular3DDetection, encoder, arguments.image_size, seed, **fields)

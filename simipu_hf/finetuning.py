@@ -72,6 +72,9 @@ def create_model(
     Args:
         image_size: height and width of the images, for encoders that are built for one size.
         fields: of the model's configuration.
+
+    Raises:
+        SimIPUError: the weights do not fit, or the encoder cannot be built for that size.
     """
     image_config = {"architecture": encoder.architecture, "model_args": encoder.model_args or None}
     try:

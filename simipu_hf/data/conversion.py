@@ -16,6 +16,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets.info import DatasetInfosDict
 from datasets.table import embed_table_storage
@@ -321,14 +322,16 @@ def _table(rows: datasets.Dataset, packing: Packing | None) -> pa.Table:
 def _refuse_files_that_are_no_images(table: pa.Table, features: datasets.Features) -> None:
     """A path in somebody else's rows may be that of any file here, which would be embedded, and then published."""
     for column in (name for name, feature in features.items() if isinstance(feature, datasets.Image)):
-        for frame, image in zip(table["frame_id"].to_pylist(), table[column].to_pylist(), strict=True):
-            if image is None or image["bytes"] is not None or image["path"] is None:
+        is_embedded = pc.is_valid(pc.struct_field(table[column], "bytes")).to_pylist()
+        paths = pc.struct_field(table[column], "path").to_pylist()
+        for frame, path, embedded in zip(table["frame_id"].to_pylist(), paths, is_embedded, strict=True):
+            if embedded or path is None:
                 continue
             try:
-                with open_image(image):
+                with open_image(path):
                     pass
             except Exception as error:
-                found = f"{image['path']} ({first_line(error)})"
+                found = f"{path} ({first_line(error)})"
                 raise SimIPUError(f"frame {frame}: {column}: expected an image file, found {found}") from error
 
 

@@ -96,7 +96,7 @@ def _compared_columns(rows: datasets.Dataset) -> datasets.Dataset:
 def _cheap_keys(rows: datasets.Dataset) -> Iterator[list[Key]]:
     """Keys that equal frames share: length and last bytes of the image's file (of JPEGs, many share their length), and
     the first points of the scan."""
-    for table in rows.with_format("arrow").iter(1024):  # reads the lengths, not the rows
+    for table in rows.with_format("arrow").iter(1024):  # reads ends of files and starts of scans, not the rows
         starts: list[bytes] = [b""] * len(table)
         if "points" in table.column_names:
             starts = pc.binary_slice(table["points"].cast(pa.large_binary()), 0, COMPARED_BYTES).to_pylist()

@@ -82,7 +82,8 @@ def prepare(
     """The rows of frames, from the cache where they were prepared before.
 
     Several processes may call it at once: the first one prepares, the others wait for it. Damaged frames are left out
-    and described in `skipped` where that is given.
+    and described in `skipped` where that is given. `num_proc` processes prepare, `None`: one per core; the default of
+    `cache_dir` is the cache of datasets.
 
     Raises:
         SimIPUError: a damaged frame, or a cache that cannot be written.

@@ -241,7 +241,7 @@ class TwoViewDataset(torch.utils.data.Dataset):
         mixture: which row stands at an index of an epoch, where `rows` joins several sources; by default the index.
 
     Raises:
-        SimIPUError: no rows.
+        SimIPUError: no rows, or an unknown `on_bad_row`.
     """
 
     rows: datasets.Dataset

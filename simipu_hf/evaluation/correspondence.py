@@ -63,7 +63,7 @@ def pixel_recall(
 def correspondence_recall(
     model: SimIPUForPreTraining, batch: dict[str, torch.Tensor], output: SimIPUForPreTrainingOutput
 ) -> dict[str, float]:
-    """[`pixel_recall`] of a batch and the model's output for it; the model is in evaluation mode."""
+    """[`pixel_recall`] of a batch, with its `image_sizes`, and the model's output in evaluation mode."""
     assert output.image_features is not None
     assert output.point_output is not None
     assert output.point_embeds is not None

@@ -342,7 +342,7 @@ def _trained_on_kitti(run: dict[str, Any]) -> bool:
 
 
 def _run(folder: Path) -> dict[str, Any]:
-    """The parts of `run.yaml`, none where a file of that name is of another program."""
+    """The parts of `run.yaml` that have our form; a file of that name may be another program's."""
     path = _in_run(folder, "run.yaml")
     if path is None:
         return {}

@@ -53,7 +53,7 @@ from simipu_hf.modeling.image_encoder import (
 )
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
-from simipu_hf.training.arguments import Size, check
+from simipu_hf.training.arguments import Size, check_value
 
 Format = Literal["timm", "transformers", "torchvision", "mmdet", "official", "onnx"]
 RESNET_FORMS = ("transformers", "torchvision", "mmdet", "official")  # take these architectures alone
@@ -375,7 +375,7 @@ def write_onnx(weights: EncoderWeights, path: Path, image_size: tuple[int, int] 
     encoder.load_state_dict(plain.state_dict)
     pyramid = _Pyramid(encoder).eval()
     height, width = image_size or taken_size(weights)
-    check("image_size", (height, width), Size)
+    check_value("image_size", (height, width), Size)
     example = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
     batch, any_size = {0: torch.export.Dim.DYNAMIC}, {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     # a network built for one size: tracing it for others takes minutes before it fails

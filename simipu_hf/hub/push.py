@@ -221,16 +221,16 @@ def push_folder(
     try:
         folder = model_folder(model)
         staged = _snapshot(folder, run_of(folder))
+        # as they are: without its paths, a run may not tell the encoder's card of KITTI's licence
+        records = {name: (staged / name).read_bytes() for name in RECORDS if (staged / name).is_file()}
         _complete(staged, repo_id, encoder_repo_id)
         result = PushReport(repository.url, repository.upload(staged, message))
         if encoder_repo_id is not None:
             failure = "the model was published, its image encoder was not"
             encoder = replace(repository, repo_id=encoder_repo_id)
             write_timm(find_image_encoder(folder).with_channel_order("rgb"), staged / "rgb")
-            # not the model's, which are redacted: a path may be all that tells the card of KITTI's licence
-            records = [place / name for place in (run_of(folder), folder) for name in RECORDS]
-            for file in filter(Path.is_file, records):
-                shutil.copyfile(file, staged / "rgb" / file.name)
+            for name, content in records.items():
+                (staged / "rgb" / name).write_bytes(content)
             _complete(staged / "rgb", encoder_repo_id)
             encoder.upload(staged / "rgb", message)
             result.encoder_url = encoder.url

@@ -268,11 +268,18 @@ def _as_trained(file: Path, state: StateDict, own_eps: dict[str, float]) -> tupl
 
 
 def read_input_convention(folder: Path) -> InputConvention:
-    """What the processor files of a SimIPU folder say about the encoder's input; ImageNet's if there are none."""
+    """What the processor files of a SimIPU folder say about the encoder's input; ImageNet's if there are none.
+
+    Raises:
+        SimIPUError: they cannot be read.
+    """
     names = ("processor_config.json", "preprocessor_config.json")
     if not any((folder / name).is_file() for name in names):
         return InputConvention()
-    image = SimIPUImageProcessor.from_pretrained(folder)
+    try:
+        image = SimIPUImageProcessor.from_pretrained(folder)
+    except (ValueError, OSError, AttributeError, TypeError) as error:
+        raise SimIPUError(f"{folder}: its image processor cannot be read ({first_line(error)})") from error
     # the processor normalises value * factor; here values run from 0 to 1
     scale = 1 / (255 * image.rescale_factor) if image.do_rescale else 1 / 255
     mean, std = (image.image_mean, image.image_std) if image.do_normalize else ((0.0,) * 3, (1.0,) * 3)

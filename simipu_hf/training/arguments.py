@@ -51,7 +51,9 @@ BELOW_1 = Rule("at least 0 and below 1", lambda value: 0 <= value < 1)
 BETWEEN_0_AND_1 = Rule("above 0 and below 1", lambda value: 0 < value < 1)
 EACH_ONCE = Rule("one or more, each once", lambda values: 0 < len(values) == len(set(values)))
 UP_TO_1 = Rule("above 0 and at most 1", lambda value: 0 < value <= 1)
-NEAR_AND_FAR = Rule("the nearest and the farthest depth", lambda depths: 0 <= depths[0] < depths[1])
+NEAR_AND_FAR = Rule(
+    "the nearest depth, at least 0, and a farther one", lambda depths: len(depths) == 2 and 0 <= depths[0] < depths[1]
+)
 Seed = Annotated[int, Rule("at least 0 and below 2**32", lambda seed: 0 <= seed < 2**32)]  # as NumPy takes it
 Size = Annotated[
     tuple[int, int],
@@ -72,25 +74,25 @@ class Arguments:
             if isinstance(value, str) and list in kinds and str not in kinds:  # one name, from Python
                 value = [value]
             setattr(self, name, value)
-            check(name, value, with_rules[name])
+            check_value(name, value, with_rules[name])
 
 
-def check(name: str, value: Any, hint: Any) -> None:
+def check_value(name: str, value: Any, hint: Any) -> None:
     """Raises a `SimIPUError` for a value of the flag `name` that its type `hint` rules out: a choice, or a rule."""
     kind, parts = get_origin(hint), get_args(hint)
     if kind is Annotated:
         for rule in parts[1:]:
             if not rule.allows(value):
                 raise SimIPUError(f"--{name} must be {rule.expected}, found {value}")
-        check(name, value, parts[0])
+        check_value(name, value, parts[0])
     elif kind is Literal and value not in parts:
         raise SimIPUError(f"--{name} {value!r}: choose from {', '.join(parts)}")
     elif kind is list and isinstance(value, list | tuple):
         for item in value:
-            check(name, item, parts[0])
+            check_value(name, item, parts[0])
     elif _is_union(hint) and value is not None:
         for part in parts:
-            check(name, value, part)
+            check_value(name, value, part)
 
 
 def _is_union(hint: Any) -> bool:
@@ -659,7 +661,7 @@ class BenchmarkStepArguments(BenchmarkArguments):
     """timm model name."""
     point_encoder: Literal["pointnet2", "sparse_conv"] = "pointnet2"
     """sparse_conv needs spconv."""
-    image_size: tuple[int, int] = (384, 1248)
+    image_size: Size = (384, 1248)
     """Height and width of the images."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """fp16 needs a GPU."""
@@ -678,7 +680,7 @@ class BenchmarkDataArguments(BenchmarkArguments):
     simipu-hf benchmark data --data_dir KITTI
     """
 
-    image_size: tuple[int, int] = (384, 1248)
+    image_size: Size = (384, 1248)
     """Height and width of the images."""
     num_rows: Annotated[int, AT_LEAST_1] = 16
     """Rows in one pass; a smaller data set is read several times over."""

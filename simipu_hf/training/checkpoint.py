@@ -93,6 +93,7 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 
 def write_error(target: Path, error: Exception) -> SimIPUError:
+    """An error that names the checkpoint that could not be written, and the last good one."""
     kept = newest_checkpoint(target.parent)
     return SimIPUError(
         f"could not write checkpoint {target}: {error}. "
@@ -242,6 +243,7 @@ class TrainingState:
         )
 
     def restore(self, checkpoint: Path) -> None:
+        """Raises a `SimIPUError` where the checkpoint does not fit the model or the optimizers."""
         saved = read_state(checkpoint)
         try:
             self.accelerator.unwrap_model(self.model).load_state_dict(load_file(checkpoint / "model.safetensors"))

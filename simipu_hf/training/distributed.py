@@ -108,7 +108,7 @@ def check_precision(precision: str) -> None:
 
 
 def recompute_activations(model: Any) -> None:
-    """Gradient checkpointing of a model's image encoder."""
+    """Gradient checkpointing of a model's image encoder; a `SimIPUError` where timm does not have it."""
     try:
         model.gradient_checkpointing_enable()
     except (AttributeError, AssertionError) as error:
@@ -156,14 +156,14 @@ def on_main_process(accelerator: Accelerator, function: Callable[..., T], *args:
     return cast("T", broadcast_object_list([result])[0])
 
 
-def on_every_process(function: Callable[..., T], *args: Any) -> T:
+def on_every_process(function: Callable[[], T]) -> T:
     """Call `function` on every process; where one fails, all of them end with its `SimIPUError`.
 
     Else the others would go on to wait for it, and blame what they were doing when it ended.
     """
     result, failure = None, None
     try:
-        result = function(*args)
+        result = function()
     except SimIPUError as error:
         failure = error
     messages = gather_object([failure and str(failure)])

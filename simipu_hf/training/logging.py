@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from simipu_hf.errors import SimIPUError
 from simipu_hf.files import atomic_write, to_json
 
-from .arguments import RunArguments
+from .arguments import PreTrainingArguments
 
 METRICS_FILE = "metrics.jsonl"
 TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow", "comet_ml", "aim", "clearml", "swanlab")
@@ -72,14 +72,14 @@ class RunLogger:
 
     Args:
         accelerator: its trackers are started, used and closed.
-        first_step: where the run starts or resumes.
+        first_step, last_step: where the run starts or resumes, and ends.
         record: what the trackers are told beside the arguments.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
-        arguments: RunArguments,
+        arguments: PreTrainingArguments,
         first_step: int,
         last_step: int,
         record: Mapping[str, Any],

@@ -102,7 +102,7 @@ def open_run_folder(arguments: RunArguments, lock: WriteLock, step: int, last_st
         raise SimIPUError(f"--output_dir {output_dir} cannot be written to ({error})") from error
     lock.take()
     for path in output_dir.glob(".checkpoint-*"):  # what a kill during a checkpoint left behind
-        shutil.rmtree(path, ignore_errors=True)
+        path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
     written = {
         "kind": type(arguments).__name__,
         "command": shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),

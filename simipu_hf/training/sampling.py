@@ -155,6 +155,9 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
         batch_size: rows per process and micro-batch.
         accumulation_steps: micro-batches per optimizer step.
         first_step, last_step: optimizer steps to serve, the last one excluded.
+
+    Raises:
+        SimIPUError: fewer rows than one optimizer step takes.
     """
 
     num_rows: int

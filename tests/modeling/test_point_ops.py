@@ -40,7 +40,7 @@ properties = settings(derandomize=True, deadline=None, max_examples=40)
 
 
 @st.composite
-def clouds(draw, max_points=300, channels=3, dtypes=DTYPES):
+def clouds(draw, max_points=300, channels=3):
     """(B, N, C): real values, or an integer grid full of ties and duplicates, some far from the origin."""
     batch, n = draw(st.integers(1, 3)), draw(st.integers(1, max_points))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
@@ -54,7 +54,7 @@ def clouds(draw, max_points=300, channels=3, dtypes=DTYPES):
         points = points + (draw(st.sampled_from([0.0, 40.0])) if kind == "grid" else 0.0)
     if kind == "repeated":
         points = points[:, torch.randint(0, max(1, n // 3), (n,), generator=generator)]
-    return points.to(draw(st.sampled_from(dtypes)))
+    return points.to(draw(st.sampled_from(DTYPES)))
 
 
 def as_numpy(points):

@@ -338,7 +338,7 @@ class TestArguments:
             (["--lr_scheduler_type", "constant", "--warmup_steps", "5"], "does nothing with --lr_scheduler_type"),
             (["--streaming"], "needs --max_steps"),
             (["--validation_share", "1"], "above 0 and below 1"),
-            (["--depth_range", "80", "1"], "the nearest and the farthest"),
+            (["--depth_range", "80", "1"], "the nearest depth, at least 0, and a farther one"),
             (["--preset", "official", "--pretrained_image_encoder"], "leave one of the two out"),
             (["--adam_beta1", "1"], "--adam_beta1 must be at least 0 and below 1, found 1"),
         ],

@@ -33,7 +33,8 @@ def synthesize_drive(
 
     The folder is KITTI's; beside `image_2` lies `depth_2`: true depth of every pixel as 16-bit PNG, metres * 256 (of
     the third row of P2), 0 where there is none (sky, beyond 255 m). Every frame is a street of its own, a function of
-    the seed and of its number: first those for training, then for validation and for testing.
+    the seed and of its number: first those for training, then for validation and for testing. The number of
+    workers, and of frames after it, makes no difference.
 
     Args:
         output_dir: must not exist, or be empty; the folder is complete or not there.
