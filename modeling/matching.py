@@ -1,6 +1,8 @@
 """One-to-one matching of the points of two views."""
 
-from concurrent.futures import ThreadPoolExecutor
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 
 import numpy as np
 import torch
@@ -9,6 +11,15 @@ try:
     from scipy.optimize import linear_sum_assignment
 except Exception:
     linear_sum_assignment = None
+
+
+@cache
+def _solvers(process: int) -> ThreadPoolExecutor:
+    """SciPy releases the GIL while it solves, so the clouds of a batch are solved side by side.
+
+    Each process has threads of its own: a fork takes over none of its parent's.
+    """
+    return ThreadPoolExecutor(max_workers=8, thread_name_prefix="assignment")
 
 
 class PendingMatch:
@@ -39,10 +50,9 @@ class PendingMatch:
         if self._copied is not None:
             # of the tensors' device, which need not be the current one
             self._copied.record(torch.cuda.current_stream(self._distances.device))
-        # SciPy releases the GIL while it solves, so the clouds of a batch are solved side by side
-        solvers = ThreadPoolExecutor(max_workers=8)
-        self._jobs = [solvers.submit(self._solve, item) for item in range(len(coordinates))]
-        solvers.shutdown(wait=False)  # the threads end with their work
+        self._jobs: list[Future[np.ndarray]] = [
+            _solvers(os.getpid()).submit(self._solve, item) for item in range(len(coordinates))
+        ]
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Matches `(B, M)` int64 and their distances `(B, M)` in metres, infinite where nothing was matched."""
