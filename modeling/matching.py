@@ -17,7 +17,8 @@ except Exception:
 def _solvers(process: int) -> ThreadPoolExecutor:
     """SciPy releases the GIL while it solves, so the clouds of a batch are solved side by side.
 
-    Each process has threads of its own: a fork takes over none of its parent's.
+    Each process has threads of its own: a fork takes over none of its parent's. They stay for good, for a thread that
+    ends while a loader forks its workers can leave these hanging (CPython 3.11).
     """
     return ThreadPoolExecutor(max_workers=8, thread_name_prefix="assignment")
 

@@ -20,7 +20,7 @@ from simipu_hf.errors import SimIPUError
 from simipu_hf.files import WriteLock, atomic_write
 
 from .arguments import RunArguments
-from .checkpoint import new_set_aside, newest_checkpoint, set_aside
+from .checkpoint import new_set_aside, newest_checkpoint, set_aside, verify_checkpoint
 
 RUN_FILE = "run.yaml"
 # what is there once, at the end of a run: the model and what was measured of it
@@ -54,7 +54,8 @@ def find_checkpoint(arguments: RunArguments) -> Path | None:
         if not checkpoint.is_dir():
             raise SimIPUError(f"--resume_from_checkpoint {resume}: no such folder")
         if checkpoint.absolute().parent.resolve() == output_dir.resolve():
-            return checkpoint  # else another run's, from which this one starts in a folder of its own
+            return checkpoint
+        verify_checkpoint(checkpoint)  # of another run: this one starts, in a folder of its own
     if output_dir.is_dir() and any(output_dir.iterdir()):
         raise SimIPUError(
             f"--output_dir {output_dir} is not empty: choose another folder, or continue the run in it with "
