@@ -84,7 +84,7 @@ def errors_of_one_process(out: Path) -> None:
     on_main = partial(on_main_process, accelerator)
     for call, fails in ((on_every_process, accelerator.is_last_process), (on_main, True)):
         try:
-            call(fail, fails)
+            call(partial(fail, fails))
         except SimIPUError as error:
             told.append(str(error))
     (out / f"errors-{accelerator.process_index}.json").write_text(json.dumps(told), encoding="utf-8")
