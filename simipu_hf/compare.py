@@ -273,6 +273,7 @@ def run_settings(arguments: CompareArguments, folder: str, num_frames: int, seed
         )
     return recipe(
         folder,
+        arguments.mixed_precision,
         max_steps=arguments.max_steps,
         per_device_train_batch_size=min(arguments.batch_size, num_frames),
         learning_rate=arguments.learning_rate,

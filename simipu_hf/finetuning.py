@@ -381,8 +381,9 @@ class RunFolder(TrainerCallback):
             self.uploader.checkpoint_saved(self.output_dir / f"checkpoint-{state.global_step}")
 
 
-def recipe(output_dir: str | os.PathLike, **changes: Any) -> TrainingArguments:
+def recipe(output_dir: str | os.PathLike, mixed_precision: str = "no", **changes: Any) -> TrainingArguments:
     """The published recipe as arguments of the Trainer, with `changes`."""
+    check_precision(mixed_precision)
     settings = {
         "per_device_train_batch_size": 8,
         "num_train_epochs": 24.0,
@@ -391,6 +392,8 @@ def recipe(output_dir: str | os.PathLike, **changes: Any) -> TrainingArguments:
         "adam_beta1": 0.95,
         "adam_beta2": 0.99,
         "max_grad_norm": 35.0,
+        "bf16": mixed_precision == "bf16",
+        "fp16": mixed_precision == "fp16",
         "warmup_steps": 0.3,
         "logging_nan_inf_filter": False,
         "remove_unused_columns": False,
@@ -406,17 +409,15 @@ def recipe(output_dir: str | os.PathLike, **changes: Any) -> TrainingArguments:
 
 def trainer_settings(arguments: FineTuningRunArguments) -> TrainingArguments:
     """The flags as arguments of the Trainer."""
-    check_precision(arguments.mixed_precision)
     same = (
         "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "learning_rate",
         "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "seed", "dataloader_num_workers", "logging_steps",
     )  # fmt: skip
     return recipe(
         arguments.output_dir,
+        arguments.mixed_precision,
         **{name: getattr(arguments, name) for name in same},
         warmup_steps=arguments.warmup_ratio,
-        bf16=arguments.mixed_precision == "bf16",
-        fp16=arguments.mixed_precision == "fp16",
         report_to=check_trackers(arguments.report_to),
         eval_strategy="steps" if arguments.eval_steps else "no",
         eval_steps=arguments.eval_steps or None,

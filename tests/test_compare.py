@@ -370,6 +370,21 @@ def test_a_run_does_not_keep_the_model_of_the_run_before(depth_arguments, monkey
         task.run(find_rgb_encoder(ENCODER), "full", 1.0, 0)
 
 
+def test_runs_are_trained_in_the_precision_that_is_asked_for(depth_arguments, monkeypatch):
+    task = DepthTask(dataclasses.replace(depth_arguments, mixed_precision="bf16", max_steps=1, num_evaluations=1))
+    parts, precisions = task.parts, set()
+
+    def hooked(*args):
+        found = parts(*args)
+        stem = found["model"].image_encoder.conv1[0]
+        stem.register_forward_hook(lambda stem, _, output: precisions.add((stem.training, output.dtype)))
+        return found
+
+    monkeypatch.setattr(task, "parts", hooked)
+    task.run(find_rgb_encoder(ENCODER), "full", 1.0, 0)
+    assert precisions == {(True, torch.bfloat16), (False, torch.bfloat16)}
+
+
 def test_depth_frames_on_both_sides_are_refused(depth_arguments, tmp_path):
     dataset_from_rows(make_rows(range(2, 9), prefix="x"), cache_dir=str(tmp_path)).save_to_disk(tmp_path / "rows")
     shared = SimpleNamespace(**{**vars(depth_arguments), "test_frames": [str(tmp_path / "rows")]})

@@ -554,6 +554,8 @@ class CompareArguments(FineTuningArguments):
     """Frames per step."""
     num_evaluations: Annotated[int, AT_LEAST_1] = 8
     """Evaluations during every run, evenly spaced, the last at its end; they are the curve that speed is read from."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Of fine-tuning and its evaluations; fp16 needs a GPU."""
     device: str | None = None
     """Such as cuda; a GPU where there is one if None."""
     json: bool = False
