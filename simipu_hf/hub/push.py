@@ -3,13 +3,12 @@
 Every upload is one commit, so that a repository holds all of a model or none of it.
 """
 
-import glob
 import re
 import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from contextlib import suppress
@@ -20,7 +19,7 @@ from typing import Any, Literal, TypeVar
 
 import pyarrow.parquet
 import yaml
-from huggingface_hub import DatasetCard, HfApi, ModelCard, constants
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCard, HfApi, ModelCard, constants
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -31,17 +30,15 @@ from huggingface_hub.utils import filter_repo_objects
 from tqdm.auto import tqdm
 
 from simipu_hf.data.sources import license_of
-from simipu_hf.errors import MAY_HANG, SimIPUError, first_line
+from simipu_hf.errors import MAY_HANG, SimIPUError
 from simipu_hf.hub.card import (
     CURVES,
     EVALUATIONS,
     GENERATED,
     KITTI_LICENSE,
     dataset_card,
-    keep_other_splits,
     redact,
     run_of,
-    split_of,
     write_model_card,
 )
 from simipu_hf.hub.export import write_timm
@@ -52,7 +49,7 @@ from simipu_hf.training.logging import METRICS_FILE
 
 Strategy = Literal["end", "every_save", "checkpoint"]
 Result = TypeVar("Result")
-Card = Callable[[str, list[str]], str]  # published README.md, Parquet files that stay -> new README.md
+Files = Mapping[str, Path | bytes]  # by their names in the repository
 
 # What a model repository takes: no pickles, no optimizer states.
 PUBLIC = {".json", ".jsonl", ".yaml", ".safetensors", ".py", ".md", ".png", ".html"}
@@ -90,7 +87,7 @@ class PushReport:
 
 @dataclass
 class _Repository:
-    """Takes folders, each as one commit, tried again where that can help."""
+    """Takes files, each time as one commit, tried again where that can help."""
 
     repo_id: str
     private: bool | None = None
@@ -102,17 +99,14 @@ class _Repository:
     def url(self) -> str:
         return f"{constants.ENDPOINT}/{'datasets/' if self.repo_type == 'dataset' else ''}{self.repo_id}"
 
-    def upload(self, folder: Path, message: str, card: Card | None = None) -> str:
-        """Publish what is in `folder`, without what an earlier upload left of its kind, and return the commit.
-
-        `card` makes the README.md from what is published; where another commit comes between, it is made again.
-        """
-        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    def upload(self, files: Files, message: str) -> str:
+        """Publish `files`, without what an earlier upload left of their kind, and return the commit."""
+        size = sum(content.stat().st_size for content in files.values() if isinstance(content, Path))
         attempt = 0
         while True:
             try:
                 # the client retries transfers, but not what comes before and after them, and has no time limit
-                upload = _in_background(lambda: self._commit(folder, message, card))
+                upload = _in_background(lambda: self._commit(files, message))
                 return upload.result(SHORTEST_LIMIT + size / SLOWEST_UPLOAD)
             except Exception as error:
                 if attempt == RETRIES or _is_final(error):
@@ -122,64 +116,51 @@ class _Repository:
                 tqdm.write(f"{hub_error(error, self.repo_id)}; {trying}", file=sys.stderr)
                 sleep(wait)
 
-    def _commit(self, folder: Path, message: str, card: Card | None) -> str:
-        api, kind = HfApi(token=self.token), self.repo_type
-        api.create_repo(self.repo_id, repo_type=kind, private=self.private, exist_ok=True)
-        if self.private and not api.repo_info(self.repo_id, repo_type=kind).private:
+    def _commit(self, files: Files, message: str) -> str:
+        api, place = HfApi(token=self.token), {"repo_id": self.repo_id, "repo_type": self.repo_type}
+        api.create_repo(**place, private=self.private, exist_ok=True)
+        if self.revision is not None:
+            api.create_branch(**place, branch=self.revision, exist_ok=True)
+        info = api.repo_info(**place, revision=self.revision)
+        if self.private and not info.private:
             raise SimIPUError(
                 f"Hub repository {self.repo_id}: expected a private one, found a public one, which stays public: make "
                 "it private in its settings, or choose another"
             )
-        if self.revision is not None:
-            api.create_branch(self.repo_id, repo_type=kind, branch=self.revision, exist_ok=True)
-        head, replaced = None, self._replaced(folder)
-        if card is not None:
-            head = api.repo_info(self.repo_id, repo_type=kind, revision=self.revision).sha
-            files = api.list_repo_files(self.repo_id, repo_type=kind, revision=head)
-            staying = filter_repo_objects(files, allow_patterns=["*.parquet"], ignore_patterns=replaced)
-            (folder / "README.md").write_text(card(self._card(), list(staying)), encoding="utf-8", newline="\n")
-        keeps_its_card = self._keeps_its_card(folder)
-        commit = api.upload_folder(
-            repo_id=self.repo_id,
-            repo_type=kind,
-            folder_path=folder,
-            commit_message=message,
-            revision=self.revision,
-            ignore_patterns=["README.md"] if keeps_its_card else None,
-            delete_patterns=replaced,
-            parent_commit=head,
-        )
-        if keeps_its_card:
+        there = api.list_repo_files(**place, revision=info.sha)
+        replaced = set(filter_repo_objects(there, allow_patterns=self._replaced(files))) - files.keys()
+        if self.repo_type == "dataset" and (others := {*map(split_of, replaced)} - {*map(split_of, files)}):
+            raise SimIPUError(
+                f"Hub repository {self.repo_id}: expected no split that is not published now, found "
+                f"{', '.join(sorted(others))}: publish all splits in one folder, or delete those there"
+            )
+        if "README.md" in there and self._keeps_its_card(files, info.sha):
+            files = {name: content for name, content in files.items() if name != "README.md"}
             tqdm.write(f"{self.repo_id}: its card, which was edited there, is kept", file=sys.stderr)
+        operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
+        operations += [CommitOperationDelete(name) for name in sorted(replaced)]
+        # upload_folder makes several commits of large folders
+        commit = api.create_commit(
+            **place, operations=operations, commit_message=message, revision=self.revision, parent_commit=info.sha
+        )
         return commit.oid
 
-    def _replaced(self, folder: Path) -> list[str]:
-        if self.repo_type == "dataset":  # the shards of these splits alone
-            splits = sorted({split_of(file.relative_to(folder).as_posix()) for file in folder.rglob("*.parquet")})
-            return [
-                glob.escape(split) + suffix for split in splits for suffix in (".parquet", "-?????-of-?????.parquet")
-            ]
-        return [*REPLACED, *(["last-checkpoint/*"] if (folder / "last-checkpoint").is_dir() else [])]
+    def _replaced(self, files: Files) -> list[str]:
+        """Patterns of what an earlier upload may have left."""
+        if self.repo_type == "dataset":
+            return ["*.parquet"]
+        is_resumable = any(name.startswith("last-checkpoint/") for name in files)
+        return [*REPLACED, *(["last-checkpoint/*"] if is_resumable else [])]
 
-    def _card(self) -> str:
-        """README.md as it is published; empty where there is none."""
-        api = HfApi(token=self.token)
-        place: dict[str, Any] = {"repo_type": self.repo_type, "revision": self.revision}
-        if not api.file_exists(self.repo_id, "README.md", **place):
-            return ""
-        with tempfile.TemporaryDirectory() as fresh:
-            card = api.hf_hub_download(self.repo_id, "README.md", force_download=True, local_dir=fresh, **place)
-            return Path(card).read_text(encoding="utf-8-sig", errors="replace")
-
-    def _keeps_its_card(self, folder: Path) -> bool:
-        """Whether a model's card was edited on the Hub, and the folder's is a generated one."""
-        if self.repo_type == "dataset" or GENERATED not in (folder / "README.md").read_text(encoding="utf-8-sig"):
+    def _keeps_its_card(self, files: Files, commit: str | None) -> bool:
+        """Whether a model's card was edited on the Hub, and the new one is a generated one."""
+        card = files["README.md"]
+        if isinstance(card, bytes) or GENERATED not in card.read_text(encoding="utf-8-sig"):  # bytes: of a data set
             return False
-        content = self._card()
-        if not content or GENERATED in content:
-            return False
+        published = HfApi(token=self.token).hf_hub_download(self.repo_id, "README.md", revision=commit)
+        content = Path(published).read_text(encoding="utf-8-sig", errors="replace")
         # one with a header alone is the Hub's
-        return bool(ModelCard(content, ignore_metadata_errors=True).text.strip())
+        return GENERATED not in content and bool(ModelCard(content, ignore_metadata_errors=True).text.strip())
 
 
 def push_folder(
@@ -224,7 +205,7 @@ def push_folder(
         # as they are: without its paths, a run may not tell the encoder's card of KITTI's licence
         records = {name: (staged / name).read_bytes() for name in RECORDS if (staged / name).is_file()}
         _complete(staged, repo_id, encoder_repo_id)
-        result = PushReport(repository.url, repository.upload(staged, message))
+        result = PushReport(repository.url, repository.upload(_files(staged), message))
         if encoder_repo_id is not None:
             failure = "the model was published, its image encoder was not"
             encoder = replace(repository, repo_id=encoder_repo_id)
@@ -232,7 +213,7 @@ def push_folder(
             for name, content in records.items():
                 (staged / "rgb" / name).write_bytes(content)
             _complete(staged / "rgb", encoder_repo_id)
-            encoder.upload(staged / "rgb", message)
+            encoder.upload(_files(staged / "rgb"), message)
             result.encoder_url = encoder.url
     except (OSError, SimIPUError) as error:
         raise SimIPUError(f"{failure}: {error}") from error
@@ -341,7 +322,7 @@ class HubUploader:
     def _publish(self, staged: Path, name: str) -> None:
         try:
             _complete(staged, self.repository.repo_id)
-            commit = self.repository.upload(staged, f"Training in progress, {name}")
+            commit = self.repository.upload(_files(staged), f"Training in progress, {name}")
             tqdm.write(f"Hub: published {name} as {self.repository.repo_id} ({commit[:8]})")
         except Exception as error:  # whatever it is, training goes on
             if staged.exists():  # else the run has ended, and has said so
@@ -362,8 +343,7 @@ def push_dataset(
     license: str | None = None,
     token: str | None = None,
 ) -> PushReport:
-    """Publish a folder of Parquet files as a data set, with a card. Splits that are there already and not in the
-    folder stay.
+    """Publish a folder of Parquet files as a data set, with a card, in the place of an earlier version of its splits.
 
     Args:
         data: the folder, as `simipu-hf data convert --to parquet` writes it. A README.md in it that somebody wrote is
@@ -376,16 +356,15 @@ def push_dataset(
         token: the logged-in user's if `None`.
 
     Raises:
-        SimIPUError: no Parquet files, a README.md whose header cannot be read, a repository that holds another split
-            with other columns, or the upload failed.
+        SimIPUError: no Parquet files, a README.md whose header cannot be read, a repository that holds other splits,
+            or the upload failed.
     """
     folder = Path(data)
-    # but for what a push that was killed left behind
-    files = sorted(file for file in folder.rglob("*.parquet") if STAGED not in str(file.relative_to(folder)))
+    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*.parquet"))}
     if not files:
         raise SimIPUError(f"{folder}: expected a folder of Parquet files, found none")
     splits: dict[str, int] = {}
-    for file in files:
+    for file in files.values():
         split = split_of(file.name)
         try:
             metadata = pyarrow.parquet.read_metadata(file)
@@ -413,31 +392,20 @@ def push_dataset(
             file=sys.stderr,
         )
     license = license or named
-    names = [file.relative_to(folder).as_posix() for file in files]
-
-    def card(published: str, staying: list[str]) -> str:
-        """With what the published card says of the files that stay."""
-        rows = splits
-        given: Any = DatasetCard(own.content) if own else None
-        if given and staying:
-            try:
-                rows = keep_other_splits(given.data, DatasetCard(published).data, staying, names, splits)
-            except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
-                refused = f"{repo_id}: its README.md and {own_card} cannot be joined"
-                raise SimIPUError(f"{refused}: {first_line(error)}") from error
-        if given and edited:
-            given.data.license = license or KITTI_LICENSE
-            return str(given)
-        return dataset_card(repo_id, license, rows, given.data if given else None)
-
+    if edited:
+        edited.data.license = license or KITTI_LICENSE
+        card = str(edited)
+    else:
+        card = dataset_card(repo_id, license, splits, own.data if own else None)
     repository = _Repository(repo_id, private, repo_type="dataset", token=token)
-    staged = _staging_folder(folder)
-    try:
-        for file in files:
-            _place(file, staged / file.relative_to(folder))
-        return PushReport(repository.url, repository.upload(staged, "Upload data set", card))
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+    return PushReport(
+        repository.url, repository.upload({**files, "README.md": card.encode("utf-8")}, "Upload data set")
+    )
+
+
+def split_of(file: str) -> str:
+    """The split that a Parquet file is named for; older versions of datasets put a hash behind the shard's number."""
+    return re.sub(r"(-\d+-of-\d+(-[0-9a-f]+)?)?\.parquet$", "", file)
 
 
 def _without_images(metadata: Any) -> bool:
@@ -529,9 +497,13 @@ def _staging_folder(near: Path) -> Path:
         return Path(tempfile.mkdtemp(prefix=STAGED))
 
 
+def _files(staged: Path) -> Files:
+    return {file.relative_to(staged).as_posix(): file for file in sorted(staged.rglob("*")) if file.is_file()}
+
+
 def _place(file: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    if file.suffix in (".safetensors", ".pt", ".pth", ".parquet"):  # never changed in place: a link is a snapshot
+    if file.suffix in (".safetensors", ".pt", ".pth"):  # never changed in place: a link is a snapshot
         try:
             return target.hardlink_to(file.resolve())  # of a link to a file, such as in the Hub's cache, the file
         except OSError:

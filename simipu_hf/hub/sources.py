@@ -156,8 +156,6 @@ def _is_of_folder(file: Path) -> bool:
 
 def hub_error(error: BaseException, repo_id: str) -> SimIPUError:
     """What the Hub's client says, on one line behind the repository's name."""
-    if "the above error" in str(error):  # of a forced download
-        error = error.__cause__ or error
     silent = "no answer" if isinstance(error, TimeoutError) else type(error).__name__
     said = " ".join(str(error).split()) or silent
     return error if isinstance(error, SimIPUError) else SimIPUError(f"Hub repository {repo_id}: {said}")

@@ -10,8 +10,7 @@ import datasets
 import local_hub
 import pytest
 import yaml
-from datasets.info import DatasetInfosDict
-from huggingface_hub import DatasetCard, DatasetCardData
+from huggingface_hub import DatasetCard
 from PIL import Image
 
 from simipu_hf.errors import MAY_HANG, SimIPUError
@@ -393,108 +392,39 @@ def test_data_set_from_kitti_is_private_and_says_why(endpoint, tmp_path, capsys)
         push_dataset(tmp_path / "rows", "owner/own")
 
 
-def test_a_second_split_is_found_beside_the_first(endpoint, tmp_path):
+@pytest.fixture
+def parts(tmp_path):
+    """Folders of rows: of train, of val, and of both."""
     rows = datasets.Dataset.from_dict({"frame_id": ["a", "b", "c"]})
-    for split, part in {"train": rows, "val": rows.select([0]), "odd": rows.rename_column("frame_id", "id")}.items():
-        (tmp_path / split / "data").mkdir(parents=True)
-        part.to_parquet(tmp_path / split / "data" / f"{split}-00000-of-00001.parquet")
-        info = datasets.DatasetInfo(features=part.features, splits=datasets.SplitDict())
-        info.splits.add(datasets.SplitInfo(split, num_bytes=1, num_examples=len(part)))
-        files = [{"split": split, "path": f"data/{split}-*"}]
-        header = DatasetCardData(configs=[{"config_name": "default", "data_files": files}])
-        DatasetInfosDict(default=info).to_dataset_card_data(header)
-        (tmp_path / split / "README.md").write_text(f"---\n{header.to_yaml()}\n---\n", encoding="utf-8")
-    for split in ("train", "val", "train"):
-        push_dataset(tmp_path / split, "owner/both", license="cc-by-4.0")
-    shutil.copytree(tmp_path / "odd", tmp_path / "pattern")
-    (tmp_path / "pattern/data/odd-00000-of-00001.parquet").rename(tmp_path / "pattern/data/*-00000-of-00001.parquet")
-    (tmp_path / "pattern/README.md").unlink()
-    push_dataset(tmp_path / "train", "owner/other", license="cc-by-4.0")
-    push_dataset(tmp_path / "pattern", "owner/other", license="cc-by-4.0")
-    assert "data/train-00000-of-00001.parquet" in endpoint.files("owner/other", "datasets")
-    with pytest.raises(SimIPUError, match="the repository holds train, val with other columns"):
-        push_dataset(tmp_path / "odd", "owner/both", license="cc-by-4.0")
-    published = endpoint.files("owner/both", "datasets")
-    for name, content in published.items():
-        (tmp_path / "both" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "both" / name).write_bytes(content)
-    loaded = datasets.load_dataset(str(tmp_path / "both"), cache_dir=str(tmp_path / "cache"))
-    assert {split: rows["frame_id"][:] for split, rows in loaded.items()} == {"train": ["a", "b", "c"], "val": ["a"]}
-    assert "3 rows in train, 1 rows in val" in published["README.md"].decode()
+    for folder in ("train", "val", "both"):
+        (tmp_path / folder / "data").mkdir(parents=True)
+        for split in ("train", "val") if folder == "both" else (folder,):
+            rows.to_parquet(tmp_path / folder / "data" / f"{split}-00000-of-00001.parquet")
+    return tmp_path
 
 
-CONFIG = "configs:\n- config_name: default\n  "
+def test_splits_are_published_together(endpoint, parts):
+    older = {"data/train-00000-of-00001-1a2b.parquet": b"rows"}  # as older versions of datasets name it
+    repo = endpoint.create("owner/rows", "datasets", files=older)
+    push_dataset(parts / "train", "owner/rows", license="cc-by-4.0")
+    with pytest.raises(SimIPUError, match=r"expected no split that is not published now, found data/train: publish"):
+        push_dataset(parts / "val", "owner/rows", license="cc-by-4.0")
+    assert set(endpoint.files("owner/rows", "datasets")) == {"README.md", "data/train-00000-of-00001.parquet"}
+    push_dataset(parts / "both", "owner/rows", license="cc-by-4.0")
+    splits = {f"data/{split}-00000-of-00001.parquet" for split in ("train", "val")}
+    assert set(endpoint.files("owner/rows", "datasets")) == {"README.md", *splits}
+    assert len(repo.commits) == 4  # two before
 
 
-@pytest.mark.parametrize(
-    "header", ["", "license: mit", f"{CONFIG}data_files: data/**/test*", f"{CONFIG}data_dir: data"]
-)
-def test_splits_stay_that_a_published_card_does_not_list(endpoint, tmp_path, header):
-    rows = datasets.Dataset.from_dict({"frame_id": ["a", "b"]})
-    (tmp_path / "val" / "data").mkdir(parents=True)
-    rows.to_parquet(tmp_path / "val" / "data" / "val-00000-of-00001.parquet")
-    rows.select([0]).to_parquet(tmp_path / "test.parquet")
-    own = "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: val, path: data/val-*}\n---\n"
-    (tmp_path / "val" / "README.md").write_text(own, encoding="utf-8")
-    there = {"data/test-00000-of-00001.parquet": (tmp_path / "test.parquet").read_bytes()}
-    card = {"README.md": f"---\n{header}\n---\nMine.\n".encode()} if header else {}
-    endpoint.create("owner/both", "datasets", files=there | card)
-    push_dataset(tmp_path / "val", "owner/both", license="cc-by-4.0")
-    published = DatasetCard(endpoint.files("owner/both", "datasets")["README.md"].decode()).data
-    [config] = published["configs"]
-    found = {entry["split"]: entry["path"] for entry in config["data_files"]}
-    # of a pattern without splits, load_dataset makes a split train
-    other = {"train": ["data/**/test*"]} if "files" in header else {"test": ["data/test-00000-of-00001.parquet"]}
-    assert found == {"val": ["data/val-*"], **other}
-
-
-def test_another_configuration_stays_and_sizes_of_some_splits_do_not(endpoint, tmp_path):
-    rows = datasets.Dataset.from_dict({"frame_id": ["a", "b"]})
-    (tmp_path / "rows" / "object").mkdir(parents=True)
-    rows.to_parquet(tmp_path / "rows" / "object" / "train-00000-of-00001.parquet")
-    info = datasets.DatasetInfo(features=rows.features, splits=datasets.SplitDict())
-    info.splits.add(datasets.SplitInfo("train", num_bytes=1, num_examples=2))
-
-    def push_card(header: DatasetCardData) -> DatasetCardData:
-        DatasetInfosDict({"object": info}).to_dataset_card_data(header)
-        (tmp_path / "rows" / "README.md").write_text(f"---\n{header.to_yaml()}\n---\n", encoding="utf-8")
-        push_dataset(tmp_path / "rows", "owner/both", license="cc-by-4.0")
-        return DatasetCard(endpoint.files("owner/both", "datasets")["README.md"].decode()).data
-
-    def config(name: str, path: str) -> dict:
-        return {"config_name": name, "data_files": [{"split": "train", "path": path}]}
-
-    raw = {"raw/train-00000-of-00001.parquet": b"rows"}
-    card = DatasetCardData(configs=[config("raw", "raw/train-*")])
-    endpoint.create("owner/both", "datasets", files=raw | {"README.md": f"---\n{card.to_yaml()}\n---\n".encode()})
-    published = push_card(DatasetCardData(configs=[config("object", "object/train-*")]))
-    assert [entry["config_name"] for entry in published["configs"]] == ["object", "raw"]
-    assert raw.keys() < endpoint.files("owner/both", "datasets").keys()
-    assert published["dataset_info"]["config_name"] == "object"
-    assert "dataset_info" not in push_card(DatasetCardData())  # files are found by name, of every configuration
-    card = DatasetCardData(configs=[config("raw", "*/train-*")])
-    endpoint.create("owner/both", "datasets", files=raw | {"README.md": f"---\n{card.to_yaml()}\n---\n".encode()})
-    with pytest.raises(SimIPUError, match=r"owner/both: .*: the repository.s README.md lists .*takes the new files"):
-        push_card(DatasetCardData(configs=[config("object", "object/train-*")]))
-
-
-def test_a_split_that_is_pushed_meanwhile_stays(endpoint, tmp_path, monkeypatch):
-    rows = datasets.Dataset.from_dict({"frame_id": ["a", "b"]})
-    own = "---\nconfigs:\n- config_name: default\n  data_files:\n  - {{split: {0}, path: {0}-*}}\n---\n"
-    for split in ("train", "val"):
-        (tmp_path / split).mkdir()
-        rows.to_parquet(tmp_path / split / f"{split}-00000-of-00001.parquet")
-        (tmp_path / split / "README.md").write_text(own.format(split), encoding="utf-8")
-    endpoint.create("owner/both", "datasets")
-    upload = push.HfApi.upload_folder
+def test_a_split_that_is_pushed_meanwhile_stays(endpoint, parts, monkeypatch):
+    create_commit = push.HfApi.create_commit
 
     def after_another(api, **arguments):
-        monkeypatch.setattr(push.HfApi, "upload_folder", upload)
-        push_dataset(tmp_path / "val", "owner/both", license="cc-by-4.0")
-        return upload(api, **arguments)
+        monkeypatch.setattr(push.HfApi, "create_commit", create_commit)
+        push_dataset(parts / "val", "owner/rows", license="cc-by-4.0")
+        return create_commit(api, **arguments)
 
-    monkeypatch.setattr(push.HfApi, "upload_folder", after_another)
-    monkeypatch.setattr(push, "sleep", lambda seconds: None)
-    push_dataset(tmp_path / "train", "owner/both", license="cc-by-4.0")
-    published = DatasetCard(endpoint.files("owner/both", "datasets")["README.md"].decode()).data
-    assert {entry["split"] for entry in published["configs"][0]["data_files"]} == {"train", "val"}
+    monkeypatch.setattr(push.HfApi, "create_commit", after_another)
+    with pytest.raises(SimIPUError, match="found data/val"):
+        push_dataset(parts / "train", "owner/rows", license="cc-by-4.0")
+    assert "data/val-00000-of-00001.parquet" in endpoint.files("owner/rows", "datasets")
