@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import sleep
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import pyarrow.parquet
 import yaml
@@ -47,7 +47,6 @@ from simipu_hf.hub.weights import read_json, read_safetensors
 from simipu_hf.training.arguments import RunArguments
 from simipu_hf.training.logging import METRICS_FILE
 
-Strategy = Literal["end", "every_save", "checkpoint"]
 Result = TypeVar("Result")
 Files = Mapping[str, Path | bytes]  # by their names in the repository
 
@@ -93,7 +92,6 @@ class _Repository:
     private: bool | None = None
     revision: str | None = None
     repo_type: str = "model"
-    token: str | None = None
 
     @property
     def url(self) -> str:
@@ -117,7 +115,7 @@ class _Repository:
                 sleep(wait)
 
     def _commit(self, files: Files, message: str) -> str:
-        api, place = HfApi(token=self.token), {"repo_id": self.repo_id, "repo_type": self.repo_type}
+        api, place = HfApi(), {"repo_id": self.repo_id, "repo_type": self.repo_type}
         api.create_repo(**place, private=self.private, exist_ok=True)
         if self.revision is not None:
             api.create_branch(**place, branch=self.revision, exist_ok=True)
@@ -157,7 +155,7 @@ class _Repository:
         card = files["README.md"]
         if isinstance(card, bytes) or GENERATED not in card.read_text(encoding="utf-8-sig"):  # bytes: of a data set
             return False
-        published = HfApi(token=self.token).hf_hub_download(self.repo_id, "README.md", revision=commit)
+        published = HfApi().hf_hub_download(self.repo_id, "README.md", revision=commit)
         content = Path(published).read_text(encoding="utf-8-sig", errors="replace")
         # one with a header alone is the Hub's
         return GENERATED not in content and bool(ModelCard(content, ignore_metadata_errors=True).text.strip())
@@ -170,8 +168,6 @@ def push_folder(
     encoder_repo_id: str | None = None,
     *,
     revision: str | None = None,
-    message: str = "Upload model",
-    token: str | None = None,
 ) -> PushReport:
     """Publish a run folder, a converted model, a depth model, or an encoder folder, with a card.
 
@@ -187,8 +183,6 @@ def push_folder(
         private: of a repository that is created; `None` leaves it to the account's setting.
         encoder_repo_id: also publish the image encoder as a repository of its own, for RGB images.
         revision: branch; `main` if `None`.
-        message: of the commits.
-        token: the logged-in user's if `None`.
 
     Raises:
         SimIPUError: no complete model in the folder, or the upload failed; the message says why.
@@ -197,7 +191,7 @@ def push_folder(
         raise SimIPUError(f"{model}: no such folder")
     if encoder_repo_id == repo_id:
         raise SimIPUError(f"--encoder_repo_id {encoder_repo_id}: the encoder would replace the model there")
-    repository = _Repository(repo_id, private, revision, token=token)
+    repository = _Repository(repo_id, private, revision)
     failure, staged = "the model was not published", None
     try:
         folder = model_folder(model)
@@ -205,7 +199,7 @@ def push_folder(
         # as they are: without its paths, a run may not tell the encoder's card of KITTI's licence
         records = {name: (staged / name).read_bytes() for name in RECORDS if (staged / name).is_file()}
         _complete(staged, repo_id, encoder_repo_id)
-        result = PushReport(repository.url, repository.upload(_files(staged), message))
+        result = PushReport(repository.url, repository.upload(_files(staged), "Upload model"))
         if encoder_repo_id is not None:
             failure = "the model was published, its image encoder was not"
             encoder = replace(repository, repo_id=encoder_repo_id)
@@ -213,7 +207,7 @@ def push_folder(
             for name, content in records.items():
                 (staged / "rgb" / name).write_bytes(content)
             _complete(staged / "rgb", encoder_repo_id)
-            encoder.upload(_files(staged / "rgb"), message)
+            encoder.upload(_files(staged / "rgb"), "Upload image encoder")
             result.encoder_url = encoder.url
     except (OSError, SimIPUError) as error:
         raise SimIPUError(f"{failure}: {error}") from error
@@ -224,29 +218,19 @@ def push_folder(
 
 
 class HubUploader:
-    """Publishes a run while it trains, in the background; never raises into the training loop.
+    """Publishes a run while it trains, as its flags say, in the background; never raises into the training loop.
 
     Create one on the main process, call [`checkpoint_saved`] after each checkpoint and [`finish`] after the final
     folder is written. A checkpoint that is written while an upload still runs is skipped, as the next one follows.
 
-    Args:
-        repo_id, private: as in [`push_folder`].
-        output_dir: of the run.
-        strategy: as transformers' Trainer names them: `"end"` publishes the final model; `"every_save"` also each
-            checkpoint, at the repository's root; `"checkpoint"` also what resumes the run, in `last-checkpoint/`.
-        encoder_repo_id: at the end, also publish the image encoder there.
+    Its strategies are named as transformers' Trainer names them: `"end"` publishes the final model; `"every_save"`
+    also each checkpoint, at the repository's root; `"checkpoint"` also what resumes the run, in `last-checkpoint/`.
     """
 
-    def __init__(
-        self,
-        repo_id: str,
-        output_dir: str | Path,
-        strategy: Strategy = "every_save",
-        private: bool | None = None,
-        encoder_repo_id: str | None = None,
-    ) -> None:
-        self.repository = _Repository(repo_id, private)
-        self.output_dir, self.strategy, self.encoder_repo_id = Path(output_dir), strategy, encoder_repo_id
+    def __init__(self, arguments: RunArguments) -> None:
+        self.repository = _Repository(str(arguments.hub_model_id), arguments.hub_private_repo or None)
+        self.output_dir, self.strategy = Path(arguments.output_dir), arguments.hub_strategy
+        self.encoder_repo_id: str | None = getattr(arguments, "encoder_repo_id", None)
         self.running: Future[None] | None = None
         self.pending: str | None = None  # the newest checkpoint, until it is published or its failure reported
         self._remove_staged()
@@ -270,50 +254,34 @@ class HubUploader:
                 f"  {self._command(self.output_dir / left_out)}"
             )
 
-    @classmethod
-    def from_arguments(cls, arguments: RunArguments) -> "HubUploader":
-        """What publishes a run as its flags say."""
-        return cls(
-            str(arguments.hub_model_id),
-            arguments.output_dir,
-            arguments.hub_strategy,
-            private=arguments.hub_private_repo or None,
-            encoder_repo_id=getattr(arguments, "encoder_repo_id", None),
-        )
-
-    def checkpoint_saved(self, checkpoint: str | Path) -> bool:
-        """Start publishing a complete checkpoint; false if it is skipped (strategy, or an upload still runs)."""
-        checkpoint = Path(checkpoint)
+    def checkpoint_saved(self, checkpoint: Path) -> None:
+        """Start publishing a complete checkpoint, unless the strategy is another or an upload still runs."""
         if self.strategy == "end":
-            return False
+            return
         self.pending = checkpoint.name
         if self.running is not None and not self.running.done():
-            return False
+            return
         try:
             staged = _snapshot(checkpoint, self.output_dir, self.strategy == "checkpoint")
         except (OSError, SimIPUError) as error:
             tqdm.write(f"Hub: {checkpoint.name} was not published: {error}")
             self.pending = None
-            return False
-        self.running = _in_background(lambda: self._publish(staged, checkpoint.name))
-        return True
+        else:
+            self.running = _in_background(lambda: self._publish(staged, checkpoint.name))
 
-    def finish(self) -> PushReport | None:
-        """Wait for the background, publish the final folder; `None` if that failed, after reporting why."""
+    def finish(self) -> None:
+        """Wait for the background and publish the final folder, or report why that failed."""
         if self.running is not None:
             self.running.result()
+        repo_id, private = self.repository.repo_id, self.repository.private
         try:
-            repo_id, private = self.repository.repo_id, self.repository.private
-            result = push_folder(self.output_dir, repo_id, private, self.encoder_repo_id, message="End of training")
+            tqdm.write(f"Hub: {push_folder(self.output_dir, repo_id, private, self.encoder_repo_id)}")
         except Exception as error:
             encoder = f" --encoder_repo_id {self.encoder_repo_id}" if self.encoder_repo_id else ""
             tqdm.write(
                 f"Hub: {error}\nIt is in {self.output_dir}; publish it later with\n"
                 f"  {self._command(self.output_dir)}{encoder}"
             )
-            return None
-        tqdm.write(f"Hub: {result}")
-        return result
 
     def _command(self, folder: Path) -> str:
         private = " --private" if self.repository.private else ""
@@ -341,7 +309,6 @@ def push_dataset(
     repo_id: str,
     private: bool | None = None,
     license: str | None = None,
-    token: str | None = None,
 ) -> PushReport:
     """Publish a folder of Parquet files as a data set, with a card, in the place of an earlier version of its splits.
 
@@ -353,7 +320,6 @@ def push_dataset(
             KITTI's.
         license: the Hub's name of the rows' licence, such as `"cc-by-4.0"`; `None` takes that of the folder's
             README.md, and without one KITTI's terms (CC BY-NC-SA 3.0), of which the card and the output warn.
-        token: the logged-in user's if `None`.
 
     Raises:
         SimIPUError: no Parquet files, a README.md whose header cannot be read, a repository that holds other splits,
@@ -397,7 +363,7 @@ def push_dataset(
         card = str(edited)
     else:
         card = dataset_card(repo_id, license, splits, own.data if own else None)
-    repository = _Repository(repo_id, private, repo_type="dataset", token=token)
+    repository = _Repository(repo_id, private, repo_type="dataset")
     return PushReport(
         repository.url, repository.upload({**files, "README.md": card.encode("utf-8")}, "Upload data set")
     )

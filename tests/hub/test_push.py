@@ -17,6 +17,7 @@ from simipu_hf.errors import MAY_HANG, SimIPUError
 from simipu_hf.hub import push
 from simipu_hf.hub.push import HubUploader, push_dataset, push_folder
 from simipu_hf.hub.sources import load_image_encoder
+from simipu_hf.training.arguments import PreTrainingArguments
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +46,11 @@ def checkpoint(run_folder, tmp_path):
         (folder / name).write_bytes(b"{}")
     (folder / "training_args.bin").write_bytes(b"a pickle")
     return folder
+
+
+def uploader_of(output_dir, repo_id="owner/run", **flags):
+    hub = {"push_to_hub": True, "hub_model_id": repo_id}
+    return HubUploader(PreTrainingArguments(data_dir="kitti", output_dir=str(output_dir), **hub, **flags))
 
 
 def test_repository_holds_the_model_its_code_its_encoder_and_a_card(endpoint, run_folder):
@@ -245,8 +251,8 @@ def test_an_unfinished_run_is_published_with_its_record(endpoint, checkpoint, mo
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint"])
 def test_checkpoints_are_published_in_the_background(endpoint, checkpoint, strategy, capsys):
     endpoint.create("owner/run", files={"last-checkpoint/rng_state_7.pth": b"of a run with more processes"})
-    uploader = HubUploader("owner/run", checkpoint.parent, strategy)
-    assert uploader.checkpoint_saved(checkpoint)
+    uploader = uploader_of(checkpoint.parent, hub_strategy=strategy)
+    uploader.checkpoint_saved(checkpoint)
     uploader.running.result(30)
     files = endpoint.files("owner/run")
     assert {"model.safetensors", "image_encoder/model.safetensors", "README.md", "run.yaml"} <= set(files)
@@ -262,9 +268,11 @@ def test_checkpoints_are_published_in_the_background(endpoint, checkpoint, strat
 def test_checkpoint_deleted_during_its_upload_is_still_published_whole(endpoint, checkpoint):
     weights = (checkpoint / "model.safetensors").read_bytes()
     endpoint.faults.append(local_hub.Fault(r"repos/create", delay=0.5))
-    uploader = HubUploader("owner/run", checkpoint.parent)
+    uploader = uploader_of(checkpoint.parent)
     uploader.checkpoint_saved(checkpoint)
-    assert not uploader.checkpoint_saved(checkpoint)  # one upload at a time
+    running = uploader.running
+    uploader.checkpoint_saved(checkpoint)
+    assert uploader.running is running  # one upload at a time
     shutil.rmtree(checkpoint)
     uploader.running.result(30)
     assert endpoint.files("owner/run")["model.safetensors"] == weights
@@ -276,7 +284,7 @@ def test_a_run_that_ends_early_waits_for_an_upload_and_names_what_it_left_out(ch
     threading.Timer(0.2, released.set).start()
     for limit in (30, 0.1):
         monkeypatch.setattr(push, "LAST_WAIT", limit)
-        uploader = HubUploader("owner/run", checkpoint.parent, private=True)
+        uploader = uploader_of(checkpoint.parent, hub_private_repo=True)
         uploader.checkpoint_saved(checkpoint)
         with pytest.raises(RuntimeError), uploader:
             raise RuntimeError
@@ -302,27 +310,27 @@ def test_an_upload_that_hangs_changes_no_exit_code_and_keeps_nothing_from_being_
 
 
 def test_the_end_publishes_model_and_encoder(endpoint, run_folder, capsys):
-    uploader = HubUploader("owner/run", run_folder, "end", encoder_repo_id="owner/encoder")
-    assert not uploader.checkpoint_saved(run_folder)
-    assert endpoint.repos == {}
+    uploader = uploader_of(run_folder, hub_strategy="end", encoder_repo_id="owner/encoder")
+    uploader.checkpoint_saved(run_folder)
+    assert uploader.running is None
     with pytest.raises(SimIPUError, match="the encoder would replace the model"):
         push_folder(run_folder, "owner/run", encoder_repo_id="owner/run")
-    report = uploader.finish()
-    assert report.encoder_url.endswith("owner/encoder")
+    uploader.finish()
     assert "model.safetensors" in endpoint.files("owner/run")
-    assert HubUploader("owner/run", run_folder, encoder_repo_id="somebody/encoder").finish() is None
+    assert "model.safetensors" in endpoint.files("owner/encoder")
+    uploader_of(run_folder, encoder_repo_id="somebody/encoder").finish()
     assert "the model was published, its image encoder was not: Hub repository somebody" in capsys.readouterr().out
 
 
 def test_failures_are_reported_and_never_raised(endpoint, checkpoint, run_folder, capsys):
-    uploader = HubUploader("somebody/run", checkpoint.parent)
+    uploader = uploader_of(checkpoint.parent, "somebody/run")
     uploader.checkpoint_saved(checkpoint)
     uploader.running.result(30)
     assert "checkpoint-20 was not published: Hub repository somebody/run: " in capsys.readouterr().out
-    assert uploader.finish() is None
+    uploader.finish()
     assert "simipu-hf push --model" in capsys.readouterr().out
     (checkpoint / "model.safetensors").write_bytes(b"half")
-    assert not uploader.checkpoint_saved(checkpoint)
+    uploader.checkpoint_saved(checkpoint)
     assert "damaged" in capsys.readouterr().out
 
 
