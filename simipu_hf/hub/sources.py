@@ -150,8 +150,7 @@ def model_folder(source: str | os.PathLike[str], revision: str | None = None, en
 
 def _is_of_folder(file: Path) -> bool:
     """Whether these weights are what their folder's config.json is about, and not others that lie there."""
-    names = r"config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
-    return bool(re.fullmatch(names, file.name)) and (file.parent / "config.json").is_file()
+    return file.name in ("config.json", "model.safetensors") and (file.parent / "config.json").is_file()
 
 
 def hub_error(error: BaseException, repo_id: str) -> SimIPUError:
@@ -190,20 +189,18 @@ def _from_folder(folder: Path, where: str) -> EncoderWeights:
 
 def _from_simipu(folder: Path, config: dict[str, Any], where: str) -> EncoderWeights:
     """From a SimIPU (or depth) model; its `image_encoder/` folder is used where its own weights are absent."""
-    files = _weight_files(folder)
-    if missing := [file.name for file in files if not file.is_file()]:
+    file = folder / "model.safetensors"
+    if not file.is_file():
         if (folder / "image_encoder" / "config.json").is_file():
             return _from_folder(folder / "image_encoder", f"{where}, image_encoder/")
-        raise SimIPUError(f"{where}: expected {missing[0]}, found {_listing(folder)}")
+        raise SimIPUError(f"{where}: expected {file.name}, found {_listing(folder)}")
     try:
         image_config = SimIPUImageConfig(**config["image_config"])
         model_args = timm_arguments(image_config)
     except (TypeError, ValueError) as error:
         raise SimIPUError(f"{where}: config.json: image_config: {error}") from error
     architecture = image_config.architecture
-    state: StateDict = {}
-    for file in files:
-        state |= next((found for prefix in PREFIXES if (found := read_safetensors(file, prefix))), {})
+    state = next((found for prefix in PREFIXES if (found := read_safetensors(file, prefix))), {})
     template = timm_template(architecture, model_args)
     eps = batch_norm_eps(template)
     if image_config.batch_norm_eps is not None:
@@ -214,17 +211,6 @@ def _from_simipu(folder: Path, config: dict[str, Any], where: str) -> EncoderWei
     stages = (config["image_config"] if config.get("model_type") == "simipu" else config).get("out_indices") or [-1]
     untrained = untrained_layers(template, sorted_stages(template, stages)[-1])
     return EncoderWeights(architecture, state, eps, model_args, convention, description, untrained).check(where)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a transformers folder: one, or the shards that its index names."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = set(read_json(index).get("weight_map", {}).values())
-        if any(Path(name).name != name for name in names):
-            raise SimIPUError(f"{index}: names weight files outside its folder")
-        return [folder / name for name in sorted(names)]
-    return [folder / "model.safetensors"]
 
 
 def _from_timm_folder(folder: Path, config: dict[str, Any], where: str) -> EncoderWeights:
