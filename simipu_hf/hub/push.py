@@ -132,7 +132,7 @@ class _Repository:
                 f"Hub repository {self.repo_id}: expected no split that is not published now, found "
                 f"{', '.join(sorted(others))}: publish all splits in one folder, or delete those there"
             )
-        if "README.md" in there and self._keeps_its_card(files, info.sha):
+        if "README.md" in there and self._keeps_its_card(files["README.md"], info.sha):
             files = {name: content for name, content in files.items() if name != "README.md"}
             tqdm.write(f"{self.repo_id}: its card, which was edited there, is kept", file=sys.stderr)
         operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
@@ -150,10 +150,9 @@ class _Repository:
         is_resumable = any(name.startswith("last-checkpoint/") for name in files)
         return [*REPLACED, *(["last-checkpoint/*"] if is_resumable else [])]
 
-    def _keeps_its_card(self, files: Files, commit: str | None) -> bool:
+    def _keeps_its_card(self, card: Path | bytes, commit: str | None) -> bool:
         """Whether a model's card was edited on the Hub, and the new one is a generated one."""
-        card = files["README.md"]
-        if isinstance(card, bytes) or GENERATED not in card.read_text(encoding="utf-8-sig"):  # bytes: of a data set
+        if self.repo_type == "dataset" or isinstance(card, Path) or GENERATED.encode() not in card:
             return False
         published = HfApi().hf_hub_download(self.repo_id, "README.md", revision=commit)
         content = Path(published).read_text(encoding="utf-8-sig", errors="replace")
@@ -192,28 +191,22 @@ def push_folder(
     if encoder_repo_id == repo_id:
         raise SimIPUError(f"--encoder_repo_id {encoder_repo_id}: the encoder would replace the model there")
     repository = _Repository(repo_id, private, revision)
-    failure, staged = "the model was not published", None
+    folder = model_folder(model)
+    staged = _snapshot(folder, run_of(folder))
     try:
-        folder = model_folder(model)
-        staged = _snapshot(folder, run_of(folder))
-        # as they are: without its paths, a run may not tell the encoder's card of KITTI's licence
-        records = {name: (staged / name).read_bytes() for name in RECORDS if (staged / name).is_file()}
         _complete(staged, repo_id, encoder_repo_id)
         result = PushReport(repository.url, repository.upload(_files(staged), "Upload model"))
         if encoder_repo_id is not None:
-            failure = "the model was published, its image encoder was not"
-            encoder = replace(repository, repo_id=encoder_repo_id)
-            write_timm(find_image_encoder(folder).with_channel_order("rgb"), staged / "rgb")
-            for name, content in records.items():
-                (staged / "rgb" / name).write_bytes(content)
-            _complete(staged / "rgb", encoder_repo_id)
-            encoder.upload(_files(staged / "rgb"), "Upload image encoder")
+            encoder, alone = replace(repository, repo_id=encoder_repo_id), staged / "rgb"
+            write_timm(find_image_encoder(folder).with_channel_order("rgb"), alone)
+            for name in RECORDS:
+                if (staged / name).is_file():
+                    shutil.copyfile(staged / name, alone / name)
+            _complete(alone, encoder_repo_id)
+            encoder.upload(_files(alone), "Upload image encoder")
             result.encoder_url = encoder.url
-    except (OSError, SimIPUError) as error:
-        raise SimIPUError(f"{failure}: {error}") from error
     finally:
-        if staged is not None:
-            shutil.rmtree(staged, ignore_errors=True)
+        shutil.rmtree(staged, ignore_errors=True)
     return result
 
 
@@ -279,7 +272,7 @@ class HubUploader:
         except Exception as error:
             encoder = f" --encoder_repo_id {self.encoder_repo_id}" if self.encoder_repo_id else ""
             tqdm.write(
-                f"Hub: {error}\nIt is in {self.output_dir}; publish it later with\n"
+                f"Hub: not everything was published: {error}\nIt is in {self.output_dir}; publish it later with\n"
                 f"  {self._command(self.output_dir)}{encoder}"
             )
 
@@ -464,7 +457,14 @@ def _staging_folder(near: Path) -> Path:
 
 
 def _files(staged: Path) -> Files:
-    return {file.relative_to(staged).as_posix(): file for file in sorted(staged.rglob("*")) if file.is_file()}
+    """What was staged; texts without what is nobody's business."""
+    files: dict[str, Path | bytes] = {}
+    for file in sorted(file for file in staged.rglob("*") if file.is_file()):
+        name = file.relative_to(staged).as_posix()
+        # what resumes a run is compared byte by byte with its manifest; metrics are names and numbers, by the megabyte
+        as_it_is = file.name == METRICS_FILE or name.startswith("last-checkpoint/") or file.suffix not in TEXT
+        files[name] = file if as_it_is else redact(file.read_text(encoding="utf-8")).encode("utf-8")
+    return files
 
 
 def _place(file: Path, target: Path) -> None:
@@ -478,12 +478,7 @@ def _place(file: Path, target: Path) -> None:
 
 
 def _complete(staged: Path, repo_id: str, encoder_repo_id: str | None = None) -> None:
-    """Add to a snapshot what its folder may lack, encoder and card, and take out what is nobody's business."""
+    """Add to a snapshot what its folder may lack, encoder and card."""
     if "image_config" in read_json(staged / "config.json") and not (staged / "image_encoder").exists():
         write_timm(find_image_encoder(staged), staged / "image_encoder")
     write_model_card(staged, repo_id, encoder_repo_id)
-    for file in staged.rglob("*"):
-        # what resumes a run is compared byte by byte with its manifest; metrics are names and numbers, by the megabyte
-        as_it_is = file.name == METRICS_FILE or file.relative_to(staged).parts[0] == "last-checkpoint"
-        if file.suffix in TEXT and not as_it_is:
-            file.write_text(redact(file.read_text(encoding="utf-8")), encoding="utf-8", newline="\n")
