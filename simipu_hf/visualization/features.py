@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,15 @@ class FrameEmbeds:
     coordinates: np.ndarray
     points: np.ndarray
 
+    @cached_property
+    def colors(self) -> Principal:
+        """Colours along the principal components of the cells that show a part of the image."""
+        return Principal(self.cells.values[self.cells.inside])
+
+    def similarities(self, point: int) -> CellMap:
+        """Cosine similarity of every cell of the image to one point, `(h, w, 1)`."""
+        return replace(self.cells, values=self.cells.values @ self.points[point][:, None])
+
 
 @torch.no_grad()
 def embed_frame(
@@ -187,8 +197,3 @@ def match_views(
     match, distance = PendingMatch(view.coordinates, brought_back, view.mask, augmented.mask).result()
     arrays = (view.coordinates, augmented.coordinates, match, distance)
     return ViewMatches(*(array[0].cpu().numpy() for array in arrays))
-
-
-def similarities(embeds: FrameEmbeds, point: int) -> CellMap:
-    """Cosine similarity of every cell of the image to one point, `(h, w, 1)`."""
-    return replace(embeds.cells, values=embeds.cells.values @ embeds.points[point][:, None])

@@ -31,7 +31,7 @@ from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 from simipu_hf.training.distributed import choose_device
 from simipu_hf.training.logging import METRICS_FILE, read_metrics
 
-from .features import Principal, embed_frame, encode_image, match_views, similarities
+from .features import embed_frame, encode_image, match_views
 from .figures import (
     draw_image_features,
     draw_matches,
@@ -188,19 +188,12 @@ def draw_frame(row: Mapping[str, Any], model: Model | None = None) -> tuple[dict
         embeds = embed_frame(simipu, processor, row, frame)
     except ValueError as error:
         raise SimIPUError(f"frame {frame.frame_id}: {error}") from error
-    colors = Principal(embeds.cells.values[embeds.cells.inside])
-    chosen = choose_points(frame, embeds.coordinates)
     figures |= {
-        "matches": draw_matches(matches, simipu.config.max_match_distance, frame.frame_id),
-        "shared_features": draw_shared_features(frame, embeds, colors),
-        "retrieval": draw_retrieval(
-            frame,
-            embeds.coordinates[chosen],
-            [similarities(embeds, index) for index in chosen],
-            [f"point {index}" for index in chosen],
-        ),
+        "matches": draw_matches(frame.frame_id, matches, simipu.config.max_match_distance),
+        "shared_features": draw_shared_features(frame, embeds),
+        "retrieval": draw_retrieval(frame, embeds, choose_points(frame, embeds.coordinates)),
     }
-    return figures, scene_html(frame, embeds, colors)
+    return figures, scene_html(frame, embeds)
 
 
 def choose_points(frame: Frame, coordinates: np.ndarray) -> list[int]:
