@@ -105,10 +105,8 @@ def find_image_encoder(source: str | os.PathLike[str], revision: str | None = No
         random = str(source).startswith("random:")
         encoder = timm_template(name) if random else load_image_encoder(name, verbose=False)[0]
         convention = InputConvention.from_data_config(timm.data.resolve_model_data_config(encoder))
-        about: dict[str, Any] = {"input": convention, "description": _describe_timm(source)}
-        if random:
-            return EncoderWeights(name, {}, batch_norm_eps(encoder), **about)
-        return EncoderWeights.of(encoder, **about)
+        state = {} if random else encoder.state_dict()
+        return EncoderWeights(name, state, batch_norm_eps(encoder), {}, convention, _describe_timm(source))
     path = Path(source)
     if path.is_file() and not _is_of_folder(path):
         return read_checkpoint(path)[0]
