@@ -674,7 +674,7 @@ def test_pushes_checkpoints_and_the_end(run, monkeypatch):
             heard.append(path.name)
 
         def finish(self):
-            heard.append((self.repository.repo_id, self.strategy, self.repository.private, self.encoder_repo_id))
+            heard.append((self.repo_id, self.strategy, self.private, self.encoder_repo_id))
 
     monkeypatch.setattr("simipu_hf.pretrain.HubUploader", Uploader)
     flags = ("--push_to_hub", "--hub_model_id", "user/name", "--hub_private_repo")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from time import sleep
 from typing import Any, TypeVar
@@ -84,80 +84,74 @@ class PushReport:
         return f"published {self.url} ({self.commit[:8]}){encoder}"
 
 
-@dataclass
-class _Repository:
-    """Takes files, each time as one commit, tried again where that can help."""
+def _upload(
+    repo_id: str,
+    files: Files,
+    message: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    repo_type: str = "model",
+) -> PushReport:
+    """Publish `files` as one commit, without what an earlier upload left of their kind; again where that can help."""
+    size = sum(content.stat().st_size for content in files.values() if isinstance(content, Path))
+    attempt = 0
+    while True:
+        try:
+            # the client retries transfers, but not what comes before and after them, and has no time limit
+            upload = _in_background(lambda: _commit(repo_id, files, message, private, revision, repo_type))
+            commit = upload.result(SHORTEST_LIMIT + size / SLOWEST_UPLOAD)
+            return PushReport(f"{constants.ENDPOINT}/{'datasets/' * (repo_type == 'dataset')}{repo_id}", commit)
+        except Exception as error:
+            if attempt == RETRIES or _is_final(error):
+                raise hub_error(error, repo_id) from error
+            wait, attempt = 2**attempt, attempt + 1
+            trying = f"trying again in {wait} s ({attempt} of {RETRIES})"
+            tqdm.write(f"{hub_error(error, repo_id)}; {trying}", file=sys.stderr)
+            sleep(wait)
 
-    repo_id: str
-    private: bool | None = None
-    revision: str | None = None
-    repo_type: str = "model"
 
-    @property
-    def url(self) -> str:
-        return f"{constants.ENDPOINT}/{'datasets/' if self.repo_type == 'dataset' else ''}{self.repo_id}"
-
-    def upload(self, files: Files, message: str) -> str:
-        """Publish `files`, without what an earlier upload left of their kind, and return the commit."""
-        size = sum(content.stat().st_size for content in files.values() if isinstance(content, Path))
-        attempt = 0
-        while True:
-            try:
-                # the client retries transfers, but not what comes before and after them, and has no time limit
-                upload = _in_background(lambda: self._commit(files, message))
-                return upload.result(SHORTEST_LIMIT + size / SLOWEST_UPLOAD)
-            except Exception as error:
-                if attempt == RETRIES or _is_final(error):
-                    raise hub_error(error, self.repo_id) from error
-                wait, attempt = 2**attempt, attempt + 1
-                trying = f"trying again in {wait} s ({attempt} of {RETRIES})"
-                tqdm.write(f"{hub_error(error, self.repo_id)}; {trying}", file=sys.stderr)
-                sleep(wait)
-
-    def _commit(self, files: Files, message: str) -> str:
-        api, place = HfApi(), {"repo_id": self.repo_id, "repo_type": self.repo_type}
-        api.create_repo(**place, private=self.private, exist_ok=True)
-        if self.revision is not None:
-            api.create_branch(**place, branch=self.revision, exist_ok=True)
-        info = api.repo_info(**place, revision=self.revision)
-        if self.private and not info.private:
-            raise SimIPUError(
-                f"Hub repository {self.repo_id}: expected a private one, found a public one, which stays public: make "
-                "it private in its settings, or choose another"
-            )
-        there = api.list_repo_files(**place, revision=info.sha)
-        replaced = set(filter_repo_objects(there, allow_patterns=self._replaced(files))) - files.keys()
-        if self.repo_type == "dataset" and (others := {*map(split_of, replaced)} - {*map(split_of, files)}):
-            raise SimIPUError(
-                f"Hub repository {self.repo_id}: expected no split that is not published now, found "
-                f"{', '.join(sorted(others))}: publish all splits in one folder, or delete those there"
-            )
-        if "README.md" in there and self._keeps_its_card(files["README.md"], info.sha):
-            files = {name: content for name, content in files.items() if name != "README.md"}
-            tqdm.write(f"{self.repo_id}: its card, which was edited there, is kept", file=sys.stderr)
-        operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
-        operations += [CommitOperationDelete(name) for name in sorted(replaced)]
-        # upload_folder makes several commits of large folders
-        commit = api.create_commit(
-            **place, operations=operations, commit_message=message, revision=self.revision, parent_commit=info.sha
+def _commit(
+    repo_id: str, files: Files, message: str, private: bool | None, revision: str | None, repo_type: str
+) -> str:
+    api = HfApi()
+    api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
+    if revision is not None:
+        api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
+    info = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
+    if private and not info.private:
+        raise SimIPUError(
+            f"Hub repository {repo_id}: expected a private one, found a public one, which stays public: make it "
+            "private in its settings, or choose another"
         )
-        return commit.oid
+    there = api.list_repo_files(repo_id, repo_type=repo_type, revision=info.sha)
+    is_resumable = any(name.startswith("last-checkpoint/") for name in files)
+    patterns = ["*.parquet"] if repo_type == "dataset" else [*REPLACED, *(["last-checkpoint/*"] * is_resumable)]
+    replaced = set(filter_repo_objects(there, allow_patterns=patterns)) - files.keys()
+    if repo_type == "dataset" and (others := {*map(split_of, replaced)} - {*map(split_of, files)}):
+        raise SimIPUError(
+            f"Hub repository {repo_id}: expected no split that is not published now, found "
+            f"{', '.join(sorted(others))}: publish all splits in one folder, or delete those there"
+        )
+    if repo_type == "model" and "README.md" in there and _keeps_its_card(repo_id, info.sha, files["README.md"]):
+        files = {name: content for name, content in files.items() if name != "README.md"}
+        tqdm.write(f"{repo_id}: its card, which was edited there, is kept", file=sys.stderr)
+    operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
+    operations += [CommitOperationDelete(name) for name in sorted(replaced)]
+    # upload_folder makes several commits of a large folder
+    commit = api.create_commit(
+        repo_id, operations, commit_message=message, repo_type=repo_type, revision=revision, parent_commit=info.sha
+    )
+    return commit.oid
 
-    def _replaced(self, files: Files) -> list[str]:
-        """Patterns of what an earlier upload may have left."""
-        if self.repo_type == "dataset":
-            return ["*.parquet"]
-        is_resumable = any(name.startswith("last-checkpoint/") for name in files)
-        return [*REPLACED, *(["last-checkpoint/*"] if is_resumable else [])]
 
-    def _keeps_its_card(self, card: Path | bytes, commit: str | None) -> bool:
-        """Whether a model's card was edited on the Hub, and the new one is a generated one."""
-        if self.repo_type == "dataset" or isinstance(card, Path) or GENERATED.encode() not in card:
-            return False
-        published = HfApi().hf_hub_download(self.repo_id, "README.md", revision=commit)
-        content = Path(published).read_text(encoding="utf-8-sig", errors="replace")
-        # one with a header alone is the Hub's
-        return GENERATED not in content and bool(ModelCard(content, ignore_metadata_errors=True).text.strip())
+def _keeps_its_card(repo_id: str, commit: str | None, card: Any) -> bool:
+    """Whether a model's card was edited on the Hub, and the new one is a generated one."""
+    if GENERATED.encode() not in card:
+        return False
+    published = Path(HfApi().hf_hub_download(repo_id, "README.md", revision=commit))
+    content = published.read_text(encoding="utf-8-sig", errors="replace")
+    # one with a header alone is the Hub's
+    return GENERATED not in content and bool(ModelCard(content, ignore_metadata_errors=True).text.strip())
 
 
 def push_folder(
@@ -190,24 +184,23 @@ def push_folder(
         raise SimIPUError(f"{model}: no such folder")
     if encoder_repo_id == repo_id:
         raise SimIPUError(f"--encoder_repo_id {encoder_repo_id}: the encoder would replace the model there")
-    repository = _Repository(repo_id, private, revision)
     folder = model_folder(model)
     staged = _snapshot(folder, run_of(folder))
     try:
         _complete(staged, repo_id, encoder_repo_id)
-        result = PushReport(repository.url, repository.upload(_files(staged), "Upload model"))
+        report = _upload(repo_id, _files(staged), "Upload model", private, revision)
         if encoder_repo_id is not None:
-            encoder, alone = replace(repository, repo_id=encoder_repo_id), staged / "rgb"
+            alone = staged / "rgb"
             write_timm(find_image_encoder(folder).with_channel_order("rgb"), alone)
             for name in RECORDS:
                 if (staged / name).is_file():
                     shutil.copyfile(staged / name, alone / name)
             _complete(alone, encoder_repo_id)
-            encoder.upload(_files(alone), "Upload image encoder")
-            result.encoder_url = encoder.url
+            encoder = _upload(encoder_repo_id, _files(alone), "Upload image encoder", private, revision)
+            report.encoder_url = encoder.url
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-    return result
+    return report
 
 
 class HubUploader:
@@ -221,7 +214,7 @@ class HubUploader:
     """
 
     def __init__(self, arguments: RunArguments) -> None:
-        self.repository = _Repository(str(arguments.hub_model_id), arguments.hub_private_repo or None)
+        self.repo_id, self.private = str(arguments.hub_model_id), arguments.hub_private_repo or None
         self.output_dir, self.strategy = Path(arguments.output_dir), arguments.hub_strategy
         self.encoder_repo_id: str | None = getattr(arguments, "encoder_repo_id", None)
         self.running: Future[None] | None = None
@@ -266,9 +259,8 @@ class HubUploader:
         """Wait for the background and publish the final folder, or report why that failed."""
         if self.running is not None:
             self.running.result()
-        repo_id, private = self.repository.repo_id, self.repository.private
         try:
-            tqdm.write(f"Hub: {push_folder(self.output_dir, repo_id, private, self.encoder_repo_id)}")
+            tqdm.write(f"Hub: {push_folder(self.output_dir, self.repo_id, self.private, self.encoder_repo_id)}")
         except Exception as error:
             encoder = f" --encoder_repo_id {self.encoder_repo_id}" if self.encoder_repo_id else ""
             tqdm.write(
@@ -277,14 +269,14 @@ class HubUploader:
             )
 
     def _command(self, folder: Path) -> str:
-        private = " --private" if self.repository.private else ""
-        return f"simipu-hf push --model {folder} --repo_id {self.repository.repo_id}{private}"
+        private = " --private" if self.private else ""
+        return f"simipu-hf push --model {folder} --repo_id {self.repo_id}{private}"
 
     def _publish(self, staged: Path, name: str) -> None:
         try:
-            _complete(staged, self.repository.repo_id)
-            commit = self.repository.upload(_files(staged), f"Training in progress, {name}")
-            tqdm.write(f"Hub: published {name} as {self.repository.repo_id} ({commit[:8]})")
+            _complete(staged, self.repo_id)
+            report = _upload(self.repo_id, _files(staged), f"Training in progress, {name}", self.private)
+            tqdm.write(f"Hub: published {name} as {self.repo_id} ({report.commit[:8]})")
         except Exception as error:  # whatever it is, training goes on
             if staged.exists():  # else the run has ended, and has said so
                 tqdm.write(f"Hub: {name} was not published: {error}")
@@ -356,10 +348,8 @@ def push_dataset(
         card = str(edited)
     else:
         card = dataset_card(repo_id, license, splits, own.data if own else None)
-    repository = _Repository(repo_id, private, repo_type="dataset")
-    return PushReport(
-        repository.url, repository.upload({**files, "README.md": card.encode("utf-8")}, "Upload data set")
-    )
+    uploaded = {**files, "README.md": card.encode("utf-8")}
+    return _upload(repo_id, uploaded, "Upload data set", private, repo_type="dataset")
 
 
 def split_of(file: str) -> str:

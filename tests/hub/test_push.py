@@ -280,7 +280,7 @@ def test_checkpoint_deleted_during_its_upload_is_still_published_whole(endpoint,
 
 def test_a_run_that_ends_early_waits_for_an_upload_and_names_what_it_left_out(checkpoint, monkeypatch, capsys):
     released = threading.Event()
-    monkeypatch.setattr(push._Repository, "upload", lambda *_: released.wait(30) and "c" * 40)
+    monkeypatch.setattr(push, "_upload", lambda *_: released.wait(30) and push.PushReport("", "c" * 40))
     threading.Timer(0.2, released.set).start()
     for limit in (30, 0.1):
         monkeypatch.setattr(push, "LAST_WAIT", limit)
