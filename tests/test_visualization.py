@@ -124,8 +124,9 @@ def test_principal_components_order_directions_by_variance():
     np.testing.assert_allclose(np.abs(principal.basis[[5, 2, 7], [0, 1, 2]]), 1, atol=0.02)
     shuffled = Principal(rows[rng.permutation(500)])
     np.testing.assert_allclose(principal.colors(rows), shuffled.colors(rows), atol=1e-9)
-    # another mean and scale of the same structure shows as the same colours once adapted
-    np.testing.assert_allclose(principal.adapted(3 * rows + 4).colors(3 * rows + 4), principal.colors(rows), atol=1e-9)
+    # another mean and scale of the same structure shows as the same colours along the same directions
+    other = Principal(3 * rows + 4, principal.basis)
+    np.testing.assert_allclose(other.colors(3 * rows + 4), principal.colors(rows), atol=1e-9)
 
 
 def test_features_of_one_color_do_not_show_rounding_noise():
@@ -306,7 +307,7 @@ def test_page_colors_points_by_the_pixel_under_them_and_by_the_nearest_feature()
     assert len(set(shown[~inside])) == 1
 
     distance = np.linalg.norm(frame.points[:, None, :3] - embeds.coordinates[None], axis=-1)
-    colors = Principal(embeds.cells.values.reshape(48, 6)).adapted(embeds.points).colors(embeds.points)
+    colors = Principal(embeds.points, Principal(embeds.cells.values.reshape(48, 6)).basis).colors(embeds.points)
     expected = np.array([to_hex(color) for color in colors])[distance.argmin(1)]
     features = np.array(drawn["Features"]["marker"]["color"])
     near = distance.min(1) <= 2

@@ -46,10 +46,6 @@ class Principal:
         span = high - self.low
         self.span = np.where(span < 1e-5 * span.max(), 0, span)  # less is rounding
 
-    def adapted(self, rows: np.ndarray) -> "Principal":
-        """The same directions with the mean and range of other rows `(R, D)`."""
-        return Principal(rows, self.basis)
-
     def colors(self, rows: np.ndarray) -> np.ndarray:
         """Rows `(..., D)` as colours `(..., 3)`, up to 1."""
         scaled = ((rows - self.mean) @ self.basis - self.low) / np.where(self.span > 0, self.span, 1)
@@ -106,9 +102,16 @@ class FrameEmbeds:
     points: np.ndarray
 
     @cached_property
-    def colors(self) -> Principal:
-        """Colours along the principal components of the cells that show a part of the image."""
-        return Principal(self.cells.values[self.cells.inside])
+    def colors(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of the cells `(h, w, 3)` and of the points `(M, 3)`, along the principal components of the cells that show a
+        part of the image.
+
+        The model learnt to tell points apart within each modality, and image and points keep different means in that
+        space; so the directions are common, the centre and the range are each one's own.
+        """
+        principal = Principal(self.cells.values[self.cells.inside])
+        of_points = Principal(self.points, principal.basis)
+        return principal.colors(self.cells.values), of_points.colors(self.points)
 
     def similarities(self, point: int) -> CellMap:
         """Cosine similarity of every cell of the image to one point, `(h, w, 1)`."""

@@ -119,18 +119,14 @@ def draw_matches(frame_id: str, matches: ViewMatches, max_match_distance: float 
 
 @styled
 def draw_shared_features(frame: Frame, embeds: FrameEmbeds) -> Figure:
-    """Image and points in the space in which the model compares them, as colours.
-
-    The model learnt to tell points apart within each modality, and image and points keep different means in that
-    space; so the directions are common, those of the image, the centre and the range are each one's own.
-    """
-    point_colors = embeds.colors.adapted(embeds.points).colors(embeds.points)
+    """Image and points in the space in which the model compares them, as colours."""
+    cell_colors, point_colors = embeds.colors
     pixels, depth, inside = frame.project(embeds.coordinates)
     figure = Figure(figsize=(WIDTH, max(2 * _panel_height(frame.image, WIDTH * 0.68) + 0.3, 4.5)))
     panels = figure.subplot_mosaic([["image", "above"], ["points", "above"]], width_ratios=[2.15, 1])
 
     _show_image(panels["image"], frame.image, brightness=0.45)
-    _show_cells(panels["image"], embeds.cells, embeds.colors.colors(embeds.cells.values), frame, alpha=0.8)
+    _show_cells(panels["image"], embeds.cells, cell_colors, frame, alpha=0.8)
     panels["image"].set(title=f"{frame.frame_id}: image features", **PIXELS)
 
     _show_image(panels["points"], frame.image, brightness=0.3)

@@ -94,8 +94,7 @@ def _scale(colormap: Colormap, bar: dict) -> dict:
 def _feature_mode(frame: Frame, embeds: FrameEmbeds) -> dict:
     """The principal components of the nearest point feature; grey where none is near."""
     distance, nearest = cKDTree(embeds.coordinates).query(frame.points[:, :3])
-    colors = embeds.colors.adapted(embeds.points).colors(embeds.points)
-    names = np.array([to_hex(color) for color in colors])[nearest]
+    names = np.array([to_hex(color) for color in embeds.colors[1]])[nearest]
     return {"color": np.where(distance > NEIGHBOUR_DISTANCE, MISSING, names).tolist()}
 
 
