@@ -63,7 +63,7 @@ RECORDS = ("run.yaml", METRICS_FILE, CURVES)
 # What an earlier upload may have left under names that this one does not have; the Hub's * also matches /.
 REPLACED = [
     *("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors", TRAINED_STATISTICS),
-    *("image_encoder/*", "logs/*events.out.tfevents*", *RECORDS, EVALUATIONS),
+    *("image_encoder/*", *RECORDS, EVALUATIONS),
 ]
 STAGED = ".hub-upload-"
 RETRIES = 4  # after a failure that may pass: a server's error, a timeout, no connection
