@@ -168,16 +168,11 @@ def redact(text: str) -> str:
     text = re.sub(r"""(\w://[^\s"'?#\\]+)\?[^\s"'#\\]+?(?=[()\[\]{},`<>]*(?:[\s"'#\\]|$))""", r"\1?…", text)
     text = re.sub(r"\bfile:/{2,3}(?=/|[A-Za-z]:)", "", text)
     start = r"(?<![\w/:.~…\\-])"  # not inside a relative path or an address
-    known = [folder for folder in (Path.cwd(), Path.home()) if folder.name]
-    for folder in sorted(known, key=lambda folder: -len(folder.parts)):
-        # their names may hold spaces, at which the pattern below ends
-        for written in {str(folder), folder.as_posix(), str(folder).replace("\\", "\\\\")}:
-            text = re.sub(start + re.escape(written) + r"(?=[/\\])", re.escape(folder.anchor) + "-", text)
     # whole values, whose folders may be named anything: quoted ones, and those of a line of YAML
     absolute = r"(?:/|[A-Za-z]:[/\\])"
     folders = r"""(?:[^"'#\n]|\#(?=[^:"'\n]*[/\\]))*[/\\]"""  # a # begins a split where no slash comes before a :
-    # quoted, in a cell of a table, behind a YAML key
-    start_of_value = r"""((?<=["'@])|(?<=\| )|^\s*(?:- |[\w.]+: ))"""
+    # quoted, alone or behind a flag; in a cell of a table, behind a YAML key
+    start_of_value = r"""((?<=["'@])|["']-[\w-]+=|(?<=\| )|^\s*(?:- |[\w.]+: ))"""
     text = re.sub(rf"(?m){start_of_value}{absolute}{folders}", r"\1…/", text)
     # of another machine, of a drive; in JSON \ is written \\
     text = re.sub(start + r"\\{2,4}[\w-][\w.-]{2,}\\{1,2}(?:[\w.@+$-]+\\{1,2})*([\w.@+$-]*)", r"…/\1", text)
