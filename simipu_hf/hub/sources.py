@@ -88,10 +88,8 @@ def load_image_encoder(
     try:
         model = cast("TimmModel", timm.create_model(architecture, **kwargs))
     except Exception as error:
-        if kwargs["pretrained"] is True and architecture == str(source):
-            hint = f"timm's weights cannot be had; random ones are called random:{architecture}"
-            raise SimIPUError(f"{source}: {hint}: {error}") from error
-        raise SimIPUError(f"{source}: timm cannot build {architecture} from it: {error}") from error
+        found = f"timm cannot build {architecture} with these weights (random:{architecture} has random ones)"
+        raise SimIPUError(f"{source}: {found}: {error}") from error
     for network in (model, getattr(model, "model", model)):  # of a wrapper for its features as well
         network.pretrained_cfg.pop("state_dict", None)  # else the model would hold its initial weights for ever
     if verbose:
