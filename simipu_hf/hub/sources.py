@@ -14,6 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL.Image import Resampling
 from safetensors import SafetensorError, safe_open
 
+from simipu_hf.data.sources import listed
 from simipu_hf.errors import SimIPUError, first_line
 from simipu_hf.hub.official import read_checkpoint
 from simipu_hf.hub.weights import (
@@ -129,7 +130,7 @@ def model_folder(source: str | os.PathLike[str], revision: str | None = None, en
         damaged: list[str] = []
         if newest := newest_checkpoint(path, on_damaged=damaged.append):
             return newest
-        found = "; ".join(damaged) or _listing(path)
+        found = "; ".join(damaged) or listed(path)
         raise SimIPUError(f"{path}: expected config.json or a complete checkpoint-<step>, found {found}")
     if not HUB_ID.fullmatch(str(source)):
         raise SimIPUError(f"{source}: no such file or folder, no Hub id (user/name), and no timm model of that name")
@@ -189,7 +190,7 @@ def _from_simipu(folder: Path, config: dict[str, Any], where: str) -> EncoderWei
     if not file.is_file():
         if (folder / "image_encoder" / "config.json").is_file():
             return _from_folder(folder / "image_encoder", f"{where}, image_encoder/")
-        raise SimIPUError(f"{where}: expected {file.name}, found {_listing(folder)}")
+        raise SimIPUError(f"{where}: expected {file.name}, found {listed(folder)}")
     try:
         image_config = SimIPUImageConfig(**config["image_config"])
         model_args = timm_arguments(image_config)
@@ -213,7 +214,7 @@ def _from_timm_folder(folder: Path, config: dict[str, Any], where: str) -> Encod
     file = folder / "model.safetensors"
     if not file.is_file():
         raise SimIPUError(
-            f"{where}: expected model.safetensors (pickled weights are not read), found {_listing(folder)}"
+            f"{where}: expected model.safetensors (pickled weights are not read), found {listed(folder)}"
         )
     pretrained_cfg, model_args = config.get("pretrained_cfg") or {}, config.get("model_args") or {}
     if not isinstance(pretrained_cfg, dict) or not isinstance(model_args, dict):
@@ -271,11 +272,6 @@ def read_input_convention(folder: Path) -> InputConvention:
         "border" if image.keep_aspect_ratio else "squash",
         interpolation=Resampling(image.resample).name.lower(),
     )
-
-
-def _listing(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir())
-    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "") or "nothing"
 
 
 def load_processor(folder: Path) -> SimIPUProcessor:

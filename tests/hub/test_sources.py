@@ -196,7 +196,7 @@ def test_other_weights_beside_a_model_are_themselves(run_folder, tmp_path):
 def test_nothing_there(tmp_path):
     with pytest.raises(SimIPUError, match="no timm model of that name"):
         load_image_encoder(tmp_path / "absent")
-    with pytest.raises(SimIPUError, match="found nothing"):
+    with pytest.raises(SimIPUError, match="found an empty folder"):
         load_image_encoder(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
     with pytest.raises(SimIPUError, match="'bert' model"):
