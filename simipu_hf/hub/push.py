@@ -100,7 +100,8 @@ def _upload(
             # the client retries transfers, but not what comes before and after them, and has no time limit
             upload = _in_background(lambda: _commit(repo_id, files, message, private, revision, repo_type))
             commit = upload.result(SHORTEST_LIMIT + size / SLOWEST_UPLOAD)
-            return PushReport(f"{constants.ENDPOINT}/{'datasets/' * (repo_type == 'dataset')}{repo_id}", commit)
+            kind = "datasets/" if repo_type == "dataset" else ""
+            return PushReport(f"{constants.ENDPOINT}/{kind}{repo_id}", commit)
         except Exception as error:
             if attempt == RETRIES or _is_final(error):
                 raise hub_error(error, repo_id) from error
@@ -124,8 +125,9 @@ def _commit(
             "private in its settings, or choose another"
         )
     there = api.list_repo_files(repo_id, repo_type=repo_type, revision=info.sha)
-    is_resumable = any(name.startswith("last-checkpoint/") for name in files)
-    patterns = ["*.parquet"] if repo_type == "dataset" else [*REPLACED, *(["last-checkpoint/*"] * is_resumable)]
+    patterns = ["*.parquet"] if repo_type == "dataset" else REPLACED
+    if any(name.startswith("last-checkpoint/") for name in files):
+        patterns = [*patterns, "last-checkpoint/*"]
     replaced = set(filter_repo_objects(there, allow_patterns=patterns)) - files.keys()
     if repo_type == "dataset" and (others := {*map(split_of, replaced)} - {*map(split_of, files)}):
         raise SimIPUError(
