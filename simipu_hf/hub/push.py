@@ -350,7 +350,7 @@ def push_dataset(
         card = str(edited)
     else:
         card = dataset_card(repo_id, license, splits, own.data if own else None)
-    uploaded = {**files, "README.md": card.encode("utf-8")}
+    uploaded: Files = {**files, "README.md": card.encode("utf-8")}
     return _upload(repo_id, uploaded, "Upload data set", private, repo_type="dataset")
 
 

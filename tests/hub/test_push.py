@@ -418,10 +418,10 @@ def test_splits_are_published_together(endpoint, parts):
 def test_a_split_that_is_pushed_meanwhile_stays(endpoint, parts, monkeypatch):
     create_commit = push.HfApi.create_commit
 
-    def after_another(api, **arguments):
+    def after_another(*args, **arguments):
         monkeypatch.setattr(push.HfApi, "create_commit", create_commit)
         push_dataset(parts / "val", "owner/rows", license="cc-by-4.0")
-        return create_commit(api, **arguments)
+        return create_commit(*args, **arguments)
 
     monkeypatch.setattr(push.HfApi, "create_commit", after_another)
     with pytest.raises(SimIPUError, match="found data/val"):
