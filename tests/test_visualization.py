@@ -26,7 +26,14 @@ from simipu_hf.modeling.image_encoder import timm_template
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 from simipu_hf.visualization import frames
-from simipu_hf.visualization.features import FrameEmbeds, Principal, ViewMatches, cell_map, embed_frame
+from simipu_hf.visualization.features import (
+    FrameEmbeds,
+    ViewMatches,
+    cell_map,
+    embed_frame,
+    feature_colors,
+    principal_directions,
+)
 from simipu_hf.visualization.figures import (
     draw_depth,
     draw_image_features,
@@ -120,19 +127,19 @@ def test_principal_components_order_directions_by_variance():
     rng = np.random.default_rng(1)
     rows = np.zeros((500, 8))
     rows[:, [5, 2, 7]] = rng.uniform(-1, 1, (500, 3)) * (10, 3, 1)
-    principal = Principal(rows)
-    np.testing.assert_allclose(np.abs(principal.basis[[5, 2, 7], [0, 1, 2]]), 1, atol=0.02)
-    shuffled = Principal(rows[rng.permutation(500)])
-    np.testing.assert_allclose(principal.colors(rows), shuffled.colors(rows), atol=1e-9)
+    basis = principal_directions(rows)
+    np.testing.assert_allclose(np.abs(basis[[5, 2, 7], [0, 1, 2]]), 1, atol=0.02)
+    colors, shuffled = feature_colors(rows, basis, rows), rows[rng.permutation(500)]
+    np.testing.assert_allclose(feature_colors(rows, principal_directions(shuffled), shuffled), colors, atol=1e-9)
     # another mean and scale of the same structure shows as the same colours along the same directions
-    other = Principal(3 * rows + 4, principal.basis)
-    np.testing.assert_allclose(other.colors(3 * rows + 4), principal.colors(rows), atol=1e-9)
+    other = 3 * rows + 4
+    np.testing.assert_allclose(feature_colors(other, basis, other), colors, atol=1e-9)
 
 
 def test_features_of_one_color_do_not_show_rounding_noise():
     noise = np.random.default_rng(0).normal(size=(50, 8)) * 1e-9
     noise[:, 0] += np.linspace(0, 1, 50)
-    colors = Principal(noise).colors(noise)
+    colors = feature_colors(noise, principal_directions(noise), noise)
     assert np.ptp(colors[:, 1:], axis=0).max() == 0
 
 
@@ -307,7 +314,8 @@ def test_page_colors_points_by_the_pixel_under_them_and_by_the_nearest_feature()
     assert len(set(shown[~inside])) == 1
 
     distance = np.linalg.norm(frame.points[:, None, :3] - embeds.coordinates[None], axis=-1)
-    colors = Principal(embeds.points, Principal(embeds.cells.values.reshape(48, 6)).basis).colors(embeds.points)
+    basis = principal_directions(embeds.cells.values.reshape(48, 6))
+    colors = feature_colors(embeds.points, basis, embeds.points)
     expected = np.array([to_hex(color) for color in colors])[distance.argmin(1)]
     features = np.array(drawn["Features"]["marker"]["color"])
     near = distance.min(1) <= 2

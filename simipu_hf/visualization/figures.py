@@ -18,7 +18,7 @@ from simipu_hf.data.kitti_objects import KittiObjects
 from simipu_hf.data.rows import Frame
 from simipu_hf.modeling.geometry import box_corners, project_points
 
-from .features import CellMap, FrameEmbeds, Principal, ViewMatches
+from .features import CellMap, FrameEmbeds, ViewMatches, feature_colors, principal_directions
 from .style import BLUE, FAINT, ORANGE, RED, add_depth_bar, depth_colormap, depth_norm, styled, visible_colormap
 
 WIDTH, NARROW, ABOVE = 12.5, 9.4, 5.0  # inches; the last is the height of a view from above
@@ -149,16 +149,16 @@ def draw_image_features(frame: Frame, stages: Mapping[str, CellMap], photograph:
         stages: name -> feature map; each stage has its own components.
         photograph: false leaves the image itself out.
     """
-    rows = len(stages) + photograph
-    figure = Figure(figsize=(NARROW, rows * _panel_height(frame.image, NARROW)))
-    panels = list(figure.subplots(rows, 1, squeeze=False)[:, 0])
+    count = len(stages) + photograph
+    figure = Figure(figsize=(NARROW, count * _panel_height(frame.image, NARROW)))
+    panels = list(figure.subplots(count, 1, squeeze=False)[:, 0])
     if photograph:
         axes = panels.pop(0)
         _show_image(axes, frame.image)
         axes.set(title=frame.frame_id, **PIXELS)
     for axes, (name, cells) in zip(panels, stages.items(), strict=True):
-        colors = Principal(cells.values[cells.inside])
-        _show_cells(axes, cells, colors.colors(cells.values), frame)
+        rows = cells.values[cells.inside]
+        _show_cells(axes, cells, feature_colors(cells.values, principal_directions(rows), rows), frame)
         axes.set(title=f"image encoder, {name}: first three principal components", **PIXELS)
     return figure
 
