@@ -385,10 +385,9 @@ def write_onnx(weights: EncoderWeights, path: Path, image_size: tuple[int, int] 
     except Exception as error:  # torch names no common class for what it cannot trace
         raise SimIPUError(f"torch cannot express {weights.architecture} in ONNX: {first_line(error)}") from error
     sizes = f"{height} x {width} pixels" if is_fixed else "any size that the network takes"
-    notes = [f"takes any number of images of {sizes}"]
     program.model.metadata_props["simipu_hf"] = json.dumps(_note(plain))
     program.save(path)
-    return [*notes, _compare_onnx(path, pyramid, example)]
+    return [f"takes any number of images of {sizes}", _compare_onnx(path, pyramid, example)]
 
 
 def _onnx_program(pyramid: _Pyramid, example: torch.Tensor, dynamic: dict[int, Any]) -> torch.onnx.ONNXProgram:
