@@ -472,7 +472,7 @@ def fine_tune(
     with closing(WriteLock(output_dir, output_dir / ".lock")) as lock:
         checkpoint = on_main_process(accelerator, open_run, arguments, trainer, lock)
         publishes = arguments.push_to_hub and accelerator.is_main_process
-        uploader = HubUploader.from_arguments(arguments) if publishes else None
+        uploader = HubUploader(arguments) if publishes else None
         with StopRequest() as stop, uploader or nullcontext():
             run_folder = RunFolder(output_dir, stop, SharedFlags(accelerator), uploader)
             trainer.add_callback(run_folder)

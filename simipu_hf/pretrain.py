@@ -162,7 +162,7 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
                 state.restore(checkpoint)
                 logger.message(f"resumed from {checkpoint}")
             publishes = arguments.push_to_hub and accelerator.is_main_process
-            uploader = HubUploader.from_arguments(arguments) if publishes else None
+            uploader = HubUploader(arguments) if publishes else None
             try:
                 train(accelerator, arguments, state, steps, batches, held_out, uploader)
             finally:

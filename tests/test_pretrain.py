@@ -669,23 +669,18 @@ def test_pushes_checkpoints_and_the_end(run, monkeypatch):
     heard = []
 
     class Uploader(HubUploader):
-        def __init__(self, repo_id, output_dir, strategy, private, encoder_repo_id):
-            heard.append((repo_id, strategy, private, encoder_repo_id))
-
         def checkpoint_saved(self, path):
             SimIPUForPreTraining.from_pretrained(path)
             heard.append(path.name)
 
         def finish(self):
-            heard.append("finish")
+            heard.append((self.repo_id, self.strategy, self.private, self.encoder_repo_id))
 
     monkeypatch.setattr("simipu_hf.pretrain.HubUploader", Uploader)
     flags = ("--push_to_hub", "--hub_model_id", "user/name", "--hub_private_repo")
     run("out", *flags, "--hub_strategy", "checkpoint", "--encoder_repo_id", "user/encoder")
-    assert heard == [
-        ("user/name", "checkpoint", True, "user/encoder"),
-        *("checkpoint-3", "checkpoint-6", "checkpoint-8", "finish"),
-    ]
+    end = ("user/name", "checkpoint", True, "user/encoder")
+    assert heard == ["checkpoint-3", "checkpoint-6", "checkpoint-8", end]
 
 
 @pytest.mark.skipif(os.geteuid() == 0 if hasattr(os, "geteuid") else True, reason="root may write anywhere")

@@ -26,7 +26,14 @@ from simipu_hf.modeling.image_encoder import timm_template
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 from simipu_hf.visualization import frames
-from simipu_hf.visualization.features import FrameEmbeds, Principal, ViewMatches, cell_map, embed_frame, similarities
+from simipu_hf.visualization.features import (
+    FrameEmbeds,
+    ViewMatches,
+    cell_map,
+    embed_frame,
+    feature_colors,
+    principal_directions,
+)
 from simipu_hf.visualization.figures import (
     draw_depth,
     draw_image_features,
@@ -120,18 +127,19 @@ def test_principal_components_order_directions_by_variance():
     rng = np.random.default_rng(1)
     rows = np.zeros((500, 8))
     rows[:, [5, 2, 7]] = rng.uniform(-1, 1, (500, 3)) * (10, 3, 1)
-    principal = Principal(rows)
-    np.testing.assert_allclose(np.abs(principal.basis[[5, 2, 7], [0, 1, 2]]), 1, atol=0.02)
-    shuffled = Principal(rows[rng.permutation(500)])
-    np.testing.assert_allclose(principal.colors(rows), shuffled.colors(rows), atol=1e-9)
-    # another mean and scale of the same structure shows as the same colours once adapted
-    np.testing.assert_allclose(principal.adapted(3 * rows + 4).colors(3 * rows + 4), principal.colors(rows), atol=1e-9)
+    basis = principal_directions(rows)
+    np.testing.assert_allclose(np.abs(basis[[5, 2, 7], [0, 1, 2]]), 1, atol=0.02)
+    colors, shuffled = feature_colors(rows, basis, rows), rows[rng.permutation(500)]
+    np.testing.assert_allclose(feature_colors(rows, principal_directions(shuffled), shuffled), colors, atol=1e-9)
+    # another mean and scale of the same structure shows as the same colours along the same directions
+    other = 3 * rows + 4
+    np.testing.assert_allclose(feature_colors(other, basis, other), colors, atol=1e-9)
 
 
 def test_features_of_one_color_do_not_show_rounding_noise():
     noise = np.random.default_rng(0).normal(size=(50, 8)) * 1e-9
     noise[:, 0] += np.linspace(0, 1, 50)
-    colors = Principal(noise).colors(noise)
+    colors = feature_colors(noise, principal_directions(noise), noise)
     assert np.ptp(colors[:, 1:], axis=0).max() == 0
 
 
@@ -173,7 +181,7 @@ def test_matches_join_their_points_and_far_ones_are_red():
     view, augmented = rng.uniform(0, 30, (2, 8, 3))
     match = rng.permutation(8)
     distance = np.array([0.1, 0.2, 0.3, 1.9, 2.1, 5.0, np.inf, 0.4])
-    figure = draw_matches(ViewMatches(view, augmented, match, distance), 2.0, "frame")
+    figure = draw_matches("frame", ViewMatches(view, augmented, match, distance), 2.0)
     title = figure.get_suptitle()
     assert "7 matches" in title
     assert "28.6% beyond the limit of 2 m" in title
@@ -189,9 +197,9 @@ def test_matches_join_their_points_and_far_ones_are_red():
 
 def test_matches_without_a_limit_or_without_any_match():
     points = np.random.default_rng(0).uniform(0, 30, (2, 4, 3))
-    assert "no limit" in draw_matches(ViewMatches(*points, np.arange(4), np.ones(4)), None, "frame").get_suptitle()
+    assert "no limit" in draw_matches("frame", ViewMatches(*points, np.arange(4), np.ones(4)), None).get_suptitle()
     none = ViewMatches(*points, np.zeros(4, dtype=int), np.full(4, np.inf))
-    assert "0 matches" in draw_matches(none, 2.0, "frame").get_suptitle()
+    assert "0 matches" in draw_matches("frame", none, 2.0).get_suptitle()
 
 
 def test_retrieval_marks_the_true_pixel_and_the_most_similar_cell():
@@ -201,11 +209,11 @@ def test_retrieval_marks_the_true_pixel_and_the_most_similar_cell():
     values[2, 7] = 0.9  # centre: column 59.5, row 19.5
     cells = cell_map(values, PATCHES, np.eye(3), frame)
     cells = replace(cells, cell_size=np.array([8, 4]))  # an image that was stretched
-    figure = draw_retrieval(frame, point[None], [cells], ["point 5"])
+    figure = draw_retrieval(frame, FrameEmbeds(cells, point[None], np.ones((1, 1))), [0])
     marks = {line.get_label(): line.get_xydata()[0] for line in figure.axes[0].lines}
     np.testing.assert_allclose(marks["where the point is"], [43.5, 14.7], atol=1e-5)
     np.testing.assert_allclose(marks["most similar cell"], [59.5, 19.5])
-    said = "point 5, 10.0 m ahead: most similar cell 17 px off (2.3 cells)"  # (16, 4.8) pixels, (2, 1.2) cells
+    said = "point 0, 10.0 m ahead: most similar cell 17 px off (2.3 cells)"  # (16, 4.8) pixels, (2, 1.2) cells
     assert said in figure.axes[0].get_title(loc="left")
 
 
@@ -215,10 +223,10 @@ def test_similarity_is_the_cosine_and_padding_is_never_the_best_cell():
     cells /= np.linalg.norm(cells, axis=-1, keepdims=True)
     placed = cell_map(cells, PATCHES, np.eye(3), frame)  # 32 columns of padding
     embeds = FrameEmbeds(placed, frame.points[:3, :3], np.array([cells[1, 3], cells[2, 14], cells[0, 0]]))
-    found = similarities(embeds, 0).values[..., 0]
+    found = embeds.similarities(0).values[..., 0]
     assert found[1, 3] == pytest.approx(1)
     assert found[2, 5] == pytest.approx(float(cells[2, 5] @ cells[1, 3]))
-    figure = draw_retrieval(frame, frame.points[:1, :3], [similarities(embeds, 1)], ["in the padding"])
+    figure = draw_retrieval(frame, embeds, [1])
     best = next(line for line in figure.axes[0].lines if line.get_label() == "most similar cell").get_xydata()[0]
     assert best[0] < WIDTH
 
@@ -274,16 +282,15 @@ def xyz(trace: dict) -> np.ndarray:
     return np.stack([np.asarray(trace[axis], dtype=np.float64) for axis in "xyz"], axis=1)
 
 
-def make_embeds(frame: Frame) -> tuple[FrameEmbeds, Principal]:
+def make_embeds(frame: Frame) -> FrameEmbeds:
     rng = np.random.default_rng(0)
-    rows = rng.normal(size=(48, 6))
-    cells = cell_map(rows.reshape(4, 12, 6), PATCHES, np.eye(3), frame)
-    return FrameEmbeds(cells, frame.points[:20, :3], rng.normal(size=(20, 6))), Principal(rows)
+    cells = cell_map(rng.normal(size=(4, 12, 6)), PATCHES, np.eye(3), frame)
+    return FrameEmbeds(cells, frame.points[:20, :3], rng.normal(size=(20, 6)))
 
 
 def test_page_holds_the_points_and_needs_nothing_else():
     frame = make_frame(name='<!--<script></script><script>alert("x")</script> & more')
-    html = scene_html(frame, *make_embeds(frame))
+    html = scene_html(frame, make_embeds(frame))
     assert References(html).fetched == []
     assert "default-src 'none'" in html.partition("<script")[0]
     assert "<script>alert" not in html
@@ -295,8 +302,8 @@ def test_page_holds_the_points_and_needs_nothing_else():
 
 def test_page_colors_points_by_the_pixel_under_them_and_by_the_nearest_feature():
     frame = make_frame()
-    embeds, principal = make_embeds(frame)
-    drawn = traces(scene_html(frame, embeds, principal))
+    embeds = make_embeds(frame)
+    drawn = traces(scene_html(frame, embeds))
     assert list(drawn) == ["Depth", "Height", "Reflectance", "Image", "Features", None]
     pixels, depth, inside = frame.view
     np.testing.assert_allclose(np.exp(drawn["Depth"]["marker"]["color"]), depth.clip(3, 80), rtol=1e-6)
@@ -307,7 +314,8 @@ def test_page_colors_points_by_the_pixel_under_them_and_by_the_nearest_feature()
     assert len(set(shown[~inside])) == 1
 
     distance = np.linalg.norm(frame.points[:, None, :3] - embeds.coordinates[None], axis=-1)
-    colors = principal.adapted(embeds.points).colors(embeds.points)
+    basis = principal_directions(embeds.cells.values.reshape(48, 6))
+    colors = feature_colors(embeds.points, basis, embeds.points)
     expected = np.array([to_hex(color) for color in colors])[distance.argmin(1)]
     features = np.array(drawn["Features"]["marker"]["color"])
     near = distance.min(1) <= 2

@@ -26,7 +26,7 @@ from PIL import Image
 
 from ..dataset_scripts.kitti import points_in_view
 from ..errors import SimIPUError, first_line
-from ..files import WriteLock, atomic_path, check_apart, check_not_mounted, move_into
+from ..files import WriteLock, atomic_path, check_apart, check_not_mounted
 from ..modeling.geometry import pixel_transform
 from ..processes import run_in_processes
 from .depth import read_depth_png, resize_depth_map
@@ -204,12 +204,9 @@ def convert_to_parquet(
                 "there"
             ) from error
         _write_card(partial_dir, splits, features, source.config or "default")
-        try:
-            if target.exists():
-                target.rmdir()  # empty; Windows doesn't rename onto a folder
-            partial_dir.rename(target)
-        except PermissionError:  # nor does it remove the current one
-            move_into(partial_dir, target)
+        if target.exists():
+            target.rmdir()  # empty; Windows doesn't rename onto a folder
+        partial_dir.rename(target)
         (target / MANIFEST).unlink()
     return {
         "output_dir": str(output_dir),

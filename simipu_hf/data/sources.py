@@ -274,7 +274,7 @@ def find_source(
         return Source(location, "parquet", _find_config(location, dataset_config_name))
     raise SimIPUError(
         f"{location}: expected a data set as published (KITTI, nuScenes, Waymo v2, Argoverse 2), a folder of Parquet "
-        f"files, or a save_to_disk folder; found {_listed(folder)}{_hint(folder)}"
+        f"files, or a save_to_disk folder; found {listed(folder)}{_hint(folder)}"
     )
 
 
@@ -301,7 +301,7 @@ def _find_config(source: str, wanted: str | None) -> str:
     except (ValueError, OSError, ImportError, datasets.exceptions.DatasetsError) as error:
         what, folder = "neither a folder here nor a data set that can be read", Path(source)
         if folder.is_dir():
-            what = f"expected a folder of one data set, found {_listed(folder)}{_hint(folder)}"
+            what = f"expected a folder of one data set, found {listed(folder)}{_hint(folder)}"
         raise SimIPUError(f"{source}: {what} ({error})") from error
     if wanted is None and len(names) == 1:
         return names[0]
@@ -310,7 +310,8 @@ def _find_config(source: str, wanted: str | None) -> str:
     return wanted
 
 
-def _listed(folder: Path) -> str:
+def listed(folder: Path) -> str:
+    """What lies in a folder, for a message."""
     names = sorted(path.name for path in folder.iterdir())
     return (", ".join(names[:10]) + (", …" if len(names) > 10 else "")) or "an empty folder"
 

@@ -10,12 +10,7 @@ from typing import Any
 import jinja2
 import timm
 import yaml
-from datasets.data_files import sanitize_patterns
-from datasets.info import DatasetInfo, DatasetInfosDict
-from datasets.splits import SplitDict
-from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import CardData, DatasetCardData, EvalResult, ModelCardData
-from huggingface_hub.utils import filter_repo_objects
 
 from simipu_hf.data.sources import full_path, hub_license, split_source
 from simipu_hf.errors import SimIPUError
@@ -128,74 +123,6 @@ def dataset_card(
     return _render("dataset", metadata, name=repo_id, kitti=license is None, splits=splits)
 
 
-def keep_other_splits(
-    header: CardData, published: CardData, remaining: Sequence[str], uploaded: Sequence[str], rows: dict[str, int]
-) -> dict[str, int]:
-    """Name in `header` the Parquet files that stay in a repository: where it lists files, it would hide all others.
-
-    Args:
-        header, published: of the card that is uploaded, and of the one that it replaces.
-        remaining, uploaded: the files in the repository that the upload does not replace, and those of the upload.
-        rows: of each split that is uploaded; returned with those of the others, as far as the headers say.
-
-    Raises:
-        SimIPUError: the files that stay have other columns than the new ones, so that neither could be read, or are
-            listed by a pattern that takes the new ones as well.
-    """
-    configs, infos = MetadataConfigs.from_dataset_card_data(header), DatasetInfosDict.from_dataset_card_data(header)
-    if not configs:  # then files are found by their names, and sizes of some splits alone would be an error
-        header.pop("dataset_info", None)
-        return rows
-    infos_there = DatasetInfosDict.from_dataset_card_data(published)
-    by_name: dict[str, list[str]] = {}
-    for file in remaining:
-        by_name.setdefault(split_of(file.rsplit("/", 1)[-1]), []).append(file)
-    there = MetadataConfigs.from_dataset_card_data(published) or {next(iter(configs)): {"data_files": by_name}}
-    for name, config in there.items():
-        own = sanitize_patterns(configs.get(name, {}).get("data_files") or {})
-        folder = f"{config.get('data_dir', '')}/".lstrip("/")
-        listed = config.get("data_files") or {s: [f for f in fs if f.startswith(folder)] for s, fs in by_name.items()}
-        others = {s: paths for s, paths in sanitize_patterns(listed).items() if _matching(remaining, paths)}
-        if not others:
-            continue
-        if ambiguous := {s: paths for s, paths in others.items() if s in own or _matching(uploaded, paths)}:
-            raise SimIPUError(
-                f"the repository's README.md lists {ambiguous}, which takes the new files as well as some that stay: "
-                "delete those there, or push to another one"
-            )
-        files = [{"split": split, "path": paths} for split, paths in (own | others).items()]
-        configs[name] = {**config, **configs.get(name, {}), "data_files": files}
-        info, info_there = infos.pop(name, None), infos_there.get(name)
-        if info and info_there and info.features != info_there.features:
-            kept = ", ".join(sorted(others))
-            raise SimIPUError(
-                f"the repository holds {kept} with other columns: push to another one, or delete those files there"
-            )
-        if not own:
-            info = DatasetInfo(features=info_there.features, splits=SplitDict()) if info_there else None
-        sizes = (info_there and info_there.splits) or {}
-        if info and info.splits is not None and others.keys() <= sizes.keys():  # else sizes of some splits alone
-            for split in others:
-                info.splits.add(sizes[split])
-            infos[name] = info
-        rows = rows | {split: sizes[split].num_examples for split in others if split in sizes}
-    configs.to_dataset_card_data(header)
-    header.pop("dataset_info", None)
-    infos.to_dataset_card_data(header)
-    return rows
-
-
-def _matching(files: Sequence[str], patterns: list[str]) -> bool:
-    """As `datasets` resolves them: `**/` is any folder or none."""
-    both = [*patterns, *(pattern.replace("**/", "") for pattern in patterns)]
-    return any(filter_repo_objects(files, allow_patterns=both))
-
-
-def split_of(file: str) -> str:
-    """The split that a Parquet file is named for; older versions of datasets put a hash behind the shard's number."""
-    return re.sub(r"(-\d+-of-\d+(-[0-9a-f]+)?)?\.parquet$", "", file)
-
-
 def add_evaluation(
     folder: str | Path,
     task: str,
@@ -241,16 +168,11 @@ def redact(text: str) -> str:
     text = re.sub(r"""(\w://[^\s"'?#\\]+)\?[^\s"'#\\]+?(?=[()\[\]{},`<>]*(?:[\s"'#\\]|$))""", r"\1?…", text)
     text = re.sub(r"\bfile:/{2,3}(?=/|[A-Za-z]:)", "", text)
     start = r"(?<![\w/:.~…\\-])"  # not inside a relative path or an address
-    known = [folder for folder in (Path.cwd(), Path.home()) if folder.name]
-    for folder in sorted(known, key=lambda folder: -len(folder.parts)):
-        # their names may hold spaces, at which the pattern below ends
-        for written in {str(folder), folder.as_posix(), str(folder).replace("\\", "\\\\")}:
-            text = re.sub(start + re.escape(written) + r"(?=[/\\])", re.escape(folder.anchor) + "-", text)
     # whole values, whose folders may be named anything: quoted ones, and those of a line of YAML
     absolute = r"(?:/|[A-Za-z]:[/\\])"
     folders = r"""(?:[^"'#\n]|\#(?=[^:"'\n]*[/\\]))*[/\\]"""  # a # begins a split where no slash comes before a :
-    # quoted, in a cell of a table, behind a YAML key
-    start_of_value = r"""((?<=["'@])|(?<=\| )|^\s*(?:- |[\w.]+: ))"""
+    # quoted, alone or behind a flag; in a cell of a table, behind a YAML key
+    start_of_value = r"""((?<=["'@])|["']-[\w-]+=|(?<=\| )|^\s*(?:- |[\w.]+: ))"""
     text = re.sub(rf"(?m){start_of_value}{absolute}{folders}", r"\1…/", text)
     # of another machine, of a drive; in JSON \ is written \\
     text = re.sub(start + r"\\{2,4}[\w-][\w.-]{2,}\\{1,2}(?:[\w.@+$-]+\\{1,2})*([\w.@+$-]*)", r"…/\1", text)

@@ -358,13 +358,13 @@ class _Pyramid(nn.Module):
 def write_onnx(weights: EncoderWeights, path: Path, image_size: tuple[int, int] | None = None) -> list[str]:
     """The feature pyramid as an ONNX graph: `pixel_values` (N, 3, H, W) -> `features_0`, …, finest first.
 
-    N is free, and H and W where the network allows it. The graph is run and compared if onnxruntime is installed.
+    N is free, and H and W where the network allows it. The graph is run and compared.
 
     Returns:
         which sizes it takes, and how far its features are from PyTorch's.
     """
-    if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
-        raise SimIPUError(f'the onnx form needs {" and ".join(missing)}: pip install "simipu-hf[onnx]"')
+    if missing := [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]:
+        raise SimIPUError(f'the onnx form needs {", ".join(missing)}: pip install "simipu-hf[onnx]"')
     plain = weights.with_own_eps()
     if (size := sum(value.nbytes for value in plain.state_dict.values())) > ONNX_LIMIT:
         raise SimIPUError(
@@ -385,10 +385,9 @@ def write_onnx(weights: EncoderWeights, path: Path, image_size: tuple[int, int] 
     except Exception as error:  # torch names no common class for what it cannot trace
         raise SimIPUError(f"torch cannot express {weights.architecture} in ONNX: {first_line(error)}") from error
     sizes = f"{height} x {width} pixels" if is_fixed else "any size that the network takes"
-    notes = [f"takes any number of images of {sizes}"]
     program.model.metadata_props["simipu_hf"] = json.dumps(_note(plain))
     program.save(path)
-    return [*notes, _compare_onnx(path, pyramid, example)]
+    return [f"takes any number of images of {sizes}", _compare_onnx(path, pyramid, example)]
 
 
 def _onnx_program(pyramid: _Pyramid, example: torch.Tensor, dynamic: dict[int, Any]) -> torch.onnx.ONNXProgram:
@@ -410,8 +409,6 @@ def _onnx_program(pyramid: _Pyramid, example: torch.Tensor, dynamic: dict[int, A
 @torch.no_grad()
 def _compare_onnx(path: Path, pyramid: _Pyramid, example: torch.Tensor) -> str:
     """Run the graph on one image and on several; a SimIPUError where its features are not PyTorch's."""
-    if importlib.util.find_spec("onnxruntime") is None:
-        return "not compared with PyTorch: onnxruntime is not installed"
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])

@@ -129,10 +129,7 @@ def read_checkpoint(
 def _input_convention(notes: dict[str, Any], imagenet: bool) -> InputConvention:
     if "channel_order" not in notes:
         return InputConvention() if imagenet else OFFICIAL_INPUT
-    size = tuple(notes["size"]) if notes.get("size") else None
-    mean, std = tuple(notes["mean"]), tuple(notes["std"])
-    resizing = {name: notes[name] for name in ("crop_mode", "crop_pct", "interpolation") if name in notes}
-    return InputConvention(notes["channel_order"], mean, std, size, **resizing)
+    return InputConvention(**{name: notes[name] for name in InputConvention.__dataclass_fields__})
 
 
 def official_fields(state: StateDict, weights: EncoderWeights) -> dict[str, Any]:

@@ -3,24 +3,23 @@
 Every upload is one commit, so that a repository holds all of a model or none of it.
 """
 
-import glob
 import re
 import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from time import sleep
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import pyarrow.parquet
 import yaml
-from huggingface_hub import DatasetCard, HfApi, ModelCard, constants
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCard, HfApi, ModelCard, constants
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -31,17 +30,15 @@ from huggingface_hub.utils import filter_repo_objects
 from tqdm.auto import tqdm
 
 from simipu_hf.data.sources import license_of
-from simipu_hf.errors import MAY_HANG, SimIPUError, first_line
+from simipu_hf.errors import MAY_HANG, SimIPUError
 from simipu_hf.hub.card import (
     CURVES,
     EVALUATIONS,
     GENERATED,
     KITTI_LICENSE,
     dataset_card,
-    keep_other_splits,
     redact,
     run_of,
-    split_of,
     write_model_card,
 )
 from simipu_hf.hub.export import write_timm
@@ -50,9 +47,8 @@ from simipu_hf.hub.weights import read_json, read_safetensors
 from simipu_hf.training.arguments import RunArguments
 from simipu_hf.training.logging import METRICS_FILE
 
-Strategy = Literal["end", "every_save", "checkpoint"]
 Result = TypeVar("Result")
-Card = Callable[[str, list[str]], str]  # published README.md, Parquet files that stay -> new README.md
+Files = Mapping[str, Path | bytes]  # by their names in the repository
 
 # What a model repository takes: no pickles, no optimizer states.
 PUBLIC = {".json", ".jsonl", ".yaml", ".safetensors", ".py", ".md", ".png", ".html"}
@@ -67,7 +63,7 @@ RECORDS = ("run.yaml", METRICS_FILE, CURVES)
 # What an earlier upload may have left under names that this one does not have; the Hub's * also matches /.
 REPLACED = [
     *("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors", TRAINED_STATISTICS),
-    *("image_encoder/*", "logs/*events.out.tfevents*", *RECORDS, EVALUATIONS),
+    *("image_encoder/*", *RECORDS, EVALUATIONS),
 ]
 STAGED = ".hub-upload-"
 RETRIES = 4  # after a failure that may pass: a server's error, a timeout, no connection
@@ -88,98 +84,76 @@ class PushReport:
         return f"published {self.url} ({self.commit[:8]}){encoder}"
 
 
-@dataclass
-class _Repository:
-    """Takes folders, each as one commit, tried again where that can help."""
+def _upload(
+    repo_id: str,
+    files: Files,
+    message: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    repo_type: str = "model",
+) -> PushReport:
+    """Publish `files` as one commit, without what an earlier upload left of their kind; again where that can help."""
+    size = sum(content.stat().st_size for content in files.values() if isinstance(content, Path))
+    attempt = 0
+    while True:
+        try:
+            # the client retries transfers, but not what comes before and after them, and has no time limit
+            upload = _in_background(lambda: _commit(repo_id, files, message, private, revision, repo_type))
+            commit = upload.result(SHORTEST_LIMIT + size / SLOWEST_UPLOAD)
+            kind = "datasets/" if repo_type == "dataset" else ""
+            return PushReport(f"{constants.ENDPOINT}/{kind}{repo_id}", commit)
+        except Exception as error:
+            if attempt == RETRIES or _is_final(error):
+                raise hub_error(error, repo_id) from error
+            wait, attempt = 2**attempt, attempt + 1
+            trying = f"trying again in {wait} s ({attempt} of {RETRIES})"
+            tqdm.write(f"{hub_error(error, repo_id)}; {trying}", file=sys.stderr)
+            sleep(wait)
 
-    repo_id: str
-    private: bool | None = None
-    revision: str | None = None
-    repo_type: str = "model"
-    token: str | None = None
 
-    @property
-    def url(self) -> str:
-        return f"{constants.ENDPOINT}/{'datasets/' if self.repo_type == 'dataset' else ''}{self.repo_id}"
-
-    def upload(self, folder: Path, message: str, card: Card | None = None) -> str:
-        """Publish what is in `folder`, without what an earlier upload left of its kind, and return the commit.
-
-        `card` makes the README.md from what is published; where another commit comes between, it is made again.
-        """
-        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        attempt = 0
-        while True:
-            try:
-                # the client retries transfers, but not what comes before and after them, and has no time limit
-                upload = _in_background(lambda: self._commit(folder, message, card))
-                return upload.result(SHORTEST_LIMIT + size / SLOWEST_UPLOAD)
-            except Exception as error:
-                if attempt == RETRIES or _is_final(error):
-                    raise hub_error(error, self.repo_id) from error
-                wait, attempt = 2**attempt, attempt + 1
-                trying = f"trying again in {wait} s ({attempt} of {RETRIES})"
-                tqdm.write(f"{hub_error(error, self.repo_id)}; {trying}", file=sys.stderr)
-                sleep(wait)
-
-    def _commit(self, folder: Path, message: str, card: Card | None) -> str:
-        api, kind = HfApi(token=self.token), self.repo_type
-        api.create_repo(self.repo_id, repo_type=kind, private=self.private, exist_ok=True)
-        if self.private and not api.repo_info(self.repo_id, repo_type=kind).private:
-            raise SimIPUError(
-                f"Hub repository {self.repo_id}: expected a private one, found a public one, which stays public: make "
-                "it private in its settings, or choose another"
-            )
-        if self.revision is not None:
-            api.create_branch(self.repo_id, repo_type=kind, branch=self.revision, exist_ok=True)
-        head, replaced = None, self._replaced(folder)
-        if card is not None:
-            head = api.repo_info(self.repo_id, repo_type=kind, revision=self.revision).sha
-            files = api.list_repo_files(self.repo_id, repo_type=kind, revision=head)
-            staying = filter_repo_objects(files, allow_patterns=["*.parquet"], ignore_patterns=replaced)
-            (folder / "README.md").write_text(card(self._card(), list(staying)), encoding="utf-8", newline="\n")
-        keeps_its_card = self._keeps_its_card(folder)
-        commit = api.upload_folder(
-            repo_id=self.repo_id,
-            repo_type=kind,
-            folder_path=folder,
-            commit_message=message,
-            revision=self.revision,
-            ignore_patterns=["README.md"] if keeps_its_card else None,
-            delete_patterns=replaced,
-            parent_commit=head,
+def _commit(
+    repo_id: str, files: Files, message: str, private: bool | None, revision: str | None, repo_type: str
+) -> str:
+    api = HfApi()
+    api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
+    if revision is not None:
+        api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
+    info = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
+    if private and not info.private:
+        raise SimIPUError(
+            f"Hub repository {repo_id}: expected a private one, found a public one, which stays public: make it "
+            "private in its settings, or choose another"
         )
-        if keeps_its_card:
-            tqdm.write(f"{self.repo_id}: its card, which was edited there, is kept", file=sys.stderr)
-        return commit.oid
+    there = api.list_repo_files(repo_id, repo_type=repo_type, revision=info.sha)
+    patterns = ["*.parquet"] if repo_type == "dataset" else REPLACED
+    if any(name.startswith("last-checkpoint/") for name in files):
+        patterns = [*patterns, "last-checkpoint/*"]
+    replaced = set(filter_repo_objects(there, allow_patterns=patterns)) - files.keys()
+    if repo_type == "dataset" and (others := {*map(split_of, replaced)} - {*map(split_of, files)}):
+        raise SimIPUError(
+            f"Hub repository {repo_id}: expected no split that is not published now, found "
+            f"{', '.join(sorted(others))}: publish all splits in one folder, or delete those there"
+        )
+    if repo_type == "model" and "README.md" in there and _keeps_its_card(repo_id, info.sha, files["README.md"]):
+        files = {name: content for name, content in files.items() if name != "README.md"}
+        tqdm.write(f"{repo_id}: its card, which was edited there, is kept", file=sys.stderr)
+    operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
+    operations += [CommitOperationDelete(name) for name in sorted(replaced)]
+    # upload_folder makes several commits of a large folder
+    commit = api.create_commit(
+        repo_id, operations, commit_message=message, repo_type=repo_type, revision=revision, parent_commit=info.sha
+    )
+    return commit.oid
 
-    def _replaced(self, folder: Path) -> list[str]:
-        if self.repo_type == "dataset":  # the shards of these splits alone
-            splits = sorted({split_of(file.relative_to(folder).as_posix()) for file in folder.rglob("*.parquet")})
-            return [
-                glob.escape(split) + suffix for split in splits for suffix in (".parquet", "-?????-of-?????.parquet")
-            ]
-        return [*REPLACED, *(["last-checkpoint/*"] if (folder / "last-checkpoint").is_dir() else [])]
 
-    def _card(self) -> str:
-        """README.md as it is published; empty where there is none."""
-        api = HfApi(token=self.token)
-        place: dict[str, Any] = {"repo_type": self.repo_type, "revision": self.revision}
-        if not api.file_exists(self.repo_id, "README.md", **place):
-            return ""
-        with tempfile.TemporaryDirectory() as fresh:
-            card = api.hf_hub_download(self.repo_id, "README.md", force_download=True, local_dir=fresh, **place)
-            return Path(card).read_text(encoding="utf-8-sig", errors="replace")
-
-    def _keeps_its_card(self, folder: Path) -> bool:
-        """Whether a model's card was edited on the Hub, and the folder's is a generated one."""
-        if self.repo_type == "dataset" or GENERATED not in (folder / "README.md").read_text(encoding="utf-8-sig"):
-            return False
-        content = self._card()
-        if not content or GENERATED in content:
-            return False
-        # one with a header alone is the Hub's
-        return bool(ModelCard(content, ignore_metadata_errors=True).text.strip())
+def _keeps_its_card(repo_id: str, commit: str | None, card: Any) -> bool:
+    """Whether a model's card was edited on the Hub, and the new one is a generated one."""
+    if GENERATED.encode() not in card:
+        return False
+    published = Path(HfApi().hf_hub_download(repo_id, "README.md", revision=commit))
+    content = published.read_text(encoding="utf-8-sig", errors="replace")
+    # one with a header alone is the Hub's
+    return GENERATED not in content and bool(ModelCard(content, ignore_metadata_errors=True).text.strip())
 
 
 def push_folder(
@@ -189,8 +163,6 @@ def push_folder(
     encoder_repo_id: str | None = None,
     *,
     revision: str | None = None,
-    message: str = "Upload model",
-    token: str | None = None,
 ) -> PushReport:
     """Publish a run folder, a converted model, a depth model, or an encoder folder, with a card.
 
@@ -206,8 +178,6 @@ def push_folder(
         private: of a repository that is created; `None` leaves it to the account's setting.
         encoder_repo_id: also publish the image encoder as a repository of its own, for RGB images.
         revision: branch; `main` if `None`.
-        message: of the commits.
-        token: the logged-in user's if `None`.
 
     Raises:
         SimIPUError: no complete model in the folder, or the upload failed; the message says why.
@@ -216,56 +186,39 @@ def push_folder(
         raise SimIPUError(f"{model}: no such folder")
     if encoder_repo_id == repo_id:
         raise SimIPUError(f"--encoder_repo_id {encoder_repo_id}: the encoder would replace the model there")
-    repository = _Repository(repo_id, private, revision, token=token)
-    failure, staged = "the model was not published", None
+    folder = model_folder(model)
+    staged = _snapshot(folder, run_of(folder))
     try:
-        folder = model_folder(model)
-        staged = _snapshot(folder, run_of(folder))
-        # as they are: without its paths, a run may not tell the encoder's card of KITTI's licence
-        records = {name: (staged / name).read_bytes() for name in RECORDS if (staged / name).is_file()}
         _complete(staged, repo_id, encoder_repo_id)
-        result = PushReport(repository.url, repository.upload(staged, message))
+        report = _upload(repo_id, _files(staged), "Upload model", private, revision)
         if encoder_repo_id is not None:
-            failure = "the model was published, its image encoder was not"
-            encoder = replace(repository, repo_id=encoder_repo_id)
-            write_timm(find_image_encoder(folder).with_channel_order("rgb"), staged / "rgb")
-            for name, content in records.items():
-                (staged / "rgb" / name).write_bytes(content)
-            _complete(staged / "rgb", encoder_repo_id)
-            encoder.upload(staged / "rgb", message)
-            result.encoder_url = encoder.url
-    except (OSError, SimIPUError) as error:
-        raise SimIPUError(f"{failure}: {error}") from error
+            alone = staged / "rgb"
+            write_timm(find_image_encoder(folder).with_channel_order("rgb"), alone)
+            for name in RECORDS:
+                if (staged / name).is_file():
+                    shutil.copyfile(staged / name, alone / name)
+            _complete(alone, encoder_repo_id)
+            encoder = _upload(encoder_repo_id, _files(alone), "Upload image encoder", private, revision)
+            report.encoder_url = encoder.url
     finally:
-        if staged is not None:
-            shutil.rmtree(staged, ignore_errors=True)
-    return result
+        shutil.rmtree(staged, ignore_errors=True)
+    return report
 
 
 class HubUploader:
-    """Publishes a run while it trains, in the background; never raises into the training loop.
+    """Publishes a run while it trains, as its flags say, in the background; never raises into the training loop.
 
     Create one on the main process, call [`checkpoint_saved`] after each checkpoint and [`finish`] after the final
     folder is written. A checkpoint that is written while an upload still runs is skipped, as the next one follows.
 
-    Args:
-        repo_id, private: as in [`push_folder`].
-        output_dir: of the run.
-        strategy: as transformers' Trainer names them: `"end"` publishes the final model; `"every_save"` also each
-            checkpoint, at the repository's root; `"checkpoint"` also what resumes the run, in `last-checkpoint/`.
-        encoder_repo_id: at the end, also publish the image encoder there.
+    Its strategies are named as transformers' Trainer names them: `"end"` publishes the final model; `"every_save"`
+    also each checkpoint, at the repository's root; `"checkpoint"` also what resumes the run, in `last-checkpoint/`.
     """
 
-    def __init__(
-        self,
-        repo_id: str,
-        output_dir: str | Path,
-        strategy: Strategy = "every_save",
-        private: bool | None = None,
-        encoder_repo_id: str | None = None,
-    ) -> None:
-        self.repository = _Repository(repo_id, private)
-        self.output_dir, self.strategy, self.encoder_repo_id = Path(output_dir), strategy, encoder_repo_id
+    def __init__(self, arguments: RunArguments) -> None:
+        self.repo_id, self.private = str(arguments.hub_model_id), arguments.hub_private_repo or None
+        self.output_dir, self.strategy = Path(arguments.output_dir), arguments.hub_strategy
+        self.encoder_repo_id: str | None = getattr(arguments, "encoder_repo_id", None)
         self.running: Future[None] | None = None
         self.pending: str | None = None  # the newest checkpoint, until it is published or its failure reported
         self._remove_staged()
@@ -289,60 +242,43 @@ class HubUploader:
                 f"  {self._command(self.output_dir / left_out)}"
             )
 
-    @classmethod
-    def from_arguments(cls, arguments: RunArguments) -> "HubUploader":
-        """What publishes a run as its flags say."""
-        return cls(
-            str(arguments.hub_model_id),
-            arguments.output_dir,
-            arguments.hub_strategy,
-            private=arguments.hub_private_repo or None,
-            encoder_repo_id=getattr(arguments, "encoder_repo_id", None),
-        )
-
-    def checkpoint_saved(self, checkpoint: str | Path) -> bool:
-        """Start publishing a complete checkpoint; false if it is skipped (strategy, or an upload still runs)."""
-        checkpoint = Path(checkpoint)
+    def checkpoint_saved(self, checkpoint: Path) -> None:
+        """Start publishing a complete checkpoint, unless the strategy is another or an upload still runs."""
         if self.strategy == "end":
-            return False
+            return
         self.pending = checkpoint.name
         if self.running is not None and not self.running.done():
-            return False
+            return
         try:
             staged = _snapshot(checkpoint, self.output_dir, self.strategy == "checkpoint")
         except (OSError, SimIPUError) as error:
             tqdm.write(f"Hub: {checkpoint.name} was not published: {error}")
             self.pending = None
-            return False
-        self.running = _in_background(lambda: self._publish(staged, checkpoint.name))
-        return True
+        else:
+            self.running = _in_background(lambda: self._publish(staged, checkpoint.name))
 
-    def finish(self) -> PushReport | None:
-        """Wait for the background, publish the final folder; `None` if that failed, after reporting why."""
+    def finish(self) -> None:
+        """Wait for the background and publish the final folder, or report why that failed."""
         if self.running is not None:
             self.running.result()
         try:
-            repo_id, private = self.repository.repo_id, self.repository.private
-            result = push_folder(self.output_dir, repo_id, private, self.encoder_repo_id, message="End of training")
+            tqdm.write(f"Hub: {push_folder(self.output_dir, self.repo_id, self.private, self.encoder_repo_id)}")
         except Exception as error:
             encoder = f" --encoder_repo_id {self.encoder_repo_id}" if self.encoder_repo_id else ""
             tqdm.write(
-                f"Hub: {error}\nIt is in {self.output_dir}; publish it later with\n"
+                f"Hub: not everything was published: {error}\nIt is in {self.output_dir}; publish it later with\n"
                 f"  {self._command(self.output_dir)}{encoder}"
             )
-            return None
-        tqdm.write(f"Hub: {result}")
-        return result
 
     def _command(self, folder: Path) -> str:
-        private = " --private" if self.repository.private else ""
-        return f"simipu-hf push --model {folder} --repo_id {self.repository.repo_id}{private}"
+        private = " --private" if self.private else ""
+        return f"simipu-hf push --model {folder} --repo_id {self.repo_id}{private}"
 
     def _publish(self, staged: Path, name: str) -> None:
         try:
-            _complete(staged, self.repository.repo_id)
-            commit = self.repository.upload(staged, f"Training in progress, {name}")
-            tqdm.write(f"Hub: published {name} as {self.repository.repo_id} ({commit[:8]})")
+            _complete(staged, self.repo_id)
+            report = _upload(self.repo_id, _files(staged), f"Training in progress, {name}", self.private)
+            tqdm.write(f"Hub: published {name} as {self.repo_id} ({report.commit[:8]})")
         except Exception as error:  # whatever it is, training goes on
             if staged.exists():  # else the run has ended, and has said so
                 tqdm.write(f"Hub: {name} was not published: {error}")
@@ -360,10 +296,8 @@ def push_dataset(
     repo_id: str,
     private: bool | None = None,
     license: str | None = None,
-    token: str | None = None,
 ) -> PushReport:
-    """Publish a folder of Parquet files as a data set, with a card. Splits that are there already and not in the
-    folder stay.
+    """Publish a folder of Parquet files as a data set, with a card, in the place of an earlier version of its splits.
 
     Args:
         data: the folder, as `simipu-hf data convert --to parquet` writes it. A README.md in it that somebody wrote is
@@ -373,19 +307,17 @@ def push_dataset(
             KITTI's.
         license: the Hub's name of the rows' licence, such as `"cc-by-4.0"`; `None` takes that of the folder's
             README.md, and without one KITTI's terms (CC BY-NC-SA 3.0), of which the card and the output warn.
-        token: the logged-in user's if `None`.
 
     Raises:
-        SimIPUError: no Parquet files, a README.md whose header cannot be read, a repository that holds another split
-            with other columns, or the upload failed.
+        SimIPUError: no Parquet files, a README.md whose header cannot be read, a repository that holds other splits,
+            or the upload failed.
     """
     folder = Path(data)
-    # but for what a push that was killed left behind
-    files = sorted(file for file in folder.rglob("*.parquet") if STAGED not in str(file.relative_to(folder)))
+    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*.parquet"))}
     if not files:
         raise SimIPUError(f"{folder}: expected a folder of Parquet files, found none")
     splits: dict[str, int] = {}
-    for file in files:
+    for file in files.values():
         split = split_of(file.name)
         try:
             metadata = pyarrow.parquet.read_metadata(file)
@@ -413,31 +345,18 @@ def push_dataset(
             file=sys.stderr,
         )
     license = license or named
-    names = [file.relative_to(folder).as_posix() for file in files]
+    if edited:
+        edited.data.license = license or KITTI_LICENSE
+        card = str(edited)
+    else:
+        card = dataset_card(repo_id, license, splits, own.data if own else None)
+    uploaded: Files = {**files, "README.md": card.encode("utf-8")}
+    return _upload(repo_id, uploaded, "Upload data set", private, repo_type="dataset")
 
-    def card(published: str, staying: list[str]) -> str:
-        """With what the published card says of the files that stay."""
-        rows = splits
-        given: Any = DatasetCard(own.content) if own else None
-        if given and staying:
-            try:
-                rows = keep_other_splits(given.data, DatasetCard(published).data, staying, names, splits)
-            except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
-                refused = f"{repo_id}: its README.md and {own_card} cannot be joined"
-                raise SimIPUError(f"{refused}: {first_line(error)}") from error
-        if given and edited:
-            given.data.license = license or KITTI_LICENSE
-            return str(given)
-        return dataset_card(repo_id, license, rows, given.data if given else None)
 
-    repository = _Repository(repo_id, private, repo_type="dataset", token=token)
-    staged = _staging_folder(folder)
-    try:
-        for file in files:
-            _place(file, staged / file.relative_to(folder))
-        return PushReport(repository.url, repository.upload(staged, "Upload data set", card))
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+def split_of(file: str) -> str:
+    """The split that a Parquet file is named for; older versions of datasets put a hash behind the shard's number."""
+    return re.sub(r"(-\d+-of-\d+(-[0-9a-f]+)?)?\.parquet$", "", file)
 
 
 def _without_images(metadata: Any) -> bool:
@@ -529,9 +448,20 @@ def _staging_folder(near: Path) -> Path:
         return Path(tempfile.mkdtemp(prefix=STAGED))
 
 
+def _files(staged: Path) -> Files:
+    """What was staged; texts without what is nobody's business."""
+    files: dict[str, Path | bytes] = {}
+    for file in sorted(file for file in staged.rglob("*") if file.is_file()):
+        name = file.relative_to(staged).as_posix()
+        # what resumes a run is compared byte by byte with its manifest; metrics are names and numbers, by the megabyte
+        as_it_is = file.name == METRICS_FILE or name.startswith("last-checkpoint/") or file.suffix not in TEXT
+        files[name] = file if as_it_is else redact(file.read_text(encoding="utf-8")).encode("utf-8")
+    return files
+
+
 def _place(file: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    if file.suffix in (".safetensors", ".pt", ".pth", ".parquet"):  # never changed in place: a link is a snapshot
+    if file.suffix in (".safetensors", ".pt", ".pth"):  # never changed in place: a link is a snapshot
         try:
             return target.hardlink_to(file.resolve())  # of a link to a file, such as in the Hub's cache, the file
         except OSError:
@@ -540,12 +470,7 @@ def _place(file: Path, target: Path) -> None:
 
 
 def _complete(staged: Path, repo_id: str, encoder_repo_id: str | None = None) -> None:
-    """Add to a snapshot what its folder may lack, encoder and card, and take out what is nobody's business."""
+    """Add to a snapshot what its folder may lack, encoder and card."""
     if "image_config" in read_json(staged / "config.json") and not (staged / "image_encoder").exists():
         write_timm(find_image_encoder(staged), staged / "image_encoder")
     write_model_card(staged, repo_id, encoder_repo_id)
-    for file in staged.rglob("*"):
-        # what resumes a run is compared byte by byte with its manifest; metrics are names and numbers, by the megabyte
-        as_it_is = file.name == METRICS_FILE or file.relative_to(staged).parts[0] == "last-checkpoint"
-        if file.suffix in TEXT and not as_it_is:
-            file.write_text(redact(file.read_text(encoding="utf-8")), encoding="utf-8", newline="\n")

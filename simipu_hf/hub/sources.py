@@ -14,6 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL.Image import Resampling
 from safetensors import SafetensorError, safe_open
 
+from simipu_hf.data.sources import listed
 from simipu_hf.errors import SimIPUError, first_line
 from simipu_hf.hub.official import read_checkpoint
 from simipu_hf.hub.weights import (
@@ -88,10 +89,8 @@ def load_image_encoder(
     try:
         model = cast("TimmModel", timm.create_model(architecture, **kwargs))
     except Exception as error:
-        if kwargs["pretrained"] is True and architecture == str(source):
-            hint = f"timm's weights cannot be had; random ones are called random:{architecture}"
-            raise SimIPUError(f"{source}: {hint}: {error}") from error
-        raise SimIPUError(f"{source}: timm cannot build {architecture} from it: {error}") from error
+        found = f"timm cannot build {architecture} with these weights (random:{architecture} has random ones)"
+        raise SimIPUError(f"{source}: {found}: {error}") from error
     for network in (model, getattr(model, "model", model)):  # of a wrapper for its features as well
         network.pretrained_cfg.pop("state_dict", None)  # else the model would hold its initial weights for ever
     if verbose:
@@ -105,10 +104,8 @@ def find_image_encoder(source: str | os.PathLike[str], revision: str | None = No
         random = str(source).startswith("random:")
         encoder = timm_template(name) if random else load_image_encoder(name, verbose=False)[0]
         convention = InputConvention.from_data_config(timm.data.resolve_model_data_config(encoder))
-        about: dict[str, Any] = {"input": convention, "description": _describe_timm(source)}
-        if random:
-            return EncoderWeights(name, {}, batch_norm_eps(encoder), **about)
-        return EncoderWeights.of(encoder, **about)
+        state = {} if random else encoder.state_dict()
+        return EncoderWeights(name, state, batch_norm_eps(encoder), {}, convention, _describe_timm(source))
     path = Path(source)
     if path.is_file() and not _is_of_folder(path):
         return read_checkpoint(path)[0]
@@ -133,7 +130,7 @@ def model_folder(source: str | os.PathLike[str], revision: str | None = None, en
         damaged: list[str] = []
         if newest := newest_checkpoint(path, on_damaged=damaged.append):
             return newest
-        found = "; ".join(damaged) or _listing(path)
+        found = "; ".join(damaged) or listed(path)
         raise SimIPUError(f"{path}: expected config.json or a complete checkpoint-<step>, found {found}")
     if not HUB_ID.fullmatch(str(source)):
         raise SimIPUError(f"{source}: no such file or folder, no Hub id (user/name), and no timm model of that name")
@@ -150,14 +147,11 @@ def model_folder(source: str | os.PathLike[str], revision: str | None = None, en
 
 def _is_of_folder(file: Path) -> bool:
     """Whether these weights are what their folder's config.json is about, and not others that lie there."""
-    names = r"config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
-    return bool(re.fullmatch(names, file.name)) and (file.parent / "config.json").is_file()
+    return file.name in ("config.json", "model.safetensors") and (file.parent / "config.json").is_file()
 
 
 def hub_error(error: BaseException, repo_id: str) -> SimIPUError:
     """What the Hub's client says, on one line behind the repository's name."""
-    if "the above error" in str(error):  # of a forced download
-        error = error.__cause__ or error
     silent = "no answer" if isinstance(error, TimeoutError) else type(error).__name__
     said = " ".join(str(error).split()) or silent
     return error if isinstance(error, SimIPUError) else SimIPUError(f"Hub repository {repo_id}: {said}")
@@ -192,20 +186,18 @@ def _from_folder(folder: Path, where: str) -> EncoderWeights:
 
 def _from_simipu(folder: Path, config: dict[str, Any], where: str) -> EncoderWeights:
     """From a SimIPU (or depth) model; its `image_encoder/` folder is used where its own weights are absent."""
-    files = _weight_files(folder)
-    if missing := [file.name for file in files if not file.is_file()]:
+    file = folder / "model.safetensors"
+    if not file.is_file():
         if (folder / "image_encoder" / "config.json").is_file():
             return _from_folder(folder / "image_encoder", f"{where}, image_encoder/")
-        raise SimIPUError(f"{where}: expected {missing[0]}, found {_listing(folder)}")
+        raise SimIPUError(f"{where}: expected {file.name}, found {listed(folder)}")
     try:
         image_config = SimIPUImageConfig(**config["image_config"])
         model_args = timm_arguments(image_config)
     except (TypeError, ValueError) as error:
         raise SimIPUError(f"{where}: config.json: image_config: {error}") from error
     architecture = image_config.architecture
-    state: StateDict = {}
-    for file in files:
-        state |= next((found for prefix in PREFIXES if (found := read_safetensors(file, prefix))), {})
+    state = next((found for prefix in PREFIXES if (found := read_safetensors(file, prefix))), {})
     template = timm_template(architecture, model_args)
     eps = batch_norm_eps(template)
     if image_config.batch_norm_eps is not None:
@@ -218,22 +210,11 @@ def _from_simipu(folder: Path, config: dict[str, Any], where: str) -> EncoderWei
     return EncoderWeights(architecture, state, eps, model_args, convention, description, untrained).check(where)
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a transformers folder: one, or the shards that its index names."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = set(read_json(index).get("weight_map", {}).values())
-        if any(Path(name).name != name for name in names):
-            raise SimIPUError(f"{index}: names weight files outside its folder")
-        return [folder / name for name in sorted(names)]
-    return [folder / "model.safetensors"]
-
-
 def _from_timm_folder(folder: Path, config: dict[str, Any], where: str) -> EncoderWeights:
     file = folder / "model.safetensors"
     if not file.is_file():
         raise SimIPUError(
-            f"{where}: expected model.safetensors (pickled weights are not read), found {_listing(folder)}"
+            f"{where}: expected model.safetensors (pickled weights are not read), found {listed(folder)}"
         )
     pretrained_cfg, model_args = config.get("pretrained_cfg") or {}, config.get("model_args") or {}
     if not isinstance(pretrained_cfg, dict) or not isinstance(model_args, dict):
@@ -291,11 +272,6 @@ def read_input_convention(folder: Path) -> InputConvention:
         "border" if image.keep_aspect_ratio else "squash",
         interpolation=Resampling(image.resample).name.lower(),
     )
-
-
-def _listing(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir())
-    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "") or "nothing"
 
 
 def load_processor(folder: Path) -> SimIPUProcessor:

@@ -104,16 +104,6 @@ class EncoderWeights:
             # else timm builds a network from a folder for 224 x 224, and interpolates the position embeddings twice
             self.model_args["img_size"] = list(getattr(self.template(), "patch_embed").img_size)  # noqa: B009
 
-    @classmethod
-    def of(cls, encoder: nn.Module, **about: Any) -> "EncoderWeights":
-        """The weights of a live timm model made with `num_classes=0`, on the CPU; `about` are further fields."""
-        config = getattr(encoder, "pretrained_cfg", None)
-        if not config or not hasattr(encoder, "forward_intermediates"):
-            raise SimIPUError(f"expected a plain timm model, found {type(encoder).__name__}")
-        about.setdefault("model_args", getattr(encoder, "_model_args", {}))  # recorded by timm's factory
-        state = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
-        return cls(config["architecture"], state, batch_norm_eps(encoder), **about).check("the encoder")
-
     def template(self) -> TimmModel:
         """The timm model of this architecture on the meta device: names, shapes and constants without memory."""
         return timm_template(self.architecture, self.model_args)

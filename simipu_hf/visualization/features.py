@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,38 +22,26 @@ from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 DARKEST = 0.15  # of a colour channel: black would be lost on a dark ground
 
 
-class Principal:
-    """A principal component analysis as a map from features to colours.
+def principal_directions(rows: np.ndarray) -> np.ndarray:
+    """The directions `(D, 3)` of the largest variance of features `(R, D)`."""
+    rows = rows.astype(np.float64)
+    _, _, directions = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
+    basis = np.zeros((rows.shape[1], 3))
+    basis[:, : len(directions[:3])] = directions[:3].T
+    # the sign of a direction is arbitrary: its largest component is made positive
+    return basis * np.where(basis[np.abs(basis).argmax(0), range(3)] < 0, -1, 1)
 
-    The colours span the 2nd to the 98th percentile of the rows; a component that is rounding alone is halfway.
 
-    Args:
-        rows: `(R, D)`, features.
-        basis: `(D, 3)`, the directions shown; those of the largest variance of `rows` if `None`.
+def feature_colors(values: np.ndarray, basis: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Features `(..., D)` as colours `(..., 3)`, up to 1, along the directions `basis`.
+
+    The colours span the 2nd to the 98th percentile of `rows`, `(R, D)`; a component that is rounding alone is halfway.
     """
-
-    def __init__(self, rows: np.ndarray, basis: np.ndarray | None = None):
-        rows = rows.astype(np.float64)
-        self.mean = rows.mean(0)
-        if basis is None:
-            _, _, directions = np.linalg.svd(rows - self.mean, full_matrices=False)
-            basis = np.zeros((rows.shape[1], 3))
-            basis[:, : len(directions[:3])] = directions[:3].T
-            # the sign of a direction is arbitrary: its largest component is made positive
-            basis *= np.where(basis[np.abs(basis).argmax(0), range(3)] < 0, -1, 1)
-        self.basis = basis
-        self.low, high = np.percentile((rows - self.mean) @ basis, (2, 98), axis=0)
-        span = high - self.low
-        self.span = np.where(span < 1e-5 * span.max(), 0, span)  # less is rounding
-
-    def adapted(self, rows: np.ndarray) -> "Principal":
-        """The same directions with the mean and range of other rows `(R, D)`."""
-        return Principal(rows, self.basis)
-
-    def colors(self, rows: np.ndarray) -> np.ndarray:
-        """Rows `(..., D)` as colours `(..., 3)`, up to 1."""
-        scaled = ((rows - self.mean) @ self.basis - self.low) / np.where(self.span > 0, self.span, 1)
-        return DARKEST + (1 - DARKEST) * np.where(self.span > 0, scaled, 0.5).clip(0, 1)
+    mean = rows.astype(np.float64).mean(0)
+    low, high = np.percentile((rows - mean) @ basis, (2, 98), axis=0)
+    span = np.where(high - low < 1e-5 * (high - low).max(), 0, high - low)  # less is rounding
+    scaled = ((values - mean) @ basis - low) / np.where(span > 0, span, 1)
+    return DARKEST + (1 - DARKEST) * np.where(span > 0, scaled, 0.5).clip(0, 1)
 
 
 @dataclass(frozen=True)
@@ -103,6 +92,22 @@ class FrameEmbeds:
     cells: CellMap
     coordinates: np.ndarray
     points: np.ndarray
+
+    @cached_property
+    def colors(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of the cells `(h, w, 3)` and of the points `(M, 3)`, along the principal components of the cells that show a
+        part of the image.
+
+        The model learnt to tell points apart within each modality, and image and points keep different means in that
+        space; so the directions are common, the centre and the range are each one's own.
+        """
+        rows = self.cells.values[self.cells.inside]
+        basis = principal_directions(rows)
+        return feature_colors(self.cells.values, basis, rows), feature_colors(self.points, basis, self.points)
+
+    def similarities(self, point: int) -> CellMap:
+        """Cosine similarity of every cell of the image to one point, `(h, w, 1)`."""
+        return replace(self.cells, values=self.cells.values @ self.points[point][:, None])
 
 
 @torch.no_grad()
@@ -187,8 +192,3 @@ def match_views(
     match, distance = PendingMatch(view.coordinates, brought_back, view.mask, augmented.mask).result()
     arrays = (view.coordinates, augmented.coordinates, match, distance)
     return ViewMatches(*(array[0].cpu().numpy() for array in arrays))
-
-
-def similarities(embeds: FrameEmbeds, point: int) -> CellMap:
-    """Cosine similarity of every cell of the image to one point, `(h, w, 1)`."""
-    return replace(embeds.cells, values=embeds.cells.values @ embeds.points[point][:, None])

@@ -18,7 +18,7 @@ from simipu_hf.data.kitti_objects import KittiObjects
 from simipu_hf.data.rows import Frame
 from simipu_hf.modeling.geometry import box_corners, project_points
 
-from .features import CellMap, FrameEmbeds, Principal, ViewMatches
+from .features import CellMap, FrameEmbeds, ViewMatches, feature_colors, principal_directions
 from .style import BLUE, FAINT, ORANGE, RED, add_depth_bar, depth_colormap, depth_norm, styled, visible_colormap
 
 WIDTH, NARROW, ABOVE = 12.5, 9.4, 5.0  # inches; the last is the height of a view from above
@@ -73,12 +73,11 @@ def draw_depth(frame_id: str, image: np.ndarray, maps: Mapping[str, np.ndarray])
 
 
 @styled
-def draw_matches(matches: ViewMatches, max_match_distance: float | None, title: str) -> Figure:
+def draw_matches(frame_id: str, matches: ViewMatches, max_match_distance: float | None) -> Figure:
     """Two views from above, and some of their matches as lines coloured by distance.
 
     Args:
         max_match_distance: the model's limit in metres, beyond which lines are red; `None`: it has none.
-        title: of the figure, in front of what was counted.
     """
     matched = np.flatnonzero(np.isfinite(matches.distance))
     distance = matches.distance[matched]
@@ -114,27 +113,20 @@ def draw_matches(matches: ViewMatches, max_match_distance: float | None, title: 
         figure.add_artist(line)
     label = "distance of the matched points (m)"
     figure.colorbar(ScalarMappable(norm, colors), ax=panels, pad=0.01, label=label, extend="max", aspect=40)
-    figure.suptitle(f"{title}{': ' if title else ''}{len(matched):,} matches, {mean}{beyond} ({len(drawn)} drawn)")
+    figure.suptitle(f"{frame_id}: {len(matched):,} matches, {mean}{beyond} ({len(drawn)} drawn)")
     return figure
 
 
 @styled
-def draw_shared_features(frame: Frame, embeds: FrameEmbeds, colors: Principal) -> Figure:
-    """Image and points in the space in which the model compares them, as colours.
-
-    The model learnt to tell points apart within each modality, and image and points keep different means in that
-    space; so the directions are common, the centre and the range are each one's own.
-
-    Args:
-        colors: fitted to the image's cells.
-    """
-    point_colors = colors.adapted(embeds.points).colors(embeds.points)
+def draw_shared_features(frame: Frame, embeds: FrameEmbeds) -> Figure:
+    """Image and points in the space in which the model compares them, as colours."""
+    cell_colors, point_colors = embeds.colors
     pixels, depth, inside = frame.project(embeds.coordinates)
     figure = Figure(figsize=(WIDTH, max(2 * _panel_height(frame.image, WIDTH * 0.68) + 0.3, 4.5)))
     panels = figure.subplot_mosaic([["image", "above"], ["points", "above"]], width_ratios=[2.15, 1])
 
     _show_image(panels["image"], frame.image, brightness=0.45)
-    _show_cells(panels["image"], embeds.cells, colors.colors(embeds.cells.values), frame, alpha=0.8)
+    _show_cells(panels["image"], embeds.cells, cell_colors, frame, alpha=0.8)
     panels["image"].set(title=f"{frame.frame_id}: image features", **PIXELS)
 
     _show_image(panels["points"], frame.image, brightness=0.3)
@@ -157,35 +149,29 @@ def draw_image_features(frame: Frame, stages: Mapping[str, CellMap], photograph:
         stages: name -> feature map; each stage has its own components.
         photograph: false leaves the image itself out.
     """
-    rows = len(stages) + photograph
-    figure = Figure(figsize=(NARROW, rows * _panel_height(frame.image, NARROW)))
-    panels = list(figure.subplots(rows, 1, squeeze=False)[:, 0])
+    count = len(stages) + photograph
+    figure = Figure(figsize=(NARROW, count * _panel_height(frame.image, NARROW)))
+    panels = list(figure.subplots(count, 1, squeeze=False)[:, 0])
     if photograph:
         axes = panels.pop(0)
         _show_image(axes, frame.image)
         axes.set(title=frame.frame_id, **PIXELS)
     for axes, (name, cells) in zip(panels, stages.items(), strict=True):
-        colors = Principal(cells.values[cells.inside])
-        _show_cells(axes, cells, colors.colors(cells.values), frame)
+        rows = cells.values[cells.inside]
+        _show_cells(axes, cells, feature_colors(cells.values, principal_directions(rows), rows), frame)
         axes.set(title=f"image encoder, {name}: first three principal components", **PIXELS)
     return figure
 
 
 @styled
-def draw_retrieval(frame: Frame, points: np.ndarray, maps: Sequence[CellMap], names: Sequence[str]) -> Figure:
-    """For each of some points, how similar every cell of the image is to it.
-
-    Args:
-        points: `(K, 3)`, metres, LiDAR frame.
-        maps: K maps `(h, w, 1)` of cosine similarities.
-        names: K names of the points, for the titles.
-    """
-    figure = Figure(figsize=(NARROW, len(points) * _panel_height(frame.image, NARROW, colorbar=True) + 0.3))
+def draw_retrieval(frame: Frame, embeds: FrameEmbeds, chosen: Sequence[int]) -> Figure:
+    """For each of the `chosen` points of `embeds`, how similar every cell of the image is to it."""
+    figure = Figure(figsize=(NARROW, len(chosen) * _panel_height(frame.image, NARROW, colorbar=True) + 0.3))
     figure.suptitle(f"{frame.frame_id}: where the image features resemble a point's")
-    pixels, depth, _ = frame.project(points)
+    pixels, depth, _ = frame.project(embeds.coordinates[chosen])
     heat = visible_colormap("inferno")
-    for row, axes in enumerate(figure.subplots(len(points), 1, squeeze=False)[:, 0]):
-        cells = maps[row]
+    for row, axes in enumerate(figure.subplots(len(chosen), 1, squeeze=False)[:, 0]):
+        cells = embeds.similarities(chosen[row])
         values = np.where(cells.inside, cells.values[..., 0], np.nan)
         best = cells.pixels[np.unravel_index(np.nanargmax(values), values.shape)]
         _show_image(axes, frame.image.mean(-1, keepdims=True).repeat(3, -1), brightness=0.6)
@@ -196,7 +182,7 @@ def draw_retrieval(frame: Frame, points: np.ndarray, maps: Sequence[CellMap], na
         off = best - pixels[row]
         distances = np.linalg.norm(off), np.linalg.norm(off / cells.cell_size)
         where = "most similar cell {:.0f} px off ({:.1f} cells)".format(*distances)
-        axes.set(title=f"{names[row]}, {depth[row]:.1f} m ahead: {where}", **PIXELS)
+        axes.set(title=f"point {chosen[row]}, {depth[row]:.1f} m ahead: {where}", **PIXELS)
         if row == 0:
             axes.legend(loc="upper right", ncols=2)
     return figure

@@ -19,7 +19,7 @@ from simipu_hf.data.sources import given_sources, refuse_second_split, undecoded
 from simipu_hf.data.two_views import TwoViewAugmentation
 from simipu_hf.errors import SimIPUError
 from simipu_hf.files import atomic_write
-from simipu_hf.hub.card import CURVES
+from simipu_hf.hub.card import CURVES, run_of
 from simipu_hf.hub.sources import load_image_encoder, load_processor, model_folder
 from simipu_hf.hub.weights import read_json
 from simipu_hf.modeling.configuration_simipu import SimIPUConfig
@@ -31,7 +31,7 @@ from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 from simipu_hf.training.distributed import choose_device
 from simipu_hf.training.logging import METRICS_FILE, read_metrics
 
-from .features import Principal, embed_frame, encode_image, match_views, similarities
+from .features import embed_frame, encode_image, match_views
 from .figures import (
     draw_image_features,
     draw_matches,
@@ -100,11 +100,10 @@ def visualize(
         written.append(folder / f"{name}_scene.html")
         with atomic_write(written[-1]) as stream:
             stream.write(html)
-    runs: list[Path] = []
-    if model is not None and (Path(model).is_dir() or Path(model).suffix == ".safetensors"):  # no timm name, no .pth
-        runs = [Path(model), Path(model).parent]
-    logged = next((run for run in runs if (run / METRICS_FILE).is_file()), None)
-    return written if logged is None else [*written, *draw_curves(logged, folder)]
+    run = None if model is None else run_of(Path(model))
+    if run is not None and (run / METRICS_FILE).is_file():
+        written += draw_curves(run, folder)
+    return written
 
 
 def draw_curves(run: Path, folder: Path) -> list[Path]:
@@ -189,19 +188,12 @@ def draw_frame(row: Mapping[str, Any], model: Model | None = None) -> tuple[dict
         embeds = embed_frame(simipu, processor, row, frame)
     except ValueError as error:
         raise SimIPUError(f"frame {frame.frame_id}: {error}") from error
-    colors = Principal(embeds.cells.values[embeds.cells.inside])
-    chosen = choose_points(frame, embeds.coordinates)
     figures |= {
-        "matches": draw_matches(matches, simipu.config.max_match_distance, frame.frame_id),
-        "shared_features": draw_shared_features(frame, embeds, colors),
-        "retrieval": draw_retrieval(
-            frame,
-            embeds.coordinates[chosen],
-            [similarities(embeds, index) for index in chosen],
-            [f"point {index}" for index in chosen],
-        ),
+        "matches": draw_matches(frame.frame_id, matches, simipu.config.max_match_distance),
+        "shared_features": draw_shared_features(frame, embeds),
+        "retrieval": draw_retrieval(frame, embeds, choose_points(frame, embeds.coordinates)),
     }
-    return figures, scene_html(frame, embeds, colors)
+    return figures, scene_html(frame, embeds)
 
 
 def choose_points(frame: Frame, coordinates: np.ndarray) -> list[int]:

@@ -8,7 +8,7 @@ from scipy.spatial import cKDTree
 
 from simipu_hf.data.rows import Frame
 
-from .features import FrameEmbeds, Principal
+from .features import FrameEmbeds
 from .style import BACKGROUND, DEPTH_RANGE, DEPTH_TICKS, FAINT, MISSING, TEXT, depth_colormap, visible_colormap
 
 FRUSTUM_DEPTH = 6.0  # metres
@@ -20,19 +20,19 @@ POLICY = (
 )
 
 
-def scene_html(frame: Frame, embeds: FrameEmbeds | None = None, colors: Principal | None = None) -> str:
+def scene_html(frame: Frame, embeds: FrameEmbeds | None = None) -> str:
     """A page that shows the scan in 3-D, in colours to choose from, with the camera's frustum and its image.
 
     Args:
         frame: the frame, x forward, y left, z up; its points are drawn.
-        embeds, colors: where given, the points also show the colour of the nearest point kept by the model.
+        embeds: where given, the points also show the colour of the nearest point kept by the model.
 
     Returns:
         HTML without any reference to another file.
     """
     modes = _color_modes(frame)
-    if embeds is not None and colors is not None:
-        modes["Features"] = _feature_mode(frame, embeds, colors)
+    if embeds is not None:
+        modes["Features"] = _feature_mode(frame, embeds)
     x, y, z = frame.points[:, :3].T.astype(np.float32)
     figure, buttons = go.Figure(), []
     for name, marker in modes.items():
@@ -91,11 +91,10 @@ def _scale(colormap: Colormap, bar: dict) -> dict:
     }
 
 
-def _feature_mode(frame: Frame, embeds: FrameEmbeds, principal: Principal) -> dict:
+def _feature_mode(frame: Frame, embeds: FrameEmbeds) -> dict:
     """The principal components of the nearest point feature; grey where none is near."""
     distance, nearest = cKDTree(embeds.coordinates).query(frame.points[:, :3])
-    colors = principal.adapted(embeds.points).colors(embeds.points)
-    names = np.array([to_hex(color) for color in colors])[nearest]
+    names = np.array([to_hex(color) for color in embeds.colors[1]])[nearest]
     return {"color": np.where(distance > NEIGHBOUR_DISTANCE, MISSING, names).tolist()}
 
 

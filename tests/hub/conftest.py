@@ -15,7 +15,7 @@ from torch import nn
 
 from simipu_hf.hub.export import write_timm
 from simipu_hf.hub.sources import find_image_encoder
-from simipu_hf.hub.weights import EncoderWeights, InputConvention
+from simipu_hf.hub.weights import EncoderWeights, InputConvention, batch_norm_eps
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
@@ -100,7 +100,8 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 def export_timm(encoder: nn.Module, folder: Path, **convention) -> Path:
     """Write a live timm model as an export does; `convention` are fields of `InputConvention`."""
-    write_timm(EncoderWeights.of(encoder, input=InputConvention(**convention)), folder)
+    about = (encoder.pretrained_cfg["architecture"], encoder.state_dict(), batch_norm_eps(encoder))
+    write_timm(EncoderWeights(*about, encoder._model_args, InputConvention(**convention)), folder)
     return folder
 
 

@@ -1,9 +1,7 @@
 """Cards say what is on disk, and leave what somebody wrote by hand."""
 
 import json
-import os
 import shutil
-from pathlib import Path
 
 import datasets
 import pytest
@@ -146,21 +144,19 @@ def test_bgr_is_said(folder):
     assert "expects BGR" in model_card(folder)
 
 
-def test_tokens_and_folders_are_taken_out(monkeypatch):
+def test_tokens_and_folders_are_taken_out():
     assert redact("hf_abcdefgh123") == "hf_…"
     assert redact('"/home/alice/runs/kitti", --a=/mnt/x/y --b /z/w') == '"…/kitti", --a=…/y --b …/w'
     assert redact(r"C:\Users\alice\runs\a D:/alice/secret/KITTI") == "…/a …/KITTI"
     assert redact(r"file:///home/alice/x/y file:///C:/alice/z \\nas\alice\KITTI") == "…/y …/z …/KITTI"
-    home = Path("C:/Users/John Doe" if os.name == "nt" else "/home/John Doe")
-    monkeypatch.setattr(Path, "home", lambda: home)
-    monkeypatch.setattr(Path, "cwd", lambda: home.parent)
-    assert redact(f"data: {home / 'secret' / 'KITTI'}") == "data: …/KITTI"
+    assert redact("data: /home/John Doe/KITTI") == redact(r"data: C:\Users\John Doe\KITTI") == "data: …/KITTI"
+    assert redact("x '--a=/home/John Doe/KITTI' --b=/c/d") == "x '--a=…/KITTI' --b=…/d"
     assert redact('"data_dir": "/media/John Doe/KITTI raw/x"') == '"data_dir": "…/x"'
     assert redact("| data_dir | /media/John Doe/KITTI raw/x |") == "| data_dir | …/x |"
     assert redact("data_dir: /mnt/my (old)/K#train:1/2,1/3\n- D:/My Data/x") == "data_dir: …/K#train:1/2,1/3\n- …/x"
     assert redact("- /a b/D#train:@/media/J D/x.txt\n'/my #2/J D/x'") == "- …/D#train:@…/x.txt\n'…/x'"
     unchanged = [
-        f"runs{home.parent.as_posix()}/a s3://bucket/home/a",
+        "runs/home/a s3://bucket/home/a",
         r'"(\\w+\\.)+|\\d+/\\w+/x"',  # as JSON writes an expression
         "see https://huggingface.co/owner/name/tree/main, a/b/c, 3 km/h, ./x/y, </details>",
         "simipu_hf.pretrain --hub_model_id a/b",

@@ -10,14 +10,14 @@ import datasets
 import local_hub
 import pytest
 import yaml
-from datasets.info import DatasetInfosDict
-from huggingface_hub import DatasetCard, DatasetCardData
+from huggingface_hub import DatasetCard
 from PIL import Image
 
 from simipu_hf.errors import MAY_HANG, SimIPUError
 from simipu_hf.hub import push
 from simipu_hf.hub.push import HubUploader, push_dataset, push_folder
 from simipu_hf.hub.sources import load_image_encoder
+from simipu_hf.training.arguments import PreTrainingArguments
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +48,11 @@ def checkpoint(run_folder, tmp_path):
     return folder
 
 
+def uploader_of(output_dir, repo_id="owner/run", **flags):
+    hub = {"push_to_hub": True, "hub_model_id": repo_id}
+    return HubUploader(PreTrainingArguments(data_dir="kitti", output_dir=str(output_dir), **hub, **flags))
+
+
 def test_repository_holds_the_model_its_code_its_encoder_and_a_card(endpoint, run_folder):
     before = sorted(path.name for path in run_folder.rglob("*"))
     report = push_folder(run_folder, "owner/simipu", private=True, encoder_repo_id="owner/encoder")
@@ -67,17 +72,8 @@ def test_repository_holds_the_model_its_code_its_encoder_and_a_card(endpoint, ru
     assert sorted(path.name for path in run_folder.rglob("*")) == before
 
 
-def test_a_folder_below_one_of_that_name_is_redacted_as_well(endpoint, run_folder, tmp_path):
-    folder = shutil.copytree(run_folder, tmp_path / "last-checkpoint")
-    (folder / "logs").mkdir()
-    (folder / "logs" / "events.out.tfevents.1.host").write_bytes(b"hf_abcdefghijklmnop")  # of TensorBoard, all flags
-    push_folder(folder, "owner/again")
-    assert not any(b"hf_abcdefghijklmnop" in content for content in endpoint.files("owner/again").values())
-
-
 def test_an_upload_replaces_what_an_earlier_one_left_and_nothing_else(endpoint, run_folder):
     earlier = ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "image_encoder/old.json")
-    earlier = (*earlier, "logs/pretrain/1/events.out.tfevents.1.host")
     others = ("last-checkpoint/model.safetensors", "pictures/mine.png", "model-v1/model.safetensors", ".gitattributes")
     endpoint.create("owner/simipu", files=dict.fromkeys((*earlier, *others), b"{}"))
     push_folder(run_folder, "owner/simipu")
@@ -246,8 +242,8 @@ def test_an_unfinished_run_is_published_with_its_record(endpoint, checkpoint, mo
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint"])
 def test_checkpoints_are_published_in_the_background(endpoint, checkpoint, strategy, capsys):
     endpoint.create("owner/run", files={"last-checkpoint/rng_state_7.pth": b"of a run with more processes"})
-    uploader = HubUploader("owner/run", checkpoint.parent, strategy)
-    assert uploader.checkpoint_saved(checkpoint)
+    uploader = uploader_of(checkpoint.parent, hub_strategy=strategy)
+    uploader.checkpoint_saved(checkpoint)
     uploader.running.result(30)
     files = endpoint.files("owner/run")
     assert {"model.safetensors", "image_encoder/model.safetensors", "README.md", "run.yaml"} <= set(files)
@@ -263,9 +259,11 @@ def test_checkpoints_are_published_in_the_background(endpoint, checkpoint, strat
 def test_checkpoint_deleted_during_its_upload_is_still_published_whole(endpoint, checkpoint):
     weights = (checkpoint / "model.safetensors").read_bytes()
     endpoint.faults.append(local_hub.Fault(r"repos/create", delay=0.5))
-    uploader = HubUploader("owner/run", checkpoint.parent)
+    uploader = uploader_of(checkpoint.parent)
     uploader.checkpoint_saved(checkpoint)
-    assert not uploader.checkpoint_saved(checkpoint)  # one upload at a time
+    running = uploader.running
+    uploader.checkpoint_saved(checkpoint)
+    assert uploader.running is running  # one upload at a time
     shutil.rmtree(checkpoint)
     uploader.running.result(30)
     assert endpoint.files("owner/run")["model.safetensors"] == weights
@@ -273,11 +271,11 @@ def test_checkpoint_deleted_during_its_upload_is_still_published_whole(endpoint,
 
 def test_a_run_that_ends_early_waits_for_an_upload_and_names_what_it_left_out(checkpoint, monkeypatch, capsys):
     released = threading.Event()
-    monkeypatch.setattr(push._Repository, "upload", lambda *_: released.wait(30) and "c" * 40)
+    monkeypatch.setattr(push, "_upload", lambda *_: released.wait(30) and push.PushReport("", "c" * 40))
     threading.Timer(0.2, released.set).start()
     for limit in (30, 0.1):
         monkeypatch.setattr(push, "LAST_WAIT", limit)
-        uploader = HubUploader("owner/run", checkpoint.parent, private=True)
+        uploader = uploader_of(checkpoint.parent, hub_private_repo=True)
         uploader.checkpoint_saved(checkpoint)
         with pytest.raises(RuntimeError), uploader:
             raise RuntimeError
@@ -303,27 +301,27 @@ def test_an_upload_that_hangs_changes_no_exit_code_and_keeps_nothing_from_being_
 
 
 def test_the_end_publishes_model_and_encoder(endpoint, run_folder, capsys):
-    uploader = HubUploader("owner/run", run_folder, "end", encoder_repo_id="owner/encoder")
-    assert not uploader.checkpoint_saved(run_folder)
-    assert endpoint.repos == {}
+    uploader = uploader_of(run_folder, hub_strategy="end", encoder_repo_id="owner/encoder")
+    uploader.checkpoint_saved(run_folder)
+    assert uploader.running is None
     with pytest.raises(SimIPUError, match="the encoder would replace the model"):
         push_folder(run_folder, "owner/run", encoder_repo_id="owner/run")
-    report = uploader.finish()
-    assert report.encoder_url.endswith("owner/encoder")
+    uploader.finish()
     assert "model.safetensors" in endpoint.files("owner/run")
-    assert HubUploader("owner/run", run_folder, encoder_repo_id="somebody/encoder").finish() is None
-    assert "the model was published, its image encoder was not: Hub repository somebody" in capsys.readouterr().out
+    assert "model.safetensors" in endpoint.files("owner/encoder")
+    uploader_of(run_folder, encoder_repo_id="somebody/encoder").finish()
+    assert "not everything was published: Hub repository somebody/encoder: " in capsys.readouterr().out
 
 
 def test_failures_are_reported_and_never_raised(endpoint, checkpoint, run_folder, capsys):
-    uploader = HubUploader("somebody/run", checkpoint.parent)
+    uploader = uploader_of(checkpoint.parent, "somebody/run")
     uploader.checkpoint_saved(checkpoint)
     uploader.running.result(30)
     assert "checkpoint-20 was not published: Hub repository somebody/run: " in capsys.readouterr().out
-    assert uploader.finish() is None
+    uploader.finish()
     assert "simipu-hf push --model" in capsys.readouterr().out
     (checkpoint / "model.safetensors").write_bytes(b"half")
-    assert not uploader.checkpoint_saved(checkpoint)
+    uploader.checkpoint_saved(checkpoint)
     assert "damaged" in capsys.readouterr().out
 
 
@@ -393,108 +391,39 @@ def test_data_set_from_kitti_is_private_and_says_why(endpoint, tmp_path, capsys)
         push_dataset(tmp_path / "rows", "owner/own")
 
 
-def test_a_second_split_is_found_beside_the_first(endpoint, tmp_path):
+@pytest.fixture
+def parts(tmp_path):
+    """Folders of rows: of train, of val, and of both."""
     rows = datasets.Dataset.from_dict({"frame_id": ["a", "b", "c"]})
-    for split, part in {"train": rows, "val": rows.select([0]), "odd": rows.rename_column("frame_id", "id")}.items():
-        (tmp_path / split / "data").mkdir(parents=True)
-        part.to_parquet(tmp_path / split / "data" / f"{split}-00000-of-00001.parquet")
-        info = datasets.DatasetInfo(features=part.features, splits=datasets.SplitDict())
-        info.splits.add(datasets.SplitInfo(split, num_bytes=1, num_examples=len(part)))
-        files = [{"split": split, "path": f"data/{split}-*"}]
-        header = DatasetCardData(configs=[{"config_name": "default", "data_files": files}])
-        DatasetInfosDict(default=info).to_dataset_card_data(header)
-        (tmp_path / split / "README.md").write_text(f"---\n{header.to_yaml()}\n---\n", encoding="utf-8")
-    for split in ("train", "val", "train"):
-        push_dataset(tmp_path / split, "owner/both", license="cc-by-4.0")
-    shutil.copytree(tmp_path / "odd", tmp_path / "pattern")
-    (tmp_path / "pattern/data/odd-00000-of-00001.parquet").rename(tmp_path / "pattern/data/*-00000-of-00001.parquet")
-    (tmp_path / "pattern/README.md").unlink()
-    push_dataset(tmp_path / "train", "owner/other", license="cc-by-4.0")
-    push_dataset(tmp_path / "pattern", "owner/other", license="cc-by-4.0")
-    assert "data/train-00000-of-00001.parquet" in endpoint.files("owner/other", "datasets")
-    with pytest.raises(SimIPUError, match="the repository holds train, val with other columns"):
-        push_dataset(tmp_path / "odd", "owner/both", license="cc-by-4.0")
-    published = endpoint.files("owner/both", "datasets")
-    for name, content in published.items():
-        (tmp_path / "both" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "both" / name).write_bytes(content)
-    loaded = datasets.load_dataset(str(tmp_path / "both"), cache_dir=str(tmp_path / "cache"))
-    assert {split: rows["frame_id"][:] for split, rows in loaded.items()} == {"train": ["a", "b", "c"], "val": ["a"]}
-    assert "3 rows in train, 1 rows in val" in published["README.md"].decode()
+    for folder in ("train", "val", "both"):
+        (tmp_path / folder / "data").mkdir(parents=True)
+        for split in ("train", "val") if folder == "both" else (folder,):
+            rows.to_parquet(tmp_path / folder / "data" / f"{split}-00000-of-00001.parquet")
+    return tmp_path
 
 
-CONFIG = "configs:\n- config_name: default\n  "
+def test_splits_are_published_together(endpoint, parts):
+    older = {"data/train-00000-of-00001-1a2b.parquet": b"rows"}  # as older versions of datasets name it
+    repo = endpoint.create("owner/rows", "datasets", files=older)
+    push_dataset(parts / "train", "owner/rows", license="cc-by-4.0")
+    with pytest.raises(SimIPUError, match=r"expected no split that is not published now, found data/train: publish"):
+        push_dataset(parts / "val", "owner/rows", license="cc-by-4.0")
+    assert set(endpoint.files("owner/rows", "datasets")) == {"README.md", "data/train-00000-of-00001.parquet"}
+    push_dataset(parts / "both", "owner/rows", license="cc-by-4.0")
+    splits = {f"data/{split}-00000-of-00001.parquet" for split in ("train", "val")}
+    assert set(endpoint.files("owner/rows", "datasets")) == {"README.md", *splits}
+    assert len(repo.commits) == 4  # two before
 
 
-@pytest.mark.parametrize(
-    "header", ["", "license: mit", f"{CONFIG}data_files: data/**/test*", f"{CONFIG}data_dir: data"]
-)
-def test_splits_stay_that_a_published_card_does_not_list(endpoint, tmp_path, header):
-    rows = datasets.Dataset.from_dict({"frame_id": ["a", "b"]})
-    (tmp_path / "val" / "data").mkdir(parents=True)
-    rows.to_parquet(tmp_path / "val" / "data" / "val-00000-of-00001.parquet")
-    rows.select([0]).to_parquet(tmp_path / "test.parquet")
-    own = "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: val, path: data/val-*}\n---\n"
-    (tmp_path / "val" / "README.md").write_text(own, encoding="utf-8")
-    there = {"data/test-00000-of-00001.parquet": (tmp_path / "test.parquet").read_bytes()}
-    card = {"README.md": f"---\n{header}\n---\nMine.\n".encode()} if header else {}
-    endpoint.create("owner/both", "datasets", files=there | card)
-    push_dataset(tmp_path / "val", "owner/both", license="cc-by-4.0")
-    published = DatasetCard(endpoint.files("owner/both", "datasets")["README.md"].decode()).data
-    [config] = published["configs"]
-    found = {entry["split"]: entry["path"] for entry in config["data_files"]}
-    # of a pattern without splits, load_dataset makes a split train
-    other = {"train": ["data/**/test*"]} if "files" in header else {"test": ["data/test-00000-of-00001.parquet"]}
-    assert found == {"val": ["data/val-*"], **other}
+def test_a_split_that_is_pushed_meanwhile_stays(endpoint, parts, monkeypatch):
+    create_commit = push.HfApi.create_commit
 
+    def after_another(*args, **arguments):
+        monkeypatch.setattr(push.HfApi, "create_commit", create_commit)
+        push_dataset(parts / "val", "owner/rows", license="cc-by-4.0")
+        return create_commit(*args, **arguments)
 
-def test_another_configuration_stays_and_sizes_of_some_splits_do_not(endpoint, tmp_path):
-    rows = datasets.Dataset.from_dict({"frame_id": ["a", "b"]})
-    (tmp_path / "rows" / "object").mkdir(parents=True)
-    rows.to_parquet(tmp_path / "rows" / "object" / "train-00000-of-00001.parquet")
-    info = datasets.DatasetInfo(features=rows.features, splits=datasets.SplitDict())
-    info.splits.add(datasets.SplitInfo("train", num_bytes=1, num_examples=2))
-
-    def push_card(header: DatasetCardData) -> DatasetCardData:
-        DatasetInfosDict({"object": info}).to_dataset_card_data(header)
-        (tmp_path / "rows" / "README.md").write_text(f"---\n{header.to_yaml()}\n---\n", encoding="utf-8")
-        push_dataset(tmp_path / "rows", "owner/both", license="cc-by-4.0")
-        return DatasetCard(endpoint.files("owner/both", "datasets")["README.md"].decode()).data
-
-    def config(name: str, path: str) -> dict:
-        return {"config_name": name, "data_files": [{"split": "train", "path": path}]}
-
-    raw = {"raw/train-00000-of-00001.parquet": b"rows"}
-    card = DatasetCardData(configs=[config("raw", "raw/train-*")])
-    endpoint.create("owner/both", "datasets", files=raw | {"README.md": f"---\n{card.to_yaml()}\n---\n".encode()})
-    published = push_card(DatasetCardData(configs=[config("object", "object/train-*")]))
-    assert [entry["config_name"] for entry in published["configs"]] == ["object", "raw"]
-    assert raw.keys() < endpoint.files("owner/both", "datasets").keys()
-    assert published["dataset_info"]["config_name"] == "object"
-    assert "dataset_info" not in push_card(DatasetCardData())  # files are found by name, of every configuration
-    card = DatasetCardData(configs=[config("raw", "*/train-*")])
-    endpoint.create("owner/both", "datasets", files=raw | {"README.md": f"---\n{card.to_yaml()}\n---\n".encode()})
-    with pytest.raises(SimIPUError, match=r"owner/both: .*: the repository.s README.md lists .*takes the new files"):
-        push_card(DatasetCardData(configs=[config("object", "object/train-*")]))
-
-
-def test_a_split_that_is_pushed_meanwhile_stays(endpoint, tmp_path, monkeypatch):
-    rows = datasets.Dataset.from_dict({"frame_id": ["a", "b"]})
-    own = "---\nconfigs:\n- config_name: default\n  data_files:\n  - {{split: {0}, path: {0}-*}}\n---\n"
-    for split in ("train", "val"):
-        (tmp_path / split).mkdir()
-        rows.to_parquet(tmp_path / split / f"{split}-00000-of-00001.parquet")
-        (tmp_path / split / "README.md").write_text(own.format(split), encoding="utf-8")
-    endpoint.create("owner/both", "datasets")
-    upload = push.HfApi.upload_folder
-
-    def after_another(api, **arguments):
-        monkeypatch.setattr(push.HfApi, "upload_folder", upload)
-        push_dataset(tmp_path / "val", "owner/both", license="cc-by-4.0")
-        return upload(api, **arguments)
-
-    monkeypatch.setattr(push.HfApi, "upload_folder", after_another)
-    monkeypatch.setattr(push, "sleep", lambda seconds: None)
-    push_dataset(tmp_path / "train", "owner/both", license="cc-by-4.0")
-    published = DatasetCard(endpoint.files("owner/both", "datasets")["README.md"].decode()).data
-    assert {entry["split"] for entry in published["configs"][0]["data_files"]} == {"train", "val"}
+    monkeypatch.setattr(push.HfApi, "create_commit", after_another)
+    with pytest.raises(SimIPUError, match="found data/val"):
+        push_dataset(parts / "train", "owner/rows", license="cc-by-4.0")
+    assert "data/val-00000-of-00001.parquet" in endpoint.files("owner/rows", "datasets")

@@ -99,8 +99,6 @@ def test_a_sharded_model_on_the_hub_is_read_from_its_encoder_folder(
 ):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     files = {p.relative_to(run_folder).as_posix(): p.read_bytes() for p in run_folder.rglob("*") if p.is_file()}
-    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
-    files["model.safetensors.index.json"] = json.dumps(index).encode()
     files["model-00001-of-00002.safetensors"] = files.pop("model.safetensors")
     files["last-checkpoint/trainer_state.json"] = b"{}"
     endpoint.create("owner/simipu", files=files)
@@ -166,11 +164,6 @@ def test_tampered_weights(run_folder, tmp_path):
     (simipu / "model.safetensors").write_bytes((simipu / "model.safetensors").read_bytes()[:-100])
     with pytest.raises(SimIPUError, match="no readable safetensors"):
         load_image_encoder(simipu, verbose=False)
-    index = {"weight_map": {"a": "../../somewhere/model.safetensors"}}
-    (simipu / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    with pytest.raises(SimIPUError, match="outside its folder"):
-        load_image_encoder(simipu, verbose=False)
-    (simipu / "model.safetensors.index.json").unlink()
     (simipu / "model.safetensors").unlink()
     assert "image_encoder/" in find_image_encoder(simipu).description
 
@@ -203,7 +196,7 @@ def test_other_weights_beside_a_model_are_themselves(run_folder, tmp_path):
 def test_nothing_there(tmp_path):
     with pytest.raises(SimIPUError, match="no timm model of that name"):
         load_image_encoder(tmp_path / "absent")
-    with pytest.raises(SimIPUError, match="found nothing"):
+    with pytest.raises(SimIPUError, match="found an empty folder"):
         load_image_encoder(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
     with pytest.raises(SimIPUError, match="'bert' model"):
