@@ -102,15 +102,9 @@ def configurations(data_dir: str | os.PathLike) -> list[str]:
 
 
 def split_names(name: str, data_dir: str | os.PathLike | None) -> list[str]:
-    """Splits of a folder: train, val, test. ValueError where it has none."""
+    """Splits of a folder: train, val, test."""
     root = _root(data_dir)
-    splits = [split for split in SPLITS if next(iter(_logs(os.path.join(root, split))), None)]
-    if not splits:
-        raise ValueError(
-            f"{root}: expected train/, val/ or test/ with logs (sensors/, calibration/), found "
-            f"{', '.join(sorted(os.listdir(root))[:10]) or 'an empty folder'}"
-        )
-    return splits
+    return [split for split in SPLITS if next(_logs(os.path.join(root, split)), None)]
 
 
 def list_frames(
@@ -152,8 +146,8 @@ def _log_frames(log: str, cameras: Sequence[str], problems: list[str], notes: li
     missing = [name for name in (*CALIBRATION, POSES) if not os.path.isfile(os.path.join(log, name))]
     sweeps = _times(os.path.join(log, "sensors", "lidar"), ".feather")
     if missing or not sweeps:
-        lacks = " and ".join([*missing, *([] if sweeps else ["sensors/lidar/*.feather"])])
-        problems.append(f"{log}: expected {lacks}, found no such file")
+        expected = ", ".join(missing or ["sensors/lidar/*.feather"])
+        problems.append(f"{log}: expected {expected}, found no such file")
         return []
     images = {camera: _times(os.path.join(log, "sensors", "cameras", camera), ".jpg") for camera in cameras}
     scene, frames, pairs = os.path.basename(log), [], len(sweeps) * len(cameras)
@@ -408,15 +402,14 @@ class Argoverse2(datasets.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
-        if self.config.on_bad_row not in ("error", "skip"):
-            raise ValueError(f"on_bad_row: expected 'error' or 'skip', found {self.config.on_bad_row!r}")
         listing = self.config.list_frames()
-        if listing.problems and self.config.on_bad_row == "error":
+        if listing.problems and self.config.on_bad_row != "skip":
             raise ValueError("\n".join(listing.problems[:10]))
         for message in listing.notes + listing.problems:
             logger.warning(message)
         if not listing.splits:
-            raise ValueError(f"{self.config.data_dir}: expected images with their scans, found none")
+            expected = f"images with scans of {self.config.description}"
+            raise ValueError(f"{self.config.data_dir}: expected {expected}, found none")
         # a list is what datasets divides among processes and stream shards
         return [datasets.SplitGenerator(split, {"frames": frames}) for split, frames in listing.splits.items()]
 
@@ -428,7 +421,7 @@ class Argoverse2(datasets.GeneratorBasedBuilder):
                     raise ValueError(f"frame {frame.frame_id}: expected points of the scan in the image, found none")
                 yield frame.frame_id, row
             except ValueError as error:
-                if self.config.on_bad_row == "error":
+                if self.config.on_bad_row != "skip":
                     raise
                 logger.warning(f"frame {frame.frame_id} skipped: {error}")
 

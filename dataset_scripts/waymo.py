@@ -87,15 +87,9 @@ def configurations(data_dir: str | os.PathLike) -> list[str]:
 
 
 def split_names(name: str, data_dir: str | os.PathLike | None) -> list[str]:
-    """Splits of a folder: train, validation, test. ValueError where it has none."""
+    """Splits of a folder: train, validation, test."""
     root = _root(data_dir)
-    splits = [split for split, folder in FOLDERS.items() if os.path.isdir(os.path.join(root, folder, "camera_image"))]
-    if not splits:
-        raise ValueError(
-            f"{root}: expected training/, validation/ or testing/ with the folders {', '.join(COMPONENTS)}, found "
-            f"{', '.join(sorted(os.listdir(root))[:10]) or 'an empty folder'}"
-        )
-    return splits
+    return [split for split, folder in FOLDERS.items() if os.path.isdir(os.path.join(root, folder, "camera_image"))]
 
 
 def list_frames(
@@ -206,10 +200,8 @@ def _group(path: str, group: int, state: tuple[int, int] | None) -> pa.Table:
     try:
         return pq.ParquetFile(path).read_row_group(group)
     except (OSError, pa.ArrowException) as error:
-        older = (
-            "" if int(pa.__version__.partition(".")[0]) >= 26 else f" (or null lists, for pyarrow {pa.__version__})"
-        )
-        raise ValueError(f"{path}: expected a whole Parquet file, found: {error}{older}") from error
+        hint = "pyarrow reads null lists from version 26 on"
+        raise ValueError(f"{path}: expected a whole Parquet file, found: {error} ({hint})") from error
 
 
 class _Row:
@@ -530,15 +522,14 @@ class Waymo(datasets.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
-        if self.config.on_bad_row not in ("error", "skip"):
-            raise ValueError(f"on_bad_row: expected 'error' or 'skip', found {self.config.on_bad_row!r}")
         listing = self.config.list_frames()
-        if listing.problems and self.config.on_bad_row == "error":
+        if listing.problems and self.config.on_bad_row != "skip":
             raise ValueError("\n".join(listing.problems[:10]))
         for message in listing.problems:
             logger.warning(message)
         if not listing.splits:
-            raise ValueError(f"{self.config.data_dir}: expected images with their scans, found none")
+            expected = f"images with scans of {self.config.description}"
+            raise ValueError(f"{self.config.data_dir}: expected {expected}, found none")
         # a list is what datasets divides among processes and stream shards
         return [datasets.SplitGenerator(split, {"frames": frames}) for split, frames in listing.splits.items()]
 
@@ -550,7 +541,7 @@ class Waymo(datasets.GeneratorBasedBuilder):
                     raise ValueError(f"frame {frame.frame_id}: expected points of the scan in the image, found none")
                 yield frame.frame_id, row
             except ValueError as error:
-                if self.config.on_bad_row == "error":
+                if self.config.on_bad_row != "skip":
                     raise
                 logger.warning(f"frame {frame.frame_id} skipped: {error}")
 
