@@ -270,7 +270,7 @@ def read_row(frame: Frame, whole_scans: bool = False, problems: list[str] | None
         except ValueError as error:
             if problems is None:
                 raise
-            problems.append(f"frame {frame.frame_id}: {error}")
+            problems.append(str(error))
             return None
 
     camera, lidar_to_camera = part(read_calibration, frame) or (None, None)

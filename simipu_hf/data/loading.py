@@ -5,7 +5,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,8 +16,8 @@ import datasets
 
 from ..errors import SimIPUError
 from .mixture import Mixture
-from .preparation import Reading, prepare
-from .rows import ROW_FEATURES, check_features, check_row, scene_of
+from .preparation import prepare, read_frames
+from .rows import ROW_FEATURES, check_features, scene_of
 from .sources import (
     Source,
     Sources,
@@ -166,10 +166,7 @@ def _load_parts(
         with named_errors(location):
             held_out, planned = _plan_split(source, own_request, own_split or None)
             part = _load(source, own_request, held_out, planned)
-        rows = part
-        if source.kind == "saved" and isinstance(part, datasets.IterableDataset):
-            rows = _with_scene(_take(planned, source.saved))
-        names = row_names(rows) if isinstance(rows, datasets.Dataset) else _names(planned)
+        names = row_names(part) if isinstance(part, datasets.Dataset) else planned.split("+")
         take_rows(taken, text, source.location, names)
         parts.append(part)
     return parts
@@ -199,9 +196,7 @@ def _load(source: Source, request: Request, held_out: bool | None, split: str) -
     if source.reader is None and (request.cameras is not None or request.scenes is not None):
         raise SimIPUError(
             f"{source.location}: cameras and scenes can be chosen of a published data set's files only. Of own "
-            "rows keep some with datasets: rows.filter(lambda row: row['scene'] in ('a', 'b')).save_to_disk(FOLDER). "
-            f"simipu-hf visualize --dataset_name {source.location} --frames 0,1,2 --output_dir PICTURES draws chosen "
-            "rows"
+            "rows keep some with datasets: rows.filter(lambda row: row['scene'] in ('a', 'b')).save_to_disk(FOLDER)"
         )
     if source.reader is not None:
         dataset = _load_files(source, split, request, held_out)
@@ -259,10 +254,8 @@ def list_frames(
     cameras: Sequence[int | str] | None = None,
     scenes: Sequence[str] | None = None,
 ) -> Any:
-    """The reader's listing of some splits of a published data set; one camera or scene may be given by itself."""
+    """The reader's listing of some splits of a published data set."""
     assert source.reader is not None
-    cameras = [cameras] if isinstance(cameras, str | int) else cameras
-    scenes = [scenes] if isinstance(scenes, str) else scenes
     with named_errors(source.location):
         return source.reader.list_frames(source.config, source.location, splits, cameras, scenes)
 
@@ -288,16 +281,11 @@ def _load_files(source: Source, split: str, request: Request, held_out: bool | N
         message = f"{source.location}: split {empty[0]!r}: expected images with their scans, found none"
         raise SimIPUError("\n".join([message, *listing.notes[:10]]))
     if os.environ.get("RANK", "0") == "0":  # before the processes are connected
-        for note in listing.notes[:10]:
+        for note in listing.notes[:10]:  # simipu-hf data inspect lists all
             logger.warning(note)
-        if len(listing.notes) > 10:
-            logger.warning(
-                f"{source.location}: {len(listing.notes) - 10} more notes; simipu-hf data inspect lists all"
-            )
-    reading = Reading(source.reader.__name__, source.config, request.whole_scans)
     if not request.streaming:
         prepared = {
-            name: prepare(reading, found, skipped, request.num_proc, request.cache_dir)
+            name: prepare(source, found, request.whole_scans, skipped, request.num_proc, request.cache_dir)
             for name, found in frames.items()
         }
         return _take(split, prepared)
@@ -310,7 +298,8 @@ def _load_files(source: Source, split: str, request: Request, held_out: bool | N
                 held_out, request.validation_share, source.location,
             )  # fmt: skip
             frames[name] = [found[index] for index in own]
-    features, options = source.reader.features(source.config), {"reading": reading, "skip": skipped is not None}
+    read = partial(source.reader.read_row, whole_scans=request.whole_scans)
+    features, options = source.reader.features(source.config), {"read": read, "skip": skipped is not None}
     streams = [
         datasets.IterableDataset.from_generator(_stream_rows, features, {"runs": _runs(frames[name]), **options})
         for name in _names(split)
@@ -329,10 +318,10 @@ def _runs(frames: Sequence[Any]) -> list[Sequence[Any]]:
     return [frames[len(frames) * run // count : len(frames) * (run + 1) // count] for run in range(count)]
 
 
-def _stream_rows(runs: Sequence[Sequence[Any]], reading: Reading, skip: bool) -> Iterator[dict[str, Any]]:
+def _stream_rows(runs: Sequence[Sequence[Any]], read: Callable[..., Any], skip: bool) -> Iterator[dict[str, Any]]:
     skipped: list[str] | None = [] if skip else None
     for frames in runs:
-        yield from reading.rows(frames, skipped)
+        yield from read_frames(read, frames, skipped)
     for message in skipped or ():
         logger.warning(f"skipped: {message}")
 
@@ -347,12 +336,7 @@ def _take(split: str, saved: Mapping[str, datasets.Dataset]) -> datasets.Dataset
 
 
 def _checked(dataset: AnyDataset, location: str, split: str, skipped: list[str] | None) -> AnyDataset:
-    if dataset.features is not None:
-        check_features(dataset.features, location)
-    else:  # some streams have no types before the first row
-        first = next(iter(dataset), None)
-        if first is not None:
-            check_row(first)
+    check_features(dataset.features or {}, location)
     if isinstance(dataset, datasets.IterableDataset):
         return _with_scene(dataset)
     if len(dataset) == 0:
@@ -382,7 +366,7 @@ def _without_duplicates(dataset: datasets.Dataset, location: str, skipped: list[
 
 
 def _with_scene(dataset: AnyDataset) -> AnyDataset:
-    if "scene" in (dataset.column_names or ROW_FEATURES):
+    if "scene" in dataset.column_names:
         return dataset
     if isinstance(dataset, datasets.Dataset):
         return dataset.add_column("scene", [scene_of(frame_id) for frame_id in dataset["frame_id"][:]])
@@ -442,12 +426,6 @@ def join_rows(
     return datasets.concatenate_datasets(_with_common_columns(parts, cache_dir, optional))
 
 
-def _unlike(feature: Any, other: Any) -> bool:
-    """Whether two columns differ in more than whether their images are decoded."""
-    both_images = isinstance(feature, datasets.Image) and isinstance(other, datasets.Image)
-    return feature != other and not both_images
-
-
 def _with_common_columns(
     parts: Sequence[AnyDataset], cache_dir: str | os.PathLike | None = None, optional: Sequence[str] = ()
 ) -> list[AnyDataset]:
@@ -461,7 +439,7 @@ def _with_common_columns(
         column
         for column in columns
         if column not in ROW_FEATURES
-        and any(_unlike(part.features.get(column, features[column]), features[column]) for part in parts)
+        and any(part.features.get(column, features[column]) != features[column] for part in parts)
     ]
     if unlike:
         logger.warning(f"columns left out, since their types differ between the data sets: {', '.join(unlike)}")

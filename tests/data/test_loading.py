@@ -535,7 +535,7 @@ def wait_until(condition) -> None:
 
 def test_a_file_in_the_cache_s_place_is_named(object_root, tmp_path):
     (tmp_path / "cache").touch()
-    with pytest.raises(SimIPUError, match=r"cache.simipu_hf: the cache of prepared rows cannot be written"):
+    with pytest.raises(SimIPUError, match=r"object: .*cache.simipu_hf'"):
         load_pretraining_dataset(data_dir=object_root, cache_dir=tmp_path / "cache")
 
 
