@@ -39,18 +39,14 @@ def read_eigen_list(
 
     A line is `image_path depth_path`, with or without a focal length behind it (which nothing needs), and `None` for
     a missing depth. The paths start from `image_root` (KITTI raw) and `depth_root` (KITTI's annotated depth maps).
-    The published test list has 697 lines, 652 of them with ground truth. `on_bad_row="skip"` leaves a line out whose
-    files are not there or listed twice.
+    The published test list has 697 lines, 652 of them with ground truth. A frame that is listed twice is taken once;
+    `on_bad_row="skip"` leaves a line out whose files are not there.
 
     Raises:
-        SimIPUError: no such list, a line of another form, no line with ground truth, or a listed file is missing or
-            listed twice.
+        SimIPUError: a line of another form, no line with ground truth, or a listed file is missing.
+        OSError: the list cannot be read.
     """
-    lines = _read_lines(file_list)
-    entries = list(dict.fromkeys(lines))
-    if len(entries) < len(lines) and on_bad_row == "error":
-        twice = next(entry for entry in entries if lines.count(entry) > 1)
-        raise SimIPUError(f"{file_list}: {twice[0]} is listed twice; --on_bad_row skip takes it once")
+    entries = _read_lines(file_list)
     rows, missing = [], []
     for image, depth in entries:
         paths = Path(image_root) / image, Path(depth_root) / depth
@@ -72,13 +68,9 @@ def read_eigen_list(
 
 
 def _read_lines(path: str | os.PathLike) -> list[tuple[str, str]]:
-    """Image and depth path of every line with ground truth, relative to their roots."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SimIPUError(f"{path}: cannot be read as a file list ({error})") from error
+    """Image and depth path of every line with ground truth, once, relative to their roots."""
     entries = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(Path(path).read_text("utf-8-sig", "replace").splitlines(), start=1):
         fields = line.split()
         if not fields:
             continue
@@ -88,7 +80,7 @@ def _read_lines(path: str | os.PathLike) -> list[tuple[str, str]]:
         image, depth = (field.replace("\\", "/").lstrip("/") for field in fields[:2])
         if depth != "None":
             entries.append((image, depth))
-    return entries
+    return list(dict.fromkeys(entries))
 
 
 def select_depth_rows(

@@ -37,6 +37,7 @@ def select_frames(specifications: Sequence[str], labels: bool = False) -> datase
 
     Raises:
         SimIPUError: a source that cannot be read, an id it does not have, or a frame named twice.
+        OSError: a file of ids that cannot be read.
     """
     parts = [_select(specification, labels) for specification in specifications]
     if not parts:
@@ -54,7 +55,7 @@ def _select(specification: str, labels: bool) -> datasets.Dataset:
     rows = load_pretraining_dataset(source, split=split or None, labels=labels)
     if not ids:
         return rows
-    wanted = _read_ids(ids, specification)
+    wanted = _read_ids(ids)
     positions: dict[str, list[int]] = {}
     for index, frame_id in enumerate(rows["frame_id"][:]):
         positions.setdefault(frame_id, []).append(index)
@@ -69,13 +70,8 @@ def _select(specification: str, labels: bool) -> datasets.Dataset:
     return rows.select([positions[frame_id][0] for frame_id in wanted])
 
 
-def _read_ids(ids: str, specification: str) -> list[str]:
-    if not ids.startswith("@"):
-        return [name.strip() for name in ids.split(",") if name.strip()]
-    try:
-        lines = Path(ids[1:]).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SimIPUError(f"{specification}: the file of ids cannot be read ({error})") from error
+def _read_ids(ids: str) -> list[str]:
+    lines = Path(ids[1:]).read_text("utf-8-sig", "replace").splitlines() if ids.startswith("@") else ids.split(",")
     return [line.strip() for line in lines if line.strip()]
 
 
