@@ -668,10 +668,8 @@ class NuScenesConfig(datasets.BuilderConfig):
 
     def create_config_id(self, config_kwargs: dict[str, Any], custom_features: datasets.Features | None = None) -> str:
         # the cache folder's name: rows of files, or by code, that have changed since must not be found again
-        if self.data_dir is not None:
-            frames = [frame for split in self.list_frames().splits.values() for frame in split]
-            config_kwargs = {**config_kwargs, "files": fingerprint(frames)}
-        return super().create_config_id(config_kwargs, custom_features)
+        frames = [frame for split in self.list_frames().splits.values() for frame in split]
+        return super().create_config_id({**config_kwargs, "files": fingerprint(frames)}, custom_features)
 
 
 class NuScenes(datasets.GeneratorBasedBuilder):
