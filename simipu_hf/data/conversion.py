@@ -32,9 +32,9 @@ from ..processes import run_in_processes
 from .depth import read_depth_png, resize_depth_map
 from .inspection import open_source
 from .kitti_objects import by_field
-from .loading import list_frames, load_pretraining_dataset, refuse_problems
+from .loading import list_frames, load_pretraining_dataset
 from .rows import REQUIRED_COLUMNS, calibration_from_row, image_from_row, open_image, points_from_row
-from .sources import hub_license, undecoded
+from .sources import hub_license, named_errors, undecoded
 
 logger = logging.getLogger(__name__)
 
@@ -159,16 +159,13 @@ def convert_to_parquet(
     check_not_mounted(target)
     if num_shards < 1:
         raise SimIPUError(f"num_shards: expected at least 1, found {num_shards}")
-    try:
-        convert_file_size_to_int(max_shard_size)
-    except ValueError as error:
-        raise SimIPUError(f"max_shard_size: expected a size such as '500MB', found {max_shard_size!r}") from error
+    with named_errors("max_shard_size"):
+        shard_bytes = convert_file_size_to_int(max_shard_size)
     packing: Packing | None = Packing(image_size, image_format, quality, whole_scans)
     source, names = open_source(dataset_name, data_dir, dataset_config_name, split)
     check_apart(source.location, target)
     if source.reader is not None and scenes is not None and split is None:
-        listing = list_frames(source, names, cameras, scenes)
-        refuse_problems(listing)
+        listing = list_frames(source, names, cameras, scenes, skipped=None)
         names = [name for name in names if listing.splits.get(name)] or names
     options: dict[str, Any] = {"cameras": cameras, "scenes": scenes, "num_proc": num_proc, "cache_dir": cache_dir}
     splits = {
@@ -185,9 +182,7 @@ def convert_to_parquet(
     already_checked = source.reader is not None
     packing = None if already_checked and not (image_size or image_format) else packing
     shards = [
-        shard
-        for name, rows in splits.items()
-        for shard in _plan_shards(name, rows, packing, max_shard_size, num_shards)
+        shard for name, rows in splits.items() for shard in _plan_shards(name, rows, packing, shard_bytes, num_shards)
     ]
     target.parent.mkdir(parents=True, exist_ok=True)
     with closing(WriteLock(target)) as lock:
@@ -198,11 +193,7 @@ def convert_to_parquet(
             write = partial(_write_shard, partial_dir, splits, packing)
             run_in_processes(write, missing, num_proc, "Converting", lambda shard: shard.stop - shard.start)
         except SimIPUError as error:
-            done = sum((partial_dir / shard.file).is_file() for shard in shards)
-            raise SimIPUError(
-                f"{error}. {done} of {len(shards)} shards are kept in {partial_dir}; the same command goes on from "
-                "there"
-            ) from error
+            raise SimIPUError(f"{error}. The same command goes on with what is whole in {partial_dir}") from error
         _write_card(partial_dir, splits, features, source.config or "default")
         try:
             if target.exists():
@@ -232,12 +223,12 @@ def _plan_shards(
     name: str,
     rows: datasets.Dataset,
     packing: Packing | None,
-    max_shard_size: str,
+    shard_bytes: int,
     num_shards: int,
 ) -> list[_Shard]:
     tables = [_table(rows.select([index]), packing) for index in range(0, len(rows), max(1, len(rows) // 8))]
     row_size = sum(table.nbytes for table in tables) / len(tables)
-    most = max(1, int(convert_file_size_to_int(max_shard_size) / row_size))
+    most = max(1, int(shard_bytes / row_size))
     needed = -(-len(rows) // most)
     count = min(len(rows), -(-max(needed, 1) // num_shards) * num_shards)  # a multiple, for as many processes
     bounds = [len(rows) * index // count for index in range(count + 1)]

@@ -56,17 +56,12 @@ def _select(specification: str, labels: bool) -> datasets.Dataset:
     if not ids:
         return rows
     wanted = _read_ids(ids)
-    positions: dict[str, list[int]] = {}
+    positions: dict[str, list[int]] = {frame_id: [] for frame_id in wanted}
     for index, frame_id in enumerate(rows["frame_id"][:]):
-        positions.setdefault(frame_id, []).append(index)
-    missing = [frame_id for frame_id in wanted if frame_id not in positions]
-    if missing:
-        raise SimIPUError(f"{specification}: {len(missing)} frames are not there, the first {missing[0]!r}")
-    several = [frame_id for frame_id in wanted if len(positions[frame_id]) > 1]
-    if several:
-        raise SimIPUError(f"{specification}: expected one frame {several[0]!r}, found {len(positions[several[0]])}")
-    if len(set(wanted)) < len(wanted):
-        raise SimIPUError(f"{specification}: a frame is named twice")
+        positions.get(frame_id, []).append(index)
+    for frame_id, found in positions.items():
+        if len(found) != 1:
+            raise SimIPUError(f"{specification}: expected one frame {frame_id!r}, found {len(found)}")
     return rows.select([positions[frame_id][0] for frame_id in wanted])
 
 

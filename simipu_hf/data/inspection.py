@@ -137,7 +137,7 @@ def inspect_dataset(
     source, wanted = open_source(dataset_name, data_dir, dataset_config_name, split)
     inspector = _Inspector()
     if source.reader is not None:
-        listing = list_frames(source, wanted, cameras, scenes)
+        listing = list_frames(source, wanted, cameras, scenes, skipped=[])
         counts, notes = {name: len(frames) for name, frames in listing.splits.items()}, listing.notes
         inspector.add_problems(listing.problems)
         if not any(counts.values()) and not listing.problems:

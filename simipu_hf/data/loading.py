@@ -179,10 +179,10 @@ def take_rows(taken: dict[str, set[Any]], text: str, location: str, names: Itera
         SimIPUError: one of them was taken before.
     """
     before = taken.setdefault(full_path(location), set())
-    again = before.intersection(names)
-    if again:
-        raise SimIPUError(f"{text}: expected other rows than those taken before, found {min(again)} again")
-    before.update(names)
+    for name in names:
+        if name in before:
+            raise SimIPUError(f"{text}: expected other rows than those taken before, found {name} again")
+        before.add(name)
 
 
 def row_names(rows: datasets.Dataset) -> list[tuple[str, str]]:
@@ -251,30 +251,30 @@ def _names(split: str) -> list[str]:
 def list_frames(
     source: Source,
     splits: Sequence[str],
-    cameras: Sequence[int | str] | None = None,
-    scenes: Sequence[str] | None = None,
+    cameras: Sequence[int | str] | None,
+    scenes: Sequence[str] | None,
+    skipped: list[str] | None,
 ) -> Any:
-    """The reader's listing of some splits of a published data set."""
+    """The reader's listing of some splits of a published data set; its problems are added to `skipped`.
+
+    Raises:
+        SimIPUError: a split, camera or scene is not there, or there are problems and no `skipped`.
+    """
     assert source.reader is not None
     with named_errors(source.location):
-        return source.reader.list_frames(source.config, source.location, splits, cameras, scenes)
-
-
-def refuse_problems(listing: Any) -> None:
-    """Raises a `SimIPUError` with the first problems of a reader's listing, if it has any."""
-    if listing.problems:
+        listing = source.reader.list_frames(source.config, source.location, splits, cameras, scenes)
+    if skipped is not None:
+        skipped += listing.problems
+    elif listing.problems:
         raise SimIPUError("\n".join(listing.problems[:10]))
+    return listing
 
 
 def _load_files(source: Source, split: str, request: Request, held_out: bool | None) -> AnyDataset:
     assert source.reader is not None
     assert source.config is not None
     names, skipped = list(dict.fromkeys(_names(split))), request.skipped
-    listing = list_frames(source, names, request.cameras, request.scenes)
-    if skipped is not None:
-        skipped += listing.problems
-    else:
-        refuse_problems(listing)
+    listing = list_frames(source, names, request.cameras, request.scenes, skipped)
     frames = {name: listing.splits.get(name, []) for name in names}
     empty = [name for name, found in frames.items() if not found]
     if empty:

@@ -89,11 +89,6 @@ def to_row(
     elif isinstance(image, np.ndarray | Image.Image):
         # datasets would store 16 bits modulo 256, and of an image that was opened and then changed its file
         encoded = image_from_row({"frame_id": frame_id, "image": image}).copy()
-    elif not isinstance(image, dict):
-        found = type(image).__name__
-        raise _row_error(
-            {"frame_id": frame_id}, "image", "a Pillow image, an array, a path or the bytes of a file", found
-        )
     with _naming(frame_id):
         row = {
             "frame_id": str(frame_id),

@@ -325,10 +325,6 @@ def _hint(folder: Path) -> str:
     archives = sorted(path.name for path in folder.iterdir() if path.suffix in ARCHIVES)
     if archives:
         return f"; unpack {', '.join(archives[:3])} first"
-    if any((folder / place / "image_02").is_dir() for place in ("training", "testing")):
-        return (
-            "; this is the layout of KITTI's tracking benchmark, which is not read: the same drives are in KITTI raw"
-        )
     return ""
 
 

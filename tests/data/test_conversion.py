@@ -143,7 +143,7 @@ def test_an_interrupted_conversion_goes_on_and_ends_equal(object_root, tmp_path,
 
     with monkeypatch.context() as patch:
         patch.setattr(pq.ParquetWriter, "write_table", full_disk)
-        with pytest.raises(SimIPUError, match=r"No space left.*2 of \d shards are kept in .*resumed\.partial"):
+        with pytest.raises(SimIPUError, match=r"No space left.*goes on with what is whole in .*resumed\.partial"):
             convert_to_parquet(tmp_path / "resumed", **options)
     assert not (tmp_path / "resumed").exists()
     assert len(list((tmp_path / "resumed.partial/data").iterdir())) == 2
@@ -225,7 +225,7 @@ def test_files_are_as_large_and_as_many_as_asked_for(object_root, tmp_path):
     assert load_pretraining_dataset(data_dir=tmp_path / "four", cache_dir=tmp_path / "c")["frame_id"][:] == names
     numbers = ({"num_shards": 0}, {"max_shard_size": "large"})
     for wrong in ({"image_format": "gif"}, {"image_size": (0, 5)}, {"image_size": (9, 5, 3)}, *numbers):
-        with pytest.raises(SimIPUError, match=f"{next(iter(wrong))}: expected"):
+        with pytest.raises(SimIPUError, match=f"{next(iter(wrong))}: (expected|.*large is not in a valid format)"):
             convert_to_parquet(tmp_path / "wrong", **options, **wrong)
 
 

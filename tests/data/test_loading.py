@@ -407,7 +407,6 @@ def test_what_is_no_data_set_is_named(tmp_path, object_root, raw_root):
     (tmp_path / "holiday/photo.jpg").touch()
     (tmp_path / "download").mkdir()
     (tmp_path / "download/data_object_image_2.zip").touch()
-    (tmp_path / "tracking/training/image_02").mkdir(parents=True)
     (tmp_path / "odometry/sequences/00/image_2").mkdir(parents=True)
     shutil.copytree(object_root / "training/velodyne", tmp_path / "gray/sequences/00/velodyne")
     (tmp_path / "loop").mkdir()
@@ -438,7 +437,6 @@ def test_what_is_no_data_set_is_named(tmp_path, object_root, raw_root):
             {"data_dir": tmp_path / "gray"},
             r"image_2 or 3: expected images with a scan in .*00.velodyne, found none",
         ),
-        ({"data_dir": tmp_path / "tracking"}, "tracking benchmark, which is not read"),
         ({"data_dir": object_root, "dataset_config_name": "raw"}, r"\['object'\], found 'raw'"),
         (
             {"data_dir": object_root, "split": "nothing"},
