@@ -80,29 +80,25 @@ def prepare(
     read = partial(source.reader.read_row, whole_scans=whole_scans)
     how = source.reader.__name__, source.config, whole_scans
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "simipu_hf"
-    chunks = list(_chunks(frames))
     kind = source.reader.__name__.rpartition(".")[2]
     # outside of the lock: the processes of a launch look at the files of a large data set at the same time
-    digests = [_digest(source.reader.fingerprint(chunk), *how) for chunk in chunks]
-    paths = [folder / f"{kind}-{digest}.arrow" for digest in digests]
-    if missing := _missing(read, paths, chunks):
+    chunks = [
+        (folder / f"{kind}-{_digest(source.reader.fingerprint(chunk), *how)}.arrow", chunk)
+        for chunk in _chunks(frames)
+    ]
+    if missing := [chunk for chunk in chunks if not _is_whole(read, *chunk)]:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = folder / f"{_digest(paths)}.lock"
+        lock = folder / f"{_digest([path for path, _ in chunks])}.lock"
         lock.touch()  # an error where that is not allowed; FileLock would wait on Windows
         with FileLock(lock):
-            missing = _missing(read, *zip(*missing, strict=True))  # another process may have prepared them
+            missing = [chunk for chunk in missing if not _is_whole(read, *chunk)]  # of another process
             _remove_leftovers(folder)
             write = partial(_write_chunk, read, source.reader.features(source.config), skipped is None)
             run_in_processes(write, missing, num_proc, "Preparing", lambda item: len(item[1]))
-    rows = datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in paths])
-    messages: list[str] = []
-    if len(rows) < len(frames):  # those left out are read again for the reason why
-        for _ in read_frames(read, _left_out(rows, frames), messages):
+    rows = datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path, _ in chunks])
+    if len(rows) < len(frames):
+        for _ in read_frames(read, _left_out(rows, frames), skipped):  # once more, for the reason why
             pass
-    if messages and skipped is None:
-        raise SimIPUError(messages[0])
-    if skipped is not None:
-        skipped += messages
     return rows
 
 
@@ -123,12 +119,6 @@ def _chunks(frames: Sequence[Any]) -> Iterator[Sequence[Any]]:
         yield chunk
 
 
-def _missing(
-    read: Callable[..., Any], paths: Sequence[Path], chunks: Sequence[Any]
-) -> list[tuple[Path, Sequence[Any]]]:
-    return [item for item in zip(paths, chunks, strict=True) if not _is_whole(read, *item)]
-
-
 def _is_whole(read: Callable[..., Any], path: Path, frames: Sequence[Any]) -> bool:
     """Whether a file holds all frames that can be read: some may have been left out for a passing reason."""
     if not path.is_file():
@@ -143,9 +133,9 @@ def _left_out(rows: datasets.Dataset, frames: Sequence[Any]) -> list[Any]:
 
 
 def _write_chunk(
-    read: Callable[..., Any], features: datasets.Features, stop_at_damage: bool, item: tuple[Path, Sequence[Any]]
+    read: Callable[..., Any], features: datasets.Features, stop_at_damage: bool, chunk: tuple[Path, Sequence[Any]]
 ) -> None:
-    path, frames = item
+    path, frames = chunk
     write_arrow(path, read_frames(read, frames, None if stop_at_damage else []), features)
 
 
