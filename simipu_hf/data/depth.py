@@ -35,7 +35,7 @@ def read_eigen_list(
     depth_root: str | os.PathLike,
     on_bad_row: OnBadRow = "error",
 ) -> datasets.Dataset:
-    """The frames of an Eigen file list that have ground truth: `frame_id`, `image` (not decoded), path of `depth`.
+    """The frames of an Eigen file list that have ground truth: `frame_id`, `image` and `depth` (not decoded).
 
     A line is `image_path depth_path`, with or without a focal length behind it (which nothing needs), and `None` for
     a missing depth. The paths start from `image_root` (KITTI raw) and `depth_root` (KITTI's annotated depth maps).
@@ -62,8 +62,8 @@ def read_eigen_list(
         print(f"{found}; they are left out", file=sys.stderr)
     if not rows:
         raise SimIPUError(f"{file_list}: no line has ground truth")
-    text = datasets.Value("string")
-    columns = {"frame_id": text, "image": datasets.Image(decode=False), "depth": text}
+    file = datasets.Image(decode=False)
+    columns = {"frame_id": datasets.Value("string"), "image": file, "depth": file}
     return datasets.Dataset.from_list(rows, features=datasets.Features(columns))
 
 
@@ -137,7 +137,7 @@ def _nearest_wins(row: np.ndarray, column: np.ndarray, depth: np.ndarray, height
     return nearest.reshape(height, width).astype(np.float32)
 
 
-def read_depth_png(source: Image.Image | Mapping[str, Any] | str | os.PathLike, name: str | None = None) -> np.ndarray:
+def read_depth_png(source: Image.Image | Mapping[str, Any] | str | os.PathLike, name: str) -> np.ndarray:
     """Metres of a KITTI depth PNG: 16-bit grey, value / 256, 0 where unknown. `source` is opened, its path, or
     `{"bytes", "path"}` of a column that is not decoded.
 
@@ -145,8 +145,6 @@ def read_depth_png(source: Image.Image | Mapping[str, Any] | str | os.PathLike, 
         SimIPUError: the file is missing, no image, or not 16-bit grey; `name` says which.
     """
     if not isinstance(source, Image.Image):
-        if not isinstance(source, Mapping):
-            source, name = {"bytes": None, "path": source}, str(source)
         try:
             with open_image(source) as source:
                 source.load()

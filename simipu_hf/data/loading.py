@@ -456,13 +456,9 @@ def _with_common_columns(
     return joined
 
 
-def _as_it_is(row: dict[str, Any]) -> dict[str, Any]:
-    return row
-
-
 def _cast(rows: AnyDataset, features: datasets.Features, cache_dir: str | os.PathLike | None) -> AnyDataset:
     if isinstance(rows, datasets.IterableDataset):  # whose cast leaves what it reads as Arrow as it was
-        return rows.map(_as_it_is, features=features)
+        return rows.map(dict, features=features)
     # in the cache: datasets would write the copy beside the rows, into a save_to_disk folder
     name = datasets.fingerprint.Hasher.hash((rows._fingerprint, str(features)))
     path = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / f"cast-{name}.arrow"

@@ -112,7 +112,7 @@ def rows_fingerprint(rows: datasets.Dataset) -> str:
     digest = hashlib.sha256()
     for table in rows.with_format("arrow").iter(1024):
         for column in rows.column_names:
-            if column in ("image", "depth"):
+            if isinstance(rows.features[column], datasets.Image):
                 digest.update(repr(list(_lengths(table, column))).encode())
             elif column == "points":
                 scans = table[column].cast(pa.large_binary())
@@ -144,11 +144,8 @@ def _parts(values: Any) -> Iterator[bytes]:
 def _lengths(table: pa.Table, column: str = "image") -> Iterator[int | None]:
     """Bytes of the file of every row; `None` where there is none."""
     for chunk in table[column].chunks:
-        if pa.types.is_struct(chunk.type):
-            lengths, paths = pc.binary_length(chunk.field("bytes")).to_pylist(), chunk.field("path").to_pylist()
-        else:  # paths alone
-            lengths, paths = [None] * len(chunk), chunk.to_pylist()
-        for length, path in zip(lengths, paths, strict=True):
+        lengths, paths = pc.binary_length(chunk.field("bytes")), chunk.field("path")
+        for length, path in zip(lengths.to_pylist(), paths.to_pylist(), strict=True):
             if length is None and path:
                 with suppress(OSError):
                     length = os.stat(path).st_size

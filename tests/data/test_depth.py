@@ -155,12 +155,12 @@ def test_resizing_keeps_depths_and_the_nearest_wins():
 def test_depth_png_round_trip(tmp_path):
     stored = np.array([[0, 256, 65535], [1, 512, 20480]], dtype=np.uint16)
     Image.fromarray(stored).save(tmp_path / "depth.png")
-    np.testing.assert_array_equal(read_depth_png(tmp_path / "depth.png"), stored.astype(np.float32) / 256)
+    np.testing.assert_array_equal(read_depth_png(tmp_path / "depth.png", "a"), stored.astype(np.float32) / 256)
     Image.new("RGB", (3, 2)).save(tmp_path / "colour.png")
-    with pytest.raises(SimIPUError, match=r"colour\.png.*16-bit"):
-        read_depth_png(tmp_path / "colour.png")
-    with pytest.raises(SimIPUError, match=r"missing\.png"):
-        read_depth_png(tmp_path / "missing.png")
+    with pytest.raises(SimIPUError, match="a: expected a 16-bit"):
+        read_depth_png(tmp_path / "colour.png", "a")
+    with pytest.raises(SimIPUError, match=r"a: cannot be read.*missing\.png"):
+        read_depth_png(tmp_path / "missing.png", "a")
 
 
 def test_target_of_a_row_comes_from_its_depth_or_its_points():

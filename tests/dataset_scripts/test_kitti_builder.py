@@ -190,7 +190,7 @@ OBJECT_DAMAGE = {
     "calibration missing": (delete(CALIB), [CALIB, "No such file"]),
     "scan truncated": (overwrite(SCAN, b"\0" * 40), [SCAN, "16 bytes", "40 bytes"]),
     "scan empty": (overwrite(SCAN, b""), [SCAN, "0 bytes"]),
-    "scan with NaN": (points(SCAN, [[0] * 4, [0, np.nan, 0, 0], [0, 0, 0, np.inf]]), [SCAN, "2 of 3", "index 1"]),
+    "scan with NaN": (points(SCAN, [[0] * 4, [0, np.nan, 0, 0], [0, 0, 0, np.inf]]), [SCAN, "finite points"]),
     "image unreadable": (overwrite(IMAGE, b"not a PNG"), [IMAGE, "readable image"]),
     "calibration line missing": (rewrite(CALIB, "P2:", "Q2:"), [CALIB, "'P2:'", "Q2"]),
     "calibration line too long": (
@@ -200,7 +200,7 @@ OBJECT_DAMAGE = {
     "calibration not numeric": (rewrite(CALIB, "Tr_velo_to_cam:", "Tr_velo_to_cam: x"), [CALIB, "' x 0 -1"]),
     "calibration with NaN": (rewrite(CALIB, "R0_rect: ", "R0_rect: nan nan nan 0 0 0 0 0 0\nX: "), [CALIB, "finite"]),
     "scan of float64": (store_scan(lambda scan: scan.astype("<f8")), [SCAN, "within 1,000 m"]),
-    "scan in millimetres": (store_scan(lambda scan: 1000 * scan), [SCAN, "within 1,000 m", "float32"]),
+    "scan in millimetres": (store_scan(lambda scan: 1000 * scan), [SCAN, "within 1,000 m, each float32"]),
     "scan behind the camera": (points(SCAN, [[-9, 0, 0, 0]]), ["frame 000001", "points of the scan in the image"]),
     "ImageSets names an absent frame": (
         overwrite("ImageSets/train.txt", b"000000\n000077\n"),
