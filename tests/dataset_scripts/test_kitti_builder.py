@@ -204,7 +204,7 @@ OBJECT_DAMAGE = {
     "scan behind the camera": (points(SCAN, [[-9, 0, 0, 0]]), ["frame 000001", "points of the scan in the image"]),
     "ImageSets names an absent frame": (
         overwrite("ImageSets/train.txt", b"000000\n000077\n"),
-        ["training/image_2/000077.png", "No such file"],
+        ["training/calib/000077.txt", "No such file"],
     ),
     "folder missing": (lambda root: shutil.rmtree(root / "training/velodyne"), ["velodyne", "image_2"]),
 }
