@@ -30,9 +30,9 @@ from ..files import WriteLock, atomic_path, check_apart, check_not_mounted, move
 from ..modeling.geometry import pixel_transform
 from ..processes import run_in_processes
 from .depth import read_depth_png, resize_depth_map
-from .inspection import open_source
+from .inspection import load_splits, open_source
 from .kitti_objects import by_field
-from .loading import list_frames, load_pretraining_dataset
+from .loading import list_frames
 from .rows import REQUIRED_COLUMNS, calibration_from_row, image_from_row, open_image, points_from_row
 from .sources import hub_license, named_errors, undecoded
 
@@ -168,12 +168,7 @@ def convert_to_parquet(
         listing = list_frames(source, names, cameras, scenes, skipped=None)
         names = [name for name in names if listing.splits.get(name)] or names
     options: dict[str, Any] = {"cameras": cameras, "scenes": scenes, "num_proc": num_proc, "cache_dir": cache_dir}
-    splits = {
-        name: load_pretraining_dataset(
-            source.location, dataset_config_name=source.config, split=name, whole_scans=whole_scans, **options
-        )
-        for name in names
-    }
+    splits = load_splits(source, names, whole_scans=whole_scans, **options)
     features = _common_features(source.location, splits)
     for rows in splits.values() if image_size else ():
         depth = rows.features.get("depth")

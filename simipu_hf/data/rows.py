@@ -342,12 +342,9 @@ def check_row(row: Mapping[str, Any]) -> None:
     """Checks all of a row.
 
     Raises:
-        SimIPUError: a column is missing, or anything that `points_from_row`, `calibration_from_row` or
-            `image_from_row` refuses; names the frame, what was expected and what was found.
+        SimIPUError: anything that `points_from_row`, `calibration_from_row` or `image_from_row` refuses; names the
+            frame, what was expected and what was found.
     """
-    missing = [column for column in REQUIRED_COLUMNS if column not in row]
-    if missing:
-        raise _row_error(row, ", ".join(missing), f"the columns {REQUIRED_COLUMNS}", list(row))
     points_from_row(row)
     calibration_from_row(row)
     image_from_row(row)

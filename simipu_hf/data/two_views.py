@@ -45,8 +45,7 @@ class TwoViewAugmentation:
         translation_std: standard deviation of its shift along each axis, in metres.
         flip_probability: how often the image and the augmented view are mirrored, always together.
         rotation_center: x, y, z in metres in the frame of the points; the scale is about the origin. The default is
-            the origin, in the camera-aligned frame the camera: it suits every range of depths, whereas the middle of
-            one range lies outside another. PointNet++, which sees differences of coordinates, does not notice it.
+            the origin, in the camera-aligned frame the camera, which suits every range of depths.
         random_resize: smallest and largest (long edge, short edge) in pixels; both edges are drawn independently and
             the image is resized within them, keeping its ratio. `None` resizes as the image processor does.
         random_zoom: range of the zoom of a random window, which keeps the image's ratio and is resized in the
