@@ -125,14 +125,13 @@ def list_frames(
     _require(cameras, CAMERAS, f"{root}: cameras")
     logs = {split: list(_logs(os.path.join(root, split))) for split in splits}
     _require(scenes, [os.path.basename(log) for split in logs.values() for log in split], f"{root}: scenes")
-    found: dict[str, list[Frame]] = {}
-    problems: list[str] = []
-    notes: list[str] = []
+    listing = Listing({}, [], [])
     for split in splits:
-        for log in logs[split]:
-            if scenes is None or os.path.basename(log) in scenes:
-                found.setdefault(split, []).extend(_log_frames(log, cameras, problems, notes))
-    return Listing({split: frames for split, frames in found.items() if frames}, problems, notes)
+        chosen = [log for log in logs[split] if scenes is None or os.path.basename(log) in scenes]
+        frames = [frame for log in chosen for frame in _log_frames(log, cameras, listing)]
+        if frames:
+            listing.splits[split] = frames
+    return listing
 
 
 def _logs(folder: str) -> Iterator[str]:
@@ -141,13 +140,13 @@ def _logs(folder: str) -> Iterator[str]:
             yield os.path.join(folder, name)
 
 
-def _log_frames(log: str, cameras: Sequence[str], problems: list[str], notes: list[str]) -> list[Frame]:
+def _log_frames(log: str, cameras: Sequence[str], listing: Listing) -> list[Frame]:
     """Every sweep with the nearest image of each camera."""
     missing = [name for name in (*CALIBRATION, POSES) if not os.path.isfile(os.path.join(log, name))]
     sweeps = _times(os.path.join(log, "sensors", "lidar"), ".feather")
     if missing or not sweeps:
         expected = ", ".join(missing or ["sensors/lidar/*.feather"])
-        problems.append(f"{log}: expected {expected}, found no such file")
+        listing.problems.append(f"{log}: expected {expected}, found no such file")
         return []
     images = {camera: _times(os.path.join(log, "sensors", "cameras", camera), ".jpg") for camera in cameras}
     scene, frames, pairs = os.path.basename(log), [], len(sweeps) * len(cameras)
@@ -158,7 +157,7 @@ def _log_frames(log: str, cameras: Sequence[str], problems: list[str], notes: li
                 frames.append(Frame(f"{scene}_{sweep}_{camera}", scene, camera, log, sweep, image))
     if len(frames) < pairs:
         alone = pairs - len(frames)
-        notes.append(f"{log}: {alone} of {pairs} sweeps and cameras have no image within 25 ms, left out")
+        listing.notes.append(f"{log}: {alone} of {pairs} sweeps and cameras have no image within 25 ms, left out")
     return frames
 
 

@@ -324,27 +324,24 @@ def _sample_data(folder: str, channels: dict[str, str], sweeps: bool) -> list[di
 
 
 def _build_index(sample_data: str, ego_pose: str, channels: dict[str, str]) -> pa.Table:
-    rows: dict[str, list[Any]] = defaultdict(list)
+    rows = []
     tokens = ("sample_token", "calibrated_sensor_token", "ego_pose_token")
     for record in _records(sample_data, *tokens, "filename", "timestamp", "is_key_frame", "width", "height"):
         if channels.get(record["calibrated_sensor_token"], LIDAR) in (*CAMERAS, LIDAR):
             if not isinstance(record["filename"], str) or ".." in record["filename"].split("/"):
                 what = f"{sample_data}: record {record['token']}"
                 raise ValueError(f"{what}: expected a path in the data set as filename, found {record['filename']!r}")
-            rows["sample"].append(record["sample_token"])
-            rows["sensor"].append(record["calibrated_sensor_token"])
-            rows["ego"].append(record["ego_pose_token"])
-            rows["filename"].append(record["filename"])
-            rows["time"].append(_whole_number(record, "timestamp", sample_data))
-            rows["key"].append(bool(record["is_key_frame"]))
-            rows["width"].append(_whole_number(record, "width", sample_data))
-            rows["height"].append(_whole_number(record, "height", sample_data))
-    egos = rows.pop("ego", [])
+            numbers = [_whole_number(record, field, sample_data) for field in ("timestamp", "width", "height")]
+            names = [record[field] for field in (*tokens, "filename")]
+            rows.append((*names, bool(record["is_key_frame"]), *numbers))
+    fields = ("sample", "sensor", "ego", "filename", "key", "time", "width", "height")
+    columns = {name: [row[index] for row in rows] for index, name in enumerate(fields)}
+    egos = columns.pop("ego")
     wanted = set(egos)
     records = _records(ego_pose, "rotation", "translation")
     poses = {record["token"]: _pose(record, ego_pose) for record in records if record["token"] in wanted}
     pose_type = pa.list_(pa.float64(), 7)
-    return pa.table({**rows, "pose": pa.array([poses.get(ego) for ego in egos], pose_type)})
+    return pa.table({**columns, "pose": pa.array([poses.get(ego) for ego in egos], pose_type)})
 
 
 def _boxes(folder: str, problems: list[str]) -> dict[str, np.ndarray]:

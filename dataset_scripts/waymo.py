@@ -108,16 +108,16 @@ def list_frames(
     splits, cameras = splits or available, cameras or tuple(CAMERAS)
     _require(splits, available, f"{root}: splits")
     _require(cameras, CAMERAS, f"{root}: cameras")
-    found: dict[str, list[Frame]] = {}
-    problems: list[str] = []
     segments = {split: _segments(os.path.join(root, FOLDERS[split])) for split in splits}
     _require(scenes, set().union(*segments.values()), f"{root}: scenes")
+    listing = Listing({}, [], [])
     for split in splits:
         folder = os.path.join(root, FOLDERS[split])
-        for segment in segments[split]:
-            if scenes is None or segment in scenes:
-                found.setdefault(split, []).extend(_segment_frames(folder, segment, cameras, problems))
-    return Listing({split: frames for split, frames in found.items() if frames}, problems, [])
+        chosen = [segment for segment in segments[split] if scenes is None or segment in scenes]
+        frames = [frame for segment in chosen for frame in _segment_frames(folder, segment, cameras, listing.problems)]
+        if frames:
+            listing.splits[split] = frames
+    return listing
 
 
 def _segments(folder: str) -> list[str]:
