@@ -398,9 +398,8 @@ def _rows_of_side(names: Sequence[tuple[str, str]], held_out: bool, share: float
     places = {scene: _place(scene) for scene, _ in names}
     low, high = min(places.values()), max(places.values())
     if not low < share <= high:
-        advice = f"choose a value between {low:.3f} and {high:.3f}" if len(places) > 1 else "one cannot be shared"
         problem = f"validation_share {share} puts all of {len(places)} scenes on one side"
-        raise SimIPUError(f"{location}: {problem}: {advice}")
+        raise SimIPUError(f"{location}: {problem}: choose a value between {low:.3f} and {high:.3f}")
     if len(names) < 3 * len(places) and all(scene == scene_of(frame_id) for scene, frame_id in names):
         logger.warning(
             f"{location}: validation_share makes {len(places)} scenes of the names of {len(names)} frames; if these "

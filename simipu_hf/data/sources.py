@@ -201,13 +201,10 @@ def license_of(location: str) -> str:
 
     In words where the Hub has no identifier of it.
     """
-    address = location if "://" in location else f"hf://datasets/{location}"
+    address = location if "://" in location or os.path.isdir(location) else f"hf://datasets/{location}"
     try:
-        if os.path.isdir(location):
-            text = Path(location, "README.md").read_text(encoding="utf-8-sig")
-        else:
-            with fsspec.open(f"{address}/README.md", "r", encoding="utf-8-sig") as file:
-                text = file.read()
+        with fsspec.open(f"{address}/README.md", "r", encoding="utf-8-sig") as file:
+            text = file.read()
     except Exception:  # there is none, or it cannot be reached; every file system has errors of its own
         return ""
     try:
