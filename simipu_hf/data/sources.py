@@ -40,11 +40,6 @@ class Source:
     config: str | None = None
     reader: ModuleType | None = None
 
-    @property
-    def is_address(self) -> bool:
-        """Of any file system that fsspec knows: `s3://`, `gs://`, `hf://`, …"""
-        return "://" in self.location
-
     @cached_property
     def splits(self) -> list[str]:
         """Names of its splits; a `save_to_disk` folder without splits is "train".
@@ -57,7 +52,7 @@ class Source:
                 return self.reader.split_names(self.config, self.location)
             if self.kind == "saved":
                 return list(self.saved)
-            if self.is_address:
+            if "://" in self.location:
                 return list(self.remote_files)
             return datasets.get_dataset_split_names(self.location, self.config)
 
@@ -102,7 +97,7 @@ class Source:
 
     def load(self, split: str, **options: Any) -> datasets.Dataset | datasets.IterableDataset:
         """`datasets.load_dataset` of a split of Parquet files or of the Hub."""
-        if self.is_address:
+        if "://" in self.location:
             return datasets.load_dataset("parquet", data_files=self.remote_files, split=split, **options)
         return datasets.load_dataset(self.location, self.config, split=split, **options)
 
