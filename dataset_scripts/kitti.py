@@ -473,8 +473,8 @@ def _matrix(values: dict[str, str], path: str, key: str, shape: tuple[int, ...])
         if not np.isfinite(matrix).all():
             raise ValueError("NaN or infinity")
     except (KeyError, ValueError) as error:
-        expected = f"a line '{key}:' of {np.prod(shape)} finite numbers"
-        raise ValueError(f"{path}: expected {expected}, found {values.get(key, ', '.join(values))!r}") from error
+        expected = f"expected a line '{key}:' of {np.prod(shape)} finite numbers"
+        raise ValueError(f"{path}: {expected}, found {values.get(key, ', '.join(values))!r}") from error
     return matrix
 
 
