@@ -257,8 +257,8 @@ def _drive_frames(name: str, drive: _Drive, cameras: Sequence[int] | None, listi
         images = _files(folder, IMAGE_SUFFIXES)
         alone = sorted(images.keys() ^ scans.keys())
         if images and scans and alone:
-            found = f"{', '.join(alone[:8])}{', …' if len(alone) > 8 else ''}"
-            listing.notes.append(f"{folder}: {len(alone)} images or scans without a partner, left out: {found}")
+            some = ", ".join(alone[:8])
+            listing.notes.append(f"{folder}: {len(alone)} images or scans without a partner, left out: {some}")
         prefix = f"{drive.scene}_image_{camera:02d}" if name == "raw" else f"{drive.scene}_image_{camera}"
         pairs = [
             Frame(name, f"{prefix}_{key}", drive.scene, camera, images[key], scans[key], drive.calibration)

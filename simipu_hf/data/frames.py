@@ -55,7 +55,8 @@ def _select(specification: str, labels: bool) -> datasets.Dataset:
     rows = load_pretraining_dataset(source, split=split or None, labels=labels)
     if not ids:
         return rows
-    wanted = _read_ids(ids)
+    lines = Path(ids[1:]).read_text("utf-8-sig", "replace").splitlines() if ids.startswith("@") else ids.split(",")
+    wanted = [line.strip() for line in lines if line.strip()]
     positions: dict[str, list[int]] = {frame_id: [] for frame_id in wanted}
     for index, frame_id in enumerate(rows["frame_id"][:]):
         positions.get(frame_id, []).append(index)
@@ -63,11 +64,6 @@ def _select(specification: str, labels: bool) -> datasets.Dataset:
         if len(found) != 1:
             raise SimIPUError(f"{specification}: expected one frame {frame_id!r}, found {len(found)}")
     return rows.select([positions[frame_id][0] for frame_id in wanted])
-
-
-def _read_ids(ids: str) -> list[str]:
-    lines = Path(ids[1:]).read_text("utf-8-sig", "replace").splitlines() if ids.startswith("@") else ids.split(",")
-    return [line.strip() for line in lines if line.strip()]
 
 
 # --- samples --------------------------------------------------------------------------------------------------------

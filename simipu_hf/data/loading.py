@@ -272,7 +272,6 @@ def list_frames(
 
 def _load_files(source: Source, split: str, request: Request, held_out: bool | None) -> AnyDataset:
     assert source.reader is not None
-    assert source.config is not None
     names, skipped = list(dict.fromkeys(_names(split))), request.skipped
     listing = list_frames(source, names, request.cameras, request.scenes, skipped)
     frames = {name: listing.splits.get(name, []) for name in names}
@@ -297,10 +296,8 @@ def _load_files(source: Source, split: str, request: Request, held_out: bool | N
         raise SimIPUError(f"{source.location}: split: expected different names where streaming, found {split!r}")
     if held_out is not None and request.validation_share is not None:  # of the others no file is opened
         for name, found in frames.items():
-            own = _rows_of_side(
-                [(frame.scene, frame.frame_id) for frame in found],
-                held_out, request.validation_share, source.location,
-            )  # fmt: skip
+            scenes = [(frame.scene, frame.frame_id) for frame in found]
+            own = _rows_of_side(scenes, held_out, request.validation_share, source.location)
             frames[name] = [found[index] for index in own]
     read = partial(source.reader.read_row, whole_scans=request.whole_scans)
     features, options = source.reader.features(source.config), {"read": read, "skip": skipped is not None}
