@@ -304,7 +304,7 @@ def _files(folder: str, suffixes: tuple[str, ...]) -> dict[str, str]:
     return {os.path.splitext(name)[0]: os.path.join(folder, name) for name in names}
 
 
-def _require(wanted: Iterable[Any] | None, available: Collection[Any], what: str) -> None:
+def _require(wanted: Iterable[str] | None, available: Collection[str], what: str) -> None:
     missing = [name for name in wanted or () if name not in available]
     if missing:
         raise ValueError(f"{what}: expected some of {sorted(available)}, found {missing}")
