@@ -102,15 +102,9 @@ def configurations(data_dir: str | os.PathLike) -> list[str]:
 
 
 def split_names(name: str, data_dir: str | os.PathLike | None) -> list[str]:
-    """Splits of a folder: train, val, test. ValueError where it has none."""
+    """Splits of a folder: train, val, test."""
     root = _root(data_dir)
-    splits = [split for split in SPLITS if next(iter(_logs(os.path.join(root, split))), None)]
-    if not splits:
-        raise ValueError(
-            f"{root}: expected train/, val/ or test/ with logs (sensors/, calibration/), found "
-            f"{', '.join(sorted(os.listdir(root))[:10]) or 'an empty folder'}"
-        )
-    return splits
+    return [split for split in SPLITS if next(_logs(os.path.join(root, split)), None)]
 
 
 def list_frames(
@@ -131,14 +125,13 @@ def list_frames(
     _require(cameras, CAMERAS, f"{root}: cameras")
     logs = {split: list(_logs(os.path.join(root, split))) for split in splits}
     _require(scenes, [os.path.basename(log) for split in logs.values() for log in split], f"{root}: scenes")
-    found: dict[str, list[Frame]] = {}
-    problems: list[str] = []
-    notes: list[str] = []
+    listing = Listing({}, [], [])
     for split in splits:
-        for log in logs[split]:
-            if scenes is None or os.path.basename(log) in scenes:
-                found.setdefault(split, []).extend(_log_frames(log, cameras, problems, notes))
-    return Listing({split: frames for split, frames in found.items() if frames}, problems, notes)
+        chosen = [log for log in logs[split] if scenes is None or os.path.basename(log) in scenes]
+        frames = [frame for log in chosen for frame in _log_frames(log, cameras, listing)]
+        if frames:
+            listing.splits[split] = frames
+    return listing
 
 
 def _logs(folder: str) -> Iterator[str]:
@@ -147,13 +140,13 @@ def _logs(folder: str) -> Iterator[str]:
             yield os.path.join(folder, name)
 
 
-def _log_frames(log: str, cameras: Sequence[str], problems: list[str], notes: list[str]) -> list[Frame]:
+def _log_frames(log: str, cameras: Sequence[str], listing: Listing) -> list[Frame]:
     """Every sweep with the nearest image of each camera."""
     missing = [name for name in (*CALIBRATION, POSES) if not os.path.isfile(os.path.join(log, name))]
     sweeps = _times(os.path.join(log, "sensors", "lidar"), ".feather")
     if missing or not sweeps:
-        lacks = " and ".join([*missing, *([] if sweeps else ["sensors/lidar/*.feather"])])
-        problems.append(f"{log}: expected {lacks}, found no such file")
+        expected = ", ".join(missing or ["sensors/lidar/*.feather"])
+        listing.problems.append(f"{log}: expected {expected}, found no such file")
         return []
     images = {camera: _times(os.path.join(log, "sensors", "cameras", camera), ".jpg") for camera in cameras}
     scene, frames, pairs = os.path.basename(log), [], len(sweeps) * len(cameras)
@@ -164,7 +157,7 @@ def _log_frames(log: str, cameras: Sequence[str], problems: list[str], notes: li
                 frames.append(Frame(f"{scene}_{sweep}_{camera}", scene, camera, log, sweep, image))
     if len(frames) < pairs:
         alone = pairs - len(frames)
-        notes.append(f"{log}: {alone} of {pairs} sweeps and cameras have no image within 25 ms, left out")
+        listing.notes.append(f"{log}: {alone} of {pairs} sweeps and cameras have no image within 25 ms, left out")
     return frames
 
 
@@ -264,10 +257,7 @@ def read_calibration(frame: Frame) -> tuple[np.ndarray, np.ndarray, tuple[int, i
 @functools.lru_cache(maxsize=16)
 def _table(path: str, key: str, state: tuple[int, int] | None) -> dict[Any, dict[str, Any]]:
     """The records of a small feather table by one of its columns."""
-    records = _read_feather(path).to_pylist()
-    if records and key not in records[0]:
-        raise ValueError(f"{path}: expected a column {key}, found {', '.join(records[0])}")
-    return {record[key]: record for record in records}
+    return {record[key]: record for record in _read_feather(path).to_pylist()}
 
 
 def _record(path: str, key: str, value: Any) -> dict[str, Any]:
@@ -307,8 +297,6 @@ def image_size(path: str, expected: tuple[int, int] | None = None, source: str =
     mark at JPEG's end not whole (what is between is not looked at), or not of the size `expected` by `source`."""
     try:
         with open(path, "rb") as file, Image.open(file) as image:
-            if image.format in ("JPEG", "MPO") and image.getexif().get(274) in range(2, 9):
-                raise ValueError("an EXIF orientation: turn the pixels to what the calibration speaks of, without it")
             image.verify()
             file.seek(-min(4096, os.path.getsize(path)), os.SEEK_END)
             if image.format in ("JPEG", "MPO") and b"\xff\xd9" not in file.read():
@@ -331,11 +319,6 @@ def read_points(path: str) -> np.ndarray:
 @functools.lru_cache(maxsize=2)
 def _points(path: str, state: tuple[int, int] | None) -> np.ndarray:
     table = _read_feather(path)
-    missing = [name for name in ("x", "y", "z", "intensity") if name not in table.column_names]
-    if missing or len(table) == 0:
-        raise ValueError(
-            f"{path}: expected points with x, y, z, intensity, found {table.column_names}, {len(table)} rows"
-        )
     points = np.column_stack([table[name].to_numpy().astype("<f4") for name in ("x", "y", "z", "intensity")])
     if not np.isfinite(points).all():
         raise ValueError(f"{path}: expected finite points, found NaN or infinity")
@@ -381,10 +364,8 @@ class Argoverse2Config(datasets.BuilderConfig):
 
     def create_config_id(self, config_kwargs: dict[str, Any], custom_features: datasets.Features | None = None) -> str:
         # the cache folder's name: rows of files, or by code, that have changed since must not be found again
-        if self.data_dir is not None:
-            frames = [frame for split in self.list_frames().splits.values() for frame in split]
-            config_kwargs = {**config_kwargs, "files": fingerprint(frames)}
-        return super().create_config_id(config_kwargs, custom_features)
+        frames = [frame for split in self.list_frames().splits.values() for frame in split]
+        return super().create_config_id({**config_kwargs, "files": fingerprint(frames)}, custom_features)
 
 
 class Argoverse2(datasets.GeneratorBasedBuilder):
@@ -408,15 +389,14 @@ class Argoverse2(datasets.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
-        if self.config.on_bad_row not in ("error", "skip"):
-            raise ValueError(f"on_bad_row: expected 'error' or 'skip', found {self.config.on_bad_row!r}")
         listing = self.config.list_frames()
-        if listing.problems and self.config.on_bad_row == "error":
+        if listing.problems and self.config.on_bad_row != "skip":
             raise ValueError("\n".join(listing.problems[:10]))
         for message in listing.notes + listing.problems:
             logger.warning(message)
         if not listing.splits:
-            raise ValueError(f"{self.config.data_dir}: expected images with their scans, found none")
+            expected = f"images with scans of {self.config.description}"
+            raise ValueError(f"{self.config.data_dir}: expected {expected}, found none")
         # a list is what datasets divides among processes and stream shards
         return [datasets.SplitGenerator(split, {"frames": frames}) for split, frames in listing.splits.items()]
 
@@ -428,7 +408,7 @@ class Argoverse2(datasets.GeneratorBasedBuilder):
                     raise ValueError(f"frame {frame.frame_id}: expected points of the scan in the image, found none")
                 yield frame.frame_id, row
             except ValueError as error:
-                if self.config.on_bad_row == "error":
+                if self.config.on_bad_row != "skip":
                     raise
                 logger.warning(f"frame {frame.frame_id} skipped: {error}")
 

@@ -141,7 +141,8 @@ def list_frames(
 ) -> Listing:
     """Frames of a nuScenes folder: all, or those of some splits, cameras and scenes.
 
-    Reads the tables and names of files. ValueError where a table is missing or damaged, or one of these not there.
+    Reads the tables and names of files. OSError where a table is missing, ValueError where it is damaged or one of
+    these is not there.
     """
     folder = _tables(name, data_dir)
     root = os.path.dirname(folder)
@@ -177,14 +178,13 @@ class _Tables:
         self.sensors: dict[str, tuple[str, np.ndarray, np.ndarray]] = {}
         path = os.path.join(folder, "calibrated_sensor.json")
         for row in _records(path, "sensor_token", "camera_intrinsic", "rotation", "translation"):
-            sensor, intrinsics = channels.get(row["sensor_token"]), row["camera_intrinsic"] or []
-            if sensor is None:
-                token = row["sensor_token"]
-                self.problems.append(f"{path}: record {row['token']}: expected a sensor, found {token!r}")
+            intrinsics = row["camera_intrinsic"] or []
             matrix = [_vector({**row, "camera_intrinsic": line}, "camera_intrinsic", 3, path) for line in intrinsics]
-            self.sensors[row["token"]] = sensor or "", _pose(row, path), np.array(matrix).reshape(-1, 3)
+            if row["sensor_token"] in channels:
+                sensor = channels[row["sensor_token"]], _pose(row, path), np.array(matrix).reshape(-1, 3)
+                self.sensors[row["token"]] = sensor
         self.data = _sample_data(folder, {token: sensor[0] for token, sensor in self.sensors.items()}, sweeps)
-        self._drop("calibrated_sensor", lambda row: row["sensor"] not in self.sensors)
+        self._drop("calibrated_sensor with a sensor", lambda row: row["sensor"] not in self.sensors)
         self._drop("ego_pose", lambda row: row["pose"] is None)
         for row in self.data:
             row["scene"] = scene_of.get(row["sample"])
@@ -277,18 +277,13 @@ def _published_splits(folder: str, there: set[str]) -> dict[str, set[str]]:
     if os.path.isfile(own):
         try:
             with open(own, encoding="utf-8-sig") as file:
-                lists = json.load(file)
-        except ValueError as error:
-            raise ValueError(f"{own}: expected JSON, found: {error}") from error
-        named = lists.values() if isinstance(lists, dict) else [None]
-        if not all(isinstance(scenes, list) and all(isinstance(scene, str) for scene in scenes) for scenes in named):
-            raise ValueError(f"{own}: expected split -> list of scenes, found {str(lists)[:80]}")
-        for name in lists:
-            if not re.fullmatch(r"\w+", name):
-                raise ValueError(f"{own}: expected names of splits of letters, digits and _, found {name!r}")
-            if unknown := sorted(set(lists[name]) - there):
-                raise ValueError(f"{own}: {name}: expected scenes of the tables, found {unknown[0]!r}")
-        splits |= {name: set(scenes) for name, scenes in lists.items()}
+                named = {split: set(scenes) for split, scenes in json.load(file).items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"{own}: expected split -> list of scenes, found: {error}") from error
+        for split, scenes in named.items():
+            if unknown := sorted(scenes - there):
+                raise ValueError(f"{own}: {split}: expected scenes of the tables, found {unknown[0]!r}")
+        splits |= named
     return splits
 
 
@@ -310,9 +305,6 @@ def _sample_data(folder: str, channels: dict[str, str], sweeps: bool) -> list[di
     Two of the tables have 2.6 million records each in trainval: they are read record by record, once.
     """
     paths = [os.path.join(folder, f"{table}.json") for table in INDEXED]
-    for path in paths:
-        if not os.path.isfile(path):
-            raise ValueError(f"{path}: expected a table of nuScenes, found no such file")
     state = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
     with open(__file__, "rb") as file:
         key = hashlib.sha256(file.read() + repr(state).encode("utf-8")).hexdigest()[:16]
@@ -321,7 +313,9 @@ def _sample_data(folder: str, channels: dict[str, str], sweeps: bool) -> list[di
         table = pq.read_table(index)
     except (OSError, pa.ArrowInvalid):
         table = _build_index(paths[0], paths[1], channels)
-        _keep(table, index)
+        os.makedirs(os.path.dirname(index), exist_ok=True)
+        pq.write_table(table, f"{index}.{os.getpid()}")
+        os.replace(f"{index}.{os.getpid()}", index)
     if not sweeps and table.num_rows:
         cameras = pa.array([token for token, channel in channels.items() if channel != LIDAR], pa.string())
         table = table.filter(pc.or_(table["key"], pc.invert(pc.is_in(table["sensor"], cameras))))
@@ -332,27 +326,24 @@ def _sample_data(folder: str, channels: dict[str, str], sweeps: bool) -> list[di
 
 
 def _build_index(sample_data: str, ego_pose: str, channels: dict[str, str]) -> pa.Table:
-    rows: dict[str, list[Any]] = defaultdict(list)
+    rows = []
     tokens = ("sample_token", "calibrated_sensor_token", "ego_pose_token")
     for record in _records(sample_data, *tokens, "filename", "timestamp", "is_key_frame", "width", "height"):
         if channels.get(record["calibrated_sensor_token"], LIDAR) in (*CAMERAS, LIDAR):
             if not isinstance(record["filename"], str) or ".." in record["filename"].split("/"):
                 what = f"{sample_data}: record {record['token']}"
                 raise ValueError(f"{what}: expected a path in the data set as filename, found {record['filename']!r}")
-            rows["sample"].append(record["sample_token"])
-            rows["sensor"].append(record["calibrated_sensor_token"])
-            rows["ego"].append(record["ego_pose_token"])
-            rows["filename"].append(record["filename"])
-            rows["time"].append(_whole_number(record, "timestamp", sample_data))
-            rows["key"].append(bool(record["is_key_frame"]))
-            rows["width"].append(_whole_number(record, "width", sample_data))
-            rows["height"].append(_whole_number(record, "height", sample_data))
-    egos = rows.pop("ego", [])
+            numbers = [_whole_number(record, field, sample_data) for field in ("timestamp", "width", "height")]
+            names = [record[field] for field in (*tokens, "filename")]
+            rows.append((*names, bool(record["is_key_frame"]), *numbers))
+    fields = ("sample", "sensor", "ego", "filename", "key", "time", "width", "height")
+    columns = {name: [row[index] for row in rows] for index, name in enumerate(fields)}
+    egos = columns.pop("ego")
     wanted = set(egos)
     records = _records(ego_pose, "rotation", "translation")
     poses = {record["token"]: _pose(record, ego_pose) for record in records if record["token"] in wanted}
     pose_type = pa.list_(pa.float64(), 7)
-    return pa.table({**rows, "pose": pa.array([poses.get(ego) for ego in egos], pose_type)})
+    return pa.table({**columns, "pose": pa.array([poses.get(ego) for ego in egos], pose_type)})
 
 
 def _boxes(folder: str, problems: list[str]) -> dict[str, np.ndarray]:
@@ -372,28 +363,16 @@ def _boxes(folder: str, problems: list[str]) -> dict[str, np.ndarray]:
             if not is_finite or min(size) <= 0 or abs(np.linalg.norm(pose[:4]) - 1) > 0.01:
                 expected = "a size above 0, a unit quaternion and a finite translation"
                 raise ValueError(f"expected {expected}, found {size} and {pose.tolist()}")
-            counts = [row.get("num_lidar_pts", 1), row.get("num_radar_pts", 0)]
-            if not all(isinstance(count, int | float) for count in counts):
-                raise ValueError(f"expected numbers of LiDAR and radar points, found {counts}")
         except ValueError as error:
             problems.append(str(error) if str(error).startswith(path) else f"{path}: record {row['token']}: {error}")
             continue
         kind = CATEGORIES.get(category, "DontCare")
         if kind is not None:
             occluded = OCCLUDED.get(row.get("visibility_token", ""), 3)
-            numbers = [OBJECT_TYPES.index(kind), occluded, sum(counts) > 0, *size, *pose]
+            has_points = bool(row.get("num_lidar_pts", 1) or row.get("num_radar_pts"))
+            numbers = [OBJECT_TYPES.index(kind), occluded, has_points, *size, *pose]
             boxes[row["sample_token"]].append(numbers)
     return {sample: np.array(found, np.float64) for sample, found in boxes.items()}
-
-
-def _keep(table: pa.Table, path: str) -> None:
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        unfinished = f"{path}.{os.getpid()}"
-        pq.write_table(table, unfinished)
-        os.replace(unfinished, path)
-    except OSError as error:
-        logger.warning(f"{path}: the index of the tables could not be kept ({error}); it is made anew each time")
 
 
 def _pose(record: dict[str, Any], path: str) -> np.ndarray:
@@ -422,10 +401,8 @@ def _records(path: str, *fields: str) -> Iterator[dict[str, Any]]:
         fields: what each has, beside its token.
 
     Raises:
-        ValueError: no such file, no whole list of objects, or one that lacks a field.
+        ValueError: no whole list of objects, or one that lacks a field.
     """
-    if not os.path.isfile(path):
-        raise ValueError(f"{path}: expected a table of nuScenes, found no such file")
     decoder, expected = json.JSONDecoder(), {"token", *fields}
     with open(path, encoding="utf-8-sig") as file:
         text, position, count = file.read(1 << 20).lstrip(), 1, 0
@@ -614,8 +591,6 @@ def image_size(path: str, expected: tuple[int, int] | None = None, source: str =
     mark at JPEG's end not whole (what is between is not looked at), or not of the size `expected` by `source`."""
     try:
         with open(path, "rb") as file, Image.open(file) as image:
-            if image.format in ("JPEG", "MPO") and image.getexif().get(274) in range(2, 9):
-                raise ValueError("an EXIF orientation: turn the pixels to what the calibration speaks of, without it")
             image.verify()
             file.seek(-min(4096, os.path.getsize(path)), os.SEEK_END)
             if image.format in ("JPEG", "MPO") and b"\xff\xd9" not in file.read():
@@ -633,8 +608,6 @@ def image_size(path: str, expected: tuple[int, int] | None = None, source: str =
 def read_points(path: str) -> np.ndarray:
     """A scan, (N, 4) float32 x, y, z (metres, LIDAR_TOP), intensity from 0 to 1; the file's fifth number, the ring, is
     left out."""
-    if not os.path.isfile(path):
-        raise ValueError(f"{path}: expected a LiDAR scan, found no such file")
     try:
         with open(path, "rb") as file:
             data = file.read()
@@ -681,10 +654,8 @@ class NuScenesConfig(datasets.BuilderConfig):
 
     def create_config_id(self, config_kwargs: dict[str, Any], custom_features: datasets.Features | None = None) -> str:
         # the cache folder's name: rows of files, or by code, that have changed since must not be found again
-        if self.data_dir is not None:
-            frames = [frame for split in self.list_frames().splits.values() for frame in split]
-            config_kwargs = {**config_kwargs, "files": fingerprint(frames)}
-        return super().create_config_id(config_kwargs, custom_features)
+        frames = [frame for split in self.list_frames().splits.values() for frame in split]
+        return super().create_config_id({**config_kwargs, "files": fingerprint(frames)}, custom_features)
 
 
 class NuScenes(datasets.GeneratorBasedBuilder):
@@ -714,15 +685,14 @@ class NuScenes(datasets.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
-        if self.config.on_bad_row not in ("error", "skip"):
-            raise ValueError(f"on_bad_row: expected 'error' or 'skip', found {self.config.on_bad_row!r}")
         listing = self.config.list_frames()
-        if listing.problems and self.config.on_bad_row == "error":
+        if listing.problems and self.config.on_bad_row != "skip":
             raise ValueError("\n".join(listing.problems[:10]))
         for message in listing.notes + listing.problems:
             logger.warning(message)
         if not listing.splits:
-            raise ValueError(f"{self.config.data_dir}: expected images with their scans, found none")
+            expected = f"images with scans of {self.config.description}"
+            raise ValueError(f"{self.config.data_dir}: expected {expected}, found none")
         # a list is what datasets divides among processes and stream shards
         return [datasets.SplitGenerator(split, {"frames": frames}) for split, frames in listing.splits.items()]
 
@@ -734,7 +704,7 @@ class NuScenes(datasets.GeneratorBasedBuilder):
                     raise ValueError(f"frame {frame.frame_id}: expected points of the scan in the image, found none")
                 yield frame.frame_id, row
             except ValueError as error:
-                if self.config.on_bad_row == "error":
+                if self.config.on_bad_row != "skip":
                     raise
                 logger.warning(f"frame {frame.frame_id} skipped: {error}")
 

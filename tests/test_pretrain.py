@@ -540,15 +540,15 @@ def test_scenes_of_a_stream_are_held_out(run, tmp_path, missing):
         run("out", *flags, "--validation_share", "0.3", "--resume_from_checkpoint", "latest")
 
 
-@pytest.mark.parametrize(("streaming", "name"), [(False, "row 5 (frame_id frame-0-5)"), (True, "frame frame-0-5")])
-def test_what_a_worker_says_is_its_message_alone(run, tmp_path, streaming, name):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_a_worker_says_is_its_message_alone(run, tmp_path, streaming):
     rows = make_rows(12)
     rows[5]["image"] = {"bytes": b"no picture", "path": None}
     dataset_from_rows(rows).to_parquet(tmp_path / "rows" / "train-0.parquet")
     flags = ("--streaming", "--lr_scheduler_type", "constant") if streaming else ()
     with pytest.raises(SimIPUError) as error:
         run("out", "--dataset_name", str(tmp_path / "rows"), "--dataloader_num_workers", "1", *flags)
-    assert str(error.value).startswith(f"{name}: image: expected a readable image, found Unidentified")
+    assert str(error.value).startswith("frame frame-0-5: image: expected a readable image, found Unidentified")
     assert str(error.value).count("frame-0-5") == len(str(error.value).splitlines()) == 1
 
 

@@ -30,11 +30,11 @@ from ..files import WriteLock, atomic_path, check_apart, check_not_mounted
 from ..modeling.geometry import pixel_transform
 from ..processes import run_in_processes
 from .depth import read_depth_png, resize_depth_map
-from .inspection import open_source
+from .inspection import load_splits, open_source
 from .kitti_objects import by_field
-from .loading import list_frames, load_pretraining_dataset, refuse_problems
+from .loading import list_frames
 from .rows import REQUIRED_COLUMNS, calibration_from_row, image_from_row, open_image, points_from_row
-from .sources import hub_license, undecoded
+from .sources import hub_license, named_errors, undecoded
 
 logger = logging.getLogger(__name__)
 
@@ -159,35 +159,25 @@ def convert_to_parquet(
     check_not_mounted(target)
     if num_shards < 1:
         raise SimIPUError(f"num_shards: expected at least 1, found {num_shards}")
-    try:
-        convert_file_size_to_int(max_shard_size)
-    except ValueError as error:
-        raise SimIPUError(f"max_shard_size: expected a size such as '500MB', found {max_shard_size!r}") from error
-    packing: Packing | None = Packing(image_size, image_format, quality, whole_scans)
+    with named_errors("max_shard_size"):
+        shard_bytes = convert_file_size_to_int(max_shard_size)
+    packing: Packing | None = Packing(image_size, image_format, quality, whole_scans)  # checks these
     source, names = open_source(dataset_name, data_dir, dataset_config_name, split)
     check_apart(source.location, target)
     if source.reader is not None and scenes is not None and split is None:
-        listing = list_frames(source, names, cameras, scenes)
-        refuse_problems(listing)
+        listing = list_frames(source, names, cameras, scenes, skipped=None)
         names = [name for name in names if listing.splits.get(name)] or names
     options: dict[str, Any] = {"cameras": cameras, "scenes": scenes, "num_proc": num_proc, "cache_dir": cache_dir}
-    splits = {
-        name: load_pretraining_dataset(
-            source.location, dataset_config_name=source.config, split=name, whole_scans=whole_scans, **options
-        ).cast_column("image", datasets.Image(decode=False))
-        for name in names
-    }
+    splits = load_splits(source, names, whole_scans=whole_scans, **options)
     features = _common_features(source.location, splits)
     for rows in splits.values() if image_size else ():
         depth = rows.features.get("depth")
         if not (depth is None or isinstance(depth, datasets.Image)):
             raise SimIPUError(f"{source.location}: depth: expected datasets.Image to resize with image, found {depth}")
-    already_checked = source.reader is not None
-    packing = None if already_checked and not (image_size or image_format) else packing
+    if source.reader is not None and not (image_size or image_format):
+        packing = None  # these rows were checked and cut as they were prepared
     shards = [
-        shard
-        for name, rows in splits.items()
-        for shard in _plan_shards(name, rows, packing, max_shard_size, num_shards)
+        shard for name, rows in splits.items() for shard in _plan_shards(name, rows, packing, shard_bytes, num_shards)
     ]
     target.parent.mkdir(parents=True, exist_ok=True)
     with closing(WriteLock(target)) as lock:
@@ -198,11 +188,7 @@ def convert_to_parquet(
             write = partial(_write_shard, partial_dir, splits, packing)
             run_in_processes(write, missing, num_proc, "Converting", lambda shard: shard.stop - shard.start)
         except SimIPUError as error:
-            done = sum((partial_dir / shard.file).is_file() for shard in shards)
-            raise SimIPUError(
-                f"{error}. {done} of {len(shards)} shards are kept in {partial_dir}; the same command goes on from "
-                "there"
-            ) from error
+            raise SimIPUError(f"{error}. The same command goes on with what is whole in {partial_dir}") from error
         _write_card(partial_dir, splits, features, source.config or "default")
         if target.exists():
             target.rmdir()  # empty; Windows doesn't rename onto a folder
@@ -229,12 +215,12 @@ def _plan_shards(
     name: str,
     rows: datasets.Dataset,
     packing: Packing | None,
-    max_shard_size: str,
+    shard_bytes: int,
     num_shards: int,
 ) -> list[_Shard]:
     tables = [_table(rows.select([index]), packing) for index in range(0, len(rows), max(1, len(rows) // 8))]
     row_size = sum(table.nbytes for table in tables) / len(tables)
-    most = max(1, int(convert_file_size_to_int(max_shard_size) / row_size))
+    most = max(1, int(shard_bytes / row_size))
     needed = -(-len(rows) // most)
     count = min(len(rows), -(-max(needed, 1) // num_shards) * num_shards)  # a multiple, for as many processes
     bounds = [len(rows) * index // count for index in range(count + 1)]
@@ -272,23 +258,17 @@ def _prepare_partial(
 
 def _write_shard(folder: Path, splits: dict[str, datasets.Dataset], packing: Packing | None, shard: _Shard) -> None:
     rows = splits[shard.split]
-    schema = _stored_features(rows).arrow_schema
-    with atomic_path(folder / shard.file) as beside, pq.ParquetWriter(beside, schema) as writer:
+    with atomic_path(folder / shard.file) as beside, pq.ParquetWriter(beside, rows.features.arrow_schema) as writer:
         for start in range(shard.start, shard.stop, BATCH):
             writer.write_table(_table(rows.select(range(start, min(start + BATCH, shard.stop))), packing))
-
-
-def _stored_features(rows: datasets.Dataset) -> datasets.Features:
-    """Of the rows as they are read again: their images are decoded then."""
-    return datasets.Features({**rows.features, "image": datasets.Image()})
 
 
 def _common_features(location: str, splits: dict[str, datasets.Dataset]) -> datasets.Features:
     """Those of every split, without which none of the files could be read again."""
     first, *others = splits
-    features = _stored_features(splits[first])
+    features = splits[first].features
     for name in others:
-        found = _stored_features(splits[name])
+        found = splits[name].features
         different = sorted(column for column in features | found if features.get(column) != found.get(column))
         if different:
             raise SimIPUError(
@@ -300,7 +280,7 @@ def _common_features(location: str, splits: dict[str, datasets.Dataset]) -> data
 
 def _table(rows: datasets.Dataset, packing: Packing | None) -> pa.Table:
     """All of `rows`, a few: what is done to them costs time for every file of the data set that they belong to."""
-    features = _stored_features(rows)
+    features = rows.features
     table = rows.with_format("arrow")[:]
     if packing is not None:
         # those that it needs or changes; all others are copied as they are stored

@@ -35,22 +35,18 @@ def read_eigen_list(
     depth_root: str | os.PathLike,
     on_bad_row: OnBadRow = "error",
 ) -> datasets.Dataset:
-    """The frames of an Eigen file list that have ground truth: `frame_id`, `image` (not decoded), path of `depth`.
+    """The frames of an Eigen file list that have ground truth: `frame_id`, `image` and `depth` (not decoded).
 
     A line is `image_path depth_path`, with or without a focal length behind it (which nothing needs), and `None` for
     a missing depth. The paths start from `image_root` (KITTI raw) and `depth_root` (KITTI's annotated depth maps).
-    The published test list has 697 lines, 652 of them with ground truth. `on_bad_row="skip"` leaves a line out whose
-    files are not there or listed twice.
+    The published test list has 697 lines, 652 of them with ground truth. A frame that is listed twice is taken once;
+    `on_bad_row="skip"` leaves a line out whose files are not there.
 
     Raises:
-        SimIPUError: no such list, a line of another form, no line with ground truth, or a listed file is missing or
-            listed twice.
+        SimIPUError: a line of another form, no line with ground truth, or a listed file is missing.
+        OSError: the list cannot be read.
     """
-    lines = _read_lines(file_list)
-    entries = list(dict.fromkeys(lines))
-    if len(entries) < len(lines) and on_bad_row == "error":
-        twice = next(entry for entry in entries if lines.count(entry) > 1)
-        raise SimIPUError(f"{file_list}: {twice[0]} is listed twice; --on_bad_row skip takes it once")
+    entries = _read_lines(file_list)
     rows, missing = [], []
     for image, depth in entries:
         paths = Path(image_root) / image, Path(depth_root) / depth
@@ -66,19 +62,15 @@ def read_eigen_list(
         print(f"{found}; they are left out", file=sys.stderr)
     if not rows:
         raise SimIPUError(f"{file_list}: no line has ground truth")
-    text = datasets.Value("string")
-    columns = {"frame_id": text, "image": datasets.Image(decode=False), "depth": text}
+    file = datasets.Image(decode=False)
+    columns = {"frame_id": datasets.Value("string"), "image": file, "depth": file}
     return datasets.Dataset.from_list(rows, features=datasets.Features(columns))
 
 
 def _read_lines(path: str | os.PathLike) -> list[tuple[str, str]]:
-    """Image and depth path of every line with ground truth, relative to their roots."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SimIPUError(f"{path}: cannot be read as a file list ({error})") from error
+    """Image and depth path of every line with ground truth, once, relative to their roots."""
     entries = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(Path(path).read_text("utf-8-sig", "replace").splitlines(), start=1):
         fields = line.split()
         if not fields:
             continue
@@ -88,7 +80,7 @@ def _read_lines(path: str | os.PathLike) -> list[tuple[str, str]]:
         image, depth = (field.replace("\\", "/").lstrip("/") for field in fields[:2])
         if depth != "None":
             entries.append((image, depth))
-    return entries
+    return list(dict.fromkeys(entries))
 
 
 def select_depth_rows(
@@ -145,7 +137,7 @@ def _nearest_wins(row: np.ndarray, column: np.ndarray, depth: np.ndarray, height
     return nearest.reshape(height, width).astype(np.float32)
 
 
-def read_depth_png(source: Image.Image | Mapping[str, Any] | str | os.PathLike, name: str | None = None) -> np.ndarray:
+def read_depth_png(source: Image.Image | Mapping[str, Any] | str | os.PathLike, name: str) -> np.ndarray:
     """Metres of a KITTI depth PNG: 16-bit grey, value / 256, 0 where unknown. `source` is opened, its path, or
     `{"bytes", "path"}` of a column that is not decoded.
 
@@ -153,8 +145,6 @@ def read_depth_png(source: Image.Image | Mapping[str, Any] | str | os.PathLike, 
         SimIPUError: the file is missing, no image, or not 16-bit grey; `name` says which.
     """
     if not isinstance(source, Image.Image):
-        if not isinstance(source, Mapping):
-            source, name = {"bytes": None, "path": source}, str(source)
         try:
             with open_image(source) as source:
                 source.load()

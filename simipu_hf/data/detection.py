@@ -145,11 +145,9 @@ def objects_from_row(row: Mapping[str, Any]) -> KittiObjects:
         objects = KittiObjects.from_row(row["objects"])
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise SimIPUError(f"{name}: its objects cannot be read as KITTI's labels ({error!r})") from error
-    for index, kind in enumerate(objects.type.tolist()):
-        box, size, place = (values[index].tolist() for values in (objects.bbox, objects.dimensions, objects.location))
+    for index, (kind, numbers) in enumerate(zip(objects.type.tolist(), objects.numbers.tolist(), strict=True)):
         try:
-            further = (objects.truncated, objects.occluded, objects.alpha, objects.rotation_y)
-            check_object(kind, box, size, [*box, *size, *place, *(float(values[index]) for values in further)])
+            check_object(kind, numbers)
         except ValueError as error:
             raise SimIPUError(f"{name}, object {index}: {error}") from error
     return objects

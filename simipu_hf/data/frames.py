@@ -37,6 +37,7 @@ def select_frames(specifications: Sequence[str], labels: bool = False) -> datase
 
     Raises:
         SimIPUError: a source that cannot be read, an id it does not have, or a frame named twice.
+        OSError: a file of ids that cannot be read.
     """
     parts = [_select(specification, labels) for specification in specifications]
     if not parts:
@@ -54,29 +55,15 @@ def _select(specification: str, labels: bool) -> datasets.Dataset:
     rows = load_pretraining_dataset(source, split=split or None, labels=labels)
     if not ids:
         return rows
-    wanted = _read_ids(ids, specification)
-    positions: dict[str, list[int]] = {}
+    lines = Path(ids[1:]).read_text("utf-8-sig", "replace").splitlines() if ids.startswith("@") else ids.split(",")
+    wanted = [line.strip() for line in lines if line.strip()]
+    positions: dict[str, list[int]] = {frame_id: [] for frame_id in wanted}
     for index, frame_id in enumerate(rows["frame_id"][:]):
-        positions.setdefault(frame_id, []).append(index)
-    missing = [frame_id for frame_id in wanted if frame_id not in positions]
-    if missing:
-        raise SimIPUError(f"{specification}: {len(missing)} frames are not there, the first {missing[0]!r}")
-    several = [frame_id for frame_id in wanted if len(positions[frame_id]) > 1]
-    if several:
-        raise SimIPUError(f"{specification}: expected one frame {several[0]!r}, found {len(positions[several[0]])}")
-    if len(set(wanted)) < len(wanted):
-        raise SimIPUError(f"{specification}: a frame is named twice")
+        positions.get(frame_id, []).append(index)
+    for frame_id, found in positions.items():
+        if len(found) != 1:
+            raise SimIPUError(f"{specification}: expected one frame {frame_id!r}, found {len(found)}")
     return rows.select([positions[frame_id][0] for frame_id in wanted])
-
-
-def _read_ids(ids: str, specification: str) -> list[str]:
-    if not ids.startswith("@"):
-        return [name.strip() for name in ids.split(",") if name.strip()]
-    try:
-        lines = Path(ids[1:]).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SimIPUError(f"{specification}: the file of ids cannot be read ({error})") from error
-    return [line.strip() for line in lines if line.strip()]
 
 
 # --- samples --------------------------------------------------------------------------------------------------------

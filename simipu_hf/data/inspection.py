@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import datasets
@@ -60,7 +61,6 @@ class InspectionReport:
 
     source: str
     splits: dict[str, int]
-    """Rows of each split."""
     frames: int
     """Frames looked at, each once however many splits hold it."""
     scenes: int = 0
@@ -75,7 +75,6 @@ class InspectionReport:
     """Object type -> number of labels, where the data set has labels. A frame of KITTI without a file of labels has
     one DontCare, as large as its image."""
     problems: list[Problem] = field(default_factory=list)
-    """All that is damaged or missing."""
     notes: list[str] = field(default_factory=list)
     """What is left out as the data set itself has it, and what may be as it should be but seldom is."""
     sample: Frame | None = None
@@ -137,7 +136,7 @@ def inspect_dataset(
     source, wanted = open_source(dataset_name, data_dir, dataset_config_name, split)
     inspector = _Inspector()
     if source.reader is not None:
-        listing = list_frames(source, wanted, cameras, scenes)
+        listing = list_frames(source, wanted, cameras, scenes, skipped=[])
         counts, notes = {name: len(frames) for name, frames in listing.splits.items()}, listing.notes
         inspector.add_problems(listing.problems)
         if not any(counts.values()) and not listing.problems:
@@ -148,19 +147,9 @@ def inspect_dataset(
                 frames.setdefault(repr(frame), (f"{name}/{frame.frame_id}", frame))
         rows, total = _read_files(source, frames.values()), len(frames)
     else:
-        loaded = {}
-        for name in wanted:
-            repeated: list[str] = []
-            loaded[name] = load_pretraining_dataset(
-                source.location,
-                dataset_config_name=source.config,
-                split=name,
-                cameras=cameras,
-                scenes=scenes,
-                cache_dir=cache_dir,
-                skipped=repeated,
-            )
-            inspector.add_problems(repeated)
+        repeated: list[str] = []
+        loaded = load_splits(source, wanted, cameras=cameras, scenes=scenes, cache_dir=cache_dir, skipped=repeated)
+        inspector.add_problems(repeated)
         counts, notes = {name: len(found) for name, found in loaded.items()}, []
         rows, total = _read_rows(loaded), sum(counts.values())
     for label, row, type_names, damage in tqdm(rows, total=total, desc="Inspecting", unit="frame"):
@@ -185,6 +174,12 @@ def open_source(
     source = find_source(location, dataset_config_name, must_be_folder=dataset_name is None)
     split = split or own_split or source.splits
     return source, [source.find_split(name) for name in ([split] if isinstance(split, str) else split)]
+
+
+def load_splits(source: Source, names: Sequence[str], **options: Any) -> dict[str, datasets.Dataset]:
+    """Rows of splits of a source; `options` are those of `load_pretraining_dataset`."""
+    load = partial(load_pretraining_dataset, source.location, dataset_config_name=source.config, **options)
+    return {name: load(split=name) for name in names}
 
 
 # a frame's label, its row, what the numbers of its objects' types stand for, its damage

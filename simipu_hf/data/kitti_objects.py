@@ -77,61 +77,52 @@ class KittiObjects:
 
         Raises:
             SimIPUError: a line is not an object; names file and line, what was expected and what was found.
+            OSError: the file cannot be read.
         """
-        try:
-            lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise SimIPUError(f"{path}: expected a text file of objects, found: {error}") from error
         parsed = []
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(Path(path).read_text("utf-8-sig", "replace").splitlines(), start=1):
             try:
                 parsed += [_parse(line.split(), with_scores)] if line.strip() else []
             except ValueError as error:
                 raise SimIPUError(f"{path}, line {number}: {error}: {line.strip()!r}") from error
-        numbers = np.array([values for _, values in parsed], float).reshape(len(parsed), 14 + with_scores)
-        return cls(
-            type=np.array([kind for kind, _ in parsed], dtype="U14"),
-            truncated=numbers[:, 0],
-            occluded=numbers[:, 1],
-            alpha=numbers[:, 2],
-            bbox=numbers[:, 3:7],
-            dimensions=numbers[:, 7:10],
-            location=numbers[:, 10:13],
-            rotation_y=numbers[:, 13],
-            score=numbers[:, 14] if with_scores else None,
-        )
+        names = [field.name for field in fields(cls)][: 8 + with_scores]
+        return cls.from_row({name: [one[index] for one in parsed] for index, name in enumerate(names)})
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """(N, 14), in the order of text files, without scores."""
+        head = np.c_[self.truncated, self.occluded, self.alpha]
+        return np.c_[head, self.bbox, self.dimensions, self.location, self.rotation_y]
 
     def to_text(self) -> str:
         """The lines of a text file, with four decimals; scores with nine digits, which tell any two float32 apart."""
+        scores = [""] * len(self) if self.score is None else [f" {score:.9g}" for score in self.score]
         lines = []
-        for index, kind in enumerate(self.type):
-            numbers = [self.alpha[index], *self.bbox[index], *self.dimensions[index], *self.location[index]]
-            numbers = [f"{number:.4f}" for number in (*numbers, self.rotation_y[index])]
-            score = [] if self.score is None else [f"{self.score[index]:.9g}"]
-            head = [str(kind), f"{self.truncated[index]:.2f}", str(int(self.occluded[index]))]
-            lines.append(" ".join([*head, *numbers, *score]) + "\n")
+        for kind, (truncated, occluded, *numbers), score in zip(self.type, self.numbers, scores, strict=True):
+            decimals = " ".join(f"{number:.4f}" for number in numbers)
+            lines.append(f"{kind} {truncated:.2f} {int(occluded)} {decimals}{score}\n")
         return "".join(lines)
 
 
-def _parse(values: list[str], with_score: bool) -> tuple[str, list[float]]:
-    """Type and the 14 (with score 15) numbers of a line; labels may have a score, which is dropped."""
-    if len(values) == 15 and with_score:
-        raise ValueError("expected 16 fields, the last one a score, found 15")
-    if len(values) not in (15, 16):
-        raise ValueError(f"expected {16 if with_score else 15} fields, found {len(values)}")
+def _parse(values: list[str], with_score: bool) -> list[Any]:
+    """The fields of a line as those of `KittiObjects`; labels may have a score, which is dropped."""
+    if len(values) not in ((16,) if with_score else (15, 16)):
+        raise ValueError(
+            f"expected {'16 fields, the last one a score' if with_score else '15 fields'}, found {len(values)}"
+        )
     kind = {name.lower(): name for name in OBJECT_TYPES}.get(values[0].lower(), values[0])
     numbers = [float(value) for value in values[1 : 16 if with_score else 15]]
-    check_object(kind, numbers[3:7], numbers[7:10], numbers)
-    return kind, numbers
+    check_object(kind, numbers)
+    return [kind, *numbers[:3], numbers[3:7], numbers[7:10], numbers[10:13], *numbers[13:]]
 
 
-def check_object(kind: str, bbox: Sequence[float], dimensions: Sequence[float], numbers: Sequence[float]) -> None:
-    """Raises a `ValueError` that says what was expected where an object is none; `numbers` have to be finite."""
+def check_object(kind: str, numbers: Sequence[float]) -> None:
+    """Raises a `ValueError` that says what was expected where an object is none; `numbers` as in a line."""
     if kind not in OBJECT_TYPES:
         raise ValueError(f"expected a class of {', '.join(OBJECT_TYPES)}, found {kind!r}")
     if not np.isfinite(numbers).all():
         raise ValueError("expected finite numbers")
-    left, top, right, bottom = bbox
+    (left, top, right, bottom), dimensions = numbers[3:7], numbers[7:10]
     if right < left or bottom < top:
         raise ValueError(f"expected left <= right and top <= bottom, found {left}, {top}, {right}, {bottom}")
     # -1: unknown, as in DontCare regions and in detections of images alone

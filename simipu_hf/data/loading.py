@@ -5,7 +5,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,8 +16,8 @@ import datasets
 
 from ..errors import SimIPUError
 from .mixture import Mixture
-from .preparation import Reading, prepare
-from .rows import ROW_FEATURES, check_features, check_row, scene_of
+from .preparation import prepare, read_frames
+from .rows import ROW_FEATURES, check_features, points_from_row, scene_of
 from .sources import (
     Source,
     Sources,
@@ -166,10 +166,7 @@ def _load_parts(
         with named_errors(location):
             held_out, planned = _plan_split(source, own_request, own_split or None)
             part = _load(source, own_request, held_out, planned)
-        rows = part
-        if source.kind == "saved" and isinstance(part, datasets.IterableDataset):
-            rows = _with_scene(_take(planned, source.saved))
-        names = row_names(rows) if isinstance(rows, datasets.Dataset) else _names(planned)
+        names = row_names(part) if isinstance(part, datasets.Dataset) else planned.split("+")
         take_rows(taken, text, source.location, names)
         parts.append(part)
     return parts
@@ -182,10 +179,10 @@ def take_rows(taken: dict[str, set[Any]], text: str, location: str, names: Itera
         SimIPUError: one of them was taken before.
     """
     before = taken.setdefault(full_path(location), set())
-    again = before.intersection(names)
-    if again:
-        raise SimIPUError(f"{text}: expected other rows than those taken before, found {min(again)} again")
-    before.update(names)
+    for name in names:
+        if name in before:
+            raise SimIPUError(f"{text}: expected other rows than those taken before, found {name} again")
+        before.add(name)
 
 
 def row_names(rows: datasets.Dataset) -> list[tuple[str, str]]:
@@ -199,9 +196,7 @@ def _load(source: Source, request: Request, held_out: bool | None, split: str) -
     if source.reader is None and (request.cameras is not None or request.scenes is not None):
         raise SimIPUError(
             f"{source.location}: cameras and scenes can be chosen of a published data set's files only. Of own "
-            "rows keep some with datasets: rows.filter(lambda row: row['scene'] in ('a', 'b')).save_to_disk(FOLDER). "
-            f"simipu-hf visualize --dataset_name {source.location} --frames 0,1,2 --output_dir PICTURES draws chosen "
-            "rows"
+            "rows keep some with datasets: rows.filter(lambda row: row['scene'] in ('a', 'b')).save_to_disk(FOLDER)"
         )
     if source.reader is not None:
         dataset = _load_files(source, split, request, held_out)
@@ -256,48 +251,44 @@ def _names(split: str) -> list[str]:
 def list_frames(
     source: Source,
     splits: Sequence[str],
-    cameras: Sequence[int | str] | None = None,
-    scenes: Sequence[str] | None = None,
+    cameras: Sequence[int | str] | None,
+    scenes: Sequence[str] | None,
+    skipped: list[str] | None,
 ) -> Any:
-    """The reader's listing of some splits of a published data set; one camera or scene may be given by itself."""
+    """The reader's listing of some splits of a published data set; its problems are added to `skipped`.
+
+    Raises:
+        SimIPUError: a split, camera or scene is not there, or there are problems and no `skipped`.
+    """
     assert source.reader is not None
-    cameras = [cameras] if isinstance(cameras, str | int) else cameras
-    scenes = [scenes] if isinstance(scenes, str) else scenes
     with named_errors(source.location):
-        return source.reader.list_frames(source.config, source.location, splits, cameras, scenes)
-
-
-def refuse_problems(listing: Any) -> None:
-    """Raises a `SimIPUError` with the first problems of a reader's listing, if it has any."""
-    if listing.problems:
+        listing = source.reader.list_frames(source.config, source.location, splits, cameras, scenes)
+    if skipped is not None:
+        skipped += listing.problems
+    elif listing.problems:
         raise SimIPUError("\n".join(listing.problems[:10]))
+    return listing
 
 
 def _load_files(source: Source, split: str, request: Request, held_out: bool | None) -> AnyDataset:
     assert source.reader is not None
-    assert source.config is not None
     names, skipped = list(dict.fromkeys(_names(split))), request.skipped
-    listing = list_frames(source, names, request.cameras, request.scenes)
-    if skipped is not None:
-        skipped += listing.problems
-    else:
-        refuse_problems(listing)
+    listing = list_frames(source, names, request.cameras, request.scenes, skipped)
     frames = {name: listing.splits.get(name, []) for name in names}
     empty = [name for name, found in frames.items() if not found]
     if empty:
         message = f"{source.location}: split {empty[0]!r}: expected images with their scans, found none"
         raise SimIPUError("\n".join([message, *listing.notes[:10]]))
+    for found in frames.values():  # a whole scan tells its columns; in points in view others pass for these four
+        first = source.reader.read_row(found[0], whole_scans=True, problems=[])
+        if first["points"]:
+            points_from_row(first)
     if os.environ.get("RANK", "0") == "0":  # before the processes are connected
-        for note in listing.notes[:10]:
+        for note in listing.notes[:10]:  # simipu-hf data inspect lists all
             logger.warning(note)
-        if len(listing.notes) > 10:
-            logger.warning(
-                f"{source.location}: {len(listing.notes) - 10} more notes; simipu-hf data inspect lists all"
-            )
-    reading = Reading(source.reader.__name__, source.config, request.whole_scans)
     if not request.streaming:
         prepared = {
-            name: prepare(reading, found, skipped, request.num_proc, request.cache_dir)
+            name: prepare(source, found, request.whole_scans, skipped, request.num_proc, request.cache_dir)
             for name, found in frames.items()
         }
         return _take(split, prepared)
@@ -305,12 +296,11 @@ def _load_files(source: Source, split: str, request: Request, held_out: bool | N
         raise SimIPUError(f"{source.location}: split: expected different names where streaming, found {split!r}")
     if held_out is not None and request.validation_share is not None:  # of the others no file is opened
         for name, found in frames.items():
-            own = _rows_of_side(
-                [(frame.scene, frame.frame_id) for frame in found],
-                held_out, request.validation_share, source.location,
-            )  # fmt: skip
+            scenes = [(frame.scene, frame.frame_id) for frame in found]
+            own = _rows_of_side(scenes, held_out, request.validation_share, source.location)
             frames[name] = [found[index] for index in own]
-    features, options = source.reader.features(source.config), {"reading": reading, "skip": skipped is not None}
+    read = partial(source.reader.read_row, whole_scans=request.whole_scans)
+    features, options = source.reader.features(source.config), {"read": read, "skip": skipped is not None}
     streams = [
         datasets.IterableDataset.from_generator(_stream_rows, features, {"runs": _runs(frames[name]), **options})
         for name in _names(split)
@@ -329,10 +319,10 @@ def _runs(frames: Sequence[Any]) -> list[Sequence[Any]]:
     return [frames[len(frames) * run // count : len(frames) * (run + 1) // count] for run in range(count)]
 
 
-def _stream_rows(runs: Sequence[Sequence[Any]], reading: Reading, skip: bool) -> Iterator[dict[str, Any]]:
+def _stream_rows(runs: Sequence[Sequence[Any]], read: Callable[..., Any], skip: bool) -> Iterator[dict[str, Any]]:
     skipped: list[str] | None = [] if skip else None
     for frames in runs:
-        yield from reading.rows(frames, skipped)
+        yield from read_frames(read, frames, skipped)
     for message in skipped or ():
         logger.warning(f"skipped: {message}")
 
@@ -347,21 +337,12 @@ def _take(split: str, saved: Mapping[str, datasets.Dataset]) -> datasets.Dataset
 
 
 def _checked(dataset: AnyDataset, location: str, split: str, skipped: list[str] | None) -> AnyDataset:
-    if dataset.features is not None:
-        check_features(dataset.features, location)
-    else:  # some streams have no types before the first row
-        first = next(iter(dataset), None)
-        if first is not None:
-            check_row(first)
+    check_features(dataset.features or {}, location)
     if isinstance(dataset, datasets.IterableDataset):
         return _with_scene(dataset)
     if len(dataset) == 0:
         reason = f"; {len(skipped)} left out, the first: {skipped[0]}" if skipped else ""
         raise SimIPUError(f"{location}: split {split!r}: expected rows, found none{reason}")
-    if None in (names := dataset["frame_id"][:]):
-        raise SimIPUError(
-            f"{location}: split {split!r}, row {names.index(None)}: frame_id: expected a name, found none"
-        )
     return _without_duplicates(_with_scene(dataset), location, skipped)
 
 
@@ -382,7 +363,7 @@ def _without_duplicates(dataset: datasets.Dataset, location: str, skipped: list[
 
 
 def _with_scene(dataset: AnyDataset) -> AnyDataset:
-    if "scene" in (dataset.column_names or ROW_FEATURES):
+    if "scene" in dataset.column_names:
         return dataset
     if isinstance(dataset, datasets.Dataset):
         return dataset.add_column("scene", [scene_of(frame_id) for frame_id in dataset["frame_id"][:]])
@@ -410,9 +391,8 @@ def _rows_of_side(names: Sequence[tuple[str, str]], held_out: bool, share: float
     places = {scene: _place(scene) for scene, _ in names}
     low, high = min(places.values()), max(places.values())
     if not low < share <= high:
-        advice = f"choose a value between {low:.3f} and {high:.3f}" if len(places) > 1 else "one cannot be shared"
         problem = f"validation_share {share} puts all of {len(places)} scenes on one side"
-        raise SimIPUError(f"{location}: {problem}: {advice}")
+        raise SimIPUError(f"{location}: {problem}: choose a value between {low:.3f} and {high:.3f}")
     if len(names) < 3 * len(places) and all(scene == scene_of(frame_id) for scene, frame_id in names):
         logger.warning(
             f"{location}: validation_share makes {len(places)} scenes of the names of {len(names)} frames; if these "
@@ -442,12 +422,6 @@ def join_rows(
     return datasets.concatenate_datasets(_with_common_columns(parts, cache_dir, optional))
 
 
-def _unlike(feature: Any, other: Any) -> bool:
-    """Whether two columns differ in more than whether their images are decoded."""
-    both_images = isinstance(feature, datasets.Image) and isinstance(other, datasets.Image)
-    return feature != other and not both_images
-
-
 def _with_common_columns(
     parts: Sequence[AnyDataset], cache_dir: str | os.PathLike | None = None, optional: Sequence[str] = ()
 ) -> list[AnyDataset]:
@@ -461,7 +435,7 @@ def _with_common_columns(
         column
         for column in columns
         if column not in ROW_FEATURES
-        and any(_unlike(part.features.get(column, features[column]), features[column]) for part in parts)
+        and any(part.features.get(column, features[column]) != features[column] for part in parts)
     ]
     if unlike:
         logger.warning(f"columns left out, since their types differ between the data sets: {', '.join(unlike)}")
@@ -474,13 +448,9 @@ def _with_common_columns(
     return joined
 
 
-def _as_it_is(row: dict[str, Any]) -> dict[str, Any]:
-    return row
-
-
 def _cast(rows: AnyDataset, features: datasets.Features, cache_dir: str | os.PathLike | None) -> AnyDataset:
     if isinstance(rows, datasets.IterableDataset):  # whose cast leaves what it reads as Arrow as it was
-        return rows.map(_as_it_is, features=features)
+        return rows.map(dict, features=features)
     # in the cache: datasets would write the copy beside the rows, into a save_to_disk folder
     name = datasets.fingerprint.Hasher.hash((rows._fingerprint, str(features)))
     path = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / f"cast-{name}.arrow"

@@ -89,11 +89,6 @@ def to_row(
     elif isinstance(image, np.ndarray | Image.Image):
         # datasets would store 16 bits modulo 256, and of an image that was opened and then changed its file
         encoded = image_from_row({"frame_id": frame_id, "image": image}).copy()
-    elif not isinstance(image, dict):
-        found = type(image).__name__
-        raise _row_error(
-            {"frame_id": frame_id}, "image", "a Pillow image, an array, a path or the bytes of a file", found
-        )
     with _naming(frame_id):
         row = {
             "frame_id": str(frame_id),
@@ -145,19 +140,16 @@ def dataset_from_rows(
 @contextmanager
 def _temporary(path: Path) -> Iterator[None]:
     """Removes `path` at its end; where this process is killed, the next one that makes such a file does."""
-
-    def remove(file: Path, lock: Path) -> None:
-        file.unlink(missing_ok=True)
-        lock.unlink(missing_ok=True)
-
     for abandoned in path.parent.glob("rows-*.arrow.lock"):
         with suppress(OSError), FileLock(abandoned, timeout=0):
-            remove(abandoned.with_suffix(""), abandoned)
+            abandoned.with_suffix("").unlink(missing_ok=True)
+            abandoned.unlink(missing_ok=True)
     lock = path.with_name(f"{path.name}.lock")
     with FileLock(lock):
         yield
         with suppress(OSError):
-            remove(path, lock)
+            path.unlink(missing_ok=True)
+            lock.unlink(missing_ok=True)
     if path.exists():  # Windows keeps what is open: the lock names it to the next process
         lock.touch()
 
@@ -249,9 +241,7 @@ def pixels_from_row(row: Mapping[str, Any]) -> np.ndarray:
     Raises:
         SimIPUError: as `image_from_row`.
     """
-    pixels = None
-    if not isinstance(row["image"], np.ndarray | Image.Image):
-        pixels = _decode_plain(row["image"])
+    pixels = _decode_plain(row["image"])
     return np.array(image_from_row(row)) if pixels is None else pixels  # a copy that may be written to
 
 
@@ -287,7 +277,7 @@ def _decode_plain(image: Any) -> np.ndarray | None:
             return kornia_rs.io.decode_image_jpegturbo(data, "rgb")
         if header.mode == "RGB" and header.format == "PNG" and data[24] == 8 and _png_chunks(data) <= PLAIN_PNG_CHUNKS:
             return kornia_rs.io.decode_image_png_u8(data, (header.height, header.width), "rgb")
-    except Exception:  # damaged, or to be turned: `image_from_row` reads it or says why not
+    except Exception:  # decoded already, damaged, or to be turned: `image_from_row` reads it or says why not
         return None
     return None
 
@@ -347,12 +337,9 @@ def check_row(row: Mapping[str, Any]) -> None:
     """Checks all of a row.
 
     Raises:
-        SimIPUError: a column is missing, or anything that `points_from_row`, `calibration_from_row` or
-            `image_from_row` refuses; names the frame, what was expected and what was found.
+        SimIPUError: anything that `points_from_row`, `calibration_from_row` or `image_from_row` refuses; names the
+            frame, what was expected and what was found.
     """
-    missing = [column for column in REQUIRED_COLUMNS if column not in row]
-    if missing:
-        raise _row_error(row, ", ".join(missing), f"the columns {REQUIRED_COLUMNS}", list(row))
     points_from_row(row)
     calibration_from_row(row)
     image_from_row(row)
@@ -369,9 +356,7 @@ def check_features(features: datasets.Features, source: str) -> None:
         if found is None and column not in REQUIRED_COLUMNS:
             continue
         if not _same_kind(found, expected):
-            kind = "datasets.Image" if isinstance(expected, datasets.Image) else expected
-            there = f"only {list(features)}" if found is None else found
-            raise SimIPUError(f"{source}: column {column!r}: expected {kind}, found {there}")
+            raise SimIPUError(f"{source}: column {column!r}: expected {expected}, found {found} of {list(features)}")
 
 
 def _same_kind(found: Any, expected: Any) -> bool:

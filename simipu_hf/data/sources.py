@@ -40,11 +40,6 @@ class Source:
     config: str | None = None
     reader: ModuleType | None = None
 
-    @property
-    def is_address(self) -> bool:
-        """Of any file system that fsspec knows: `s3://`, `gs://`, `hf://`, …"""
-        return "://" in self.location
-
     @cached_property
     def splits(self) -> list[str]:
         """Names of its splits; a `save_to_disk` folder without splits is "train".
@@ -57,7 +52,7 @@ class Source:
                 return self.reader.split_names(self.config, self.location)
             if self.kind == "saved":
                 return list(self.saved)
-            if self.is_address:
+            if "://" in self.location:
                 return list(self.remote_files)
             return datasets.get_dataset_split_names(self.location, self.config)
 
@@ -102,7 +97,7 @@ class Source:
 
     def load(self, split: str, **options: Any) -> datasets.Dataset | datasets.IterableDataset:
         """`datasets.load_dataset` of a split of Parquet files or of the Hub."""
-        if self.is_address:
+        if "://" in self.location:
             return datasets.load_dataset("parquet", data_files=self.remote_files, split=split, **options)
         return datasets.load_dataset(self.location, self.config, split=split, **options)
 
@@ -201,13 +196,10 @@ def license_of(location: str) -> str:
 
     In words where the Hub has no identifier of it.
     """
-    address = location if "://" in location else f"hf://datasets/{location}"
+    address = location if "://" in location or os.path.isdir(location) else f"hf://datasets/{location}"
     try:
-        if os.path.isdir(location):
-            text = Path(location, "README.md").read_text(encoding="utf-8-sig")
-        else:
-            with fsspec.open(f"{address}/README.md", "r", encoding="utf-8-sig") as file:
-                text = file.read()
+        with fsspec.open(f"{address}/README.md", "r", encoding="utf-8-sig") as file:
+            text = file.read()
     except Exception:  # there is none, or it cannot be reached; every file system has errors of its own
         return ""
     try:
@@ -326,10 +318,6 @@ def _hint(folder: Path) -> str:
     archives = sorted(path.name for path in folder.iterdir() if path.suffix in ARCHIVES)
     if archives:
         return f"; unpack {', '.join(archives[:3])} first"
-    if any((folder / place / "image_02").is_dir() for place in ("training", "testing")):
-        return (
-            "; this is the layout of KITTI's tracking benchmark, which is not read: the same drives are in KITTI raw"
-        )
     return ""
 
 

@@ -18,9 +18,9 @@ from datasets.distributed import split_dataset_by_node
 
 from ..errors import SimIPUError
 from ..modeling.processing_simipu import SimIPUProcessor
-from .rows import REQUIRED_COLUMNS, pixels_from_row, points_from_row
+from .rows import REQUIRED_COLUMNS
 from .sources import undecoded
-from .two_views import TwoViewAugmentation, two_view_sample
+from .two_views import TwoViewAugmentation, sample_row
 
 logger = datasets.logging.get_logger(__name__)
 
@@ -164,14 +164,11 @@ class TwoViewStream(torch.utils.data.IterableDataset):
         index = zlib.crc32(f"{row['frame_id']}/{self._state['count']}".encode())
         place = {"seed": self.seed, "epoch": self._state["epoch"], "index": index}
         try:
-            row = {**row, "points": points_from_row(row), "image": pixels_from_row(row)}
-            return two_view_sample(row, self.processor, self.augmentation, **place)
-        except ValueError as error:
-            names_frame = isinstance(error, SimIPUError)
-            message = str(error) if names_frame else f"frame {row.get('frame_id')}: {error}"
-            if self.on_bad_row == "error":
-                raise SimIPUError(message) from error
-            logger.warning(f"left out: {message}")
+            return sample_row(row, self.processor, self.augmentation, **place)
+        except SimIPUError as error:
+            if self.on_bad_row != "skip":
+                raise
+            logger.warning(f"left out: {error}")
             return None
 
 

@@ -7,8 +7,7 @@ brings the points into.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,8 +45,7 @@ class TwoViewAugmentation:
         translation_std: standard deviation of its shift along each axis, in metres.
         flip_probability: how often the image and the augmented view are mirrored, always together.
         rotation_center: x, y, z in metres in the frame of the points; the scale is about the origin. The default is
-            the origin, in the camera-aligned frame the camera: it suits every range of depths, whereas the middle of
-            one range lies outside another. PointNet++, which sees differences of coordinates, does not notice it.
+            the origin, in the camera-aligned frame the camera, which suits every range of depths.
         random_resize: smallest and largest (long edge, short edge) in pixels; both edges are drawn independently and
             the image is resized within them, keeping its ratio. `None` resizes as the image processor does.
         random_zoom: range of the zoom of a random window, which keeps the image's ratio and is resized in the
@@ -99,13 +97,9 @@ class TwoViewAugmentation:
         The official one draws image sizes; `random_resize=None` makes it keep to the image processor's.
 
         Raises:
-            SimIPUError: an unknown preset.
+            ValueError: an unknown preset.
         """
-        try:
-            values = preset_values(preset, "augmentation")
-        except ValueError as error:
-            raise SimIPUError(str(error)) from error
-        return cls(**(values | overrides))
+        return cls(**(preset_values(preset, "augmentation") | overrides))
 
 
 def two_view_sample(
@@ -160,6 +154,21 @@ def two_view_sample(
         "lidar_to_aug": torch.from_numpy(lidar_to_aug),
         "lidar_to_pixel": torch.from_numpy(image_transform @ frame_to_pixel).to(torch.float32),
     }
+
+
+def sample_row(
+    row: Mapping[str, Any], processor: SimIPUProcessor, augmentation: TwoViewAugmentation, **place: int
+) -> dict[str, torch.Tensor]:
+    """[`two_view_sample`] of a row as it is stored; `place` is seed, epoch and index.
+
+    Raises:
+        SimIPUError: names the frame and what is wrong with it.
+    """
+    decoded = {**row, "points": points_from_row(row), "image": pixels_from_row(row)}
+    try:
+        return two_view_sample(decoded, processor, augmentation, **place)
+    except ValueError as error:
+        raise SimIPUError(f"frame {row['frame_id']}: {error}") from error
 
 
 def view_transform(
@@ -241,7 +250,7 @@ class TwoViewDataset(torch.utils.data.Dataset):
         mixture: which row stands at an index of an epoch, where `rows` joins several sources; by default the index.
 
     Raises:
-        SimIPUError: no rows, or an unknown `on_bad_row`.
+        SimIPUError: no rows.
     """
 
     rows: datasets.Dataset
@@ -252,8 +261,6 @@ class TwoViewDataset(torch.utils.data.Dataset):
     mixture: Mixture | None = None
 
     def __post_init__(self) -> None:
-        if self.on_bad_row not in ("error", "skip"):
-            raise SimIPUError(f"on_bad_row: expected 'error' or 'skip', found {self.on_bad_row!r}")
         if len(self.rows) == 0:
             raise SimIPUError("the data set has no rows")
         # as Arrow tables: making Python objects of a whole row costs more than all of the geometry
@@ -277,13 +284,13 @@ class TwoViewDataset(torch.utils.data.Dataset):
 
         Raises:
             IndexError: there is no such row.
-            SimIPUError: names the row and what is wrong with it.
+            SimIPUError: names the frame and what is wrong with it.
         """
         epoch, index = key if isinstance(key, tuple) else (0, key)
         if not 0 <= index < len(self):
             raise IndexError(f"expected a row from 0 to {len(self) - 1}, found {index}")
         row_index = index if self.mixture is None else self.mixture.row(epoch, index)
-        if self.on_bad_row == "error":
+        if self.on_bad_row != "skip":
             return self._sample(row_index, epoch, index)
         for step in range(len(self.rows)):
             candidate = (row_index + step) % len(self.rows)
@@ -298,39 +305,17 @@ class TwoViewDataset(torch.utils.data.Dataset):
         """A row of the data set as it is, its image decoded.
 
         Raises:
-            SimIPUError: names the row and why it cannot be read.
+            SimIPUError: names the frame and why its image cannot be read.
         """
-        with self._naming_unreadable(index):
-            row = undecoded(self.rows)[index]
-            return {**row, "image": image_from_row(row)}
-
-    @contextmanager
-    def _naming_unreadable(self, index: int) -> Iterator[None]:
-        try:
-            yield
-        except SimIPUError as error:
-            said = str(error).removeprefix(f"frame {self._frame_id(index)}: ")
-            raise SimIPUError(f"{self._row_name(index)}: {said}") from error
-        except Exception as error:
-            raise SimIPUError(f"{self._row_name(index)}: cannot be read ({error})") from error
+        row = undecoded(self.rows)[index]
+        return {**row, "image": image_from_row(row)}
 
     def _sample(self, row_index: int, epoch: int, index: int) -> dict[str, torch.Tensor]:
-        with self._naming_unreadable(row_index):
-            table = self._arrow_rows[row_index]
-            row = {name: table[name][0].as_py() for name in REQUIRED_COLUMNS if name != "points"}
-            points = table["points"][0].as_buffer()
-            row["points"] = None if points is None else memoryview(points)  # not copied
-            row |= {"points": points_from_row(row), "image": pixels_from_row(row)}
-        try:
-            return two_view_sample(row, self.processor, self.augmentation, seed=self.seed, epoch=epoch, index=index)
-        except ValueError as error:
-            raise SimIPUError(f"{self._row_name(row_index)}: {error}") from error
-
-    def _row_name(self, row_index: int) -> str:
-        return f"row {row_index} (frame_id {self._frame_id(row_index)})"
-
-    def _frame_id(self, row_index: int) -> str:
-        return self.rows.select_columns("frame_id")[row_index]["frame_id"]  # this does not decode the image
+        table = self._arrow_rows[row_index]
+        row = {name: table[name][0].as_py() for name in REQUIRED_COLUMNS if name != "points"}
+        points = table["points"][0].as_buffer()
+        row["points"] = None if points is None else memoryview(points)  # not copied
+        return sample_row(row, self.processor, self.augmentation, seed=self.seed, epoch=epoch, index=index)
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def test_scenes_are_converted_from_the_splits_that_have_them(object_root, tmp_pa
     result = convert_to_parquet(tmp_path / "parquet", data_dir=tmp_path / "odometry", scenes=["12"], cameras=[2])
     assert list(result["splits"]) == ["test"]
     shutil.rmtree(tmp_path / "odometry" / "sequences" / "03" / "velodyne")
-    with pytest.raises(SimIPUError, match=r"03.velodyne: expected \*\.bin scans, found none"):
+    with pytest.raises(SimIPUError, match=r"03.image_2: expected images with a scan in .*03.velodyne, found none"):
         convert_to_parquet(tmp_path / "both", data_dir=tmp_path / "odometry", scenes=["03", "12"], cameras=[2])
 
 
@@ -136,7 +136,7 @@ def test_an_interrupted_conversion_goes_on_and_ends_equal(object_root, tmp_path,
 
     with monkeypatch.context() as patch:
         patch.setattr(pq.ParquetWriter, "write_table", full_disk)
-        with pytest.raises(SimIPUError, match=r"No space left.*2 of \d shards are kept in .*resumed\.partial"):
+        with pytest.raises(SimIPUError, match=r"No space left.*goes on with what is whole in .*resumed\.partial"):
             convert_to_parquet(tmp_path / "resumed", **options)
     assert not (tmp_path / "resumed").exists()
     assert len(list((tmp_path / "resumed.partial/data").iterdir())) == 2
@@ -190,7 +190,7 @@ def test_what_would_be_ignored_is_refused(object_root, tmp_path, options, messag
 
 def test_damage_ends_it_before_anything_is_written(object_root, tmp_path):
     (object_root / "testing/velodyne/000000.bin").unlink()
-    with pytest.raises(SimIPUError, match=r"testing.velodyne.000000\.bin: expected a LiDAR scan, found no such file"):
+    with pytest.raises(SimIPUError, match=r"testing.velodyne.000000\.bin: expected a LiDAR scan, found: .*No such"):
         convert_to_parquet(tmp_path / "parquet", data_dir=object_root)
     assert not (tmp_path / "parquet.partial").exists()
 
@@ -218,7 +218,7 @@ def test_files_are_as_large_and_as_many_as_asked_for(object_root, tmp_path):
     assert load_pretraining_dataset(data_dir=tmp_path / "four", cache_dir=tmp_path / "c")["frame_id"][:] == names
     numbers = ({"num_shards": 0}, {"max_shard_size": "large"})
     for wrong in ({"image_format": "gif"}, {"image_size": (0, 5)}, {"image_size": (9, 5, 3)}, *numbers):
-        with pytest.raises(SimIPUError, match=f"{next(iter(wrong))}: expected"):
+        with pytest.raises(SimIPUError, match=f"{next(iter(wrong))}: (expected|.*is not in a valid format)"):
             convert_to_parquet(tmp_path / "wrong", **options, **wrong)
 
 

@@ -233,7 +233,7 @@ def test_colour_jitter_changes_colours_and_nothing_else():
 def test_wrong_values_are_refused(values):
     with pytest.raises(SimIPUError, match=next(iter(values))):
         TwoViewAugmentation(**values)
-    with pytest.raises(SimIPUError, match="unknown preset 'best': choose from recommended, official"):
+    with pytest.raises(ValueError, match="unknown preset 'best': choose from recommended, official"):
         TwoViewAugmentation.from_preset("best")
 
 
@@ -359,7 +359,7 @@ def look_away(rows):
     ("change", "num_workers"), [(break_points, 0), (cut_image, 2), (turn_image, 0), (look_away, 2)]
 )
 def test_bad_rows_are_named_or_replaced_by_the_next(change, num_workers):
-    with pytest.raises(SimIPUError, match=r"row 2 \(frame_id 000002\): "):
+    with pytest.raises(SimIPUError, match="frame 000002: "):
         make_dataset(change=change)[2]
     dataset = make_dataset(change=change, on_bad_row="skip")
     assert dataset.bad_rows == []
@@ -379,8 +379,6 @@ def test_a_data_set_that_cannot_work_is_refused():
     rows = datasets.Dataset.from_list([make_row()], features=ROW_FEATURES)
     with pytest.raises(SimIPUError, match="no rows"):
         TwoViewDataset(rows.select([]), processor, augmentation)
-    with pytest.raises(SimIPUError, match="on_bad_row"):
-        TwoViewDataset(rows, processor, augmentation, on_bad_row="ignore")
     broken = make_dataset(2, "skip", change=lambda rows: [row.update(points=b"") for row in rows])
-    with pytest.raises(SimIPUError, match="none of the 2 rows can be used; the last: row 0"):
+    with pytest.raises(SimIPUError, match="none of the 2 rows can be used; the last: frame 000000: "):
         broken[1]

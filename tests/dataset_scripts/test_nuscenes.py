@@ -241,14 +241,14 @@ def test_damaged_tables_are_named(tiny: TinyTables) -> None:
     tiny.tables["sample_data"][1]["calibrated_sensor_token"] = "lost"
     root = tiny.write()
     listing = nuscenes.list_frames("v1.0-mini", root)
-    assert "1 records have no calibrated_sensor, the first is samples/LIDAR_TOP" in listing.problems[0]
+    assert "1 records have no calibrated_sensor with a sensor, the first is samples/LIDAR_TOP" in listing.problems[0]
     assert "1 records have no ego_pose" in listing.problems[1]
     path = tiny.root / "v1.0-mini" / "sample.json"
     path.write_text(path.read_text(encoding="utf-8")[:-20], encoding="utf-8")
     with pytest.raises(ValueError, match=r"sample\.json: expected a whole record"):
         nuscenes.list_frames("v1.0-mini", root)
     path.unlink()
-    with pytest.raises(ValueError, match=r"sample\.json: expected a table of nuScenes, found no such file"):
+    with pytest.raises(FileNotFoundError, match=r"sample\.json"):
         nuscenes.list_frames("v1.0-mini", root)
     tiny.tables["calibrated_sensor"][0].pop("rotation")
     with pytest.raises(ValueError, match=r"calibrated_sensor\.json: record 0: expected the fields .*'rotation'"):
@@ -263,13 +263,10 @@ def test_damaged_tables_are_named(tiny: TinyTables) -> None:
             root = tiny.write()
         with pytest.raises(ValueError, match=rf"sample_data\.json: record .*: expected a .* as {field}, found None"):
             nuscenes.list_frames("v1.0-mini", root)
-    for text in ("[]", '{"mine": [["scene-0061"]]}'):
+    for text in ("[", "[]", '{"mine": [["scene-0061"]]}'):
         (tiny.root / "v1.0-mini/splits.json").write_text(text)
-        with pytest.raises(ValueError, match=r"splits\.json: expected split -> list of scenes, found [\[{]"):
+        with pytest.raises(ValueError, match=r"splits\.json: expected split -> list of scenes, found: "):
             nuscenes.split_names("v1.0-mini", root)
-    (tiny.root / "v1.0-mini/splits.json").write_text('{"day-light": ["scene-0061"]}')
-    with pytest.raises(ValueError, match=r"splits\.json: expected names of splits .* found 'day-light'"):
-        nuscenes.split_names("v1.0-mini", root)
     (tiny.root / "v1.0-mini/splits.json").write_text('{"mine": ["scene-0061", "scene-61"]}')
     with pytest.raises(ValueError, match=r"splits\.json: mine: expected scenes of the tables, found 'scene-61'"):
         nuscenes.split_names("v1.0-mini", root)
@@ -351,7 +348,6 @@ def test_damaged_annotations_are_named_where_labels_are_asked_for(tiny: TinyTabl
     tiny.annotate("vehicle.car", [2, 4, 1.5], [30, 0, 0], instance_token="lost")
     tiny.annotate("vehicle.car", [2, 4, 1.5], [30, 0])
     tiny.annotate("vehicle.car", [2, 4, 1.5], [float("nan"), 0, 0])
-    tiny.annotate("vehicle.car", [2, 4, 1.5], [30, 0, 0], num_lidar_pts=None)
     root = tiny.write()
     options = {"data_dir": root, "split": "mini_train", "cache_dir": tmp_path / "rows"}
     assert "objects" not in load_pretraining_dataset(**options).column_names
@@ -365,11 +361,10 @@ def test_damaged_annotations_are_named_where_labels_are_asked_for(tiny: TinyTabl
         "box2: expected an inst",
         "box3: expected 3 numbe",
         "box4: expected a size ",
-        "box5: expected numbers",
     ]
     (tiny.root / "v1.0-mini" / "instance.json").unlink()
     assert nuscenes.list_frames("v1.0-mini", root).splits
-    with pytest.raises(ValueError, match=r"instance\.json: expected a table of nuScenes"):
+    with pytest.raises(FileNotFoundError, match=r"instance\.json"):
         nuscenes.list_frames("v1.0-mini-objects", root)
 
 
