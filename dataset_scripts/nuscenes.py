@@ -313,9 +313,7 @@ def _sample_data(folder: str, channels: dict[str, str], sweeps: bool) -> list[di
         table = pq.read_table(index)
     except (OSError, pa.ArrowInvalid):
         table = _build_index(paths[0], paths[1], channels)
-        os.makedirs(os.path.dirname(index), exist_ok=True)
-        pq.write_table(table, f"{index}.{os.getpid()}")
-        os.replace(f"{index}.{os.getpid()}", index)
+        _keep(table, index)
     if not sweeps and table.num_rows:
         cameras = pa.array([token for token, channel in channels.items() if channel != LIDAR], pa.string())
         table = table.filter(pc.or_(table["key"], pc.invert(pc.is_in(table["sensor"], cameras))))
@@ -373,6 +371,16 @@ def _boxes(folder: str, problems: list[str]) -> dict[str, np.ndarray]:
             numbers = [OBJECT_TYPES.index(kind), occluded, has_points, *size, *pose]
             boxes[row["sample_token"]].append(numbers)
     return {sample: np.array(found, np.float64) for sample, found in boxes.items()}
+
+
+def _keep(table: pa.Table, path: str) -> None:
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        unfinished = f"{path}.{os.getpid()}"
+        pq.write_table(table, unfinished)
+        os.replace(unfinished, path)
+    except OSError as error:
+        logger.warning(f"{path}: the index of the tables could not be kept ({error}); it is made anew each time")
 
 
 def _pose(record: dict[str, Any], path: str) -> np.ndarray:
