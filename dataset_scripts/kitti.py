@@ -376,14 +376,67 @@ def read_points(path: str) -> np.ndarray:
             data = file.read()
     except OSError as error:
         raise ValueError(f"{path}: expected a LiDAR scan, found: {error}") from error
-    if not data or len(data) % 16:
-        raise ValueError(f"{path}: expected whole points of 16 bytes each, found {len(data)} bytes")
+    layout = likely_layout(data)
+    if not data or len(data) % 16 or layout:
+        hint = f", which look like {layout}, not four float32 (x y z reflectance) a point" if layout else ""
+        raise ValueError(f"{path}: expected whole points of 16 bytes each, found {len(data)} bytes{hint}")
     points = np.frombuffer(data, dtype="<f4").reshape(-1, 4)
     if not (np.isfinite(points).all() and np.abs(points[:, :3]).max() <= 1000):
         raise ValueError(
             f"{path}: expected finite points within 1,000 m, each float32 x, y, z, reflectance, found other numbers"
         )
     return points
+
+
+def likely_layout(data: bytes) -> str | None:
+    """What the bytes of a whole scan look like where that is not four float32 a point: another number of columns, or
+    float64. Only whole scans tell: of points in view alone, other columns can pass for x, y, z, reflectance."""
+    for dtype in ("<f4", "<f8"):
+        values = np.frombuffer(data, dtype, count=len(data) // np.dtype(dtype).itemsize)
+        if np.abs(values).max(initial=0, where=np.isfinite(values)) <= 1e5:
+            columns = _likely_columns(values)
+            return None if (dtype, columns) == ("<f4", 4) else f"{columns} columns of {values.dtype.name}"
+    return None
+
+
+def _likely_columns(values: np.ndarray) -> int:
+    """How many columns a flat array of points has, 3 to 8: 4 unless another number is clearly more likely.
+
+    Coordinates, reflectance, ring and time have magnitudes of their own. Cut at the wrong length the columns are
+    mixtures of all of them, so the share of the variance that lies between columns tells the right length.
+    """
+    blocks = values[: values.size // 840 * 840].reshape(-1, 840)  # 840 is a multiple of every length
+    sample = blocks[:: len(blocks) // 8 + 1]
+
+    def share_between(columns: int) -> float:
+        points = sample.reshape(-1, 4 if columns == 8 else columns)  # 8 may be two points of 4, one of them zeros
+        found = points[points.any(axis=1)].ravel()  # not the zeros of beams that never came back
+        if found.size < columns:
+            return 0.0
+        rows = found[: found.size // columns * columns].reshape(-1, columns)
+        magnitudes = np.log(np.abs(rows, dtype=np.float32) + 0.01)
+        return magnitudes.mean(axis=0).var() / max(magnitudes.var(), 1e-6)
+
+    four = share_between(4)
+    if not four < 0.5:
+        return 4
+    shares = {columns: share_between(columns) for columns in (3, 5, 6, 7, 8)}
+    best = max(shares, key=lambda columns: round(shares[columns], 2))
+    likely = shares[best] > four + 0.1 and not (best == 8 and _are_two_points(sample.reshape(-1, 8)))
+    return best if likely else 4
+
+
+def _are_two_points(rows: np.ndarray) -> bool:
+    """Whether columns 4 and 5 of 8 are x and y as well: as often on either side as columns 0 and 1, and metres away.
+
+    Two beams that fire in turns, or two sensors, differ in height and reflectance as columns do.
+    """
+    first, second = rows[rows[:, :4].any(axis=1), :2], rows[rows[:, 4:].any(axis=1), 4:6]
+    if not len(first) or not len(second):
+        return False
+    signs = np.minimum((second > 0).mean(axis=0), (second < 0).mean(axis=0))
+    sides = np.abs((second > 0).mean(axis=0) - (first > 0).mean(axis=0))
+    return bool(signs.max() > 0.05 and sides.max() < 0.25 and np.median(np.abs(second).max(axis=1)) > 1)
 
 
 def points_in_view(points: np.ndarray, lidar_to_image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

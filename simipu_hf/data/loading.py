@@ -17,7 +17,7 @@ import datasets
 from ..errors import SimIPUError
 from .mixture import Mixture
 from .preparation import prepare, read_frames
-from .rows import ROW_FEATURES, check_features, points_from_row, scene_of
+from .rows import ROW_FEATURES, check_features, scene_of
 from .sources import (
     Source,
     Sources,
@@ -279,10 +279,6 @@ def _load_files(source: Source, split: str, request: Request, held_out: bool | N
     if empty:
         message = f"{source.location}: split {empty[0]!r}: expected images with their scans, found none"
         raise SimIPUError("\n".join([message, *listing.notes[:10]]))
-    for found in frames.values():  # a whole scan tells its columns; in points in view others pass for these four
-        first = source.reader.read_row(found[0], whole_scans=True, problems=[])
-        if first["points"]:
-            points_from_row(first)
     if os.environ.get("RANK", "0") == "0":  # before the processes are connected
         for note in listing.notes[:10]:  # simipu-hf data inspect lists all
             logger.warning(note)

@@ -369,14 +369,6 @@ def test_damage_is_one_clear_error_and_can_be_skipped(object_root, tmp_path, num
         load_pretraining_dataset(**options, split="train[2:3]", skipped=[])
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_scan_of_other_columns_is_named_before_it_is_cut_to_the_view(object_root, tmp_path, streaming):
-    scan = np.random.default_rng(0).uniform((3, -20, -2, 0, 0), (60, 20, 1, 1, 64), (840, 5)).astype("<f4")
-    scan.tofile(object_root / "training/velodyne/000000.bin")
-    with pytest.raises(SimIPUError, match=r"frame 000000: points: .*found what looks like 5 columns of float32"):
-        load_pretraining_dataset(data_dir=object_root, streaming=streaming, cache_dir=tmp_path)
-
-
 @pytest.mark.parametrize("skipped", [[], None])
 def test_a_frame_left_out_for_a_passing_reason_comes_back(object_root, tmp_path, monkeypatch, skipped):
     def away(path):

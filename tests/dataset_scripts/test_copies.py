@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from simipu_hf.dataset_scripts import argoverse2, kitti, nuscenes, waymo
+from simipu_hf.modeling import feature_extraction_simipu
 
 
 def test_copies_are_the_same() -> None:
@@ -16,6 +17,8 @@ def test_copies_are_the_same() -> None:
         [reader.points_in_view for reader in (argoverse2, kitti, nuscenes, waymo)],
         [reader.image_size for reader in (argoverse2, kitti, nuscenes)],
         [builder._generate_examples for builder in builders],
+        [module._likely_columns for module in (kitti, feature_extraction_simipu)],
+        [module._are_two_points for module in (kitti, feature_extraction_simipu)],
     ):
         assert len(set(map(inspect.getsource, copies))) == 1
     assert nuscenes.features("v1.0-mini-objects")["objects"] == kitti.features("object")["objects"]

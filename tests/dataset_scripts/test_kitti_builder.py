@@ -192,8 +192,8 @@ OBJECT_DAMAGE = {
     ),
     "calibration not numeric": (rewrite(CALIB, "Tr_velo_to_cam:", "Tr_velo_to_cam: x"), [CALIB, "' x 0 -1"]),
     "calibration with NaN": (rewrite(CALIB, "R0_rect: ", "R0_rect: nan nan nan 0 0 0 0 0 0\nX: "), [CALIB, "finite"]),
-    "scan of float64": (store_scan(lambda scan: scan.astype("<f8")), [SCAN, "within 1,000 m"]),
-    "scan in millimetres": (store_scan(lambda scan: 1000 * scan), [SCAN, "within 1,000 m, each float32"]),
+    "scan of float64": (store_scan(lambda scan: scan.astype("<f8")), [SCAN, "4 columns of float64"]),
+    "scan in millimetres": (store_scan(lambda scan: 1000 * scan), [SCAN, "within 1,000 m", "float32"]),
     "scan behind the camera": (points(SCAN, [[-9, 0, 0, 0]]), ["frame 000001", "points of the scan in the image"]),
     "ImageSets names an absent frame": (
         overwrite("ImageSets/train.txt", b"000000\n000077\n"),
