@@ -297,6 +297,8 @@ def image_size(path: str, expected: tuple[int, int] | None = None, source: str =
     mark at JPEG's end not whole (what is between is not looked at), or not of the size `expected` by `source`."""
     try:
         with open(path, "rb") as file, Image.open(file) as image:
+            if image.format in ("JPEG", "MPO") and image.getexif().get(274) in range(2, 9):
+                raise ValueError("an EXIF orientation: turn the pixels to what the calibration speaks of, without it")
             image.verify()
             file.seek(-min(4096, os.path.getsize(path)), os.SEEK_END)
             if image.format in ("JPEG", "MPO") and b"\xff\xd9" not in file.read():

@@ -178,13 +178,14 @@ class _Tables:
         self.sensors: dict[str, tuple[str, np.ndarray, np.ndarray]] = {}
         path = os.path.join(folder, "calibrated_sensor.json")
         for row in _records(path, "sensor_token", "camera_intrinsic", "rotation", "translation"):
-            intrinsics = row["camera_intrinsic"] or []
+            sensor, intrinsics = channels.get(row["sensor_token"]), row["camera_intrinsic"] or []
+            if sensor is None:
+                token = row["sensor_token"]
+                self.problems.append(f"{path}: record {row['token']}: expected a sensor, found {token!r}")
             matrix = [_vector({**row, "camera_intrinsic": line}, "camera_intrinsic", 3, path) for line in intrinsics]
-            if row["sensor_token"] in channels:
-                sensor = channels[row["sensor_token"]], _pose(row, path), np.array(matrix).reshape(-1, 3)
-                self.sensors[row["token"]] = sensor
+            self.sensors[row["token"]] = sensor or "", _pose(row, path), np.array(matrix).reshape(-1, 3)
         self.data = _sample_data(folder, {token: sensor[0] for token, sensor in self.sensors.items()}, sweeps)
-        self._drop("calibrated_sensor with a sensor", lambda row: row["sensor"] not in self.sensors)
+        self._drop("calibrated_sensor", lambda row: row["sensor"] not in self.sensors)
         self._drop("ego_pose", lambda row: row["pose"] is None)
         for row in self.data:
             row["scene"] = scene_of.get(row["sample"])
@@ -599,6 +600,8 @@ def image_size(path: str, expected: tuple[int, int] | None = None, source: str =
     mark at JPEG's end not whole (what is between is not looked at), or not of the size `expected` by `source`."""
     try:
         with open(path, "rb") as file, Image.open(file) as image:
+            if image.format in ("JPEG", "MPO") and image.getexif().get(274) in range(2, 9):
+                raise ValueError("an EXIF orientation: turn the pixels to what the calibration speaks of, without it")
             image.verify()
             file.seek(-min(4096, os.path.getsize(path)), os.SEEK_END)
             if image.format in ("JPEG", "MPO") and b"\xff\xd9" not in file.read():

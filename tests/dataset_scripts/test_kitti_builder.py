@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from kitti_folders import LABEL, LIDAR_TO_CAMERA, PROJECTIONS, build
-from PIL import Image
+from PIL import ExifTags, Image
 
 from simipu_hf.dataset_scripts import kitti
 
@@ -177,7 +177,14 @@ SCAN, IMAGE, CALIB = "training/velodyne/000001.bin", "training/image_2/000001.pn
 LABELS = "training/label_2/000000.txt"
 
 
+def turned(root: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (48, 16)).save(root / "training/image_2/000001.png", "JPEG", exif=exif)
+
+
 OBJECT_DAMAGE = {
+    "image to be turned": (turned, ["000001.png", "an EXIF orientation"]),
     "scan missing": (delete(SCAN), [SCAN, "a LiDAR scan", "No such file"]),
     "image missing": (delete(IMAGE), [IMAGE, "No such file"]),
     "calibration missing": (delete(CALIB), [CALIB, "No such file"]),

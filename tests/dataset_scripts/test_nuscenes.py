@@ -241,7 +241,7 @@ def test_damaged_tables_are_named(tiny: TinyTables) -> None:
     tiny.tables["sample_data"][1]["calibrated_sensor_token"] = "lost"
     root = tiny.write()
     listing = nuscenes.list_frames("v1.0-mini", root)
-    assert "1 records have no calibrated_sensor with a sensor, the first is samples/LIDAR_TOP" in listing.problems[0]
+    assert "1 records have no calibrated_sensor, the first is samples/LIDAR_TOP" in listing.problems[0]
     assert "1 records have no ego_pose" in listing.problems[1]
     path = tiny.root / "v1.0-mini" / "sample.json"
     path.write_text(path.read_text(encoding="utf-8")[:-20], encoding="utf-8")
