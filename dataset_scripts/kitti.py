@@ -96,12 +96,17 @@ def configurations(data_dir: str | os.PathLike) -> list[str]:
 
 
 def split_names(name: str, data_dir: str | os.PathLike | None) -> list[str]:
-    """Splits of a KITTI folder."""
+    """Splits of a KITTI folder.
+
+    Raises:
+        ValueError: the folder does not have the layout of this configuration.
+    """
     root = _root(data_dir)
     if name == "object":
         return list(_object_splits(root))
     if name == "odometry":
-        return list(dict.fromkeys(drive.split for drive in _odometry_drives(root)))
+        found = {drive.split for drive in _odometry_drives(root)}
+        return [split for split in ("train", "test") if split in found]
     return ["train"]
 
 
@@ -123,17 +128,19 @@ def list_frames(
         scenes: odometry: names like "00"; raw: like "2011_09_26_drive_0009_sync".
     """
     root = _root(data_dir)
-    _require(map(str, cameras or ()), ("2", "3"), f"{root}: cameras")
-    cameras = cameras and [int(camera) for camera in cameras]
+    cameras = None if cameras is None else list(cameras)
+    if cameras is not None and not set(map(str, cameras)) <= {"2", "3", "02", "03"}:
+        raise ValueError(f"cameras: expected 2 and / or 3 (KITTI's colour cameras), found {cameras}")
+    chosen = None if cameras is None else [int(camera) for camera in cameras]
     _require(splits, split_names(name, root), f"{root}: splits")
     if name != "object":
-        return _list_drives(name, root, splits, cameras, scenes)
+        return _list_drives(name, root, splits, chosen, scenes)
     if scenes is not None:
         raise ValueError("scenes can be chosen with the configurations 'odometry' and 'raw' only")
     drives, listing = _object_drives(root), Listing({}, [], [])
     for split, id_file in _object_splits(root).items():
         if splits is None or split in splits:
-            found = _object_frames(root, OBJECT_SPLITS[split], id_file, cameras or (2,), drives, listing)
+            found = _object_frames(root, OBJECT_SPLITS[split], id_file, chosen or (2,), drives, listing)
             if found:
                 listing.splits[split] = found
     return listing
@@ -146,7 +153,10 @@ def _object_splits(root: str) -> dict[str, str | None]:
     if not splits.keys() & {"train", "val", "trainval"}:
         splits["train"] = None
     splits.setdefault("test", None)
-    return {split: path for split, path in splits.items() if os.path.isdir(os.path.join(root, OBJECT_SPLITS[split]))}
+    splits = {split: path for split, path in splits.items() if os.path.isdir(os.path.join(root, OBJECT_SPLITS[split]))}
+    if not splits:
+        raise _not_kitti(root, "training/ or testing/, each with image_2/, velodyne/ and calib/")
+    return splits
 
 
 def _object_drives(root: str) -> dict[str, str]:
@@ -155,9 +165,14 @@ def _object_drives(root: str) -> dict[str, str]:
     for place in ("mapping", "devkit/mapping", "devkit_object/mapping"):
         paths = [os.path.join(root, place, f"train_{name}.txt") for name in ("rand", "mapping")]
         if all(map(os.path.isfile, paths)):
-            order = re.findall(r"\d+", " ".join(_lines(paths[0])))
-            lines = _lines(paths[1])
-            return {f"training/{index:06d}": lines[int(line) - 1].split()[1] for index, line in enumerate(order)}
+            order, lines = re.findall(r"\d+", " ".join(_lines(paths[0]))), [line.split() for line in _lines(paths[1])]
+            for line in map(int, order):
+                fields = lines[line - 1] if 0 < line <= len(lines) else [f"{len(lines)} lines"]
+                if len(fields) != 3:
+                    raise ValueError(
+                        f"{paths[1]}: line {line}: expected day, drive and frame, found {' '.join(fields)!r}"
+                    )
+            return {f"training/{index:06d}": lines[int(line) - 1][1] for index, line in enumerate(order)}
     return {}
 
 
@@ -166,35 +181,56 @@ def _object_frames(
 ) -> list[Frame]:
     """Frames of `part`, "training" or "testing"; a frame that lacks a file has the path where it should be."""
     folder = os.path.join(root, part)
-    for needed in (*(f"image_{camera}" for camera in cameras), "velodyne", "calib"):
+    for needed in [f"image_{camera}" for camera in cameras] + ["velodyne", "calib"]:
         if not os.path.isdir(os.path.join(folder, needed)):
-            found = ", ".join(sorted(os.listdir(folder)))
+            reduced = needed == "velodyne" and os.path.isdir(os.path.join(folder, "velodyne_reduced"))
+            in_archive = f"It is in KITTI's data_object_{needed}.zip. "
+            hint = "velodyne_reduced/ will do: rename it to velodyne. " if reduced else in_archive
             raise ValueError(
-                f"{folder}: expected the folder {needed}, of KITTI's data_object_{needed}.zip, found {found}. "
+                f"{folder}: expected the folder {needed}, found {_content(folder)}. {hint}"
                 "If you need other splits only, choose them, such as train"
             )
     images = {camera: _files(os.path.join(folder, f"image_{camera}"), IMAGE_SUFFIXES) for camera in cameras}
-    scans = _files(os.path.join(folder, "velodyne"), (".bin",))
-    labels = _files(os.path.join(folder, "label_2"), (".txt",))
-    if id_file is None:
-        keys = sorted(set(scans).union(*images.values()))
-    else:
-        keys = list(dict.fromkeys(line.strip() for line in _lines(id_file) if line.strip()))
+    scans, calibrations, labels = (
+        _files(os.path.join(folder, name), (suffix,))
+        for name, suffix in (("velodyne", ".bin"), ("calib", ".txt"), ("label_2", ".txt"))
+    )
+    known = sorted(set(scans).union(*images.values()))
+    keys = known if id_file is None else _listed_ids(id_file, known, folder, listing.problems)
     unlabelled = [key for key in keys if labels and key not in labels]
     if unlabelled:
-        found = f"{len(unlabelled)} of {len(keys)} frames have no file in label_2, the first {unlabelled[0]}"
-        listing.notes.append(f"{folder}: {found}")
+        listing.notes.append(
+            f"{folder}: {len(unlabelled)} of {len(keys)} frames have no file in label_2, the first {unlabelled[0]}: "
+            "nothing is known of their objects"
+        )
     frames = []
     for key in keys:
-        scan = os.path.join(folder, "velodyne", f"{key}.bin")
-        calibration = os.path.join(folder, "calib", f"{key}.txt")
-        label = os.path.join(folder, "label_2", f"{key}.txt") if labels else None
+        scan = scans.get(key, os.path.join(folder, "velodyne", f"{key}.bin"))
+        calibration = calibrations.get(key, os.path.join(folder, "calib", f"{key}.txt"))
+        label = labels.get(key, os.path.join(folder, "label_2", f"{key}.txt") if labels else None)
         scene = drives.get(f"{part}/{key}", f"{part}/{key}")
         for camera in cameras:
             image = images[camera].get(key, os.path.join(folder, f"image_{camera}", f"{key}.png"))
             frame_id = key if camera == 2 else f"{key}_image_{camera}"
             frames.append(Frame("object", frame_id, scene, camera, image, scan, (calibration,), label))
     return frames
+
+
+def _listed_ids(path: str, known: list[str], folder: str, problems: list[str]) -> list[str]:
+    """Frame ids of an `ImageSets` file, one a line; repeated and absent ones become problems."""
+    there = set(known)
+    ids: dict[str, None] = {}
+    for number, line in enumerate(_lines(path), start=1):
+        frame_id = line.strip()
+        if not frame_id:
+            continue
+        if frame_id in ids:
+            problems.append(f"{path}, line {number}: frame {frame_id} is listed a second time")
+        elif frame_id not in there:
+            problems.append(f"{path}, line {number}: frame {frame_id} has neither image nor scan in {folder}")
+        else:
+            ids[frame_id] = None
+    return list(ids)
 
 
 class _Drive(NamedTuple):
@@ -211,7 +247,7 @@ def _list_drives(
     name: str, root: str, splits: Sequence[str] | None, cameras: Sequence[int] | None, scenes: Sequence[str] | None
 ) -> Listing:
     listing = Listing({}, [], [])
-    drives = list(_odometry_drives(root) if name == "odometry" else _raw_drives(root, listing))
+    drives = _odometry_drives(root) if name == "odometry" else _raw_drives(root, listing)
     if scenes is not None:
         listing.notes.clear()  # of what was not asked for
         listing.problems.clear()
@@ -226,50 +262,76 @@ def _list_drives(
     return listing
 
 
-def _odometry_drives(root: str) -> Iterator[_Drive]:
-    for scene in _folders(os.path.join(root, "sequences"), r"\d\d"):
-        folder = os.path.join(root, "sequences", scene)
-        split = "train" if int(scene) <= LAST_SEQUENCE_WITH_POSES else "test"
+def _odometry_drives(root: str) -> list[_Drive]:
+    drives = []
+    for sequence in _folders(os.path.join(root, "sequences"), r"\d\d"):
+        folder = os.path.join(root, "sequences", sequence)
+        split = "train" if int(sequence) <= LAST_SEQUENCE_WITH_POSES else "test"
         scans, images, calibration = (os.path.join(folder, name) for name in ("velodyne", "image_{}", "calib.txt"))
-        yield _Drive(split, scene, scans, images, (calibration,))
+        drives.append(_Drive(split, sequence, scans, images, (calibration,)))
+    if not drives:
+        raise _not_kitti(root, "sequences/00/ and so on, each with image_2/, velodyne/ and calib.txt")
+    return drives
 
 
-def _raw_drives(root: str, listing: Listing) -> Iterator[_Drive]:
-    for day in _folders(root, r"\d{4}_\d\d_\d\d"):
-        calibration = tuple(os.path.join(root, day, f"calib_{name}.txt") for name in ("cam_to_cam", "velo_to_cam"))
-        for scene in _folders(os.path.join(root, day), ".*_drive_.*"):
-            folder = os.path.join(root, day, scene)
-            if not scene.endswith("_sync"):
-                listing.notes.append(f"{folder}: left out: only *_sync drives have rectified images with scans")
-            elif not scene.startswith(f"{day}_drive_"):
-                listing.problems.append(f"{folder}: expected a drive of {day}, found another day's")
+def _raw_drives(root: str, listing: Listing) -> list[_Drive]:
+    days = _folders(root, r"\d{4}_\d\d_\d\d")
+    if not days:
+        raise _not_kitti(root, "dated folders such as 2011_09_26/, each with calib_*.txt and *_drive_*_sync/")
+    drives, left_out = [], []
+    for day in days:
+        folder = os.path.join(root, day)
+        calibration = tuple(os.path.join(folder, f"calib_{name}.txt") for name in ("cam_to_cam", "velo_to_cam"))
+        for name in _folders(folder, ".*_drive_.*"):
+            if not name.endswith("_sync"):
+                left_out.append(name)
+            elif not name.startswith(f"{day}_drive_"):
+                listing.problems.append(
+                    f"{os.path.join(folder, name)}: expected a drive of {day}, found another day's"
+                )
             else:
-                scans, images = (os.path.join(folder, name, "data") for name in ("velodyne_points", "image_0{}"))
-                yield _Drive("train", scene, scans, images, calibration)
+                scans, images = (
+                    os.path.join(folder, name, place, "data") for place in ("velodyne_points", "image_0{}")
+                )
+                drives.append(_Drive("train", name, scans, images, calibration))
+    if left_out:
+        listing.notes.append(
+            f"{root}: left out {left_out}: only *_sync drives have rectified images and a scan for each"
+        )
+    return drives
 
 
 def _drive_frames(name: str, drive: _Drive, cameras: Sequence[int] | None, listing: Listing) -> list[Frame]:
     """Every image that has a scan. KITTI itself lacks a few scans: drive 2011_09_26_drive_0009 has 447 images of each
     camera and 443 scans."""
-    scans, frames = _files(drive.scans, (".bin",)), []
+    scans = _files(drive.scans, (".bin",))
+    archive = f"KITTI's {drive.scene}.zip" if name == "raw" else "KITTI's data_odometry_{}.zip"
+    if not scans:
+        in_archive = f"they are in {archive.format('velodyne')}"
+        listing.problems.append(f"{drive.scans}: expected *.bin scans, found none; {in_archive}")
+        return []
+    frames = []
     for camera in cameras or (2, 3):
         folder = drive.images.format(camera)
         images = _files(folder, IMAGE_SUFFIXES)
-        alone = sorted(images.keys() ^ scans.keys())
-        if images and scans and alone:
-            some = ", ".join(alone[:8])
-            listing.notes.append(f"{folder}: {len(alone)} images or scans without a partner, left out: {some}")
+        if not images and cameras is not None:
+            listing.problems.append(f"{folder}: expected images, found none")
+        for kind, here, others in (("images", images, scans), ("scans", scans, images)):
+            alone = sorted(set(here) - set(others))
+            if images and alone:
+                listing.notes.append(
+                    f"{folder}: {len(alone)} of {len(here)} {kind} have no partner for camera {camera}, left out: "
+                    f"{', '.join(alone[:8])}{', …' if len(alone) > 8 else ''}"
+                )
         prefix = f"{drive.scene}_image_{camera:02d}" if name == "raw" else f"{drive.scene}_image_{camera}"
-        pairs = [
+        frames += [
             Frame(name, f"{prefix}_{key}", drive.scene, camera, images[key], scans[key], drive.calibration)
-            for key in sorted(images.keys() & scans.keys())
+            for key in sorted(set(images) & set(scans))
         ]
-        if not pairs and cameras is not None:
-            listing.problems.append(f"{folder}: expected images with a scan in {drive.scans}, found none")
-        frames += pairs
-    if not frames and cameras is None:
-        folders = drive.images.format("2 or 3")
-        listing.problems.append(f"{folders}: expected images with a scan in {drive.scans}, found none")
+    if not frames:
+        folders = f"{drive.images.format('2')} or {drive.images.format('3')}"
+        in_archive = f"the colour images are in {archive.format('color')}"
+        listing.problems.append(f"{folders}: expected images with a scan, found no pair; {in_archive}")
     return frames
 
 
@@ -302,6 +364,17 @@ def _files(folder: str, suffixes: tuple[str, ...]) -> dict[str, str]:
     names = os.listdir(folder) if os.path.isdir(folder) else []
     names = [name for name in sorted(names) if name.lower().endswith(suffixes) and not name.startswith(".")]
     return {os.path.splitext(name)[0]: os.path.join(folder, name) for name in names}
+
+
+def _content(folder: str) -> str:
+    names = sorted(os.listdir(folder))
+    return ", ".join(names[:10]) + (f", … ({len(names)} in all)" if len(names) > 10 else "") or "an empty folder"
+
+
+def _not_kitti(root: str, expected: str) -> ValueError:
+    return ValueError(
+        f"{root} is not a KITTI folder of this configuration: expected {expected}; found {_content(root)}"
+    )
 
 
 def _require(wanted: Iterable[str] | None, available: Collection[str], what: str) -> None:
@@ -373,6 +446,8 @@ def image_size(path: str, expected: tuple[int, int] | None = None, source: str =
 
 def read_points(path: str) -> np.ndarray:
     """A scan, (N, 4) float32 x, y, z (metres, LiDAR frame), reflectance; finite, at least one point."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: expected a LiDAR scan, found no such file")
     try:
         with open(path, "rb") as file:
             data = file.read()
@@ -523,14 +598,18 @@ def _read_values(path: str) -> dict[str, str]:
 
 
 def _matrix(values: dict[str, str], path: str, key: str, shape: tuple[int, ...]) -> np.ndarray:
+    if key not in values:
+        raise ValueError(f"{path}: expected a line '{key}:', found {', '.join(values) or 'no such lines'}")
     try:
-        matrix = np.array(values[key].split(), dtype=np.float64).reshape(shape)
-        if not np.isfinite(matrix).all():
-            raise ValueError("NaN or infinity")
-    except (KeyError, ValueError) as error:
-        expected = f"expected a line '{key}:' of {np.prod(shape)} finite numbers"
-        raise ValueError(f"{path}: {expected}, found {values.get(key, ', '.join(values))!r}") from error
-    return matrix
+        numbers = np.array([float(value) for value in values[key].split()], dtype=np.float64)
+    except ValueError as error:
+        raise ValueError(f"{path}, line '{key}:': expected numbers, found: {error}") from error
+    if numbers.size != np.prod(shape) or not np.isfinite(numbers).all():
+        raise ValueError(
+            f"{path}, line '{key}:': expected {np.prod(shape)} finite numbers, found {numbers.size}: "
+            f"{values[key].strip()!r}"
+        )
+    return numbers.reshape(shape)
 
 
 def _homogeneous(matrix: np.ndarray) -> np.ndarray:
@@ -588,14 +667,15 @@ class Kitti(datasets.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
+        if self.config.on_bad_row not in ("error", "skip"):
+            raise ValueError(f"on_bad_row: expected 'error' or 'skip', found {self.config.on_bad_row!r}")
         listing = self.config.list_frames()
-        if listing.problems and self.config.on_bad_row != "skip":
+        if listing.problems and self.config.on_bad_row == "error":
             raise ValueError("\n".join(listing.problems[:10]))
         for message in listing.notes + listing.problems:
             logger.warning(message)
         if not listing.splits:
-            expected = f"images with scans of {self.config.description}"
-            raise ValueError(f"{self.config.data_dir}: expected {expected}, found none")
+            raise ValueError(f"{self.config.data_dir}: expected images with their scans, found none")
         # a list is what datasets divides among processes and stream shards
         return [datasets.SplitGenerator(split, {"frames": frames}) for split, frames in listing.splits.items()]
 
@@ -607,7 +687,7 @@ class Kitti(datasets.GeneratorBasedBuilder):
                     raise ValueError(f"frame {frame.frame_id}: expected points of the scan in the image, found none")
                 yield frame.frame_id, row
             except ValueError as error:
-                if self.config.on_bad_row != "skip":
+                if self.config.on_bad_row == "error":
                     raise
                 logger.warning(f"frame {frame.frame_id} skipped: {error}")
 

@@ -196,10 +196,13 @@ def license_of(location: str) -> str:
 
     In words where the Hub has no identifier of it.
     """
-    address = location if "://" in location or os.path.isdir(location) else f"hf://datasets/{location}"
+    address = location if "://" in location else f"hf://datasets/{location}"
     try:
-        with fsspec.open(f"{address}/README.md", "r", encoding="utf-8-sig") as file:
-            text = file.read()
+        if os.path.isdir(location):
+            text = Path(location, "README.md").read_text(encoding="utf-8-sig")
+        else:
+            with fsspec.open(f"{address}/README.md", "r", encoding="utf-8-sig") as file:
+                text = file.read()
     except Exception:  # there is none, or it cannot be reached; every file system has errors of its own
         return ""
     try:
@@ -318,6 +321,10 @@ def _hint(folder: Path) -> str:
     archives = sorted(path.name for path in folder.iterdir() if path.suffix in ARCHIVES)
     if archives:
         return f"; unpack {', '.join(archives[:3])} first"
+    if any((folder / place / "image_02").is_dir() for place in ("training", "testing")):
+        return (
+            "; this is the layout of KITTI's tracking benchmark, which is not read: the same drives are in KITTI raw"
+        )
     return ""
 
 

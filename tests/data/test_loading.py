@@ -408,7 +408,8 @@ def test_what_is_no_data_set_is_named(tmp_path, object_root, raw_root):
     (tmp_path / "several/rows").mkdir(parents=True)
     for name in ("train.parquet", "test.txt"):
         (tmp_path / "several/rows" / name).write_text("none", encoding="utf-8")
-    below = shutil.copytree(object_root, tmp_path / "below/kitti")
+    reduced = shutil.copytree(object_root, tmp_path / "reduced/kitti")
+    (reduced / "training/velodyne").rename(reduced / "training/velodyne_reduced")
     cases = [
         ({"dataset_name": "a", "data_dir": "b"}, "either dataset_name or data_dir"),
         ({"data_dir": []}, "expected a data set, found"),
@@ -419,17 +420,13 @@ def test_what_is_no_data_set_is_named(tmp_path, object_root, raw_root):
         ({"data_dir": tmp_path / "holiday"}, "as published.*found photo.jpg$"),
         ({"data_dir": object_root / "training/velodyne"}, f"did you mean {re.escape(str(object_root))}"),
         ({"data_dir": raw_root / "2011_09_26"}, f"did you mean {re.escape(str(raw_root))}"),
-        ({"data_dir": below.parent}, f"did you mean {re.escape(str(below))}"),
+        ({"data_dir": reduced.parent}, f"did you mean {re.escape(str(reduced))}"),
         ({"data_dir": tmp_path / "loop"}, "as published.*found again, up"),
         ({"data_dir": tmp_path / "several"}, "expected a folder of one data set, found rows"),
-        (
-            {"data_dir": tmp_path / "odometry"},
-            r"image_2 or 3: expected images with a scan in .*00.velodyne, found none",
-        ),
-        (
-            {"data_dir": tmp_path / "gray"},
-            r"image_2 or 3: expected images with a scan in .*00.velodyne, found none",
-        ),
+        ({"data_dir": reduced}, "rename it to velodyne"),
+        ({"data_dir": tmp_path / "odometry"}, r"found none; they are in KITTI's data_odometry_velodyne\.zip"),
+        ({"data_dir": tmp_path / "gray"}, r"no pair; the colour images are in KITTI's data_odometry_color\.zip"),
+        ({"data_dir": tmp_path / "tracking"}, "tracking benchmark, which is not read"),
         ({"data_dir": object_root, "dataset_config_name": "raw"}, r"\['object'\], found 'raw'"),
         (
             {"data_dir": object_root, "split": "nothing"},

@@ -13,9 +13,7 @@ from simipu_hf.dataset_scripts import kitti
 
 
 def test_splits_come_from_image_sets(object_root, tmp_path):
-    root = object_root(
-        {"train": "000002\n000000\n\n000002\n", "val": "000001\n", "trainval": "000000\n000001\n000002\n"}
-    )
+    root = object_root({"train": "000002\n000000\n", "val": "000001\n", "trainval": "000000\n000001\n000002\n"})
     data = build(root, "object", tmp_path / "cache")
     assert {name: list(rows["frame_id"]) for name, rows in data.items()} == {
         "train": ["000002", "000000"],
@@ -84,7 +82,7 @@ def test_raw_pairs_every_image_that_has_a_scan(raw_root, tmp_path):
         + [f"{second}_image_02_{index:010d}" for index in (0, 1)]
     )
     notes = kitti.list_frames("raw", raw_root).notes
-    assert any("1 images or scans without a partner, left out: 0000000001" in note for note in notes)
+    assert any("1 of 4 images have no partner for camera 2, left out: 0000000001" in note for note in notes)
 
 
 @pytest.mark.parametrize("drive", ["2011_09_26_drive_0001_sync", "2011_09_26_drive_0001"])
@@ -185,7 +183,7 @@ def turned(root: Path) -> None:
 
 OBJECT_DAMAGE = {
     "image to be turned": (turned, ["000001.png", "an EXIF orientation"]),
-    "scan missing": (delete(SCAN), [SCAN, "a LiDAR scan", "No such file"]),
+    "scan missing": (delete(SCAN), [SCAN, "no such file"]),
     "image missing": (delete(IMAGE), [IMAGE, "No such file"]),
     "calibration missing": (delete(CALIB), [CALIB, "No such file"]),
     "scan truncated": (overwrite(SCAN, b"\0" * 40), [SCAN, "16 bytes", "40 bytes"]),
@@ -193,18 +191,19 @@ OBJECT_DAMAGE = {
     "scan with NaN": (points(SCAN, [[0] * 4, [0, np.nan, 0, 0], [0, 0, 0, np.inf]]), [SCAN, "finite points"]),
     "image unreadable": (overwrite(IMAGE, b"not a PNG"), [IMAGE, "readable image"]),
     "calibration line missing": (rewrite(CALIB, "P2:", "Q2:"), [CALIB, "'P2:'", "Q2"]),
-    "calibration line too long": (
-        rewrite(CALIB, "R0_rect:", "R0_rect: 1.0"),
-        [CALIB, "'R0_rect:' of 9", " 1.0 1 0 "],
-    ),
-    "calibration not numeric": (rewrite(CALIB, "Tr_velo_to_cam:", "Tr_velo_to_cam: x"), [CALIB, "' x 0 -1"]),
+    "calibration line too long": (rewrite(CALIB, "R0_rect:", "R0_rect: 1.0"), [CALIB, "'R0_rect:'", "9", "10"]),
+    "calibration not numeric": (rewrite(CALIB, "Tr_velo_to_cam:", "Tr_velo_to_cam: x"), [CALIB, "'x'"]),
     "calibration with NaN": (rewrite(CALIB, "R0_rect: ", "R0_rect: nan nan nan 0 0 0 0 0 0\nX: "), [CALIB, "finite"]),
     "scan of float64": (store_scan(lambda scan: scan.astype("<f8")), [SCAN, "4 columns of float64"]),
     "scan in millimetres": (store_scan(lambda scan: 1000 * scan), [SCAN, "within 1,000 m", "float32"]),
     "scan behind the camera": (points(SCAN, [[-9, 0, 0, 0]]), ["frame 000001", "points of the scan in the image"]),
     "ImageSets names an absent frame": (
         overwrite("ImageSets/train.txt", b"000000\n000077\n"),
-        ["training/calib/000077.txt", "No such file"],
+        ["ImageSets/train.txt, line 2", "000077"],
+    ),
+    "ImageSets names a frame twice": (
+        overwrite("ImageSets/train.txt", b"000000\n000000\n"),
+        ["ImageSets/train.txt, line 2", "second time"],
     ),
     "folder missing": (lambda root: shutil.rmtree(root / "training/velodyne"), ["velodyne", "image_2"]),
 }
@@ -229,10 +228,12 @@ def test_labels_never_decide_whether_a_frame_can_be_used(object_root, tmp_path):
     assert [problem.partition(":")[0].rpartition(", ")[2] for problem in problems] == ["line 1", "line 3", "line 4"]
 
 
-def test_images_may_end_in_upper_case_and_lists_may_begin_with_a_mark(object_root, tmp_path):
+def test_file_names_may_be_in_upper_case_and_lists_may_begin_with_a_mark(object_root, tmp_path):
     root = object_root({"train": "\ufeff000001\n000002\n"})
-    (root / IMAGE).rename((root / IMAGE).with_suffix(".PNG"))
-    (root / CALIB).write_text("\ufeff" + (root / CALIB).read_text(), encoding="utf-8")
+    for path in (SCAN, IMAGE, CALIB):
+        (root / path).rename((root / path).with_suffix((root / path).suffix.upper()))
+    calibration = (root / CALIB).with_suffix(".TXT")
+    calibration.write_text("\ufeff" + calibration.read_text(), encoding="utf-8")
     assert list(build(root, "object", tmp_path / "cache")["train"]["frame_id"]) == ["000001", "000002"]
 
 
@@ -246,6 +247,9 @@ def test_object_frames_know_their_drive_where_the_devkit_is_at_hand(object_root,
     frames = kitti.list_frames("object", root).splits
     assert [frame.scene[-6] for frame in frames["train"]] == ["3", "1", "4", "2"]
     assert [frame.scene for frame in frames["test"]] == ["testing/000000", "testing/000001"]
+    (root / "devkit_object/mapping/train_mapping.txt").write_text(mapping[:60])
+    with pytest.raises(ValueError, match=r"mapping\.txt: line 3: expected day, drive and frame, found '2 lines'"):
+        kitti.list_frames("object", root)
 
 
 def test_odometry_sequences(object_root, tmp_path):
@@ -282,7 +286,7 @@ RAW_DAMAGE = {
         ["2011_09_28_drive_0002_sync", "2011_09_26"],
     ),
     "no scans": (lambda root: shutil.rmtree(root / DRIVE / "velodyne_points"), ["velodyne_points", "found none"]),
-    "no images": (lambda root: shutil.rmtree(root / DRIVE / "image_02"), [DRIVE, "velodyne_points", "found none"]),
+    "no images": (lambda root: shutil.rmtree(root / DRIVE / "image_02"), [DRIVE, "found no pair"]),
 }
 
 
@@ -313,9 +317,10 @@ def test_damage_is_named_and_that_of_a_frame_can_be_skipped(object_root, raw_roo
     ("name", "options", "expected"),
     [
         ("object", {"splits": ("valid",)}, "'train'"),
-        ("object", {"cameras": (1,)}, r"cameras: .* found \['1'\]"),
+        ("object", {"cameras": (1,)}, r"cameras: .* found \[1\]"),
         ("object", {"cameras": ("image_2",)}, r"cameras: .* found \['image_2'\]"),
         ("object", {"scenes": ("2011_09_26_drive_0001_sync",)}, "'raw' only"),
+        ("object", {"on_bad_row": "ignore"}, "on_bad_row"),
         ("raw", {"scenes": ("2011_09_26_drive_0077_sync",)}, "2011_09_26_drive_0001_sync.*found.*drive_0077"),
     ],
 )
@@ -328,7 +333,7 @@ def test_impossible_choices_are_errors(object_root, raw_root, tmp_path, name, op
 def test_a_folder_that_is_not_kitti_is_an_error(tmp_path, name):
     (tmp_path / "holiday").mkdir()
     (tmp_path / "holiday/photo.jpg").touch()
-    with pytest.raises(ValueError, match=r"holiday: expected images with scans of KITTI (object|raw).*, found none"):
+    with pytest.raises(ValueError, match=r"(training/|2011_09_26/).*found photo\.jpg"):
         build(tmp_path / "holiday", name, tmp_path / "cache")
     with pytest.raises(ValueError, match="no folder at"):
         build(tmp_path / "absent", name, tmp_path / "cache")
