@@ -257,7 +257,10 @@ def read_calibration(frame: Frame) -> tuple[np.ndarray, np.ndarray, tuple[int, i
 @functools.lru_cache(maxsize=16)
 def _table(path: str, key: str, state: tuple[int, int] | None) -> dict[Any, dict[str, Any]]:
     """The records of a small feather table by one of its columns."""
-    return {record[key]: record for record in _read_feather(path).to_pylist()}
+    records = _read_feather(path).to_pylist()
+    if records and key not in records[0]:
+        raise ValueError(f"{path}: expected a column {key}, found {', '.join(records[0])}")
+    return {record[key]: record for record in records}
 
 
 def _record(path: str, key: str, value: Any) -> dict[str, Any]:
@@ -321,6 +324,11 @@ def read_points(path: str) -> np.ndarray:
 @functools.lru_cache(maxsize=2)
 def _points(path: str, state: tuple[int, int] | None) -> np.ndarray:
     table = _read_feather(path)
+    missing = [name for name in ("x", "y", "z", "intensity") if name not in table.column_names]
+    if missing or len(table) == 0:
+        raise ValueError(
+            f"{path}: expected points with x, y, z, intensity, found {table.column_names}, {len(table)} rows"
+        )
     points = np.column_stack([table[name].to_numpy().astype("<f4") for name in ("x", "y", "z", "intensity")])
     if not np.isfinite(points).all():
         raise ValueError(f"{path}: expected finite points, found NaN or infinity")

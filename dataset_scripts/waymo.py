@@ -247,7 +247,11 @@ class _Row:
         values = self.numbers(name).astype(np.float64)
         if len(values) != 16 or not np.isfinite(values).all():
             raise ValueError(f"{self.path}: {name}: expected 16 finite numbers, found {values.tolist()}")
-        return values.reshape(4, 4)
+        matrix = values.reshape(4, 4)
+        rotation = matrix[:3, :3]
+        if not np.allclose(rotation @ rotation.T, np.eye(3), atol=1e-3):
+            raise ValueError(f"{self.path}: {name}: expected a rotation, found {rotation.tolist()}")
+        return matrix
 
 
 # --- the content of a frame -----------------------------------------------------------------------------------------
@@ -391,6 +395,12 @@ def _points(folder: str, segment: str, time: int, states: tuple[tuple[int, int] 
         for name in ("range_image_return1", "range_image_return2"):
             image = scan.image(name)
             if image.size:
+                if image.shape[2] < 2:
+                    raise ValueError(f"{lidar}: {name}: expected range and intensity, found the shape {image.shape}")
+                shape = (*image.shape[:2], 6)
+                if pixel_poses is not None and pixel_poses.shape != shape:
+                    path = _path(folder, "lidar_pose", segment)
+                    raise ValueError(f"{path}: expected poses of the shape {shape}, found {pixel_poses.shape}")
                 inclinations = _inclinations(calibration, len(image))
                 points, valid = range_image_to_points(image[..., 0], inclinations, extrinsic, pixel_poses, vehicle)
                 clouds.append(np.column_stack([points, np.tanh(image[..., 1][valid])]))

@@ -339,6 +339,10 @@ def _checked(dataset: AnyDataset, location: str, split: str, skipped: list[str] 
     if len(dataset) == 0:
         reason = f"; {len(skipped)} left out, the first: {skipped[0]}" if skipped else ""
         raise SimIPUError(f"{location}: split {split!r}: expected rows, found none{reason}")
+    if None in (names := dataset["frame_id"][:]):
+        raise SimIPUError(
+            f"{location}: split {split!r}, row {names.index(None)}: frame_id: expected a name, found none"
+        )
     return _without_duplicates(_with_scene(dataset), location, skipped)
 
 

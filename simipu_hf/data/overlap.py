@@ -143,18 +143,19 @@ def _parts(values: Any) -> Iterator[bytes]:
 
 def _lengths(table: pa.Table, column: str = "image") -> Iterator[int | None]:
     """Bytes of the file of every row; `None` where there is none."""
-    lengths = pc.binary_length(pc.struct_field(table[column], "bytes")).to_pylist()
-    for length, path in zip(lengths, pc.struct_field(table[column], "path").to_pylist(), strict=True):
-        if length is None and path:
-            with suppress(OSError):
-                length = os.stat(path).st_size
-        yield length
+    for chunk in table[column].chunks:
+        lengths, paths = pc.binary_length(chunk.field("bytes")), chunk.field("path")
+        for length, path in zip(lengths.to_pylist(), paths.to_pylist(), strict=True):
+            if length is None and path:
+                with suppress(OSError):
+                    length = os.stat(path).st_size
+            yield length
 
 
 def _lengths_and_last_bytes(table: pa.Table) -> Iterator[tuple[int | None, bytes] | None]:
-    ends = pc.binary_slice(pc.struct_field(table["image"], "bytes"), -COMPARED_BYTES).to_pylist()
-    paths = pc.struct_field(table["image"], "path").to_pylist()
-    for length, end, path in zip(_lengths(table), ends, paths, strict=True):
+    ends = [pc.binary_slice(chunk.field("bytes"), -COMPARED_BYTES).to_pylist() for chunk in table["image"].chunks]
+    paths = [chunk.field("path").to_pylist() for chunk in table["image"].chunks]
+    for length, end, path in zip(_lengths(table), chain(*ends), chain(*paths), strict=True):
         if end is None and length is not None:
             with suppress(OSError), open(path, "rb") as file:
                 file.seek(max(0, length - COMPARED_BYTES))

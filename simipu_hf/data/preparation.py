@@ -104,10 +104,19 @@ def prepare(
 
 def _chunks(frames: Sequence[Any]) -> Iterator[Sequence[Any]]:
     """At most `CHUNK` frames each. A long scene shares none with others, so that new scenes leave it as it is."""
-    scenes = [list(run) for _, run in itertools.groupby(frames, key=lambda frame: frame.scene)]
-    for _, joined in itertools.groupby(scenes, key=lambda scene: len(scene) >= LONG_SCENE and scene[0].scene):
-        together = list(itertools.chain.from_iterable(joined))
-        yield from (together[start : start + CHUNK] for start in range(0, len(together), CHUNK))
+    chunk: list[Any] = []
+    for _, run in itertools.groupby(frames, key=lambda frame: frame.scene):
+        scene = list(run)
+        is_long = len(scene) >= LONG_SCENE
+        if chunk and (is_long or len(chunk) + len(scene) > CHUNK):
+            yield chunk
+            chunk = []
+        if is_long:
+            yield from (scene[start : start + CHUNK] for start in range(0, len(scene), CHUNK))
+        else:
+            chunk += scene
+    if chunk:
+        yield chunk
 
 
 def _is_whole(read: Callable[..., Any], path: Path, frames: Sequence[Any]) -> bool:

@@ -40,6 +40,11 @@ class Source:
     config: str | None = None
     reader: ModuleType | None = None
 
+    @property
+    def is_address(self) -> bool:
+        """Of any file system that fsspec knows: `s3://`, `gs://`, `hf://`, …"""
+        return "://" in self.location
+
     @cached_property
     def splits(self) -> list[str]:
         """Names of its splits; a `save_to_disk` folder without splits is "train".
@@ -52,7 +57,7 @@ class Source:
                 return self.reader.split_names(self.config, self.location)
             if self.kind == "saved":
                 return list(self.saved)
-            if "://" in self.location:
+            if self.is_address:
                 return list(self.remote_files)
             return datasets.get_dataset_split_names(self.location, self.config)
 
@@ -97,7 +102,7 @@ class Source:
 
     def load(self, split: str, **options: Any) -> datasets.Dataset | datasets.IterableDataset:
         """`datasets.load_dataset` of a split of Parquet files or of the Hub."""
-        if "://" in self.location:
+        if self.is_address:
             return datasets.load_dataset("parquet", data_files=self.remote_files, split=split, **options)
         return datasets.load_dataset(self.location, self.config, split=split, **options)
 

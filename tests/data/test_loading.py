@@ -306,6 +306,10 @@ def test_duplicate_frames(tmp_path):
     dataset_from_rows(map(make_row, names), tmp_path / "rows").save_to_disk(tmp_path / "saved")
     with pytest.raises(SimIPUError, match="frame a: expected one row, found 2"):
         load_pretraining_dataset(data_dir=tmp_path / "saved")
+    rows = [make_row("a"), {**make_row("b"), "frame_id": None}]
+    dataset_from_rows(rows, tmp_path / "rows").save_to_disk(tmp_path / "nameless")
+    with pytest.raises(SimIPUError, match="nameless: split 'train', row 1: frame_id: expected a name, found none"):
+        load_pretraining_dataset(data_dir=tmp_path / "nameless")
     skipped = []
     assert list(load_pretraining_dataset(data_dir=tmp_path / "saved", skipped=skipped)["frame_id"]) == ["a", "b", "c"]
     assert len(skipped) == 1

@@ -172,10 +172,12 @@ def test_builder_rows_of_a_tiny_segment(tiny: TinySegment, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("component", "column", "value", "message"),
     [
+        ("vehicle_pose", "[VehiclePoseComponent].world_from_vehicle.transform", [1.0] * 16, "expected a rotation"),
         ("camera_image", "[CameraImageComponent].pose.transform", [1.0] * 4, "expected 16 finite numbers"),
         ("camera_calibration", "[CameraCalibrationComponent].width", 64, "expected 64 x 16 pixels"),
         ("lidar", "[LiDARComponent].range_image_return1.shape", [4, 30, 4], r"expected \[4, 30, 4\] values"),
         ("lidar", "[LiDARComponent].range_image_return1.shape", None, r"expected \[\] values"),
+        ("lidar", "[LiDARComponent].range_image_return1.shape", [4, 144, 1], "expected range and intensity"),
         ("lidar_calibration", "[LiDARCalibrationComponent].beam_inclination.min", None, "expected a finite number"),
         ("camera_image", "[CameraImageComponent].image", b"no image", "expected a readable image"),
     ],
@@ -185,6 +187,19 @@ def test_damage_is_named(tiny: TinySegment, component: str, column: str, value: 
     frame = only_frame(tiny.write())
     with pytest.raises(ValueError, match=message):
         waymo.read_row(frame)
+
+
+@pytest.mark.parametrize("shape", [None, [4, 30, 6]])
+def test_poses_that_do_not_fit_the_range_image_are_named(tiny: TinySegment, shape: list[int] | None) -> None:
+    for component in ("lidar", "lidar_calibration"):
+        tiny.rows[component]["key.laser_name"] = waymo.TOP
+    prefix = "[LiDARPoseComponent].range_image_return1"
+    values = None if shape is None else [0.0] * (4 * 30 * 6)
+    tiny.rows["lidar_pose"] |= {f"{prefix}.values": values, f"{prefix}.shape": shape}
+    problems: list[str] = []
+    assert waymo.read_row(only_frame(tiny.write()), problems=problems)["points"] is None
+    assert "lidar_pose" in problems[0]
+    assert "expected poses of the shape (4, 36, 6), found" in problems[0]
 
 
 def test_what_changes_on_disk_is_read_again(tiny: TinySegment) -> None:
