@@ -279,10 +279,12 @@ def _published_splits(folder: str, there: set[str]) -> dict[str, set[str]]:
         try:
             with open(own, encoding="utf-8-sig") as file:
                 named = {split: set(scenes) for split, scenes in json.load(file).items()}
+            if not all(re.fullmatch(r"\w+", split) for split in named):
+                raise ValueError("names of splits other than letters, digits and _")
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{own}: expected split -> list of scenes, found: {error}") from error
         for split, scenes in named.items():
-            if unknown := sorted(scenes - there):
+            if unknown := sorted(map(str, scenes - there)):
                 raise ValueError(f"{own}: {split}: expected scenes of the tables, found {unknown[0]!r}")
         splits |= named
     return splits

@@ -161,7 +161,7 @@ def convert_to_parquet(
         raise SimIPUError(f"num_shards: expected at least 1, found {num_shards}")
     with named_errors("max_shard_size"):
         shard_bytes = convert_file_size_to_int(max_shard_size)
-    packing: Packing | None = Packing(image_size, image_format, quality, whole_scans)  # checks these
+    packing: Packing | None = Packing(image_size, image_format, quality, whole_scans)
     source, names = open_source(dataset_name, data_dir, dataset_config_name, split)
     check_apart(source.location, target)
     if source.reader is not None and scenes is not None and split is None:
@@ -174,8 +174,8 @@ def convert_to_parquet(
         depth = rows.features.get("depth")
         if not (depth is None or isinstance(depth, datasets.Image)):
             raise SimIPUError(f"{source.location}: depth: expected datasets.Image to resize with image, found {depth}")
-    if source.reader is not None and not (image_size or image_format):
-        packing = None  # these rows were checked and cut as they were prepared
+    already_checked = source.reader is not None
+    packing = None if already_checked and not (image_size or image_format) else packing
     shards = [
         shard for name, rows in splits.items() for shard in _plan_shards(name, rows, packing, shard_bytes, num_shards)
     ]
@@ -258,17 +258,23 @@ def _prepare_partial(
 
 def _write_shard(folder: Path, splits: dict[str, datasets.Dataset], packing: Packing | None, shard: _Shard) -> None:
     rows = splits[shard.split]
-    with atomic_path(folder / shard.file) as beside, pq.ParquetWriter(beside, rows.features.arrow_schema) as writer:
+    schema = _stored_features(rows).arrow_schema
+    with atomic_path(folder / shard.file) as beside, pq.ParquetWriter(beside, schema) as writer:
         for start in range(shard.start, shard.stop, BATCH):
             writer.write_table(_table(rows.select(range(start, min(start + BATCH, shard.stop))), packing))
+
+
+def _stored_features(rows: datasets.Dataset) -> datasets.Features:
+    """Of the rows as they are read again: their images are decoded then."""
+    return datasets.Features({**rows.features, "image": datasets.Image()})
 
 
 def _common_features(location: str, splits: dict[str, datasets.Dataset]) -> datasets.Features:
     """Those of every split, without which none of the files could be read again."""
     first, *others = splits
-    features = splits[first].features
+    features = _stored_features(splits[first])
     for name in others:
-        found = splits[name].features
+        found = _stored_features(splits[name])
         different = sorted(column for column in features | found if features.get(column) != found.get(column))
         if different:
             raise SimIPUError(
@@ -280,7 +286,7 @@ def _common_features(location: str, splits: dict[str, datasets.Dataset]) -> data
 
 def _table(rows: datasets.Dataset, packing: Packing | None) -> pa.Table:
     """All of `rows`, a few: what is done to them costs time for every file of the data set that they belong to."""
-    features = rows.features
+    features = _stored_features(rows)
     table = rows.with_format("arrow")[:]
     if packing is not None:
         # those that it needs or changes; all others are copied as they are stored

@@ -167,7 +167,7 @@ def image_and_depth(row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     height, width = image.shape[:2]
     if row.get("depth") is None:
         return image, project_to_depth_map(points_from_row(row), *calibration_from_row(row), height, width)
-    depth = read_depth_png(row["depth"], name)
+    depth = read_depth_png(row["depth"], f"{name}: depth")
     if depth.shape != (height, width):
         raise SimIPUError(f"{name}: depth is {depth.shape[1]} x {depth.shape[0]}, its image {width} x {height}")
     return image, depth

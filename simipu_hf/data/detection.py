@@ -143,9 +143,10 @@ def objects_from_row(row: Mapping[str, Any]) -> KittiObjects:
         raise SimIPUError(f"{name}: expected a column 'objects' of labels, found none")
     try:
         objects = KittiObjects.from_row(row["objects"])
+        numbers_of_all = objects.numbers.tolist()
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise SimIPUError(f"{name}: its objects cannot be read as KITTI's labels ({error!r})") from error
-    for index, (kind, numbers) in enumerate(zip(objects.type.tolist(), objects.numbers.tolist(), strict=True)):
+    for index, (kind, numbers) in enumerate(zip(objects.type.tolist(), numbers_of_all, strict=True)):
         try:
             check_object(kind, numbers)
         except ValueError as error:

@@ -166,7 +166,10 @@ def _load_parts(
         with named_errors(location):
             held_out, planned = _plan_split(source, own_request, own_split or None)
             part = _load(source, own_request, held_out, planned)
-        names = row_names(part) if isinstance(part, datasets.Dataset) else planned.split("+")
+        rows = part
+        if source.kind == "saved" and isinstance(part, datasets.IterableDataset):
+            rows = _with_scene(_take(planned, source.saved))
+        names = row_names(rows) if isinstance(rows, datasets.Dataset) else _names(planned)
         take_rows(taken, text, source.location, names)
         parts.append(part)
     return parts
@@ -391,8 +394,9 @@ def _rows_of_side(names: Sequence[tuple[str, str]], held_out: bool, share: float
     places = {scene: _place(scene) for scene, _ in names}
     low, high = min(places.values()), max(places.values())
     if not low < share <= high:
+        advice = f"choose a value between {low:.3f} and {high:.3f}" if len(places) > 1 else "one cannot be shared"
         problem = f"validation_share {share} puts all of {len(places)} scenes on one side"
-        raise SimIPUError(f"{location}: {problem}: choose a value between {low:.3f} and {high:.3f}")
+        raise SimIPUError(f"{location}: {problem}: {advice}")
     if len(names) < 3 * len(places) and all(scene == scene_of(frame_id) for scene, frame_id in names):
         logger.warning(
             f"{location}: validation_share makes {len(places)} scenes of the names of {len(names)} frames; if these "
