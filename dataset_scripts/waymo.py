@@ -200,8 +200,8 @@ def _group(path: str, group: int, state: tuple[int, int] | None) -> pa.Table:
     try:
         return pq.ParquetFile(path).read_row_group(group)
     except (OSError, pa.ArrowException) as error:
-        hint = "pyarrow reads null lists from version 26 on"
-        raise ValueError(f"{path}: expected a whole Parquet file, found: {error} ({hint})") from error
+        older = "" if int(pa.__version__.split(".")[0]) >= 26 else f" (or null lists, for pyarrow {pa.__version__})"
+        raise ValueError(f"{path}: expected a whole Parquet file, found: {error}{older}") from error
 
 
 class _Row:

@@ -258,12 +258,15 @@ def list_frames(
     scenes: Sequence[str] | None,
     skipped: list[str] | None,
 ) -> Any:
-    """The reader's listing of some splits of a published data set; its problems are added to `skipped`.
+    """The reader's listing of some splits of a published data set, whose problems are added to `skipped`; one camera
+    or scene may be given by itself.
 
     Raises:
         SimIPUError: a split, camera or scene is not there, or there are problems and no `skipped`.
     """
     assert source.reader is not None
+    cameras = [cameras] if isinstance(cameras, str | int) else cameras
+    scenes = [scenes] if isinstance(scenes, str) else scenes
     with named_errors(source.location):
         listing = source.reader.list_frames(source.config, source.location, splits, cameras, scenes)
     if skipped is not None:
@@ -426,6 +429,12 @@ def join_rows(
     return datasets.concatenate_datasets(_with_common_columns(parts, cache_dir, optional))
 
 
+def _unlike(feature: Any, other: Any) -> bool:
+    """Whether two columns differ in more than whether their images are decoded."""
+    both_images = isinstance(feature, datasets.Image) and isinstance(other, datasets.Image)
+    return feature != other and not both_images
+
+
 def _with_common_columns(
     parts: Sequence[AnyDataset], cache_dir: str | os.PathLike | None = None, optional: Sequence[str] = ()
 ) -> list[AnyDataset]:
@@ -439,7 +448,7 @@ def _with_common_columns(
         column
         for column in columns
         if column not in ROW_FEATURES
-        and any(part.features.get(column, features[column]) != features[column] for part in parts)
+        and any(_unlike(part.features.get(column, features[column]), features[column]) for part in parts)
     ]
     if unlike:
         logger.warning(f"columns left out, since their types differ between the data sets: {', '.join(unlike)}")
