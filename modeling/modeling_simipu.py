@@ -17,10 +17,8 @@ from .geometry import (
     FeatureGrid,
     aligned_corners_grid,
     inside_image,
-    invert_transform,
     project_points,
     sample_feature_map,
-    transform_points,
 )
 from .image_encoder import (
     TimmModel,
@@ -218,12 +216,6 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
             return_metrics: compute the accuracies as well, which need the rank of every positive.
             return_loss: without effect; its default tells transformers' Trainer that there is a loss to evaluate.
         """
-        for name, matrices, shape in (
-            ("lidar_to_aug", lidar_to_aug, (4, 4)),
-            ("lidar_to_pixel", lidar_to_pixel, (3, 4)),
-        ):
-            if matrices.shape != (len(points), *shape):
-                raise ValueError(f"{name}: expected {(len(points), *shape)}, found {tuple(matrices.shape)}")
         # distances between points need single precision, whatever a batch was converted to
         wide = torch.promote_types(points.dtype, torch.float32)
         points, points_aug, lidar_to_aug = points.to(wide), points_aug.to(wide), lidar_to_aug.to(wide)
@@ -231,7 +223,7 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
         # the augmented view only yields detached keys: without gradient it costs a third and changes nothing
         with torch.no_grad():
             augmented = self.simipu.get_point_features(points_aug)
-            pending_match = _start_matching(view, augmented, lidar_to_aug)
+            pending_match = PendingMatch(view, augmented, lidar_to_aug)
 
         image_features = self.simipu.get_image_features(pixel_values)
         padded_size = (pixel_values.shape[-2], pixel_values.shape[-1])
@@ -430,14 +422,6 @@ def build_point_encoder(config: PointConfig) -> nn.Module:
 
         return SparseConvEncoder(config)
     return PointNet2Encoder(cast("SimIPUPointNet2Config", config))
-
-
-def _start_matching(
-    view: PointEncoderOutput, augmented: PointEncoderOutput, lidar_to_aug: torch.Tensor
-) -> PendingMatch:
-    back = invert_transform(lidar_to_aug).to(augmented.coordinates.dtype)
-    brought_back = transform_points(augmented.coordinates, back)
-    return PendingMatch(view.coordinates, brought_back, view.mask, augmented.mask)
 
 
 def _project(head: ProjectionHead, features: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:

@@ -41,11 +41,11 @@ def test_ops_measures_every_backend_and_the_whole_encoder(data_dir):
         data_dir=data_dir, num_points=96, config_overrides=OVERRIDES, device="cpu", repeats=1
     )
     rows = benchmark_ops(arguments).rows
-    assert {row["backend"] for row in rows} >= {"torch", "numba", "in turn", "threads", "auto"}
+    assert {row["backend"] for row in rows} >= {"torch", "numba", "scipy", "auto"}
     for operation in ("furthest_point_sample ", "furthest_point_sample_features", "ball_query", "group_max"):
         assert any(operation in row["part"] for row in rows), operation
     assert all(math.isfinite(row["seconds"]) and row["speedup"] > 0 for row in rows)
-    assert all(row["speedup"] == 1 for row in rows if row["backend"] in ("torch", "in turn"))
+    assert all(row["speedup"] == 1 for row in rows if row["backend"] == "torch")
     assert rows[-1]["part"] == "point encoder"
 
 
