@@ -34,12 +34,8 @@ from .modeling.modeling_simipu import SimIPUForPreTraining, build_point_encoder
 from .training.arguments import BenchmarkArguments, CheckArguments
 from .training.batch_norm import synchronize_batch_norm
 from .training.distributed import choose_device
-from .training.run_folder import package_version
+from .training.run_folder import package_version, versions
 
-REQUIRED = (
-    *("torch", "torchvision", "timm", "transformers", "datasets", "accelerate", "huggingface_hub", "safetensors"),
-    *("pillow", "kornia-rs"),
-)
 OPTIONAL = ("numba", "triton", "spconv", "torchdata", "onnx", "onnxruntime", "tensorboard", "trackio")
 POINTS, CENTRES = 16_384, 1_024
 RINGS, SLOTS = [(0.0, 0.4), (0.4, 0.8), (0.8, 1.6)], [32, 32, 64]
@@ -149,11 +145,8 @@ def _run(name: str, function: Callable[[], str]) -> Finding:
 
 
 def _versions() -> str:
-    missing = [name for name in REQUIRED if package_version(name) is None]
-    if missing:
-        raise Failed(f"{', '.join(missing)} cannot be found", "pip install --upgrade simipu-hf")
-    found = " ".join(f"{name} {package_version(name)}" for name in ("simipu-hf", *REQUIRED))
-    return f"Python {platform.python_version()} on {platform.system()} {platform.machine()}; {found}"
+    found = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return f"{platform.system()} {platform.machine()}; {found}"
 
 
 def _optional_packages() -> str:

@@ -8,7 +8,7 @@ import torch
 from tiny_run import OVERRIDES, write_frames
 
 from simipu_hf.benchmark import BenchmarkResult, benchmark_data, benchmark_ops, benchmark_step, step
-from simipu_hf.benchmark.data import PILLOW, PILLOW_RESIZE, RESIZE, WORKER
+from simipu_hf.benchmark.data import PILLOW_RESIZE, RESIZE, WORKER
 from simipu_hf.benchmark.inputs import sample_keys, two_view_dataset
 from simipu_hf.benchmark.measure import median_seconds, peak_bytes
 from simipu_hf.benchmark.step import BACKWARD, IMAGE, OPTIMIZER, POINTS, STEP, WAITING, create_model
@@ -84,7 +84,7 @@ def test_data_counts_rows(data_dir):
         data_dir=data_dir, image_size=(32, 96), num_points=96, num_rows=4, num_workers=1, repeats=1
     )
     rows = {row["part"]: row for row in benchmark_data(arguments).rows}
-    assert tuple(rows) == (PILLOW, PILLOW_RESIZE, RESIZE, WORKER, "loader, 1 worker")
+    assert tuple(rows) == (PILLOW_RESIZE, RESIZE, WORKER, "loader, 1 worker")
     assert rows[PILLOW_RESIZE]["over_pillow_and_resize"] == 1
 
 
