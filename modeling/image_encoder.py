@@ -12,6 +12,8 @@ import timm
 import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
 
 from .configuration_simipu import SimIPUImageConfig
 from .feature_grids import measure_feature_grids
@@ -301,6 +303,38 @@ def hold_frozen(encoder: TimmModel, config: SimIPUImageConfig) -> None:
                 f"image_config.frozen: {encoder.pretrained_cfg['architecture']} has no module {name!r}; it has "
                 f"{', '.join(child for child, _ in encoder.named_children())} and their parts"
             )
+
+
+class ImageEncoderModel(PreTrainedModel):
+    """A model whose `base_model` has an `image_encoder`."""
+
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    # Trainer: the loss is a mean over the batch, to be divided by the accumulation steps
+    accepts_loss_kwargs = False
+
+    def train(self, mode: bool = True) -> "ImageEncoderModel":
+        super().train(mode)
+        base: Any = self.base_model
+        hold_frozen(base.image_encoder, self.config.image_config)
+        return self
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """He et al. (2015) for convolutions; transformers' default for what it knows."""
+        init_buffers = getattr(module, "init_non_persistent_buffers", None)
+        if init_buffers is not None:
+            init_buffers()
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
+        base: Any = self.base_model
+        base.image_encoder.set_grad_checkpointing(enable)
 
 
 @functools.cache

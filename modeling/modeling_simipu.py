@@ -8,7 +8,6 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import can_return_tuple
 
@@ -21,11 +20,11 @@ from .geometry import (
     sample_feature_map,
 )
 from .image_encoder import (
+    ImageEncoderModel,
     TimmModel,
     build_image_encoder,
     configured_grids,
     feature_channels,
-    hold_frozen,
     image_feature_maps,
     pad_divisor,
 )
@@ -36,25 +35,20 @@ from .outputs_simipu import PointEncoderOutput, SimIPUForPreTrainingOutput, SimI
 from .pointnet2 import PointNet2Encoder
 
 
-class SimIPUPreTrainedModel(PreTrainedModel):
+class SimIPUPreTrainedModel(ImageEncoderModel):
     """Loading, saving and initialisation shared by the SimIPU models."""
 
     config: SimIPUConfig
     base_model_prefix = "simipu"
-    main_input_name = "pixel_values"
     input_modalities = ["image", "point_cloud"]  # noqa: RUF012
-    supports_gradient_checkpointing = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """PyTorch's default for linear layers, as the official code; He et al. (2015) for convolutions.
+        """PyTorch's default for linear layers, as the official code.
 
         A timm model built outside the meta device keeps timm's own initialisation. transformers only comes here
         with modules that hold parameters or buffers themselves.
         """
-        init_buffers = getattr(module, "init_non_persistent_buffers", None)
-        if init_buffers is not None:
-            init_buffers()
         if isinstance(module, (nn.Linear, AffineMap)):
             bound = module.weight.shape[1] ** -0.5
             init.uniform_(module.weight, -bound, bound)
@@ -66,10 +60,6 @@ class SimIPUPreTrainedModel(PreTrainedModel):
             init.zeros_(module.running_mean)
             init.ones_(module.running_var)
             init.zeros_(module.num_batches_tracked)
-        elif isinstance(module, nn.Conv2d):
-            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if module.bias is not None:
-                init.zeros_(module.bias)
         elif type(module).__module__.startswith("spconv."):
             # the fan-in reads spconv's layout (out, z, y, x, in) rightly
             init.kaiming_normal_(module.get_parameter("weight"), mode="fan_in", nonlinearity="relu")
@@ -83,9 +73,6 @@ class SimIPUPreTrainedModel(PreTrainedModel):
             "AutoModelForPreTraining": "modeling_simipu.SimIPUForPreTraining",
         }
         super().save_pretrained(save_directory, *args, **kwargs)
-
-    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
-        cast("SimIPUModel", self.base_model).image_encoder.set_grad_checkpointing(enable)
 
 
 class SimIPUModel(SimIPUPreTrainedModel):
@@ -103,11 +90,6 @@ class SimIPUModel(SimIPUPreTrainedModel):
         self.image_encoder = build_image_encoder(config.image_encoder_config)
         self.point_encoder = build_point_encoder(config.point_encoder_config)
         self.post_init()
-
-    def train(self, mode: bool = True) -> "SimIPUModel":
-        super().train(mode)
-        hold_frozen(self.image_encoder, self.config.image_encoder_config)
-        return self
 
     def get_image_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Feature maps of the configured stages, finest first.
@@ -164,8 +146,6 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
         >>> model(**batch).loss.backward()
     """
 
-    # Trainer: the loss is a mean over the batch, to be divided by the accumulation steps
-    accepts_loss_kwargs = False
     _anchor: TimmModel | None
 
     def __init__(self, config: SimIPUConfig) -> None:
