@@ -92,22 +92,11 @@ class SimIPUModel(SimIPUPreTrainedModel):
         self.post_init()
 
     def get_image_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Feature maps of the configured stages, finest first.
-
-        Args:
-            pixel_values: `(B, 3, H, W)`, normalised by the processor.
-
-        Returns:
-            One `(B, C_s, H_s, W_s)` a stage.
-        """
+        """Feature maps `(B, C_s, H_s, W_s)` of the configured stages, finest first."""
         return image_feature_maps(self.image_encoder, pixel_values, self.config.image_encoder_config.stages)
 
     def get_point_features(self, points: torch.Tensor) -> PointEncoderOutput:
-        """Features of the points that the point encoder keeps.
-
-        Args:
-            points: `(B, N, 4)`, x y z in metres and reflectance.
-        """
+        """Features of the points that the point encoder keeps."""
         return self.point_encoder(points)
 
     @can_return_tuple
