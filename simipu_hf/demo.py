@@ -55,21 +55,12 @@ PRETRAINED, RANDOM = "pretrained", "scratch"  # names of the two encoders of the
 
 @dataclass
 class DemoSettings:
-    """The size of everything; the defaults fit into minutes on two cores.
+    """The size of everything; the defaults fit into minutes on two cores."""
 
-    Args:
-        num_frames: frames in all; a fifth is held out.
-        image_size: height and width of the pictures the networks see, and of the generated ones.
-        image_encoder: timm name.
-        num_points: points drawn from each scan, at least 512.
-        per_device_train_batch_size: rows per step of pre-training.
-        max_steps: optimizer steps of pre-training.
-    """
-
-    num_frames: int = 200
-    image_size: tuple[int, int] = (96, 320)
-    image_encoder: str = "resnet18"
-    num_points: int = 2048
+    num_frames: int = 200  # in all; a fifth is held out
+    image_size: tuple[int, int] = (96, 320)  # height and width that the networks see, and of generated pictures
+    image_encoder: str = "resnet18"  # timm name
+    num_points: int = 2048  # drawn from each scan, at least 512
     per_device_train_batch_size: int = 4
     max_steps: int = 120
 
