@@ -3,13 +3,7 @@
 from collections.abc import Sequence
 
 from .configuration_simipu import SimIPUDenseConfig
-from .image_encoder import (
-    FeaturePyramid,
-    ImageEncoderModel,
-    build_image_encoder,
-    pyramid_stages,
-    with_image_size,
-)
+from .image_encoder import FeaturePyramid, ImageEncoderModel, build_image_encoder, pyramid_stages, with_image_size
 
 
 class SimIPUDenseModel(ImageEncoderModel):
