@@ -49,8 +49,8 @@ def build_image_encoder(config: SimIPUImageConfig) -> TimmModel:
         grids = _measured_grids(config.architecture, json.dumps(arguments, sort_keys=True))
         config.feature_grids = [grid and list(grid) for grid in grids]
     else:
-        strides, grids = _reductions(encoder), config.feature_grids
-        given = [grid[0] if grid else stride for grid, stride in zip(grids, strides, strict=False)]
+        strides = _reductions(encoder)
+        given = [grid[0] if grid else stride for grid, stride in zip(config.feature_grids, strides, strict=False)]
         if given != strides:
             raise ValueError(
                 f"image_config.feature_grids: the stages of this {config.architecture} have strides {strides}, found "
