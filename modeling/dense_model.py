@@ -1,18 +1,12 @@
 """What the models that fine-tune an image encoder share: the encoder, its pyramid, and how both are handled."""
 
 from collections.abc import Sequence
-from typing import Any
-
-import torch
-from torch import nn
-from transformers import PreTrainedModel
-from transformers import initialization as init
 
 from .configuration_simipu import SimIPUDenseConfig
-from .image_encoder import FeaturePyramid, build_image_encoder, hold_frozen, pyramid_stages, with_image_size
+from .image_encoder import FeaturePyramid, ImageEncoderModel, build_image_encoder, pyramid_stages, with_image_size
 
 
-class SimIPUDenseModel(PreTrainedModel):
+class SimIPUDenseModel(ImageEncoderModel):
     """An image encoder whose stages at several resolutions are read by something that predicts for every pixel.
 
     Attributes:
@@ -24,11 +18,7 @@ class SimIPUDenseModel(PreTrainedModel):
     """
 
     config: SimIPUDenseConfig
-    main_input_name = "pixel_values"
     input_modalities = "image"
-    supports_gradient_checkpointing = True
-    # Trainer: the loss is a mean over the batch, to be divided by the accumulation steps
-    accepts_loss_kwargs = False
     # the finest resolution that is read where `config.out_indices` names no stages
     finest_stride = 1
 
@@ -55,22 +45,6 @@ class SimIPUDenseModel(PreTrainedModel):
 
     def train(self, mode: bool = True) -> "SimIPUDenseModel":
         super().train(mode)
-        hold_frozen(self.image_encoder, self.config.image_encoder_config)
         if self._freeze:
             self.image_encoder.eval().requires_grad_(False)
         return self
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        else:
-            super()._init_weights(module)
-        init_buffers = getattr(module, "init_non_persistent_buffers", None)
-        if init_buffers is not None:
-            init_buffers()
-
-    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
-        self.image_encoder.set_grad_checkpointing(enable)

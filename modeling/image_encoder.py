@@ -12,6 +12,8 @@ import timm
 import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
 
 from .configuration_simipu import SimIPUImageConfig
 from .feature_grids import measure_feature_grids
@@ -47,7 +49,13 @@ def build_image_encoder(config: SimIPUImageConfig) -> TimmModel:
         grids = _measured_grids(config.architecture, json.dumps(arguments, sort_keys=True))
         config.feature_grids = [grid and list(grid) for grid in grids]
     else:
-        _check_strides(encoder, config)
+        strides = _reductions(encoder)
+        given = [grid[0] if grid else stride for grid, stride in zip(config.feature_grids, strides, strict=False)]
+        if given != strides:
+            raise ValueError(
+                f"image_config.feature_grids: the stages of this {config.architecture} have strides {strides}, found "
+                f"{given}; set them to null to have them measured"
+            )
     for module in encoder.modules():
         if isinstance(module, nn.BatchNorm2d):
             if config.batch_norm_eps is not None:
@@ -236,13 +244,11 @@ def with_image_size(encoder: TimmModel, config: SimIPUImageConfig, image_size: S
         encoder.set_input_size(img_size=size)  # type: ignore[operator]
         return encoder
     resized, state = build_image_encoder(config), encoder.state_dict()
-    for name, value in resized.state_dict().items():
-        if state[name].shape != value.shape:
-            if name != "pos_embed" or not hasattr(encoder, "tokens_spatial_shape"):
-                raise ValueError(f"{config.architecture} cannot change its image size: {name} depends on it")
-            grids = (model.tokens_spatial_shape for model in (resized, encoder))  # Hiera's, which timm leaves to us
-            state[name] = resample_abs_pos_embed(state[name], *grids, num_prefix_tokens=0)
-    resized.load_state_dict(state)
+    expected = resized.state_dict()
+    if hasattr(encoder, "tokens_spatial_shape") and state["pos_embed"].shape != expected["pos_embed"].shape:
+        grids = (model.tokens_spatial_shape for model in (resized, encoder))  # Hiera's, which timm leaves to us
+        state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], *grids, num_prefix_tokens=0)
+    load_image_encoder_weights(resized, state, "its image size cannot be changed")
     return resized.to(next(encoder.parameters()))  # device and data type
 
 
@@ -295,6 +301,38 @@ def hold_frozen(encoder: TimmModel, config: SimIPUImageConfig) -> None:
                 f"image_config.frozen: {encoder.pretrained_cfg['architecture']} has no module {name!r}; it has "
                 f"{', '.join(child for child, _ in encoder.named_children())} and their parts"
             )
+
+
+class ImageEncoderModel(PreTrainedModel):
+    """A model whose `base_model` has an `image_encoder`."""
+
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    # Trainer: the loss is a mean over the batch, to be divided by the accumulation steps
+    accepts_loss_kwargs = False
+
+    def train(self, mode: bool = True) -> "ImageEncoderModel":
+        super().train(mode)
+        base: Any = self.base_model
+        hold_frozen(base.image_encoder, self.config.image_config)
+        return self
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """He et al. (2015) for convolutions; transformers' default for what it knows."""
+        init_buffers = getattr(module, "init_non_persistent_buffers", None)
+        if init_buffers is not None:
+            init_buffers()
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
+        base: Any = self.base_model
+        base.image_encoder.set_grad_checkpointing(enable)
 
 
 @functools.cache
@@ -353,18 +391,6 @@ def _size_arguments(template: TimmModel, image_size: Sequence[int] | None) -> di
 
 def _reductions(encoder: TimmModel) -> list[int]:
     return [stage["reduction"] for stage in encoder.feature_info]
-
-
-def _check_strides(encoder: TimmModel, config: SimIPUImageConfig) -> None:
-    assert config.feature_grids is not None
-    reductions, grids = _reductions(encoder), config.feature_grids
-    given = [grid and list(grid[:2]) for grid in grids]
-    expected = [[stride, stride] if grid else None for stride, grid in zip(reductions, grids, strict=False)]
-    if given != expected or len(grids) != len(reductions):
-        raise ValueError(
-            f"image_config.feature_grids: the stages of this {config.architecture} have strides {reductions}, found "
-            f"{given}; set them to null to have them measured"
-        )
 
 
 def _create(architecture: str, arguments: Mapping[str, Any]) -> TimmModel:

@@ -7,6 +7,9 @@ from functools import cache
 import numpy as np
 import torch
 
+from .geometry import transform_points
+from .outputs_simipu import PointEncoderOutput
+
 try:
     from scipy.optimize import linear_sum_assignment
 except Exception:
@@ -24,35 +27,31 @@ def _solvers(process: int) -> ThreadPoolExecutor:
 
 
 class PendingMatch:
-    """A one-to-one matching of two views, solved in threads while the device goes on.
+    """A one-to-one matching of the points of two views, solved in threads while the device goes on.
 
     Args:
-        coordinates: `(B, M, 3)`, metres.
-        other: `(B, M, 3)`, in the same frame.
-        mask, other_mask: `(B, M)`, false for slots that hold no point.
+        view, augmented: B clouds of M points each; slots that hold no point are not matched.
+        lidar_to_aug: `(B, 4, 4)`, from the view's coordinates to the augmented ones.
     """
 
-    def __init__(
-        self,
-        coordinates: torch.Tensor,
-        other: torch.Tensor,
-        mask: torch.Tensor | None = None,
-        other_mask: torch.Tensor | None = None,
-    ) -> None:
+    def __init__(self, view: PointEncoderOutput, augmented: PointEncoderOutput, lidar_to_aug: torch.Tensor) -> None:
         if linear_sum_assignment is None:
             raise ImportError("matching two views needs SciPy: pip install scipy")
+        # unlike linalg.inv it does not wait for the device
+        back = torch.linalg.inv_ex(lidar_to_aug.double()).inverse.to(augmented.coordinates.dtype)
+        brought_back = transform_points(augmented.coordinates, back)
         # exact where points coincide
-        self._distances = torch.cdist(coordinates, other, compute_mode="donot_use_mm_for_euclid_dist")
+        self._distances = torch.cdist(view.coordinates, brought_back, compute_mode="donot_use_mm_for_euclid_dist")
         # copies that nobody waits for until a solver needs them; what comes from no CUDA device is waited for at once
         has_event = self._distances.is_cuda
         self._cost = self._distances.to("cpu", non_blocking=has_event)
-        self._masks = [m if m is None else m.to("cpu", non_blocking=has_event) for m in (mask, other_mask)]
+        self._masks = [points.mask.to("cpu", non_blocking=has_event) for points in (view, augmented)]
         self._copied = torch.cuda.Event(blocking=True) if has_event else None  # solvers sleep until then
         if self._copied is not None:
             # of the tensors' device, which need not be the current one
             self._copied.record(torch.cuda.current_stream(self._distances.device))
         self._jobs: list[Future[np.ndarray]] = [
-            _solvers(os.getpid()).submit(self._solve, item) for item in range(len(coordinates))
+            _solvers(os.getpid()).submit(self._solve, item) for item in range(len(self._cost))
         ]
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,9 +67,7 @@ class PendingMatch:
         if self._copied is not None:
             self._copied.synchronize()
         cost = self._cost[item].numpy()
-        mask, other_mask = (None if m is None else m[item].numpy() for m in self._masks)
-        rows = np.arange(cost.shape[0]) if mask is None else np.flatnonzero(mask)
-        columns = np.arange(cost.shape[1]) if other_mask is None else np.flatnonzero(other_mask)
+        rows, columns = (np.flatnonzero(mask[item].numpy()) for mask in self._masks)
         match = np.full(cost.shape[0], -1, dtype=np.int64)
         solved_rows, solved_columns = linear_sum_assignment(cost[np.ix_(rows, columns)])
         match[rows[solved_rows]] = columns[solved_columns]

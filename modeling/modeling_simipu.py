@@ -8,7 +8,6 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import can_return_tuple
 
@@ -17,17 +16,15 @@ from .geometry import (
     FeatureGrid,
     aligned_corners_grid,
     inside_image,
-    invert_transform,
     project_points,
     sample_feature_map,
-    transform_points,
 )
 from .image_encoder import (
+    ImageEncoderModel,
     TimmModel,
     build_image_encoder,
     configured_grids,
     feature_channels,
-    hold_frozen,
     image_feature_maps,
     pad_divisor,
 )
@@ -38,25 +35,20 @@ from .outputs_simipu import PointEncoderOutput, SimIPUForPreTrainingOutput, SimI
 from .pointnet2 import PointNet2Encoder
 
 
-class SimIPUPreTrainedModel(PreTrainedModel):
+class SimIPUPreTrainedModel(ImageEncoderModel):
     """Loading, saving and initialisation shared by the SimIPU models."""
 
     config: SimIPUConfig
     base_model_prefix = "simipu"
-    main_input_name = "pixel_values"
     input_modalities = ["image", "point_cloud"]  # noqa: RUF012
-    supports_gradient_checkpointing = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """PyTorch's default for linear layers, as the official code; He et al. (2015) for convolutions.
+        """PyTorch's default for linear layers, as the official code.
 
         A timm model built outside the meta device keeps timm's own initialisation. transformers only comes here
         with modules that hold parameters or buffers themselves.
         """
-        init_buffers = getattr(module, "init_non_persistent_buffers", None)
-        if init_buffers is not None:
-            init_buffers()
         if isinstance(module, (nn.Linear, AffineMap)):
             bound = module.weight.shape[1] ** -0.5
             init.uniform_(module.weight, -bound, bound)
@@ -68,10 +60,6 @@ class SimIPUPreTrainedModel(PreTrainedModel):
             init.zeros_(module.running_mean)
             init.ones_(module.running_var)
             init.zeros_(module.num_batches_tracked)
-        elif isinstance(module, nn.Conv2d):
-            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if module.bias is not None:
-                init.zeros_(module.bias)
         elif type(module).__module__.startswith("spconv."):
             # the fan-in reads spconv's layout (out, z, y, x, in) rightly
             init.kaiming_normal_(module.get_parameter("weight"), mode="fan_in", nonlinearity="relu")
@@ -85,9 +73,6 @@ class SimIPUPreTrainedModel(PreTrainedModel):
             "AutoModelForPreTraining": "modeling_simipu.SimIPUForPreTraining",
         }
         super().save_pretrained(save_directory, *args, **kwargs)
-
-    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
-        cast("SimIPUModel", self.base_model).image_encoder.set_grad_checkpointing(enable)
 
 
 class SimIPUModel(SimIPUPreTrainedModel):
@@ -106,28 +91,12 @@ class SimIPUModel(SimIPUPreTrainedModel):
         self.point_encoder = build_point_encoder(config.point_encoder_config)
         self.post_init()
 
-    def train(self, mode: bool = True) -> "SimIPUModel":
-        super().train(mode)
-        hold_frozen(self.image_encoder, self.config.image_encoder_config)
-        return self
-
     def get_image_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Feature maps of the configured stages, finest first.
-
-        Args:
-            pixel_values: `(B, 3, H, W)`, normalised by the processor.
-
-        Returns:
-            One `(B, C_s, H_s, W_s)` a stage.
-        """
+        """Feature maps `(B, C_s, H_s, W_s)` of the configured stages, finest first."""
         return image_feature_maps(self.image_encoder, pixel_values, self.config.image_encoder_config.stages)
 
     def get_point_features(self, points: torch.Tensor) -> PointEncoderOutput:
-        """Features of the points that the point encoder keeps.
-
-        Args:
-            points: `(B, N, 4)`, x y z in metres and reflectance.
-        """
+        """Features of the points that the point encoder keeps."""
         return self.point_encoder(points)
 
     @can_return_tuple
@@ -166,8 +135,6 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
         >>> model(**batch).loss.backward()
     """
 
-    # Trainer: the loss is a mean over the batch, to be divided by the accumulation steps
-    accepts_loss_kwargs = False
     _anchor: TimmModel | None
 
     def __init__(self, config: SimIPUConfig) -> None:
@@ -218,12 +185,6 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
             return_metrics: compute the accuracies as well, which need the rank of every positive.
             return_loss: without effect; its default tells transformers' Trainer that there is a loss to evaluate.
         """
-        for name, matrices, shape in (
-            ("lidar_to_aug", lidar_to_aug, (4, 4)),
-            ("lidar_to_pixel", lidar_to_pixel, (3, 4)),
-        ):
-            if matrices.shape != (len(points), *shape):
-                raise ValueError(f"{name}: expected {(len(points), *shape)}, found {tuple(matrices.shape)}")
         # distances between points need single precision, whatever a batch was converted to
         wide = torch.promote_types(points.dtype, torch.float32)
         points, points_aug, lidar_to_aug = points.to(wide), points_aug.to(wide), lidar_to_aug.to(wide)
@@ -231,7 +192,7 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
         # the augmented view only yields detached keys: without gradient it costs a third and changes nothing
         with torch.no_grad():
             augmented = self.simipu.get_point_features(points_aug)
-            pending_match = _start_matching(view, augmented, lidar_to_aug)
+            pending_match = PendingMatch(view, augmented, lidar_to_aug)
 
         image_features = self.simipu.get_image_features(pixel_values)
         padded_size = (pixel_values.shape[-2], pixel_values.shape[-1])
@@ -430,14 +391,6 @@ def build_point_encoder(config: PointConfig) -> nn.Module:
 
         return SparseConvEncoder(config)
     return PointNet2Encoder(cast("SimIPUPointNet2Config", config))
-
-
-def _start_matching(
-    view: PointEncoderOutput, augmented: PointEncoderOutput, lidar_to_aug: torch.Tensor
-) -> PendingMatch:
-    back = invert_transform(lidar_to_aug).to(augmented.coordinates.dtype)
-    brought_back = transform_points(augmented.coordinates, back)
-    return PendingMatch(view.coordinates, brought_back, view.mask, augmented.mask)
 
 
 def _project(head: ProjectionHead, features: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:

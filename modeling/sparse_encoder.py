@@ -49,7 +49,9 @@ class SparseConvEncoder(nn.Module):
         super().__init__()
         if spconv is None:
             raise ImportError('point_encoder="sparse_conv" needs spconv: pip install "simipu-hf[spconv]"')
-        _let_backward_run_without_cuda()
+        if not torch.cuda.is_available():
+            # its backward on the CPU asks for the current CUDA stream, which it does not use, and which raises here
+            spconv.ops.get_current_stream = lambda: 0
         self.num_output_points = config.num_output_points
         # minimum, maximum and voxel size of x, y, z: plain numbers, because building a tensor of them on a GPU would
         # wait for it, and because a buffer would not survive construction on the meta device
@@ -219,12 +221,6 @@ def _convolve(conv: "spconv.conv.SparseConvolution", x: "spconv.SparseConvTensor
     x = x.replace_feature(x.features.to(dtype))
     x = torch.func.functional_call(conv, {"weight": conv.weight.to(dtype)}, (x,))
     return x.replace_feature(x.features.to(conv.weight.dtype))
-
-
-def _let_backward_run_without_cuda() -> None:
-    """spconv's CPU backward asks for the current CUDA stream, which it does not use, and which raises without CUDA."""
-    if not torch.cuda.is_available():
-        spconv.ops.get_current_stream = lambda: 0
 
 
 def _mean_per_cell(points: Tensor, cells: Tensor, grid: tuple[int, int, int, int]) -> CellMeans:

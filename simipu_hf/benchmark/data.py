@@ -20,8 +20,7 @@ from simipu_hf.training.arguments import BenchmarkDataArguments
 from .inputs import described, sample_keys, two_view_dataset
 from .measure import BenchmarkResult, median_seconds
 
-PILLOW = "decode the image with Pillow"
-PILLOW_RESIZE = "decode it with Pillow and resize it"
+PILLOW_RESIZE = "decode and resize the image with Pillow"
 RESIZE = "decode and resize it as the loader does"
 WORKER = "two-view batches, one worker"
 
@@ -87,10 +86,6 @@ def _single_thread_passes(
     images = [Path(file["path"]).read_bytes() if file["bytes"] is None else file["bytes"] for file in files]
     processor = dataset.processor.image_processor
 
-    def pillow() -> None:
-        for data in images:
-            processor.load_image(Image.open(BytesIO(data)))
-
     def pillow_and_resize() -> None:
         for data in images:
             processor.resize_image(processor.load_image(Image.open(BytesIO(data))))
@@ -104,4 +99,4 @@ def _single_thread_passes(
         for start in range(0, len(keys), batch_size):
             collate([dataset[key] for key in keys[start : start + batch_size]])
 
-    return {PILLOW: pillow, PILLOW_RESIZE: pillow_and_resize, RESIZE: decode_and_resize, WORKER: make_batches}
+    return {PILLOW_RESIZE: pillow_and_resize, RESIZE: decode_and_resize, WORKER: make_batches}

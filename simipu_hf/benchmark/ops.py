@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from simipu_hf.modeling.configuration_simipu import SimIPUPointNet2Config
-from simipu_hf.modeling.geometry import invert_transform, transform_points
 from simipu_hf.modeling.layers import LinearBlock
 from simipu_hf.modeling.matching import PendingMatch
 from simipu_hf.modeling.point_ops import Neighbors, ball_query, group_max
@@ -107,17 +106,11 @@ def _grouping(name: str, level: SetAbstraction, coordinates: Tensor, centers: Te
 
 
 def _assignment(encoder: PointNet2Encoder, batch: dict[str, Tensor]) -> Operation:
-    """SciPy's solver for the clouds of a batch in turn and in threads, on the points that the encoder keeps."""
+    """SciPy's solver on the points that the encoder keeps, the clouds of a batch in threads."""
     with torch.no_grad():
-        view, augmented = encoder(batch["points"]).coordinates, encoder(batch["points_aug"]).coordinates
-    other = transform_points(augmented, invert_transform(batch["lidar_to_aug"]).to(augmented.dtype))
-
-    def run(backend: str) -> None:
-        clouds = [(view, other)] if backend == "threads" else zip(view[:, None], other[:, None], strict=True)
-        for pair in clouds:
-            PendingMatch(*pair).result()
-
-    return Operation(f"assignment {view.shape[1]} x {other.shape[1]}", run, ("in turn", "threads"))
+        view, augmented = encoder(batch["points"]), encoder(batch["points_aug"])
+    name = f"assignment {view.mask.shape[1]} x {augmented.mask.shape[1]}"
+    return Operation(name, lambda _: PendingMatch(view, augmented, batch["lidar_to_aug"]).result(), ("scipy",))
 
 
 def _pool_and_back(rows: Tensor, neighbors: Neighbors, backend: str) -> None:

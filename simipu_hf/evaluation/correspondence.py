@@ -34,9 +34,9 @@ def pixel_recall(
     point_embeds: torch.Tensor,
     cell_embeds: torch.Tensor,
     pixels: torch.Tensor,
-    cell_pixels: torch.Tensor,
     valid: torch.Tensor,
-    cell_size: tuple[float, float],
+    grid: FeatureGrid,
+    map_size: tuple[int, int],
 ) -> dict[str, float]:
     """How often the image cell most similar to a point lies within r cells of where the point projects.
 
@@ -44,9 +44,9 @@ def pixel_recall(
         point_embeds: (B, M, D), unit vectors.
         cell_embeds: (B, K, D), unit vectors of every cell of the image.
         pixels: (B, M, 2), where the points project, x and y.
-        cell_pixels: (K, 2), where the cells lie.
         valid: (B, M), points that project into their image.
-        cell_size: width and height of a cell in pixels.
+        grid: where the cells lie.
+        map_size: how many there are down and across, K in all.
 
     Returns:
         `recall_within_{r}_cells` for each of `RADII`, Euclidean distances to the cell's centre; 0 to 1, NaN without
@@ -54,7 +54,7 @@ def pixel_recall(
     """
     with torch.autocast(point_embeds.device.type, enabled=False):  # half precision has ties, of which any would win
         best = (point_embeds.float() @ cell_embeds.float().transpose(1, 2)).argmax(-1)
-    offset = (cell_pixels[best] - pixels) / pixels.new_tensor(cell_size)
+    offset = (grid.pixels(map_size, best.device)[best] - pixels) / pixels.new_tensor([grid.stride_x, grid.stride_y])
     distance = offset.norm(dim=-1)[valid]
     return {f"recall_within_{r}_cells": (distance <= r).float().mean().item() for r in RADII}
 
@@ -72,7 +72,5 @@ def correspondence_recall(
     coordinates = output.point_output.coordinates
     pixels, depth = project_points(coordinates, batch["lidar_to_pixel"].to(coordinates.dtype))
     valid = inside_image(pixels, depth, batch["image_sizes"]) & output.point_output.mask
-    finest = output.image_features[0]
-    cell_pixels = grid.pixels((finest.shape[-2], finest.shape[-1]), finest.device)
-    embeds = F.normalize(output.point_embeds.float(), dim=-1)
-    return pixel_recall(embeds, cell_embeds, pixels.float(), cell_pixels, valid, (grid.stride_x, grid.stride_y))
+    embeds, (height, width) = F.normalize(output.point_embeds.float(), dim=-1), output.image_features[0].shape[-2:]
+    return pixel_recall(embeds, cell_embeds, pixels.float(), valid, grid, (height, width))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from simipu_hf.data.rows import Frame
 from simipu_hf.data.two_views import TwoViewAugmentation, two_view_sample
 from simipu_hf.evaluation.correspondence import dense_image_embeds
-from simipu_hf.modeling.geometry import FeatureGrid, invert_transform, project_points, transform_points
+from simipu_hf.modeling.geometry import FeatureGrid, project_points
 from simipu_hf.modeling.image_encoder import TimmModel, feature_grids, image_feature_maps, sorted_stages
 from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
 from simipu_hf.modeling.matching import PendingMatch
@@ -187,8 +187,6 @@ def match_views(
     )
     view = model.simipu.get_point_features(points)
     augmented = model.simipu.get_point_features(points_aug)
-    back = invert_transform(lidar_to_aug).to(augmented.coordinates.dtype)
-    brought_back = transform_points(augmented.coordinates, back)
-    match, distance = PendingMatch(view.coordinates, brought_back, view.mask, augmented.mask).result()
+    match, distance = PendingMatch(view, augmented, lidar_to_aug).result()
     arrays = (view.coordinates, augmented.coordinates, match, distance)
     return ViewMatches(*(array[0].cpu().numpy() for array in arrays))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from tiny_simipu import tiny_batch, tiny_config
 
 from simipu_hf.evaluation.correspondence import RADII, correspondence_recall, dense_image_embeds, pixel_recall
+from simipu_hf.modeling.geometry import FeatureGrid
 from simipu_hf.modeling.layers import run_blocks
 from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 
@@ -17,11 +18,10 @@ def test_recall_counts_cells():
     # a row of 8 cells of 10 pixels with a direction of their own; the points ask for cells 0, 3, 7 and 2
     cells = torch.eye(8)[None]
     asked = torch.eye(8)[None, [0, 3, 7, 2]]
-    centers = torch.stack([torch.arange(8) * 10.0, torch.zeros(8)], dim=1)
     # they project onto: the asked cell; 2 cells from it; 5 cells from it; and beside the image
     pixels = torch.tensor([[[0.0, 0], [50, 0], [20, 0], [900, 0]]])
     valid = torch.tensor([[True, True, True, False]])
-    recall = pixel_recall(asked, cells, pixels, centers, valid, (10.0, 10.0))
+    recall = pixel_recall(asked, cells, pixels, valid, FeatureGrid(10.0, 10.0, 0.0, 0.0), (1, 8))
     assert recall == {
         "recall_within_1_cells": pytest.approx(1 / 3),
         "recall_within_2_cells": pytest.approx(2 / 3),
@@ -31,7 +31,8 @@ def test_recall_counts_cells():
 
 def test_recall_without_points_is_not_a_number():
     one = torch.ones(1, 1, 1)
-    recall = pixel_recall(one, one, torch.zeros(1, 1, 2), torch.zeros(1, 2), torch.zeros(1, 1, dtype=bool), (1.0, 1.0))
+    nobody = torch.zeros(1, 1, dtype=torch.bool)
+    recall = pixel_recall(one, one, torch.zeros(1, 1, 2), nobody, FeatureGrid(1.0, 1.0, 0.0, 0.0), (1, 1))
     assert all(math.isnan(value) for value in recall.values())
 
 

@@ -46,17 +46,11 @@ def synthesize_drive(
     Raises:
         SimIPUError: a value out of range, or `output_dir` is not empty.
     """
-    checks = (
-        ("image_size", len(image_size) == 2 and min(image_size) >= 16, "two sides of at least 16 pixels", image_size),
-        ("num_frames", num_frames >= 1, "at least 1", num_frames),
-        ("azimuth_steps", azimuth_steps >= 1, "at least 1", azimuth_steps),
-        ("seed", seed >= 0, "at least 0", seed),
-        ("val_fraction", 0 <= val_fraction < 1, "at least 0 and less than 1", val_fraction),
-        ("test_fraction", test_fraction >= 0 and val_fraction + test_fraction < 1, "0 to the rest", test_fraction),
-    )
-    for name, correct, expected, found in checks:
-        if not correct:
-            raise SimIPUError(f"{name}: expected {expected}, found {found}")
+    if len(image_size) != 2 or min(image_size) < 16:
+        raise SimIPUError(f"image_size: expected two sides of at least 16 pixels, found {image_size}")
+    for name, least, found in (("num_frames", 1, num_frames), ("seed", 0, seed)):
+        if found < least:
+            raise SimIPUError(f"{name}: expected at least {least}, found {found}")
     least = 1 if num_frames >= 3 else 0
     val, test = (max(round(num_frames * share), least) if share else 0 for share in (val_fraction, test_fraction))
     if num_frames - val - test < 1:
