@@ -242,6 +242,19 @@ class _AllReduceSum(torch.autograd.Function):
         return all_reduce_sum(grad)
 
 
+class _AllGatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        ctx.rows = tensor.shape[0]
+        parts = [torch.empty_like(tensor) for _ in range(world_size())]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return all_reduce_sum(grad).narrow(0, rank() * ctx.rows, ctx.rows)
+
+
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sum of `tensor` over all processes, differentiable."""
     return _AllReduceSum.apply(tensor) if world_size() > 1 else tensor
@@ -252,8 +265,4 @@ def all_gather_rows(tensor: torch.Tensor) -> torch.Tensor:
 
     Every process must bring the same shape.
     """
-    if world_size() == 1:
-        return tensor
-    parts = [torch.zeros_like(tensor)] * world_size()
-    parts[rank()] = tensor
-    return all_reduce_sum(torch.cat(parts))
+    return _AllGatherRows.apply(tensor) if world_size() > 1 else tensor
