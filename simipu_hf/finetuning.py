@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, nullcontext
+from functools import partial
 from pathlib import Path
 from traceback import clear_frames
 from typing import Any, Self
@@ -34,7 +35,7 @@ from .modeling.image_encoder import load_image_encoder_weights
 from .modeling.image_processing_simipu import SimIPUImageProcessor
 from .training.arguments import FineTuningRunArguments
 from .training.batch_norm import kept_running_statistics, synchronize_batch_norm
-from .training.checkpoint import WRITE_ERRORS, resumed_step, save_checkpoint, write_error
+from .training.checkpoint import named_errors, resumed_step, save_checkpoint
 from .training.distributed import (
     SharedFlags,
     StopRequest,
@@ -306,31 +307,23 @@ class FineTuningTrainer(Trainer):
         save_parts = super()._save_checkpoint
 
         def write() -> None:
-            try:
+            with named_errors(aside.parent / name):
                 save_parts(model, trial)
-            except WRITE_ERRORS as error:
-                raise write_error(aside.parent / name, error) from error
 
         try:
             on_every_process(write)
-        except SimIPUError:
+            on_main_process(
+                self.accelerator,
+                save_checkpoint,
+                aside.parent,
+                self.state.global_step,
+                save=partial(move_into, aside / name),
+                identity=self.identity,
+                # the best is not to be the one that is deleted
+                total_limit=0 if self.args.load_best_model_at_end else self.args.save_total_limit or 0,
+            )
+        finally:
             shutil.rmtree(aside, ignore_errors=True)
-            raise
-
-        def save(folder: Path) -> None:
-            move_into(aside / name, folder)
-            shutil.rmtree(aside, ignore_errors=True)
-
-        on_main_process(
-            self.accelerator,
-            save_checkpoint,
-            aside.parent,
-            self.state.global_step,
-            save=save,
-            identity=self.identity,
-            # the best is not to be the one that is deleted
-            total_limit=0 if self.args.load_best_model_at_end else self.args.save_total_limit or 0,
-        )
         best = aside.parent / f"checkpoint-{self.state.best_global_step}"
         if best.is_dir():  # also after a resume, which finds the folder aside no more
             self.state.best_model_checkpoint = str(best)

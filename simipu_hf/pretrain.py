@@ -44,7 +44,7 @@ from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 from simipu_hf.training.arguments import PreTrainingArguments, parse_arguments, parse_overrides
 from simipu_hf.training.batch_norm import kept_running_statistics, synchronize_batch_norm
-from simipu_hf.training.checkpoint import TrainingState, newest_checkpoint, read_state, resumed_step
+from simipu_hf.training.checkpoint import TrainingState, read_state, resumed_step
 from simipu_hf.training.distributed import (
     SharedFlags,
     StopRequest,
@@ -228,7 +228,7 @@ def train(
             raised = flags.get(wait=is_logged or is_evaluated or is_saved)
             if raised:
                 raised = flags.get(wait=True)
-                refuse_values_that_are_not_finite(raised, batches, output_dir)
+                refuse_values_that_are_not_finite(raised, batches)
             if is_logged:
                 logger.write_means(step, rates)
             if held_out is not None and is_evaluated:  # first, so that a checkpoint means that its step is logged
@@ -255,9 +255,7 @@ def scalars(output: Any, with_spread: bool) -> dict[str, torch.Tensor]:
     return values
 
 
-def refuse_values_that_are_not_finite(
-    raised: dict[str, int], batches: StoredBatches | StreamedBatches, output_dir: Path
-) -> None:
+def refuse_values_that_are_not_finite(raised: dict[str, int], batches: StoredBatches | StreamedBatches) -> None:
     """Raises a `SimIPUError` that names the values, the step and its rows, unless only a stop was requested.
 
     `raised` is equal on all processes, so all of them stop.
@@ -268,13 +266,10 @@ def refuse_values_that_are_not_finite(
     step = min(broken.values())
     names = [name for name in broken if broken[name] == step]
     rows = gather_object(batches.frame_ids(step)) or ["not known while streaming"]
-    kept = newest_checkpoint(output_dir)
     raise SimIPUError(
-        f"step {step}: {', '.join(names)} not finite (NaN or infinite). Rows of the step: {', '.join(rows)}. "
-        "Nothing was saved since; "
-        + (f"the last good checkpoint is {kept}. " if kept else "there is no checkpoint yet. ")
-        + "Look at the rows, or begin a new run (with --model_name_or_path, from a checkpoint) with a lower learning "
-        "rate of that part or with --max_grad_norm"
+        f"step {step}: {', '.join(names)} not finite (NaN or infinite). Rows of the step: {', '.join(rows)}. Nothing "
+        "was saved since the last checkpoint: look at the rows, or begin a new run (with --model_name_or_path, from "
+        "that checkpoint) with a lower learning rate of that part or with --max_grad_norm"
     )
 
 

@@ -123,9 +123,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(fine_tune, run, tmp_path, m
 
     save = DepthTrainer._save_optimizer_and_scheduler
     monkeypatch.setattr(DepthTrainer, "_save_optimizer_and_scheduler", full)
-    with pytest.raises(
-        SimIPUError, match=r"could not write checkpoint .*checkpoint-4.*good checkpoint is .*checkpoint-2"
-    ):
+    with pytest.raises(SimIPUError, match=r"could not write checkpoint .*checkpoint-4: PytorchStreamWriter"):
         fine_tune("run")
     assert [path.name for path in (tmp_path / "run").glob("*checkpoint-*")] == ["checkpoint-2"]
     monkeypatch.undo()

@@ -16,7 +16,8 @@ import json
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,6 @@ from .logging import METRICS_FILE, RunLogger, flatten
 
 MANIFEST = "manifest.json"
 STATE_TENSORS = "training_state.pt"
-WRITE_ERRORS = (OSError, SafetensorError, RuntimeError, SimIPUError)  # of a full disk, a missing permission
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -63,13 +63,10 @@ def save_checkpoint(
         SimIPUError: it could not be written (full disk, no permission); earlier checkpoints are untouched.
     """
     target = output_dir / f"checkpoint-{step}"
-    try:
-        # a target that exists is a damaged one, or this step taken again
-        with atomic_folder(target, overwrite=True) as beside:
-            save(beside)
-            write_manifest(beside, step, identity)
-    except WRITE_ERRORS as error:
-        raise write_error(target, error) from error
+    # a target that exists is a damaged one, or this step taken again
+    with named_errors(target), atomic_folder(target, overwrite=True) as beside:
+        save(beside)
+        write_manifest(beside, step, identity)
     for old in list_checkpoints(output_dir)[: -total_limit if total_limit else 0]:
         if old != target:
             shutil.rmtree(old, ignore_errors=True)
@@ -92,13 +89,13 @@ def _digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def write_error(target: Path, error: Exception) -> SimIPUError:
-    """An error that names the checkpoint that could not be written, and the last good one."""
-    kept = newest_checkpoint(target.parent)
-    return SimIPUError(
-        f"could not write checkpoint {target}: {error}. "
-        + (f"The last good checkpoint is {kept}" if kept else "There is no earlier checkpoint")
-    )
+@contextmanager
+def named_errors(checkpoint: Path) -> Iterator[None]:
+    """Errors of the block, such as a full disk or a missing permission, name the checkpoint that it writes."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError, SimIPUError) as error:
+        raise SimIPUError(f"could not write checkpoint {checkpoint}: {error}. Earlier ones are untouched") from error
 
 
 def resumed_step(path: Path, identity: dict[str, Any]) -> int:
