@@ -296,7 +296,7 @@ def test_the_maps_of_a_step_are_freed_before_the_next(run, monkeypatch):
         (["--per_device_train_batch_size", "11"], "10 rows, but one optimizer step takes 11"),
         (["--report_to", "swanlab"], "not installed"),
         (["--eval_steps", "2", "--per_device_eval_batch_size", "7"], "6 rows"),
-        (["--resume_from_checkpoint", "/no/such/checkpoint"], "no such folder"),
+        (["--resume_from_checkpoint", "/no/such/checkpoint"], "is not a training checkpoint"),
         (["--image_size", "31", "96"], "at least 32 pixels"),
         (["--eval_steps", "2", "--validation_split", "train"], "10 of 10 frames are also trained on"),
         (["--preset", "official", "--depth_range", "1", "50"], "does nothing with the official preset"),
@@ -321,10 +321,7 @@ def test_output_folder_is_not_overwritten(run, tmp_path):
     thesis = tmp_path / "papers" / "image_encoder" / "thesis.tex"
     thesis.parent.mkdir(parents=True)
     thesis.write_text("years of work", encoding="utf-8")
-    with pytest.raises(SimIPUError, match=r"^--resume_from_checkpoint.* in .*papers.* does not look like a run"):
-        run("papers", "--resume_from_checkpoint", "latest")
-    (tmp_path / "papers" / "run.yaml").write_text("kind: DepthArguments", encoding="utf-8")
-    with pytest.raises(SimIPUError, match=r"a run of another command \(DepthArguments, not PreTrainingArguments\)"):
+    with pytest.raises(SimIPUError, match=r"papers holds a model and no whole checkpoint"):
         run("papers", "--resume_from_checkpoint", "latest")
     assert thesis.exists()
     (tmp_path / "job").mkdir()
@@ -371,7 +368,7 @@ def test_refuses_to_resume_another_configuration(run, tmp_path):
         run("out", "--resume_from_checkpoint", "latest", "--seed", "1", "--per_device_train_batch_size", "5")
     with pytest.raises(SimIPUError, match="beyond the last step"):
         run("out", "--resume_from_checkpoint", "latest", "--max_steps", "2")
-    with pytest.raises(SimIPUError, match=r"not a training checkpoint.*did you mean .*out.checkpoint-3"):
+    with pytest.raises(SimIPUError, match="out is not empty: choose another folder, or continue the run in it"):
         run("out", "--resume_from_checkpoint", str(tmp_path / "out"))
     # as every folder of KITTI's layout counts its frames from 000000
     rows = [{**row, "image": Image.new("RGB", (128, 64), (9, index, 9))} for index, row in enumerate(make_rows(10))]
@@ -415,7 +412,7 @@ def test_a_run_that_goes_on_from_an_earlier_checkpoint_keeps_both_ways(run, whol
     out = shutil.copytree(whole, tmp_path / "out")
     again = ("--resume_from_checkpoint", str(out / "checkpoint-3"), "--save_total_limit", "1")
     run("out", *again, "--max_steps", "4")
-    assert f"the checkpoints beyond step 3 are now in {out / 'set_aside-1'}" in capsys.readouterr().out
+    assert f"what the run had beyond step 3 is now in {out / 'set_aside-1'}" in capsys.readouterr().out
     assert [p.name for p in list_checkpoints(out)] == ["checkpoint-4"]
     assert [p.name for p in list_checkpoints(out / "set_aside-1")] == ["checkpoint-6", "checkpoint-8"]
     assert [line["step"] for line in metrics(out / "set_aside-1")] == [2, 4, 6, 8]

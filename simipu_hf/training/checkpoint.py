@@ -11,7 +11,6 @@ accelerate's `save_state` writes in place and from every process; a kill or a fu
 """
 
 import hashlib
-import itertools
 import json
 import pickle
 import re
@@ -37,7 +36,7 @@ from simipu_hf.errors import SimIPUError
 from simipu_hf.files import atomic_folder
 
 from .distributed import on_main_process
-from .logging import METRICS_FILE, RunLogger, flatten
+from .logging import RunLogger, flatten
 
 MANIFEST = "manifest.json"
 STATE_TENSORS = "training_state.pt"
@@ -135,8 +134,7 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     """
     manifest_path = path / MANIFEST
     if not manifest_path.is_file():
-        hint = "".join(f"; did you mean {inside}?" for inside in list_checkpoints(path)[-1:])
-        raise SimIPUError(f"{path} is not a training checkpoint: it has no {MANIFEST}{hint}")
+        raise SimIPUError(f"{path} is not a training checkpoint: it has no {MANIFEST}")
     try:
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
         digest_of_all = manifest.pop("sha256")
@@ -159,7 +157,12 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest step first, damaged ones included."""
     found = [p for p in output_dir.glob("checkpoint-*") if p.is_dir() and _NAME.fullmatch(p.name)]
-    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint."""
+    return int(checkpoint.name.split("-")[1])
 
 
 def newest_checkpoint(output_dir: Path, on_damaged: Callable[[str], None] = lambda message: None) -> Path | None:
@@ -172,31 +175,6 @@ def newest_checkpoint(output_dir: Path, on_damaged: Callable[[str], None] = lamb
         else:
             return path
     return None
-
-
-def set_aside(output_dir: Path, step: int) -> Path | None:
-    """Move the checkpoints beyond `step` into a folder of their own, if there are any, with a copy of the metrics that
-    led there.
-
-    A run that goes on from an earlier checkpoint leaves another continuation behind: it is neither deleted nor taken
-    for the newest.
-    """
-    beyond = [path for path in list_checkpoints(output_dir) if int(path.name.split("-")[1]) > step]
-    if not beyond:
-        return None
-    folder = new_set_aside(output_dir)
-    if (output_dir / METRICS_FILE).is_file():
-        shutil.copyfile(output_dir / METRICS_FILE, folder / METRICS_FILE)
-    for path in beyond:
-        path.rename(folder / path.name)
-    return folder
-
-
-def new_set_aside(output_dir: Path) -> Path:
-    """An empty folder `set_aside-<N>` in the folder of a run."""
-    folder = next(f for n in itertools.count(1) if not (f := output_dir / f"set_aside-{n}").exists())
-    folder.mkdir()
-    return folder
 
 
 @dataclass
@@ -259,10 +237,6 @@ class TrainingState:
 
 def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
     """Refuse to continue a run under other conditions than it was started with."""
-    kind, expected = saved.get("kind"), current.get("kind")
-    if kind != expected:
-        origin = f"another command ({kind}, not {expected})" if kind else "an earlier version or another Trainer"
-        raise SimIPUError(f"{path} is a checkpoint of {origin}: start anew in another folder")
     saved, current = flatten(saved), flatten(current)
     differing = [
         f"{name}: {saved.get(name, 'absent')} in the checkpoint, {current.get(name, 'absent')} now"

@@ -74,7 +74,7 @@ def test_damage_is_named_and_passed_over(tmp_path, damage, message):
     heard = []
     assert newest_checkpoint(tmp_path, on_damaged=heard.append) == good
     assert len(heard) == 1
-    with pytest.raises(SimIPUError, match=r"did you mean .*checkpoint-2\?"):  # the run, not one of its checkpoints
+    with pytest.raises(SimIPUError, match="is not a training checkpoint"):  # the run, not one of its checkpoints
         resumed_step(tmp_path, IDENTITY)
 
 
@@ -100,7 +100,7 @@ def test_differences_between_runs_are_all_listed(tmp_path):
     check_same_run({"a": 1, "zoom": [1, 1.5]}, {"a": 1, "zoom": [1.0, 1.5]}, tmp_path)
     with pytest.raises(SimIPUError, match=r"(?s)a: 1 in the checkpoint, 2 now.*b: absent in the checkpoint, 3 now"):
         check_same_run({"a": 1, "c": 0}, {"a": 2, "b": 3, "c": 0}, tmp_path)
-    with pytest.raises(SimIPUError, match="an earlier version"):
+    with pytest.raises(SimIPUError, match="kind: absent in the checkpoint, PreTrainingArguments now"):
         check_same_run({}, IDENTITY, tmp_path)
     with pytest.raises(SimIPUError, match="training_version: 4 in the checkpoint, 5 now"):
         check_same_run(IDENTITY | {"training_version": 4}, IDENTITY | {"training_version": 5, "a": 9}, tmp_path)
