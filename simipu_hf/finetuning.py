@@ -46,7 +46,7 @@ from .training.distributed import (
     recompute_activations,
     use_all_cores,
 )
-from .training.logging import METRICS_FILE, check_trackers, cut_metrics, json_line
+from .training.logging import METRICS_FILE, cut_metrics, json_line
 from .training.run_folder import find_checkpoint, open_run_folder, weights_fingerprint
 from .training.sampling import TRAINING_VERSION, GlobalBatchSampler, create_loader
 from .visualization.frames import draw_curves
@@ -411,7 +411,7 @@ def trainer_settings(arguments: FineTuningRunArguments) -> TrainingArguments:
         arguments.mixed_precision,
         **{name: getattr(arguments, name) for name in same},
         warmup_steps=arguments.warmup_ratio,
-        report_to=check_trackers(arguments.report_to),
+        report_to=arguments.trackers,
         eval_strategy="steps" if arguments.eval_steps else "no",
         eval_steps=arguments.eval_steps or None,
         save_strategy="steps",

@@ -56,7 +56,7 @@ from simipu_hf.training.distributed import (
     on_main_process,
     recompute_activations,
 )
-from simipu_hf.training.logging import RunLogger, check_trackers, feature_spread
+from simipu_hf.training.logging import RunLogger, feature_spread
 from simipu_hf.training.optimizers import (
     ChainedOptimizer,
     Recipe,
@@ -123,7 +123,9 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
         SimIPUError: bad input; nothing was written unless the message says so.
         TrainingInterrupted: Ctrl-C or SIGTERM, after saving a checkpoint.
     """
-    check_before_loading(arguments)
+    check_precision(arguments.mixed_precision)
+    if arguments.resume_from_checkpoint is None:
+        find_checkpoint(arguments)
     skipped: list[str] = []
     rows, mixture, held_out_rows = load_rows(arguments, skipped)  # before the processes join: it may take hours
     accelerator = create_accelerator(arguments)
@@ -313,14 +315,6 @@ def eval_batch_size(arguments: PreTrainingArguments) -> int:
 
 
 # What `pretrain` is made of, in its order.
-
-
-def check_before_loading(arguments: PreTrainingArguments) -> None:
-    """Raises a `SimIPUError` for what needs no data to be known: trackers, precision, an output folder in use."""
-    check_trackers(arguments.report_to)
-    check_precision(arguments.mixed_precision)
-    if arguments.resume_from_checkpoint is None:
-        find_checkpoint(arguments)
 
 
 def load_rows(

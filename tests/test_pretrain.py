@@ -335,7 +335,6 @@ def test_what_needs_no_data_is_checked_before_it_is_read(run, monkeypatch, tmp_p
     (tmp_path / "papers").mkdir()
     (tmp_path / "papers" / "thesis.tex").write_text("years of work", encoding="utf-8")
     for name, flags, message in (
-        ("out", ["--report_to", "tensorbord"], "unknown tracker"),
         ("out", ["--mixed_precision", "fp16"], "needs a GPU"),
         ("papers", [], "not empty"),
     ):

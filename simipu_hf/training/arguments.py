@@ -9,6 +9,7 @@ Nothing here imports torch or transformers, so that `--help` answers at once.
 import argparse
 import dataclasses
 import difflib
+import importlib.util
 import inspect
 import json
 import math
@@ -27,6 +28,7 @@ import yaml
 from simipu_hf.errors import SimIPUError
 
 Schedule = Literal["exponential", "constant", "constant_with_warmup", "linear", "cosine", "polynomial", "inverse_sqrt"]
+Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow", "comet_ml", "aim", "clearml", "swanlab", "none"]
 ArgumentsT = TypeVar("ArgumentsT")
 NULLS = (None, "null", "Null", "NULL", "~", "")  # as YAML has them
 CONFIGS = Path(__file__).parent / "presets"  # configuration files that come with the package
@@ -142,8 +144,8 @@ class RunArguments(Arguments):
     """Optimizer steps per checkpoint; 0 only at the end."""
     save_total_limit: Annotated[int, AT_LEAST_0] = 2
     """Checkpoints to keep, the newest; 0 keeps all."""
-    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
-    """Trackers: tensorboard, trackio, wandb, …, or none."""
+    report_to: list[Tracker] = field(default_factory=lambda: ["tensorboard"])
+    """Where curves go beside metrics.jsonl."""
     push_to_hub: bool = False
     """Publish checkpoints and the result on the Hub."""
     hub_model_id: str | None = None
@@ -161,6 +163,16 @@ class RunArguments(Arguments):
             raise SimIPUError("--push_to_hub needs --hub_model_id user/name")
         hub = ("hub_model_id", "hub_private_repo", "hub_strategy")
         refuse_without_effect(self, self.push_to_hub, "without --push_to_hub", *hub)
+        for name in self.trackers:  # accelerate would drop one that is not installed silently
+            spec = importlib.util.find_spec(name)
+            if spec is None or spec.origin is None:  # a mere folder: wandb leaves one of its name where it runs
+                raise SimIPUError(
+                    f"--report_to {name}: the package is not installed; pip install {name}, or choose another"
+                )
+
+    @property
+    def trackers(self) -> list[str]:
+        return [name for name in self.report_to if name != "none"]
 
     def to_dict(self) -> dict[str, Any]:
         """All flags for `run.yaml`, but for what belongs to one start of the run."""

@@ -26,7 +26,6 @@ from simipu_hf.errors import SimIPUError, TrainingInterrupted, first_line
 from simipu_hf.machine import available_processors
 
 from .arguments import RunArguments
-from .logging import check_trackers
 
 T = TypeVar("T")
 
@@ -35,9 +34,8 @@ def create_accelerator(arguments: RunArguments) -> Accelerator:
     """The accelerator of a run; it writes nothing yet. The flags count, not the launcher's environment.
 
     Raises:
-        SimIPUError: a tracker that is not installed, a precision that this device lacks, or a launch gone wrong.
+        SimIPUError: a launch gone wrong.
     """
-    check_precision(arguments.mixed_precision)
     output_dir = arguments.output_dir
     has_mps = torch.backends.mps.is_available()  # Apple's GPUs have no float64, which the geometry takes
     # of an earlier run in this process, whose precision it would keep, and whose device
@@ -49,7 +47,7 @@ def create_accelerator(arguments: RunArguments) -> Accelerator:
         # the plugin, because ACCELERATE_GRADIENT_ACCUMULATION_STEPS overrides the plain argument
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=arguments.gradient_accumulation_steps),
         step_scheduler_with_optimizer=False,
-        log_with=check_trackers(arguments.report_to) or None,
+        log_with=arguments.trackers or None,
         project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=str(Path(output_dir) / "logs")),
         # the others wait while the main process writes checkpoints and the final folder, on a slow disk for long
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],

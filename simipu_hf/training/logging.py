@@ -1,6 +1,5 @@
 """Where the numbers of a run go: `metrics.jsonl`, the trackers, the progress bar, and warnings."""
 
-import importlib.util
 import json
 import math
 import os
@@ -21,27 +20,8 @@ from simipu_hf.files import atomic_write, to_json
 from .arguments import PreTrainingArguments
 
 METRICS_FILE = "metrics.jsonl"
-TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow", "comet_ml", "aim", "clearml", "swanlab")
 SHOWN = {"intra_modal_loss": "intra", "inter_modal_loss": "inter", "inter_modal_chance": "chance"}  # by the bar
 T = TypeVar("T")
-
-
-def check_trackers(names: list[str]) -> list[str]:
-    """`names` without `"none"`.
-
-    Raises:
-        SimIPUError: an unknown tracker, or one that is not installed (accelerate would drop it silently).
-    """
-    chosen = [name for name in names if name != "none"]
-    for name in chosen:
-        if name not in TRACKERS:
-            raise SimIPUError(f"--report_to {name}: unknown tracker; choose from {', '.join(TRACKERS)}, none")
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:  # a mere folder: wandb leaves one of its name where it runs
-            raise SimIPUError(
-                f"--report_to {name}: the package is not installed; pip install {name}, or choose another"
-            )
-    return chosen
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

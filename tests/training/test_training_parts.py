@@ -44,11 +44,12 @@ from simipu_hf.training.batch_norm import ReducedBatchNorm, synchronize_batch_no
 from simipu_hf.training.distributed import (
     SharedFlags,
     StopRequest,
+    check_precision,
     choose_device,
     create_accelerator,
     recompute_activations,
 )
-from simipu_hf.training.logging import RunLogger, Watch, check_trackers, feature_spread, read_metrics
+from simipu_hf.training.logging import RunLogger, Watch, feature_spread, read_metrics
 from simipu_hf.training.optimizers import (
     ChainedOptimizer,
     Recipe,
@@ -235,7 +236,7 @@ def test_the_flag_counts_and_not_the_environment(monkeypatch, given):
 def test_a_precision_that_only_the_launcher_was_given_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(SimIPUError, match=r"--mixed_precision no: accelerate launch, .* asks for bf16"):
-        create_accelerator(parse("--report_to", "none"))
+        check_precision(parse().mixed_precision)
 
 
 def test_flags_are_seen_with_their_step():
@@ -519,7 +520,7 @@ def test_a_folder_that_a_tracker_left_is_not_its_package(tmp_path, monkeypatch):
     (tmp_path / "swanlab" / "run-1").mkdir(parents=True)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(SimIPUError, match="not installed"):
-        check_trackers(["swanlab"])
+        parse("--report_to", "swanlab")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
