@@ -10,7 +10,6 @@ kept apart:
   it saves where scratch has not.
 """
 
-import hashlib
 import itertools
 import json
 import math
@@ -19,13 +18,13 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
+from datasets.fingerprint import Hasher
 from matplotlib.figure import Figure
 from torch import nn
 from torch.optim.swa_utils import update_bn
@@ -40,6 +39,7 @@ from .hub.weights import EncoderWeights
 from .modeling.dense_model import SimIPUDenseModel
 from .modeling.image_encoder import image_feature_maps, pad_to_divisor
 from .training.arguments import CompareArguments
+from .training.distributed import choose_device
 from .training.logging import cut_metrics, read_metrics
 from .training.run_folder import short_digest, weights_fingerprint
 from .training.sampling import TRAINING_VERSION
@@ -51,7 +51,7 @@ BASELINE = "scratch"
 CONVERGED = 0.01
 
 
-def compare(arguments: CompareArguments, task: "Task") -> dict[str, Any]:
+def compare(arguments: CompareArguments, task_class: type["Task"]) -> dict[str, Any]:
     """Run every combination and compare; runs that `output_dir` already holds are not repeated.
 
     Writes `runs.jsonl` (a line per run, as it ends), `comparison.json`, `comparison.md` (table and claims),
@@ -60,9 +60,13 @@ def compare(arguments: CompareArguments, task: "Task") -> dict[str, Any]:
     Returns:
         `table`: see [`summarize`]; `runs`: every run; `encoders`: what was loaded; `guess`: see [`Task`]; `recipe`,
         `num_test_frames` and `num_test_frames_without_target`.
+
+    Raises:
+        SimIPUError: unusable arguments, encoders, frames or labels, or a frame on both sides.
     """
-    output_dir, task_name = Path(arguments.output_dir), task.trainer_class.task
+    output_dir, task_name = Path(arguments.output_dir), task_class.trainer_class.task
     check_output_dir(output_dir, task_name)
+    task = task_class(arguments)
     encoders = load_encoders(arguments.image_encoders)
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / RUNS_FILE).touch()
@@ -83,14 +87,14 @@ def compare(arguments: CompareArguments, task: "Task") -> dict[str, Any]:
         key = identities[name] | {"mode": mode, "label_fraction": fraction, "seed": seed}
         encoder = encoders[name]
         run = next((run for run in known if key.items() <= run.items()), None)
-        if is_drawn := (fraction, seed) == (fractions[0], arguments.seeds[0]):
-            pictures.append(output_dir / "pictures" / short_digest(key) / f"{name}_{mode}")
+        folder = None
+        if (fraction, seed) == (fractions[0], arguments.seeds[0]):
+            folder = output_dir / "pictures" / short_digest(key) / f"{name}_{mode}"
+            pictures.append(folder)
         if run is None:
-            run = key | task.run(encoder, mode, fraction, seed)
+            run = key | task.run(encoder, mode, fraction, seed, folder)
             with (output_dir / RUNS_FILE).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(run) + "\n")
-            if is_drawn:
-                task.draw(pictures[-1])
         finished.append(run | {"baseline": baseline_of(encoder, encoders)})
     result = {
         "recipe": settings,
@@ -149,18 +153,10 @@ def random_encoder(encoder: EncoderWeights) -> EncoderWeights:
 
 def fingerprint(frames: Iterable[Any]) -> str:
     """A short digest of what frames hold, names, images and labels: the same wherever their files lie."""
-    digest = hashlib.sha256()
-
-    def add(value: Any) -> None:
-        if is_dataclass(value):
-            for field in fields(value):
-                add(getattr(value, field.name))
-        else:
-            digest.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
-
+    hasher = Hasher()
     for frame in frames:
-        add(frame)
-    return digest.hexdigest()[:16]
+        hasher.update(frame)
+    return hasher.hexdigest()
 
 
 def network_settings(encoder: EncoderWeights) -> dict[str, Any]:
@@ -210,7 +206,6 @@ class Task:
     higher_is_better: tuple[str, ...]
     num_without_target = 0
     guess: dict[str, Any]
-    latest: FineTuningTrainer | None = None
 
     def __init__(self, arguments: CompareArguments, train: FrameDataset, test: FrameDataset):
         self.arguments = arguments
@@ -225,10 +220,12 @@ class Task:
         frames to evaluate on."""
         raise NotImplementedError
 
-    def run(self, encoder: EncoderWeights, mode: str, fraction: float, seed: int) -> dict[str, Any]:
+    def run(
+        self, encoder: EncoderWeights, mode: str, fraction: float, seed: int, picture_dir: Path | None = None
+    ) -> dict[str, Any]:
         """One run: `metrics` at its end, `num_frames` it was trained on, and `curve`, a list of `step` and the value
-        of the first metric; further entries are kept."""
-        self.latest = None  # before the next model takes memory on the GPU
+        of the first metric; further entries are kept. What its model predicts for two test frames is drawn into
+        `picture_dir`."""
         arguments, started, metric = self.arguments, time.perf_counter(), self.shown[0]
         labelled = [self.train_frames[index] for index in label_subset(len(self.train_frames), fraction, seed)]
         with TemporaryDirectory() as folder:
@@ -245,32 +242,25 @@ class Task:
                 trainer.model.freeze_image_encoder()
             trainer.remove_callback(PrinterCallback)
             trainer.train()
-        self.latest, history = trainer, trainer.state.log_history
+        history = trainer.state.log_history
         evaluated = [entry for entry in history if f"eval_{metric}" in entry]
-        return {
+        result = {
             "metrics": trainer.evaluation["metrics"],
             "curve": [{"step": entry["step"], metric: entry[f"eval_{metric}"]} for entry in evaluated],
             "num_frames": len(labelled),
             "train_loss": next(entry["loss"] for entry in reversed(history) if "loss" in entry),
             "seconds": time.perf_counter() - started,
         }
-
-    def draw(self, folder: Path) -> None:
-        """Pictures of what the model of the latest run predicts for two test frames."""
-        assert self.latest is not None
-        data = self.latest.eval_dataset
-        data.rows = data.rows[:2]
-        with suppress(SimIPUError):  # after drawing: neither frame may have a target that counts
-            self.latest.evaluate_frames(data, folder)
+        if picture_dir is not None:
+            data = trainer.eval_dataset
+            data.rows = data.rows[:2]
+            with suppress(SimIPUError):  # after drawing: neither frame may have a target that counts
+                trainer.evaluate_frames(data, picture_dir)
+        return result
 
 
 def run_settings(arguments: CompareArguments, folder: str, num_frames: int, seed: int) -> TrainingArguments:
-    """Arguments of a Trainer that writes nothing; SimIPUError for a device that it does not take."""
-    possible = ("cpu", "cuda", "cuda:0") if torch.cuda.is_available() else ("cpu",)
-    if arguments.device not in (None, *possible):
-        raise SimIPUError(
-            f"--device {arguments.device}: expected {' or '.join(possible)}; CUDA_VISIBLE_DEVICES chooses among GPUs"
-        )
+    """Arguments of a Trainer that writes nothing."""
     return recipe(
         folder,
         arguments.mixed_precision,
@@ -283,7 +273,7 @@ def run_settings(arguments: CompareArguments, folder: str, num_frames: int, seed
         save_strategy="no",
         logging_steps=max(1, arguments.max_steps // 10),
         disable_tqdm=True,
-        **({"use_cpu": True} if arguments.device == "cpu" else {}),
+        use_cpu=choose_device(arguments.device).type == "cpu",
     )
 
 

@@ -7,6 +7,7 @@ import shutil
 import statistics
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -57,8 +58,13 @@ class FakeTask(Task):
         self.ran, self.test_frames, self.data = [], [None] * 3, {"train": "abc"}
         self.guess = {"name": "nothing", "metrics": {"error": 9.0, "score": 0.0}}
 
-    def run(self, encoder, mode, fraction, seed):
+    def __call__(self, arguments):  # for `compare`, which is given a class
+        return self
+
+    def run(self, encoder, mode, fraction, seed, picture_dir):
         self.ran.append((mode, fraction, seed))
+        if picture_dir is not None:
+            self.draw(picture_dir)
         rate = 0.05 if "random" in encoder.description else 0.1
         curve = [{"step": step, "error": 1 - rate * step + 0.01 * seed} for step in (2, 4, 6, 8)]
         metrics = {"error": curve[-1]["error"], "score": 1.0}
@@ -358,18 +364,6 @@ def test_frames_are_told_apart_by_what_they_hold():
     assert fingerprint([frame]) == fingerprint([dataclasses.replace(frame, image=frame.image.copy())])
 
 
-def test_a_run_does_not_keep_the_model_of_the_run_before(depth_arguments, monkeypatch):
-    def parts(*_):
-        assert task.latest is None
-        raise KeyboardInterrupt
-
-    task = DepthTask(depth_arguments)
-    task.latest = object()
-    monkeypatch.setattr(task, "parts", parts)
-    with pytest.raises(KeyboardInterrupt):
-        task.run(find_rgb_encoder(ENCODER), "full", 1.0, 0)
-
-
 def test_runs_are_trained_in_the_precision_that_is_asked_for(depth_arguments, monkeypatch):
     task = DepthTask(dataclasses.replace(depth_arguments, mixed_precision="bf16", max_steps=1, num_evaluations=1))
     parts, precisions = task.parts, set()
@@ -400,10 +394,12 @@ def test_a_folder_of_another_task_is_refused_before_frames_are_read(depth_argume
         compare_depth(arguments)
 
 
-def test_a_device_that_the_trainer_would_not_take_is_refused(depth_arguments, tmp_path):
-    arguments = dataclasses.replace(depth_arguments, device="cuda:7")
-    with pytest.raises(SimIPUError, match=r"--device cuda:7: expected cpu.*CUDA_VISIBLE_DEVICES"):
-        run_settings(arguments, str(tmp_path), num_frames=2, seed=0)
+def test_a_device_that_the_trainer_would_not_take_is_refused(depth_arguments, tmp_path, monkeypatch):
+    with pytest.raises(SimIPUError, match=r"--device 'cuda:7': choose from cpu, cuda"):
+        dataclasses.replace(depth_arguments, device="cuda:7")
+    monkeypatch.setattr("torch.zeros", Mock(side_effect=AssertionError("Torch not compiled with CUDA enabled")))
+    with pytest.raises(SimIPUError, match=r"--device cuda: Torch not compiled"):
+        run_settings(dataclasses.replace(depth_arguments, device="cuda"), str(tmp_path), num_frames=2, seed=0)
 
 
 # of MobileNetV4, a norm behind the pooling would see a single value of a single frame

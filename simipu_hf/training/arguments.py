@@ -568,8 +568,8 @@ class CompareArguments(FineTuningArguments):
     """Evaluations during every run, evenly spaced, the last at its end; they are the curve that speed is read from."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Of fine-tuning and its evaluations; fp16 needs a GPU."""
-    device: str | None = None
-    """Such as cuda; a GPU where there is one if None."""
+    device: Literal["cpu", "cuda"] | None = None
+    """A GPU where there is one if None; CUDA_VISIBLE_DEVICES chooses among several."""
     json: bool = False
     """Print the result as JSON."""
 
