@@ -153,9 +153,10 @@ class FineTuningTrainer(Trainer):
         if self.processing_class is None:
             self.processing_class = getattr(self.train_dataset or self.eval_dataset, "processor", None)
             self.callback_handler.processing_class = self.processing_class
-        self.args = copy.copy(self.args)  # the number of steps is of these data sets alone
-        self._counted_steps: int | None = None
-        self._count_steps()
+        if self.train_dataset is not None and self.args.max_steps <= 0:
+            self.args = copy.copy(self.args)  # the number of steps is of these data sets alone
+            steps = round(self.args.num_train_epochs * self._sampler(1).steps_per_epoch)
+            self.args.max_steps = max(1, steps)
 
     @classmethod
     def from_arguments(cls, arguments: FineTuningRunArguments, **parts: Any) -> Self:
@@ -183,12 +184,6 @@ class FineTuningTrainer(Trainer):
             clear_frames(error.__traceback__)
             raise
 
-    def _count_steps(self) -> None:
-        given = self.args.max_steps > 0 and self.args.max_steps != self._counted_steps
-        if self.train_dataset is not None and not given:
-            steps = round(self.args.num_train_epochs * self._sampler(1).steps_per_epoch)
-            self._counted_steps = self.args.max_steps = max(1, steps)
-
     def _sampler(self, last_step: int) -> GlobalBatchSampler:
         return GlobalBatchSampler(
             len(self.train_dataset),
@@ -201,7 +196,6 @@ class FineTuningTrainer(Trainer):
         )
 
     def get_train_dataloader(self) -> DataLoader:
-        self._count_steps()  # a trial of a hyperparameter search may have other epochs or batches
         sampler, pin_memory = self._sampler(self.args.max_steps), self.args.device.type == "cuda"
         workers = self.args.dataloader_num_workers
         return create_loader(self.train_dataset, sampler, self.data_collator, workers, pin_memory)
@@ -475,7 +469,7 @@ def fine_tune(
                 raise stop.interruption(step, last_step, output_dir / f"checkpoint-{step}")
         on_main_process(accelerator, save_final_model, trainer, output_dir)
         if trainer.eval_dataset is not None:
-            result = evaluate_final_model(trainer, output_dir, arguments)
+            result = evaluate_final_model(trainer, output_dir)
             if accelerator.is_main_process:
                 record(output_dir, arguments.test_frames or [str(getattr(arguments, "test_list", None))], result)
                 print(table(result))
@@ -535,9 +529,7 @@ def save_final_model(trainer: FineTuningTrainer, output_dir: Path) -> None:
     move_into(output_dir / ".final", output_dir)
 
 
-def evaluate_final_model(
-    trainer: FineTuningTrainer, output_dir: Path, arguments: FineTuningRunArguments
-) -> dict[str, Any]:
+def evaluate_final_model(trainer: FineTuningTrainer, output_dir: Path) -> dict[str, Any]:
     """The task's evaluation, as JSON, and pictures; a failure leaves the model where it is, and says so.
 
     It is computed without the autocast of training, in single precision, in which the saved model is loaded.
@@ -546,11 +538,9 @@ def evaluate_final_model(
     try:
         result = trainer.evaluate_frames(trainer.eval_dataset, output_dir / "pictures")
     except SimIPUError as error:
-        test_list = getattr(arguments, "test_list", None)
-        frames = f"--test_list {test_list}" if test_list else f"--test_frames {' '.join(arguments.test_frames)}"
         raise SimIPUError(
             f"the model is saved in {output_dir}, but could not be evaluated: {error}. Evaluate it later with "
-            f"simipu-hf evaluate-{trainer.task} --model {output_dir} {frames} and the evaluation flags of this command"
+            f"simipu-hf evaluate-{trainer.task} --model {output_dir} and the test frames of this command"
         ) from error
     if trainer.is_world_process_zero():
         description = {"image_encoder": trainer.model.config.image_encoder_config.architecture}
