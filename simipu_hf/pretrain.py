@@ -44,7 +44,7 @@ from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 from simipu_hf.training.arguments import PreTrainingArguments, parse_arguments, parse_overrides
 from simipu_hf.training.batch_norm import kept_running_statistics, synchronize_batch_norm
-from simipu_hf.training.checkpoint import TrainingState, read_state, resumed_step
+from simipu_hf.training.checkpoint import TrainingState, resumed_step
 from simipu_hf.training.distributed import (
     SharedFlags,
     StopRequest,
@@ -100,14 +100,6 @@ NOT_COMPARED = {
     *("optimizer", "learning_rate", "weight_decay", "layer_decay", "warmup_steps"),
     *("depth_range", "freeze", "anchor_weight", "validation_share"),
     *("data_dir", "dataset_name", "dataset_config_name", "train_split", "per_device_train_batch_size"),
-}
-
-FIELDS_WITH_FLAGS = {
-    "preset": "--preset",
-    "anchor_weight": "--anchor_weight",
-    "image_config.architecture": "--image_encoder",
-    "image_config.image_size": "--image_size",
-    "image_config.frozen": "--freeze",
 }
 
 
@@ -252,8 +244,8 @@ def scalars(output: Any, with_spread: bool) -> dict[str, torch.Tensor]:
     """What is logged of a forward pass: all scalars of its output, and the spread of the embeddings."""
     values = {name: value for name, value in output.items() if isinstance(value, torch.Tensor) and value.ndim == 0}
     if with_spread:
-        values |= {"image_spread": feature_spread(output.image_embeds)}
-        values |= {"point_spread": feature_spread(output.point_embeds)}
+        spreads = {"image": output.image_embeds, "point": output.point_embeds}
+        values |= {f"{name}_spread": feature_spread(embeds) for name, embeds in spreads.items()}
     return values
 
 
@@ -343,11 +335,6 @@ def load_rows(
     skipped[:] = dict.fromkeys(skipped)  # both come from the same files with --validation_share
     if isinstance(held_out, datasets.IterableDataset):
         held_out = dataset_from_stream(held_out)
-        if not len(held_out):
-            share = arguments.validation_share
-            raise SimIPUError(
-                f"{what}: expected rows, found none" + (f" with --validation_share {share}" if share else "")
-            )
         rows = refuse_shared_stream(rows, held_out, what)
     else:
         refuse_shared_frames(rows, held_out, what)
@@ -420,13 +407,13 @@ def change_config(arguments: PreTrainingArguments, config: SimIPUConfig, process
     overrides = parse_overrides(arguments.config_overrides)
     sections = {"image_config": config.image_encoder_config, "point_config": config.point_encoder_config}
     for section, known in (("", config), *sections.items()):
-        fields_of_all = PreTrainedConfig.__dataclass_fields__  # such as architectures
+        fixed = {*PreTrainedConfig.__dataclass_fields__, "preset", "architecture"}
         for name in overrides.get(section, {}) if section else overrides.keys() - sections:
-            if name not in type(known).__dataclass_fields__ or name in fields_of_all:
-                raise SimIPUError(f"--config_overrides: {type(known).__name__} has no field {name}")
-            flag = FIELDS_WITH_FLAGS.get(f"{section}.{name}".lstrip("."))
-            if flag is not None:
-                raise SimIPUError(f"--config_overrides: {name} is set by {flag}")
+            if name not in type(known).__dataclass_fields__ or name in fixed:
+                raise SimIPUError(
+                    f"--config_overrides: {type(known).__name__} has no field {name} to change; --preset and "
+                    "--image_encoder choose preset and architecture"
+                )
     fields = config.to_dict()
     if arguments.image_size is not None or arguments.model_name_or_path is None:
         size = processor.image_processor.size  # encoders with embeddings of a fixed size are built for it
@@ -559,7 +546,6 @@ def open_checkpoint(
     path = on_main_process(accelerator, find_checkpoint, arguments)
     if path is not None:
         steps.first = resumed_step(path, identity)
-        read_state(path)  # what torch refuses is found here, before anything is written
     if steps.first > steps.last:
         raise SimIPUError(f"{path} is beyond the last step, {steps.last}: raise --max_steps or --num_train_epochs")
     return path
