@@ -127,8 +127,8 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
     batches = create_batches(accelerator, arguments, rows, mixture, processor, augmentation)
     held_out = None
     if held_out_rows is not None:
+        check_held_out(accelerator, arguments, held_out_rows)
         held_out = TwoViewDataset(held_out_rows, processor, augmentation, on_bad_row=arguments.on_bad_row)
-    check_held_out(accelerator, arguments, held_out)
     by_epochs = math.ceil(arguments.num_train_epochs * batches.steps_per_epoch)
     steps = Steps(0, arguments.max_steps if arguments.max_steps > 0 else by_epochs)
     recipe = choose_recipe(arguments, model.simipu.image_encoder, steps.last)
@@ -456,13 +456,13 @@ def create_augmentation(arguments: PreTrainingArguments, config: SimIPUConfig) -
         raise SimIPUError(f"--augmentation_overrides: {error}; the fields are {known}") from error
 
 
-def check_held_out(accelerator: Accelerator, arguments: PreTrainingArguments, held_out: TwoViewDataset | None) -> None:
+def check_held_out(accelerator: Accelerator, arguments: PreTrainingArguments, rows: datasets.Dataset) -> None:
     """Raises a `SimIPUError` where there are fewer rows to evaluate on than one batch of all processes."""
     needed = eval_batch_size(arguments) * accelerator.num_processes
-    if held_out is not None and len(held_out) < needed:
+    if len(rows) < needed:
         raise SimIPUError(
-            f"--validation_split {arguments.validation_split} has {len(held_out)} rows, one batch of all processes "
-            f"takes {needed}: lower --per_device_eval_batch_size"
+            f"--validation_split {arguments.validation_split} has {len(rows)} rows, one batch of all processes takes "
+            f"{needed}: lower --per_device_eval_batch_size"
         )
 
 
