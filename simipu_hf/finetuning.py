@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from traceback import clear_frames
@@ -26,7 +26,7 @@ from .data.frames import FrameDataset
 from .data.overlap import rows_fingerprint
 from .data.sources import name_sources
 from .errors import SimIPUError
-from .files import WriteLock, atomic_folder, move_into, write_json
+from .files import atomic_folder, move_into, write_json
 from .hub.card import write_model_card
 from .hub.push import HubUploader
 from .hub.sources import find_image_encoder
@@ -456,8 +456,8 @@ def fine_tune(
     output_dir, accelerator = Path(arguments.output_dir), trainer.accelerator
     check_processes(accelerator)
     use_all_cores(accelerator)
-    with closing(WriteLock(output_dir, output_dir / ".lock")) as lock:
-        checkpoint = on_main_process(accelerator, open_run, arguments, trainer, lock)
+    with ExitStack() as held:
+        checkpoint = on_main_process(accelerator, open_run, arguments, trainer, held)
         publishes = arguments.push_to_hub and accelerator.is_main_process
         uploader = HubUploader.from_arguments(arguments) if publishes else None
         with StopRequest() as stop, uploader or nullcontext():
@@ -490,7 +490,7 @@ FREE = {
 }  # fmt: skip
 
 
-def open_run(arguments: FineTuningRunArguments, trainer: FineTuningTrainer, lock: WriteLock) -> str | None:
+def open_run(arguments: FineTuningRunArguments, trainer: FineTuningTrainer, held: ExitStack) -> str | None:
     """Prepare the run folder and write `run.yaml`; the checkpoint to resume from, `None` to start at the beginning."""
     checkpoint = find_checkpoint(arguments)
     rows, test_rows = trainer.train_dataset.rows, trainer.eval_dataset and trainer.eval_dataset.rows
@@ -519,7 +519,7 @@ def open_run(arguments: FineTuningRunArguments, trainer: FineTuningTrainer, lock
     fixed["image_processor"] = trainer.processing_class.to_dict()
     trainer.identity = json.loads(json.dumps(fixed))
     step = 0 if checkpoint is None else resumed_step(checkpoint, trainer.identity)
-    open_run_folder(arguments, lock, step, trainer.args.max_steps, data=record)
+    open_run_folder(arguments, held, step, trainer.args.max_steps, data=record)
     return None if checkpoint is None else str(checkpoint)
 
 

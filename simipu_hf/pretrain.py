@@ -34,7 +34,7 @@ from simipu_hf.data.sources import given_sources, refuse_second_split
 from simipu_hf.data.two_views import TwoViewAugmentation, TwoViewCollator, TwoViewDataset, to_model_inputs
 from simipu_hf.errors import SimIPUError, exit_code_of
 from simipu_hf.evaluation.correspondence import correspondence_recall
-from simipu_hf.files import WriteLock, atomic_folder, move_into
+from simipu_hf.files import atomic_folder, move_into
 from simipu_hf.hub.export import write_timm
 from simipu_hf.hub.push import HubUploader
 from simipu_hf.hub.sources import find_image_encoder, load_processor, model_folder
@@ -143,8 +143,8 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
     if held_out_rows is not None:
         record["held_out"] = on_main_process(accelerator, describe_data, held_out_rows)
     output_dir = Path(arguments.output_dir)
-    with contextlib.closing(WriteLock(output_dir, output_dir / ".lock")) as lock:
-        on_main_process(accelerator, open_run_folder, arguments, lock, steps.first, steps.last, **record)
+    with contextlib.ExitStack() as held:
+        on_main_process(accelerator, open_run_folder, arguments, held, steps.first, steps.last, **record)
         logger = RunLogger(accelerator, arguments, steps.first, steps.last, record)
         with contextlib.closing(logger):
             for name, about in record.items():

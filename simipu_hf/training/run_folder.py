@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 import yaml
 
 from simipu_hf.errors import SimIPUError
-from simipu_hf.files import WriteLock, atomic_write
+from simipu_hf.files import atomic_write, write_lock
 
 from .arguments import RunArguments
 from .checkpoint import list_checkpoints, newest_checkpoint, step_of
@@ -67,12 +68,12 @@ def find_checkpoint(arguments: RunArguments) -> Path | None:
     return None if resume is None else Path(resume)
 
 
-def open_run_folder(arguments: RunArguments, lock: WriteLock, step: int, last_step: int, **record: Any) -> None:
+def open_run_folder(arguments: RunArguments, held: ExitStack, step: int, last_step: int, **record: Any) -> None:
     """Create the output folder, or make an earlier run's ready to go on from `step` to `last_step`, and write
     `run.yaml`.
 
     That holds the arguments (it can be given to `--config`), versions, command, git state, and `record`. Main process
-    only, after [`find_checkpoint`]. From here on `lock` keeps other runs out, until its caller closes it.
+    only, after [`find_checkpoint`]. From here on other runs are kept out, until the caller closes `held`.
 
     Raises:
         SimIPUError: the folder cannot be written to, or another run is writing to it.
@@ -82,7 +83,7 @@ def open_run_folder(arguments: RunArguments, lock: WriteLock, step: int, last_st
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SimIPUError(f"--output_dir {output_dir} cannot be written to ({error})") from error
-    lock.take()
+    held.enter_context(write_lock(output_dir, output_dir / ".lock"))
     for path in output_dir.glob(".checkpoint-*"):  # what a kill during a checkpoint left behind
         path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
     written = {
