@@ -101,10 +101,20 @@ def resumed_step(path: Path, identity: dict[str, Any]) -> int:
     """The step of a checkpoint that the run of `identity` may go on from.
 
     Raises:
-        SimIPUError: it is no checkpoint, is damaged, or belongs to another run.
+        SimIPUError: it is no checkpoint, is damaged, or belongs to another run; lists all that differs.
     """
     manifest = verify_checkpoint(path)
-    check_same_run(manifest.get("identity", {}), identity, path)
+    saved, current = flatten(manifest["identity"]), flatten(identity)
+    differing = [
+        f"{name}: {saved.get(name, 'absent')} in the checkpoint, {current.get(name, 'absent')} now"
+        for name in sorted({*saved, *current})
+        if saved.get(name, "absent") != current.get(name, "absent")
+    ]
+    if differing:
+        raise SimIPUError(
+            f"{path} belongs to another configuration; resume with the same, or start anew in another folder:\n  "
+            + "\n  ".join(differing)
+        )
     return manifest["step"]
 
 
@@ -137,19 +147,19 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         raise SimIPUError(f"{path} is not a training checkpoint: it has no {MANIFEST}")
     try:
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-        digest_of_all = manifest.pop("sha256")
-        expected = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+        if manifest.pop("sha256") != _digest(manifest):
+            raise ValueError("its contents differ from what was written")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SimIPUError(f"{manifest_path} is damaged ({error})") from error
-    if digest_of_all != _digest(manifest):
-        raise SimIPUError(f"{manifest_path} is damaged: its contents differ from what was written")
-    for name, (size, digest) in expected.items():
+        raise SimIPUError(f"{manifest_path} is damaged: {error}") from error
+    for name, expected in manifest["files"].items():
         file = path / name
         if not file.is_file():
             raise SimIPUError(f"{path} is damaged: {name} is missing")
-        if file.stat().st_size != size:
-            raise SimIPUError(f"{path} is damaged: {name} has {file.stat().st_size} bytes, expected {size}")
-        if _sha256(file) != digest:
+        if file.stat().st_size != expected["size"]:
+            raise SimIPUError(
+                f"{path} is damaged: {name} has {file.stat().st_size} bytes, expected {expected['size']}"
+            )
+        if _sha256(file) != expected["sha256"]:
             raise SimIPUError(f"{path} is damaged: the contents of {name} differ from what was written")
     return manifest
 
@@ -233,21 +243,6 @@ class TrainingState:
                 self.batches.load_state_dict(own["batches"])
         except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
             raise SimIPUError(f"{checkpoint} does not fit the model or its optimizers ({error})") from error
-
-
-def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
-    """Refuse to continue a run under other conditions than it was started with."""
-    saved, current = flatten(saved), flatten(current)
-    differing = [
-        f"{name}: {saved.get(name, 'absent')} in the checkpoint, {current.get(name, 'absent')} now"
-        for name in sorted({*saved, *current})
-        if saved.get(name, "absent") != current.get(name, "absent")
-    ]
-    if differing:
-        raise SimIPUError(
-            f"{path} belongs to another configuration; resume with the same, or start anew in another folder:\n  "
-            + "\n  ".join(differing)
-        )
 
 
 def _sha256(file: Path) -> str:

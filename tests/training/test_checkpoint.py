@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from simipu_hf.errors import SimIPUError
 from simipu_hf.training import checkpoint as module
 from simipu_hf.training.checkpoint import (
-    check_same_run,
     list_checkpoints,
     newest_checkpoint,
     read_state,
@@ -97,10 +96,13 @@ def test_a_pickled_payload_is_refused_and_not_run(tmp_path):
 
 
 def test_differences_between_runs_are_all_listed(tmp_path):
-    check_same_run({"a": 1, "zoom": [1, 1.5]}, {"a": 1, "zoom": [1.0, 1.5]}, tmp_path)
+    def resume(saved, current):
+        resumed_step(save_checkpoint(tmp_path, 1, save=lambda folder: None, identity=saved), current)
+
+    resume({"a": 1, "zoom": [1, 1.5]}, {"a": 1, "zoom": [1.0, 1.5]})
     with pytest.raises(SimIPUError, match=r"(?s)a: 1 in the checkpoint, 2 now.*b: absent in the checkpoint, 3 now"):
-        check_same_run({"a": 1, "c": 0}, {"a": 2, "b": 3, "c": 0}, tmp_path)
+        resume({"a": 1, "c": 0}, {"a": 2, "b": 3, "c": 0})
     with pytest.raises(SimIPUError, match="kind: absent in the checkpoint, PreTrainingArguments now"):
-        check_same_run({}, IDENTITY, tmp_path)
+        resume({}, IDENTITY)
     with pytest.raises(SimIPUError, match="training_version: 4 in the checkpoint, 5 now"):
-        check_same_run(IDENTITY | {"training_version": 4}, IDENTITY | {"training_version": 5, "a": 9}, tmp_path)
+        resume(IDENTITY | {"training_version": 4}, IDENTITY | {"training_version": 5, "a": 9})
