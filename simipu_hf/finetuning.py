@@ -244,11 +244,10 @@ class FineTuningTrainer(Trainer):
             keys = self._sampler(self.args.max_steps).step_keys(self.state.global_step)
             names = [self.train_dataset.frame(row).frame_id for batch in keys for _, row in batch]
             # gradients are means over all processes: another one's frames may be the reason
-            process, count = self.args.process_index, self.args.world_size
-            part = "" if count == 1 else f" (part {process + 1} of {count})"
             raise SimIPUError(
-                f"step {self.state.global_step + 1}: the {broken}. Frames of the step{part}: {', '.join(names)}. The "
-                "weights were not updated: look at the frames, or begin a new run with a lower --learning_rate"
+                f"step {self.state.global_step + 1}: the {broken}. Frames of the step in this process: "
+                f"{', '.join(names)}. The weights were not updated: look at the frames, or begin a new run with a "
+                "lower --learning_rate"
             )
         return loss
 

@@ -125,7 +125,7 @@ def test_every_combination_runs_once_and_a_killed_comparison_goes_on(arguments, 
     ("encoders", "message"),
     [
         (["a=x", "a=y"], "expected each NAME once, found a a"),
-        (["../a=x"], r"--image_encoders \.\./a=x: expected a NAME of letters"),
+        (["../a=x"], r"--image_encoders \.\./a=x: expected NAME=SOURCE, a NAME of letters"),
         (["a="], "expected NAME=SOURCE"),
     ],
 )

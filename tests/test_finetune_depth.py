@@ -486,7 +486,9 @@ def test_a_loss_that_is_no_number_names_its_frames(fine_tune, monkeypatch):
     monkeypatch.setattr(
         DepthTrainer, "compute_loss", lambda self, model, inputs, **_: torch.tensor(torch.nan, requires_grad=True)
     )
-    with pytest.raises(SimIPUError, match=r"step 1: the loss is nan\. Frames of the step: 00000\d, 00000\d"):
+    with pytest.raises(
+        SimIPUError, match=r"step 1: the loss is nan\. Frames of the step in this process: 00000\d, 00000\d"
+    ):
         fine_tune("run")
 
 
@@ -506,7 +508,9 @@ def test_a_gradient_that_is_no_number_ends_the_run_before_the_step(fine_tune, tm
 
     compute = DepthTrainer.compute_loss
     monkeypatch.setattr(DepthTrainer, "compute_loss", broken)
-    with pytest.raises(SimIPUError, match=r"step 2: the norm of the gradient is (nan|inf)\. Frames of the step: 0"):
+    with pytest.raises(
+        SimIPUError, match=r"step 2: the norm of the gradient is (nan|inf)\. Frames of the step in this process: 0"
+    ):
         fine_tune("run", checkpointing_steps=1, gradient_accumulation_steps=accumulation)
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
 

@@ -577,12 +577,13 @@ class CompareArguments(FineTuningArguments):
         super().__post_init__()
         of_encoder = ("decoder_first", "encoder_learning_rate")
         refuse_without_effect(self, "full" in self.modes, "with --modes frozen", *of_encoder)
+        for encoder in self.image_encoders:
+            # the name becomes part of a folder's and of a link
+            if not re.fullmatch(r"[\w.+-]+=.+", encoder):
+                raise SimIPUError(
+                    f"--image_encoders {encoder}: expected NAME=SOURCE, a NAME of letters, digits and . _ + -"
+                )
         names = [encoder.partition("=")[0] for encoder in self.image_encoders]
-        for name, encoder in zip(names, self.image_encoders, strict=True):
-            if not all(encoder.partition("=")):
-                raise SimIPUError(f"--image_encoders {encoder}: expected NAME=SOURCE")
-            if not re.fullmatch(r"[\w.+-]+", name):  # it becomes part of a folder's name and of a link
-                raise SimIPUError(f"--image_encoders {encoder}: expected a NAME of letters, digits and . _ + -")
         if len(set(names)) < len(names):
             raise SimIPUError(f"--image_encoders: expected each NAME once, found {' '.join(names)}")
         if self.num_evaluations > self.max_steps:
@@ -735,9 +736,7 @@ def parse_arguments(cls: type[ArgumentsT], argv: Sequence[str] | None = None, pr
 def _flags_of(config: str, cls: type) -> list[str]:
     """The flags in a file; of a packaged one the benchmarks take those that they share with `pretrain`."""
     kinds = {field.name: str(field.type) for field in dataclasses.fields(cls)}
-    packaged = not Path(config).is_file() and config in packaged_configs()
-    if packaged and not hasattr(cls, "preset"):
-        raise SimIPUError(f"--config {config} is for pretrain and benchmark")
+    packaged = hasattr(cls, "preset") and not Path(config).is_file() and config in packaged_configs()
     from_file = []
     for name, value in read_config(config).items():
         if name not in kinds:
