@@ -240,29 +240,22 @@ class FineTuningTrainer(Trainer):
         self._learning_rates = {f"learning_rate/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
         with self._after_backward:
             loss = super().training_step(model, inputs, num_items_in_batch)
-        if broken := self._not_finite(loss):  # before the optimizer spreads it
+        values = {"loss": loss}
+        if self.accelerator.sync_gradients and self.accelerator.scaler is None:  # that of fp16 skips the step
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            values["norm of the gradient"] = torch.nn.utils.get_total_norm(gradients)
+        # reading the loss waits for the backward pass: reading the norm costs no second wait
+        broken = [f"{name} is {value.item()}" for name, value in values.items() if not torch.isfinite(value)]
+        if broken:  # before the optimizer spreads it
             keys = self._sampler(self.args.max_steps).step_keys(self.state.global_step)
             names = [self.train_dataset.frame(row).frame_id for batch in keys for _, row in batch]
             # gradients are means over all processes: another one's frames may be the reason
             raise SimIPUError(
-                f"step {self.state.global_step + 1}: the {broken}. Frames of the step in this process: "
+                f"step {self.state.global_step + 1}: the {' and '.join(broken)}. Frames of the step in this process: "
                 f"{', '.join(names)}. The weights were not updated: look at the frames, or begin a new run with a "
                 "lower --learning_rate"
             )
         return loss
-
-    def _not_finite(self, loss: torch.Tensor) -> str | None:
-        """What of a step is not finite; not the gradient in fp16, whose scaler skips the step.
-
-        Reading the loss waits for the backward pass, so that reading the gradient costs no second wait.
-        """
-        if not torch.isfinite(loss):
-            return f"loss is {loss.item()}"
-        if self.accelerator.sync_gradients and self.accelerator.scaler is None:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-            if not torch.isfinite(norm):
-                return f"norm of the gradient is {norm.item()}"
-        return None
 
     def own_frames(self, dataset: FrameDataset) -> Iterator[Any]:
         """This process's share of the frames of a data set."""

@@ -31,12 +31,13 @@ from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import ProcessorMixin
+from transformers.utils import flatten_dict
 
 from simipu_hf.errors import SimIPUError
 from simipu_hf.files import atomic_folder
 
 from .distributed import on_main_process
-from .logging import RunLogger, flatten
+from .logging import RunLogger
 
 MANIFEST = "manifest.json"
 STATE_TENSORS = "training_state.pt"
@@ -104,7 +105,7 @@ def resumed_step(path: Path, identity: dict[str, Any]) -> int:
         SimIPUError: it is no checkpoint, is damaged, or belongs to another run; lists all that differs.
     """
     manifest = verify_checkpoint(path)
-    saved, current = flatten(manifest["identity"]), flatten(identity)
+    saved, current = flatten_dict(manifest["identity"]), flatten_dict(identity)
     differing = [
         f"{name}: {saved.get(name, 'absent')} in the checkpoint, {current.get(name, 'absent')} now"
         for name in sorted({*saved, *current})

@@ -13,6 +13,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
+from transformers.utils import flatten_dict
 
 from simipu_hf.errors import SimIPUError
 from simipu_hf.files import atomic_write, to_json
@@ -69,7 +70,7 @@ class RunLogger:
         self.rows_per_step = rows * arguments.gradient_accumulation_steps
         self.main = accelerator.is_main_process
         purge = {"tensorboard": {"purge_step": first_step + 1}}  # also what a start without a checkpoint wrote
-        told = flatten({"arguments": arguments.to_dict(), **record})
+        told = flatten_dict({"arguments": arguments.to_dict(), **record})
         config = {n: v if isinstance(v, (int, float, str, bool)) else str(v) for n, v in told.items()}
         accelerator.init_trackers("pretrain", config=config, init_kwargs=purge)
         if self.main:
@@ -232,14 +233,3 @@ def feature_spread(embeds: torch.Tensor) -> torch.Tensor:
     averaged over D and times sqrt(D). 1 for directions spread evenly, 0 where all rows point the same way."""
     unit = torch.nn.functional.normalize(embeds.detach().float().flatten(0, -2), dim=-1)
     return unit.std(0).mean() * math.sqrt(unit.shape[-1])
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries to one level with dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
