@@ -274,8 +274,6 @@ class PreTrainingArguments(RunArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.data_dir or self.dataset_name):
-            raise SimIPUError("no data: give --data_dir or --dataset_name")
         if self.streaming and (self.max_steps <= 0 or self.lr_scheduler_type == "exponential"):
             raise SimIPUError(
                 "--streaming does not know the length of an epoch: it needs --max_steps and a --lr_scheduler_type "
@@ -344,6 +342,8 @@ class FineTuningRunArguments(RunArguments, FineTuningArguments):
         super().__post_init__()
         of_encoder = ("decoder_first", "encoder_learning_rate")
         refuse_without_effect(self, not self.freeze_image_encoder, "with --freeze_image_encoder", *of_encoder)
+        if self.eval_steps and not (self.test_frames or getattr(self, "test_list", None)):
+            raise SimIPUError("--eval_steps needs --test_frames, or --test_list of depth")
 
 
 @dataclass(kw_only=True)
@@ -405,8 +405,6 @@ class DepthArguments(FineTuningRunArguments, DepthTaskArguments):
             raise SimIPUError("--train_list and --test_list need --image_dir and --depth_dir")
         lists = self.train_list or self.test_list
         refuse_without_effect(self, lists, "without --train_list or --test_list", "image_dir", "depth_dir")
-        if self.eval_steps and not (self.test_frames or self.test_list):
-            raise SimIPUError("--eval_steps needs --test_frames or --test_list")
 
 
 @dataclass(kw_only=True)
@@ -506,13 +504,6 @@ class DetectionArguments(FineTuningRunArguments, DetectionTaskArguments):
     Frames, named as for finetune-depth, need labels in the column `objects`, which KITTI's object benchmark,
     nuScenes' annotations and a synthetic drive have.
     """
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.train_frames:
-            raise SimIPUError("give the frames to train on: --train_frames")
-        if self.eval_steps and not self.test_frames:
-            raise SimIPUError("--eval_steps needs --test_frames")
 
 
 @dataclass(kw_only=True)

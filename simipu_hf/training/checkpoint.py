@@ -119,24 +119,6 @@ def resumed_step(path: Path, identity: dict[str, Any]) -> int:
     return manifest["step"]
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What [`TrainingState.save`] wrote beside the model.
-
-    Raises:
-        SimIPUError: it holds anything but tensors and plain values, or cannot be read.
-    """
-    path = checkpoint / STATE_TENSORS
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise SimIPUError(
-            f"{path} holds more than tensors and plain values; it was not loaded, because unpickling runs code from "
-            "the file"
-        ) from error
-    except (OSError, ValueError, RuntimeError, EOFError, KeyError) as error:
-        raise SimIPUError(f"{path} cannot be read ({error})") from error
-
-
 def verify_checkpoint(path: Path) -> dict[str, Any]:
     """Compare every file of a checkpoint with its manifest, and return that.
 
@@ -229,9 +211,10 @@ class TrainingState:
         )
 
     def restore(self, checkpoint: Path) -> None:
-        """Raises a `SimIPUError` where the checkpoint does not fit the model or the optimizers."""
-        saved = read_state(checkpoint)
+        """Raises a `SimIPUError` where the checkpoint does not fit the model or the optimizers, or holds anything but
+        tensors and plain values."""
         try:
+            saved = torch.load(checkpoint / STATE_TENSORS, map_location="cpu", weights_only=True)
             self.accelerator.unwrap_model(self.model).load_state_dict(load_file(checkpoint / "model.safetensors"))
             self.optimizer.load_state_dict(saved["optimizer"])
             self.schedule.load_state_dict(saved["schedule"])
@@ -242,7 +225,12 @@ class TrainingState:
                 own = processes[self.accelerator.process_index]
                 self.logger.load_state_dict(own["logger"])
                 self.batches.load_state_dict(own["batches"])
-        except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+        except pickle.UnpicklingError as error:
+            raise SimIPUError(
+                f"{checkpoint / STATE_TENSORS} holds more than tensors and plain values; it was not loaded, because "
+                "unpickling runs code from the file"
+            ) from error
+        except (OSError, EOFError, RuntimeError, KeyError, ValueError, TypeError) as error:
             raise SimIPUError(f"{checkpoint} does not fit the model or its optimizers ({error})") from error
 
 
