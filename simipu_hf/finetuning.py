@@ -46,7 +46,7 @@ from .training.distributed import (
     recompute_activations,
     use_all_cores,
 )
-from .training.logging import METRICS_FILE, cut_metrics, json_line
+from .training.logging import METRICS_FILE, append_metrics, cut_metrics
 from .training.run_folder import find_checkpoint, open_run_folder, weights_fingerprint
 from .training.sampling import TRAINING_VERSION, GlobalBatchSampler, create_loader
 from .visualization.frames import draw_curves
@@ -347,8 +347,7 @@ class RunFolder(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         line = {name.replace("eval_", "eval/", 1): value for name, value in state.log_history[-1].items()}
         if state.is_world_process_zero and "train_runtime" not in line:  # the Trainer's summary at the end
-            with (self.output_dir / METRICS_FILE).open("a", encoding="utf-8") as stream:
-                stream.write(json_line(line))
+            append_metrics(self.output_dir / METRICS_FILE, line)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.flags.put(state.global_step, stop=self.stop.requested)

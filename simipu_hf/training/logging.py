@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -34,8 +33,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [line for line in lines if isinstance(line, dict)]
 
 
-def json_line(values: Mapping[str, Any]) -> str:
-    return to_json(values, indent=None) + "\n"
+def append_metrics(path: Path, values: Mapping[str, Any]) -> None:
+    """Add a line to a `metrics.jsonl`; `values` hold the step."""
+    try:
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(to_json(values, indent=None) + "\n")
+    except OSError as error:
+        raise SimIPUError(
+            f"{path}: step {values['step']} cannot be written ({error}); make room, and go on from the last "
+            "checkpoint with --resume_from_checkpoint latest"
+        ) from error
 
 
 def cut_metrics(path: Path, step: float) -> None:
@@ -73,10 +80,9 @@ class RunLogger:
         told = flatten_dict({"arguments": arguments.to_dict(), **record})
         config = {n: v if isinstance(v, (int, float, str, bool)) else str(v) for n, v in told.items()}
         accelerator.init_trackers("pretrain", config=config, init_kwargs=purge)
+        self.file = Path(arguments.output_dir) / METRICS_FILE
         if self.main:
-            file = Path(arguments.output_dir) / METRICS_FILE
-            cut_metrics(file, first_step)
-            self._stream = file.open("a", encoding="utf-8")
+            cut_metrics(self.file, first_step)
         self.bar = tqdm(
             total=last_step, initial=first_step, unit="step", disable=not self.main, smoothing=0.1, desc="pretrain"
         )
@@ -124,20 +130,10 @@ class RunLogger:
         self._reset_clock()
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write one line to `metrics.jsonl`, flushed so that a kill loses none, and to the trackers."""
-        if not self.main:
-            return
-        try:
-            self._stream.write(json_line({"step": step, **values}))
-            self._stream.flush()
-        except OSError as error:
-            with suppress(OSError):  # it would write what is left, and fail again
-                self._stream.close()
-            raise SimIPUError(
-                f"{self._stream.name}: step {step} cannot be written ({error}); make room, and go on from the last "
-                "checkpoint with --resume_from_checkpoint latest"
-            ) from error
-        self.accelerator.log(dict(values), step=step)
+        """Write one line to `metrics.jsonl` and to the trackers."""
+        if self.main:
+            append_metrics(self.file, {"step": step, **values})
+            self.accelerator.log(dict(values), step=step)
 
     def message(self, text: str) -> None:
         """Print above the progress bar, on the main process."""
@@ -153,9 +149,6 @@ class RunLogger:
 
     def close(self) -> None:
         self.bar.close()
-        if self.main and not self._stream.closed:
-            os.fsync(self._stream.fileno())
-            self._stream.close()
         for tracker in self.accelerator.trackers:  # not end_training: that also takes the process group down
             tracker.finish()
 
