@@ -123,10 +123,8 @@ def finetune_depth(arguments: DepthArguments) -> Path:
     finetune_depth(DepthArguments(image_encoder="OUT", train_frames=["KITTI#train"], output_dir="DEPTH"))
 
     Returns:
-        The output folder, which `pipeline("depth-estimation")` loads; see [`fine_tune`].
-
-    Raises:
-        as [`fine_tune`].
+        The output folder, which `pipeline("depth-estimation")` loads; see [`fine_tune`],
+        also for errors.
     """
     return fine_tune(arguments, lambda: create_trainer(arguments), record_in_card, format_table)
 

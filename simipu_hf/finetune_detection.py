@@ -129,10 +129,8 @@ def finetune_detection(arguments: DetectionArguments) -> Path:
     finetune_detection(DetectionArguments(image_encoder="OUT", train_frames=["KITTI#train"], output_dir="DETECTOR"))
 
     Returns:
-        The output folder, which `AutoModel.from_pretrained(..., trust_remote_code=True)` loads; see [`fine_tune`].
-
-    Raises:
-        as [`fine_tune`].
+        The output folder, which `AutoModel.from_pretrained(..., trust_remote_code=True)` loads; see [`fine_tune`],
+        also for errors.
     """
     return fine_tune(arguments, lambda: create_trainer(arguments), record_in_card, format_table)
 
