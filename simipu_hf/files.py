@@ -115,7 +115,7 @@ def atomic_folder(
 
 @contextmanager
 def write_lock(target: Path, file: Path | None = None) -> Iterator[None]:
-    """Keeps other processes from writing what this one writes.
+    """Keeps other processes from writing what this one writes; the folders above it exist.
 
     Args:
         target: what is written, as the error names it.
@@ -128,12 +128,14 @@ def write_lock(target: Path, file: Path | None = None) -> Iterator[None]:
     # the same process may go on; a soft lock would outlive a process that is killed
     lock = FileLock(file.resolve(), timeout=0, is_singleton=True, fallback_to_soft=False)
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except (Timeout, PermissionError) as error:  # PermissionError: of another user
         reason = f"or may not be written by this one ({error})"
         raise SimIPUError(f"{target} is being written by another process, {reason}: wait for its end") from error
-    except OSError:  # a file system without locks
-        file.unlink(missing_ok=True)
+    except OSError:  # a file system without locks; or one that is full, which the writing names
+        with suppress(OSError):
+            file.unlink()
     try:
         yield
     finally:

@@ -161,7 +161,7 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
                 train(accelerator, arguments, state, steps, batches, held_out, uploader)
             finally:
                 report_skipped(skipped if accelerator.is_main_process else [], batches, held_out)
-        on_main_process(accelerator, finish, output_dir, model, processor, batches)
+        on_main_process(accelerator, finish, state, output_dir)
         if uploader:
             uploader.finish()
     return output_dir
@@ -627,13 +627,9 @@ def describe_data(rows: AnyDataset, fingerprint: str | None = None) -> dict[str,
 # What is left behind.
 
 
-def finish(
-    output_dir: Path,
-    model: SimIPUForPreTraining,
-    processor: SimIPUProcessor,
-    batches: StoredBatches | StreamedBatches,
-) -> None:
+def finish(state: TrainingState, output_dir: Path) -> None:
     """Write the final model, its image encoder (`image_encoder/`) and pictures into `output_dir`."""
+    model, processor, batches = state.accelerator.unwrap_model(state.model), state.processor, state.batches
     with atomic_folder(output_dir / ".final", overwrite=True) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)

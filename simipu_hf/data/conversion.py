@@ -188,7 +188,6 @@ def convert_to_parquet(
         for name, rows in splits.items()
         for shard in _plan_shards(name, rows, packing, max_shard_size, num_shards)
     ]
-    target.parent.mkdir(parents=True, exist_ok=True)
     with write_lock(target):
         _prepare_partial(partial_dir, splits, shards, packing)
         missing = [shard for shard in shards if not (partial_dir / shard.file).is_file()]

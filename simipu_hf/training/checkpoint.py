@@ -4,8 +4,8 @@
 
 - `training_state.pt`: optimizers, schedule and the logger's unfinished window, read with `weights_only=True`; those of
   fine-tuning hold the Trainer's files in its place,
-- `manifest.json`: the step, what the run was (compared on resume), and size and SHA-256 of every file, so that damage
-  is noticed before anything is loaded.
+- `manifest.json`: the step, what the run was (compared on resume), and the SHA-256 of every file, so that damage is
+  noticed before anything is loaded.
 
 accelerate's `save_state` writes in place and from every process; a kill or a full disk then leaves half a checkpoint.
 """
@@ -76,7 +76,7 @@ def save_checkpoint(
 def write_manifest(checkpoint: Path, step: int, identity: dict[str, Any]) -> None:
     """Record every file of a checkpoint, the last thing that is written of it."""
     files = {
-        file.relative_to(checkpoint).as_posix(): {"size": file.stat().st_size, "sha256": _sha256(file)}
+        file.relative_to(checkpoint).as_posix(): {"sha256": _sha256(file)}
         for file in sorted(checkpoint.rglob("*"))
         if file.is_file()
     }
@@ -135,14 +135,9 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SimIPUError(f"{manifest_path} is damaged: {error}") from error
     for name, expected in manifest["files"].items():
-        file = path / name
-        if not file.is_file():
+        if not (path / name).is_file():
             raise SimIPUError(f"{path} is damaged: {name} is missing")
-        if file.stat().st_size != expected["size"]:
-            raise SimIPUError(
-                f"{path} is damaged: {name} has {file.stat().st_size} bytes, expected {expected['size']}"
-            )
-        if _sha256(file) != expected["sha256"]:
+        if _sha256(path / name) != expected["sha256"]:
             raise SimIPUError(f"{path} is damaged: the contents of {name} differ from what was written")
     return manifest
 

@@ -79,10 +79,6 @@ def open_run_folder(arguments: RunArguments, held: ExitStack, step: int, last_st
         SimIPUError: the folder cannot be written to, or another run is writing to it.
     """
     output_dir = Path(arguments.output_dir)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SimIPUError(f"--output_dir {output_dir} cannot be written to ({error})") from error
     held.enter_context(write_lock(output_dir, output_dir / ".lock"))
     for path in output_dir.glob(".checkpoint-*"):  # what a kill during a checkpoint left behind
         path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
