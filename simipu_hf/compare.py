@@ -215,6 +215,11 @@ class Task:
         )
         self.data = {"train": fingerprint(self.train_frames), "test": fingerprint(self.test_frames)}
 
+    @property
+    def sign(self) -> int:
+        """1 where lower values of the first metric are better, else -1."""
+        return -1 if self.shown[0] in self.higher_is_better else 1
+
     def parts(self, encoder: EncoderWeights, frames: Sequence[Any], seed: int) -> dict[str, Any]:
         """Keyword arguments of the trainer: a new model with the encoder's weights, `frames` to train on, the test
         frames to evaluate on."""
@@ -328,8 +333,7 @@ def summarize(runs: Sequence[dict[str, Any]], task: Task) -> list[dict[str, Any]
     groups: dict[tuple, dict[int, dict[str, Any]]] = {}
     for run in runs:
         groups.setdefault((run["mode"], run["label_fraction"], run["encoder"]), {})[run["seed"]] = run
-    metric = task.shown[0]
-    sign = -1 if metric in task.higher_is_better else 1
+    metric, sign = task.shown[0], task.sign
     table = []
     for (mode, fraction, encoder), group in groups.items():
         first = next(iter(group.values()))
@@ -450,7 +454,7 @@ def format_table(result: dict[str, Any], task: Task) -> str:
     spread_of = f"mean ± standard deviation over {num_seeds} seeds" if num_seeds > 1 else "one seed"
     counted = f"{num_counted} of {num_frames}" if num_counted < num_frames else num_frames
     about = f"{counted} test frames, {steps}, {spread_of}."
-    claims = [f"- {claim}" for claim in (*warn_of_guesses(result, task), *describe_claims(result["table"], shown[0]))]
+    claims = [f"- {claim}" for claim in describe_claims(result, task)]
     encoders = [f"- {name}: {description}" for name, description in result["encoders"].items()]
     return "\n".join([*lines, "", about, "", *claims, "", *encoders, ""])
 
@@ -458,32 +462,24 @@ def format_table(result: dict[str, Any], task: Task) -> str:
 _MODES = {"full": "all", "frozen": "decoder"}
 
 
-def warn_of_guesses(result: dict[str, Any], task: Task) -> list[str]:
-    """A sentence for every scratch that is no better than a prediction that does not look at the image."""
-    metric, name = task.shown[0], result["guess"]["name"]
-    guess = result["guess"]["metrics"][metric]
-    sign = -1 if metric in task.higher_is_better else 1
-    return [
-        f"{entry['encoder']} ({_MODES[entry['mode']]} weights, {entry['num_frames']} frames) is no better than "
-        f"{name}: nothing to compare with yet (--max_steps, --learning_rate)."
-        for entry in result["table"]
-        if entry["encoder"] == entry["baseline"] and sign * entry["mean"][metric] >= sign * guess
-    ]
-
-
-def describe_claims(table: Sequence[dict[str, Any]], metric: str) -> list[str]:
-    """Speed and level of every encoder in words, and whether scratch had converged."""
+def describe_claims(result: dict[str, Any], task: Task) -> list[str]:
+    """Speed and level of every encoder in words; of scratch, whether it had converged, and whether it is no better
+    than a prediction that does not look at the image."""
+    metric, guess = task.shown[0], result["guess"]
     claims = []
-    for entry in table:
-        what = f"{_MODES[entry['mode']]} weights, {entry['num_frames']} frames"
+    for entry in result["table"]:
+        who = f"{entry['encoder']} ({_MODES[entry['mode']]} weights, {entry['num_frames']} frames)"
+        if "speed" in entry:
+            claims.append(f"{who}: {_speed_in_words(entry, metric)} {_level_in_words(entry)}")
+        elif task.sign * entry["mean"][metric] >= task.sign * guess["metrics"][metric]:
+            yet = "nothing to compare with yet (--max_steps, --learning_rate)"
+            claims.append(f"{who} is no better than {guess['name']}: {yet}.")
         if entry.get("late_improvement") is not None:
             state = "converged" if entry["converged"] else "not converged: the level says what this budget gives"
             claims.append(
-                f"{entry['encoder']} ({what}) improved by {100 * entry['late_improvement']:.1f} % over the last "
+                f"{who} improved by {100 * entry['late_improvement']:.1f} % over the last "
                 f"{100 * entry['late_share']:.0f} % of the steps, {state} (rule: less than {CONVERGED:.0%})."
             )
-        if "speed" in entry:
-            claims.append(f"{entry['encoder']} ({what}): {_speed_in_words(entry, metric)} {_level_in_words(entry)}")
     return claims
 
 

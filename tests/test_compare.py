@@ -171,7 +171,7 @@ def test_every_architecture_has_its_scratch(arguments):
     baselines = {entry["encoder"]: entry["baseline"] for entry in result["table"]}
     vit = "scratch-test_vit"
     assert baselines == {"scratch": "scratch", "a": "scratch", "b": "scratch", "c": vit, vit: vit}
-    claims = describe_claims(result["table"], "error")
+    claims = describe_claims(result, FakeTask())
     assert any(claim.startswith("c (") and "SPEED: scratch-test_vit's final error" in claim for claim in claims)
     assert any(claim.startswith("scratch-test_vit (") and "% of the steps" in claim for claim in claims)
 
@@ -236,9 +236,10 @@ def test_claims_are_told_apart_in_words():
 
     runs = [run("scratch", 0, 0.8, 0.6, 0.5, 0.4), run("scratch", 1, 0.8, 0.6, 0.5, 0.4)]
     runs += [run("simipu", 0, 0.4, 0.4, 0.38, 0.36), run("simipu", 1, 0.6, 0.4, 0.38, 0.38)]
-    table = summarize(runs, FakeTask())
+    task = FakeTask()
+    table = summarize(runs, task)
     assert table[1]["std"]["error"] == pytest.approx(statistics.stdev([0.36, 0.38]))
-    scratch, simipu = describe_claims(table, "error")
+    scratch, simipu = describe_claims({"table": table, "guess": task.guess}, task)
     assert "improved by 20.0 % over the last 25 % of the steps, not converged" in scratch
     assert "rule: less than 1%" in scratch
     assert "SPEED: scratch's final error after 38 ± 18 % of its steps (2 of 2 seeds reach it)" in simipu

@@ -577,8 +577,6 @@ class CompareArguments(FineTuningArguments):
         names = [encoder.partition("=")[0] for encoder in self.image_encoders]
         if len(set(names)) < len(names):
             raise SimIPUError(f"--image_encoders: expected each NAME once, found {' '.join(names)}")
-        if self.num_evaluations > self.max_steps:
-            raise SimIPUError(f"--num_evaluations {self.num_evaluations} is more than --max_steps {self.max_steps}")
 
     def recipe(self) -> dict[str, Any]:
         """What all runs share; runs of another recipe in the same folder are not reused."""
