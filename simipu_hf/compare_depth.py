@@ -1,8 +1,5 @@
 """Does pre-training help here? Depth fine-tuning from several image encoders, all else being equal.
 
-    simipu-hf compare-depth --image_encoders simipu=RUN imagenet=resnet18 \
-        --train_frames KITTI#train --test_frames KITTI#val --image_size 96 320 --output_dir OUT
-
 The comparison itself is `simipu_hf.compare`. Frames are decoded and resized once and kept in memory.
 """
 

@@ -1,8 +1,5 @@
 """Does pre-training help here? 3-D detection from several image encoders, all else being equal.
 
-    simipu-hf compare-detection --image_encoders simipu=RUN imagenet=resnet18 \
-        --train_frames KITTI#train --test_frames KITTI#val --image_size 192 640 --output_dir OUT
-
 The comparison itself is `simipu_hf.compare`. Frames are decoded once and kept in memory.
 """
 

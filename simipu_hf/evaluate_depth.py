@@ -1,7 +1,4 @@
-"""Evaluate a depth model by the published protocol.
-
-simipu-hf evaluate-depth --model RUN --test_frames KITTI#val --output_dir OUT
-"""
+"""Evaluate a depth model by the published protocol."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,8 +1,5 @@
 """Fine-tune an image encoder for monocular depth by the published recipe, on the stock `transformers.Trainer`.
 
-    accelerate launch -m simipu_hf.finetune_depth --image_encoder RUN_OR_TIMM_NAME \
-        --train_frames KITTI#train --test_frames KITTI#val --output_dir OUT
-
 What is depth's own is here: model, data and evaluation. Recipe, Trainer and run folder are those of every task, in
 `simipu_hf.finetuning`.
 """

@@ -1,8 +1,5 @@
 """Fine-tune an image encoder for monocular 3-D detection, on the stock `transformers.Trainer`.
 
-    accelerate launch -m simipu_hf.finetune_detection --image_encoder RUN_OR_TIMM_NAME \
-        --train_frames KITTI#train --test_frames KITTI#val --output_dir OUT
-
 What is detection's own is here: model, data and evaluation. Recipe, Trainer and run folder are those of every task, in
 `simipu_hf.finetuning`.
 """
