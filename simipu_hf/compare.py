@@ -33,14 +33,14 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from .data.frames import FrameDataset
 from .errors import SimIPUError
-from .files import atomic_path, atomic_write, check_target, write_json
+from .files import atomic_path, atomic_write, write_json
 from .finetuning import FineTuningTrainer, find_rgb_encoder, recipe
 from .hub.weights import EncoderWeights
 from .modeling.dense_model import SimIPUDenseModel
 from .modeling.image_encoder import image_feature_maps, pad_to_divisor
 from .training.arguments import CompareArguments
 from .training.distributed import choose_device
-from .training.logging import cut_metrics, read_metrics
+from .training.logging import read_metrics
 from .training.run_folder import short_digest, weights_fingerprint
 from .training.sampling import TRAINING_VERSION
 
@@ -65,17 +65,13 @@ def compare(arguments: CompareArguments, task_class: type["Task"]) -> dict[str, 
         SimIPUError: unusable arguments, encoders, frames or labels, or a frame on both sides.
     """
     output_dir, task_name = Path(arguments.output_dir), task_class.trainer_class.task
-    check_output_dir(output_dir, task_name)
+    known = earlier_runs(output_dir / RUNS_FILE, task_name)
     task = task_class(arguments)
     encoders = load_encoders(arguments.image_encoders)
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / RUNS_FILE).touch()
-    if (output_dir / RUNS_FILE).read_bytes()[-1:] not in (b"", b"\n"):
-        cut_metrics(output_dir / RUNS_FILE, math.inf)  # a line cut short would spoil the next one
     settings = arguments.recipe() | task.data
     counted = {name: value for name, value in settings.items() if name not in ("train_frames", "test_frames")}
     recipe = short_digest(counted | {"training_version": TRAINING_VERSION})
-    known = read_metrics(output_dir / RUNS_FILE)
     fractions = sorted(arguments.label_fractions, reverse=True)
     finished, identities, pictures = [], {}, []
     for name, encoder in encoders.items():
@@ -94,7 +90,7 @@ def compare(arguments: CompareArguments, task_class: type["Task"]) -> dict[str, 
         if run is None:
             run = key | task.run(encoder, mode, fraction, seed, folder)
             with (output_dir / RUNS_FILE).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(run) + "\n")
+                file.write("\n" + json.dumps(run))  # in front: a line that was cut short does not spoil this one
         finished.append(run | {"baseline": baseline_of(encoder, encoders)})
     result = {
         "recipe": settings,
@@ -114,16 +110,15 @@ def compare(arguments: CompareArguments, task_class: type["Task"]) -> dict[str, 
     return result
 
 
-def check_output_dir(output_dir: Path, task_name: str) -> None:
-    """Raises a `SimIPUError` unless a folder is free or holds an earlier comparison of the same task."""
-    check_target(output_dir, overwrite=True, is_earlier_output=lambda folder: (folder / RUNS_FILE).is_file())
-    runs = read_metrics(output_dir / RUNS_FILE) if (output_dir / RUNS_FILE).is_file() else []
+def earlier_runs(file: Path, task_name: str) -> list[dict[str, Any]]:
+    """The runs of an earlier comparison; a `SimIPUError` where they are of another task."""
+    runs = read_metrics(file) if file.is_file() else []
     for run in runs:
-        if run.get("task", task_name) != task_name:
+        if run["task"] != task_name:
             raise SimIPUError(
-                f"{output_dir / RUNS_FILE}: expected runs of {task_name}, found runs of {run['task']}; choose another "
-                "--output_dir"
+                f"{file}: expected runs of {task_name}, found runs of {run['task']}; choose another --output_dir"
             )
+    return runs
 
 
 def load_encoders(named_sources: Iterable[str]) -> dict[str, EncoderWeights]:

@@ -91,7 +91,6 @@ def trainer_parts(
         "model": model,
         "train_dataset": train_dataset,
         "eval_dataset": None if test_rows is None else DepthDataset(test_rows, processor, on_bad_row=on_bad_row),
-        "processing_class": processor,
         "protocol": DepthProtocol.from_arguments(arguments),
     }
 

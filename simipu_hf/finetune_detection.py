@@ -97,7 +97,6 @@ def trainer_parts(
         "model": model,
         "train_dataset": DetectionDataset(train_rows, processor, augmentation, seed, keep_frames, **about),
         "eval_dataset": None if test_rows is None else DetectionDataset(test_rows, processor, **about),
-        "processing_class": processor,
         "min_overlap": arguments.min_overlap,
     }
 

@@ -80,13 +80,8 @@ def write_manifest(checkpoint: Path, step: int, identity: dict[str, Any]) -> Non
         for file in sorted(checkpoint.rglob("*"))
         if file.is_file()
     }
-    manifest = {"step": step, "identity": identity, "files": files}
-    text = json.dumps(manifest | {"sha256": _digest(manifest)}, indent=2)
+    text = json.dumps({"step": step, "identity": identity, "files": files}, indent=2)
     (checkpoint / MANIFEST).write_text(text, encoding="utf-8")
-
-
-def _digest(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager
@@ -130,14 +125,13 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         raise SimIPUError(f"{path} is not a training checkpoint: it has no {MANIFEST}")
     try:
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-        if manifest.pop("sha256") != _digest(manifest):
-            raise ValueError("its contents differ from what was written")
+        expected = {name: entry["sha256"] for name, entry in manifest["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SimIPUError(f"{manifest_path} is damaged: {error}") from error
-    for name, expected in manifest["files"].items():
+    for name, digest in expected.items():
         if not (path / name).is_file():
             raise SimIPUError(f"{path} is damaged: {name} is missing")
-        if _sha256(path / name) != expected["sha256"]:
+        if _sha256(path / name) != digest:
             raise SimIPUError(f"{path} is damaged: the contents of {name} differ from what was written")
     return manifest
 

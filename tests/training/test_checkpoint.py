@@ -39,10 +39,6 @@ def test_keeps_the_newest(tmp_path):
     assert (tmp_path / "checkpoint-8").is_dir()
 
 
-def change(file, old, new):
-    file.write_text(file.read_text("utf-8").replace(old, new), "utf-8")
-
-
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("disk full")])
 def test_a_failed_write_leaves_the_last_good_one(tmp_path, monkeypatch, error):
     save(tmp_path, 1, total_limit=1)
@@ -61,7 +57,7 @@ def test_a_failed_write_leaves_the_last_good_one(tmp_path, monkeypatch, error):
         (lambda p: os.truncate(p / "training_state.pt", 10), "contents of training_state.pt differ"),
         (lambda p: flip_a_bit(p / "model.safetensors"), "contents of model.safetensors differ"),
         (lambda p: (p / "manifest.json").unlink(), "no manifest.json"),
-        (lambda p: change(p / "manifest.json", '"step": 2', '"step": 3'), "manifest.json is damaged: its contents"),
+        (lambda p: os.truncate(p / "manifest.json", 10), "manifest.json is damaged"),
         (lambda p: (p / "manifest.json").write_text('{"files": 3}', encoding="utf-8"), "manifest.json is damaged"),
     ],
 )
