@@ -43,7 +43,6 @@ from .training.distributed import (
     check_processes,
     on_every_process,
     on_main_process,
-    recompute_activations,
     use_all_cores,
 )
 from .training.logging import METRICS_FILE, append_metrics, cut_metrics
@@ -164,7 +163,7 @@ class FineTuningTrainer(Trainer):
         model = parts["model"]
         model.freeze_image_encoder(arguments.freeze_image_encoder)
         if arguments.gradient_checkpointing:
-            recompute_activations(model)
+            model.gradient_checkpointing_enable()
         check_image_sizes(model, parts["train_dataset"])
         settings = trainer_settings(arguments)
         if settings.world_size > 1 and arguments.sync_batch_norm:

@@ -54,7 +54,6 @@ from simipu_hf.training.distributed import (
     kept_session,
     on_every_process,
     on_main_process,
-    recompute_activations,
 )
 from simipu_hf.training.logging import RunLogger, feature_spread
 from simipu_hf.training.optimizers import (
@@ -560,7 +559,7 @@ def prepare_model(accelerator: Accelerator, arguments: PreTrainingArguments, mod
         # the second forward pass of the compiled encoder would count the batch statistics twice
         raise SimIPUError("--torch_compile and --gradient_checkpointing exclude each other: leave one out")
     if arguments.gradient_checkpointing:
-        recompute_activations(model)
+        model.gradient_checkpointing_enable()
     if arguments.torch_compile:
         compile_image_encoder(model)
 

@@ -126,6 +126,8 @@ class RunArguments(Arguments):
     """Optimizer steps; overrides --num_train_epochs when above 0."""
     max_grad_norm: Annotated[float, AT_LEAST_0] = 0.0
     """Clip gradients to this norm; 0 does not."""
+    adam_beta2: Annotated[float, BELOW_1] = 0.99
+    """Of AdamW."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """fp16 needs a GPU."""
     gradient_checkpointing: bool = False
@@ -261,8 +263,6 @@ class PreTrainingArguments(RunArguments):
     """Of the point encoder."""
     adam_beta1: Annotated[float, BELOW_1] = 0.95
     """Of adamw."""
-    adam_beta2: Annotated[float, BELOW_1] = 0.99
-    """Of adamw."""
     lr_scheduler_type: Schedule = "exponential"
     """exponential multiplies by --lr_decay_per_epoch; the others are those of transformers.get_scheduler."""
     lr_decay_per_epoch: float = 0.99
@@ -335,8 +335,6 @@ class FineTuningRunArguments(RunArguments, FineTuningArguments):
     """Clip gradients to this norm; 0 does not."""
     adam_beta1: Annotated[float, Rule("at least 0.1 and below 1", lambda beta: 0.1 <= beta < 1)] = 0.95
     """Of AdamW; the schedule lowers it by 0.1 while the learning rate rises."""
-    adam_beta2: Annotated[float, BELOW_1] = 0.99
-    """Of AdamW."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
