@@ -39,11 +39,10 @@ from .training.checkpoint import named_errors, resumed_step, save_checkpoint
 from .training.distributed import (
     SharedFlags,
     StopRequest,
+    check_launch,
     check_precision,
-    check_processes,
     on_every_process,
     on_main_process,
-    use_all_cores,
 )
 from .training.logging import METRICS_FILE, append_metrics, cut_metrics
 from .training.run_folder import find_checkpoint, open_run_folder, weights_fingerprint
@@ -444,8 +443,7 @@ def fine_tune(
         find_checkpoint(arguments)
     trainer = create_trainer()
     output_dir, accelerator = Path(arguments.output_dir), trainer.accelerator
-    check_processes(accelerator)
-    use_all_cores(accelerator)
+    check_launch(accelerator)
     with ExitStack() as held:
         checkpoint = on_main_process(accelerator, open_run, arguments, trainer, held)
         publishes = arguments.push_to_hub and accelerator.is_main_process

@@ -52,8 +52,7 @@ def create_accelerator(arguments: RunArguments) -> Accelerator:
         # the others wait while the main process writes checkpoints and the final folder, on a slow disk for long
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
-    check_processes(accelerator)
-    use_all_cores(accelerator)
+    check_launch(accelerator)
     return accelerator
 
 
@@ -112,8 +111,9 @@ def compile_image_encoder(model: Any) -> None:
     encoder.forward_intermediates = torch.compile(encoder.forward_intermediates)
 
 
-def check_processes(accelerator: Accelerator) -> None:
-    """Refuse launches that start other processes than they say, or that shard the model."""
+def check_launch(accelerator: Accelerator) -> None:
+    """Refuse launches that start other processes than they say, or that shard the model; a single CPU process that
+    `accelerate launch` started gets every core that it may use."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise SimIPUError(
@@ -124,15 +124,9 @@ def check_processes(accelerator: Accelerator) -> None:
     strategy = accelerator.distributed_type.value
     if strategy not in ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU", "MULTI_NPU"):
         raise SimIPUError(f"{strategy} is not supported: launch with plain data parallelism (--multi_gpu)")
-
-
-def use_all_cores(accelerator: Accelerator) -> None:
-    """Let a single CPU process that `accelerate launch` started use every core that it may use.
-
-    The launcher sets OMP_NUM_THREADS to 1 unless it is told otherwise, which suits one process per core.
-    """
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
-    if launched and accelerator.num_processes == 1 and accelerator.device.type == "cpu":
+    # the launcher sets it to 1 unless it is told otherwise, which suits one process per core
+    one_thread = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if one_thread and accelerator.num_processes == 1 and accelerator.device.type == "cpu":
         torch.set_num_threads(available_processors())
 
 
