@@ -441,14 +441,13 @@ def format_table(result: dict[str, Any], task: Task) -> str:
         lines.append(f"| {_MODES[entry['mode']]} | {entry['num_frames']} | {entry['encoder']} | {' | '.join(cells)} |")
     name, metrics = result["guess"]["name"], result["guess"]["metrics"]
     lines.append(f"| none | | {name} | {' | '.join(f'{metrics[metric]:.4f}' for metric in shown)} |")
-    recipe = result["recipe"]
-    steps = f"{recipe['max_steps']} steps of at most {recipe['batch_size']} frames"
-    num_frames = result["num_test_frames"]
+    recipe, num_frames = result["recipe"], result["num_test_frames"]
     num_counted = num_frames - result["num_test_frames_without_target"]
     num_seeds = max(entry["num_seeds"] for entry in result["table"])
-    spread_of = f"mean ± standard deviation over {num_seeds} seeds" if num_seeds > 1 else "one seed"
-    counted = f"{num_counted} of {num_frames}" if num_counted < num_frames else num_frames
-    about = f"{counted} test frames, {steps}, {spread_of}."
+    about = (
+        f"{num_counted} of {num_frames} test frames, {recipe['max_steps']} steps of at most {recipe['batch_size']} "
+        f"frames, mean ± standard deviation (seeds: {num_seeds})."
+    )
     claims = [f"- {claim}" for claim in describe_claims(result, task)]
     encoders = [f"- {name}: {description}" for name, description in result["encoders"].items()]
     return "\n".join([*lines, "", about, "", *claims, "", *encoders, ""])

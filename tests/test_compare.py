@@ -100,7 +100,7 @@ def test_every_combination_runs_once_and_a_killed_comparison_goes_on(arguments, 
     report = (folder / "comparison.md").read_text("utf-8")
     assert re.search(r"!\[000_frame\]\(pictures/\w+/other_frozen/000_frame.png\)", report)
     assert "earlier_full" not in report
-    assert "3 test frames, 400 steps of at most 8 frames, mean" in report
+    assert "3 of 3 test frames, 400 steps of at most 8 frames, mean" in report
     lines = (folder / "runs.jsonl").read_text(encoding="utf-8").splitlines()
     (folder / "runs.jsonl").write_text("\n".join([*lines[:-1], lines[-1][:20]]), encoding="utf-8")  # while writing
     again = compare(arguments, task)

@@ -228,7 +228,7 @@ def test_pipeline_returns_what_evaluation_measures(size, flags, tmp_path):
 
 def test_command_prints_metrics_or_json(frames, run, capsys):
     flags = ["--model", str(run), "--test_frames", f"{frames}#test", "--no_kb_crop", "--device", "cpu"]
-    for crop, images in ("garg", "1 of 2 images, garg crop"), ("none", "2 images, none crop"):
+    for crop, images in ("garg", "1 of 2 images, garg crop"), ("none", "2 of 2 images, none crop"):
         run_command(["evaluate-depth", *flags, "--evaluation_crop", crop])  # all of one image's crop is beyond 80 m
         about, names, _ = capsys.readouterr().out.splitlines()
         assert about.startswith(images)
