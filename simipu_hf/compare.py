@@ -66,7 +66,7 @@ def compare(arguments: CompareArguments, task_class: type["Task"]) -> dict[str, 
     """
     output_dir, task_name = Path(arguments.output_dir), task_class.trainer_class.task
     known = earlier_runs(output_dir / RUNS_FILE, task_name)
-    task = task_class(arguments)
+    task = task_class(arguments)  # type: ignore[call-arg]  # each one reads its own frames
     encoders = load_encoders(arguments.image_encoders)
     output_dir.mkdir(parents=True, exist_ok=True)
     settings = arguments.recipe() | task.data

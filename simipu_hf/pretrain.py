@@ -577,8 +577,7 @@ def try_first_step(accelerator: Accelerator, model: SimIPUForPreTraining, inputs
             loss = model(**inputs).loss
         loss.backward()
     except (AssertionError, RuntimeError, ValueError) as error:
-        hint = "; lower --per_device_train_batch_size" if isinstance(error, torch.OutOfMemoryError) else ""
-        raise SimIPUError(f"the first step failed: {error}{hint}") from error
+        raise SimIPUError(f"the first step failed: {error}") from error
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.grad is not None)
     model.zero_grad(set_to_none=True)

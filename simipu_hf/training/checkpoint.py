@@ -30,11 +30,11 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import ProcessorMixin
 from transformers.utils import flatten_dict
 
 from simipu_hf.errors import SimIPUError
 from simipu_hf.files import atomic_folder
+from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
 from .distributed import on_main_process
 from .logging import RunLogger
@@ -167,7 +167,7 @@ class TrainingState:
 
     accelerator: Accelerator
     model: nn.Module
-    processor: ProcessorMixin
+    processor: SimIPUProcessor
     optimizer: AcceleratedOptimizer
     schedule: LRScheduler
     logger: RunLogger
