@@ -204,9 +204,14 @@ def _synchronize(path: Path) -> None:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Errors of the block name `path`; the folders above it exist."""
+    """Errors of the block name `path`. The folders above it exist; those created that stay empty are removed again."""
+    created = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
     except (OSError, SafetensorError) as error:
         raise SimIPUError(f"{path} cannot be written: {error}") from error
+    finally:
+        with suppress(OSError):  # stops at the first that is not empty
+            for folder in created:
+                folder.rmdir()

@@ -70,7 +70,7 @@ def test_a_folder_appears_at_the_end(tmp_path):
         (beside / "file").write_bytes("no bytes")
     with pytest.raises(SimIPUError, match=r"out cannot be written: .*No space"), atomic_folder(tmp_path / "b" / "out"):
         raise OSError(28, "No space left on device")
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b", "file", "out"]
+    assert os.listdir(tmp_path) == ["a"]
 
 
 def test_only_an_earlier_output_is_overwritten(tmp_path):
