@@ -394,7 +394,7 @@ def trainer_settings(arguments: FineTuningRunArguments) -> TrainingArguments:
         arguments.mixed_precision,
         **{name: getattr(arguments, name) for name in same},
         warmup_steps=arguments.warmup_ratio,
-        report_to=arguments.trackers,
+        report_to=arguments.trackers(),
         eval_strategy="steps" if arguments.eval_steps else "no",
         eval_steps=arguments.eval_steps or None,
         save_strategy="steps",

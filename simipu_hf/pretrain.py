@@ -115,6 +115,7 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
         TrainingInterrupted: Ctrl-C or SIGTERM, after saving a checkpoint.
     """
     check_precision(arguments.mixed_precision)
+    arguments.trackers()  # refuses one before the data are read
     if arguments.resume_from_checkpoint is None:
         find_checkpoint(arguments)
     skipped: list[str] = []

@@ -165,16 +165,17 @@ class RunArguments(Arguments):
             raise SimIPUError("--push_to_hub needs --hub_model_id user/name")
         hub = ("hub_model_id", "hub_private_repo", "hub_strategy")
         refuse_without_effect(self, self.push_to_hub, "without --push_to_hub", *hub)
-        for name in self.trackers:  # accelerate would drop one that is not installed silently
+
+    def trackers(self) -> list[str]:
+        """What curves go to; a `SimIPUError` where one is not installed, which accelerate would drop silently."""
+        names = [name for name in self.report_to if name != "none"]
+        for name in names:
             spec = importlib.util.find_spec(name)
             if spec is None or spec.origin is None:  # a mere folder: wandb leaves one of its name where it runs
                 raise SimIPUError(
                     f"--report_to {name}: the package is not installed; pip install {name}, or choose another"
                 )
-
-    @property
-    def trackers(self) -> list[str]:
-        return [name for name in self.report_to if name != "none"]
+        return names
 
     def to_dict(self) -> dict[str, Any]:
         """All flags for `run.yaml`, but for what belongs to one start of the run."""

@@ -47,7 +47,7 @@ def create_accelerator(arguments: RunArguments) -> Accelerator:
         # the plugin, because ACCELERATE_GRADIENT_ACCUMULATION_STEPS overrides the plain argument
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=arguments.gradient_accumulation_steps),
         step_scheduler_with_optimizer=False,
-        log_with=arguments.trackers or None,
+        log_with=arguments.trackers() or None,
         project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=str(Path(output_dir) / "logs")),
         # the others wait while the main process writes checkpoints and the final folder, on a slow disk for long
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],

@@ -508,7 +508,7 @@ def test_a_folder_that_a_tracker_left_is_not_its_package(tmp_path, monkeypatch):
     (tmp_path / "swanlab" / "run-1").mkdir(parents=True)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(SimIPUError, match="not installed"):
-        parse("--report_to", "swanlab")
+        parse("--report_to", "swanlab").trackers()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
