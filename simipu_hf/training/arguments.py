@@ -168,7 +168,7 @@ class RunArguments(Arguments):
 
     def trackers(self) -> list[str]:
         """What curves go to; a `SimIPUError` where one is not installed, which accelerate would drop silently."""
-        names = [name for name in self.report_to if name != "none"]
+        names: list[str] = [name for name in self.report_to if name != "none"]
         for name in names:
             spec = importlib.util.find_spec(name)
             if spec is None or spec.origin is None:  # a mere folder: wandb leaves one of its name where it runs
