@@ -10,7 +10,6 @@ kept apart:
   it saves where scratch has not.
 """
 
-import hashlib
 import itertools
 import json
 import math
@@ -19,13 +18,13 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
+from datasets.fingerprint import Hasher
 from matplotlib.figure import Figure
 from torch import nn
 from torch.optim.swa_utils import update_bn
@@ -34,13 +33,14 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from .data.frames import FrameDataset
 from .errors import SimIPUError
-from .files import atomic_path, atomic_write, check_target, write_json
+from .files import atomic_path, atomic_write, write_json
 from .finetuning import FineTuningTrainer, find_rgb_encoder, recipe
 from .hub.weights import EncoderWeights
 from .modeling.dense_model import SimIPUDenseModel
 from .modeling.image_encoder import image_feature_maps, pad_to_divisor
 from .training.arguments import CompareArguments
-from .training.logging import cut_metrics, read_metrics
+from .training.distributed import choose_device
+from .training.logging import read_metrics
 from .training.run_folder import short_digest, weights_fingerprint
 from .training.sampling import TRAINING_VERSION
 
@@ -51,7 +51,7 @@ BASELINE = "scratch"
 CONVERGED = 0.01
 
 
-def compare(arguments: CompareArguments, task: "Task") -> dict[str, Any]:
+def compare(arguments: CompareArguments, task_class: type["Task"]) -> dict[str, Any]:
     """Run every combination and compare; runs that `output_dir` already holds are not repeated.
 
     Writes `runs.jsonl` (a line per run, as it ends), `comparison.json`, `comparison.md` (table and claims),
@@ -60,18 +60,18 @@ def compare(arguments: CompareArguments, task: "Task") -> dict[str, Any]:
     Returns:
         `table`: see [`summarize`]; `runs`: every run; `encoders`: what was loaded; `guess`: see [`Task`]; `recipe`,
         `num_test_frames` and `num_test_frames_without_target`.
+
+    Raises:
+        SimIPUError: unusable arguments, encoders, frames or labels, or a frame on both sides.
     """
-    output_dir, task_name = Path(arguments.output_dir), task.trainer_class.task
-    check_output_dir(output_dir, task_name)
+    output_dir, task_name = Path(arguments.output_dir), task_class.trainer_class.task
+    known = earlier_runs(output_dir / RUNS_FILE, task_name)
+    task = task_class(arguments)  # type: ignore[call-arg]  # each one reads its own frames
     encoders = load_encoders(arguments.image_encoders)
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / RUNS_FILE).touch()
-    if (output_dir / RUNS_FILE).read_bytes()[-1:] not in (b"", b"\n"):
-        cut_metrics(output_dir / RUNS_FILE, math.inf)  # a line cut short would spoil the next one
     settings = arguments.recipe() | task.data
     counted = {name: value for name, value in settings.items() if name not in ("train_frames", "test_frames")}
     recipe = short_digest(counted | {"training_version": TRAINING_VERSION})
-    known = read_metrics(output_dir / RUNS_FILE)
     fractions = sorted(arguments.label_fractions, reverse=True)
     finished, identities, pictures = [], {}, []
     for name, encoder in encoders.items():
@@ -83,14 +83,14 @@ def compare(arguments: CompareArguments, task: "Task") -> dict[str, Any]:
         key = identities[name] | {"mode": mode, "label_fraction": fraction, "seed": seed}
         encoder = encoders[name]
         run = next((run for run in known if key.items() <= run.items()), None)
-        if is_drawn := (fraction, seed) == (fractions[0], arguments.seeds[0]):
-            pictures.append(output_dir / "pictures" / short_digest(key) / f"{name}_{mode}")
+        folder = None
+        if (fraction, seed) == (fractions[0], arguments.seeds[0]):
+            folder = output_dir / "pictures" / short_digest(key) / f"{name}_{mode}"
+            pictures.append(folder)
         if run is None:
-            run = key | task.run(encoder, mode, fraction, seed)
+            run = key | task.run(encoder, mode, fraction, seed, folder)
             with (output_dir / RUNS_FILE).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(run) + "\n")
-            if is_drawn:
-                task.draw(pictures[-1])
+                file.write("\n" + json.dumps(run))  # in front: a line that was cut short does not spoil this one
         finished.append(run | {"baseline": baseline_of(encoder, encoders)})
     result = {
         "recipe": settings,
@@ -110,16 +110,15 @@ def compare(arguments: CompareArguments, task: "Task") -> dict[str, Any]:
     return result
 
 
-def check_output_dir(output_dir: Path, task_name: str) -> None:
-    """Raises a `SimIPUError` unless a folder is free or holds an earlier comparison of the same task."""
-    check_target(output_dir, overwrite=True, is_earlier_output=lambda folder: (folder / RUNS_FILE).is_file())
-    runs = read_metrics(output_dir / RUNS_FILE) if (output_dir / RUNS_FILE).is_file() else []
+def earlier_runs(file: Path, task_name: str) -> list[dict[str, Any]]:
+    """The runs of an earlier comparison; a `SimIPUError` where they are of another task."""
+    runs = read_metrics(file) if file.is_file() else []
     for run in runs:
-        if run.get("task", task_name) != task_name:
+        if run["task"] != task_name:
             raise SimIPUError(
-                f"{output_dir / RUNS_FILE}: expected runs of {task_name}, found runs of {run['task']}; choose another "
-                "--output_dir"
+                f"{file}: expected runs of {task_name}, found runs of {run['task']}; choose another --output_dir"
             )
+    return runs
 
 
 def load_encoders(named_sources: Iterable[str]) -> dict[str, EncoderWeights]:
@@ -149,18 +148,10 @@ def random_encoder(encoder: EncoderWeights) -> EncoderWeights:
 
 def fingerprint(frames: Iterable[Any]) -> str:
     """A short digest of what frames hold, names, images and labels: the same wherever their files lie."""
-    digest = hashlib.sha256()
-
-    def add(value: Any) -> None:
-        if is_dataclass(value):
-            for field in fields(value):
-                add(getattr(value, field.name))
-        else:
-            digest.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
-
+    hasher = Hasher()
     for frame in frames:
-        add(frame)
-    return digest.hexdigest()[:16]
+        hasher.update(frame)
+    return hasher.hexdigest()
 
 
 def network_settings(encoder: EncoderWeights) -> dict[str, Any]:
@@ -210,7 +201,6 @@ class Task:
     higher_is_better: tuple[str, ...]
     num_without_target = 0
     guess: dict[str, Any]
-    latest: FineTuningTrainer | None = None
 
     def __init__(self, arguments: CompareArguments, train: FrameDataset, test: FrameDataset):
         self.arguments = arguments
@@ -220,15 +210,22 @@ class Task:
         )
         self.data = {"train": fingerprint(self.train_frames), "test": fingerprint(self.test_frames)}
 
+    @property
+    def sign(self) -> int:
+        """1 where lower values of the first metric are better, else -1."""
+        return -1 if self.shown[0] in self.higher_is_better else 1
+
     def parts(self, encoder: EncoderWeights, frames: Sequence[Any], seed: int) -> dict[str, Any]:
         """Keyword arguments of the trainer: a new model with the encoder's weights, `frames` to train on, the test
         frames to evaluate on."""
         raise NotImplementedError
 
-    def run(self, encoder: EncoderWeights, mode: str, fraction: float, seed: int) -> dict[str, Any]:
+    def run(
+        self, encoder: EncoderWeights, mode: str, fraction: float, seed: int, picture_dir: Path | None = None
+    ) -> dict[str, Any]:
         """One run: `metrics` at its end, `num_frames` it was trained on, and `curve`, a list of `step` and the value
-        of the first metric; further entries are kept."""
-        self.latest = None  # before the next model takes memory on the GPU
+        of the first metric; further entries are kept. What its model predicts for two test frames is drawn into
+        `picture_dir`."""
         arguments, started, metric = self.arguments, time.perf_counter(), self.shown[0]
         labelled = [self.train_frames[index] for index in label_subset(len(self.train_frames), fraction, seed)]
         with TemporaryDirectory() as folder:
@@ -245,32 +242,25 @@ class Task:
                 trainer.model.freeze_image_encoder()
             trainer.remove_callback(PrinterCallback)
             trainer.train()
-        self.latest, history = trainer, trainer.state.log_history
+        history = trainer.state.log_history
         evaluated = [entry for entry in history if f"eval_{metric}" in entry]
-        return {
+        result = {
             "metrics": trainer.evaluation["metrics"],
             "curve": [{"step": entry["step"], metric: entry[f"eval_{metric}"]} for entry in evaluated],
             "num_frames": len(labelled),
             "train_loss": next(entry["loss"] for entry in reversed(history) if "loss" in entry),
             "seconds": time.perf_counter() - started,
         }
-
-    def draw(self, folder: Path) -> None:
-        """Pictures of what the model of the latest run predicts for two test frames."""
-        assert self.latest is not None
-        data = self.latest.eval_dataset
-        data.rows = data.rows[:2]
-        with suppress(SimIPUError):  # after drawing: neither frame may have a target that counts
-            self.latest.evaluate_frames(data, folder)
+        if picture_dir is not None:
+            data = trainer.eval_dataset
+            data.rows = data.rows[:2]
+            with suppress(SimIPUError):  # after drawing: neither frame may have a target that counts
+                trainer.evaluate_frames(data, picture_dir)
+        return result
 
 
 def run_settings(arguments: CompareArguments, folder: str, num_frames: int, seed: int) -> TrainingArguments:
-    """Arguments of a Trainer that writes nothing; SimIPUError for a device that it does not take."""
-    possible = ("cpu", "cuda", "cuda:0") if torch.cuda.is_available() else ("cpu",)
-    if arguments.device not in (None, *possible):
-        raise SimIPUError(
-            f"--device {arguments.device}: expected {' or '.join(possible)}; CUDA_VISIBLE_DEVICES chooses among GPUs"
-        )
+    """Arguments of a Trainer that writes nothing."""
     return recipe(
         folder,
         arguments.mixed_precision,
@@ -283,7 +273,7 @@ def run_settings(arguments: CompareArguments, folder: str, num_frames: int, seed
         save_strategy="no",
         logging_steps=max(1, arguments.max_steps // 10),
         disable_tqdm=True,
-        **({"use_cpu": True} if arguments.device == "cpu" else {}),
+        use_cpu=choose_device(arguments.device).type == "cpu",
     )
 
 
@@ -338,8 +328,7 @@ def summarize(runs: Sequence[dict[str, Any]], task: Task) -> list[dict[str, Any]
     groups: dict[tuple, dict[int, dict[str, Any]]] = {}
     for run in runs:
         groups.setdefault((run["mode"], run["label_fraction"], run["encoder"]), {})[run["seed"]] = run
-    metric = task.shown[0]
-    sign = -1 if metric in task.higher_is_better else 1
+    metric, sign = task.shown[0], task.sign
     table = []
     for (mode, fraction, encoder), group in groups.items():
         first = next(iter(group.values()))
@@ -452,15 +441,14 @@ def format_table(result: dict[str, Any], task: Task) -> str:
         lines.append(f"| {_MODES[entry['mode']]} | {entry['num_frames']} | {entry['encoder']} | {' | '.join(cells)} |")
     name, metrics = result["guess"]["name"], result["guess"]["metrics"]
     lines.append(f"| none | | {name} | {' | '.join(f'{metrics[metric]:.4f}' for metric in shown)} |")
-    recipe = result["recipe"]
-    steps = f"{recipe['max_steps']} steps of at most {recipe['batch_size']} frames"
-    num_frames = result["num_test_frames"]
+    recipe, num_frames = result["recipe"], result["num_test_frames"]
     num_counted = num_frames - result["num_test_frames_without_target"]
     num_seeds = max(entry["num_seeds"] for entry in result["table"])
-    spread_of = f"mean ± standard deviation over {num_seeds} seeds" if num_seeds > 1 else "one seed"
-    counted = f"{num_counted} of {num_frames}" if num_counted < num_frames else num_frames
-    about = f"{counted} test frames, {steps}, {spread_of}."
-    claims = [f"- {claim}" for claim in (*warn_of_guesses(result, task), *describe_claims(result["table"], shown[0]))]
+    about = (
+        f"{num_counted} of {num_frames} test frames, {recipe['max_steps']} steps of at most {recipe['batch_size']} "
+        f"frames, mean ± standard deviation (seeds: {num_seeds})."
+    )
+    claims = [f"- {claim}" for claim in describe_claims(result, task)]
     encoders = [f"- {name}: {description}" for name, description in result["encoders"].items()]
     return "\n".join([*lines, "", about, "", *claims, "", *encoders, ""])
 
@@ -468,32 +456,24 @@ def format_table(result: dict[str, Any], task: Task) -> str:
 _MODES = {"full": "all", "frozen": "decoder"}
 
 
-def warn_of_guesses(result: dict[str, Any], task: Task) -> list[str]:
-    """A sentence for every scratch that is no better than a prediction that does not look at the image."""
-    metric, name = task.shown[0], result["guess"]["name"]
-    guess = result["guess"]["metrics"][metric]
-    sign = -1 if metric in task.higher_is_better else 1
-    return [
-        f"{entry['encoder']} ({_MODES[entry['mode']]} weights, {entry['num_frames']} frames) is no better than "
-        f"{name}: nothing to compare with yet (--max_steps, --learning_rate)."
-        for entry in result["table"]
-        if entry["encoder"] == entry["baseline"] and sign * entry["mean"][metric] >= sign * guess
-    ]
-
-
-def describe_claims(table: Sequence[dict[str, Any]], metric: str) -> list[str]:
-    """Speed and level of every encoder in words, and whether scratch had converged."""
+def describe_claims(result: dict[str, Any], task: Task) -> list[str]:
+    """Speed and level of every encoder in words; of scratch, whether it had converged, and whether it is no better
+    than a prediction that does not look at the image."""
+    metric, guess = task.shown[0], result["guess"]
     claims = []
-    for entry in table:
-        what = f"{_MODES[entry['mode']]} weights, {entry['num_frames']} frames"
+    for entry in result["table"]:
+        who = f"{entry['encoder']} ({_MODES[entry['mode']]} weights, {entry['num_frames']} frames)"
+        if "speed" in entry:
+            claims.append(f"{who}: {_speed_in_words(entry, metric)} {_level_in_words(entry)}")
+        elif task.sign * entry["mean"][metric] >= task.sign * guess["metrics"][metric]:
+            yet = "nothing to compare with yet (--max_steps, --learning_rate)"
+            claims.append(f"{who} is no better than {guess['name']}: {yet}.")
         if entry.get("late_improvement") is not None:
             state = "converged" if entry["converged"] else "not converged: the level says what this budget gives"
             claims.append(
-                f"{entry['encoder']} ({what}) improved by {100 * entry['late_improvement']:.1f} % over the last "
+                f"{who} improved by {100 * entry['late_improvement']:.1f} % over the last "
                 f"{100 * entry['late_share']:.0f} % of the steps, {state} (rule: less than {CONVERGED:.0%})."
             )
-        if "speed" in entry:
-            claims.append(f"{entry['encoder']} ({what}): {_speed_in_words(entry, metric)} {_level_in_words(entry)}")
     return claims
 
 

@@ -1,18 +1,14 @@
 """Does pre-training help here? Depth fine-tuning from several image encoders, all else being equal.
 
-    simipu-hf compare-depth --image_encoders simipu=RUN imagenet=resnet18 \
-        --train_frames KITTI#train --test_frames KITTI#val --image_size 96 320 --output_dir OUT
-
 The comparison itself is `simipu_hf.compare`. Frames are decoded and resized once and kept in memory.
 """
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .compare import Task, check_output_dir, compare
+from .compare import Task, compare
 from .data.depth import DepthDataset
 from .data.frames import select_frames
 from .data.overlap import refuse_shared_frames
@@ -68,9 +64,5 @@ def compare_depth(arguments: CompareDepthArguments) -> dict[str, Any]:
 
     compare_depth(CompareDepthArguments(image_encoders=["simipu=OUT"], train_frames=["KITTI#train"],
                                         test_frames=["KITTI#val"], output_dir="COMPARISON"))
-
-    Raises:
-        SimIPUError: unusable arguments, encoders or frames, or a frame on both sides.
     """
-    check_output_dir(Path(arguments.output_dir), DepthTask.trainer_class.task)
-    return compare(arguments, DepthTask(arguments))
+    return compare(arguments, DepthTask)

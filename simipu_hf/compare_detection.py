@@ -1,16 +1,12 @@
 """Does pre-training help here? 3-D detection from several image encoders, all else being equal.
 
-    simipu-hf compare-detection --image_encoders simipu=RUN imagenet=resnet18 \
-        --train_frames KITTI#train --test_frames KITTI#val --image_size 192 640 --output_dir OUT
-
 The comparison itself is `simipu_hf.compare`. Frames are decoded once and kept in memory.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from .compare import Task, check_output_dir, compare
+from .compare import Task, compare
 from .data.detection import DetectionDataset, read_labels, select_labelled
 from .data.overlap import refuse_shared_frames
 from .errors import SimIPUError
@@ -57,9 +53,5 @@ def compare_detection(arguments: CompareDetectionArguments) -> dict[str, Any]:
 
     compare_detection(CompareDetectionArguments(image_encoders=["simipu=OUT"], train_frames=["KITTI#train"],
                                                 test_frames=["KITTI#val"], output_dir="COMPARISON"))
-
-    Raises:
-        SimIPUError: unusable arguments, encoders, frames or labels, or a frame on both sides.
     """
-    check_output_dir(Path(arguments.output_dir), DetectionTask.trainer_class.task)
-    return compare(arguments, DetectionTask(arguments))
+    return compare(arguments, DetectionTask)

@@ -1,8 +1,4 @@
-"""Evaluate a 3-D detector, or a folder of detections, by KITTI's protocol.
-
-simipu-hf evaluate-detection --model RUN --test_frames KITTI#val --output_dir OUT
-simipu-hf evaluate-detection --predictions OUT/predictions --labels KITTI/training/label_2
-"""
+"""Evaluate a 3-D detector, or a folder of detections, by KITTI's protocol."""
 
 import re
 from collections.abc import Iterable, Sequence

@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -94,8 +94,7 @@ def atomic_folder(
         if replaced.exists() and not path.exists():
             replaced.rename(path)
 
-    with _writing(path), closing(WriteLock(path)) as lock:
-        lock.take()
+    with _writing(path), write_lock(path):
         put_back()
         check_target(path, overwrite, lambda there: there.is_dir() and is_earlier_output(there))
         try:
@@ -114,42 +113,36 @@ def atomic_folder(
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
-class WriteLock:
-    """Keeps other processes from writing what this one writes, from `take` until `close`, or its end.
+@contextmanager
+def write_lock(target: Path, file: Path | None = None) -> Iterator[None]:
+    """Keeps other processes from writing what this one writes; the folders above it exist.
 
     Args:
         target: what is written, as the error names it.
-        file: marks it; made by `take`, removed by `close`. None: a hidden file beside the target.
+        file: marks it, and is removed at the end; `None`: a hidden file beside the target.
+
+    Raises:
+        SimIPUError: another process has it, or nothing may be written there.
     """
-
-    def __init__(self, target: Path, file: Path | None = None):
-        self.target, self.file = target, file or target.with_name(f".{target.name}.lock")
-        # the same process may go on; a soft lock would outlive a process that is killed
-        self._lock = FileLock(self.file.resolve(), timeout=0, is_singleton=True, fallback_to_soft=False)
-
-    def take(self) -> None:
-        """
-        Raises:
-            SimIPUError: another process has taken it.
-        """
-        was_there = self.file.exists()
-        try:
-            self._lock.acquire()
-        except OSError as error:
-            # PermissionError: of another user
-            if isinstance(error, Timeout) or (was_there and isinstance(error, PermissionError)):
-                raise SimIPUError(f"{self.target} is being written by another process: wait for its end") from error
-            if not was_there:  # a file system without locks, or a folder that takes no more files
-                self._remove()
-
-    def close(self) -> None:
-        if self._lock.is_locked:
-            self._remove()  # first: else another process could lock it in between
-            self._lock.release(force=True)
-
-    def _remove(self) -> None:
-        with suppress(OSError):  # Windows keeps what is open; filelock removes it there
-            self.file.unlink()
+    file = file or target.with_name(f".{target.name}.lock")
+    # the same process may go on; a soft lock would outlive a process that is killed
+    lock = FileLock(file.resolve(), timeout=0, is_singleton=True, fallback_to_soft=False)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except (Timeout, PermissionError) as error:  # PermissionError: of another user
+        reason = f"or may not be written by this one ({error})"
+        raise SimIPUError(f"{target} is being written by another process, {reason}: wait for its end") from error
+    except OSError:  # a file system without locks; or one that is full, which the writing names
+        with suppress(OSError):
+            file.unlink()
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            with suppress(OSError):  # Windows keeps what is open; filelock removes it there
+                file.unlink()  # first: else another process could lock it in between
+            lock.release(force=True)
 
 
 def check_target(path: Path, overwrite: bool, is_earlier_output: Callable[[Path], bool]) -> None:

@@ -1,8 +1,5 @@
 """Fine-tune an image encoder for monocular depth by the published recipe, on the stock `transformers.Trainer`.
 
-    accelerate launch -m simipu_hf.finetune_depth --image_encoder RUN_OR_TIMM_NAME \
-        --train_frames KITTI#train --test_frames KITTI#val --output_dir OUT
-
 What is depth's own is here: model, data and evaluation. Recipe, Trainer and run folder are those of every task, in
 `simipu_hf.finetuning`.
 """
@@ -94,7 +91,6 @@ def trainer_parts(
         "model": model,
         "train_dataset": train_dataset,
         "eval_dataset": None if test_rows is None else DepthDataset(test_rows, processor, on_bad_row=on_bad_row),
-        "processing_class": processor,
         "protocol": DepthProtocol.from_arguments(arguments),
     }
 
@@ -123,10 +119,8 @@ def finetune_depth(arguments: DepthArguments) -> Path:
     finetune_depth(DepthArguments(image_encoder="OUT", train_frames=["KITTI#train"], output_dir="DEPTH"))
 
     Returns:
-        The output folder, which `pipeline("depth-estimation")` loads; see [`fine_tune`].
-
-    Raises:
-        as [`fine_tune`].
+        The output folder, which `pipeline("depth-estimation")` loads; see [`fine_tune`],
+        also for errors.
     """
     return fine_tune(arguments, lambda: create_trainer(arguments), record_in_card, format_table)
 

@@ -1,8 +1,5 @@
 """Fine-tune an image encoder for monocular 3-D detection, on the stock `transformers.Trainer`.
 
-    accelerate launch -m simipu_hf.finetune_detection --image_encoder RUN_OR_TIMM_NAME \
-        --train_frames KITTI#train --test_frames KITTI#val --output_dir OUT
-
 What is detection's own is here: model, data and evaluation. Recipe, Trainer and run folder are those of every task, in
 `simipu_hf.finetuning`.
 """
@@ -100,7 +97,6 @@ def trainer_parts(
         "model": model,
         "train_dataset": DetectionDataset(train_rows, processor, augmentation, seed, keep_frames, **about),
         "eval_dataset": None if test_rows is None else DetectionDataset(test_rows, processor, **about),
-        "processing_class": processor,
         "min_overlap": arguments.min_overlap,
     }
 
@@ -129,10 +125,8 @@ def finetune_detection(arguments: DetectionArguments) -> Path:
     finetune_detection(DetectionArguments(image_encoder="OUT", train_frames=["KITTI#train"], output_dir="DETECTOR"))
 
     Returns:
-        The output folder, which `AutoModel.from_pretrained(..., trust_remote_code=True)` loads; see [`fine_tune`].
-
-    Raises:
-        as [`fine_tune`].
+        The output folder, which `AutoModel.from_pretrained(..., trust_remote_code=True)` loads; see [`fine_tune`],
+        also for errors.
     """
     return fine_tune(arguments, lambda: create_trainer(arguments), record_in_card, format_table)
 

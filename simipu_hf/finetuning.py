@@ -10,7 +10,8 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from traceback import clear_frames
 from typing import Any, Self
@@ -25,7 +26,7 @@ from .data.frames import FrameDataset
 from .data.overlap import rows_fingerprint
 from .data.sources import name_sources
 from .errors import SimIPUError
-from .files import WriteLock, atomic_folder, move_into, write_json
+from .files import atomic_folder, move_into, write_json
 from .hub.card import write_model_card
 from .hub.push import HubUploader
 from .hub.sources import find_image_encoder
@@ -34,18 +35,16 @@ from .modeling.image_encoder import load_image_encoder_weights
 from .modeling.image_processing_simipu import SimIPUImageProcessor
 from .training.arguments import FineTuningRunArguments
 from .training.batch_norm import kept_running_statistics, synchronize_batch_norm
-from .training.checkpoint import WRITE_ERRORS, resumed_step, save_checkpoint, write_error
+from .training.checkpoint import named_errors, resumed_step, save_checkpoint
 from .training.distributed import (
     SharedFlags,
     StopRequest,
+    check_launch,
     check_precision,
-    check_processes,
     on_every_process,
     on_main_process,
-    recompute_activations,
-    use_all_cores,
 )
-from .training.logging import METRICS_FILE, check_trackers, cut_metrics, json_line
+from .training.logging import METRICS_FILE, append_metrics, cut_metrics
 from .training.run_folder import find_checkpoint, open_run_folder, weights_fingerprint
 from .training.sampling import TRAINING_VERSION, GlobalBatchSampler, create_loader
 from .visualization.frames import draw_curves
@@ -152,9 +151,10 @@ class FineTuningTrainer(Trainer):
         if self.processing_class is None:
             self.processing_class = getattr(self.train_dataset or self.eval_dataset, "processor", None)
             self.callback_handler.processing_class = self.processing_class
-        self.args = copy.copy(self.args)  # the number of steps is of these data sets alone
-        self._counted_steps: int | None = None
-        self._count_steps()
+        if self.train_dataset is not None and self.args.max_steps <= 0:
+            self.args = copy.copy(self.args)  # the number of steps is of these data sets alone
+            steps = round(self.args.num_train_epochs * self._sampler(1).steps_per_epoch)
+            self.args.max_steps = max(1, steps)
 
     @classmethod
     def from_arguments(cls, arguments: FineTuningRunArguments, **parts: Any) -> Self:
@@ -162,7 +162,7 @@ class FineTuningTrainer(Trainer):
         model = parts["model"]
         model.freeze_image_encoder(arguments.freeze_image_encoder)
         if arguments.gradient_checkpointing:
-            recompute_activations(model)
+            model.gradient_checkpointing_enable()
         check_image_sizes(model, parts["train_dataset"])
         settings = trainer_settings(arguments)
         if settings.world_size > 1 and arguments.sync_batch_norm:
@@ -182,12 +182,6 @@ class FineTuningTrainer(Trainer):
             clear_frames(error.__traceback__)
             raise
 
-    def _count_steps(self) -> None:
-        given = self.args.max_steps > 0 and self.args.max_steps != self._counted_steps
-        if self.train_dataset is not None and not given:
-            steps = round(self.args.num_train_epochs * self._sampler(1).steps_per_epoch)
-            self._counted_steps = self.args.max_steps = max(1, steps)
-
     def _sampler(self, last_step: int) -> GlobalBatchSampler:
         return GlobalBatchSampler(
             len(self.train_dataset),
@@ -200,7 +194,6 @@ class FineTuningTrainer(Trainer):
         )
 
     def get_train_dataloader(self) -> DataLoader:
-        self._count_steps()  # a trial of a hyperparameter search may have other epochs or batches
         sampler, pin_memory = self._sampler(self.args.max_steps), self.args.device.type == "cuda"
         workers = self.args.dataloader_num_workers
         return create_loader(self.train_dataset, sampler, self.data_collator, workers, pin_memory)
@@ -245,30 +238,22 @@ class FineTuningTrainer(Trainer):
         self._learning_rates = {f"learning_rate/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
         with self._after_backward:
             loss = super().training_step(model, inputs, num_items_in_batch)
-        if broken := self._not_finite(loss):  # before the optimizer spreads it
+        values = {"loss": loss}
+        if self.accelerator.sync_gradients and self.accelerator.scaler is None:  # that of fp16 skips the step
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            values["norm of the gradient"] = torch.nn.utils.get_total_norm(gradients)
+        # reading the loss waits for the backward pass: reading the norm costs no second wait
+        broken = [f"{name} is {value.item()}" for name, value in values.items() if not torch.isfinite(value)]
+        if broken:  # before the optimizer spreads it
             keys = self._sampler(self.args.max_steps).step_keys(self.state.global_step)
             names = [self.train_dataset.frame(row).frame_id for batch in keys for _, row in batch]
             # gradients are means over all processes: another one's frames may be the reason
-            process, count = self.args.process_index, self.args.world_size
-            part = "" if count == 1 else f" (part {process + 1} of {count})"
             raise SimIPUError(
-                f"step {self.state.global_step + 1}: the {broken}. Frames of the step{part}: {', '.join(names)}. The "
-                "weights were not updated: look at the frames, or begin a new run with a lower --learning_rate"
+                f"step {self.state.global_step + 1}: the {' and '.join(broken)}. Frames of the step in this process: "
+                f"{', '.join(names)}. The weights were not updated: look at the frames, or begin a new run with a "
+                "lower --learning_rate"
             )
         return loss
-
-    def _not_finite(self, loss: torch.Tensor) -> str | None:
-        """What of a step is not finite; not the gradient in fp16, whose scaler skips the step.
-
-        Reading the loss waits for the backward pass, so that reading the gradient costs no second wait.
-        """
-        if not torch.isfinite(loss):
-            return f"loss is {loss.item()}"
-        if self.accelerator.sync_gradients and self.accelerator.scaler is None:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-            if not torch.isfinite(norm):
-                return f"norm of the gradient is {norm.item()}"
-        return None
 
     def own_frames(self, dataset: FrameDataset) -> Iterator[Any]:
         """This process's share of the frames of a data set."""
@@ -306,31 +291,23 @@ class FineTuningTrainer(Trainer):
         save_parts = super()._save_checkpoint
 
         def write() -> None:
-            try:
+            with named_errors(aside.parent / name):
                 save_parts(model, trial)
-            except WRITE_ERRORS as error:
-                raise write_error(aside.parent / name, error) from error
 
         try:
             on_every_process(write)
-        except SimIPUError:
+            on_main_process(
+                self.accelerator,
+                save_checkpoint,
+                aside.parent,
+                self.state.global_step,
+                save=partial(move_into, aside / name),
+                identity=self.identity,
+                # the best is not to be the one that is deleted
+                total_limit=0 if self.args.load_best_model_at_end else self.args.save_total_limit or 0,
+            )
+        finally:
             shutil.rmtree(aside, ignore_errors=True)
-            raise
-
-        def save(folder: Path) -> None:
-            move_into(aside / name, folder)
-            shutil.rmtree(aside, ignore_errors=True)
-
-        on_main_process(
-            self.accelerator,
-            save_checkpoint,
-            aside.parent,
-            self.state.global_step,
-            save=save,
-            identity=self.identity,
-            # the best is not to be the one that is deleted
-            total_limit=0 if self.args.load_best_model_at_end else self.args.save_total_limit or 0,
-        )
         best = aside.parent / f"checkpoint-{self.state.best_global_step}"
         if best.is_dir():  # also after a resume, which finds the folder aside no more
             self.state.best_model_checkpoint = str(best)
@@ -368,8 +345,7 @@ class RunFolder(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         line = {name.replace("eval_", "eval/", 1): value for name, value in state.log_history[-1].items()}
         if state.is_world_process_zero and "train_runtime" not in line:  # the Trainer's summary at the end
-            with (self.output_dir / METRICS_FILE).open("a", encoding="utf-8") as stream:
-                stream.write(json_line(line))
+            append_metrics(self.output_dir / METRICS_FILE, line)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.flags.put(state.global_step, stop=self.stop.requested)
@@ -418,7 +394,7 @@ def trainer_settings(arguments: FineTuningRunArguments) -> TrainingArguments:
         arguments.mixed_precision,
         **{name: getattr(arguments, name) for name in same},
         warmup_steps=arguments.warmup_ratio,
-        report_to=check_trackers(arguments.report_to),
+        report_to=arguments.trackers(),
         eval_strategy="steps" if arguments.eval_steps else "no",
         eval_steps=arguments.eval_steps or None,
         save_strategy="steps",
@@ -467,10 +443,9 @@ def fine_tune(
         find_checkpoint(arguments)
     trainer = create_trainer()
     output_dir, accelerator = Path(arguments.output_dir), trainer.accelerator
-    check_processes(accelerator)
-    use_all_cores(accelerator)
-    with closing(WriteLock(output_dir, output_dir / ".lock")) as lock:
-        checkpoint = on_main_process(accelerator, open_run, arguments, trainer, lock)
+    check_launch(accelerator)
+    with ExitStack() as held:
+        checkpoint = on_main_process(accelerator, open_run, arguments, trainer, held)
         publishes = arguments.push_to_hub and accelerator.is_main_process
         uploader = HubUploader(arguments) if publishes else None
         with StopRequest() as stop, uploader or nullcontext():
@@ -482,7 +457,7 @@ def fine_tune(
                 raise stop.interruption(step, last_step, output_dir / f"checkpoint-{step}")
         on_main_process(accelerator, save_final_model, trainer, output_dir)
         if trainer.eval_dataset is not None:
-            result = evaluate_final_model(trainer, output_dir, arguments)
+            result = evaluate_final_model(trainer, output_dir)
             if accelerator.is_main_process:
                 record(output_dir, arguments.test_frames or [str(getattr(arguments, "test_list", None))], result)
                 print(table(result))
@@ -503,7 +478,7 @@ FREE = {
 }  # fmt: skip
 
 
-def open_run(arguments: FineTuningRunArguments, trainer: FineTuningTrainer, lock: WriteLock) -> str | None:
+def open_run(arguments: FineTuningRunArguments, trainer: FineTuningTrainer, held: ExitStack) -> str | None:
     """Prepare the run folder and write `run.yaml`; the checkpoint to resume from, `None` to start at the beginning."""
     checkpoint = find_checkpoint(arguments)
     rows, test_rows = trainer.train_dataset.rows, trainer.eval_dataset and trainer.eval_dataset.rows
@@ -532,7 +507,7 @@ def open_run(arguments: FineTuningRunArguments, trainer: FineTuningTrainer, lock
     fixed["image_processor"] = trainer.processing_class.to_dict()
     trainer.identity = json.loads(json.dumps(fixed))
     step = 0 if checkpoint is None else resumed_step(checkpoint, trainer.identity)
-    open_run_folder(arguments, lock, step, trainer.args.max_steps, data=record)
+    open_run_folder(arguments, held, step, trainer.args.max_steps, data=record)
     return None if checkpoint is None else str(checkpoint)
 
 
@@ -542,9 +517,7 @@ def save_final_model(trainer: FineTuningTrainer, output_dir: Path) -> None:
     move_into(output_dir / ".final", output_dir)
 
 
-def evaluate_final_model(
-    trainer: FineTuningTrainer, output_dir: Path, arguments: FineTuningRunArguments
-) -> dict[str, Any]:
+def evaluate_final_model(trainer: FineTuningTrainer, output_dir: Path) -> dict[str, Any]:
     """The task's evaluation, as JSON, and pictures; a failure leaves the model where it is, and says so.
 
     It is computed without the autocast of training, in single precision, in which the saved model is loaded.
@@ -553,11 +526,9 @@ def evaluate_final_model(
     try:
         result = trainer.evaluate_frames(trainer.eval_dataset, output_dir / "pictures")
     except SimIPUError as error:
-        test_list = getattr(arguments, "test_list", None)
-        frames = f"--test_list {test_list}" if test_list else f"--test_frames {' '.join(arguments.test_frames)}"
         raise SimIPUError(
             f"the model is saved in {output_dir}, but could not be evaluated: {error}. Evaluate it later with "
-            f"simipu-hf evaluate-{trainer.task} --model {output_dir} {frames} and the evaluation flags of this command"
+            f"simipu-hf evaluate-{trainer.task} --model {output_dir} and the test frames of this command"
         ) from error
     if trainer.is_world_process_zero():
         description = {"image_encoder": trainer.model.config.image_encoder_config.architecture}

@@ -34,7 +34,7 @@ from simipu_hf.data.sources import given_sources, refuse_second_split
 from simipu_hf.data.two_views import TwoViewAugmentation, TwoViewCollator, TwoViewDataset, to_model_inputs
 from simipu_hf.errors import SimIPUError, exit_code_of
 from simipu_hf.evaluation.correspondence import correspondence_recall
-from simipu_hf.files import WriteLock, atomic_folder, move_into
+from simipu_hf.files import atomic_folder, move_into
 from simipu_hf.hub.export import write_timm
 from simipu_hf.hub.push import HubUploader
 from simipu_hf.hub.sources import find_image_encoder, load_processor, model_folder
@@ -44,7 +44,7 @@ from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 from simipu_hf.training.arguments import PreTrainingArguments, parse_arguments, parse_overrides
 from simipu_hf.training.batch_norm import kept_running_statistics, synchronize_batch_norm
-from simipu_hf.training.checkpoint import TrainingState, newest_checkpoint, read_state, resumed_step
+from simipu_hf.training.checkpoint import TrainingState, resumed_step
 from simipu_hf.training.distributed import (
     SharedFlags,
     StopRequest,
@@ -54,9 +54,8 @@ from simipu_hf.training.distributed import (
     kept_session,
     on_every_process,
     on_main_process,
-    recompute_activations,
 )
-from simipu_hf.training.logging import RunLogger, check_trackers, feature_spread
+from simipu_hf.training.logging import RunLogger, feature_spread
 from simipu_hf.training.optimizers import (
     ChainedOptimizer,
     Recipe,
@@ -102,14 +101,6 @@ NOT_COMPARED = {
     *("data_dir", "dataset_name", "dataset_config_name", "train_split", "per_device_train_batch_size"),
 }
 
-FIELDS_WITH_FLAGS = {
-    "preset": "--preset",
-    "anchor_weight": "--anchor_weight",
-    "image_config.architecture": "--image_encoder",
-    "image_config.image_size": "--image_size",
-    "image_config.frozen": "--freeze",
-}
-
 
 @kept_session()
 def pretrain(arguments: PreTrainingArguments) -> Path:
@@ -123,7 +114,10 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
         SimIPUError: bad input; nothing was written unless the message says so.
         TrainingInterrupted: Ctrl-C or SIGTERM, after saving a checkpoint.
     """
-    check_before_loading(arguments)
+    check_precision(arguments.mixed_precision)
+    arguments.trackers()  # refuses one before the data are read
+    if arguments.resume_from_checkpoint is None:
+        find_checkpoint(arguments)
     skipped: list[str] = []
     rows, mixture, held_out_rows = load_rows(arguments, skipped)  # before the processes join: it may take hours
     accelerator = create_accelerator(arguments)
@@ -133,8 +127,8 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
     batches = create_batches(accelerator, arguments, rows, mixture, processor, augmentation)
     held_out = None
     if held_out_rows is not None:
+        check_held_out(accelerator, arguments, held_out_rows)
         held_out = TwoViewDataset(held_out_rows, processor, augmentation, on_bad_row=arguments.on_bad_row)
-    check_held_out(accelerator, arguments, held_out)
     by_epochs = math.ceil(arguments.num_train_epochs * batches.steps_per_epoch)
     steps = Steps(0, arguments.max_steps if arguments.max_steps > 0 else by_epochs)
     recipe = choose_recipe(arguments, model.simipu.image_encoder, steps.last)
@@ -149,8 +143,8 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
     if held_out_rows is not None:
         record["held_out"] = on_main_process(accelerator, describe_data, held_out_rows)
     output_dir = Path(arguments.output_dir)
-    with contextlib.closing(WriteLock(output_dir, output_dir / ".lock")) as lock:
-        on_main_process(accelerator, open_run_folder, arguments, lock, steps.first, steps.last, **record)
+    with contextlib.ExitStack() as held:
+        on_main_process(accelerator, open_run_folder, arguments, held, steps.first, steps.last, **record)
         logger = RunLogger(accelerator, arguments, steps.first, steps.last, record)
         with contextlib.closing(logger):
             for name, about in record.items():
@@ -167,7 +161,7 @@ def pretrain(arguments: PreTrainingArguments) -> Path:
                 train(accelerator, arguments, state, steps, batches, held_out, uploader)
             finally:
                 report_skipped(skipped if accelerator.is_main_process else [], batches, held_out)
-        on_main_process(accelerator, finish, output_dir, model, processor, batches)
+        on_main_process(accelerator, finish, state, output_dir)
         if uploader:
             uploader.finish()
     return output_dir
@@ -228,7 +222,7 @@ def train(
             raised = flags.get(wait=is_logged or is_evaluated or is_saved)
             if raised:
                 raised = flags.get(wait=True)
-                refuse_values_that_are_not_finite(raised, batches, output_dir)
+                refuse_values_that_are_not_finite(raised, batches)
             if is_logged:
                 logger.write_means(step, rates)
             if held_out is not None and is_evaluated:  # first, so that a checkpoint means that its step is logged
@@ -250,14 +244,12 @@ def scalars(output: Any, with_spread: bool) -> dict[str, torch.Tensor]:
     """What is logged of a forward pass: all scalars of its output, and the spread of the embeddings."""
     values = {name: value for name, value in output.items() if isinstance(value, torch.Tensor) and value.ndim == 0}
     if with_spread:
-        values |= {"image_spread": feature_spread(output.image_embeds)}
-        values |= {"point_spread": feature_spread(output.point_embeds)}
+        spreads = {"image": output.image_embeds, "point": output.point_embeds}
+        values |= {f"{name}_spread": feature_spread(embeds) for name, embeds in spreads.items()}
     return values
 
 
-def refuse_values_that_are_not_finite(
-    raised: dict[str, int], batches: StoredBatches | StreamedBatches, output_dir: Path
-) -> None:
+def refuse_values_that_are_not_finite(raised: dict[str, int], batches: StoredBatches | StreamedBatches) -> None:
     """Raises a `SimIPUError` that names the values, the step and its rows, unless only a stop was requested.
 
     `raised` is equal on all processes, so all of them stop.
@@ -268,13 +260,10 @@ def refuse_values_that_are_not_finite(
     step = min(broken.values())
     names = [name for name in broken if broken[name] == step]
     rows = gather_object(batches.frame_ids(step)) or ["not known while streaming"]
-    kept = newest_checkpoint(output_dir)
     raise SimIPUError(
-        f"step {step}: {', '.join(names)} not finite (NaN or infinite). Rows of the step: {', '.join(rows)}. "
-        "Nothing was saved since; "
-        + (f"the last good checkpoint is {kept}. " if kept else "there is no checkpoint yet. ")
-        + "Look at the rows, or begin a new run (with --model_name_or_path, from a checkpoint) with a lower learning "
-        "rate of that part or with --max_grad_norm"
+        f"step {step}: {', '.join(names)} not finite (NaN or infinite). Rows of the step: {', '.join(rows)}. Nothing "
+        "was saved since the last checkpoint: look at the rows, or begin a new run (with --model_name_or_path, from "
+        "that checkpoint) with a lower learning rate of that part or with --max_grad_norm"
     )
 
 
@@ -320,14 +309,6 @@ def eval_batch_size(arguments: PreTrainingArguments) -> int:
 # What `pretrain` is made of, in its order.
 
 
-def check_before_loading(arguments: PreTrainingArguments) -> None:
-    """Raises a `SimIPUError` for what needs no data to be known: trackers, precision, an output folder in use."""
-    check_trackers(arguments.report_to)
-    check_precision(arguments.mixed_precision)
-    if arguments.resume_from_checkpoint is None:
-        find_checkpoint(arguments)
-
-
 def load_rows(
     arguments: PreTrainingArguments, skipped: list[str]
 ) -> tuple[AnyDataset, Mixture | None, datasets.Dataset | None]:
@@ -354,11 +335,6 @@ def load_rows(
     skipped[:] = dict.fromkeys(skipped)  # both come from the same files with --validation_share
     if isinstance(held_out, datasets.IterableDataset):
         held_out = dataset_from_stream(held_out)
-        if not len(held_out):
-            share = arguments.validation_share
-            raise SimIPUError(
-                f"{what}: expected rows, found none" + (f" with --validation_share {share}" if share else "")
-            )
         rows = refuse_shared_stream(rows, held_out, what)
     else:
         refuse_shared_frames(rows, held_out, what)
@@ -431,13 +407,13 @@ def change_config(arguments: PreTrainingArguments, config: SimIPUConfig, process
     overrides = parse_overrides(arguments.config_overrides)
     sections = {"image_config": config.image_encoder_config, "point_config": config.point_encoder_config}
     for section, known in (("", config), *sections.items()):
-        fields_of_all = PreTrainedConfig.__dataclass_fields__  # such as architectures
+        fixed = {*PreTrainedConfig.__dataclass_fields__, "preset", "architecture"}
         for name in overrides.get(section, {}) if section else overrides.keys() - sections:
-            if name not in type(known).__dataclass_fields__ or name in fields_of_all:
-                raise SimIPUError(f"--config_overrides: {type(known).__name__} has no field {name}")
-            flag = FIELDS_WITH_FLAGS.get(f"{section}.{name}".lstrip("."))
-            if flag is not None:
-                raise SimIPUError(f"--config_overrides: {name} is set by {flag}")
+            if name not in type(known).__dataclass_fields__ or name in fixed:
+                raise SimIPUError(
+                    f"--config_overrides: {type(known).__name__} has no field {name} to change; --preset and "
+                    "--image_encoder choose preset and architecture"
+                )
     fields = config.to_dict()
     if arguments.image_size is not None or arguments.model_name_or_path is None:
         size = processor.image_processor.size  # encoders with embeddings of a fixed size are built for it
@@ -480,13 +456,13 @@ def create_augmentation(arguments: PreTrainingArguments, config: SimIPUConfig) -
         raise SimIPUError(f"--augmentation_overrides: {error}; the fields are {known}") from error
 
 
-def check_held_out(accelerator: Accelerator, arguments: PreTrainingArguments, held_out: TwoViewDataset | None) -> None:
+def check_held_out(accelerator: Accelerator, arguments: PreTrainingArguments, rows: datasets.Dataset) -> None:
     """Raises a `SimIPUError` where there are fewer rows to evaluate on than one batch of all processes."""
     needed = eval_batch_size(arguments) * accelerator.num_processes
-    if held_out is not None and len(held_out) < needed:
+    if len(rows) < needed:
         raise SimIPUError(
-            f"--validation_split {arguments.validation_split} has {len(held_out)} rows, one batch of all processes "
-            f"takes {needed}: lower --per_device_eval_batch_size"
+            f"--validation_split {arguments.validation_split} has {len(rows)} rows, one batch of all processes takes "
+            f"{needed}: lower --per_device_eval_batch_size"
         )
 
 
@@ -570,7 +546,6 @@ def open_checkpoint(
     path = on_main_process(accelerator, find_checkpoint, arguments)
     if path is not None:
         steps.first = resumed_step(path, identity)
-        read_state(path)  # what torch refuses is found here, before anything is written
     if steps.first > steps.last:
         raise SimIPUError(f"{path} is beyond the last step, {steps.last}: raise --max_steps or --num_train_epochs")
     return path
@@ -585,7 +560,7 @@ def prepare_model(accelerator: Accelerator, arguments: PreTrainingArguments, mod
         # the second forward pass of the compiled encoder would count the batch statistics twice
         raise SimIPUError("--torch_compile and --gradient_checkpointing exclude each other: leave one out")
     if arguments.gradient_checkpointing:
-        recompute_activations(model)
+        model.gradient_checkpointing_enable()
     if arguments.torch_compile:
         compile_image_encoder(model)
 
@@ -603,8 +578,7 @@ def try_first_step(accelerator: Accelerator, model: SimIPUForPreTraining, inputs
             loss = model(**inputs).loss
         loss.backward()
     except (AssertionError, RuntimeError, ValueError) as error:
-        hint = "; lower --per_device_train_batch_size" if isinstance(error, torch.OutOfMemoryError) else ""
-        raise SimIPUError(f"the first step failed: {error}{hint}") from error
+        raise SimIPUError(f"the first step failed: {error}") from error
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.grad is not None)
     model.zero_grad(set_to_none=True)
@@ -652,13 +626,9 @@ def describe_data(rows: AnyDataset, fingerprint: str | None = None) -> dict[str,
 # What is left behind.
 
 
-def finish(
-    output_dir: Path,
-    model: SimIPUForPreTraining,
-    processor: SimIPUProcessor,
-    batches: StoredBatches | StreamedBatches,
-) -> None:
+def finish(state: TrainingState, output_dir: Path) -> None:
     """Write the final model, its image encoder (`image_encoder/`) and pictures into `output_dir`."""
+    model, processor, batches = state.accelerator.unwrap_model(state.model), state.processor, state.batches
     with atomic_folder(output_dir / ".final", overwrite=True) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)

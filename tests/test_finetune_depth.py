@@ -123,9 +123,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(fine_tune, run, tmp_path, m
 
     save = DepthTrainer._save_optimizer_and_scheduler
     monkeypatch.setattr(DepthTrainer, "_save_optimizer_and_scheduler", full)
-    with pytest.raises(
-        SimIPUError, match=r"could not write checkpoint .*checkpoint-4.*good checkpoint is .*checkpoint-2"
-    ):
+    with pytest.raises(SimIPUError, match=r"could not write checkpoint .*checkpoint-4: PytorchStreamWriter"):
         fine_tune("run")
     assert [path.name for path in (tmp_path / "run").glob("*checkpoint-*")] == ["checkpoint-2"]
     monkeypatch.undo()
@@ -154,7 +152,7 @@ def test_an_encoder_is_known_by_what_it_is_and_a_run_by_its_command(fine_tune, t
     with pytest.raises(SimIPUError, match=r"image_encoder\.weights: "):
         fine_tune("run", **resumed)
     save_checkpoint(run, 1, save=lambda folder: None, identity={"kind": "PreTrainingArguments"})
-    with pytest.raises(SimIPUError, match=r"another command \(PreTrainingArguments, not DepthArguments\)"):
+    with pytest.raises(SimIPUError, match="kind: PreTrainingArguments in the checkpoint, DepthArguments now"):
         fine_tune("run", **resumed)
 
 
@@ -230,7 +228,7 @@ def test_pipeline_returns_what_evaluation_measures(size, flags, tmp_path):
 
 def test_command_prints_metrics_or_json(frames, run, capsys):
     flags = ["--model", str(run), "--test_frames", f"{frames}#test", "--no_kb_crop", "--device", "cpu"]
-    for crop, images in ("garg", "1 of 2 images, garg crop"), ("none", "2 images, none crop"):
+    for crop, images in ("garg", "1 of 2 images, garg crop"), ("none", "2 of 2 images, none crop"):
         run_command(["evaluate-depth", *flags, "--evaluation_crop", crop])  # all of one image's crop is beyond 80 m
         about, names, _ = capsys.readouterr().out.splitlines()
         assert about.startswith(images)
@@ -383,12 +381,6 @@ def test_one_set_of_arguments_serves_several_trainers(dataset, tmp_path):
     assert [trainer.args.max_steps for trainer in trainers] == [3, round(3 * len(dataset) / 2)]
     trainers[0].train()
     assert trainers[0].callback_handler.processing_class is two.processor
-    trainers[1].args.num_train_epochs = 1  # as a trial of a hyperparameter search
-    trainers[1].get_train_dataloader()
-    assert trainers[1].args.max_steps == round(len(dataset) / 2)
-    trainers[1].args.max_steps = 7
-    trainers[1].get_train_dataloader()
-    assert trainers[1].args.max_steps == 7
     assert (tmp_path / "checkpoint-3" / "preprocessor_config.json").is_file()
 
 
@@ -476,9 +468,7 @@ def test_a_failing_evaluation_costs_nothing(fine_tune, tmp_path):
     files = eigen_files(tmp_path)
     (tmp_path / "test.txt").write_text("/3.png 3.png\n", encoding="utf-8")
     (tmp_path / "depth" / "3.png").write_bytes(b"damaged")
-    with pytest.raises(
-        SimIPUError, match=r"the model is saved in .*run.*3\.png.*evaluate-depth .*--test_list .*test\.txt"
-    ):
+    with pytest.raises(SimIPUError, match=r"the model is saved in .*run.*3\.png.*evaluate-depth --model .*run"):
         fine_tune("run", **files, max_steps=1)
     assert (tmp_path / "run" / "model.safetensors").is_file()
 
@@ -496,7 +486,9 @@ def test_a_loss_that_is_no_number_names_its_frames(fine_tune, monkeypatch):
     monkeypatch.setattr(
         DepthTrainer, "compute_loss", lambda self, model, inputs, **_: torch.tensor(torch.nan, requires_grad=True)
     )
-    with pytest.raises(SimIPUError, match=r"step 1: the loss is nan\. Frames of the step: 00000\d, 00000\d"):
+    with pytest.raises(
+        SimIPUError, match=r"step 1: the loss is nan\. Frames of the step in this process: 00000\d, 00000\d"
+    ):
         fine_tune("run")
 
 
@@ -516,7 +508,9 @@ def test_a_gradient_that_is_no_number_ends_the_run_before_the_step(fine_tune, tm
 
     compute = DepthTrainer.compute_loss
     monkeypatch.setattr(DepthTrainer, "compute_loss", broken)
-    with pytest.raises(SimIPUError, match=r"step 2: the norm of the gradient is (nan|inf)\. Frames of the step: 0"):
+    with pytest.raises(
+        SimIPUError, match=r"step 2: the norm of the gradient is (nan|inf)\. Frames of the step in this process: 0"
+    ):
         fine_tune("run", checkpointing_steps=1, gradient_accumulation_steps=accumulation)
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
 

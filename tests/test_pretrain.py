@@ -13,6 +13,7 @@ import sys
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from unittest.mock import Mock
 
 import datasets
@@ -35,7 +36,7 @@ from simipu_hf.data.rows import dataset_from_rows
 from simipu_hf.data.streaming import stream_two_views
 from simipu_hf.data.two_views import TwoViewAugmentation, TwoViewDataset
 from simipu_hf.errors import SimIPUError, TrainingInterrupted
-from simipu_hf.files import WriteLock
+from simipu_hf.files import write_lock
 from simipu_hf.hub.card import model_card
 from simipu_hf.hub.push import HubUploader
 from simipu_hf.hub.sources import model_folder
@@ -164,19 +165,19 @@ def test_passes_over_a_damaged_checkpoint(run, whole, tmp_path, capsys):
         with (broken / name).open("rb+") as stream:
             stream.truncate(1000)
     resumed = run("broken", "--save_total_limit", "0", "--resume_from_checkpoint", "latest")
-    assert "model.safetensors has 1000 bytes" in capsys.readouterr().out
+    assert "the contents of model.safetensors differ from what was written" in capsys.readouterr().out
     assert_same_result(whole, resumed)
 
 
 def test_two_runs_do_not_write_into_one_folder(run, tmp_path):
     (tmp_path / "shared").mkdir()
-    lock = WriteLock(tmp_path / "shared", tmp_path / "shared" / ".lock")
+    held = ExitStack()
     with ThreadPoolExecutor(1) as other:
-        other.submit(lock.take).result()
+        other.submit(held.enter_context, write_lock(tmp_path / "shared", tmp_path / "shared" / ".lock")).result()
         with pytest.raises(SimIPUError, match="shared is being written by another process"):
             run("shared", "--resume_from_checkpoint", "latest")
         assert [path.name for path in (tmp_path / "shared").iterdir()] == [".lock"]
-        other.submit(lock.close).result()
+        other.submit(held.close).result()
 
 
 def test_sigterm_saves_and_says_how_to_continue(run, whole, monkeypatch):
@@ -207,7 +208,7 @@ def test_stops_at_a_loss_that_is_no_number(run, monkeypatch, tmp_path):
         run("out")
     assert "frame-0-" in str(error.value)
     assert "intra_modal_loss" not in str(error.value)
-    assert str(tmp_path / "out" / "checkpoint-3") in str(error.value)
+    assert [path.name for path in list_checkpoints(tmp_path / "out")] == ["checkpoint-3"]
     assert [line["step"] for line in metrics(tmp_path / "out")] == [2, 4]
 
 
@@ -284,8 +285,8 @@ def test_the_maps_of_a_step_are_freed_before_the_next(run, monkeypatch):
         (["--config_overrides", OVERRIDES + ",image_config.stride=1"], "no field stride"),
         (["--config_overrides", "loss.x=1"], "expected name=value or image_config.name=value"),
         (["--config_overrides", "architectures=[x]"], "SimIPUConfig has no field architectures"),
-        (["--config_overrides", "image_config.architecture=resnet18"], "architecture is set by --image_encoder"),
-        (["--config_overrides", "preset=official"], "preset is set by --preset"),
+        (["--config_overrides", "image_config.architecture=resnet18"], "no field architecture to change"),
+        (["--config_overrides", "preset=official"], "has no field preset to change; --preset"),
         (["--augmentation_overrides", "zoom=[1,2]"], "augmentation_overrides.*zoom.*the fields are rotation"),
         (["--augmentation_overrides", "random_zoom=2"], "augmentation_overrides"),
         (["--augmentation_overrides", "scale=[1,2,3]"], "augmentation_overrides: too many values"),
@@ -296,7 +297,7 @@ def test_the_maps_of_a_step_are_freed_before_the_next(run, monkeypatch):
         (["--per_device_train_batch_size", "11"], "10 rows, but one optimizer step takes 11"),
         (["--report_to", "swanlab"], "not installed"),
         (["--eval_steps", "2", "--per_device_eval_batch_size", "7"], "6 rows"),
-        (["--resume_from_checkpoint", "/no/such/checkpoint"], "no such folder"),
+        (["--resume_from_checkpoint", "/no/such/checkpoint"], "is not a training checkpoint"),
         (["--image_size", "31", "96"], "at least 32 pixels"),
         (["--eval_steps", "2", "--validation_split", "train"], "10 of 10 frames are also trained on"),
         (["--preset", "official", "--depth_range", "1", "50"], "does nothing with the official preset"),
@@ -321,10 +322,7 @@ def test_output_folder_is_not_overwritten(run, tmp_path):
     thesis = tmp_path / "papers" / "image_encoder" / "thesis.tex"
     thesis.parent.mkdir(parents=True)
     thesis.write_text("years of work", encoding="utf-8")
-    with pytest.raises(SimIPUError, match=r"^--resume_from_checkpoint.* in .*papers.* does not look like a run"):
-        run("papers", "--resume_from_checkpoint", "latest")
-    (tmp_path / "papers" / "run.yaml").write_text("kind: DepthArguments", encoding="utf-8")
-    with pytest.raises(SimIPUError, match=r"a run of another command \(DepthArguments, not PreTrainingArguments\)"):
+    with pytest.raises(SimIPUError, match=r"papers holds a model and no whole checkpoint"):
         run("papers", "--resume_from_checkpoint", "latest")
     assert thesis.exists()
     (tmp_path / "job").mkdir()
@@ -338,7 +336,6 @@ def test_what_needs_no_data_is_checked_before_it_is_read(run, monkeypatch, tmp_p
     (tmp_path / "papers").mkdir()
     (tmp_path / "papers" / "thesis.tex").write_text("years of work", encoding="utf-8")
     for name, flags, message in (
-        ("out", ["--report_to", "tensorbord"], "unknown tracker"),
         ("out", ["--mixed_precision", "fp16"], "needs a GPU"),
         ("papers", [], "not empty"),
     ):
@@ -371,7 +368,7 @@ def test_refuses_to_resume_another_configuration(run, tmp_path):
         run("out", "--resume_from_checkpoint", "latest", "--seed", "1", "--per_device_train_batch_size", "5")
     with pytest.raises(SimIPUError, match="beyond the last step"):
         run("out", "--resume_from_checkpoint", "latest", "--max_steps", "2")
-    with pytest.raises(SimIPUError, match=r"not a training checkpoint.*did you mean .*out.checkpoint-3"):
+    with pytest.raises(SimIPUError, match="out is not empty: choose another folder, or continue the run in it"):
         run("out", "--resume_from_checkpoint", str(tmp_path / "out"))
     # as every folder of KITTI's layout counts its frames from 000000
     rows = [{**row, "image": Image.new("RGB", (128, 64), (9, index, 9))} for index, row in enumerate(make_rows(10))]
@@ -415,7 +412,7 @@ def test_a_run_that_goes_on_from_an_earlier_checkpoint_keeps_both_ways(run, whol
     out = shutil.copytree(whole, tmp_path / "out")
     again = ("--resume_from_checkpoint", str(out / "checkpoint-3"), "--save_total_limit", "1")
     run("out", *again, "--max_steps", "4")
-    assert f"the checkpoints beyond step 3 are now in {out / 'set_aside-1'}" in capsys.readouterr().out
+    assert f"what the run had beyond step 3 is now in {out / 'set_aside-1'}" in capsys.readouterr().out
     assert [p.name for p in list_checkpoints(out)] == ["checkpoint-4"]
     assert [p.name for p in list_checkpoints(out / "set_aside-1")] == ["checkpoint-6", "checkpoint-8"]
     assert [line["step"] for line in metrics(out / "set_aside-1")] == [2, 4, 6, 8]
@@ -686,7 +683,9 @@ def test_pushes_checkpoints_and_the_end(run, monkeypatch):
 @pytest.mark.skipif(os.geteuid() == 0 if hasattr(os, "geteuid") else True, reason="root may write anywhere")
 def test_read_only_output_folder(run, tmp_path):
     (tmp_path / "out").mkdir(mode=0o500)
-    with pytest.raises(SimIPUError, match=r"out.run\.yaml cannot be written"):
+    with pytest.raises(
+        SimIPUError, match=r"out is being written by another process, or may not be written by this one .*denied"
+    ):
         run("out")
 
 

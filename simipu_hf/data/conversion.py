@@ -6,7 +6,6 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from io import BytesIO
@@ -26,7 +25,7 @@ from PIL import Image
 
 from ..dataset_scripts.kitti import points_in_view
 from ..errors import SimIPUError, first_line
-from ..files import WriteLock, atomic_path, check_apart, check_not_mounted
+from ..files import atomic_path, check_apart, check_not_mounted, write_lock
 from ..modeling.geometry import pixel_transform
 from ..processes import run_in_processes
 from .depth import read_depth_png, resize_depth_map
@@ -179,9 +178,7 @@ def convert_to_parquet(
     shards = [
         shard for name, rows in splits.items() for shard in _plan_shards(name, rows, packing, shard_bytes, num_shards)
     ]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with closing(WriteLock(target)) as lock:
-        lock.take()
+    with write_lock(target):
         _prepare_partial(partial_dir, splits, shards, packing)
         missing = [shard for shard in shards if not (partial_dir / shard.file).is_file()]
         try:

@@ -9,6 +9,7 @@ Nothing here imports torch or transformers, so that `--help` answers at once.
 import argparse
 import dataclasses
 import difflib
+import importlib.util
 import inspect
 import json
 import math
@@ -27,6 +28,7 @@ import yaml
 from simipu_hf.errors import SimIPUError
 
 Schedule = Literal["exponential", "constant", "constant_with_warmup", "linear", "cosine", "polynomial", "inverse_sqrt"]
+Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow", "comet_ml", "aim", "clearml", "swanlab", "none"]
 ArgumentsT = TypeVar("ArgumentsT")
 NULLS = (None, "null", "Null", "NULL", "~", "")  # as YAML has them
 CONFIGS = Path(__file__).parent / "presets"  # configuration files that come with the package
@@ -124,6 +126,8 @@ class RunArguments(Arguments):
     """Optimizer steps; overrides --num_train_epochs when above 0."""
     max_grad_norm: Annotated[float, AT_LEAST_0] = 0.0
     """Clip gradients to this norm; 0 does not."""
+    adam_beta2: Annotated[float, BELOW_1] = 0.99
+    """Of AdamW."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """fp16 needs a GPU."""
     gradient_checkpointing: bool = False
@@ -142,8 +146,8 @@ class RunArguments(Arguments):
     """Optimizer steps per checkpoint; 0 only at the end."""
     save_total_limit: Annotated[int, AT_LEAST_0] = 2
     """Checkpoints to keep, the newest; 0 keeps all."""
-    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
-    """Trackers: tensorboard, trackio, wandb, …, or none."""
+    report_to: list[Tracker] = field(default_factory=lambda: ["tensorboard"])
+    """Where curves go beside metrics.jsonl."""
     push_to_hub: bool = False
     """Publish checkpoints and the result on the Hub."""
     hub_model_id: str | None = None
@@ -161,6 +165,17 @@ class RunArguments(Arguments):
             raise SimIPUError("--push_to_hub needs --hub_model_id user/name")
         hub = ("hub_model_id", "hub_private_repo", "hub_strategy")
         refuse_without_effect(self, self.push_to_hub, "without --push_to_hub", *hub)
+
+    def trackers(self) -> list[str]:
+        """What curves go to; a `SimIPUError` where one is not installed, which accelerate would drop silently."""
+        names: list[str] = [name for name in self.report_to if name != "none"]
+        for name in names:
+            spec = importlib.util.find_spec(name)
+            if spec is None or spec.origin is None:  # a mere folder: wandb leaves one of its name where it runs
+                raise SimIPUError(
+                    f"--report_to {name}: the package is not installed; pip install {name}, or choose another"
+                )
+        return names
 
     def to_dict(self) -> dict[str, Any]:
         """All flags for `run.yaml`, but for what belongs to one start of the run."""
@@ -249,8 +264,6 @@ class PreTrainingArguments(RunArguments):
     """Of the point encoder."""
     adam_beta1: Annotated[float, BELOW_1] = 0.95
     """Of adamw."""
-    adam_beta2: Annotated[float, BELOW_1] = 0.99
-    """Of adamw."""
     lr_scheduler_type: Schedule = "exponential"
     """exponential multiplies by --lr_decay_per_epoch; the others are those of transformers.get_scheduler."""
     lr_decay_per_epoch: float = 0.99
@@ -262,8 +275,6 @@ class PreTrainingArguments(RunArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.data_dir or self.dataset_name):
-            raise SimIPUError("no data: give --data_dir or --dataset_name")
         if self.streaming and (self.max_steps <= 0 or self.lr_scheduler_type == "exponential"):
             raise SimIPUError(
                 "--streaming does not know the length of an epoch: it needs --max_steps and a --lr_scheduler_type "
@@ -325,13 +336,13 @@ class FineTuningRunArguments(RunArguments, FineTuningArguments):
     """Clip gradients to this norm; 0 does not."""
     adam_beta1: Annotated[float, Rule("at least 0.1 and below 1", lambda beta: 0.1 <= beta < 1)] = 0.95
     """Of AdamW; the schedule lowers it by 0.1 while the learning rate rises."""
-    adam_beta2: Annotated[float, BELOW_1] = 0.99
-    """Of AdamW."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         of_encoder = ("decoder_first", "encoder_learning_rate")
         refuse_without_effect(self, not self.freeze_image_encoder, "with --freeze_image_encoder", *of_encoder)
+        if self.eval_steps and not (self.test_frames or getattr(self, "test_list", None)):
+            raise SimIPUError("--eval_steps needs --test_frames, or --test_list of depth")
 
 
 @dataclass(kw_only=True)
@@ -393,8 +404,6 @@ class DepthArguments(FineTuningRunArguments, DepthTaskArguments):
             raise SimIPUError("--train_list and --test_list need --image_dir and --depth_dir")
         lists = self.train_list or self.test_list
         refuse_without_effect(self, lists, "without --train_list or --test_list", "image_dir", "depth_dir")
-        if self.eval_steps and not (self.test_frames or self.test_list):
-            raise SimIPUError("--eval_steps needs --test_frames or --test_list")
 
 
 @dataclass(kw_only=True)
@@ -495,13 +504,6 @@ class DetectionArguments(FineTuningRunArguments, DetectionTaskArguments):
     nuScenes' annotations and a synthetic drive have.
     """
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.train_frames:
-            raise SimIPUError("give the frames to train on: --train_frames")
-        if self.eval_steps and not self.test_frames:
-            raise SimIPUError("--eval_steps needs --test_frames")
-
 
 @dataclass(kw_only=True)
 class EvaluateDetectionArguments(EvaluateArguments):
@@ -556,8 +558,8 @@ class CompareArguments(FineTuningArguments):
     """Evaluations during every run, evenly spaced, the last at its end; they are the curve that speed is read from."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Of fine-tuning and its evaluations; fp16 needs a GPU."""
-    device: str | None = None
-    """Such as cuda; a GPU where there is one if None."""
+    device: Literal["cpu", "cuda"] | None = None
+    """A GPU where there is one if None; CUDA_VISIBLE_DEVICES chooses among several."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -565,16 +567,15 @@ class CompareArguments(FineTuningArguments):
         super().__post_init__()
         of_encoder = ("decoder_first", "encoder_learning_rate")
         refuse_without_effect(self, "full" in self.modes, "with --modes frozen", *of_encoder)
+        for encoder in self.image_encoders:
+            # the name becomes part of a folder's and of a link
+            if not re.fullmatch(r"[\w.+-]+=.+", encoder):
+                raise SimIPUError(
+                    f"--image_encoders {encoder}: expected NAME=SOURCE, a NAME of letters, digits and . _ + -"
+                )
         names = [encoder.partition("=")[0] for encoder in self.image_encoders]
-        for name, encoder in zip(names, self.image_encoders, strict=True):
-            if not all(encoder.partition("=")):
-                raise SimIPUError(f"--image_encoders {encoder}: expected NAME=SOURCE")
-            if not re.fullmatch(r"[\w.+-]+", name):  # it becomes part of a folder's name and of a link
-                raise SimIPUError(f"--image_encoders {encoder}: expected a NAME of letters, digits and . _ + -")
         if len(set(names)) < len(names):
             raise SimIPUError(f"--image_encoders: expected each NAME once, found {' '.join(names)}")
-        if self.num_evaluations > self.max_steps:
-            raise SimIPUError(f"--num_evaluations {self.num_evaluations} is more than --max_steps {self.max_steps}")
 
     def recipe(self) -> dict[str, Any]:
         """What all runs share; runs of another recipe in the same folder are not reused."""
@@ -723,9 +724,7 @@ def parse_arguments(cls: type[ArgumentsT], argv: Sequence[str] | None = None, pr
 def _flags_of(config: str, cls: type) -> list[str]:
     """The flags in a file; of a packaged one the benchmarks take those that they share with `pretrain`."""
     kinds = {field.name: str(field.type) for field in dataclasses.fields(cls)}
-    packaged = not Path(config).is_file() and config in packaged_configs()
-    if packaged and not hasattr(cls, "preset"):
-        raise SimIPUError(f"--config {config} is for pretrain and benchmark")
+    packaged = hasattr(cls, "preset") and not Path(config).is_file() and config in packaged_configs()
     from_file = []
     for name, value in read_config(config).items():
         if name not in kinds:

@@ -4,19 +4,19 @@
 
 - `training_state.pt`: optimizers, schedule and the logger's unfinished window, read with `weights_only=True`; those of
   fine-tuning hold the Trainer's files in its place,
-- `manifest.json`: the step, what the run was (compared on resume), and size and SHA-256 of every file, so that damage
-  is noticed before anything is loaded.
+- `manifest.json`: the step, what the run was (compared on resume), and the SHA-256 of every file, so that damage is
+  noticed before anything is loaded.
 
 accelerate's `save_state` writes in place and from every process; a kill or a full disk then leaves half a checkpoint.
 """
 
 import hashlib
-import itertools
 import json
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,17 +30,17 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import ProcessorMixin
+from transformers.utils import flatten_dict
 
 from simipu_hf.errors import SimIPUError
 from simipu_hf.files import atomic_folder
+from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 
 from .distributed import on_main_process
-from .logging import METRICS_FILE, RunLogger, flatten
+from .logging import RunLogger
 
 MANIFEST = "manifest.json"
 STATE_TENSORS = "training_state.pt"
-WRITE_ERRORS = (OSError, SafetensorError, RuntimeError, SimIPUError)  # of a full disk, a missing permission
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -63,13 +63,10 @@ def save_checkpoint(
         SimIPUError: it could not be written (full disk, no permission); earlier checkpoints are untouched.
     """
     target = output_dir / f"checkpoint-{step}"
-    try:
-        # a target that exists is a damaged one, or this step taken again
-        with atomic_folder(target, overwrite=True) as beside:
-            save(beside)
-            write_manifest(beside, step, identity)
-    except WRITE_ERRORS as error:
-        raise write_error(target, error) from error
+    # a target that exists is a damaged one, or this step taken again
+    with named_errors(target), atomic_folder(target, overwrite=True) as beside:
+        save(beside)
+        write_manifest(beside, step, identity)
     for old in list_checkpoints(output_dir)[: -total_limit if total_limit else 0]:
         if old != target:
             shutil.rmtree(old, ignore_errors=True)
@@ -79,55 +76,42 @@ def save_checkpoint(
 def write_manifest(checkpoint: Path, step: int, identity: dict[str, Any]) -> None:
     """Record every file of a checkpoint, the last thing that is written of it."""
     files = {
-        file.relative_to(checkpoint).as_posix(): {"size": file.stat().st_size, "sha256": _sha256(file)}
+        file.relative_to(checkpoint).as_posix(): {"sha256": _sha256(file)}
         for file in sorted(checkpoint.rglob("*"))
         if file.is_file()
     }
-    manifest = {"step": step, "identity": identity, "files": files}
-    text = json.dumps(manifest | {"sha256": _digest(manifest)}, indent=2)
+    text = json.dumps({"step": step, "identity": identity, "files": files}, indent=2)
     (checkpoint / MANIFEST).write_text(text, encoding="utf-8")
 
 
-def _digest(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def write_error(target: Path, error: Exception) -> SimIPUError:
-    """An error that names the checkpoint that could not be written, and the last good one."""
-    kept = newest_checkpoint(target.parent)
-    return SimIPUError(
-        f"could not write checkpoint {target}: {error}. "
-        + (f"The last good checkpoint is {kept}" if kept else "There is no earlier checkpoint")
-    )
+@contextmanager
+def named_errors(checkpoint: Path) -> Iterator[None]:
+    """Errors of the block, such as a full disk or a missing permission, name the checkpoint that it writes."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError, SimIPUError) as error:
+        raise SimIPUError(f"could not write checkpoint {checkpoint}: {error}. Earlier ones are untouched") from error
 
 
 def resumed_step(path: Path, identity: dict[str, Any]) -> int:
     """The step of a checkpoint that the run of `identity` may go on from.
 
     Raises:
-        SimIPUError: it is no checkpoint, is damaged, or belongs to another run.
+        SimIPUError: it is no checkpoint, is damaged, or belongs to another run; lists all that differs.
     """
     manifest = verify_checkpoint(path)
-    check_same_run(manifest.get("identity", {}), identity, path)
-    return manifest["step"]
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What [`TrainingState.save`] wrote beside the model.
-
-    Raises:
-        SimIPUError: it holds anything but tensors and plain values, or cannot be read.
-    """
-    path = checkpoint / STATE_TENSORS
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    saved, current = flatten_dict(manifest["identity"]), flatten_dict(identity)
+    differing = [
+        f"{name}: {saved.get(name, 'absent')} in the checkpoint, {current.get(name, 'absent')} now"
+        for name in sorted({*saved, *current})
+        if saved.get(name, "absent") != current.get(name, "absent")
+    ]
+    if differing:
         raise SimIPUError(
-            f"{path} holds more than tensors and plain values; it was not loaded, because unpickling runs code from "
-            "the file"
-        ) from error
-    except (OSError, ValueError, RuntimeError, EOFError, KeyError) as error:
-        raise SimIPUError(f"{path} cannot be read ({error})") from error
+            f"{path} belongs to another configuration; resume with the same, or start anew in another folder:\n  "
+            + "\n  ".join(differing)
+        )
+    return manifest["step"]
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
@@ -138,23 +122,16 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     """
     manifest_path = path / MANIFEST
     if not manifest_path.is_file():
-        hint = "".join(f"; did you mean {inside}?" for inside in list_checkpoints(path)[-1:])
-        raise SimIPUError(f"{path} is not a training checkpoint: it has no {MANIFEST}{hint}")
+        raise SimIPUError(f"{path} is not a training checkpoint: it has no {MANIFEST}")
     try:
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-        digest_of_all = manifest.pop("sha256")
-        expected = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+        expected = {name: entry["sha256"] for name, entry in manifest["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SimIPUError(f"{manifest_path} is damaged ({error})") from error
-    if digest_of_all != _digest(manifest):
-        raise SimIPUError(f"{manifest_path} is damaged: its contents differ from what was written")
-    for name, (size, digest) in expected.items():
-        file = path / name
-        if not file.is_file():
+        raise SimIPUError(f"{manifest_path} is damaged: {error}") from error
+    for name, digest in expected.items():
+        if not (path / name).is_file():
             raise SimIPUError(f"{path} is damaged: {name} is missing")
-        if file.stat().st_size != size:
-            raise SimIPUError(f"{path} is damaged: {name} has {file.stat().st_size} bytes, expected {size}")
-        if _sha256(file) != digest:
+        if _sha256(path / name) != digest:
             raise SimIPUError(f"{path} is damaged: the contents of {name} differ from what was written")
     return manifest
 
@@ -162,7 +139,12 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest step first, damaged ones included."""
     found = [p for p in output_dir.glob("checkpoint-*") if p.is_dir() and _NAME.fullmatch(p.name)]
-    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint."""
+    return int(checkpoint.name.split("-")[1])
 
 
 def newest_checkpoint(output_dir: Path, on_damaged: Callable[[str], None] = lambda message: None) -> Path | None:
@@ -177,31 +159,6 @@ def newest_checkpoint(output_dir: Path, on_damaged: Callable[[str], None] = lamb
     return None
 
 
-def set_aside(output_dir: Path, step: int) -> Path | None:
-    """Move the checkpoints beyond `step` into a folder of their own, if there are any, with a copy of the metrics that
-    led there.
-
-    A run that goes on from an earlier checkpoint leaves another continuation behind: it is neither deleted nor taken
-    for the newest.
-    """
-    beyond = [path for path in list_checkpoints(output_dir) if int(path.name.split("-")[1]) > step]
-    if not beyond:
-        return None
-    folder = new_set_aside(output_dir)
-    if (output_dir / METRICS_FILE).is_file():
-        shutil.copyfile(output_dir / METRICS_FILE, folder / METRICS_FILE)
-    for path in beyond:
-        path.rename(folder / path.name)
-    return folder
-
-
-def new_set_aside(output_dir: Path) -> Path:
-    """An empty folder `set_aside-<N>` in the folder of a run."""
-    folder = next(f for n in itertools.count(1) if not (f := output_dir / f"set_aside-{n}").exists())
-    folder.mkdir()
-    return folder
-
-
 @dataclass
 class TrainingState:
     """What a run saves and takes up again: model, optimizer, schedule, loss scale, the logger's unfinished window, and
@@ -210,7 +167,7 @@ class TrainingState:
 
     accelerator: Accelerator
     model: nn.Module
-    processor: ProcessorMixin
+    processor: SimIPUProcessor
     optimizer: AcceleratedOptimizer
     schedule: LRScheduler
     logger: RunLogger
@@ -243,9 +200,10 @@ class TrainingState:
         )
 
     def restore(self, checkpoint: Path) -> None:
-        """Raises a `SimIPUError` where the checkpoint does not fit the model or the optimizers."""
-        saved = read_state(checkpoint)
+        """Raises a `SimIPUError` where the checkpoint does not fit the model or the optimizers, or holds anything but
+        tensors and plain values."""
         try:
+            saved = torch.load(checkpoint / STATE_TENSORS, map_location="cpu", weights_only=True)
             self.accelerator.unwrap_model(self.model).load_state_dict(load_file(checkpoint / "model.safetensors"))
             self.optimizer.load_state_dict(saved["optimizer"])
             self.schedule.load_state_dict(saved["schedule"])
@@ -256,27 +214,13 @@ class TrainingState:
                 own = processes[self.accelerator.process_index]
                 self.logger.load_state_dict(own["logger"])
                 self.batches.load_state_dict(own["batches"])
-        except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+        except pickle.UnpicklingError as error:
+            raise SimIPUError(
+                f"{checkpoint / STATE_TENSORS} holds more than tensors and plain values; it was not loaded, because "
+                "unpickling runs code from the file"
+            ) from error
+        except (OSError, EOFError, RuntimeError, KeyError, ValueError, TypeError) as error:
             raise SimIPUError(f"{checkpoint} does not fit the model or its optimizers ({error})") from error
-
-
-def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
-    """Refuse to continue a run under other conditions than it was started with."""
-    kind, expected = saved.get("kind"), current.get("kind")
-    if kind != expected:
-        origin = f"another command ({kind}, not {expected})" if kind else "an earlier version or another Trainer"
-        raise SimIPUError(f"{path} is a checkpoint of {origin}: start anew in another folder")
-    saved, current = flatten(saved), flatten(current)
-    differing = [
-        f"{name}: {saved.get(name, 'absent')} in the checkpoint, {current.get(name, 'absent')} now"
-        for name in sorted({*saved, *current})
-        if saved.get(name, "absent") != current.get(name, "absent")
-    ]
-    if differing:
-        raise SimIPUError(
-            f"{path} belongs to another configuration; resume with the same, or start anew in another folder:\n  "
-            + "\n  ".join(differing)
-        )
 
 
 def _sha256(file: Path) -> str:

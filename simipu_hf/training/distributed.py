@@ -26,7 +26,6 @@ from simipu_hf.errors import SimIPUError, TrainingInterrupted, first_line
 from simipu_hf.machine import available_processors
 
 from .arguments import RunArguments
-from .logging import check_trackers
 
 T = TypeVar("T")
 
@@ -35,9 +34,8 @@ def create_accelerator(arguments: RunArguments) -> Accelerator:
     """The accelerator of a run; it writes nothing yet. The flags count, not the launcher's environment.
 
     Raises:
-        SimIPUError: a tracker that is not installed, a precision that this device lacks, or a launch gone wrong.
+        SimIPUError: a launch gone wrong.
     """
-    check_precision(arguments.mixed_precision)
     output_dir = arguments.output_dir
     has_mps = torch.backends.mps.is_available()  # Apple's GPUs have no float64, which the geometry takes
     # of an earlier run in this process, whose precision it would keep, and whose device
@@ -49,13 +47,12 @@ def create_accelerator(arguments: RunArguments) -> Accelerator:
         # the plugin, because ACCELERATE_GRADIENT_ACCUMULATION_STEPS overrides the plain argument
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=arguments.gradient_accumulation_steps),
         step_scheduler_with_optimizer=False,
-        log_with=check_trackers(arguments.report_to) or None,
+        log_with=arguments.trackers() or None,
         project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=str(Path(output_dir) / "logs")),
         # the others wait while the main process writes checkpoints and the final folder, on a slow disk for long
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
-    check_processes(accelerator)
-    use_all_cores(accelerator)
+    check_launch(accelerator)
     return accelerator
 
 
@@ -107,15 +104,6 @@ def check_precision(precision: str) -> None:
         raise SimIPUError(f"--mixed_precision bf16: {torch.cuda.get_device_name()} does not have it; use fp16")
 
 
-def recompute_activations(model: Any) -> None:
-    """Gradient checkpointing of a model's image encoder; a `SimIPUError` where timm does not have it."""
-    try:
-        model.gradient_checkpointing_enable()
-    except (AttributeError, AssertionError) as error:
-        architecture = model.config.image_encoder_config.architecture
-        raise SimIPUError(f"--gradient_checkpointing: timm does not support it for {architecture}") from error
-
-
 def compile_image_encoder(model: Any) -> None:
     """`torch.compile` of what the model calls of its image encoder; the point branch's index operations gain nothing
     from it."""
@@ -123,8 +111,9 @@ def compile_image_encoder(model: Any) -> None:
     encoder.forward_intermediates = torch.compile(encoder.forward_intermediates)
 
 
-def check_processes(accelerator: Accelerator) -> None:
-    """Refuse launches that start other processes than they say, or that shard the model."""
+def check_launch(accelerator: Accelerator) -> None:
+    """Refuse launches that start other processes than they say, or that shard the model; a single CPU process that
+    `accelerate launch` started gets every core that it may use."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise SimIPUError(
@@ -135,15 +124,9 @@ def check_processes(accelerator: Accelerator) -> None:
     strategy = accelerator.distributed_type.value
     if strategy not in ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU", "MULTI_NPU"):
         raise SimIPUError(f"{strategy} is not supported: launch with plain data parallelism (--multi_gpu)")
-
-
-def use_all_cores(accelerator: Accelerator) -> None:
-    """Let a single CPU process that `accelerate launch` started use every core that it may use.
-
-    The launcher sets OMP_NUM_THREADS to 1 unless it is told otherwise, which suits one process per core.
-    """
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
-    if launched and accelerator.num_processes == 1 and accelerator.device.type == "cpu":
+    # the launcher sets it to 1 unless it is told otherwise, which suits one process per core
+    one_thread = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if one_thread and accelerator.num_processes == 1 and accelerator.device.type == "cpu":
         torch.set_num_threads(available_processors())
 
 

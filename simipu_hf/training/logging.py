@@ -1,9 +1,7 @@
 """Where the numbers of a run go: `metrics.jsonl`, the trackers, the progress bar, and warnings."""
 
-import importlib.util
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -14,6 +12,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
+from transformers.utils import flatten_dict
 
 from simipu_hf.errors import SimIPUError
 from simipu_hf.files import atomic_write, to_json
@@ -21,27 +20,8 @@ from simipu_hf.files import atomic_write, to_json
 from .arguments import PreTrainingArguments
 
 METRICS_FILE = "metrics.jsonl"
-TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow", "comet_ml", "aim", "clearml", "swanlab")
 SHOWN = {"intra_modal_loss": "intra", "inter_modal_loss": "inter", "inter_modal_chance": "chance"}  # by the bar
 T = TypeVar("T")
-
-
-def check_trackers(names: list[str]) -> list[str]:
-    """`names` without `"none"`.
-
-    Raises:
-        SimIPUError: an unknown tracker, or one that is not installed (accelerate would drop it silently).
-    """
-    chosen = [name for name in names if name != "none"]
-    for name in chosen:
-        if name not in TRACKERS:
-            raise SimIPUError(f"--report_to {name}: unknown tracker; choose from {', '.join(TRACKERS)}, none")
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:  # a mere folder: wandb leaves one of its name where it runs
-            raise SimIPUError(
-                f"--report_to {name}: the package is not installed; pip install {name}, or choose another"
-            )
-    return chosen
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -53,8 +33,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [line for line in lines if isinstance(line, dict)]
 
 
-def json_line(values: Mapping[str, Any]) -> str:
-    return to_json(values, indent=None) + "\n"
+def append_metrics(path: Path, values: Mapping[str, Any]) -> None:
+    """Add a line to a `metrics.jsonl`; `values` hold the step."""
+    try:
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(to_json(values, indent=None) + "\n")
+    except OSError as error:
+        raise SimIPUError(
+            f"{path}: step {values['step']} cannot be written ({error}); make room, and go on from the last "
+            "checkpoint with --resume_from_checkpoint latest"
+        ) from error
 
 
 def cut_metrics(path: Path, step: float) -> None:
@@ -89,13 +77,12 @@ class RunLogger:
         self.rows_per_step = rows * arguments.gradient_accumulation_steps
         self.main = accelerator.is_main_process
         purge = {"tensorboard": {"purge_step": first_step + 1}}  # also what a start without a checkpoint wrote
-        told = flatten({"arguments": arguments.to_dict(), **record})
+        told = flatten_dict({"arguments": arguments.to_dict(), **record})
         config = {n: v if isinstance(v, (int, float, str, bool)) else str(v) for n, v in told.items()}
         accelerator.init_trackers("pretrain", config=config, init_kwargs=purge)
+        self.file = Path(arguments.output_dir) / METRICS_FILE
         if self.main:
-            file = Path(arguments.output_dir) / METRICS_FILE
-            cut_metrics(file, first_step)
-            self._stream = file.open("a", encoding="utf-8")
+            cut_metrics(self.file, first_step)
         self.bar = tqdm(
             total=last_step, initial=first_step, unit="step", disable=not self.main, smoothing=0.1, desc="pretrain"
         )
@@ -143,20 +130,10 @@ class RunLogger:
         self._reset_clock()
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write one line to `metrics.jsonl`, flushed so that a kill loses none, and to the trackers."""
-        if not self.main:
-            return
-        try:
-            self._stream.write(json_line({"step": step, **values}))
-            self._stream.flush()
-        except OSError as error:
-            with suppress(OSError):  # it would write what is left, and fail again
-                self._stream.close()
-            raise SimIPUError(
-                f"{self._stream.name}: step {step} cannot be written ({error}); make room, and go on from the last "
-                "checkpoint with --resume_from_checkpoint latest"
-            ) from error
-        self.accelerator.log(dict(values), step=step)
+        """Write one line to `metrics.jsonl` and to the trackers."""
+        if self.main:
+            append_metrics(self.file, {"step": step, **values})
+            self.accelerator.log(dict(values), step=step)
 
     def message(self, text: str) -> None:
         """Print above the progress bar, on the main process."""
@@ -172,9 +149,6 @@ class RunLogger:
 
     def close(self) -> None:
         self.bar.close()
-        if self.main and not self._stream.closed:
-            os.fsync(self._stream.fileno())
-            self._stream.close()
         for tracker in self.accelerator.trackers:  # not end_training: that also takes the process group down
             tracker.finish()
 
@@ -252,14 +226,3 @@ def feature_spread(embeds: torch.Tensor) -> torch.Tensor:
     averaged over D and times sqrt(D). 1 for directions spread evenly, 0 where all rows point the same way."""
     unit = torch.nn.functional.normalize(embeds.detach().float().flatten(0, -2), dim=-1)
     return unit.std(0).mean() * math.sqrt(unit.shape[-1])
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries to one level with dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import platform
 import re
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,11 @@ import torch
 import yaml
 
 from simipu_hf.errors import SimIPUError
-from simipu_hf.files import WriteLock, atomic_write
+from simipu_hf.files import atomic_write, write_lock
 
 from .arguments import RunArguments
-from .checkpoint import new_set_aside, newest_checkpoint, set_aside, verify_checkpoint
+from .checkpoint import list_checkpoints, newest_checkpoint, step_of
+from .logging import METRICS_FILE
 
 RUN_FILE = "run.yaml"
 # what is there once, at the end of a run: the model and what was measured of it
@@ -41,67 +44,42 @@ def find_checkpoint(arguments: RunArguments) -> Path | None:
         yet, so that one command serves the first start and every restart.
 
     Raises:
-        SimIPUError: the folder holds something else than an earlier start of this command or the run of the
-            checkpoint, or a finished model without checkpoints for `"latest"`, or the checkpoint does not exist.
+        SimIPUError: the folder is not empty and the checkpoint is not one of its own, or it holds a finished model and
+            no whole checkpoint for `"latest"`.
     """
     output_dir, resume = Path(arguments.output_dir), arguments.resume_from_checkpoint
-    if output_dir.exists() and not output_dir.is_dir():
-        raise SimIPUError(f"--output_dir {output_dir} is a file")
     if resume == "latest":
-        return latest_checkpoint(output_dir, type(arguments).__name__)
-    checkpoint = None if resume is None else Path(resume)
-    if checkpoint is not None:
-        if not checkpoint.is_dir():
-            raise SimIPUError(f"--resume_from_checkpoint {resume}: no such folder")
-        if checkpoint.absolute().parent.resolve() == output_dir.resolve():
-            return checkpoint
-        verify_checkpoint(checkpoint)  # of another run: this one starts, in a folder of its own
-    if output_dir.is_dir() and any(output_dir.iterdir()):
+        newest = newest_checkpoint(output_dir, on_damaged=lambda text: print(f"damaged, not used: {text}"))
+        if newest is None:
+            # a job's log file may lie there already
+            if any((output_dir / name).exists() for name in ("config.json", "image_encoder")):
+                raise SimIPUError(
+                    f"--output_dir {output_dir} holds a model and no whole checkpoint to resume from: choose another"
+                )
+            print(f"no checkpoint in {output_dir} yet: starting at the beginning")
+        return newest
+    if resume is not None and Path(resume).absolute().parent.resolve() == output_dir.resolve():
+        return Path(resume)
+    if output_dir.is_dir() and any(output_dir.iterdir()):  # also for a checkpoint of another run
         raise SimIPUError(
             f"--output_dir {output_dir} is not empty: choose another folder, or continue the run in it with "
             "--resume_from_checkpoint latest"
         )
-    return checkpoint
+    return None if resume is None else Path(resume)
 
 
-def latest_checkpoint(output_dir: Path, kind: str) -> Path | None:
-    """The newest whole checkpoint; `None` where a run of `kind`, such as `DepthArguments`, may start in the folder."""
-    found = newest_checkpoint(output_dir, on_damaged=lambda text: print(f"damaged, not used: {text}"))
-    if found is not None:
-        return found
-    if (output_dir / "config.json").is_file():
-        raise SimIPUError(
-            f"--output_dir {output_dir} holds a model and no whole checkpoint to resume from: choose another"
-        )
-    # a job's log file may lie there already; image_encoder/ would be replaced
-    if any((output_dir / name).exists() for name in (RUN_FILE, "image_encoder")):
-        refusal = f"--resume_from_checkpoint latest: no run starts in {output_dir}, because it"
-        try:
-            earlier = yaml.safe_load((output_dir / RUN_FILE).read_text(encoding="utf-8"))["kind"]
-        except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-            raise SimIPUError(f"{refusal} does not look like a run ({RUN_FILE}: {error})") from error
-        if earlier != kind:
-            raise SimIPUError(f"{refusal} holds a run of another command ({earlier}, not {kind}): choose another")
-    print(f"no checkpoint in {output_dir} yet: starting at the beginning")
-    return None
-
-
-def open_run_folder(arguments: RunArguments, lock: WriteLock, step: int, last_step: int, **record: Any) -> None:
+def open_run_folder(arguments: RunArguments, held: ExitStack, step: int, last_step: int, **record: Any) -> None:
     """Create the output folder, or make an earlier run's ready to go on from `step` to `last_step`, and write
     `run.yaml`.
 
     That holds the arguments (it can be given to `--config`), versions, command, git state, and `record`. Main process
-    only, after [`find_checkpoint`]. From here on `lock` keeps other runs out, until its caller closes it.
+    only, after [`find_checkpoint`]. From here on other runs are kept out, until the caller closes `held`.
 
     Raises:
         SimIPUError: the folder cannot be written to, or another run is writing to it.
     """
     output_dir = Path(arguments.output_dir)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SimIPUError(f"--output_dir {output_dir} cannot be written to ({error})") from error
-    lock.take()
+    held.enter_context(write_lock(output_dir, output_dir / ".lock"))
     for path in output_dir.glob(".checkpoint-*"):  # what a kill during a checkpoint left behind
         path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
     written = {
@@ -118,18 +96,25 @@ def open_run_folder(arguments: RunArguments, lock: WriteLock, step: int, last_st
     }
     with atomic_write(output_dir / RUN_FILE) as stream:
         yaml.safe_dump(written, stream, sort_keys=False, allow_unicode=True, width=sys.maxsize)
-    aside = set_aside(output_dir, step)
-    if aside is not None:
-        print(f"the checkpoints beyond step {step} are now in {aside}")
-    final = [path for path in output_dir.iterdir() if _FINAL.fullmatch(path.name)]
-    if step < last_step and final:
-        aside = aside or new_set_aside(output_dir)
-        for path in output_dir.glob("*.py"):  # the model's code, which the checkpoints need as well
-            shutil.copyfile(path, aside / path.name)
-        # config.json first: without it the folder stands for its newest checkpoint
-        for path in sorted(final, key=lambda path: path.name != "config.json"):
-            path.rename(aside / path.name)
-        print(f"the model that the run ended with before is now in {aside}")
+    set_aside(output_dir, step, last_step)
+
+
+def set_aside(output_dir: Path, step: int, last_step: int) -> None:
+    """Move what a run that goes on from `step` leaves behind into a folder of its own: the checkpoints beyond it and,
+    where it goes on at all, the model that it ended with. So it is neither deleted nor taken for the newest."""
+    beyond = [path for path in list_checkpoints(output_dir) if step_of(path) > step]
+    final = [path for path in output_dir.iterdir() if _FINAL.fullmatch(path.name)] if step < last_step else []
+    if not beyond and not final:
+        return
+    folder = next(f for n in itertools.count(1) if not (f := output_dir / f"set_aside-{n}").exists())
+    folder.mkdir()
+    for path in output_dir.iterdir():  # what the run needs as well: its metrics and the model's code
+        if path.name == METRICS_FILE or path.suffix == ".py":
+            shutil.copyfile(path, folder / path.name)
+    # config.json first: without it the folder stands for its newest checkpoint
+    for path in [*beyond, *sorted(final, key=lambda path: path.name != "config.json")]:
+        path.rename(folder / path.name)
+    print(f"what the run had beyond step {step} is now in {folder}")
 
 
 def versions() -> dict[str, str]:

@@ -179,8 +179,6 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
                 "accumulation steps): lower --per_device_train_batch_size or --gradient_accumulation_steps"
             )
         self.steps_per_epoch = self.num_rows // rows_per_step
-        self._permuted_epoch = -1
-        self._rows: list[int] = []
 
     def __len__(self) -> int:
         return (self.last_step - self.first_step) * self.accumulation_steps
@@ -192,14 +190,15 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
     def step_keys(self, step: int) -> list[list[tuple[int, int]]]:
         """This process's micro-batches of optimizer step `step` (counted from 0)."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        if epoch != self._permuted_epoch:
-            self._permuted_epoch, self._rows = epoch, self.permutation(epoch)
+        rows = permutation(self.seed, epoch, self.num_rows)
         first = step_in_epoch * self.accumulation_steps * self.num_processes + self.process_index
         starts = ((first + k * self.num_processes) * self.batch_size for k in range(self.accumulation_steps))
-        return [[(epoch, row) for row in self._rows[start : start + self.batch_size]] for start in starts]
+        return [[(epoch, row) for row in rows[start : start + self.batch_size]] for start in starts]
 
-    def permutation(self, epoch: int) -> list[int]:
-        return np.random.default_rng([self.seed, epoch]).permutation(self.num_rows).tolist()
+
+@functools.lru_cache(maxsize=1)
+def permutation(seed: int, epoch: int, num_rows: int) -> list[int]:
+    return np.random.default_rng([seed, epoch]).permutation(num_rows).tolist()
 
 
 def create_loader(

@@ -113,6 +113,6 @@ def check_depth(encoder: Path, size: tuple[int, int], folder: Path) -> None:
         maps = model.pyramid(model.image_encoder, image)
     assert [m.shape[-1] for m in maps] == [math.ceil(image.shape[-1] / stride) for stride in model.pyramid.strides]
     model.save_pretrained(folder)
-    parts["processing_class"].save_pretrained(folder)
+    parts["train_dataset"].processor.save_pretrained(folder)
     estimate = pipeline("depth-estimation", str(folder), device="cpu")
     assert estimate(Image.new("RGB", (200, 120)))["predicted_depth"].shape == (120, 200)

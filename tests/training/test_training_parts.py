@@ -26,8 +26,6 @@ from simipu_hf.data.rows import dataset_from_rows
 from simipu_hf.data.streaming import stream_two_views
 from simipu_hf.data.two_views import TwoViewAugmentation
 from simipu_hf.errors import SimIPUError
-from simipu_hf.modeling.configuration_simipu import SimIPUDepthConfig
-from simipu_hf.modeling.modeling_simipu_depth import SimIPUForDepthEstimation
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 from simipu_hf.training.arguments import (
     CONFIGS,
@@ -44,11 +42,11 @@ from simipu_hf.training.batch_norm import ReducedBatchNorm, synchronize_batch_no
 from simipu_hf.training.distributed import (
     SharedFlags,
     StopRequest,
+    check_precision,
     choose_device,
     create_accelerator,
-    recompute_activations,
 )
-from simipu_hf.training.logging import RunLogger, Watch, check_trackers, feature_spread, read_metrics
+from simipu_hf.training.logging import RunLogger, Watch, feature_spread, read_metrics
 from simipu_hf.training.optimizers import (
     ChainedOptimizer,
     Recipe,
@@ -114,15 +112,6 @@ class TestStreams:
         monkeypatch.setattr(datasets, "__version__", "5.0.0")
         with pytest.raises(SimIPUError, match=r"needs datasets >= 5.1, found 5.0.0"):
             stream_two_views(None, None, None, seed=0, batch_size=1, collate=list)
-
-
-def test_recomputing_is_refused_where_timm_does_not_have_it():
-    model = SimIPUForDepthEstimation(SimIPUDepthConfig(image_config={"architecture": "test_resnet"}))
-    recompute_activations(model)
-    assert model.image_encoder.grad_checkpointing
-    model.image_encoder.set_grad_checkpointing = Mock(side_effect=AssertionError)
-    with pytest.raises(SimIPUError, match="timm does not support it for test_resnet"):
-        recompute_activations(model)
 
 
 class TestOptimizers:
@@ -235,7 +224,7 @@ def test_the_flag_counts_and_not_the_environment(monkeypatch, given):
 def test_a_precision_that_only_the_launcher_was_given_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(SimIPUError, match=r"--mixed_precision no: accelerate launch, .* asks for bf16"):
-        create_accelerator(parse("--report_to", "none"))
+        check_precision(parse().mixed_precision)
 
 
 def test_flags_are_seen_with_their_step():
@@ -519,7 +508,7 @@ def test_a_folder_that_a_tracker_left_is_not_its_package(tmp_path, monkeypatch):
     (tmp_path / "swanlab" / "run-1").mkdir(parents=True)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(SimIPUError, match="not installed"):
-        check_trackers(["swanlab"])
+        parse("--report_to", "swanlab").trackers()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
