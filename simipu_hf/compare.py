@@ -10,6 +10,7 @@ kept apart:
   it saves where scratch has not.
 """
 
+import hashlib
 import itertools
 import json
 import math
@@ -18,13 +19,13 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
-from datasets.fingerprint import Hasher
 from matplotlib.figure import Figure
 from torch import nn
 from torch.optim.swa_utils import update_bn
@@ -33,7 +34,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from .data.frames import FrameDataset
 from .errors import SimIPUError
-from .files import atomic_path, atomic_write, write_json
+from .files import atomic_path, atomic_write, check_target, write_json
 from .finetuning import FineTuningTrainer, find_rgb_encoder, recipe
 from .hub.weights import EncoderWeights
 from .modeling.dense_model import SimIPUDenseModel
@@ -69,6 +70,7 @@ def compare(arguments: CompareArguments, task_class: type["Task"]) -> dict[str, 
     task = task_class(arguments)  # type: ignore[call-arg]  # each one reads its own frames
     encoders = load_encoders(arguments.image_encoders)
     output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / RUNS_FILE).touch()
     settings = arguments.recipe() | task.data
     counted = {name: value for name, value in settings.items() if name not in ("train_frames", "test_frames")}
     recipe = short_digest(counted | {"training_version": TRAINING_VERSION})
@@ -111,10 +113,12 @@ def compare(arguments: CompareArguments, task_class: type["Task"]) -> dict[str, 
 
 
 def earlier_runs(file: Path, task_name: str) -> list[dict[str, Any]]:
-    """The runs of an earlier comparison; a `SimIPUError` where they are of another task."""
+    """The runs of an earlier comparison; a `SimIPUError` where they are of another task, or the folder holds something
+    else."""
+    check_target(file.parent, overwrite=True, is_earlier_output=lambda folder: file.is_file())
     runs = read_metrics(file) if file.is_file() else []
     for run in runs:
-        if run["task"] != task_name:
+        if run.get("task", task_name) != task_name:
             raise SimIPUError(
                 f"{file}: expected runs of {task_name}, found runs of {run['task']}; choose another --output_dir"
             )
@@ -148,10 +152,18 @@ def random_encoder(encoder: EncoderWeights) -> EncoderWeights:
 
 def fingerprint(frames: Iterable[Any]) -> str:
     """A short digest of what frames hold, names, images and labels: the same wherever their files lie."""
-    hasher = Hasher()
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if is_dataclass(value):
+            for field in fields(value):
+                add(getattr(value, field.name))
+        else:
+            digest.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
+
     for frame in frames:
-        hasher.update(frame)
-    return hasher.hexdigest()
+        add(frame)
+    return digest.hexdigest()[:16]
 
 
 def network_settings(encoder: EncoderWeights) -> dict[str, Any]:
@@ -273,7 +285,7 @@ def run_settings(arguments: CompareArguments, folder: str, num_frames: int, seed
         save_strategy="no",
         logging_steps=max(1, arguments.max_steps // 10),
         disable_tqdm=True,
-        use_cpu=choose_device(arguments.device).type == "cpu",
+        **({"use_cpu": choose_device(arguments.device).type == "cpu"} if arguments.device else {}),
     )
 
 

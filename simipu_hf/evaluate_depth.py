@@ -88,8 +88,9 @@ def describe_protocol(result: dict[str, Any]) -> str:
     """What was counted, and how."""
     protocol, num_images = result["protocol"], result["num_images"]
     num_counted = num_images - result["num_images_without_target"]
+    count = f"{num_counted} of {num_images}" if num_counted < num_images else num_images
     return (
-        f"{num_counted} of {num_images} images{', KB crop 352 x 1216' if protocol['kb_crop'] else ''}, "
-        f"{protocol['crop']} crop, {protocol['min_depth']:g} to {protocol['max_depth']:g} m, "
+        f"{count} images{', KB crop 352 x 1216' if protocol['kb_crop'] else ''}, {protocol['crop']} "
+        f"crop, {protocol['min_depth']:g} to {protocol['max_depth']:g} m, "
         f"{'flip test' if protocol['flip_test'] else 'no flip test'}, no median scaling, per image and then averaged"
     )

@@ -130,9 +130,10 @@ def write_lock(target: Path, file: Path | None = None) -> Iterator[None]:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-    except (Timeout, PermissionError) as error:  # PermissionError: of another user
-        reason = f"or may not be written by this one ({error})"
-        raise SimIPUError(f"{target} is being written by another process, {reason}: wait for its end") from error
+    except Timeout as error:
+        raise SimIPUError(f"{target} is being written by another process: wait for its end") from error
+    except PermissionError as error:
+        raise SimIPUError(f"{target} cannot be written, or is being written by another user: {error}") from error
     except OSError:  # a file system without locks; or one that is full, which the writing names
         with suppress(OSError):
             file.unlink()

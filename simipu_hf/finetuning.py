@@ -43,6 +43,7 @@ from .training.distributed import (
     check_precision,
     on_every_process,
     on_main_process,
+    recompute_activations,
 )
 from .training.logging import METRICS_FILE, append_metrics, cut_metrics
 from .training.run_folder import find_checkpoint, open_run_folder, weights_fingerprint
@@ -151,10 +152,9 @@ class FineTuningTrainer(Trainer):
         if self.processing_class is None:
             self.processing_class = getattr(self.train_dataset or self.eval_dataset, "processor", None)
             self.callback_handler.processing_class = self.processing_class
-        if self.train_dataset is not None and self.args.max_steps <= 0:
-            self.args = copy.copy(self.args)  # the number of steps is of these data sets alone
-            steps = round(self.args.num_train_epochs * self._sampler(1).steps_per_epoch)
-            self.args.max_steps = max(1, steps)
+        self.args = copy.copy(self.args)  # the number of steps is of these data sets alone
+        self._counted_steps: int | None = None
+        self._count_steps()
 
     @classmethod
     def from_arguments(cls, arguments: FineTuningRunArguments, **parts: Any) -> Self:
@@ -162,7 +162,7 @@ class FineTuningTrainer(Trainer):
         model = parts["model"]
         model.freeze_image_encoder(arguments.freeze_image_encoder)
         if arguments.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            recompute_activations(model)
         check_image_sizes(model, parts["train_dataset"])
         settings = trainer_settings(arguments)
         if settings.world_size > 1 and arguments.sync_batch_norm:
@@ -182,6 +182,12 @@ class FineTuningTrainer(Trainer):
             clear_frames(error.__traceback__)
             raise
 
+    def _count_steps(self) -> None:
+        given = self.args.max_steps > 0 and self.args.max_steps != self._counted_steps
+        if self.train_dataset is not None and not given:
+            steps = round(self.args.num_train_epochs * self._sampler(1).steps_per_epoch)
+            self._counted_steps = self.args.max_steps = max(1, steps)
+
     def _sampler(self, last_step: int) -> GlobalBatchSampler:
         return GlobalBatchSampler(
             len(self.train_dataset),
@@ -194,6 +200,7 @@ class FineTuningTrainer(Trainer):
         )
 
     def get_train_dataloader(self) -> DataLoader:
+        self._count_steps()  # a trial of a hyperparameter search may have other epochs or batches
         sampler, pin_memory = self._sampler(self.args.max_steps), self.args.device.type == "cuda"
         workers = self.args.dataloader_num_workers
         return create_loader(self.train_dataset, sampler, self.data_collator, workers, pin_memory)
@@ -528,7 +535,8 @@ def evaluate_final_model(trainer: FineTuningTrainer, output_dir: Path) -> dict[s
     except SimIPUError as error:
         raise SimIPUError(
             f"the model is saved in {output_dir}, but could not be evaluated: {error}. Evaluate it later with "
-            f"simipu-hf evaluate-{trainer.task} --model {output_dir} and the test frames of this command"
+            f"simipu-hf evaluate-{trainer.task} --model {output_dir}, the test frames and the evaluation flags of this "
+            "command"
         ) from error
     if trainer.is_world_process_zero():
         description = {"image_encoder": trainer.model.config.image_encoder_config.architecture}

@@ -54,6 +54,7 @@ from simipu_hf.training.distributed import (
     kept_session,
     on_every_process,
     on_main_process,
+    recompute_activations,
 )
 from simipu_hf.training.logging import RunLogger, feature_spread
 from simipu_hf.training.optimizers import (
@@ -407,12 +408,13 @@ def change_config(arguments: PreTrainingArguments, config: SimIPUConfig, process
     overrides = parse_overrides(arguments.config_overrides)
     sections = {"image_config": config.image_encoder_config, "point_config": config.point_encoder_config}
     for section, known in (("", config), *sections.items()):
-        fixed = {*PreTrainedConfig.__dataclass_fields__, "preset", "architecture"}
+        of_flags = {"preset", "architecture", "image_size", "frozen", "anchor_weight"}
+        fixed = {*PreTrainedConfig.__dataclass_fields__, *of_flags}
         for name in overrides.get(section, {}) if section else overrides.keys() - sections:
             if name not in type(known).__dataclass_fields__ or name in fixed:
                 raise SimIPUError(
-                    f"--config_overrides: {type(known).__name__} has no field {name} to change; --preset and "
-                    "--image_encoder choose preset and architecture"
+                    f"--config_overrides: {type(known).__name__} has no field {name} to change; --preset, "
+                    "--image_encoder, --image_size, --freeze and --anchor_weight set their own"
                 )
     fields = config.to_dict()
     if arguments.image_size is not None or arguments.model_name_or_path is None:
@@ -462,7 +464,7 @@ def check_held_out(accelerator: Accelerator, arguments: PreTrainingArguments, ro
     if len(rows) < needed:
         raise SimIPUError(
             f"--validation_split {arguments.validation_split} has {len(rows)} rows, one batch of all processes takes "
-            f"{needed}: lower --per_device_eval_batch_size"
+            f"{needed}: lower --per_device_eval_batch_size, or hold out more (--validation_share)"
         )
 
 
@@ -560,7 +562,7 @@ def prepare_model(accelerator: Accelerator, arguments: PreTrainingArguments, mod
         # the second forward pass of the compiled encoder would count the batch statistics twice
         raise SimIPUError("--torch_compile and --gradient_checkpointing exclude each other: leave one out")
     if arguments.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        recompute_activations(model)
     if arguments.torch_compile:
         compile_image_encoder(model)
 

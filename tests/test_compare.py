@@ -113,6 +113,11 @@ def test_every_combination_runs_once_and_a_killed_comparison_goes_on(arguments, 
     task.data = {"train": "xyz"}  # other frames: neither
     compare(arguments, task)
     assert len(task.ran) == 49
+    (tmp_path / "papers").mkdir()
+    (tmp_path / "papers" / "thesis.tex").touch()
+    arguments.output_dir = str(tmp_path / "papers")
+    with pytest.raises(SimIPUError, match="holds something else"):
+        compare(arguments, task)
 
 
 @pytest.mark.parametrize(

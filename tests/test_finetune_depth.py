@@ -228,7 +228,7 @@ def test_pipeline_returns_what_evaluation_measures(size, flags, tmp_path):
 
 def test_command_prints_metrics_or_json(frames, run, capsys):
     flags = ["--model", str(run), "--test_frames", f"{frames}#test", "--no_kb_crop", "--device", "cpu"]
-    for crop, images in ("garg", "1 of 2 images, garg crop"), ("none", "2 of 2 images, none crop"):
+    for crop, images in ("garg", "1 of 2 images, garg crop"), ("none", "2 images, none crop"):
         run_command(["evaluate-depth", *flags, "--evaluation_crop", crop])  # all of one image's crop is beyond 80 m
         about, names, _ = capsys.readouterr().out.splitlines()
         assert about.startswith(images)
@@ -381,6 +381,12 @@ def test_one_set_of_arguments_serves_several_trainers(dataset, tmp_path):
     assert [trainer.args.max_steps for trainer in trainers] == [3, round(3 * len(dataset) / 2)]
     trainers[0].train()
     assert trainers[0].callback_handler.processing_class is two.processor
+    trainers[1].args.num_train_epochs = 1  # as a trial of a hyperparameter search
+    trainers[1].get_train_dataloader()
+    assert trainers[1].args.max_steps == round(len(dataset) / 2)
+    trainers[1].args.max_steps = 7
+    trainers[1].get_train_dataloader()
+    assert trainers[1].args.max_steps == 7
     assert (tmp_path / "checkpoint-3" / "preprocessor_config.json").is_file()
 
 

@@ -683,9 +683,7 @@ def test_pushes_checkpoints_and_the_end(run, monkeypatch):
 @pytest.mark.skipif(os.geteuid() == 0 if hasattr(os, "geteuid") else True, reason="root may write anywhere")
 def test_read_only_output_folder(run, tmp_path):
     (tmp_path / "out").mkdir(mode=0o500)
-    with pytest.raises(
-        SimIPUError, match=r"out is being written by another process, or may not be written by this one .*denied"
-    ):
+    with pytest.raises(SimIPUError, match=r"out cannot be written, or is being written by another user: .*denied"):
         run("out")
 
 

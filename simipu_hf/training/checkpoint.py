@@ -103,7 +103,7 @@ def resumed_step(path: Path, identity: dict[str, Any]) -> int:
     saved, current = flatten_dict(manifest["identity"]), flatten_dict(identity)
     differing = [
         f"{name}: {saved.get(name, 'absent')} in the checkpoint, {current.get(name, 'absent')} now"
-        for name in sorted({*saved, *current})
+        for name in sorted({*saved, *current}, key=lambda name: (name != "kind", name))  # kind: of the command
         if saved.get(name, "absent") != current.get(name, "absent")
     ]
     if differing:
@@ -126,6 +126,7 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
         expected = {name: entry["sha256"] for name, entry in manifest["files"].items()}
+        manifest["step"], manifest["identity"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SimIPUError(f"{manifest_path} is damaged: {error}") from error
     for name, digest in expected.items():

@@ -104,6 +104,15 @@ def check_precision(precision: str) -> None:
         raise SimIPUError(f"--mixed_precision bf16: {torch.cuda.get_device_name()} does not have it; use fp16")
 
 
+def recompute_activations(model: Any) -> None:
+    """Gradient checkpointing of a model's image encoder; a `SimIPUError` where timm does not have it."""
+    try:
+        model.gradient_checkpointing_enable()
+    except (AttributeError, AssertionError) as error:
+        architecture = model.config.image_encoder_config.architecture
+        raise SimIPUError(f"--gradient_checkpointing: timm does not support it for {architecture}") from error
+
+
 def compile_image_encoder(model: Any) -> None:
     """`torch.compile` of what the model calls of its image encoder; the point branch's index operations gain nothing
     from it."""

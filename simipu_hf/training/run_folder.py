@@ -48,6 +48,8 @@ def find_checkpoint(arguments: RunArguments) -> Path | None:
             no whole checkpoint for `"latest"`.
     """
     output_dir, resume = Path(arguments.output_dir), arguments.resume_from_checkpoint
+    if output_dir.exists() and not output_dir.is_dir():
+        raise SimIPUError(f"--output_dir {output_dir} is a file")
     if resume == "latest":
         newest = newest_checkpoint(output_dir, on_damaged=lambda text: print(f"damaged, not used: {text}"))
         if newest is None:
@@ -56,6 +58,10 @@ def find_checkpoint(arguments: RunArguments) -> Path | None:
                 raise SimIPUError(
                     f"--output_dir {output_dir} holds a model and no whole checkpoint to resume from: choose another"
                 )
+            kind = f"kind: {type(arguments).__name__}\n"
+            run_file = output_dir / RUN_FILE
+            if run_file.is_file() and kind not in run_file.read_text(encoding="utf-8"):
+                raise SimIPUError(f"--output_dir {output_dir} holds a run of another command: choose another")
             print(f"no checkpoint in {output_dir} yet: starting at the beginning")
         return newest
     if resume is not None and Path(resume).absolute().parent.resolve() == output_dir.resolve():

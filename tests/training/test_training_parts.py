@@ -26,6 +26,8 @@ from simipu_hf.data.rows import dataset_from_rows
 from simipu_hf.data.streaming import stream_two_views
 from simipu_hf.data.two_views import TwoViewAugmentation
 from simipu_hf.errors import SimIPUError
+from simipu_hf.modeling.configuration_simipu import SimIPUDepthConfig
+from simipu_hf.modeling.modeling_simipu_depth import SimIPUForDepthEstimation
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 from simipu_hf.training.arguments import (
     CONFIGS,
@@ -45,6 +47,7 @@ from simipu_hf.training.distributed import (
     check_precision,
     choose_device,
     create_accelerator,
+    recompute_activations,
 )
 from simipu_hf.training.logging import RunLogger, Watch, feature_spread, read_metrics
 from simipu_hf.training.optimizers import (
@@ -112,6 +115,15 @@ class TestStreams:
         monkeypatch.setattr(datasets, "__version__", "5.0.0")
         with pytest.raises(SimIPUError, match=r"needs datasets >= 5.1, found 5.0.0"):
             stream_two_views(None, None, None, seed=0, batch_size=1, collate=list)
+
+
+def test_recomputing_is_refused_where_timm_does_not_have_it():
+    model = SimIPUForDepthEstimation(SimIPUDepthConfig(image_config={"architecture": "test_resnet"}))
+    recompute_activations(model)
+    assert model.image_encoder.grad_checkpointing
+    model.image_encoder.set_grad_checkpointing = Mock(side_effect=AssertionError)
+    with pytest.raises(SimIPUError, match="timm does not support it for test_resnet"):
+        recompute_activations(model)
 
 
 class TestOptimizers:
