@@ -30,7 +30,7 @@ from simipu_hf.data.loading import load_pretraining_dataset
 from simipu_hf.data.rows import ROW_FEATURES, dataset_from_rows
 from simipu_hf.data.sources import find_source
 from simipu_hf.data.synthetic import synthesize_drive
-from simipu_hf.errors import SimIPUError
+from simipu_hf.errors import SimIPUError, TrainingInterrupted
 from simipu_hf.evaluation.depth import evaluate_maps
 from simipu_hf.evaluation.linear_probe import fit_linear_depth_probe
 from simipu_hf.files import atomic_folder, write_json
@@ -87,8 +87,8 @@ def demo(
         The report.
 
     Raises:
-        SimIPUError: a stage failed; no report was written.
-        TrainingInterrupted: Ctrl-C or SIGTERM in training; likewise.
+        SimIPUError: a stage failed, the message says which; no report was written.
+        TrainingInterrupted: Ctrl-C or SIGTERM; likewise.
     """
     settings, folder = settings or DemoSettings(), Path(output_dir)
     if data_dir is not None:
@@ -133,17 +133,22 @@ def demo(
 
 @contextlib.contextmanager
 def stage(stages: dict[str, dict[str, Any]], folder: Path, name: str, title: str) -> Iterator[dict[str, Any]]:
-    """Announces a stage, times it, and says what is left behind where it ends with an error.
+    """Announces a stage, times it, says which one failed.
 
     What the block puts into the dictionary becomes the stage's result in `stages`; `message` is printed at its end.
     """
-    number = f"{len(stages) + 1}/5"
-    print(f"[{number}] {title}", flush=True)
+    print(f"[{len(stages) + 1}/5] {title}", flush=True)
     started, result = time.perf_counter(), {"title": title}
+    where = f"stage {len(stages) + 1} of 5 ({title[0].lower()}{title[1:]})"
+    kept = f"No report was written; {folder} holds what was made so far: delete it to start anew"
     try:
         yield result
-    except (Exception, KeyboardInterrupt):
-        print(f"[{number}] stopped; no report. {folder} holds what was made: delete it to start anew", file=sys.stderr)
+    except SimIPUError as error:
+        raise SimIPUError(f"{where} failed: {error}. {kept}") from error
+    except (TrainingInterrupted, KeyboardInterrupt) as stopped:
+        raise TrainingInterrupted(f"stopped in {where}. {kept}", getattr(stopped, "exit_code", 130)) from stopped
+    except Exception:
+        print(f"{where} failed, with an error that is not yours. {kept}", file=sys.stderr)
         raise
     message = result.pop("message", "")
     stages[name] = result | {"seconds": round(time.perf_counter() - started, 1)}
@@ -162,7 +167,7 @@ def make_frames(
             num_frames=settings.num_frames,
             image_size=settings.image_size,
             seed=seed,
-            val_fraction=0,
+            val_fraction=VALIDATION_SHARE,
             test_fraction=0,
             azimuth_steps=1024,  # half of KITTI's: the pictures are a quarter as wide
         )
@@ -182,24 +187,38 @@ def make_frames(
 def copy_frames(data_dir: str | os.PathLike, frames_dir: Path, num_frames: int) -> None:
     """The first frames of a data set, without reading the others, as a `save_to_disk` folder of two splits.
 
-    They are those of `train`, or of the only split; the last fifth is held out.
+    Held-out frames come from the validation split. Without one they are the last ones of `train`, and without that the
+    last ones of the first split.
     """
+    source = os.fspath(data_dir)
+    splits = find_source(source).splits
+    train, validation = "train", next((name for name in ("validation", "val") if name in splits), None)
+    if splits and "train" not in splits:  # others may share frames, as KITTI's trainval and val do
+        train, validation = splits[0], None
+    held_out = max(1, round(VALIDATION_SHARE * num_frames))
     # beside the folder, not in the cache of datasets, where every demo would leave its frames
     scratch = tempfile.TemporaryDirectory(prefix=f".{FRAMES}-", dir=frames_dir.parent, ignore_cleanup_errors=True)
     with atomic_folder(frames_dir) as beside, scratch as cache:
-        rows = dataset_from_rows(read_first(data_dir, num_frames), cache)
-        if len(rows) < 2:
-            raise SimIPUError(f"{data_dir}: expected frames to train on and to hold out, found {len(rows)}")
-        parts = rows.train_test_split(VALIDATION_SHARE, shuffle=False)
-        parts["validation"] = parts.pop("test")
-        parts.save_to_disk(beside)
+        if validation is None:
+            rows = dataset_from_rows(read_first(source, train, num_frames), cache)
+            if len(rows) < 2:
+                raise SimIPUError(f"{source}: expected frames to train on and to hold out, found {len(rows)}")
+            parts = rows.train_test_split(VALIDATION_SHARE, shuffle=False)
+            parts["validation"] = parts.pop("test")
+        else:
+            counts = {"train": (train, num_frames - held_out), "validation": (validation, held_out)}
+            parts = {
+                name: dataset_from_rows(read_first(source, split, count), cache)
+                for name, (split, count) in counts.items()
+            }
+        datasets.DatasetDict(parts).save_to_disk(beside)
 
 
-def read_first(data_dir: str | os.PathLike, count: int) -> Iterator[dict[str, Any]]:
-    """The first rows of a data set, their images still encoded."""
-    stream = load_pretraining_dataset(data_dir=data_dir, split=None, streaming=True)
+def read_first(source: str, split: str, count: int) -> Iterator[dict[str, Any]]:
+    """The first rows of a split, their images still encoded."""
+    stream = load_pretraining_dataset(data_dir=source, split=split, streaming=True)
     rows = stream.select_columns(list(ROW_FEATURES)).cast_column("image", datasets.Image(decode=False))
-    yield from tqdm(rows.take(count), total=count, desc="frames", unit="frame", leave=False)
+    yield from tqdm(rows.take(count), total=count, desc=f"{split} frames", unit="frame", leave=False)
 
 
 def load_rows(frames_dir: Path, split: str) -> datasets.Dataset:
@@ -250,7 +269,7 @@ def check_encoder(run_dir: Path, row: dict[str, Any]) -> dict[str, Any]:
     """Load `image_encoder/` with timm and with transformers, and compare it with the encoder that was trained.
 
     Raises:
-        SimIPUError: their features differ.
+        SimIPUError: weights or features differ.
     """
     folder = run_dir / "image_encoder"
     trained = SimIPUForPreTraining.from_pretrained(run_dir).simipu.image_encoder.eval()
@@ -262,6 +281,14 @@ def check_encoder(run_dir: Path, row: dict[str, Any]) -> dict[str, Any]:
     maps = pyramid(pixel_values)
     last = wrapped(pixel_values).last_hidden_state
 
+    weights = trained.state_dict()
+    for loader, state in (("timm", pyramid.state_dict()), ("transformers", wrapped.timm_model.state_dict())):
+        common = state.keys() & weights.keys()
+        different = {name for name in common if not torch.equal(state[name], weights[name])}
+        different |= state.keys() ^ weights.keys()
+        if different:
+            names = ", ".join(sorted(different)[:3])
+            raise SimIPUError(f"{folder}: {loader} loaded other weights than were trained: {names}")
     differences = [(a - b).abs().max().item() for a, b in zip(expected_maps, maps, strict=True)]
     difference = max(*differences, (expected_maps[-1] - last).abs().max().item())
     if difference > 1e-5:
@@ -272,7 +299,7 @@ def check_encoder(run_dir: Path, row: dict[str, Any]) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in trained.parameters()),
         "largest_feature_difference": difference,
         "feature_shapes": [list(feature.shape[1:]) for feature in maps],
-        "message": "the features of the encoder that was trained",
+        "message": "the weights that were trained, and the same features",
     }
 
 
