@@ -171,9 +171,10 @@ def to_point_cloud(points: Any) -> np.ndarray:
             point; the message then names the number and type that they are likely to be.
     """
     if isinstance(points, bytes | bytearray | memoryview):
-        if layout := _likely_layout(points):
+        likely = _likely_layout(points)
+        if likely is not None:
             raise ValueError(
-                f"points: expected four float32 (x y z reflectance) a point, found what looks like {layout}"
+                f"points: expected four float32 (x y z reflectance) a point, found what looks like {likely}"
             )
         size = memoryview(points).nbytes
         if size % 16:
@@ -184,33 +185,44 @@ def to_point_cloud(points: Any) -> np.ndarray:
         values = np.asarray(values, dtype=np.float32)
     if values.ndim != 2 or values.shape[1] != 4:
         raise ValueError(f"points: expected shape (N, 4), x y z reflectance, found {values.shape}")
-    largest = np.abs(values).max(initial=0)
-    if largest <= LARGEST_VALUE:  # false where one is NaN
-        return values
+    if not np.abs(values).max(initial=0) <= LARGEST_VALUE:  # nor where one is NaN
+        _check_values(values)
+    return values
+
+
+def _check_values(values: np.ndarray) -> None:
     bad = ~np.isfinite(values).all(axis=1)
     if bad.any():
         raise ValueError(
             f"points: expected finite values, found {bad.sum()} of {len(values)} with NaN or infinity, the first at "
             f"index {bad.argmax()}"
         )
-    raise ValueError(
-        f"points: expected metres from the sensor, found values up to {largest:.2g}: these are of another type, or "
-        "coordinates of a map, which float32 cannot hold (subtract an origin)"
-    )
+    largest = np.abs(values[:, :3]).max(initial=0)
+    if largest > LARGEST_VALUE:
+        raise ValueError(
+            f"points: expected metres from the sensor, found values up to {largest:.2g}{_of_a_map(largest)}"
+        )
 
 
 def _likely_layout(data: bytes | bytearray | memoryview) -> str | None:
-    """What a scan looks like where that is another number of columns or float64, such as `"5 columns of float32"`."""
+    """What the bytes of a scan look like where that is not four float32 a point, such as `"5 columns of float32"`."""
+    size = memoryview(data).nbytes
+    largest = {}
     for dtype in ("<f4", "<f8"):
-        values = np.frombuffer(data, dtype, count=memoryview(data).nbytes // np.dtype(dtype).itemsize)
+        values = np.frombuffer(data, dtype, count=size // np.dtype(dtype).itemsize)
         sizes = np.abs(values)
-        largest = sizes.max(initial=0)
-        if not np.isfinite(largest):  # which is no evidence of another type, and slow to look beyond
-            largest = sizes.max(initial=0, where=np.isfinite(sizes))
-        if largest <= LARGEST_VALUE:
+        largest[dtype] = sizes.max(initial=0)
+        if not np.isfinite(largest[dtype]):  # which is no evidence of another type, and slow to look beyond
+            largest[dtype] = sizes.max(initial=0, where=np.isfinite(sizes))
+        if largest[dtype] <= LARGEST_VALUE:
             columns = _likely_columns(values)
             return None if (dtype, columns) == ("<f4", 4) else f"{columns} columns of {values.dtype.name}"
-    return None
+    return f"another type: as float32 its values reach {largest['<f4']:.2g}{_of_a_map(largest['<f4'])}"
+
+
+def _of_a_map(largest: float) -> str:
+    """A hint for coordinates that may be those of a map."""
+    return "; subtract an origin from coordinates of a map, which float32 cannot hold" if largest < 1e8 else ""
 
 
 def _likely_columns(values: np.ndarray) -> int:

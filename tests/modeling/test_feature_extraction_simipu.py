@@ -114,8 +114,11 @@ def spoiled(points, value):
         (make_points().tobytes()[:-4], "expected the bytes of whole points, 16 .* 47996 bytes"),
         (spoiled(make_points(), np.nan), "expected finite values, found 1 of 3000 .* at index 5"),
         (spoiled(make_points(), np.inf).tobytes(), "expected finite values, found 1 of 3000 .* at index 5"),
-        (spoiled(make_points(), 1e19).tobytes(), r"expected metres .*, found values up to 1e\+19.* of another type"),
-        (make_points().astype(float) + 4.5e5, r"expected metres .*, found values up to 4.5e[+]05.* \(subtract an"),
+        (spoiled(make_points(), 1e19).tobytes(), "expected four float32 .* as float32 its values reach 1e[+]19"),
+        (
+            make_points().astype(float) + 4.5e5,
+            "expected metres .*, found values up to 4.5e[+]05; subtract",
+        ),
     ],
 )
 def test_a_damaged_scan_is_named(points, message):
