@@ -535,8 +535,8 @@ def evaluate_final_model(trainer: FineTuningTrainer, output_dir: Path) -> dict[s
     except SimIPUError as error:
         raise SimIPUError(
             f"the model is saved in {output_dir}, but could not be evaluated: {error}. Evaluate it later with "
-            f"simipu-hf evaluate-{trainer.task} --model {output_dir}, the test frames and the evaluation flags of this "
-            "command"
+            f"simipu-hf evaluate-{trainer.task} --model {output_dir}, the test frames and the evaluation flags of "
+            "this command"
         ) from error
     if trainer.is_world_process_zero():
         description = {"image_encoder": trainer.model.config.image_encoder_config.architecture}
