@@ -43,6 +43,11 @@ def transform_cloud(cloud: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     return moved
 
 
+def invert_transform(matrix: torch.Tensor) -> torch.Tensor:
+    """Inverse of `(B, 4, 4)` in float64, without the device synchronisation of `torch.linalg.inv`."""
+    return torch.linalg.inv_ex(matrix.double()).inverse
+
+
 def project_points(points: Array, lidar_to_pixel: Array) -> tuple[Array, Array]:
     """Where points appear in the image.
 

@@ -244,11 +244,13 @@ def with_image_size(encoder: TimmModel, config: SimIPUImageConfig, image_size: S
         encoder.set_input_size(img_size=size)  # type: ignore[operator]
         return encoder
     resized, state = build_image_encoder(config), encoder.state_dict()
-    expected = resized.state_dict()
-    if hasattr(encoder, "tokens_spatial_shape") and state["pos_embed"].shape != expected["pos_embed"].shape:
-        grids = (model.tokens_spatial_shape for model in (resized, encoder))  # Hiera's, which timm leaves to us
-        state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], *grids, num_prefix_tokens=0)
-    load_image_encoder_weights(resized, state, "its image size cannot be changed")
+    for name, value in resized.state_dict().items():
+        if state[name].shape != value.shape:
+            if name != "pos_embed" or not hasattr(encoder, "tokens_spatial_shape"):
+                raise ValueError(f"{config.architecture} cannot change its image size: {name} depends on it")
+            grids = (model.tokens_spatial_shape for model in (resized, encoder))  # Hiera's, which timm leaves to us
+            state[name] = resample_abs_pos_embed(state[name], *grids, num_prefix_tokens=0)
+    resized.load_state_dict(state)
     return resized.to(next(encoder.parameters()))  # device and data type
 
 

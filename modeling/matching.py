@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 import torch
 
-from .geometry import transform_points
+from .geometry import invert_transform, transform_points
 from .outputs_simipu import PointEncoderOutput
 
 try:
@@ -37,8 +37,7 @@ class PendingMatch:
     def __init__(self, view: PointEncoderOutput, augmented: PointEncoderOutput, lidar_to_aug: torch.Tensor) -> None:
         if linear_sum_assignment is None:
             raise ImportError("matching two views needs SciPy: pip install scipy")
-        # unlike linalg.inv it does not wait for the device
-        back = torch.linalg.inv_ex(lidar_to_aug.double()).inverse.to(augmented.coordinates.dtype)
+        back = invert_transform(lidar_to_aug).to(augmented.coordinates.dtype)
         brought_back = transform_points(augmented.coordinates, back)
         # exact where points coincide
         self._distances = torch.cdist(view.coordinates, brought_back, compute_mode="donot_use_mm_for_euclid_dist")

@@ -11,6 +11,7 @@ from simipu_hf.modeling.geometry import (
     aligned_corners_grid,
     camera_aligned_frame,
     inside_image,
+    invert_transform,
     pixel_transform,
     project_points,
     sample_feature_map,
@@ -38,7 +39,7 @@ def test_pixel_transform_step_by_step(half_pixel_centers, mirrored):
     np.testing.assert_allclose(found, np.stack([x, y, np.ones_like(x)]), atol=1e-9)
 
 
-def test_transform_is_homogeneous():
+def test_transform_and_its_inverse():
     torch.manual_seed(0)
     matrix = torch.eye(4, dtype=torch.float64).repeat(2, 1, 1)
     matrix[:, :3] += torch.rand(2, 3, 4)
@@ -47,6 +48,7 @@ def test_transform_is_homogeneous():
     homogeneous = np.concatenate([points.numpy(), np.ones((2, 7, 1))], axis=2)
     expected = np.einsum("bij,bnj->bni", matrix.numpy(), homogeneous)[..., :3]
     np.testing.assert_allclose(moved.numpy(), expected, rtol=1e-12)
+    torch.testing.assert_close(transform_points(moved, invert_transform(matrix)), points, rtol=1e-10, atol=1e-12)
 
 
 def test_projection_of_a_pinhole_camera():
