@@ -59,8 +59,18 @@ class SimIPUImageConfig(PreTrainedConfig):
     def validate_architecture(self) -> None:
         if self.out_indices is not None and not self.out_indices:
             raise ValueError("image_config.out_indices is empty: name at least one stage, such as [-1]")
+        fixed = {"in_chans", "num_classes", "pretrained", "features_only"} & set(self.model_args or ())
+        if fixed:
+            raise ValueError(
+                f"image_config.model_args: {', '.join(sorted(fixed))} cannot be chosen: 3 channels, no head"
+            )
         if self.image_size is not None and (len(self.image_size) != 2 or min(self.image_size) < 1):
             raise ValueError(f"image_config.image_size: expected height and width, found {list(self.image_size)}")
+        if any(grid is not None and (len(grid) != 4 or min(grid[:2]) <= 0) for grid in self.feature_grids or ()):
+            raise ValueError(
+                "image_config.feature_grids: expected stride_y, stride_x, offset_y and offset_x of each stage, found "
+                f"{self.feature_grids}"
+            )
 
 
 @strict
@@ -118,6 +128,11 @@ class SimIPUPointNet2Config(PreTrainedConfig):
     def validate_architecture(self) -> None:
         per_sampler = "num_points", "fps_mods", "fps_sample_ranges"
         per_scale = "radii", "num_samples", "mlp_channels"
+        for name in (*per_sampler, *per_scale):
+            if not all(isinstance(level, (list, tuple)) for level in getattr(self, name)):
+                raise ValueError(
+                    f"point_config.{name}: expected a list for each set-abstraction level, found {getattr(self, name)}"
+                )
         for name in (*per_sampler, *per_scale, "aggregation_channels"):
             if len(getattr(self, name)) != len(self.num_points):
                 raise ValueError(
@@ -125,11 +140,11 @@ class SimIPUPointNet2Config(PreTrainedConfig):
                     f"{len(self.num_points)}: give one entry per set-abstraction level"
                 )
         for level, (radii, mods) in enumerate(zip(self.radii, self.fps_mods, strict=True)):
-            for names, what in ((per_sampler, "sampler"), (per_scale, "scale")):
+            for names, entries, what in ((per_sampler, mods, "sampler"), (per_scale, radii, "scale")):
                 found = [getattr(self, name)[level] for name in names]
-                if not all(isinstance(values, list | tuple) and len(values) == len(found[0]) > 0 for values in found):
+                if not entries or any(len(values) != len(entries) for values in found):
                     raise ValueError(
-                        f"point_config level {level}: {', '.join(names)} must list one entry per {what}, found {found}"
+                        f"point_config level {level}: {', '.join(names)} must have one entry per {what}, found {found}"
                     )
             unknown = set(mods) - {"D-FPS", "F-FPS", "FS"}
             if unknown:
@@ -408,6 +423,11 @@ class SimIPUDepthConfig(SimIPUDenseConfig):
     def validate_architecture(self) -> None:
         if self.max_depth <= 0:
             raise ValueError(f"max_depth must be above 0 metres, found {self.max_depth}")
+        if self.silog_epsilon <= 0 or self.silog_mean_weight < 0:
+            raise ValueError(
+                f"silog_epsilon must be above 0 and silog_mean_weight not negative, found {self.silog_epsilon} "
+                f"and {self.silog_mean_weight}"
+            )
 
 
 @strict
@@ -440,6 +460,11 @@ class SimIPUDetectionConfig(SimIPUDenseConfig):
             raise ValueError(
                 f"mean_dimensions: expected height, width and length above 0 of each of {list(self.classes)}, found "
                 f"{self.mean_dimensions}"
+            )
+        if min(self.hidden_size, self.max_detections) < 1:
+            raise ValueError(
+                f"hidden_size and max_detections must be at least 1, found {self.hidden_size} and "
+                f"{self.max_detections}"
             )
 
 

@@ -49,13 +49,7 @@ def build_image_encoder(config: SimIPUImageConfig) -> TimmModel:
         grids = _measured_grids(config.architecture, json.dumps(arguments, sort_keys=True))
         config.feature_grids = [grid and list(grid) for grid in grids]
     else:
-        strides = _reductions(encoder)
-        given = [grid[0] if grid else stride for grid, stride in zip(config.feature_grids, strides, strict=False)]
-        if given != strides:
-            raise ValueError(
-                f"image_config.feature_grids: the stages of this {config.architecture} have strides {strides}, found "
-                f"{given}; set them to null to have them measured"
-            )
+        _check_strides(encoder, config)
     for module in encoder.modules():
         if isinstance(module, nn.BatchNorm2d):
             if config.batch_norm_eps is not None:
@@ -393,6 +387,18 @@ def _size_arguments(template: TimmModel, image_size: Sequence[int] | None) -> di
 
 def _reductions(encoder: TimmModel) -> list[int]:
     return [stage["reduction"] for stage in encoder.feature_info]
+
+
+def _check_strides(encoder: TimmModel, config: SimIPUImageConfig) -> None:
+    assert config.feature_grids is not None
+    reductions, grids = _reductions(encoder), config.feature_grids
+    given = [grid and list(grid[:2]) for grid in grids]
+    expected = [[stride, stride] if grid else None for stride, grid in zip(reductions, grids, strict=False)]
+    if given != expected or len(grids) != len(reductions):
+        raise ValueError(
+            f"image_config.feature_grids: the stages of this {config.architecture} have strides {reductions}, found "
+            f"{given}; set them to null to have them measured"
+        )
 
 
 def _create(architecture: str, arguments: Mapping[str, Any]) -> TimmModel:

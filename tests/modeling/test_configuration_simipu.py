@@ -41,13 +41,14 @@ def test_official_preset_holds_the_official_values():
         (lambda: SimIPUConfig(point_config={"model_type": "kpconv"}), "unknown model_type 'kpconv'"),
         (lambda: SimIPUImageConfig(out_indices=[]), "out_indices is empty"),
         (lambda: SimIPUImageConfig(image_size=[96]), r"expected height and width, found \[96\]"),
+        (lambda: SimIPUImageConfig(feature_grids=[[8, 8, 0]]), "expected stride_y, stride_x, offset_y"),
         (lambda: SimIPUPointNet2Config(radii=((0.2,),)), "radii has 1 levels, num_points has 3"),
         (lambda: SimIPUPointNet2Config(fps_mods=(("FPS",), ("FS",), ("F-FPS", "D-FPS"))), "unknown .'FPS'."),
         (
             lambda: SimIPUPointNet2Config(
                 radii=((), (0.8,), (1.6,)), num_samples=((), (8,), (8,)), mlp_channels=((), ((8,),), ((8,),))
             ),
-            "level 0.*must list one entry per scale",
+            "level 0.*one entry per scale",
         ),
         (
             lambda: SimIPUPointNet2Config(radii=((0.4, 0.2, 0.8), (0.4, 0.8, 1.6), (1.6, 3.2, 4.8))),

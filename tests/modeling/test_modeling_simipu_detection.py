@@ -253,6 +253,7 @@ def test_post_processing_gives_boxes_of_the_original_image():
 def test_configurations_that_do_not_fit_are_named():
     for fields, message in (
         ({"classes": ["Car"]}, "mean_dimensions"),
+        ({"hidden_size": 0}, "hidden_size"),
         ({"out_indices": []}, "out_indices is empty"),
         ({"classes": [], "mean_dimensions": []}, "classes is empty"),
     ):
