@@ -19,7 +19,7 @@ from simipu_hf.data.sources import given_sources, refuse_second_split, undecoded
 from simipu_hf.data.two_views import TwoViewAugmentation
 from simipu_hf.errors import SimIPUError
 from simipu_hf.files import atomic_write
-from simipu_hf.hub.card import CURVES, run_of
+from simipu_hf.hub.card import CURVES
 from simipu_hf.hub.sources import load_image_encoder, load_processor, model_folder
 from simipu_hf.hub.weights import read_json
 from simipu_hf.modeling.configuration_simipu import SimIPUConfig
@@ -100,10 +100,11 @@ def visualize(
         written.append(folder / f"{name}_scene.html")
         with atomic_write(written[-1]) as stream:
             stream.write(html)
-    run = None if model is None else run_of(Path(model))
-    if run is not None and (run / METRICS_FILE).is_file():
-        written += draw_curves(run, folder)
-    return written
+    runs: list[Path] = []
+    if model is not None and (Path(model).is_dir() or Path(model).suffix == ".safetensors"):  # no timm name, no .pth
+        runs = [Path(model), Path(model).parent]
+    logged = next((run for run in runs if (run / METRICS_FILE).is_file()), None)
+    return written if logged is None else [*written, *draw_curves(logged, folder)]
 
 
 def draw_curves(run: Path, folder: Path) -> list[Path]:
