@@ -185,6 +185,9 @@ class SimIPUForPreTraining(SimIPUPreTrainedModel):
             return_metrics: compute the accuracies as well, which need the rank of every positive.
             return_loss: without effect; its default tells transformers' Trainer that there is a loss to evaluate.
         """
+        shapes = tuple(lidar_to_aug.shape), tuple(lidar_to_pixel.shape)
+        if shapes != ((len(points), 4, 4), (len(points), 3, 4)):  # others would broadcast
+            raise ValueError(f"lidar_to_aug, lidar_to_pixel: expected (B, 4, 4) and (B, 3, 4), found {shapes}")
         # distances between points need single precision, whatever a batch was converted to
         wide = torch.promote_types(points.dtype, torch.float32)
         points, points_aug, lidar_to_aug = points.to(wide), points_aug.to(wide), lidar_to_aug.to(wide)

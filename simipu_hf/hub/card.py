@@ -168,6 +168,11 @@ def redact(text: str) -> str:
     text = re.sub(r"""(\w://[^\s"'?#\\]+)\?[^\s"'#\\]+?(?=[()\[\]{},`<>]*(?:[\s"'#\\]|$))""", r"\1?…", text)
     text = re.sub(r"\bfile:/{2,3}(?=/|[A-Za-z]:)", "", text)
     start = r"(?<![\w/:.~…\\-])"  # not inside a relative path or an address
+    known = [folder for folder in (Path.cwd(), Path.home()) if folder.name]
+    for folder in sorted(known, key=lambda folder: -len(folder.parts)):
+        # their names may hold spaces and quotes, at which the patterns below end
+        for written in {str(folder), folder.as_posix(), str(folder).replace("\\", "\\\\")}:
+            text = re.sub(start + re.escape(written) + r"(?=[/\\])", re.escape(folder.anchor) + "-", text)
     # whole values, whose folders may be named anything: quoted ones, and those of a line of YAML
     absolute = r"(?:/|[A-Za-z]:[/\\])"
     folders = r"""(?:[^"'#\n]|\#(?=[^:"'\n]*[/\\]))*[/\\]"""  # a # begins a split where no slash comes before a :

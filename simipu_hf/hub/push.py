@@ -116,14 +116,14 @@ def _commit(
 ) -> str:
     api = HfApi()
     api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
-    if revision is not None:
-        api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
-    info = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
-    if private and not info.private:
+    if private and not api.repo_info(repo_id, repo_type=repo_type).private:
         raise SimIPUError(
             f"Hub repository {repo_id}: expected a private one, found a public one, which stays public: make it "
             "private in its settings, or choose another"
         )
+    if revision is not None:
+        api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
+    info = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
     there = api.list_repo_files(repo_id, repo_type=repo_type, revision=info.sha)
     patterns = ["*.parquet"] if repo_type == "dataset" else REPLACED
     if any(name.startswith("last-checkpoint/") for name in files):
@@ -198,7 +198,10 @@ def push_folder(
                 if (staged / name).is_file():
                     shutil.copyfile(staged / name, alone / name)
             _complete(alone, encoder_repo_id)
-            encoder = _upload(encoder_repo_id, _files(alone), "Upload image encoder", private, revision)
+            try:
+                encoder = _upload(encoder_repo_id, _files(alone), "Upload image encoder", private, revision)
+            except SimIPUError as error:
+                raise SimIPUError(f"{report.url} was published; {error}") from error
             report.encoder_url = encoder.url
     finally:
         shutil.rmtree(staged, ignore_errors=True)
@@ -313,7 +316,8 @@ def push_dataset(
             or the upload failed.
     """
     folder = Path(data)
-    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*.parquet"))}
+    found = ((file.relative_to(folder), file) for file in sorted(folder.rglob("*.parquet")))
+    files = {name.as_posix(): file for name, file in found if not any(part.startswith(".") for part in name.parts)}
     if not files:
         raise SimIPUError(f"{folder}: expected a folder of Parquet files, found none")
     splits: dict[str, int] = {}

@@ -186,6 +186,7 @@ def test_reflectance_tells_materials_apart():
         {"num_frames": 0},
         {"val_fraction": 0.7, "test_fraction": 0.3},
         {"num_frames": 4, "val_fraction": 0.5, "test_fraction": 0.4},  # no frame is left for training
+        {"val_fraction": -0.1},
         {"image_size": (96,)},
         {"seed": -1},
     ],

@@ -48,7 +48,8 @@ def synthesize_drive(
     """
     if len(image_size) != 2 or min(image_size) < 16:
         raise SimIPUError(f"image_size: expected two sides of at least 16 pixels, found {image_size}")
-    for name, least, found in (("num_frames", 1, num_frames), ("seed", 0, seed)):
+    shares = ("val_fraction", 0, val_fraction), ("test_fraction", 0, test_fraction)
+    for name, least, found in (("num_frames", 1, num_frames), ("seed", 0, seed), *shares):
         if found < least:
             raise SimIPUError(f"{name}: expected at least {least}, found {found}")
     least = 1 if num_frames >= 3 else 0
