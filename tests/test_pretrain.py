@@ -24,10 +24,10 @@ import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
-from safetensors.torch import load_file
 from tiny_run import OVERRIDES, arguments, make_rows, reset_accelerate, stopping, write_frames
 from tiny_simipu import tiny_batch
 from transformers.utils.logging import is_progress_bar_enabled
+from weights import assert_same_weights, weights
 
 from simipu_hf import pretrain as module
 from simipu_hf.data.loading import load_pretraining_dataset
@@ -85,15 +85,8 @@ def whole(frames, tmp_path_factory):
 DROP_PATH = ("--config_overrides", OVERRIDES + ",image_config.model_args={drop_path_rate: 0.5}")
 
 
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
 def assert_same_result(first, second):
-    ours, theirs = weights(first), weights(second)
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert torch.equal(ours[name], theirs[name]), name
+    assert_same_weights(first, second)
     lines = [[{k: v for k, v in line.items() if k not in TIMES} for line in metrics(f)] for f in (first, second)]
     assert lines[0] == lines[1]
 
@@ -112,8 +105,7 @@ def test_writes_a_complete_folder(whole):
     assert (out / "pictures" / "image_features.png").is_file()
     assert "(pictures/image_features.png)" in model_card(out)
     for folder in (out, out / "checkpoint-6"):
-        model = SimIPUForPreTraining.from_pretrained(folder)
-        assert all(torch.equal(value, weights(folder)[name]) for name, value in model.state_dict().items())
+        assert_same_weights(SimIPUForPreTraining.from_pretrained(folder), folder)
     lines = metrics(out)
     assert [line["step"] for line in lines] == [2, 4, 6, 8]
     assert lines[0]["inter_modal_chance"] == pytest.approx(math.log(2 * 32), abs=0.5)
@@ -212,7 +204,7 @@ def test_stops_at_a_loss_that_is_no_number(run, monkeypatch, tmp_path):
 
 
 def test_evaluation_changes_nothing(run, monkeypatch):
-    plain = weights(run("plain", *DROP_PATH))
+    plain = run("plain", *DROP_PATH)
     recall, calls = module.correspondence_recall, []
 
     def without_points_at_first(*inputs):
@@ -221,7 +213,7 @@ def test_evaluation_changes_nothing(run, monkeypatch):
 
     monkeypatch.setattr(module, "correspondence_recall", without_points_at_first)
     watched = run("watched", *DROP_PATH, "--eval_steps", "3", "--per_device_eval_batch_size", "3")
-    assert all(torch.equal(plain[name], value) for name, value in weights(watched).items())
+    assert_same_weights(plain, watched)
     evaluations = [line for line in metrics(watched) if "eval/inter_modal_loss" in line]
     assert [line["step"] for line in evaluations] == [3, 6, 8]
     assert 0 <= evaluations[0]["eval/recall_within_1_cells"] <= evaluations[0]["eval/recall_within_5_cells"] <= 1
@@ -421,8 +413,7 @@ def test_a_run_that_goes_on_from_an_earlier_checkpoint_keeps_both_ways(run, whol
     assert [line["step"] for line in metrics(out / "set_aside-1")] == [2, 4, 6, 8]
     assert [line["step"] for line in metrics(out)] == [2, 4]
     again = run("again", "--resume_from_checkpoint", str(out / "set_aside-1" / "checkpoint-6"))
-    ours, theirs = weights(whole), weights(again)
-    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert_same_weights(whole, again)
 
 
 def test_a_checkpoint_of_another_run_starts_in_an_empty_folder_alone(run, whole, tmp_path):
@@ -477,7 +468,7 @@ class TestFromAnEarlierModel:
 
     def test_all_of_it_is_kept(self, earlier):
         model, processor, augmentation = self.create(earlier)
-        assert all(torch.equal(value, weights(earlier)[name]) for name, value in model.state_dict().items())
+        assert_same_weights(model, earlier)
         assert model.config.preset == "official"
         assert processor.feature_extractor.num_points == 100
         assert augmentation == TwoViewAugmentation.from_preset("official")
