@@ -137,11 +137,8 @@ def test_every_missing_tensor_is_initialised_after_meta_loading(model, tmp_path)
     """from_pretrained builds on the meta device; what the checkpoint lacks must not be left-over memory."""
     model.simipu.save_pretrained(tmp_path)  # without the heads
     loaded, info = SimIPUForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
-    assert {key.split(".")[0] for key in info["missing_keys"]} == {
-        "intra_point_head",
-        "inter_image_head",
-        "inter_point_head",
-    }
+    heads = {"intra_point_head", "inter_image_head", "inter_point_head"}
+    assert {key.split(".")[0] for key in info["missing_keys"]} == heads
     for name, tensor in loaded.state_dict().items():
         assert not tensor.is_meta, name
         assert torch.isfinite(tensor.float()).all(), name
