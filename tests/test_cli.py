@@ -240,11 +240,6 @@ raise SystemExit(exit_code_of(run))
     assert not list(tmp_path.iterdir())
 
 
-def test_completion_knows_commands_and_flags(run):
-    script = run("--tyro-print-completion", "bash")[1]
-    assert all(word in script for word in ("finetune-depth", "synthesize", "--per_device_train_batch_size"))
-
-
 AUTO = """
 import sys
 {imports}

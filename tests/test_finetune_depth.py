@@ -526,10 +526,3 @@ def test_a_first_forward_that_fails_leaves_nothing_behind(fine_tune, tmp_path, m
     with pytest.raises(SimIPUError, match=r"test_resnet does not take images of 32 x 32 .*\(224\)"):
         fine_tune("run")
     assert not (tmp_path / "run").exists()
-
-
-def test_bad_flags_are_named(frames, tmp_path):
-    with pytest.raises(SimIPUError, match="--no_kb_crop needs --image_size"):
-        DepthArguments(train_frames=[frames], output_dir=str(tmp_path / "x"), kb_crop=False)
-    with pytest.raises(SimIPUError, match="--train_frames or --train_list"):
-        DepthArguments(output_dir=str(tmp_path / "x"))

@@ -368,11 +368,13 @@ class TestArguments:
         [
             (DepthArguments, {**TRAIN, "adam_beta1": 0.05}, "--adam_beta1 must be at least 0.1 and below 1"),
             (DepthArguments, {**TRAIN, "max_depth": 0.0}, "--max_depth must be a number of metres above 0"),
+            (DepthArguments, {**TRAIN, "kb_crop": False}, "--no_kb_crop needs --image_size"),
+            (DepthArguments, {"output_dir": "o"}, "--train_frames or --train_list"),
             (CompareDepthArguments, {**COMPARE, "max_depth": math.inf}, "--max_depth must be"),
             (EvaluateDepthArguments, {**TEST, "min_depth": -1.0}, "--min_depth must be at least 0, found -1"),
         ],
     )
-    def test_values_without_meaning_are_refused(self, cls, given, message):
+    def test_values_that_lack_a_meaning_or_another_flag_are_refused(self, cls, given, message):
         with pytest.raises(SimIPUError, match=message):
             cls(**given)
 
