@@ -9,7 +9,6 @@ import threading
 import datasets
 import local_hub
 import pytest
-import yaml
 from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCard, DatasetCardData
 from PIL import Image
@@ -215,18 +214,17 @@ def test_missing_rights_are_named_and_not_retried(endpoint, run_folder, repo_id,
 
 
 def test_folders_that_are_no_complete_model(endpoint, run_folder, tmp_path):
-    with pytest.raises(SimIPUError, match=r"config\.json"):
-        push_folder(tmp_path, "owner/encoder")
-    (tmp_path / "config.json").write_bytes((run_folder / "config.json").read_bytes())
-    with pytest.raises(SimIPUError, match="found none"):
-        push_folder(tmp_path, "owner/encoder")
-    (tmp_path / "model.safetensors").write_bytes((run_folder / "model.safetensors").read_bytes()[:-9])
-    with pytest.raises(SimIPUError, match="damaged"):
-        push_folder(tmp_path, "owner/encoder")
-    (tmp_path / "model.safetensors").write_bytes((run_folder / "model.safetensors").read_bytes())
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
-    with pytest.raises(SimIPUError, match="neither"):
-        push_folder(tmp_path, "owner/encoder")
+    config, weights = ((run_folder / name).read_bytes() for name in ("config.json", "model.safetensors"))
+    for files, message in (
+        ({}, r"config\.json"),
+        ({"config.json": config}, "found none"),
+        ({"config.json": config, "model.safetensors": weights[:-9]}, "damaged"),
+        ({"config.json": b'{"model_type": "bert"}', "model.safetensors": weights}, "neither"),
+    ):
+        for name, content in files.items():
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(SimIPUError, match=message):
+            push_folder(tmp_path, "owner/encoder")
     assert endpoint.repos == {}
 
 
@@ -340,26 +338,32 @@ def test_loading_from_a_hub_that_says_no(endpoint, monkeypatch, tmp_path):
         load_image_encoder("owner/secret", verbose=False)
 
 
+ROWS = datasets.Dataset.from_dict({"frame_id": ["a", "b", "c"]})
+ONE_SPLIT = "---\nconfigs:\n- config_name: default\n  data_files:\n  - {{split: {}, path: {}}}\n---\n"
+
+
+def published_card(endpoint, repo_id: str) -> DatasetCard:
+    return DatasetCard(endpoint.files(repo_id, "datasets")["README.md"].decode())
+
+
 def test_data_set_from_kitti_is_private_and_says_why(endpoint, tmp_path, capsys):
-    rows = datasets.Dataset.from_dict({"frame_id": ["a", "b", "c"]})
-    (tmp_path / "rows").mkdir()
-    rows.to_parquet(tmp_path / "rows" / "train-00000-of-00001.parquet")
-    rows.select(range(2)).to_parquet(tmp_path / "rows" / "train.clean-00000-of-00001.parquet")
+    ROWS.to_parquet(tmp_path / "rows" / "train-00000-of-00001.parquet")
+    ROWS.select(range(2)).to_parquet(tmp_path / "rows" / "train.clean-00000-of-00001.parquet")
     push_dataset(tmp_path / "rows", "owner/kitti")
     repo = endpoint.repos["datasets", "owner/kitti"]
     assert repo.private
     assert "CC BY-NC-SA" in capsys.readouterr().err
-    card = endpoint.files("owner/kitti", "datasets")["README.md"].decode()
-    assert yaml.safe_load(card.split("---")[1])["license"] == "cc-by-nc-sa-3.0"
-    assert "3 rows in train, 2 rows in train.clean" in card
+    card = published_card(endpoint, "owner/kitti")
+    assert card.data.license == "cc-by-nc-sa-3.0"
+    assert "3 rows in train, 2 rows in train.clean" in card.text
+    assert "no commercial use" in card.text
     (tmp_path / "rows" / "train.clean-00000-of-00001.parquet").unlink()
-    assert "no commercial use" in card
     push_dataset(tmp_path / "rows", "owner/own", license="cc-by-4.0")
     assert capsys.readouterr().out == ""
     assert not endpoint.repos["datasets", "owner/own"].private
-    assert "commercial" not in endpoint.files("owner/own", "datasets")["README.md"].decode()
+    assert "commercial" not in published_card(endpoint, "owner/own").content
     for shard in range(2):
-        rows.shard(2, shard).to_parquet(tmp_path / "rows" / f"train-{shard:05d}-of-00002.parquet")
+        ROWS.shard(2, shard).to_parquet(tmp_path / "rows" / f"train-{shard:05d}-of-00002.parquet")
     (tmp_path / "rows" / "train-00000-of-00001.parquet").unlink()
     with pytest.raises(SimIPUError, match=r"owner/own: expected a private one, found a public one"):
         push_dataset(tmp_path / "rows", "owner/own")
@@ -371,20 +375,18 @@ def test_data_set_from_kitti_is_private_and_says_why(endpoint, tmp_path, capsys)
     header = "---\ntags: [mine]\n---\n"
     (tmp_path / "rows" / "README.md").write_text(header, encoding="utf-8")
     push_dataset(tmp_path / "rows", "owner/header", license="cc-by-4.0")
-    header_card = DatasetCard(endpoint.files("owner/header", "datasets")["README.md"].decode())
-    assert {"mine", "lidar"} <= set(header_card.data.tags)
+    assert {"mine", "lidar"} <= set(published_card(endpoint, "owner/header").data.tags)
     (tmp_path / "rows" / "README.md").write_text(header + "Important caveat.\n", encoding="utf-8")
     push_dataset(tmp_path / "rows", "owner/edited", license="cc-by-4.0")
     assert not endpoint.repos["datasets", "owner/edited"].private
     push_dataset(tmp_path / "rows", "owner/kitti-edited")  # no licence in it, none given
     assert endpoint.repos["datasets", "owner/kitti-edited"].private
-    edited = DatasetCard(endpoint.files("owner/edited", "datasets")["README.md"].decode())
+    edited = published_card(endpoint, "owner/edited")
     assert (edited.text.strip(), edited.data.tags, edited.data.license) == ("Important caveat.", ["mine"], "cc-by-4.0")
     with pytest.raises(SimIPUError, match="Parquet"):
         push_dataset(tmp_path / "absent", "owner/own")
     Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
     images = datasets.Dataset.from_dict({"image": [str(tmp_path / "1.png")]})
-    (tmp_path / "paths").mkdir()
     images.cast_column("image", datasets.Image()).to_parquet(tmp_path / "paths" / "train.parquet")
     with pytest.raises(SimIPUError, match=r"train\.parquet: expected image files, found paths"):
         push_dataset(tmp_path / "paths", "owner/own")
@@ -394,9 +396,7 @@ def test_data_set_from_kitti_is_private_and_says_why(endpoint, tmp_path, capsys)
 
 
 def test_a_second_split_is_found_beside_the_first(endpoint, tmp_path):
-    rows = datasets.Dataset.from_dict({"frame_id": ["a", "b", "c"]})
-    for split, part in {"train": rows, "val": rows.select([0]), "odd": rows.rename_column("frame_id", "id")}.items():
-        (tmp_path / split / "data").mkdir(parents=True)
+    for split, part in {"train": ROWS, "val": ROWS.select([0]), "odd": ROWS.rename_column("frame_id", "id")}.items():
         part.to_parquet(tmp_path / split / "data" / f"{split}-00000-of-00001.parquet")
         info = datasets.DatasetInfo(features=part.features, splits=datasets.SplitDict())
         info.splits.add(datasets.SplitInfo(split, num_bytes=1, num_examples=len(part)))
@@ -430,18 +430,14 @@ CONFIG = "configs:\n- config_name: default\n  "
     "header", ["", "license: mit", f"{CONFIG}data_files: data/**/test*", f"{CONFIG}data_dir: data"]
 )
 def test_splits_stay_that_a_published_card_does_not_list(endpoint, tmp_path, header):
-    rows = datasets.Dataset.from_dict({"frame_id": ["a", "b"]})
-    (tmp_path / "val" / "data").mkdir(parents=True)
-    rows.to_parquet(tmp_path / "val" / "data" / "val-00000-of-00001.parquet")
-    rows.select([0]).to_parquet(tmp_path / "test.parquet")
-    own = "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: val, path: data/val-*}\n---\n"
-    (tmp_path / "val" / "README.md").write_text(own, encoding="utf-8")
+    ROWS.to_parquet(tmp_path / "val" / "data" / "val-00000-of-00001.parquet")
+    ROWS.select([0]).to_parquet(tmp_path / "test.parquet")
+    (tmp_path / "val" / "README.md").write_text(ONE_SPLIT.format("val", "data/val-*"), encoding="utf-8")
     there = {"data/test-00000-of-00001.parquet": (tmp_path / "test.parquet").read_bytes()}
     card = {"README.md": f"---\n{header}\n---\nMine.\n".encode()} if header else {}
     endpoint.create("owner/both", "datasets", files=there | card)
     push_dataset(tmp_path / "val", "owner/both", license="cc-by-4.0")
-    published = DatasetCard(endpoint.files("owner/both", "datasets")["README.md"].decode()).data
-    [config] = published["configs"]
+    [config] = published_card(endpoint, "owner/both").data["configs"]
     found = {entry["split"]: entry["path"] for entry in config["data_files"]}
     # of a pattern without splits, load_dataset makes a split train
     other = {"train": ["data/**/test*"]} if "files" in header else {"test": ["data/test-00000-of-00001.parquet"]}
@@ -449,17 +445,15 @@ def test_splits_stay_that_a_published_card_does_not_list(endpoint, tmp_path, hea
 
 
 def test_another_configuration_stays_and_sizes_of_some_splits_do_not(endpoint, tmp_path):
-    rows = datasets.Dataset.from_dict({"frame_id": ["a", "b"]})
-    (tmp_path / "rows" / "object").mkdir(parents=True)
-    rows.to_parquet(tmp_path / "rows" / "object" / "train-00000-of-00001.parquet")
-    info = datasets.DatasetInfo(features=rows.features, splits=datasets.SplitDict())
-    info.splits.add(datasets.SplitInfo("train", num_bytes=1, num_examples=2))
+    ROWS.to_parquet(tmp_path / "rows" / "object" / "train-00000-of-00001.parquet")
+    info = datasets.DatasetInfo(features=ROWS.features, splits=datasets.SplitDict())
+    info.splits.add(datasets.SplitInfo("train", num_bytes=1, num_examples=3))
 
     def push_card(header: DatasetCardData) -> DatasetCardData:
         DatasetInfosDict({"object": info}).to_dataset_card_data(header)
         (tmp_path / "rows" / "README.md").write_text(f"---\n{header.to_yaml()}\n---\n", encoding="utf-8")
         push_dataset(tmp_path / "rows", "owner/both", license="cc-by-4.0")
-        return DatasetCard(endpoint.files("owner/both", "datasets")["README.md"].decode()).data
+        return published_card(endpoint, "owner/both").data
 
     def config(name: str, path: str) -> dict:
         return {"config_name": name, "data_files": [{"split": "train", "path": path}]}
@@ -479,12 +473,9 @@ def test_another_configuration_stays_and_sizes_of_some_splits_do_not(endpoint, t
 
 
 def test_a_split_that_is_pushed_meanwhile_stays(endpoint, tmp_path, monkeypatch):
-    rows = datasets.Dataset.from_dict({"frame_id": ["a", "b"]})
-    own = "---\nconfigs:\n- config_name: default\n  data_files:\n  - {{split: {0}, path: {0}-*}}\n---\n"
     for split in ("train", "val"):
-        (tmp_path / split).mkdir()
-        rows.to_parquet(tmp_path / split / f"{split}-00000-of-00001.parquet")
-        (tmp_path / split / "README.md").write_text(own.format(split), encoding="utf-8")
+        ROWS.to_parquet(tmp_path / split / f"{split}-00000-of-00001.parquet")
+        (tmp_path / split / "README.md").write_text(ONE_SPLIT.format(split, f"{split}-*"), encoding="utf-8")
     endpoint.create("owner/both", "datasets")
     upload = push.HfApi.upload_folder
 
@@ -494,7 +485,6 @@ def test_a_split_that_is_pushed_meanwhile_stays(endpoint, tmp_path, monkeypatch)
         return upload(api, **arguments)
 
     monkeypatch.setattr(push.HfApi, "upload_folder", after_another)
-    monkeypatch.setattr(push, "sleep", lambda seconds: None)
     push_dataset(tmp_path / "train", "owner/both", license="cc-by-4.0")
-    published = DatasetCard(endpoint.files("owner/both", "datasets")["README.md"].decode()).data
-    assert {entry["split"] for entry in published["configs"][0]["data_files"]} == {"train", "val"}
+    [config] = published_card(endpoint, "owner/both").data["configs"]
+    assert {entry["split"] for entry in config["data_files"]} == {"train", "val"}
