@@ -243,11 +243,9 @@ def test_only_the_split_asked_for_must_be_sound(object_root, tmp_path):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_parquet_folder(rows, tmp_path, streaming, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "parquet"  # as datasets calls a module of its own, which would take train.pt for data
-    folder.mkdir()
-    (tmp_path / "train.pt").touch()
+    (tmp_path / "train.pt").touch()  # which a module of datasets, named as the folder is, would take for data
     embedded = rows.with_format("arrow").map(datasets.table.embed_table_storage, batched=True)
-    embedded.to_parquet(folder / "train-00000-of-00001.parquet")
+    embedded.to_parquet(tmp_path / "parquet/train-00000-of-00001.parquet")
     data = load_pretraining_dataset("parquet", streaming=streaming, cache_dir=tmp_path / "cache")
     for row, original in zip(data, rows, strict=True):
         check_row(row)
@@ -403,19 +401,16 @@ def test_damage_while_streaming(object_root, tmp_path):
 
 
 def test_what_is_no_data_set_is_named(tmp_path, object_root, raw_root):
-    (tmp_path / "holiday").mkdir()
-    (tmp_path / "holiday/photo.jpg").touch()
-    (tmp_path / "download").mkdir()
-    (tmp_path / "download/data_object_image_2.zip").touch()
+    names = ("holiday/photo.jpg", "download/data_object_image_2.zip", "two/rows/train.parquet", "two/rows/test.txt")
+    for path in (tmp_path / name for name in names):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("none", encoding="utf-8")
     (tmp_path / "tracking/training/image_02").mkdir(parents=True)
     (tmp_path / "odometry/sequences/00/image_2").mkdir(parents=True)
     shutil.copytree(object_root / "training/velodyne", tmp_path / "gray/sequences/00/velodyne")
     (tmp_path / "loop").mkdir()
     (tmp_path / "loop/again").symlink_to(tmp_path / "loop")
     (tmp_path / "loop/up").symlink_to(tmp_path)
-    (tmp_path / "several/rows").mkdir(parents=True)
-    for name in ("train.parquet", "test.txt"):
-        (tmp_path / "several/rows" / name).write_text("none", encoding="utf-8")
     reduced = shutil.copytree(object_root, tmp_path / "reduced/kitti")
     (reduced / "training/velodyne").rename(reduced / "training/velodyne_reduced")
     cases = [
@@ -430,7 +425,7 @@ def test_what_is_no_data_set_is_named(tmp_path, object_root, raw_root):
         ({"data_dir": raw_root / "2011_09_26"}, f"did you mean {re.escape(str(raw_root))}"),
         ({"data_dir": reduced.parent}, f"did you mean {re.escape(str(reduced))}"),
         ({"data_dir": tmp_path / "loop"}, "as published.*found again, up"),
-        ({"data_dir": tmp_path / "several"}, "expected a folder of one data set, found rows"),
+        ({"data_dir": tmp_path / "two"}, "expected a folder of one data set, found rows"),
         ({"data_dir": reduced}, "rename it to velodyne"),
         ({"data_dir": tmp_path / "odometry"}, r"found none; they are in KITTI's data_odometry_velodyne\.zip"),
         ({"data_dir": tmp_path / "gray"}, r"no pair; the colour images are in KITTI's data_odometry_color\.zip"),
@@ -456,24 +451,20 @@ def test_a_folder_s_name_may_hold_the_mark_of_a_split(object_root, tmp_path):
 
 
 def test_parquet_in_a_dated_or_a_linked_folder_and_a_path_that_datasets_would_expand(rows, tmp_path):
-    (tmp_path / "logs/2026_01_02").mkdir(parents=True)  # which KITTI's days are called
-    rows.to_parquet(tmp_path / "logs/2026_01_02/train.parquet")
-    assert len(load_pretraining_dataset(data_dir=tmp_path / "logs", cache_dir=tmp_path / "cache")) == 4
-    (tmp_path / "real").mkdir()
-    (tmp_path / "linked").mkdir()
+    rows.to_parquet(tmp_path / "logs/2026_01_02/train.parquet")  # as KITTI's days are called
     rows.to_parquet(tmp_path / "real/train-00000-of-00001.parquet")
+    (tmp_path / "linked").mkdir()
     (tmp_path / "linked/data").symlink_to(tmp_path / "real")
-    assert len(load_pretraining_dataset(data_dir=tmp_path / "linked", cache_dir=tmp_path / "cache")) == 4
+    for folder in ("logs", "linked"):
+        assert len(load_pretraining_dataset(data_dir=tmp_path / folder, cache_dir=tmp_path / "cache")) == 4
     (tmp_path / "real").rename(tmp_path / "a [1]")
     with pytest.raises(SimIPUError, match=r"a \[1\]: expected a path without"):
         load_pretraining_dataset(data_dir=tmp_path / "a [1]")
 
 
 def test_an_address_of_parquet_files_is_streamed(rows, tmp_path):
-    (tmp_path / "bucket/data").mkdir(parents=True)
     rows.to_parquet(tmp_path / "bucket/data/train-00000-of-00001.parquet")
     rows.select([1]).to_parquet(tmp_path / "bucket/data/val-00000-of-00001.parquet")
-    (tmp_path / "spark/train").mkdir(parents=True)
     rows.to_parquet(tmp_path / "spark/train/part-0.snappy.parquet")
     (tmp_path / "spark/train/_SUCCESS").touch()
     assert len(load_pretraining_dataset(f"file://{tmp_path}/spark", cache_dir=tmp_path / "cache")) == 4
