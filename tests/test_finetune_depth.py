@@ -13,6 +13,7 @@ import yaml
 from depth_rows import make_rows, save_rows
 from PIL import Image
 from timm.models import save_for_hf
+from tiny_run import ENCODER, FINE_TUNING
 from transformers import Trainer, TrainerCallback, TrainingArguments, pipeline
 from weights import assert_same_weights, weights
 
@@ -32,7 +33,6 @@ from simipu_hf.training.arguments import DepthArguments, DepthTaskArguments, Eva
 from simipu_hf.training.checkpoint import save_checkpoint
 from simipu_hf.training.logging import read_metrics
 
-ENCODER = "random:test_resnet"
 SMALL = {"kb_crop": False, "image_size": (32, 64)}
 
 
@@ -43,20 +43,14 @@ def frames(tmp_path_factory) -> str:
 
 def depth_arguments(frames, output_dir, **changes) -> DepthArguments:
     fields = {
-        "image_encoder": ENCODER,
         "train_frames": [frames],
         "output_dir": str(output_dir),
-        "per_device_train_batch_size": 2,
         "max_steps": 4,
         "checkpointing_steps": 2,
         "save_total_limit": 0,
-        "logging_steps": 1,
-        "dataloader_num_workers": 0,
-        "report_to": ["none"],
         "flip_test": False,
-        **SMALL,
     }
-    return DepthArguments(**{**fields, **changes})
+    return DepthArguments(**{**FINE_TUNING, **SMALL, **fields, **changes})
 
 
 @pytest.fixture
@@ -189,33 +183,32 @@ def test_folder_holds_model_card_evaluation_and_no_pickles(run):
 
 
 @pytest.mark.parametrize(
-    ("size", "flags"),
+    ("size", "task"),
     [
         ((353, 1217), {"kb_crop": True, "image_size": (65, 211)}),
         ((64, 96), {"kb_crop": False, "image_size": (33, 70)}),
     ],
 )
-def test_pipeline_returns_what_evaluation_measures(size, flags, tmp_path):
+def test_pipeline_returns_what_evaluation_measures(size, task, tmp_path):
     """The whole image goes into the pipeline, and its answer is compared with the whole ground truth."""
     rows = dataset_from_rows(make_rows(range(3), *size), cache_dir=str(tmp_path / "cache"))
     rows.save_to_disk(tmp_path / "rows")
-    arguments = {"image_encoder": ENCODER, "train_frames": [f"{tmp_path / 'rows'}#:000000"], "max_steps": 1, **flags}
-    arguments |= {"output_dir": str(tmp_path / "run"), "report_to": ["none"], "dataloader_num_workers": 0}
-    run = finetune_depth(DepthArguments(**arguments, per_device_train_batch_size=1))
+    flags = task | {"max_steps": 1, "per_device_train_batch_size": 1}
+    run = finetune_depth(depth_arguments(f"{tmp_path / 'rows'}#:000000", tmp_path / "run", **flags))
     test = [f"{tmp_path / 'rows'}#:000001,000002"]
     arguments = EvaluateDepthArguments(
-        model=str(run), test_frames=test, kb_crop=flags["kb_crop"], flip_test=False, device="cpu", json=True
+        model=str(run), test_frames=test, kb_crop=task["kb_crop"], flip_test=False, device="cpu", json=True
     )
     measured = evaluate_depth(arguments)["metrics"]
 
     estimate = pipeline("depth-estimation", model=str(run), trust_remote_code=True, device="cpu")
     maps = []
     for row in select_frames(test):
-        target = DepthFrame.from_row(row, create_processor(DepthTaskArguments(**flags))).depth
+        target = DepthFrame.from_row(row, create_processor(DepthTaskArguments(**task))).depth
         answer = estimate(image_from_row(row))["predicted_depth"].numpy()
         assert answer.shape == size
         maps.append((row["frame_id"], answer, target))
-    served = evaluate_maps(maps, DepthProtocol(kb_crop=flags["kb_crop"]))["metrics"]
+    served = evaluate_maps(maps, DepthProtocol(kb_crop=task["kb_crop"]))["metrics"]
     assert served == {name: pytest.approx(measured[name], abs=1e-6) for name in METRICS}
 
 
