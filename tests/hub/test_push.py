@@ -97,16 +97,10 @@ def test_photographs_of_test_frames_stay(endpoint, run_folder, tmp_path):
         assert ("pictures/000_frame.png" in files) == (b"000_frame.png" in files["README.md"]) == published
 
 
-def test_a_folder_of_links_as_in_the_cache_of_the_hub(endpoint, run_folder, tmp_path):
+def test_links_as_in_the_cache_of_the_hub_are_followed_and_texts_elsewhere_are_not(endpoint, run_folder, tmp_path):
     folder = shutil.copytree(run_folder / "image_encoder", tmp_path / "encoder")
     (folder / "model.safetensors").rename(tmp_path / "blob")
     (folder / "model.safetensors").symlink_to("../blob")
-    push_folder(folder, "owner/encoder")
-    assert endpoint.files("owner/encoder")["model.safetensors"] == (tmp_path / "blob").read_bytes()
-
-
-def test_a_text_that_is_a_link_out_of_the_folder_is_not_published(endpoint, run_folder, tmp_path):
-    folder = shutil.copytree(run_folder / "image_encoder", tmp_path / "encoder")
     for target in (tmp_path / "credentials", tmp_path / "blobs" / "1f", folder / "inside"):
         target.parent.mkdir(exist_ok=True)
         target.write_text("{}", encoding="utf-8")
@@ -115,7 +109,9 @@ def test_a_text_that_is_a_link_out_of_the_folder_is_not_published(endpoint, run_
         push_folder(folder, "owner/encoder")
     (folder / "credentials.json").unlink()
     push_folder(folder, "owner/encoder")
-    assert {"config.json", "1f.json", "inside.json"} <= set(endpoint.files("owner/encoder"))
+    files = endpoint.files("owner/encoder")
+    assert {"config.json", "1f.json", "inside.json"} <= set(files)
+    assert files["model.safetensors"] == (tmp_path / "blob").read_bytes()
 
 
 def test_a_card_that_was_edited_on_the_hub_stays(endpoint, run_folder, tmp_path):
