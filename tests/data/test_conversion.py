@@ -90,17 +90,13 @@ def test_the_empty_folder_one_stands_in_can_be_converted_into(object_root, tmp_p
     (tmp_path / "rows").mkdir()
     monkeypatch.chdir(tmp_path / "rows")
     if system == "windows":
-        remove = os.rmdir
+        remove, refused = os.rmdir, Mock(side_effect=PermissionError("in use"))
         monkeypatch.setattr("os.rmdir", lambda path: refused() if Path(path).samefile(".") else remove(path))
     assert convert_to_parquet(".", data_dir=object_root, split="test")["shards"] == 1
     assert sorted(path.name for path in (tmp_path / "rows").iterdir()) == ["README.md", "data"]
     monkeypatch.setattr("os.path.ismount", lambda path: True)
     with pytest.raises(SimIPUError, match="is a mounted disk"):
         convert_to_parquet(tmp_path / "disk", data_dir=object_root)
-
-
-def refused() -> None:
-    raise PermissionError("in use")
 
 
 @pytest.mark.parametrize("options", [{}, {"image_size": (2, 3)}, {"image_format": "webp"}])

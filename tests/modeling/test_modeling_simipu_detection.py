@@ -52,15 +52,6 @@ def random_boxes(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(rng.uniform(low, high, (count, 7))), torch.from_numpy(rng.integers(0, 3, count))
 
 
-def decoded_at(cells: list[list[int]], depths: list[float]) -> torch.Tensor:
-    """Boxes (n, 7) of class 0 whose middles appear in the middle of these cells."""
-    values = torch.zeros(1, len(cells), 9)
-    values[..., 2] = torch.tensor(depths).div(700).log() - CONFIG.log_depth_per_focal
-    values[..., -1] = 1
-    labels = torch.zeros(1, len(cells), dtype=torch.long)
-    return decode_boxes(torch.tensor([cells]), values, labels, PROJECTION[None].float(), GRID, CONFIG)[0]
-
-
 def test_decoding_inverts_encoding():
     boxes, labels = random_boxes(50)
     cells, values = encode_boxes(boxes, labels, PROJECTION, GRID, CONFIG)
@@ -138,8 +129,12 @@ def peak_sigma(width: float, height: float) -> float:
 
 def test_an_object_outside_the_image_takes_no_cell_of_another():
     # columns 318 of row 59 and -2 of row 60: as far from the first cell, counted along the rows
-    boxes_3d = decoded_at([[318, 59], [-2, 60]], depths=[20.0, 10.0])
-    labels = labels_of(boxes_3d, torch.zeros(2, dtype=torch.long))
+    cells, classes = torch.tensor([[[318, 59], [-2, 60]]]), torch.zeros(1, 2, dtype=torch.long)
+    values = torch.zeros(1, 2, 9)
+    values[..., 2] = torch.tensor([20.0, 10.0]).div(700).log() - CONFIG.log_depth_per_focal
+    values[..., -1] = 1
+    boxes_3d = decode_boxes(cells, values, classes, PROJECTION[None].float(), GRID, CONFIG)[0]
+    labels = labels_of(boxes_3d, classes[0])
     targets = encode_targets(labels, PROJECTION.float(), GRID, (3, 96, 320), CONFIG)
     assert targets.cells.tolist() == [[318, 59]]
 
