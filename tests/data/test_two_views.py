@@ -329,31 +329,27 @@ def test_samples_are_a_pure_function_of_seed_epoch_and_index():
         dataset[6]
 
 
-def break_points(rows):
-    rows[2]["points"] = rows[2]["points"][:-3]
-
-
-def cut_image(rows):
-    buffer = io.BytesIO()
-    rows[2]["image"].save(buffer, "PNG")
-    rows[2]["image"] = {"bytes": buffer.getvalue()[:2000], "path": None}
-
-
-def turn_image(rows):
-    exif, buffer = Image.Exif(), io.BytesIO()
-    exif[0x112] = 6
-    rows[2]["image"].save(buffer, "JPEG", exif=exif)
-    rows[2]["image"] = {"bytes": buffer.getvalue(), "path": None}
-
-
-def look_away(rows):
-    rows[2]["lidar_to_camera"] = (np.diag([1, 1, -1, 1]) @ LIDAR_TO_CAMERA).tolist()
+def stored(image, orientation=1, length=None):
+    """The first bytes of a file."""
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    image.save(file := io.BytesIO(), "PNG", exif=exif)
+    return {"bytes": file.getvalue()[:length], "path": None}
 
 
 @pytest.mark.parametrize(
-    ("change", "num_workers"), [(break_points, 0), (cut_image, 2), (turn_image, 0), (look_away, 2)]
+    ("column", "damage", "num_workers"),
+    [
+        ("points", lambda points: points[:-3], 0),
+        ("image", lambda image: stored(image, length=2000), 2),
+        ("image", lambda image: stored(image, orientation=6), 0),
+        ("lidar_to_camera", lambda _: (np.diag([1, 1, -1, 1]) @ LIDAR_TO_CAMERA).tolist(), 2),  # it looks away
+    ],
 )
-def test_bad_rows_are_named_or_replaced_by_the_next(change, num_workers):
+def test_bad_rows_are_named_or_replaced_by_the_next(column, damage, num_workers):
+    def change(rows):
+        rows[2][column] = damage(rows[2][column])
+
     with pytest.raises(SimIPUError, match=r"row 2 \(frame_id 000002\): "):
         make_dataset(change=change)[2]
     dataset = make_dataset(change=change, on_bad_row="skip")
