@@ -22,6 +22,7 @@ from simipu_hf.training.arguments import (
 )
 
 CPU = torch.device("cpu")
+SMALL = {"num_points": 96, "config_overrides": OVERRIDES, "device": "cpu", "repeats": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -37,10 +38,7 @@ def data_dir(tmp_path_factory):
 
 
 def test_ops_measures_every_backend_and_the_whole_encoder(data_dir):
-    arguments = BenchmarkOpsArguments(
-        data_dir=data_dir, num_points=96, config_overrides=OVERRIDES, device="cpu", repeats=1
-    )
-    rows = benchmark_ops(arguments).rows
+    rows = benchmark_ops(BenchmarkOpsArguments(data_dir=data_dir, **SMALL)).rows
     assert {row["backend"] for row in rows} >= {"torch", "numba", "in turn", "threads", "auto"}
     for operation in ("furthest_point_sample ", "furthest_point_sample_features", "ball_query", "group_max"):
         assert any(operation in row["part"] for row in rows), operation
@@ -62,10 +60,7 @@ def test_step_measures_the_whole_and_its_parts(data_dir, preset, precision, monk
             mixed_precision=precision,
             image_encoder="test_resnet",
             image_size=(32, 96),
-            num_points=96,
-            config_overrides=OVERRIDES,
-            device="cpu",
-            repeats=1,
+            **SMALL,
         )
     )
     seconds = {row["part"]: row["seconds"] for row in result.rows}
