@@ -2,8 +2,15 @@
 
 from pathlib import Path
 
+import datasets
 import pytest
 from kitti_folders import write_object, write_raw
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are prepared lie in `cache`."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture

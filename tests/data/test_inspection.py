@@ -133,7 +133,7 @@ def test_an_inverted_calibration_is_noted_though_points_are_in_view(tmp_path, in
     image = rng.integers(0, 255, (64, 128, 3), dtype=np.uint8)
     scan = np.concatenate([street, house])
     rows = [to_row(str(index), image, scan, projection, lidar_to_camera) for index in range(2)]
-    dataset_from_rows(rows, cache_dir=str(tmp_path / "cache")).save_to_disk(tmp_path / "rows")
+    dataset_from_rows(rows).save_to_disk(tmp_path / "rows")
     report = inspect_dataset(tmp_path / "rows")
     (camera,) = report.cameras.values()
     assert camera.points > 20
@@ -158,7 +158,7 @@ def test_scans_of_other_columns_and_labels_that_cannot_be_used_are_named(object_
 
 def test_only_what_is_asked_for_is_looked_at(object_root, raw_root, tmp_path):
     shutil.copytree(object_root / "training/image_2", object_root / "training/image_3")
-    load_pretraining_dataset(data_dir=raw_root, cache_dir=tmp_path / "cache").save_to_disk(tmp_path / "saved")
+    load_pretraining_dataset(data_dir=raw_root).save_to_disk(tmp_path / "saved")
     assert "P3" in inspect_dataset(data_dir=object_root, split="train", cameras=3).problems[0].message
     assert inspect_dataset(data_dir=object_root, split="validation").splits == {"val": 2}
     with pytest.raises(SimIPUError, match="scenes: expected"):
