@@ -632,7 +632,7 @@ def test_a_module_ends_with_one_line_for_a_mistake(name, flags, capsys, monkeypa
 
 def test_a_killed_process_resumes_to_the_bit(frames, tmp_path):
     """SIGKILL at some moment behind the second checkpoint of a real process."""
-    changes = ("--max_steps", "30", "--checkpointing_steps", "2", "--save_total_limit", "0")  # which keeps all
+    changes = ("--max_steps", "20", "--checkpointing_steps", "2", "--save_total_limit", "0")  # which keeps all
     flags = arguments(frames, tmp_path / "whole", *changes)
     whole = pretrain(flags)
     config, out = tmp_path / "flags.json", tmp_path / "killed"

@@ -8,9 +8,10 @@ from kitti_folders import write_object, write_raw
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that are prepared lie in `cache`."""
+def datasets_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are prepared lie in `cache`, and datasets hardly waits where a mixture of streams is left."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
 
 
 @pytest.fixture

@@ -288,9 +288,7 @@ def test_a_stream_sees_every_row_of_an_epoch_in_another_order_each_time(shards, 
     assert seen[0] != seen[1] != names
 
 
-def test_streams_are_mixed_by_weight(shards, tmp_path, monkeypatch):
-    # datasets waits as long each time that a mixture is left
-    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
+def test_streams_are_mixed_by_weight(shards, tmp_path):
     other = save(tmp_path, [f"other/{index}" for index in range(40)], first=1000)
     with pytest.raises(SimIPUError, match="a weight for each data set"):
         load_mixture([shards, other], streaming=True)
