@@ -1,6 +1,7 @@
 """Shared fixtures. Real frames and the reference step come from folders named by environment variables."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,32 +17,18 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def _folder_from_env(variable: str) -> Path:
-    value = os.environ.get(variable)
-    if not value:
-        pytest.skip(f"{variable} is not set")
-    return Path(value)
+def folder_from(variable: str) -> Callable[[], Path]:
+    """A fixture: the folder that an environment variable names. Where it is not set, tests are skipped."""
+
+    @pytest.fixture(scope="session")
+    def folder() -> Path:
+        value = os.environ.get(variable)
+        return Path(value) if value else pytest.skip(f"{variable} is not set")
+
+    return folder
 
 
-@pytest.fixture(scope="session")
-def kitti_mini() -> Path:
-    """Root of a few real KITTI object frames, in the benchmark's layout."""
-    return _folder_from_env("SIMIPU_KITTI_MINI")
-
-
-@pytest.fixture(scope="session")
-def kitti_raw_mini() -> Path:
-    """Root of a short real KITTI raw drive."""
-    return _folder_from_env("SIMIPU_KITTI_RAW_MINI")
-
-
-@pytest.fixture(scope="session")
-def rigs() -> Path:
-    """Folder with a few real frames of nuScenes and Argoverse 2, and a miniature of Waymo."""
-    return _folder_from_env("SIMIPU_RIGS")
-
-
-@pytest.fixture(scope="session")
-def reference() -> Path:
-    """Folder with one float64 training step of the official network."""
-    return _folder_from_env("SIMIPU_REFERENCE")
+kitti_mini = folder_from("SIMIPU_KITTI_MINI")  # a few real KITTI object frames, in the benchmark's layout
+kitti_raw_mini = folder_from("SIMIPU_KITTI_RAW_MINI")  # a short real KITTI raw drive
+rigs = folder_from("SIMIPU_RIGS")  # a few real frames of nuScenes and Argoverse 2, and a miniature of Waymo
+reference = folder_from("SIMIPU_REFERENCE")  # one float64 training step of the official network

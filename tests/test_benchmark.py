@@ -22,6 +22,7 @@ from simipu_hf.training.arguments import (
 )
 
 CPU = torch.device("cpu")
+SMALL = {"num_points": 96, "config_overrides": OVERRIDES, "device": "cpu", "repeats": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -62,10 +63,7 @@ def test_step_measures_the_whole_and_its_parts(data_dir, preset, precision, monk
             mixed_precision=precision,
             image_encoder="test_resnet",
             image_size=(32, 96),
-            num_points=96,
-            config_overrides=OVERRIDES,
-            device="cpu",
-            repeats=1,
+            **SMALL,
         )
     )
     seconds = {row["part"]: row["seconds"] for row in result.rows}

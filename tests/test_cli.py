@@ -75,6 +75,11 @@ def test_every_command_has_help_an_example_and_a_function(run, words):
         (["pretrain", "--data_dir", "x", "--output_dir", "y", "--learnin_rate", "1"], 2, "--learning_rate"),
         (["pretrain", "--config", "nowhere.yaml"], 1, "error: --config nowhere.yaml: no such file"),
         (["visualize", "--output_dir", "x", "--frames", "one"], 1, "error: --frames 'one'"),
+        (["export", "--model", "a", "--output_dir", "b", "--prefix", "x"], 1, "does nothing without"),
+        (["export", "--model", "a", "--output_dir", "b", "--image_size", "64", "64"], 1, "does nothing without"),
+        (["visualize", "--output_dir", "b", "--data_dir", "a", "--device", "cuda"], 1, "does nothing without"),
+        (["data", "push", "--data", "a", "--repo_id", "b/c", "--private", "--public"], 1, "not both"),
+        (["data", "inspect", "--data_dir", "a", "--picture_path", "thesis.tex"], 1, "ends in .png"),
     ],
 )
 def test_mistakes_end_with_a_message_and_no_traceback(run, argv, code, message):
@@ -133,22 +138,6 @@ def test_flags_reach_the_functions(run, monkeypatch, tmp_path):
     (arguments,) = pretrain.call_args.args
     assert (arguments.data_dir, arguments.seed, arguments.max_steps) == ("KITTI", 4, 9)
     assert arguments.sync_batch_norm is False
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "export --model a --output_dir b --prefix x",
-        "export --model a --output_dir b --image_size 64 64",
-        "visualize --output_dir b --data_dir a --device cuda",
-        "data push --data a --repo_id b/c --private --public",
-        "data inspect --data_dir a --picture_path thesis.tex",
-    ],
-)
-def test_flags_without_effect_or_meaning_are_refused(run, line):
-    code, _, err = run(*line.split())
-    assert code == 1
-    assert re.search("does nothing without|not both|ends in .png", err)
 
 
 def test_inspecting_damaged_data_exits_with_one(run, tmp_path):
@@ -238,11 +227,6 @@ raise SystemExit(exit_code_of(run))
     result = python(program, str(tmp_path / "target"))
     assert (result.returncode, result.stdout) == (143, b"")
     assert not list(tmp_path.iterdir())
-
-
-def test_completion_knows_commands_and_flags(run):
-    script = run("--tyro-print-completion", "bash")[1]
-    assert all(word in script for word in ("finetune-depth", "synthesize", "--per_device_train_batch_size"))
 
 
 AUTO = """

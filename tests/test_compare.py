@@ -15,6 +15,7 @@ import timm
 import torch
 from depth_rows import make_rows, save_rows
 from timm.models import save_for_hf
+from tiny_run import COMPARISON, ENCODER
 
 from simipu_hf.compare import (
     Task,
@@ -43,8 +44,6 @@ from simipu_hf.finetuning import create_model, find_rgb_encoder
 from simipu_hf.modeling.modeling_simipu_depth import SimIPUForDepthEstimation
 from simipu_hf.training.arguments import CompareArguments, CompareDepthArguments, DepthTaskArguments
 from simipu_hf.training.logging import read_metrics
-
-ENCODER = "random:test_resnet"
 
 
 class FakeTask(Task):
@@ -274,20 +273,15 @@ def depth_arguments(tmp_path_factory):
     folder = tmp_path_factory.mktemp("depth")
     frames = save_rows(folder)
     return CompareDepthArguments(
-        image_encoders=[f"other={ENCODER}"],
         train_frames=[f"{frames}#train"],
         test_frames=[f"{frames}#test:000006"],
         output_dir=str(folder / "comparison"),
         modes=["full", "frozen"],
-        seeds=[3],
         kb_crop=False,
         image_size=(32, 64),
         max_steps=3,
-        batch_size=2,
-        num_evaluations=2,
         decoder_first=0.4,
-        device="cpu",
-        json=True,
+        **COMPARISON,
     )
 
 

@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pytest
 from detection_rows import PROJECTION, make_row, save_rows
+from tiny_run import COMPARISON, FINE_TUNING
 
 from simipu_hf.compare_detection import compare_detection
 from simipu_hf.data.detection import DetectionFrame
@@ -29,8 +30,6 @@ from simipu_hf.modeling.modeling_simipu_detection import SimIPUForMonocular3DDet
 from simipu_hf.training.arguments import CompareDetectionArguments, DetectionArguments, EvaluateDetectionArguments
 from simipu_hf.visualization.figures import draw_objects
 
-ENCODER = "random:test_resnet"
-
 
 @pytest.fixture(scope="session")
 def frames(tmp_path_factory) -> str:
@@ -39,21 +38,16 @@ def frames(tmp_path_factory) -> str:
 
 def detection_arguments(frames, output_dir, **changes) -> DetectionArguments:
     fields = {
-        "image_encoder": ENCODER,
         "train_frames": [f"{frames}#train"],
         "test_frames": [f"{frames}#test"],
         "output_dir": str(output_dir),
         "image_size": (64, 192),
         "hidden_size": 16,
-        "per_device_train_batch_size": 2,
         "max_steps": 2,
         "eval_steps": 1,
-        "logging_steps": 1,
         "keep_frames": True,
-        "dataloader_num_workers": 0,
-        "report_to": ["none"],
     }
-    return DetectionArguments(**{**fields, **changes})
+    return DetectionArguments(**{**FINE_TUNING, **fields, **changes})
 
 
 @pytest.fixture(scope="session")
@@ -115,18 +109,13 @@ def test_means_are_over_the_classes_with_a_label_that_counts_and_say_so():
 def test_comparison_of_encoders(frames, tmp_path, monkeypatch):
     monkeypatch.setattr("simipu_hf.evaluation.detection.MIN_HEIGHT", (9, 9, 9))  # the cars are small
     arguments = CompareDetectionArguments(
-        image_encoders=[f"other={ENCODER}"],
         train_frames=[f"{frames}#train"],
         test_frames=[f"{frames}#test"],
         output_dir=str(tmp_path),
-        seeds=[3],
         image_size=(64, 192),
         hidden_size=16,
         max_steps=2,
-        batch_size=2,
-        num_evaluations=2,
-        device="cpu",
-        json=True,
+        **COMPARISON,
     )
     with monkeypatch.context() as patch:
         patch.setattr("simipu_hf.evaluation.detection.MIN_HEIGHT", (99, 99, 99))

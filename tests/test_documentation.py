@@ -128,25 +128,17 @@ def inside(workspace, monkeypatch) -> Path:
     reset_accelerate()
 
 
-@pytest.fixture(scope="module")
-def finished() -> set[str]:
-    """The snippets that have run."""
-    return set()
-
-
 @pytest.mark.parametrize("snippet", MARKED, ids=lambda s: f"{s.document.stem}-{s.name}")
-def test_snippet_runs_as_printed(snippet, inside, finished):
-    run_snippet(snippet, finished)
+def test_snippet_runs_as_printed(snippet, inside):
+    run_snippet(snippet)
 
 
-def run_snippet(snippet: Snippet, finished: set[str]) -> None:
-    if str(snippet) in finished:
-        return
+@functools.cache  # each once, also where others run behind it
+def run_snippet(snippet: Snippet) -> None:
     if snippet.after is not None:
         (before,) = [s for s in MARKED if s.document == snippet.document and s.name == snippet.after]
-        run_snippet(before, finished)
+        run_snippet(before)
     exec(compile(snippet.text, str(snippet), "exec"), {"__name__": "__main__"})
-    finished.add(str(snippet))
 
 
 def test_marks_are_unique_and_belong_to_python():
@@ -199,32 +191,22 @@ SHELL = [
 
 @pytest.mark.parametrize("command", SHELL)
 def test_command_exists_and_takes_these_flags(command, inside):
+    """It is parsed as `simipu-hf` does, without being run; a module has the flags of the command of its name."""
     if command[:2] == ["accelerate", "launch"]:
         launched = launch_command_parser().parse_args(command[2:])
         assert launched.module, f"{command}: launch with -m"
-        check_module(launched.training_script, launched.training_script_args)
-    elif command[:2] == ["python", "-m"]:
-        check_module(command[2], command[3:])
-    elif command[0] == "simipu-hf":
-        check_cli(command[1:])
+        command = ["python", "-m", launched.training_script, *launched.training_script_args]
+    if command[:2] == ["python", "-m"]:
+        package, name = command[2].split(".")
+        assert package == "simipu_hf"
+        command = ["simipu-hf", name.replace("_", "-"), *command[3:]]
+    assert command[0] == "simipu-hf", f"nothing here knows how to check {command}"
+    function, argv = find_command(command[1:])
+    assert not isinstance(function, dict), "a command is missing"
+    if dataclasses.is_dataclass(function):
+        parse_arguments(function, argv)
     else:
-        pytest.fail(f"nothing here knows how to check {command}")
-
-
-def check_module(module: str, argv: list[str]) -> None:
-    package, name = module.split(".")
-    assert package == "simipu_hf"
-    parse_arguments(cli.COMMANDS[name.replace("_", "-")], argv)
-
-
-def check_cli(argv: list[str]) -> None:
-    """Parse a command line as `simipu-hf` does, without running it."""
-    command, argv = find_command(argv)
-    assert not isinstance(command, dict), "a command is missing"
-    if dataclasses.is_dataclass(command):
-        parse_arguments(command, argv)
-    else:
-        without_effect = functools.wraps(command)(lambda *args, **kwargs: None)
+        without_effect = functools.wraps(function)(lambda *args, **kwargs: None)
         tyro.cli(without_effect, args=argv, use_underscores=True)
 
 
@@ -246,19 +228,15 @@ def test_commands_in_the_text_exist():
 
 def test_flags_in_the_text_exist(capsys):
     known = OTHER_FLAGS | {"--config", "--version"} | set(launch_command_parser()._option_string_actions)
-    for words in all_commands(cli.COMMANDS):
-        with pytest.raises(SystemExit):
-            cli.main([*words, "--help"])
-        known |= set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out))
+    with pytest.raises(SystemExit):
+        cli.main(["--tyro-print-completion", "bash"])
+    completion = capsys.readouterr().out
+    assert all(command in completion for command in (*cli.COMMANDS, *cli.COMMANDS["data"]))
+    known |= set(re.findall(r"--[a-z][\w-]*", completion))
     for document in DOCUMENTS:
         for code in inline_code(document):
             named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", code))
             assert named <= known, f"{document.name}: `{code}`"
-
-
-def all_commands(commands: dict[str, Any], words: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    for name, command in commands.items():
-        yield from all_commands(command, (*words, name)) if isinstance(command, dict) else [(*words, name)]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)

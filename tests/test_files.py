@@ -1,7 +1,5 @@
 """The atomic write: complete or absent, with the permissions of the umask."""
 
-import json
-import math
 import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
@@ -24,11 +22,6 @@ def test_a_file_is_replaced_as_a_whole(tmp_path):
             assert not target.exists() or target.read_text(encoding="utf-8") == "first"
     assert target.read_text(encoding="utf-8") == "second ü"
     assert os.listdir(target.parent) == ["notes.txt"]
-
-
-def test_json_has_no_nan(tmp_path):
-    write_json(tmp_path / "values.json", {"a": math.nan, "b": [math.inf, 1.5]})
-    assert json.loads((tmp_path / "values.json").read_text(encoding="utf-8")) == {"a": None, "b": [None, 1.5]}
 
 
 def test_an_error_leaves_the_earlier_file(tmp_path):

@@ -12,9 +12,10 @@ import torch
 import yaml
 from depth_rows import make_rows, save_rows
 from PIL import Image
-from safetensors.torch import load_file
 from timm.models import save_for_hf
+from tiny_run import ENCODER, FINE_TUNING
 from transformers import Trainer, TrainerCallback, TrainingArguments, pipeline
+from weights import assert_same_weights, weights
 
 from simipu_hf import finetune_depth as finetune_depth_module
 from simipu_hf.cli import run as run_command
@@ -32,7 +33,6 @@ from simipu_hf.training.arguments import DepthArguments, DepthTaskArguments, Eva
 from simipu_hf.training.checkpoint import save_checkpoint
 from simipu_hf.training.logging import read_metrics
 
-ENCODER = "random:test_resnet"
 SMALL = {"kb_crop": False, "image_size": (32, 64)}
 
 
@@ -43,20 +43,14 @@ def frames(tmp_path_factory) -> str:
 
 def depth_arguments(frames, output_dir, **changes) -> DepthArguments:
     fields = {
-        "image_encoder": ENCODER,
         "train_frames": [frames],
         "output_dir": str(output_dir),
-        "per_device_train_batch_size": 2,
         "max_steps": 4,
         "checkpointing_steps": 2,
         "save_total_limit": 0,
-        "logging_steps": 1,
-        "dataloader_num_workers": 0,
-        "report_to": ["none"],
         "flip_test": False,
-        **SMALL,
     }
-    return DepthArguments(**{**fields, **changes})
+    return DepthArguments(**{**FINE_TUNING, **SMALL, **fields, **changes})
 
 
 @pytest.fixture
@@ -67,15 +61,6 @@ def fine_tune(frames, tmp_path):
 
 def depth_model(**fields) -> SimIPUForDepthEstimation:
     return create_model(SimIPUForDepthEstimation, find_rgb_encoder(ENCODER), **fields)
-
-
-def saved_weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def assert_equal_weights(first, second):
-    assert first.keys() == second.keys()
-    assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +76,7 @@ def run(frames, tmp_path_factory):
 def test_resumed_run_is_bit_equal(fine_tune, run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     fine_tune("run", resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"), dataloader_num_workers=1)
-    assert_equal_weights(saved_weights(run), saved_weights(tmp_path / "run"))
+    assert_same_weights(run, tmp_path / "run")
     straight, resumed = (read_metrics(folder / "metrics.jsonl") for folder in (run, tmp_path / "run"))
     assert [line["step"] for line in resumed] == [1, 2, 3, 4]
     assert [line["loss"] for line in straight] == [line["loss"] for line in resumed]
@@ -101,7 +86,7 @@ def test_resumed_run_is_bit_equal(fine_tune, run, tmp_path):
     last = shutil.copytree(run / "checkpoint-2", tmp_path / "download" / "last-checkpoint")  # as it is published
     fine_tune("again", resume_from_checkpoint=str(last), checkpointing_steps=1)
     assert (tmp_path / "again" / "checkpoint-3").is_dir()
-    assert_equal_weights(saved_weights(run), saved_weights(tmp_path / "again"))
+    assert_same_weights(run, tmp_path / "again")
 
 
 def test_a_checkpoint_that_lacks_a_file_of_the_trainer_is_named_and_passed_over(fine_tune, run, tmp_path):
@@ -112,7 +97,7 @@ def test_a_checkpoint_that_lacks_a_file_of_the_trainer_is_named_and_passed_over(
     with pytest.raises(SimIPUError, match=r"checkpoint-4 is damaged: scheduler\.pt is missing"):
         fine_tune("run", resume_from_checkpoint=str(last))
     fine_tune("run", resume_from_checkpoint="latest")
-    assert_equal_weights(saved_weights(run), saved_weights(tmp_path / "run"))
+    assert_same_weights(run, tmp_path / "run")
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(fine_tune, run, tmp_path, monkeypatch):
@@ -129,7 +114,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(fine_tune, run, tmp_path, m
     monkeypatch.undo()
     (tmp_path / "run" / ".checkpoint-saving" / "checkpoint-4").mkdir(parents=True)  # of a kill
     fine_tune("run", resume_from_checkpoint="latest", save_total_limit=1)
-    assert_equal_weights(saved_weights(run), saved_weights(tmp_path / "run"))
+    assert_same_weights(run, tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").glob("*checkpoint-*")] == ["checkpoint-4"]
     assert not list((tmp_path / "run").glob("set_aside-*"))
 
@@ -175,7 +160,7 @@ def test_a_signal_ends_the_run_after_a_checkpoint(fine_tune, run, tmp_path, monk
     assert left == [TrainingInterrupted]
     monkeypatch.undo()
     fine_tune("run", resume_from_checkpoint="latest")
-    assert_equal_weights(saved_weights(run), saved_weights(tmp_path / "run"))
+    assert_same_weights(run, tmp_path / "run")
 
 
 def test_folder_holds_model_card_evaluation_and_no_pickles(run):
@@ -196,33 +181,32 @@ def test_folder_holds_model_card_evaluation_and_no_pickles(run):
 
 
 @pytest.mark.parametrize(
-    ("size", "flags"),
+    ("size", "task"),
     [
         ((353, 1217), {"kb_crop": True, "image_size": (65, 211)}),
         ((64, 96), {"kb_crop": False, "image_size": (33, 70)}),
     ],
 )
-def test_pipeline_returns_what_evaluation_measures(size, flags, tmp_path):
+def test_pipeline_returns_what_evaluation_measures(size, task, tmp_path):
     """The whole image goes into the pipeline, and its answer is compared with the whole ground truth."""
     rows = dataset_from_rows(make_rows(range(3), *size), cache_dir=str(tmp_path / "cache"))
     rows.save_to_disk(tmp_path / "rows")
-    arguments = {"image_encoder": ENCODER, "train_frames": [f"{tmp_path / 'rows'}#:000000"], "max_steps": 1, **flags}
-    arguments |= {"output_dir": str(tmp_path / "run"), "report_to": ["none"], "dataloader_num_workers": 0}
-    run = finetune_depth(DepthArguments(**arguments, per_device_train_batch_size=1))
+    flags = task | {"max_steps": 1, "per_device_train_batch_size": 1}
+    run = finetune_depth(depth_arguments(f"{tmp_path / 'rows'}#:000000", tmp_path / "run", **flags))
     test = [f"{tmp_path / 'rows'}#:000001,000002"]
     arguments = EvaluateDepthArguments(
-        model=str(run), test_frames=test, kb_crop=flags["kb_crop"], flip_test=False, device="cpu", json=True
+        model=str(run), test_frames=test, kb_crop=task["kb_crop"], flip_test=False, device="cpu", json=True
     )
     measured = evaluate_depth(arguments)["metrics"]
 
     estimate = pipeline("depth-estimation", model=str(run), trust_remote_code=True, device="cpu")
     maps = []
     for row in select_frames(test):
-        target = DepthFrame.from_row(row, create_processor(DepthTaskArguments(**flags))).depth
+        target = DepthFrame.from_row(row, create_processor(DepthTaskArguments(**task))).depth
         answer = estimate(image_from_row(row))["predicted_depth"].numpy()
         assert answer.shape == size
         maps.append((row["frame_id"], answer, target))
-    served = evaluate_maps(maps, DepthProtocol(kb_crop=flags["kb_crop"]))["metrics"]
+    served = evaluate_maps(maps, DepthProtocol(kb_crop=task["kb_crop"]))["metrics"]
     assert served == {name: pytest.approx(measured[name], abs=1e-6) for name in METRICS}
 
 
@@ -246,7 +230,7 @@ def test_a_callback_may_end_a_run_early(fine_tune, monkeypatch):
     create = finetune_depth_module.create_trainer
     monkeypatch.setattr(finetune_depth_module, "create_trainer", stopped)
     run = fine_tune("early", test_frames=[])
-    assert saved_weights(run)
+    assert weights(run)
     assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [1, 2]
 
 
@@ -288,7 +272,7 @@ def dataset(frames):
 
 
 def test_stock_trainer_takes_model_and_processor_and_averages_accumulated_gradients(dataset, tmp_path):
-    weights = []
+    heads = []
     for steps in (1, 2, 4):
         model = depth_model().eval()
         arguments = TrainingArguments(
@@ -299,9 +283,9 @@ def test_stock_trainer_takes_model_and_processor_and_averages_accumulated_gradie
         same_frame = torch.utils.data.Subset(dataset, [0] * 4)
         trainer = Trainer(model, arguments, train_dataset=same_frame, processing_class=dataset.processor)
         trainer.train()
-        weights.append(model.decoder.to_depth.weight.detach().clone())
-    torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(weights[2], weights[0], rtol=1e-4, atol=1e-7)
+        heads.append(model.decoder.to_depth.weight.detach().clone())
+    torch.testing.assert_close(heads[1], heads[0], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(heads[2], heads[0], rtol=1e-4, atol=1e-7)
 
 
 def test_one_cycle_starts_at_a_25th_and_ends_at_a_2500th(dataset, tmp_path):
@@ -350,7 +334,7 @@ def test_the_best_model_is_loaded_at_the_end(dataset, tmp_path):
     values = [entry["eval_abs_rel"] for entry in trainer.state.log_history if "eval_abs_rel" in entry]
     best = 1 + int(np.argmax(values))
     assert best < 4
-    assert_equal_weights(trainer.model.state_dict(), saved_weights(tmp_path / f"checkpoint-{best}"))
+    assert_same_weights(trainer.model, tmp_path / f"checkpoint-{best}")
 
 
 def test_a_resumed_run_knows_its_best_model(dataset, tmp_path, monkeypatch):
@@ -370,7 +354,7 @@ def test_a_resumed_run_knows_its_best_model(dataset, tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "checkpoint-2")
     values, resumed = iter([0.9, 0.8]), trainer()
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert_equal_weights(resumed.model.state_dict(), saved_weights(tmp_path / "checkpoint-1"))
+    assert_same_weights(resumed.model, tmp_path / "checkpoint-1")
     assert resumed.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
 
 
@@ -407,12 +391,12 @@ class StopAfter(TrainerCallback):
 
 
 def test_probe_leaves_the_encoder_as_it_was(fine_tune, run):
-    probe = saved_weights(fine_tune("probe", freeze_image_encoder=True, max_steps=2))
+    probe = weights(fine_tune("probe", freeze_image_encoder=True, max_steps=2))
     start = depth_model().state_dict()
     changed = {name.split(".")[0] for name, value in probe.items() if not torch.equal(value, start[name])}
     assert changed == {"decoder"}
     first = "image_encoder.conv1.0.weight"
-    assert not torch.equal(saved_weights(run)[first], start[first])
+    assert not torch.equal(weights(run)[first], start[first])
 
 
 def test_it_learns_brightness_to_depth(dataset, tmp_path):
@@ -535,10 +519,3 @@ def test_a_first_forward_that_fails_leaves_nothing_behind(fine_tune, tmp_path, m
     with pytest.raises(SimIPUError, match=r"test_resnet does not take images of 32 x 32 .*\(224\)"):
         fine_tune("run")
     assert not (tmp_path / "run").exists()
-
-
-def test_bad_flags_are_named(frames, tmp_path):
-    with pytest.raises(SimIPUError, match="--no_kb_crop needs --image_size"):
-        DepthArguments(train_frames=[frames], output_dir=str(tmp_path / "x"), kb_crop=False)
-    with pytest.raises(SimIPUError, match="--train_frames or --train_list"):
-        DepthArguments(output_dir=str(tmp_path / "x"))

@@ -21,6 +21,13 @@ OVERRIDES = (
     "point_config.mlp_channels=[[[8]],[[8]],[[8]]],point_config.aggregation_channels=[8,8,8]"
 )
 
+ENCODER = "random:test_resnet"
+# fields of the commands that start from an encoder
+FINE_TUNING = {"image_encoder": ENCODER, "per_device_train_batch_size": 2, "logging_steps": 1}
+FINE_TUNING |= {"dataloader_num_workers": 0, "report_to": ["none"]}
+COMPARISON = {"image_encoders": [f"other={ENCODER}"], "seeds": [3], "batch_size": 2, "num_evaluations": 2}
+COMPARISON |= {"device": "cpu", "json": True}
+
 
 def make_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Made-up rows in scenes of two: images of 96 x 32 pixels, scans of 500 points."""

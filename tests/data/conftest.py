@@ -2,8 +2,16 @@
 
 from pathlib import Path
 
+import datasets
 import pytest
 from kitti_folders import write_object, write_raw
+
+
+@pytest.fixture(autouse=True)
+def datasets_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are prepared lie in `cache`, and datasets hardly waits where a mixture of streams is left."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
 
 
 @pytest.fixture

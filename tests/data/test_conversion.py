@@ -43,9 +43,9 @@ def test_parquet_round_trip_is_exact_and_needs_nothing_of_ours(object_root, tmp_
     shards += [f"{split}-0000{part}-of-00002" for split in ("train", "val") for part in range(2)]
     files = sorted(read_folder(tmp_path / "parquet"))
     assert files == ["README.md", *(f"data/{shard}.parquet" for shard in shards)]
-    plain = datasets.load_dataset(str(tmp_path / "parquet"), cache_dir=str(tmp_path / "cache"))
+    plain = datasets.load_dataset(str(tmp_path / "parquet"))
     for split, rows in plain.items():
-        original = load_pretraining_dataset(data_dir=object_root, split=split, cache_dir=tmp_path / "cache")
+        original = load_pretraining_dataset(data_dir=object_root, split=split)
         assert rows.features == original.features
         undecoded = rows.cast_column("image", datasets.Image(decode=False))
         folder = object_root / ("testing" if split == "test" else "training")
@@ -58,9 +58,9 @@ def test_parquet_round_trip_is_exact_and_needs_nothing_of_ours(object_root, tmp_
 def test_rows_of_any_source_can_be_converted(tmp_path):
     dataset_from_rows(map(make_row, "abc"), tmp_path / "rows").save_to_disk(tmp_path / "saved")
     convert_to_parquet(tmp_path / "once", str(tmp_path / "saved"))
-    convert_to_parquet(tmp_path / "twice", str(tmp_path / "once"), cache_dir=tmp_path / "cache")
+    convert_to_parquet(tmp_path / "twice", str(tmp_path / "once"))
     assert read_folder(tmp_path / "once") == read_folder(tmp_path / "twice")
-    assert load_pretraining_dataset(str(tmp_path / "twice"), cache_dir=tmp_path / "cache")[1]["frame_id"] == "b"
+    assert load_pretraining_dataset(str(tmp_path / "twice"))[1]["frame_id"] == "b"
 
 
 def test_scenes_are_converted_from_the_splits_that_have_them(object_root, tmp_path):
@@ -110,7 +110,7 @@ def test_other_columns_are_copied_as_they_are_stored(tmp_path, options):
     table = pq.read_table(tmp_path / "parquet/data/train-00000-of-00001.parquet")
     assert [image["bytes"] for image in table["right"].to_pylist()] == [image["bytes"] for image in images]
     assert table["time"][0].value == 1700000000123456789
-    assert load_pretraining_dataset(str(tmp_path / "parquet"), cache_dir=tmp_path / "c").features == rows.features
+    assert load_pretraining_dataset(str(tmp_path / "parquet")).features == rows.features
 
 
 def test_the_command_takes_every_format():
@@ -121,7 +121,7 @@ def test_the_command_takes_every_format():
 @pytest.mark.parametrize("kind", ["kitti", "rows"])
 def test_an_interrupted_conversion_goes_on_and_ends_equal(object_root, tmp_path, monkeypatch, kind):
     if kind == "rows":
-        load_pretraining_dataset(data_dir=object_root, cache_dir=tmp_path / "c").save_to_disk(tmp_path / "saved")
+        load_pretraining_dataset(data_dir=object_root).save_to_disk(tmp_path / "saved")
         options = {"data_dir": tmp_path / "saved", "num_shards": 9, "num_proc": 1}
     else:
         options = {"data_dir": object_root, "num_shards": 9, "num_proc": 1, "split": ["train", "val"]}
@@ -148,7 +148,7 @@ def test_an_interrupted_conversion_goes_on_and_ends_equal(object_root, tmp_path,
 
 
 def test_what_changed_since_the_interruption_is_converted_again(object_root, tmp_path, monkeypatch):
-    options = {"data_dir": object_root, "split": "train", "num_shards": 9, "cache_dir": tmp_path / "cache"}
+    options = {"data_dir": object_root, "split": "train", "num_shards": 9}
     with monkeypatch.context() as patch:
         patch.setattr(conversion, "_write_card", Mock(side_effect=SimIPUError("interrupted")))
         with pytest.raises(SimIPUError, match="interrupted"):
@@ -156,10 +156,8 @@ def test_what_changed_since_the_interruption_is_converted_again(object_root, tmp
     scan = np.fromfile(object_root / "training/velodyne/000002.bin", "<f4")
     scan[:-4].tofile(object_root / "training/velodyne/000002.bin")
     assert convert_to_parquet(tmp_path / "parquet", **options)["resumed_shards"] == 0
-    data = load_pretraining_dataset(str(tmp_path / "parquet"), cache_dir=tmp_path / "cache")
-    assert (
-        data[2]["points"] == load_pretraining_dataset(data_dir=object_root, cache_dir=tmp_path / "cache")[2]["points"]
-    )
+    data = load_pretraining_dataset(str(tmp_path / "parquet"))
+    assert data[2]["points"] == load_pretraining_dataset(data_dir=object_root)[2]["points"]
 
 
 def test_nothing_of_others_is_overwritten(object_root, tmp_path):
@@ -181,7 +179,7 @@ def test_nothing_of_others_is_overwritten(object_root, tmp_path):
         ({"split": "train"}, "#val: split: expected one, found 'train' as well"),
     ],
 )
-def test_what_would_be_ignored_is_refused(object_root, tmp_path, options, message):
+def test_what_would_be_ignored_is_refused(object_root, options, message):
     target = object_root / options.pop("output_dir", "../parquet")
     with pytest.raises(SimIPUError, match=message):
         convert_to_parquet(target, data_dir=f"{object_root}#val", **options)
@@ -206,7 +204,7 @@ def test_a_scan_behind_the_camera_is_named(tmp_path):
 
 
 def test_files_are_as_large_and_as_many_as_asked_for(object_root, tmp_path):
-    options = {"data_dir": object_root, "split": "train", "cache_dir": tmp_path / "cache", "num_proc": 2}
+    options = {"data_dir": object_root, "split": "train", "num_proc": 2}
     assert convert_to_parquet(tmp_path / "one", **options)["shards"] == 1
     assert convert_to_parquet(tmp_path / "two", num_shards=2, **options)["shards"] == 2
     assert convert_to_parquet(tmp_path / "small", max_shard_size="1KB", **options)["shards"] == 3
@@ -215,7 +213,7 @@ def test_files_are_as_large_and_as_many_as_asked_for(object_root, tmp_path):
     convert_to_parquet(tmp_path / "four", data_dir=tmp_path / "saved", num_shards=4, num_proc=1)
     files = sorted((tmp_path / "four").rglob("*.parquet"))
     assert [pq.read_metadata(file).num_rows for file in files] == [2, 3, 2, 3]
-    assert load_pretraining_dataset(data_dir=tmp_path / "four", cache_dir=tmp_path / "c")["frame_id"][:] == names
+    assert load_pretraining_dataset(data_dir=tmp_path / "four")["frame_id"][:] == names
     numbers = ({"num_shards": 0}, {"max_shard_size": "large"})
     for wrong in ({"image_format": "gif"}, {"image_size": (0, 5)}, {"image_size": (9, 5, 3)}, *numbers):
         with pytest.raises(SimIPUError, match=f"{next(iter(wrong))}: (expected|.*is not in a valid format)"):
@@ -237,7 +235,7 @@ def test_images_are_resized_and_encoded_anew(tmp_path):
     convert_to_parquet(
         tmp_path / "parquet", str(tmp_path / "saved"), image_size=(30, 20), image_format="jpeg", quality=100
     )
-    row = load_pretraining_dataset(str(tmp_path / "parquet"), cache_dir=tmp_path / "cache")[0]
+    row = load_pretraining_dataset(str(tmp_path / "parquet"))[0]
     assert (row["image"].format, row["image"].size) == ("JPEG", (20, 30))
     np.testing.assert_array_equal(points_from_row(row), points.astype(np.float32))  # the one behind is cut
     pixels = np.asarray(row["camera_projection"]) @ np.vstack([points[:, :3].T, [1, 1]])
@@ -286,24 +284,24 @@ def test_labels_one_by_one_and_depth_are_resized_with_their_image(tmp_path):
     for name, data in (("saved", png.getvalue()), ("cut", png.getvalue()[:60])):
         pictures = rows.add_column("depth", [{"bytes": data, "path": None}])
         pictures.cast_column("depth", datasets.Image()).save_to_disk(tmp_path / name)
-    options = {"image_size": (30, 20), "cache_dir": tmp_path / "cache"}
+    options = {"image_size": (30, 20)}
     with pytest.raises(SimIPUError, match=r"depth: expected datasets\.Image"):
         convert_to_parquet(tmp_path / "wrong", str(tmp_path / "paths"), **options)
     with pytest.raises(SimIPUError, match="frame log/0: cannot be read as a depth PNG"):
         convert_to_parquet(tmp_path / "wrong", str(tmp_path / "cut"), **options)
     convert_to_parquet(tmp_path / "small", str(tmp_path / "saved"), **options)
-    row = load_pretraining_dataset(str(tmp_path / "small"), cache_dir=tmp_path / "cache")[0]
+    row = load_pretraining_dataset(str(tmp_path / "small"))[0]
     assert row["objects"][0]["bbox"] == [2, 9.5, 7, 19.5]
     target = image_and_depth(row)[1]
     assert (target.shape, target[15, 10], target.sum()) == ((30, 20), 10, 10)
 
 
 def test_boxes_of_labels_are_resized_with_their_image(object_root, tmp_path):
-    options = {"data_dir": object_root, "split": "train", "cache_dir": tmp_path / "cache", "num_proc": 1}
+    options = {"data_dir": object_root, "split": "train", "num_proc": 1}
     before = load_pretraining_dataset(**options)[0]
     width, height = before["image"].size
     convert_to_parquet(tmp_path / "small", image_size=(height // 2, width // 4), **options)
-    after = load_pretraining_dataset(data_dir=tmp_path / "small", cache_dir=tmp_path / "cache")[0]
+    after = load_pretraining_dataset(data_dir=tmp_path / "small")[0]
     scale = np.array([width // 4 / width, height // 2 / height] * 2)
     assert len(before["objects"]["bbox"])
     expected = (np.array(before["objects"]["bbox"]) + 0.5) * scale - 0.5

@@ -31,7 +31,6 @@ from simipu_hf.modeling.image_processing_simipu import SimIPUImageProcessor
 
 PROJECTION = np.array([[FOCAL, 0, 32, 0], [0, FOCAL, 16, 0], [0, 0, 1, 0]])
 PROCESSOR = SimIPUImageProcessor(size={"height": 32, "width": 64}, pad_size_divisor=1)
-WHOLE = SimIPUImageProcessor(do_resize=False)
 
 
 @pytest.fixture(scope="module")

@@ -133,7 +133,7 @@ def test_an_inverted_calibration_is_noted_though_points_are_in_view(tmp_path, in
     image = rng.integers(0, 255, (64, 128, 3), dtype=np.uint8)
     scan = np.concatenate([street, house])
     rows = [to_row(str(index), image, scan, projection, lidar_to_camera) for index in range(2)]
-    dataset_from_rows(rows, cache_dir=str(tmp_path / "cache")).save_to_disk(tmp_path / "rows")
+    dataset_from_rows(rows).save_to_disk(tmp_path / "rows")
     report = inspect_dataset(tmp_path / "rows")
     (camera,) = report.cameras.values()
     assert camera.points > 20

@@ -152,7 +152,7 @@ def test_pixels_are_those_of_pillow_and_so_are_refusals(tmp_path, monkeypatch, w
             np.testing.assert_array_equal(pixels_from_row(row), by_pillow)
 
 
-def test_a_flipped_bit_in_a_png_is_found(tmp_path):
+def test_a_flipped_bit_in_a_png_is_found():
     for mode in ("RGB", "RGBA", "I;16"):
         data = bytearray(encoded_image("L" if mode == "I;16" else mode, "PNG"))
         if mode == "I;16":
@@ -224,28 +224,26 @@ def test_an_interrupted_generator_leaves_nothing(tmp_path):
 
 def test_kitti_raw_is_recognised(raw_root, tmp_path):
     for name in (None, "raw"):
-        data = load_pretraining_dataset(str(raw_root), dataset_config_name=name, cache_dir=tmp_path / "cache")
+        data = load_pretraining_dataset(str(raw_root), dataset_config_name=name)
         assert len(data) == 2
     with pytest.raises(SimIPUError, match="drive_0009"):
         load_pretraining_dataset(str(raw_root), cache_dir=tmp_path, scenes=["2011_09_26_drive_0009"])
 
 
-def test_only_the_split_asked_for_must_be_sound(object_root, tmp_path):
+def test_only_the_split_asked_for_must_be_sound(object_root):
     (object_root / "testing/velodyne/000000.bin").unlink()
-    assert len(load_pretraining_dataset(data_dir=object_root, cache_dir=tmp_path)) == 3
+    assert len(load_pretraining_dataset(data_dir=object_root)) == 3
     with pytest.raises(SimIPUError, match=r"testing.velodyne.000000\.bin"):
-        load_pretraining_dataset(data_dir=object_root, split="test", cache_dir=tmp_path)
+        load_pretraining_dataset(data_dir=object_root, split="test")
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_parquet_folder(rows, tmp_path, streaming, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "parquet"  # as datasets calls a module of its own, which would take train.pt for data
-    folder.mkdir()
-    (tmp_path / "train.pt").touch()
+    (tmp_path / "train.pt").touch()  # which a module of datasets, named as the folder is, would take for data
     embedded = rows.with_format("arrow").map(datasets.table.embed_table_storage, batched=True)
-    embedded.to_parquet(folder / "train-00000-of-00001.parquet")
-    data = load_pretraining_dataset("parquet", streaming=streaming, cache_dir=tmp_path / "cache")
+    embedded.to_parquet(tmp_path / "parquet/train-00000-of-00001.parquet")
+    data = load_pretraining_dataset("parquet", streaming=streaming)
     for row, original in zip(data, rows, strict=True):
         check_row(row)
         assert row["points"] == original["points"]
@@ -335,19 +333,18 @@ def test_a_share_is_held_out_of_train_or_the_only_split(tmp_path, name):
         assert list(load(split="test")["frame_id"]) == list(test["frame_id"])
 
 
-def test_no_row_is_read_twice(object_root, tmp_path):
-    options = {"cache_dir": tmp_path / "cache"}
-    assert len(load_pretraining_dataset(data_dir=object_root, split="train+val+test", **options)) == 5 + 1
+def test_no_row_is_read_twice(object_root):
+    assert len(load_pretraining_dataset(data_dir=object_root, split="train+val+test")) == 5 + 1
     for split in ("train+train", "train+train[:1]"):
         with pytest.raises(SimIPUError, match="object: frame 000000: expected one row, found 2"):
-            load_pretraining_dataset(data_dir=object_root, split=split, **options)
+            load_pretraining_dataset(data_dir=object_root, split=split)
     for sources in ([object_root, object_root], [f"{object_root}#train", f"{object_root}#val+train"]):
         with pytest.raises(SimIPUError, match=r"expected other rows than those taken before, found .*000000"):
-            load_pretraining_dataset(data_dir=sources, **options)
+            load_pretraining_dataset(data_dir=sources)
     streams = [f"{object_root}#train", f"{object_root}#val+train"], [f"{object_root}#val", f"{object_root}#validation"]
     for source in (f"{object_root}#train+train", *streams):
         with pytest.raises(SimIPUError, match=r"expected (different names|other rows)"):
-            load_pretraining_dataset(data_dir=source, streaming=True, **options)
+            load_pretraining_dataset(data_dir=source, streaming=True)
 
 
 @pytest.mark.parametrize(
@@ -357,10 +354,10 @@ def test_no_row_is_read_twice(object_root, tmp_path):
         (2, np.full(8, -5.0), "frame 000001: expected points of the scan in the image, found none"),
     ],
 )
-def test_damage_is_one_clear_error_and_can_be_skipped(object_root, tmp_path, num_proc, numbers, message, monkeypatch):
+def test_damage_is_one_clear_error_and_can_be_skipped(object_root, num_proc, numbers, message, monkeypatch):
     monkeypatch.setattr(preparation, "CHUNK", 2)  # 000002 is in another file
     numbers.astype("<f4").tofile(object_root / "training/velodyne/000001.bin")
-    options = {"data_dir": object_root, "num_proc": num_proc, "cache_dir": tmp_path / "cache"}
+    options = {"data_dir": object_root, "num_proc": num_proc}
     with pytest.raises(SimIPUError, match=message):
         load_pretraining_dataset(**options)
     for _ in range(2):  # prepared, then from the cache
@@ -374,14 +371,14 @@ def test_damage_is_one_clear_error_and_can_be_skipped(object_root, tmp_path, num
 
 
 @pytest.mark.parametrize("skipped", [[], None])
-def test_a_frame_left_out_for_a_passing_reason_comes_back(object_root, tmp_path, monkeypatch, skipped):
+def test_a_frame_left_out_for_a_passing_reason_comes_back(object_root, monkeypatch, skipped):
     def away(path):
         if path.endswith("000001.bin"):
             raise ValueError(f"{path}: a disk that is away")
         return read_points(path)
 
     read_points = kitti.read_points
-    load = partial(load_pretraining_dataset, data_dir=object_root, num_proc=1, cache_dir=tmp_path / "cache")
+    load = partial(load_pretraining_dataset, data_dir=object_root, num_proc=1)
     with monkeypatch.context() as patch:
         patch.setattr(kitti, "read_points", away)
         assert len(load(skipped=[])) == 2
@@ -389,12 +386,12 @@ def test_a_frame_left_out_for_a_passing_reason_comes_back(object_root, tmp_path,
     assert not skipped
 
 
-def test_damage_while_streaming(object_root, tmp_path):
+def test_damage_while_streaming(object_root):
     shutil.copy(object_root / "ImageSets/val.txt", object_root / "training/velodyne/000001.bin")
-    data = load_pretraining_dataset(data_dir=object_root, streaming=True, cache_dir=tmp_path)
+    data = load_pretraining_dataset(data_dir=object_root, streaming=True)
     with pytest.raises(ValueError, match=r"000001\.bin"):
         list(data)
-    data = load_pretraining_dataset(data_dir=object_root, streaming=True, cache_dir=tmp_path, skipped=[])
+    data = load_pretraining_dataset(data_dir=object_root, streaming=True, skipped=[])
     assert isinstance(data, datasets.IterableDataset)
     assert [row["frame_id"] for row in data] == ["000000", "000002"]
 
@@ -409,9 +406,6 @@ def test_what_is_no_data_set_is_named(tmp_path, object_root, raw_root):
     (tmp_path / "loop").mkdir()
     (tmp_path / "loop/again").symlink_to(tmp_path / "loop")
     (tmp_path / "loop/up").symlink_to(tmp_path)
-    (tmp_path / "several/rows").mkdir(parents=True)
-    for name in ("train.parquet", "test.txt"):
-        (tmp_path / "several/rows" / name).write_text("none", encoding="utf-8")
     reduced = shutil.copytree(object_root, tmp_path / "reduced/kitti")
     (reduced / "training/velodyne").rename(reduced / "training/velodyne_reduced")
     cases = [
@@ -426,7 +420,7 @@ def test_what_is_no_data_set_is_named(tmp_path, object_root, raw_root):
         ({"data_dir": raw_root / "2011_09_26"}, f"did you mean {re.escape(str(raw_root))}"),
         ({"data_dir": reduced.parent}, f"did you mean {re.escape(str(reduced))}"),
         ({"data_dir": tmp_path / "loop"}, "as published.*found again, up"),
-        ({"data_dir": tmp_path / "several"}, "expected a folder of one data set, found rows"),
+        ({"data_dir": tmp_path / "two"}, "expected a folder of one data set, found rows"),
         ({"data_dir": reduced}, "rename it to velodyne"),
         ({"data_dir": tmp_path / "odometry"}, r"found none; they are in KITTI's data_odometry_velodyne\.zip"),
         ({"data_dir": tmp_path / "gray"}, r"no pair; the colour images are in KITTI's data_odometry_color\.zip"),
@@ -440,39 +434,35 @@ def test_what_is_no_data_set_is_named(tmp_path, object_root, raw_root):
     ]
     for options, expected in cases:
         with pytest.raises(SimIPUError, match=expected):
-            load_pretraining_dataset(**options, cache_dir=tmp_path / "cache")
+            load_pretraining_dataset(**options)
 
 
 def test_a_folder_s_name_may_hold_the_mark_of_a_split(object_root, tmp_path):
     folder = object_root.rename(tmp_path / "kitti#2")
     assert split_source(f"{folder}#val:000003") == (str(folder), "val:000003")
     assert split_source("absent#val#2") == ("absent", "val#2")
-    rows = load_pretraining_dataset(data_dir=f"{folder}#val", cache_dir=tmp_path / "cache")
+    rows = load_pretraining_dataset(data_dir=f"{folder}#val")
     assert list(rows["frame_id"]) == ["000003", "000004"]
 
 
 def test_parquet_in_a_dated_or_a_linked_folder_and_a_path_that_datasets_would_expand(rows, tmp_path):
-    (tmp_path / "logs/2026_01_02").mkdir(parents=True)  # which KITTI's days are called
-    rows.to_parquet(tmp_path / "logs/2026_01_02/train.parquet")
-    assert len(load_pretraining_dataset(data_dir=tmp_path / "logs", cache_dir=tmp_path / "cache")) == 4
-    (tmp_path / "real").mkdir()
-    (tmp_path / "linked").mkdir()
+    rows.to_parquet(tmp_path / "logs/2026_01_02/train.parquet")  # as KITTI's days are called
     rows.to_parquet(tmp_path / "real/train-00000-of-00001.parquet")
+    (tmp_path / "linked").mkdir()
     (tmp_path / "linked/data").symlink_to(tmp_path / "real")
-    assert len(load_pretraining_dataset(data_dir=tmp_path / "linked", cache_dir=tmp_path / "cache")) == 4
+    for folder in ("logs", "linked"):
+        assert len(load_pretraining_dataset(data_dir=tmp_path / folder)) == 4
     (tmp_path / "real").rename(tmp_path / "a [1]")
     with pytest.raises(SimIPUError, match=r"a \[1\]: expected a path without"):
         load_pretraining_dataset(data_dir=tmp_path / "a [1]")
 
 
 def test_an_address_of_parquet_files_is_streamed(rows, tmp_path):
-    (tmp_path / "bucket/data").mkdir(parents=True)
     rows.to_parquet(tmp_path / "bucket/data/train-00000-of-00001.parquet")
     rows.select([1]).to_parquet(tmp_path / "bucket/data/val-00000-of-00001.parquet")
-    (tmp_path / "spark/train").mkdir(parents=True)
     rows.to_parquet(tmp_path / "spark/train/part-0.snappy.parquet")
     (tmp_path / "spark/train/_SUCCESS").touch()
-    assert len(load_pretraining_dataset(f"file://{tmp_path}/spark", cache_dir=tmp_path / "cache")) == 4
+    assert len(load_pretraining_dataset(f"file://{tmp_path}/spark")) == 4
     license = "license: other\nlicense_name: terms-of-use"
     (tmp_path / "bucket/README.md").write_text(f"---\n{license}\n---\n", encoding="utf-8")
     address = f"file://{tmp_path}/bucket"
@@ -531,9 +521,9 @@ def test_a_file_in_the_cache_s_place_is_named(object_root, tmp_path):
         load_pretraining_dataset(data_dir=object_root, cache_dir=tmp_path / "cache")
 
 
-def test_rigs_of_published_data_sets_are_recognised(rigs, tmp_path):
+def test_rigs_of_published_data_sets_are_recognised(rigs):
     for name, count, scene in (("nuscenes", 6, "scene-0061"), ("waymo_v2_miniature", 4, None)):
-        rows = load_pretraining_dataset(data_dir=rigs / name, cache_dir=tmp_path)
+        rows = load_pretraining_dataset(data_dir=rigs / name)
         assert len(rows) == count
         assert scene in (None, rows[0]["scene"])
         check_row(rows[0])
@@ -544,7 +534,7 @@ def test_rigs_of_published_data_sets_are_recognised(rigs, tmp_path):
 
 def test_interrupted_preparation_goes_on(object_root, tmp_path, monkeypatch):
     monkeypatch.setattr(preparation, "CHUNK", 1)
-    options = {"data_dir": object_root, "cache_dir": tmp_path / "cache", "num_proc": 1}
+    options = {"data_dir": object_root, "num_proc": 1}
     sound = (object_root / "training/velodyne/000002.bin").read_bytes()
     (object_root / "training/velodyne/000002.bin").write_bytes(b"\0" * 20)
     with pytest.raises(SimIPUError, match=r"000002\.bin"):
@@ -587,51 +577,49 @@ def test_a_stream_reads_neighbours_together_and_has_as_many_shards_for_each_proc
 
 
 def test_rows_are_prepared_anew_where_files_or_code_change(object_root, tmp_path, monkeypatch):
-    options = {"data_dir": object_root, "cache_dir": tmp_path / "cache"}
-    first = load_pretraining_dataset(**options)[0]["points"]
+    first = load_pretraining_dataset(data_dir=object_root)[0]["points"]
     np.fromfile(object_root / "training/velodyne/000000.bin", "<f4")[:80].tofile(
         object_root / "training/velodyne/000000.bin"
     )
-    assert len(load_pretraining_dataset(**options)[0]["points"]) < len(first)
+    assert len(load_pretraining_dataset(data_dir=object_root)[0]["points"]) < len(first)
     prepared = len(list((tmp_path / "cache").rglob("*.arrow")))
     changed = tmp_path / "kitti.py"
     changed.write_bytes(Path(kitti.__file__).read_bytes() + b"\n# changed\n")
     monkeypatch.setattr(kitti, "__file__", str(changed))
-    load_pretraining_dataset(**options)
+    load_pretraining_dataset(data_dir=object_root)
     assert len(list((tmp_path / "cache").rglob("*.arrow"))) == prepared + 1
 
 
-def test_labels_that_cannot_be_used_are_logged_and_stop_nothing(object_root, tmp_path, caplog):
+def test_labels_that_cannot_be_used_are_logged_and_stop_nothing(object_root, caplog):
     path = object_root / "training/label_2/000000.txt"
     path.write_text("Car 0 0 0 1 1 5 5 1 1 1 0 0 9 0\nCar 0 0 0 1 1 5 5 1 1 1 0 0 9\n")
-    rows = load_pretraining_dataset(data_dir=object_root, cache_dir=tmp_path, num_proc=1)
+    rows = load_pretraining_dataset(data_dir=object_root, num_proc=1)
     assert rows[0]["objects"]["type"] == [0, 8]  # a car, and one region, all of the image, of DontCare
     assert f"{path}, line 2: expected 15 fields" in caplog.text
 
 
 def test_what_killed_processes_left_is_removed(object_root, tmp_path):
     names = [".1234abcd-kitti-old.arrow", ".1234abcd-kitti-at-work.arrow"]
-    paths = [tmp_path / "simipu_hf" / name for name in names]
-    paths[0].parent.mkdir()
+    paths = [tmp_path / "cache" / "simipu_hf" / name for name in names]
+    paths[0].parent.mkdir(parents=True)
     for path, age in zip(paths, (2 * 24 * 60 * 60, 60), strict=True):
         path.touch()
         os.utime(path, (time.time() - age,) * 2)
-    load_pretraining_dataset(data_dir=object_root, cache_dir=tmp_path, num_proc=1)
+    load_pretraining_dataset(data_dir=object_root, num_proc=1)
     assert [path.exists() for path in paths] == [False, True]
 
 
 def test_processes_that_load_at_once_prepare_once(object_root, tmp_path):
-    load = partial(load_pretraining_dataset, data_dir=object_root, cache_dir=tmp_path / "cache", num_proc=1)
+    load = partial(load_pretraining_dataset, data_dir=object_root, num_proc=1)
     with ThreadPoolExecutor(3) as pool:
         loaded = [future.result() for future in [pool.submit(load) for _ in range(3)]]
     assert [len(rows) for rows in loaded] == [3, 3, 3]
     assert len(list((tmp_path / "cache").rglob("*.arrow"))) == 1
 
 
-def test_cut_rows_hold_what_the_camera_sees_and_give_the_samples_of_whole_scans_bit_for_bit(kitti_mini, tmp_path):
+def test_cut_rows_hold_what_the_camera_sees_and_give_the_samples_of_whole_scans_bit_for_bit(kitti_mini):
     cut, whole = (
-        load_pretraining_dataset(data_dir=kitti_mini, split="train[:6]", cache_dir=tmp_path, whole_scans=keep)
-        for keep in (False, True)
+        load_pretraining_dataset(data_dir=kitti_mini, split="train[:6]", whole_scans=keep) for keep in (False, True)
     )
     for preset in ("recommended", "official"):
         processor = SimIPUProcessor.from_preset(preset, image_size=(96, 320), num_points=4096)

@@ -47,18 +47,17 @@ def save(folder, frame_ids, first=0) -> str:
 
 def test_sources_are_joined_in_order(object_root, tmp_path):
     saved = save(tmp_path, ["a/0", "a/1"])
-    options = {"cache_dir": tmp_path / "cache"}
-    rows = load_pretraining_dataset(data_dir=[saved, object_root, f"{object_root}#val"], **options)
+    rows = load_pretraining_dataset(data_dir=[saved, object_root, f"{object_root}#val"])
     assert list(rows["frame_id"]) == ["a/0", "a/1", "000000", "000001", "000002", "000003", "000004"]
     assert list(rows["scene"][:3]) == ["a", "a", "training/000000"]
-    rows, mixture = load_mixture(data_dir=[saved, object_root], mixture=[1, 1], seed=3, **options)
+    rows, mixture = load_mixture(data_dir=[saved, object_root], mixture=[1, 1], seed=3)
     assert (len(rows), mixture.sizes, len(mixture)) == (5, (2, 3), 5)
-    assert load_mixture(data_dir=[saved, object_root], **options)[1] is None
+    assert load_mixture(data_dir=[saved, object_root])[1] is None
     for weights in ([1], [1, 0], [1, -1], [1, float("nan")]):
         with pytest.raises(SimIPUError, match="a weight greater than 0 for each of 2 data sets"):
-            load_mixture(data_dir=[saved, object_root], mixture=weights, **options)
+            load_mixture(data_dir=[saved, object_root], mixture=weights)
     with pytest.raises(SimIPUError, match="leave a data set without any of 5 rows"):
-        load_mixture(data_dir=[saved, object_root], mixture=[1, 1e-3], **options)
+        load_mixture(data_dir=[saved, object_root], mixture=[1, 1e-3])
 
 
 def test_joining_writes_nothing_into_the_sources(tmp_path):
@@ -66,7 +65,7 @@ def test_joining_writes_nothing_into_the_sources(tmp_path):
     features = datasets.Features({**ROW_FEATURES, "points": datasets.Value("large_binary")})
     datasets.load_from_disk(saved[1]).cast(features).save_to_disk(tmp_path / "large")
     before = sorted((tmp_path / "large").iterdir())
-    rows = load_pretraining_dataset([saved[0], tmp_path / "large"], cache_dir=tmp_path / "cache")
+    rows = load_pretraining_dataset([saved[0], tmp_path / "large"])
     assert rows[2]["points"] == make_row("b/0", 1)["points"]
     assert sorted((tmp_path / "large").iterdir()) == before
     assert len(list((tmp_path / "cache").iterdir())) == 1
@@ -126,7 +125,7 @@ def test_scenes_are_held_out_whole(object_root, tmp_path, caplog):
     with pytest.raises(SimIPUError, match="between 0 and 1"):
         load_pretraining_dataset(source, validation_share=2)
     with pytest.raises(SimIPUError, match="leave validation_share out"):  # it has a validation split
-        load_pretraining_dataset(data_dir=object_root, validation_share=0.5, cache_dir=tmp_path)
+        load_pretraining_dataset(data_dir=object_root, validation_share=0.5)
 
 
 def test_a_scene_that_is_null_is_made_of_the_name(tmp_path):
@@ -210,11 +209,8 @@ def test_few_of_many_images_of_one_length_are_read(tmp_path, monkeypatch):
     assert frames_on_both_sides(first, datasets.Dataset.from_list([file], features=ROW_FEATURES)) == [("7", "file")]
 
 
-def test_shared_files_are_found(object_root, tmp_path):
-    train, both = (
-        load_pretraining_dataset(data_dir=object_root, split=split, cache_dir=tmp_path / "cache")
-        for split in ("train", "train[2:]+val")
-    )
+def test_shared_files_are_found(object_root):
+    train, both = (load_pretraining_dataset(data_dir=object_root, split=split) for split in ("train", "train[2:]+val"))
     assert frames_on_both_sides(train, both) == [("000002", "000002")]
 
 
@@ -292,9 +288,7 @@ def test_a_stream_sees_every_row_of_an_epoch_in_another_order_each_time(shards, 
     assert seen[0] != seen[1] != names
 
 
-def test_streams_are_mixed_by_weight(shards, tmp_path, monkeypatch):
-    # datasets waits as long each time that a mixture is left
-    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
+def test_streams_are_mixed_by_weight(shards, tmp_path):
     other = save(tmp_path, [f"other/{index}" for index in range(40)], first=1000)
     with pytest.raises(SimIPUError, match="a weight for each data set"):
         load_mixture([shards, other], streaming=True)

@@ -157,22 +157,15 @@ def rewrite(path, old, new):
     return apply
 
 
-def points(path, values):
-    return lambda root: np.asarray(values, "<f4").tofile(root / path)
-
-
-def store_scan(change):
-    """A sound scan, changed."""
-    scan = np.random.default_rng(0).uniform((3, -20, -2, 0), (60, 20, 1, 1), (840, 4)).astype("<f4")
-    return lambda root: change(scan).tofile(root / SCAN)
-
-
 def overwrite(path, data):
     return lambda root: (root / path).write_bytes(data)
 
 
 SCAN, IMAGE, CALIB = "training/velodyne/000001.bin", "training/image_2/000001.png", "training/calib/000001.txt"
 LABELS = "training/label_2/000000.txt"
+SOUND = np.random.default_rng(0).uniform((3, -20, -2, 0), (60, 20, 1, 1), (840, 4)).astype("<f4")
+BEHIND = np.float32([-9, 0, 0, 0])
+NO_NUMBERS = np.array([[0] * 4, [0, np.nan, 0, 0], [0, 0, 0, np.inf]], "<f4")
 
 
 def turned(root: Path) -> None:
@@ -194,9 +187,9 @@ OBJECT_DAMAGE = {
     "calibration line too long": (rewrite(CALIB, "R0_rect:", "R0_rect: 1.0"), [CALIB, "'R0_rect:'", "9", "10"]),
     "calibration not numeric": (rewrite(CALIB, "Tr_velo_to_cam:", "Tr_velo_to_cam: x"), [CALIB, "'x'"]),
     "calibration with NaN": (rewrite(CALIB, "R0_rect: ", "R0_rect: nan nan nan 0 0 0 0 0 0\nX: "), [CALIB, "finite"]),
-    "scan of float64": (store_scan(lambda scan: scan.astype("<f8")), [SCAN, "4 columns of float64"]),
-    "scan in millimetres": (store_scan(lambda scan: 1000 * scan), [SCAN, "within 1,000 m", "float32"]),
-    "scan behind the camera": (points(SCAN, [[-9, 0, 0, 0]]), ["frame 000001", "points of the scan in the image"]),
+    "scan of float64": (overwrite(SCAN, SOUND.astype("<f8")), [SCAN, "4 columns of float64"]),
+    "scan in millimetres": (overwrite(SCAN, 1000 * SOUND), [SCAN, "within 1,000 m", "float32"]),
+    "scan behind the camera": (overwrite(SCAN, BEHIND), ["frame 000001", "points of the scan in the image"]),
     "ImageSets names an absent frame": (
         overwrite("ImageSets/train.txt", b"000000\n000077\n"),
         ["ImageSets/train.txt, line 2", "000077"],

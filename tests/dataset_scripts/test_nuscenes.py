@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import defaultdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -95,58 +96,34 @@ class TinyTables:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.tables: dict[str, list[dict[str, Any]]] = {
-            "sensor": [
-                {"token": "s_cam", "channel": "CAM_FRONT", "modality": "camera"},
-                {"token": "s_lid", "channel": "LIDAR_TOP", "modality": "lidar"},
-            ],
-            "calibrated_sensor": [
-                {
-                    "token": f"cs_{name}",
-                    "sensor_token": f"s_{name}",
-                    "translation": [0.0, 0.0, 0.0],
-                    "rotation": rotation,
-                    "camera_intrinsic": intrinsic,
-                }
-                for name, rotation, intrinsic in (
-                    ("cam", [0.5, -0.5, 0.5, -0.5], [[50.0, 0, 32], [0, 50.0, 16], [0, 0, 1]]),
-                    ("lid", UNIT, []),
-                )
-            ],
-            "scene": [],
-            "sample": [],
-            "sample_data": [],
-            "ego_pose": [],
-        }
+        self.tables: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        self.record("sensor", "s_cam", channel="CAM_FRONT", modality="camera")
+        self.record("sensor", "s_lid", channel="LIDAR_TOP", modality="lidar")
+        camera = {"rotation": [0.5, -0.5, 0.5, -0.5], "camera_intrinsic": [[50.0, 0, 32], [0, 50.0, 16], [0, 0, 1]]}
+        for name, values in (("cam", camera), ("lid", {"rotation": UNIT, "camera_intrinsic": []})):
+            place = {"sensor_token": f"s_{name}", "translation": [0.0, 0.0, 0.0]}
+            self.record("calibrated_sensor", f"cs_{name}", **place, **values)
         for scene in ("scene-0061", "scene-0103"):
-            self.tables["scene"].append({"token": scene, "name": scene})
+            self.record("scene", scene, name=scene)
             for sample in range(2):
                 token = f"{scene}_{sample}"
-                self.tables["sample"].append({"token": token, "scene_token": scene})
+                self.record("sample", token, scene_token=scene)
                 time = 1_000_000 + 500_000 * sample
                 self.add(token, "CAM_FRONT", "jpg", time)
                 self.add(token, "LIDAR_TOP", "pcd.bin", time + 30_000)
+
+    def record(self, table: str, token: str, **fields: Any) -> None:
+        self.tables[table].append({"token": token, **fields})
 
     def add(self, sample: str, channel: str, suffix: str, time: int, key: bool = True) -> None:
         is_camera = channel != "LIDAR_TOP"
         name = f"{'samples' if key else 'sweeps'}/{channel}/{sample}__{channel}__{time}.{suffix}"
         token = f"{sample}_{channel}_{time}"
-        self.tables["ego_pose"].append(
-            {"token": token, "timestamp": time, "rotation": UNIT, "translation": [time / 1e5, 0.0, 0.0]}
-        )
-        self.tables["sample_data"].append(
-            {
-                "token": token,
-                "sample_token": sample,
-                "ego_pose_token": token,
-                "calibrated_sensor_token": "cs_cam" if is_camera else "cs_lid",
-                "filename": name,
-                "timestamp": time,
-                "is_key_frame": key,
-                "width": 64 if is_camera else 0,
-                "height": 32 if is_camera else 0,
-            }
-        )
+        self.record("ego_pose", token, timestamp=time, rotation=UNIT, translation=[time / 1e5, 0.0, 0.0])
+        size = {"width": 64, "height": 32} if is_camera else {"width": 0, "height": 0}
+        of = {"sample_token": sample, "ego_pose_token": token, "is_key_frame": key}
+        sensor = "cs_cam" if is_camera else "cs_lid"
+        self.record("sample_data", token, filename=name, timestamp=time, calibrated_sensor_token=sensor, **of, **size)
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if is_camera:
@@ -158,21 +135,12 @@ class TinyTables:
 
     def annotate(self, category: str, size: list[float], place: list[float], **changes: Any) -> None:
         """A box in the first sample of scene-0061, whose car stands at x = 10 m when the image is taken."""
-        token = f"box{len(self.tables.setdefault('sample_annotation', []))}"
-        self.tables.setdefault("category", []).append({"token": f"c_{token}", "name": category})
-        self.tables.setdefault("instance", []).append({"token": f"i_{token}", "category_token": f"c_{token}"})
-        record = {
-            "token": token,
-            "sample_token": "scene-0061_0",
-            "instance_token": f"i_{token}",
-            "visibility_token": "3",
-            "size": size,
-            "rotation": UNIT,
-            "translation": place,
-            "num_lidar_pts": 5,
-            "num_radar_pts": 0,
-        }
-        self.tables["sample_annotation"].append(record | changes)
+        token = f"box{len(self.tables['sample_annotation'])}"
+        self.record("category", f"c_{token}", name=category)
+        self.record("instance", f"i_{token}", category_token=f"c_{token}")
+        fields = {"sample_token": "scene-0061_0", "instance_token": f"i_{token}", "visibility_token": "3"}
+        fields |= {"size": size, "rotation": UNIT, "translation": place, "num_lidar_pts": 5, "num_radar_pts": 0}
+        self.record("sample_annotation", token, **fields | changes)
 
     def write(self) -> str:
         for name, records in self.tables.items():

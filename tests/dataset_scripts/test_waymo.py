@@ -83,6 +83,11 @@ def test_undistorting_moves_pixels_to_where_the_projection_looks() -> None:
     np.testing.assert_allclose(result[..., 1][inner], rows[inner], atol=0.1)
 
 
+def component(name: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Columns of a component's table."""
+    return {f"[{name}Component].{field}": value for field, value in fields.items()}
+
+
 class TinySegment:
     """One frame, FRONT camera without distortion, SIDE_LEFT laser; components that a test may damage."""
 
@@ -93,41 +98,23 @@ class TinySegment:
         Image.new("RGB", (32, 16), (200, 100, 50)).save(buffer, "JPEG")
         key = {"key.segment_context_name": "seg", "key.frame_timestamp_micros": 7}
         camera = {**key, "key.camera_name": 1}
-        intrinsics = {"f_u": 20.0, "f_v": 20.0, "c_u": 16.0, "c_v": 8.0}
-        intrinsics |= dict.fromkeys(("k1", "k2", "p1", "p2", "k3"), 0.0)
-        values = np.tile([10.0, 0.5, 0.0, -1.0], (4, 36, 1)).astype(np.float32)
+        calibration = {f"intrinsic.{name}": 20.0 for name in ("f_u", "f_v")}
+        calibration |= {"intrinsic.c_u": 16.0, "intrinsic.c_v": 8.0, "width": 32, "height": 16}
+        calibration |= {f"intrinsic.{name}": 0.0 for name in ("k1", "k2", "p1", "p2", "k3")}
+        values = np.tile([10.0, 0.5, 0.0, -1.0], (4, 36, 1)).astype(np.float32).ravel().tolist()
+        beams = {"min": -0.2, "max": 0.2, "values": None}
         self.rows: dict[str, dict[str, Any]] = {
-            "camera_image": {
-                **camera,
-                "[CameraImageComponent].image": buffer.getvalue(),
-                "[CameraImageComponent].pose.transform": eye,
-            },
-            "camera_calibration": {
-                "key.segment_context_name": "seg",
-                "key.camera_name": 1,
-                **{f"[CameraCalibrationComponent].intrinsic.{name}": value for name, value in intrinsics.items()},
-                "[CameraCalibrationComponent].extrinsic.transform": eye,
-                "[CameraCalibrationComponent].width": 32,
-                "[CameraCalibrationComponent].height": 16,
-            },
-            "lidar": {
-                **key,
-                "key.laser_name": 3,
-                "[LiDARComponent].range_image_return1.values": values.ravel().tolist(),
-                "[LiDARComponent].range_image_return1.shape": [4, 36, 4],
-                "[LiDARComponent].range_image_return2.values": None,
-                "[LiDARComponent].range_image_return2.shape": None,
-            },
-            "lidar_calibration": {
-                "key.segment_context_name": "seg",
-                "key.laser_name": 3,
-                "[LiDARCalibrationComponent].extrinsic.transform": eye,
-                "[LiDARCalibrationComponent].beam_inclination.min": -0.2,
-                "[LiDARCalibrationComponent].beam_inclination.max": 0.2,
-                "[LiDARCalibrationComponent].beam_inclination.values": None,
-            },
+            "camera_image": camera | component("CameraImage", {"image": buffer.getvalue(), "pose.transform": eye}),
+            "camera_calibration": {"key.segment_context_name": "seg", "key.camera_name": 1}
+            | component("CameraCalibration", calibration | {"extrinsic.transform": eye}),
+            "lidar": {**key, "key.laser_name": 3}
+            | component("LiDAR", {"range_image_return1.values": values, "range_image_return1.shape": [4, 36, 4]})
+            | component("LiDAR", {"range_image_return2.values": None, "range_image_return2.shape": None}),
+            "lidar_calibration": {"key.segment_context_name": "seg", "key.laser_name": 3}
+            | component("LiDARCalibration", {f"beam_inclination.{name}": value for name, value in beams.items()})
+            | component("LiDARCalibration", {"extrinsic.transform": eye}),
             "lidar_pose": {**key, "key.laser_name": 1},
-            "vehicle_pose": {**key, "[VehiclePoseComponent].world_from_vehicle.transform": eye},
+            "vehicle_pose": key | component("VehiclePose", {"world_from_vehicle.transform": eye}),
         }
 
     def write(self) -> str:

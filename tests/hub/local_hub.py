@@ -63,7 +63,6 @@ class LocalHub:
     def __init__(self) -> None:
         self.users = {OWNER_TOKEN: ("owner", True), READER_TOKEN: ("owner", False)}
         self.repos: dict[tuple[str, str], Repo] = {}
-        self.objects: dict[str, bytes] = {}
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str]] = []
         self.lock = threading.RLock()
@@ -86,10 +85,6 @@ class LocalHub:
                     fault.times -= 1
                     return fault
         return None
-
-
-def is_large(path: str, size: int) -> bool:
-    return size > 1_000_000 or path.endswith((".safetensors", ".parquet", ".pt", ".png"))
 
 
 def sha256(content: bytes) -> str:
@@ -200,25 +195,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def preupload(self, kind: str, repo_id: str, revision: str) -> None:
         self.writable(kind, repo_id).at(revision)
-        answers = []
-        for entry in json.loads(self.content)["files"]:
-            mode = "lfs" if is_large(entry["path"], entry["size"]) else "regular"
-            answers.append({"path": entry["path"], "uploadMode": mode, "shouldIgnore": False})
+        paths = [entry["path"] for entry in json.loads(self.content)["files"]]
+        # how the client uploads large files is its own affair: here all files come with the commit
+        answers = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]
         self.send_json({"files": answers})
-
-    def lfs_batch(self, datasets: str | None, repo_id: str) -> None:
-        self.writable("datasets" if datasets else "models", repo_id)
-        objects = []
-        for entry in json.loads(self.content)["objects"]:
-            href = {"upload": {"href": f"{self.hub.url}/objects/{entry['oid']}", "header": {}}}
-            objects.append(entry if entry["oid"] in self.hub.objects else {**entry, "actions": href})
-        self.send_json({"transfer": "basic", "objects": objects})
-
-    def lfs_object(self, oid: str) -> None:
-        if sha256(self.content) != oid:
-            raise HubError(400, "content does not match its name")
-        self.hub.objects[oid] = self.content
-        self.send(200, b"")
 
     def commit(self, kind: str, repo_id: str, revision: str) -> None:
         repo = self.writable(kind, repo_id)
@@ -232,10 +212,6 @@ class Handler(BaseHTTPRequestHandler):
                     raise HubError(412, "a commit has happened since")
                 if key == "file":
                     files[value["path"]] = base64.b64decode(value["content"])
-                elif key == "lfsFile":
-                    if value["oid"] not in self.hub.objects:
-                        raise HubError(400, f"object of {value['path']} was not uploaded")
-                    files[value["path"]] = self.hub.objects[value["oid"]]
                 elif key == "deletedFile":
                     files.pop(value["path"], None)
             sha = repo.add(revision, files)
@@ -271,8 +247,6 @@ ROUTES: list[tuple[str, Callable]] = [
     (rf"/api/(models|datasets)/{REPO}/tree/([^/]+)(?:/(.*))?", Handler.tree),
     (rf"/api/(models|datasets)/{REPO}/branch/([^/]+)", Handler.branch),
     (rf"/api/(models|datasets)/{REPO}(?:/revision/([^/]+))?", Handler.info),
-    (r"/objects/([0-9a-f]{64})", Handler.lfs_object),
-    (rf"/(?:(datasets)/)?{REPO}\.git/info/lfs/objects/batch", Handler.lfs_batch),
     (rf"/(?:(datasets)/)?{REPO}/resolve/([^/]+)/(.+)", Handler.resolve),
 ]
 

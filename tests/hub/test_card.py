@@ -22,6 +22,12 @@ def metadata(card: str) -> dict:
     return yaml.safe_load(card.split("---")[1])
 
 
+def record(folder: Path, **sections) -> None:
+    """Changes the record of a run."""
+    content = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8")) | sections
+    (folder / "run.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+
+
 def test_facts_of_the_run(folder):
     (folder / CURVES).write_bytes(b"a picture")
     card = write_model_card(folder, "owner/simipu", "owner/encoder").read_text(encoding="utf-8")
@@ -68,24 +74,20 @@ def test_a_card_shows_what_works_with_its_weights(folder):
 
 
 def test_base_model_data_set_and_licence(folder):
-    record = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
-    record["arguments"] |= {"data_dir": None, "dataset_name": "owner/drives", "pretrained_image_encoder": True}
-    record["data"] = {"rows": 7, "license": "cc-by-4.0"}
-    (folder / "run.yaml").write_text(yaml.safe_dump(record), encoding="utf-8")
+    flags = {"image_encoder": "test_resnet", "dataset_name": "owner/drives", "pretrained_image_encoder": True}
+    record(folder, arguments=flags, data={"rows": 7, "license": "cc-by-4.0"})
     data = metadata(model_card(folder))
     assert data["base_model"] == ["timm/test_resnet.r160_in1k"]
     assert data["datasets"] == ["owner/drives"]
     assert data["license"] == "cc-by-4.0"
-    record["arguments"]["image_encoder"] = "resnet18.a2_in1k"  # not the tag that timm takes for the name alone
-    (folder / "run.yaml").write_text(yaml.safe_dump(record), encoding="utf-8")
+    # not the tag that timm takes for the name alone
+    record(folder, arguments=flags | {"image_encoder": "resnet18.a2_in1k"})
     assert metadata(model_card(folder / "image_encoder"))["base_model"] == ["timm/resnet18.a2_in1k"]
 
 
 @pytest.mark.parametrize("name", ["data_dir", "train_frames", "image_dir", "image_encoder", "model_name_or_path"])
 def test_models_made_from_kitti_carry_its_licence(folder, name):
-    record = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
-    record["arguments"] = {name: ["/data/KITTI#train"]}
-    (folder / "run.yaml").write_text(yaml.safe_dump(record), encoding="utf-8")
+    record(folder, arguments={name: ["/data/KITTI#train"]})
     card = model_card(folder)
     assert metadata(card)["license"] == "cc-by-nc-sa-3.0"
     assert "CC BY-NC-SA" in card
@@ -118,8 +120,7 @@ def test_encoder_card_and_folder_without_a_record(folder):
 def test_licence_of_the_rows_and_pipelines_that_there_are_none_of(folder, license, identifier, name):
     rows = datasets.Dataset.from_dict({"frame_id": ["a"], "scene": ["log"], "image": [{"bytes": b"", "path": None}]})
     rows.info.license = license
-    record = {"arguments": {"data_dir": "drives"}, "data": describe_data(rows)}
-    (folder / "run.yaml").write_text(yaml.safe_dump(record), encoding="utf-8")
+    record(folder, arguments={"data_dir": "drives"}, data=describe_data(rows))
     card = model_card(folder)
     data = metadata(card)
     assert (data.get("license"), data.get("license_name")) == (identifier, name)

@@ -57,7 +57,6 @@ def two_steps(model: nn.Module, **batch: torch.Tensor) -> None:
 def test_the_whole_way(architecture, tmp_path):
     divisor, model_args = FAMILIES[architecture]
     assert pad_divisor(architecture) == divisor
-    pretrain(architecture, model_args, (64, 128), divisor)
     model = pretrain(architecture, model_args, ODD, divisor)
     model.save_pretrained(tmp_path / "run")
     SimIPUProcessor.from_preset("recommended", image_size=ODD).save_pretrained(tmp_path / "run")

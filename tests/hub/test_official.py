@@ -9,7 +9,7 @@ import torch
 from conftest import close
 from payload import Payload
 from safetensors import safe_open
-from safetensors.torch import load_file
+from weights import assert_same_weights, weights
 
 from simipu_hf.errors import SimIPUError
 from simipu_hf.hub.export import RESNET_FORMS, convert_checkpoint, export_image_encoder
@@ -75,7 +75,6 @@ def test_there_and_back_is_bit_equal(full_state, converted, tmp_path):
     state = torch.load(whole.path, weights_only=True)["state_dict"]
     assert state.keys() == report.mapped.keys()
     assert all(torch.equal(state[name], full_state[name]) for name in state)
-    assert all(state[name].shape == full_state[name].shape for name in state)
     encoder = export_image_encoder(folder, tmp_path / "encoder.pth", "mmdet")
     state = torch.load(encoder.path, weights_only=True)["state_dict"]
     assert len(state) == 318
@@ -119,7 +118,7 @@ def test_point_features_with_xyz_double_precision_and_branches(tmp_path):
     for name, reason in zip(extra, ("negatives", "negatives", "momentum", "SimSiam", "no part"), strict=True):
         assert reason in report.ignored[name]
     assert sorted(official_name(name) for name in report.missing) == sorted(missing)
-    saved = load_file(tmp_path / "out" / "model.safetensors")
+    saved = weights(tmp_path / "out")
     assert saved["simipu.image_encoder.conv1.weight"].dtype == torch.float64
 
 
@@ -140,14 +139,12 @@ def test_encoder_alone_under_each_prefix(prefix, tmp_path, pixels):
     close(loaded.forward_features(pixels), expected.forward_features(pixels))
     back = export_image_encoder(tmp_path / "out", tmp_path / "back.pth", "mmdet", prefix="")
     returned = torch.load(back.path, weights_only=True)["state_dict"]
-    assert returned.keys() == state.keys()
-    assert all(torch.equal(returned[name], value) for name, value in state.items())
+    assert_same_weights(returned, state)
     assert back.norm_cfg == {"type": "BN", "eps": 1e-3, "requires_grad": True}
     assert "norm_cfg=dict(type='BN', eps=0.001" in str(back)
     again = convert_checkpoint(back.path, tmp_path / "again")
     assert again.mapped.keys() == state.keys()
-    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "again"))
-    assert all(torch.equal(second[name], value) for name, value in first.items())
+    assert_same_weights(tmp_path / "out", tmp_path / "again")
 
 
 def test_imagenet_file_keeps_its_epsilon_and_loses_its_classifier(tmp_path):
@@ -156,7 +153,7 @@ def test_imagenet_file_keeps_its_epsilon_and_loses_its_classifier(tmp_path):
     torch.save(state, tmp_path / "resnet18.pth")
     report = convert_checkpoint(tmp_path / "resnet18.pth", tmp_path / "out")
     assert report.ignored == {"fc.weight": "classifier", "fc.bias": "classifier"}
-    saved = load_file(tmp_path / "out" / "model.safetensors")
+    saved = weights(tmp_path / "out")
     assert all(torch.equal(saved[name], state[name]) for name in saved if name in state)
     assert any("counters" in note for note in report.notes)
 

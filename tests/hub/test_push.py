@@ -94,16 +94,10 @@ def test_photographs_of_test_frames_stay(endpoint, run_folder, tmp_path):
         assert ("pictures/000_frame.png" in files) == (b"000_frame.png" in files["README.md"]) == published
 
 
-def test_a_folder_of_links_as_in_the_cache_of_the_hub(endpoint, run_folder, tmp_path):
+def test_links_as_in_the_cache_of_the_hub_are_followed_and_texts_elsewhere_are_not(endpoint, run_folder, tmp_path):
     folder = shutil.copytree(run_folder / "image_encoder", tmp_path / "encoder")
     (folder / "model.safetensors").rename(tmp_path / "blob")
     (folder / "model.safetensors").symlink_to("../blob")
-    push_folder(folder, "owner/encoder")
-    assert endpoint.files("owner/encoder")["model.safetensors"] == (tmp_path / "blob").read_bytes()
-
-
-def test_a_text_that_is_a_link_out_of_the_folder_is_not_published(endpoint, run_folder, tmp_path):
-    folder = shutil.copytree(run_folder / "image_encoder", tmp_path / "encoder")
     for target in (tmp_path / "credentials", tmp_path / "blobs" / "1f", folder / "inside"):
         target.parent.mkdir(exist_ok=True)
         target.write_text("{}", encoding="utf-8")
@@ -112,7 +106,9 @@ def test_a_text_that_is_a_link_out_of_the_folder_is_not_published(endpoint, run_
         push_folder(folder, "owner/encoder")
     (folder / "credentials.json").unlink()
     push_folder(folder, "owner/encoder")
-    assert {"config.json", "1f.json", "inside.json"} <= set(endpoint.files("owner/encoder"))
+    files = endpoint.files("owner/encoder")
+    assert {"config.json", "1f.json", "inside.json"} <= set(files)
+    assert files["model.safetensors"] == (tmp_path / "blob").read_bytes()
 
 
 def test_a_card_that_was_edited_on_the_hub_stays(endpoint, run_folder, tmp_path):
@@ -211,18 +207,17 @@ def test_missing_rights_are_named_and_not_retried(endpoint, run_folder, repo_id,
 
 
 def test_folders_that_are_no_complete_model(endpoint, run_folder, tmp_path):
-    with pytest.raises(SimIPUError, match=r"config\.json"):
-        push_folder(tmp_path, "owner/encoder")
-    (tmp_path / "config.json").write_bytes((run_folder / "config.json").read_bytes())
-    with pytest.raises(SimIPUError, match="found none"):
-        push_folder(tmp_path, "owner/encoder")
-    (tmp_path / "model.safetensors").write_bytes((run_folder / "model.safetensors").read_bytes()[:-9])
-    with pytest.raises(SimIPUError, match="damaged"):
-        push_folder(tmp_path, "owner/encoder")
-    (tmp_path / "model.safetensors").write_bytes((run_folder / "model.safetensors").read_bytes())
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
-    with pytest.raises(SimIPUError, match="neither"):
-        push_folder(tmp_path, "owner/encoder")
+    config, weights = ((run_folder / name).read_bytes() for name in ("config.json", "model.safetensors"))
+    for files, message in (
+        ({}, r"config\.json"),
+        ({"config.json": config}, "found none"),
+        ({"config.json": config, "model.safetensors": weights[:-9]}, "damaged"),
+        ({"config.json": b'{"model_type": "bert"}', "model.safetensors": weights}, "neither"),
+    ):
+        for name, content in files.items():
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(SimIPUError, match=message):
+            push_folder(tmp_path, "owner/encoder")
     assert endpoint.repos == {}
 
 
@@ -338,26 +333,32 @@ def test_loading_from_a_hub_that_says_no(endpoint, monkeypatch, tmp_path):
         load_image_encoder("owner/secret", verbose=False)
 
 
+ROWS = datasets.Dataset.from_dict({"frame_id": ["a", "b", "c"]})
+ONE_SPLIT = "---\nconfigs:\n- config_name: default\n  data_files:\n  - {{split: {}, path: {}}}\n---\n"
+
+
+def published_card(endpoint, repo_id: str) -> DatasetCard:
+    return DatasetCard(endpoint.files(repo_id, "datasets")["README.md"].decode())
+
+
 def test_data_set_from_kitti_is_private_and_says_why(endpoint, tmp_path, capsys):
-    rows = datasets.Dataset.from_dict({"frame_id": ["a", "b", "c"]})
-    (tmp_path / "rows").mkdir()
-    rows.to_parquet(tmp_path / "rows" / "train-00000-of-00001.parquet")
-    rows.select(range(2)).to_parquet(tmp_path / "rows" / "train.clean-00000-of-00001.parquet")
+    ROWS.to_parquet(tmp_path / "rows" / "train-00000-of-00001.parquet")
+    ROWS.select(range(2)).to_parquet(tmp_path / "rows" / "train.clean-00000-of-00001.parquet")
     push_dataset(tmp_path / "rows", "owner/kitti")
     repo = endpoint.repos["datasets", "owner/kitti"]
     assert repo.private
     assert "CC BY-NC-SA" in capsys.readouterr().err
-    card = endpoint.files("owner/kitti", "datasets")["README.md"].decode()
-    assert yaml.safe_load(card.split("---")[1])["license"] == "cc-by-nc-sa-3.0"
-    assert "3 rows in train, 2 rows in train.clean" in card
+    card = published_card(endpoint, "owner/kitti")
+    assert card.data.license == "cc-by-nc-sa-3.0"
+    assert "3 rows in train, 2 rows in train.clean" in card.text
+    assert "no commercial use" in card.text
     (tmp_path / "rows" / "train.clean-00000-of-00001.parquet").unlink()
-    assert "no commercial use" in card
     push_dataset(tmp_path / "rows", "owner/own", license="cc-by-4.0")
     assert capsys.readouterr().out == ""
     assert not endpoint.repos["datasets", "owner/own"].private
-    assert "commercial" not in endpoint.files("owner/own", "datasets")["README.md"].decode()
+    assert "commercial" not in published_card(endpoint, "owner/own").content
     for shard in range(2):
-        rows.shard(2, shard).to_parquet(tmp_path / "rows" / f"train-{shard:05d}-of-00002.parquet")
+        ROWS.shard(2, shard).to_parquet(tmp_path / "rows" / f"train-{shard:05d}-of-00002.parquet")
     (tmp_path / "rows" / "train-00000-of-00001.parquet").unlink()
     with pytest.raises(SimIPUError, match=r"owner/own: expected a private one, found a public one"):
         push_dataset(tmp_path / "rows", "owner/own")
@@ -369,20 +370,18 @@ def test_data_set_from_kitti_is_private_and_says_why(endpoint, tmp_path, capsys)
     header = "---\ntags: [mine]\n---\n"
     (tmp_path / "rows" / "README.md").write_text(header, encoding="utf-8")
     push_dataset(tmp_path / "rows", "owner/header", license="cc-by-4.0")
-    header_card = DatasetCard(endpoint.files("owner/header", "datasets")["README.md"].decode())
-    assert {"mine", "lidar"} <= set(header_card.data.tags)
+    assert {"mine", "lidar"} <= set(published_card(endpoint, "owner/header").data.tags)
     (tmp_path / "rows" / "README.md").write_text(header + "Important caveat.\n", encoding="utf-8")
     push_dataset(tmp_path / "rows", "owner/edited", license="cc-by-4.0")
     assert not endpoint.repos["datasets", "owner/edited"].private
     push_dataset(tmp_path / "rows", "owner/kitti-edited")  # no licence in it, none given
     assert endpoint.repos["datasets", "owner/kitti-edited"].private
-    edited = DatasetCard(endpoint.files("owner/edited", "datasets")["README.md"].decode())
+    edited = published_card(endpoint, "owner/edited")
     assert (edited.text.strip(), edited.data.tags, edited.data.license) == ("Important caveat.", ["mine"], "cc-by-4.0")
     with pytest.raises(SimIPUError, match="Parquet"):
         push_dataset(tmp_path / "absent", "owner/own")
     Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
     images = datasets.Dataset.from_dict({"image": [str(tmp_path / "1.png")]})
-    (tmp_path / "paths").mkdir()
     images.cast_column("image", datasets.Image()).to_parquet(tmp_path / "paths" / "train.parquet")
     with pytest.raises(SimIPUError, match=r"train\.parquet: expected image files, found paths"):
         push_dataset(tmp_path / "paths", "owner/own")

@@ -5,6 +5,7 @@ import re
 import numpy as np
 import torch
 from PIL import Image
+from weights import assert_same_weights
 
 from simipu_hf.hub.card import write_model_card
 from simipu_hf.modeling.configuration_simipu import SimIPUDepthConfig, SimIPUDetectionConfig
@@ -81,8 +82,7 @@ def test_models_and_processors_need_no_more_than_their_folders(isolated, tmp_pat
     with torch.no_grad():
         expected = detector(pixels, projection).boxes_3d
     torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "boxes.npy")), expected, rtol=1e-4, atol=1e-5)
-    again = SimIPUForMonocular3DDetection.from_pretrained(tmp_path / "detection")
-    assert all(torch.equal(again.state_dict()[name], value) for name, value in detector.state_dict().items())
+    assert_same_weights(SimIPUForMonocular3DDetection.from_pretrained(tmp_path / "detection"), detector)
 
     assert (result["depth"], result["picture"]) == ([120, 200], [200, 120])
 

@@ -9,7 +9,8 @@ import timm
 import torch
 from conftest import export_timm
 from payload import Payload
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from weights import assert_same_weights
 
 from simipu_hf.errors import SimIPUError
 from simipu_hf.hub.sources import (
@@ -27,16 +28,6 @@ from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 from simipu_hf.training.checkpoint import save_checkpoint
 
 
-@pytest.fixture
-def trained(run_folder):
-    return load_file(run_folder / "image_encoder" / "model.safetensors")
-
-
-def is_trained(model, trained) -> bool:
-    state = model.state_dict()
-    return all(torch.equal(state[name], value) for name, value in trained.items())
-
-
 def as_checkpoint(run_folder, target):
     """A complete checkpoint as the training loop writes it."""
 
@@ -48,16 +39,16 @@ def as_checkpoint(run_folder, target):
     return save_checkpoint(target.parent, step, save=save, identity={})
 
 
-def test_run_folder(run_folder, trained, tmp_path, capsys):
+def test_run_folder(run_folder, tmp_path, capsys):
     model, data = load_image_encoder(run_folder)
-    assert is_trained(model, trained)
+    assert_same_weights(model, run_folder / "image_encoder")
     assert data["input_size"] == (3, 64, 96)
     assert "state_dict" not in model.pretrained_cfg  # timm would keep the weights that were loaded there
     assert "image encoder (test_resnet) of a simipu model" in capsys.readouterr().err
     pyramid, _ = load_image_encoder(run_folder, features_only=True, out_indices=(2, 4), verbose=False)
     assert [map.shape[1] for map in pyramid.eval()(torch.zeros(1, 3, 64, 96))] == [48, 96]
     from_file, _ = load_image_encoder(run_folder / "model.safetensors", verbose=False)
-    assert is_trained(from_file, trained)
+    assert_same_weights(from_file, model)
     vit = export_timm(timm.create_model("test_vit", num_classes=0), tmp_path / "vit")
     wrapped, _ = load_image_encoder(vit, features_only=True, verbose=False)
     assert "state_dict" not in wrapped.model.pretrained_cfg
@@ -65,9 +56,9 @@ def test_run_folder(run_folder, trained, tmp_path, capsys):
     assert grey.conv1[0].weight.shape == (16, 1, 3, 3)
 
 
-def test_checkpoint_and_run_without_a_final_model(run_folder, trained, tmp_path):
+def test_checkpoint_and_run_without_a_final_model(run_folder, tmp_path):
     first = as_checkpoint(run_folder, tmp_path / "checkpoint-9")
-    assert is_trained(load_image_encoder(first, verbose=False)[0], trained)
+    assert_same_weights(load_image_encoder(first, verbose=False)[0], run_folder / "image_encoder")
     last = as_checkpoint(run_folder, tmp_path / "checkpoint-10")
     assert "checkpoint-10" in find_image_encoder(tmp_path).description
     (last / "model.safetensors").write_bytes(b"half")
@@ -81,7 +72,7 @@ def test_depth_run_without_a_final_model(tmp_path):
     depth = SimIPUForDepthEstimation(SimIPUDepthConfig(image_config={"architecture": "test_resnet"}))
     save_checkpoint(tmp_path, 20, save=depth.save_pretrained, identity={})
     model, _ = load_image_encoder(tmp_path, verbose=False)
-    assert is_trained(model, depth.image_encoder.state_dict())
+    assert_same_weights(model, depth.image_encoder)
 
 
 def test_a_model_saved_in_half_precision_is_loaded_in_single(tmp_path):
@@ -94,15 +85,13 @@ def test_a_model_saved_in_half_precision_is_loaded_in_single(tmp_path):
         load_dense_model(SimIPUForDepthEstimation, tmp_path)
 
 
-def test_a_sharded_model_on_the_hub_is_read_from_its_encoder_folder(
-    endpoint, run_folder, trained, tmp_path, monkeypatch
-):
+def test_a_sharded_model_on_the_hub_is_read_from_its_encoder_folder(endpoint, run_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     files = {p.relative_to(run_folder).as_posix(): p.read_bytes() for p in run_folder.rglob("*") if p.is_file()}
     files["model-00001-of-00002.safetensors"] = files.pop("model.safetensors")
     files["last-checkpoint/trainer_state.json"] = b"{}"
     endpoint.create("owner/simipu", files=files)
-    assert is_trained(load_image_encoder("owner/simipu", verbose=False)[0], trained)
+    assert_same_weights(load_image_encoder("owner/simipu", verbose=False)[0], run_folder / "image_encoder")
     assert not list(tmp_path.rglob("last-checkpoint"))
 
 

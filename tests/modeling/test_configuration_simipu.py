@@ -3,6 +3,8 @@ import pytest
 from simipu_hf.modeling.configuration_simipu import (
     PRESETS,
     SimIPUConfig,
+    SimIPUDepthConfig,
+    SimIPUDetectionConfig,
     SimIPUImageConfig,
     SimIPUPointNet2Config,
     SimIPUSparseConvConfig,
@@ -57,6 +59,12 @@ def test_official_preset_holds_the_official_values():
         (lambda: SimIPUSparseConvConfig(voxel_size=(0.1, 0.1, 0.0)), "must be positive"),
         (lambda: SimIPUSparseConvConfig(voxel_size=(0.1, 0.1)), "voxel_size takes 3 numbers"),
         (lambda: SimIPUSparseConvConfig(channels=(16, 32)), "one entry per stage"),
+        (lambda: SimIPUDepthConfig(max_depth=0.0), "max_depth"),
+        (lambda: SimIPUDepthConfig(out_indices=[]), "out_indices"),
+        (lambda: SimIPUDetectionConfig(classes=["Car"]), "mean_dimensions"),
+        (lambda: SimIPUDetectionConfig(hidden_size=0), "hidden_size"),
+        (lambda: SimIPUDetectionConfig(out_indices=[]), "out_indices is empty"),
+        (lambda: SimIPUDetectionConfig(classes=[], mean_dimensions=[]), "classes is empty"),
     ],
 )
 def test_bad_values_are_named(make, message):

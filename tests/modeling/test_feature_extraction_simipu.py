@@ -1,9 +1,11 @@
 """Feature extractor: which points are kept, in which frame, and scans that are not four float32 a point."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
-from camera import PROJECTION
+from camera import PROJECTION, project
 
 from simipu_hf.modeling.feature_extraction_simipu import SimIPUFeatureExtractor, to_point_cloud
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
@@ -19,17 +21,12 @@ def make_points(count=3000):
     return points.astype("<f4")
 
 
-def project(points):
-    u, v, depth = PROJECTION @ EXTRINSICS @ np.column_stack([points[:, :3].astype(float), np.ones(len(points))]).T
-    return u / depth, v / depth, depth
-
-
 def test_official_keeps_what_is_strictly_in_the_box_and_in_the_frustum_of_the_whole_image():
     points = make_points(20000)
     points[:3, :3] = [[0.0, 0, -1], [70.4, 0, -1], [20, 0, 1.0]]  # on the bounds
-    u, v, depth = project(points)
+    pixels, depth = project(PROJECTION @ EXTRINSICS, points)
     # mmdetection3d's remove_outside_points takes the frustum of the box 0, 0, width, height
-    seen = (depth > 0) & (u >= 0) & (u <= 250) & (v >= 0) & (v <= 80)
+    seen = (depth > 0) & ((pixels >= 0) & (pixels <= (250, 80))).all(1)
     low, high = np.array([0, -40, -3], np.float32), np.array([70.4, 40, 1], np.float32)
     inside = ((points[:, :3] > low) & (points[:, :3] < high)).all(1)
     extractor = SimIPUProcessor.from_preset("official").feature_extractor
@@ -40,13 +37,12 @@ def test_official_keeps_what_is_strictly_in_the_box_and_in_the_frustum_of_the_wh
 
 def test_recommended_keeps_what_the_camera_sees_between_two_depths_in_its_frame():
     points = make_points(20000)
-    u, v, depth = project(points)
-    seen = (u > -0.5) & (u < 249.5) & (v > -0.5) & (v < 79.5) & (depth >= 2) & (depth <= 50)
+    pixels, depth = project(PROJECTION @ EXTRINSICS, points)
+    seen = ((pixels > -0.5) & (pixels < (249.5, 79.5))).all(1) & (depth >= 2) & (depth <= 50)
     kept, to_pixel = SimIPUFeatureExtractor(depth_range=(2, 50)).visible_points(points, PROJECTION, EXTRINSICS, SIZE)
     np.testing.assert_array_equal(kept[:, 3], points[seen, 3])
     np.testing.assert_allclose(kept[:, 0], depth[seen], rtol=1e-6)
-    pixels = to_pixel[:, :3] @ kept[:, :3].T.astype(float)
-    np.testing.assert_allclose(pixels[:2] / pixels[2], [u[seen], v[seen]], atol=1e-3)
+    np.testing.assert_allclose(project(to_pixel, kept)[0], pixels[seen], atol=1e-3)
     assert not to_pixel[:, 3].any()
     everything = SimIPUFeatureExtractor(depth_range=None).visible_points(points, PROJECTION, EXTRINSICS, SIZE)[0]
     assert len(everything) > len(kept)
@@ -59,10 +55,8 @@ def test_official_range_is_for_cameras_along_x(degrees, refused):
     extrinsics = EXTRINSICS.copy()
     extrinsics[:3, :3] = EXTRINSICS[:3, :3] @ turn.T
     official = SimIPUProcessor.from_preset("official").feature_extractor
-    if refused:
-        with pytest.raises(ValueError, match=f"looks along x, .* found {abs(degrees)}"):
-            official.visible_points(make_points(), PROJECTION, extrinsics, SIZE)
-    else:
+    refusal = pytest.raises(ValueError, match=f"looks along x, .* found {abs(degrees)}")
+    with refusal if refused else nullcontext():
         official.visible_points(make_points(), PROJECTION, extrinsics, SIZE)
     SimIPUFeatureExtractor().visible_points(make_points(), PROJECTION, extrinsics, SIZE)
 
@@ -126,19 +120,22 @@ def test_a_damaged_scan_is_named(points, message):
         to_point_cloud(points)
 
 
+def spinning(rng, turn):
+    """x, y, z and reflectance of a sensor that turns 20 times."""
+    angle, distance, count = 40 * np.pi * turn, rng.uniform(3, 60, len(turn)), len(turn)
+    return [distance * np.cos(angle), distance * np.sin(angle), rng.uniform(-2, 1, count), rng.uniform(0, 1, count)]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("columns", [3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize("lost", [0.0, 0.2])
 def test_other_columns_and_types_are_named(columns, dtype, lost):
     """x y z reflectance, ring, time within the sweep, the point's own share of it, and which return it is."""
-    rng = np.random.default_rng(0)
-    count = 20 * 420
-    angle, distance = np.linspace(0, 40 * np.pi, count), rng.uniform(3, 60, count)
-    ring, time = rng.integers(0, 32, count), rng.uniform(0, 0.1, count)
-    scan = [distance * np.cos(angle), distance * np.sin(angle), rng.uniform(-2, 1, count), rng.uniform(0, 1, count)]
-    others = [ring, time, angle / angle[-1], rng.integers(0, 3, count)]
+    rng, count = np.random.default_rng(0), 20 * 420
+    turn = np.linspace(0, 1, count)
+    others = [rng.integers(0, 32, count), rng.uniform(0, 0.1, count), turn, rng.integers(0, 3, count)]
     came_back = rng.uniform(size=(count, 1)) >= lost
-    data = (np.column_stack([*scan, *others])[:, :columns] * came_back).astype(dtype).tobytes()
+    data = (np.column_stack([*spinning(rng, turn), *others])[:, :columns] * came_back).astype(dtype).tobytes()
     if (columns, dtype) == (4, "float32"):
         assert to_point_cloud(data).shape == (count, 4)
         return
@@ -148,16 +145,12 @@ def test_other_columns_and_types_are_named(columns, dtype, lost):
 
 def test_velocity_is_no_second_point():
     rng, count = np.random.default_rng(0), 8400
-    angle, distance = np.linspace(0, 40 * np.pi, count), rng.uniform(3, 60, count)
-    scan = [distance * np.cos(angle), distance * np.sin(angle), rng.uniform(-2, 1, count), rng.uniform(0, 255, count)]
-    others = [
-        rng.normal(0, 8, count),
-        rng.uniform(0, 9e4, count),
-        rng.integers(0, 64, count),
-        rng.integers(0, 2, count),
-    ]
+    x, y, z, reflectance = spinning(rng, np.linspace(0, 1, count))
+    velocity, time = rng.normal(0, 8, count), rng.uniform(0, 9e4, count)
+    ring, echo = rng.integers(0, 64, count), rng.integers(0, 2, count)
+    scan = np.column_stack([x, y, z, 255 * reflectance, velocity, time, ring, echo])
     with pytest.raises(ValueError, match="found what looks like 8 columns of float32"):
-        to_point_cloud(np.column_stack([*scan, *others]).astype("<f4").tobytes())
+        to_point_cloud(scan.astype("<f4").tobytes())
 
 
 def test_beams_that_never_came_back_make_no_other_layout():

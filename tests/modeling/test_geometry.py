@@ -108,12 +108,9 @@ def test_a_wrong_calibration_is_named(projection, extrinsics, message):
     assert to_calibration(torch.from_numpy(PROJECTION), rounded.tolist())[1].tolist() == rounded.tolist()
 
 
-@pytest.mark.parametrize(
-    ("pixel", "inside"), [((-0.5, 0), True), ((-0.6, 0), False), ((9.4, 3.4), True), ((9.5, 0), False)]
-)
-def test_image_borders_are_half_a_pixel_beyond_the_outermost_centres(pixel, inside):
-    found = inside_image(torch.tensor([[pixel]]), torch.ones(1, 1), torch.tensor([[4, 10]]))
-    assert found.item() is inside
+def test_image_borders_are_half_a_pixel_beyond_the_outermost_centres():
+    pixels = torch.tensor([[[-0.5, 0], [-0.6, 0], [9.4, 3.4], [9.5, 0]]])
+    assert inside_image(pixels, torch.ones(1, 4), torch.tensor([[4, 10]])).tolist() == [[True, False, True, False]]
 
 
 @pytest.mark.parametrize("grid", [FeatureGrid(8, 8, 3.5, 3.5), FeatureGrid(16, 32, 0.0, 14.0)])

@@ -5,6 +5,7 @@ import torch
 from tiny_simipu import tiny_batch, tiny_config
 from transformers import AutoConfig, AutoModel, AutoModelForPreTraining
 from transformers.utils.generic import can_return_loss
+from weights import assert_same_weights
 
 from simipu_hf import SimIPUForPreTraining, SimIPUModel
 
@@ -13,11 +14,6 @@ from simipu_hf import SimIPUForPreTraining, SimIPUModel
 def model() -> SimIPUForPreTraining:
     torch.manual_seed(0)
     return SimIPUForPreTraining(tiny_config())
-
-
-def same_state(a: torch.nn.Module, b: torch.nn.Module) -> bool:
-    ours, theirs = a.state_dict(), b.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 @pytest.mark.parametrize("preset", ["official", "recommended"])
@@ -130,10 +126,10 @@ def test_base_model_encodes_either_input(model):
 def test_save_and_load_are_bit_equal(model, tmp_path):
     model(**tiny_batch())  # running statistics leave their initial values
     model.save_pretrained(tmp_path)
-    assert same_state(model, SimIPUForPreTraining.from_pretrained(tmp_path))
-    assert same_state(model.simipu, SimIPUModel.from_pretrained(tmp_path))
-    assert same_state(model, AutoModelForPreTraining.from_pretrained(tmp_path))
-    assert same_state(model.simipu, AutoModel.from_pretrained(tmp_path))
+    for whole in (SimIPUForPreTraining, AutoModelForPreTraining):
+        assert_same_weights(model, whole.from_pretrained(tmp_path))
+    for base in (SimIPUModel, AutoModel):
+        assert_same_weights(model.simipu, base.from_pretrained(tmp_path))
     assert AutoConfig.from_pretrained(tmp_path).point_config.num_points == [[64], [32], [16, 16]]
 
 
@@ -141,11 +137,8 @@ def test_every_missing_tensor_is_initialised_after_meta_loading(model, tmp_path)
     """from_pretrained builds on the meta device; what the checkpoint lacks must not be left-over memory."""
     model.simipu.save_pretrained(tmp_path)  # without the heads
     loaded, info = SimIPUForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
-    assert {key.split(".")[0] for key in info["missing_keys"]} == {
-        "intra_point_head",
-        "inter_image_head",
-        "inter_point_head",
-    }
+    heads = {"intra_point_head", "inter_image_head", "inter_point_head"}
+    assert {key.split(".")[0] for key in info["missing_keys"]} == heads
     for name, tensor in loaded.state_dict().items():
         assert not tensor.is_meta, name
         assert torch.isfinite(tensor.float()).all(), name
@@ -250,4 +243,4 @@ def test_the_anchor_is_the_encoder_of_the_start_and_no_part_of_the_model(tmp_pat
     model.save_pretrained(tmp_path)
     loaded = SimIPUForPreTraining.from_pretrained(tmp_path)
     assert loaded(**tiny_batch()).anchor_loss is None  # in evaluation mode it can be done without
-    assert same_state(model, loaded)
+    assert_same_weights(model, loaded)

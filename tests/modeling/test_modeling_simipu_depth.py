@@ -5,7 +5,6 @@ import math
 import pytest
 import timm
 import torch
-from huggingface_hub.errors import StrictDataclassError
 
 from simipu_hf.modeling.configuration_simipu import SimIPUDepthConfig
 from simipu_hf.modeling.modeling_simipu_depth import SimIPUForDepthEstimation, silog_loss
@@ -111,12 +110,10 @@ def test_random_encoder_keeps_timms_own_initialisation():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"max_depth": 0.0}, "max_depth"),
-        ({"out_indices": []}, "out_indices"),
         ({"out_indices": [1, 2, 3, 7]}, "has stages 0 to 4"),
         ({"decoder_channels": [8]}, "one fewer than stages"),
     ],
 )
-def test_bad_configuration_says_what_to_change(fields, message):
-    with pytest.raises((ValueError, StrictDataclassError), match=message):
+def test_a_decoder_that_does_not_fit_its_encoder_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
         tiny(**fields)

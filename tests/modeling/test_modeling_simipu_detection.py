@@ -40,19 +40,16 @@ def tiny(architecture="test_resnet", **fields) -> SimIPUForMonocular3DDetection:
     return SimIPUForMonocular3DDetection(config)
 
 
+def labels_of(boxes_3d: torch.Tensor, classes: torch.Tensor, boxes: torch.Tensor | None = None) -> dict:
+    """Of objects with boxes in the image of 40 x 40 pixels, unless they are given."""
+    boxes = torch.tensor([[580.0, 150, 620, 190]]).expand(len(boxes_3d), 4) if boxes is None else boxes
+    return EMPTY | {"class_labels": classes, "boxes_3d": boxes_3d.float(), "boxes": boxes}
+
+
 def random_boxes(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     rng = np.random.default_rng(0)
     low, high = [-10, 1, 5, 1, 0.5, 0.5, -math.pi], [10, 2, 60, 2, 2, 5, math.pi]
     return torch.from_numpy(rng.uniform(low, high, (count, 7))), torch.from_numpy(rng.integers(0, 3, count))
-
-
-def decoded_at(cells: list[list[int]], depths: list[float]) -> torch.Tensor:
-    """Boxes (n, 7) of class 0 whose middles appear in the middle of these cells."""
-    values = torch.zeros(1, len(cells), 9)
-    values[..., 2] = torch.tensor(depths).div(700).log() - CONFIG.log_depth_per_focal
-    values[..., -1] = 1
-    labels = torch.zeros(1, len(cells), dtype=torch.long)
-    return decode_boxes(torch.tensor([cells]), values, labels, PROJECTION[None].float(), GRID, CONFIG)[0]
 
 
 def test_decoding_inverts_encoding():
@@ -80,12 +77,8 @@ def test_targets_of_an_image():
     boxes_3d = torch.tensor(
         [[0, 1, 20, 2.0, 2, 4, 0], [0, 1, 10, 2, 2, 4, 0], [90, 1, 10, 2, 2, 4, 0], [0, 1, -9, 2, 2, 4, 0]]
     )
-    labels = EMPTY | {
-        "class_labels": torch.tensor([0, 0, 1, 0]),
-        "boxes_3d": boxes_3d,
-        "boxes": torch.tensor([[580.0, 150, 620, 190]] * 4),
-    }
     projection = torch.tensor([[700.0, 0, 600, 0], [0, 700, 170, 0], [0, 0, 1, 0]])
+    labels = labels_of(boxes_3d, torch.tensor([0, 0, 1, 0]))
     targets = encode_targets(labels, projection, FeatureGrid(4.0, 4.0, 0, 0), (3, 96, 320), CONFIG)
     # both are in the middle of the picture: the nearer one stays; the third is outside, the last behind
     assert targets.cells.tolist() == [[150, 42]]
@@ -98,8 +91,8 @@ def test_heat_map_and_weight_object_by_object():
     rng = np.random.default_rng(1)
     corners = torch.from_numpy(rng.uniform(0, [1200, 380], (2, 16, 2))).float()
     boxes = torch.cat([corners.amin(0), corners.amax(0)], dim=1)
-    labels = {"class_labels": classes, "boxes_3d": boxes_3d.float(), "boxes": boxes[:12], "ignored_boxes": boxes[12:]}
-    labels["ignored_labels"] = torch.tensor([-1, 0, 2, 2])
+    ignored = {"ignored_boxes": boxes[12:], "ignored_labels": torch.tensor([-1, 0, 2, 2])}
+    labels = labels_of(boxes_3d, classes, boxes[:12]) | ignored
     targets = encode_targets(labels, PROJECTION.float(), GRID, (3, 96, 310), CONFIG)
     cells, _ = encode_boxes(boxes_3d.float(), classes, PROJECTION.float(), GRID, CONFIG)
     peaks = []
@@ -136,9 +129,12 @@ def peak_sigma(width: float, height: float) -> float:
 
 def test_an_object_outside_the_image_takes_no_cell_of_another():
     # columns 318 of row 59 and -2 of row 60: as far from the first cell, counted along the rows
-    boxes_3d = decoded_at([[318, 59], [-2, 60]], depths=[20.0, 10.0])
-    labels = {**EMPTY, "class_labels": torch.zeros(2, dtype=torch.long), "boxes_3d": boxes_3d}
-    labels["boxes"] = torch.tensor([[580.0, 150, 620, 190]] * 2)
+    cells, classes = torch.tensor([[[318, 59], [-2, 60]]]), torch.zeros(1, 2, dtype=torch.long)
+    values = torch.zeros(1, 2, 9)
+    values[..., 2] = torch.tensor([20.0, 10.0]).div(700).log() - CONFIG.log_depth_per_focal
+    values[..., -1] = 1
+    boxes_3d = decode_boxes(cells, values, classes, PROJECTION[None].float(), GRID, CONFIG)[0]
+    labels = labels_of(boxes_3d, classes[0])
     targets = encode_targets(labels, PROJECTION.float(), GRID, (3, 96, 320), CONFIG)
     assert targets.cells.tolist() == [[318, 59]]
 
@@ -153,8 +149,7 @@ def test_losses_are_those_of_their_formulas():
         expected = -math.log(p) * (1 - p) ** 2 if wanted == 1 else -math.log(1 - p) * p**2 * (1 - wanted) ** 4
         assert loss.item() == pytest.approx(float(expected), rel=1e-4)
     boxes, classes = random_boxes(1)
-    labels = EMPTY | {"boxes_3d": boxes.float(), "class_labels": classes, "boxes": torch.tensor([[10.0, 10, 50, 50]])}
-    targets = encode_targets(labels, PROJECTION.float(), GRID, (3, 200, 400), CONFIG)
+    targets = encode_targets(labels_of(boxes, classes), PROJECTION.float(), GRID, (3, 200, 400), CONFIG)
     regression = torch.zeros(1, sum(CHANNELS.values()), 200, 400)
     regression[0, 3] = 0.5  # log of the spread
     losses = detection_losses(torch.zeros(1, 3, 200, 400), regression, [targets])
@@ -182,11 +177,7 @@ def test_several_encoders_learn(architecture):
     model = tiny(architecture).train()
     boxes, classes = random_boxes(2)
     boxes[:, 0] /= 10
-    labels = EMPTY | {
-        "boxes_3d": boxes.float(),
-        "class_labels": classes,
-        "boxes": torch.tensor([[10.0, 10, 50, 50]] * 2),
-    }
+    labels = labels_of(boxes, classes, torch.tensor([[10.0, 10, 50, 50]] * 2))
     projection = torch.tensor([[100.0, 0, 60, 0], [0, 100, 30, 0], [0, 0, 1, 0]]).expand(2, 3, 4)
     pixels = torch.randn(2, 3, 70, 130)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
@@ -212,7 +203,7 @@ def test_boxes_and_losses_are_exact_under_autocast(monkeypatch):
 
     monkeypatch.setattr("simipu_hf.modeling.modeling_simipu_detection.detection_losses", keep_targets)
     boxes, classes = random_boxes(30)
-    labels = EMPTY | {"boxes_3d": boxes.float(), "class_labels": classes, "boxes": torch.rand(30, 4).cumsum(-1) * 90}
+    labels = labels_of(boxes, classes, torch.rand(30, 4).cumsum(-1) * 90)
     pixels, projection = torch.randn(1, 3, 376, 1216), PROJECTION.float()[None]
     with torch.autocast("cpu", torch.bfloat16):
         output = model(pixels, projection, [labels])
@@ -248,14 +239,3 @@ def test_post_processing_gives_boxes_of_the_original_image():
     assert found["alpha"].item() == pytest.approx(0.4 - math.atan2(1, 20))
     clipped = image_boxes(box[None], PROJECTION, (200, 620))[0]
     assert clipped[2].item() == 619
-
-
-def test_configurations_that_do_not_fit_are_named():
-    for fields, message in (
-        ({"classes": ["Car"]}, "mean_dimensions"),
-        ({"hidden_size": 0}, "hidden_size"),
-        ({"out_indices": []}, "out_indices is empty"),
-        ({"classes": [], "mean_dimensions": []}, "classes is empty"),
-    ):
-        with pytest.raises(Exception, match=message):
-            SimIPUDetectionConfig(**fields)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_map
 
 from simipu_hf.modeling import point_ops, point_ops_numba
 from simipu_hf.modeling.point_ops import (
@@ -24,6 +25,7 @@ pytest.importorskip("numba")
 
 RINGS = [(0.0, 0.4), (0.4, 1.0), (1.0, 2.5), (50.0, 60.0)]  # the last one is always empty
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+CLOUD, NOTHING = torch.zeros(1, 4, 3), torch.zeros(1, 0, 3)
 
 
 @pytest.fixture(autouse=True)
@@ -147,12 +149,6 @@ class TestFurthestPointSample:
         expected = furthest_point_sample(points.detach().contiguous(), 9, backend="torch")
         assert torch.equal(furthest_point_sample(points, 9), expected)
 
-    def test_no_points_and_no_samples_are_errors(self):
-        with pytest.raises(ValueError, match="at least one point"):
-            furthest_point_sample(torch.zeros(1, 0, 3), 1)
-        with pytest.raises(ValueError, match="0 samples"):
-            furthest_point_sample(torch.zeros(1, 4, 3), 0)
-
     def test_an_error_in_a_thread_is_raised(self):
         def fail(number):
             if threading.current_thread() is not threading.main_thread():
@@ -231,11 +227,6 @@ def ball_queries(draw, max_points=300):
 
 
 class TestBallQuery:
-    @pytest.mark.parametrize("backend", ["torch", "numba"])
-    def test_no_points_are_an_error(self, backend):
-        with pytest.raises(ValueError, match=r"at least one point and .* found \(1, 0, 3\)"):
-            ball_query(torch.zeros(1, 0, 3), torch.zeros(1, 2, 3), [(0, 1.0)], [2], backend)
-
     @properties
     @given(ball_queries(max_points=30))
     def test_definition_is_brute_force(self, query):
@@ -321,6 +312,24 @@ class TestGroupMax:
         assert rows.grad.tolist() == [[0, 0], [2, 2], [1, 1]]
 
 
+@pytest.mark.parametrize(
+    ("operation", "arguments", "backend", "message"),
+    [
+        (furthest_point_sample, (NOTHING, 1), "auto", "at least one point"),
+        (furthest_point_sample, (CLOUD, 0), "auto", "0 samples"),
+        (furthest_point_sample, (CLOUD, 2), "cuda", "unknown backend 'cuda': choose from auto, triton, numba, torch"),
+        (furthest_point_sample, (CLOUD[..., :2], 2), "numba", "'numba': this backend takes 3 coordinates on the CPU"),
+        (ball_query, (NOTHING, CLOUD, [(0, 1.0)], [2]), "torch", r"at least one point and .* found \(1, 0, 3\)"),
+        (ball_query, (NOTHING, CLOUD, [(0, 1.0)], [2]), "numba", r"at least one point and .* found \(1, 0, 3\)"),
+        (ball_query, (CLOUD, CLOUD, [(0, 1.0)], [2]), "triton", "CUDA"),
+    ],
+)
+def test_what_cannot_be_computed_is_named(operation, arguments, backend, message, monkeypatch):
+    monkeypatch.setattr(point_ops, "triton", object())
+    with pytest.raises(ValueError, match=message):
+        operation(*arguments, backend=backend)
+
+
 class TestBackendChoice:
     @pytest.mark.parametrize(("backend", "columns", "possible"), [("cuda", 3, "numba, torch"), ("numba", 2, "torch")])
     def test_a_backend_that_does_not_apply_is_named_with_those_that_do(self, backend, columns, possible):
@@ -343,8 +352,8 @@ class TestBackendChoice:
         def broken(*_):
             raise RuntimeError("no PTX for you")
 
-        def wrong(points, *_):
-            return [torch.zeros(1, 16, 4, dtype=torch.long)] if operation == "ball_query" else points[..., 0].long()
+        def wrong(*arguments):
+            return tree_map(torch.zeros_like, right(*arguments))
 
         def right(*arguments):
             assert arguments[0].dtype == torch.float32  # what the kernels take, whatever the default is

@@ -55,10 +55,9 @@ def test_forward_backward_and_running_statistics_equal_the_textbook(xyz, kind, d
     (actual.features * upstream).sum().backward()
     (expected.features * upstream).sum().backward()
     torch.testing.assert_close(clones[0].grad, clones[1].grad, rtol=1e-8, atol=1e-8)
-    for (name, ours), theirs in zip(fast.named_parameters(), textbook.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-8, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
-    for (name, ours), theirs in zip(fast.named_buffers(), textbook.buffers(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+    gradients = [{name: p.grad for name, p in network.named_parameters()} for network in (fast, textbook)]
+    torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(dict(fast.named_buffers()), dict(textbook.named_buffers()), rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("xyz", XYZ, ids=lambda fields: fields.get("xyz_layer", "none"))

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from depth_rows import save_rows
-from safetensors.torch import load_file
 from tiny_run import reset_accelerate, write_frames
 from training import data_parallel_worker as worker
+from weights import assert_same_weights, weights
 
 from simipu_hf.evaluate_depth import evaluate_depth
 from simipu_hf.training.arguments import EvaluateDepthArguments
@@ -58,8 +58,7 @@ def test_two_processes_equal_one_with_twice_the_rows(results, architecture, accu
     worker.train(results, f"one-{name}", architecture, accumulation_steps)
     reset_accelerate()
     one, two = (results / folder for folder in (f"one-{name}", name))
-    first, second = (load_file(folder / "model.safetensors") for folder in (one, two))
-    torch.testing.assert_close(second, first, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(weights(two), weights(one), rtol=1e-10, atol=1e-10)
     first, second = (read_metrics(folder / "metrics.jsonl") for folder in (one, two))
     for part in ("image_encoder", "heads", "point_encoder"):  # before they were clipped
         norms = [[line[f"grad_norm/{part}"] for line in lines] for lines in (first, second)]
@@ -68,8 +67,7 @@ def test_two_processes_equal_one_with_twice_the_rows(results, architecture, accu
 
 
 def test_two_processes_resume_to_the_bit(results):
-    whole, resumed = load_file(results / "whole/model.safetensors"), load_file(results / "broken/model.safetensors")
-    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    assert_same_weights(results / "whole", results / "broken")
     lines = [read_metrics(results / name / "metrics.jsonl") for name in ("whole", "broken")]
     for name in ("loss", "eval/loss", "eval/recall_within_2_cells"):
         assert [line[name] for line in lines[0] if name in line] == [line[name] for line in lines[1] if name in line]
@@ -77,8 +75,7 @@ def test_two_processes_resume_to_the_bit(results):
 
 
 def test_a_signal_to_one_of_two_processes_ends_both_after_a_checkpoint(results):
-    whole, resumed = load_file(results / "whole/model.safetensors"), load_file(results / "preempted/model.safetensors")
-    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    assert_same_weights(results / "whole", results / "preempted")
     messages = {(results / f"interruption-{rank}.txt").read_text(encoding="utf-8") for rank in range(2)}
     assert len(messages) == 1
     assert re.match(r"stopped by SIGTERM after step [34] of 6, saved .*checkpoint-[34]\.", messages.pop())

@@ -286,6 +286,7 @@ class TestLogging:
         logger.close()
 
 
+PRETRAIN = {"data_dir": "kitti", "output_dir": "out"}
 TRAIN = {"train_frames": ["a"], "output_dir": "o"}
 TEST = {"model": "m", "test_frames": ["b"]}
 COMPARE = {**TRAIN, "test_frames": ["b"], "image_encoders": ["a=b"], "modes": ["frozen"]}
@@ -349,41 +350,28 @@ class TestArguments:
             parse(*flags)
 
     @pytest.mark.parametrize(
-        ("cls", "given", "flags"),
+        ("cls", "given", "wrong", "message"),
         [
-            (DepthArguments, TRAIN, {"image_dir": "x"}),
-            (DepthArguments, {**TRAIN, "freeze_image_encoder": True}, {"decoder_first": 0.5}),
-            (EvaluateDepthArguments, TEST, {"num_pictures": 2}),
-            (EvaluateDepthArguments, TEST, {"depth_dir": "x"}),
-            (EvaluateDetectionArguments, {"predictions": "p", "labels": "l"}, {"device": "cuda"}),
-            (CompareDepthArguments, COMPARE, {"encoder_learning_rate": 0.1}),
+            (DepthArguments, TRAIN, {"adam_beta1": 0.05}, "must be at least 0.1 and below 1"),
+            (DepthArguments, TRAIN, {"max_depth": 0.0}, "must be a number of metres above 0"),
+            (DepthArguments, TRAIN, {"kb_crop": False}, "needs --image_size"),
+            (DepthArguments, {"output_dir": "o"}, {"train_frames": []}, "or --train_list"),
+            (DepthArguments, TRAIN, {"image_dir": "x"}, "does nothing with"),
+            (DepthArguments, {**TRAIN, "freeze_image_encoder": True}, {"decoder_first": 0.5}, "does nothing with"),
+            (EvaluateDepthArguments, TEST, {"min_depth": -1.0}, "must be at least 0, found -1"),
+            (EvaluateDepthArguments, TEST, {"num_pictures": 2}, "does nothing with"),
+            (EvaluateDepthArguments, TEST, {"depth_dir": "x"}, "does nothing with"),
+            (EvaluateDetectionArguments, {"predictions": "p", "labels": "l"}, {"device": "cuda"}, "does nothing with"),
+            (CompareDepthArguments, COMPARE, {"max_depth": math.inf}, "must be"),
+            (CompareDepthArguments, COMPARE, {"encoder_learning_rate": 0.1}, "does nothing with"),
+            (CompareDepthArguments, COMPARE, {"label_fractions": (0.5, 2)}, "must be above 0 and at most 1, found 2"),
+            (CompareDepthArguments, COMPARE, {"seeds": 0}, "must be one or more, each once, found 0"),
+            (PreTrainingArguments, PRETRAIN, {"preset": "offical"}, "'offical': choose from recommended, official"),
         ],
     )
-    def test_flags_of_other_commands_without_effect_are_refused(self, cls, given, flags):
-        cls(**given)
-        with pytest.raises(SimIPUError, match=f"--{next(iter(flags))} does nothing with"):
-            cls(**given, **flags)
-
-    @pytest.mark.parametrize(
-        ("cls", "given", "message"),
-        [
-            (DepthArguments, {**TRAIN, "adam_beta1": 0.05}, "--adam_beta1 must be at least 0.1 and below 1"),
-            (DepthArguments, {**TRAIN, "max_depth": 0.0}, "--max_depth must be a number of metres above 0"),
-            (CompareDepthArguments, {**COMPARE, "max_depth": math.inf}, "--max_depth must be"),
-            (EvaluateDepthArguments, {**TEST, "min_depth": -1.0}, "--min_depth must be at least 0, found -1"),
-        ],
-    )
-    def test_values_without_meaning_are_refused(self, cls, given, message):
-        with pytest.raises(SimIPUError, match=message):
-            cls(**given)
-
-    def test_choices_hold_from_python_too(self):
-        with pytest.raises(SimIPUError, match="--preset 'offical': choose from recommended, official"):
-            PreTrainingArguments(data_dir="kitti", output_dir="out", preset="offical")
-        with pytest.raises(SimIPUError, match="--label_fractions must be above 0 and at most 1, found 2"):
-            CompareDepthArguments(**COMPARE, label_fractions=(0.5, 2))
-        with pytest.raises(SimIPUError, match="--seeds must be one or more, each once, found 0"):
-            CompareDepthArguments(**COMPARE, seeds=0)
+    def test_values_without_effect_or_meaning_are_refused_from_python_too(self, cls, given, wrong, message):
+        with pytest.raises(SimIPUError, match=f"--(no_)?{next(iter(wrong))} {message}"):
+            cls(**given, **wrong)
 
     def test_overrides(self):
         text = "max_match_distance=null,image_config.out_indices=[-1, 2],point_config.use_xyz=false,temperature=0.1"
