@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from simipu_hf.errors import SimIPUError
-from simipu_hf.files import atomic_folder, atomic_path, atomic_write, write_json, write_lock
+from simipu_hf.files import atomic_folder, atomic_path, atomic_write, write_lock
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path):

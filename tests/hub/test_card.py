@@ -1,7 +1,9 @@
 """Cards say what is on disk, and leave what somebody wrote by hand."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import datasets
 import pytest
@@ -145,11 +147,15 @@ def test_bgr_is_said(folder):
     assert "expects BGR" in model_card(folder)
 
 
-def test_tokens_and_folders_are_taken_out():
+def test_tokens_and_folders_are_taken_out(monkeypatch):
     assert redact("hf_abcdefgh123") == "hf_…"
     assert redact('"/home/alice/runs/kitti", --a=/mnt/x/y --b /z/w') == '"…/kitti", --a=…/y --b …/w'
     assert redact(r"C:\Users\alice\runs\a D:/alice/secret/KITTI") == "…/a …/KITTI"
     assert redact(r"file:///home/alice/x/y file:///C:/alice/z \\nas\alice\KITTI") == "…/y …/z …/KITTI"
+    home = Path("C:/Users/John O'Doe" if os.name == "nt" else "/home/John O'Doe")
+    monkeypatch.setattr(Path, "home", lambda: home)
+    monkeypatch.setattr(Path, "cwd", lambda: home.parent)
+    assert redact(f"data: {home / 'secret' / 'KITTI'}") == "data: …/KITTI"
     assert redact("data: /home/John Doe/KITTI") == redact(r"data: C:\Users\John Doe\KITTI") == "data: …/KITTI"
     assert redact("x '--a=/home/John Doe/KITTI' --b=/c/d") == "x '--a=…/KITTI' --b=…/d"
     assert redact('"data_dir": "/media/John Doe/KITTI raw/x"') == '"data_dir": "…/x"'

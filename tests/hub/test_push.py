@@ -9,7 +9,6 @@ import threading
 import datasets
 import local_hub
 import pytest
-import yaml
 from huggingface_hub import DatasetCard
 from PIL import Image
 
