@@ -27,8 +27,6 @@ from .point_ops_triton import furthest_point_sample as triton_sample
 from .point_ops_triton import furthest_point_sample_features as triton_sample_features
 from .point_ops_triton import triton
 
-BACKENDS = ("triton", "numba", "torch")
-
 
 class Neighbors(NamedTuple):
     """The members of G groups, as a ragged list of E entries.
@@ -67,7 +65,8 @@ def furthest_point_sample(points: Tensor, num_samples: int, backend: str = "auto
     """
     _check_sampling(points, num_samples)
     values = _at_least_float32(points).contiguous()
-    backend = _choose("furthest_point_sample", backend, values, BACKENDS if values.shape[2] == 3 else ("torch",))
+    obstacles = _obstacles(values, "3 coordinates", applies=values.shape[2] == 3)
+    backend = _choose("furthest_point_sample", backend, **obstacles)
     if backend == "triton":
         return triton_sample(values, num_samples)
     if backend == "numba":
@@ -101,7 +100,7 @@ def furthest_point_sample_features(features: Tensor, num_samples: int, backend: 
     """
     _check_sampling(features, num_samples)
     values = _at_least_float32(features).contiguous()
-    backend = _choose("furthest_point_sample_features", backend, values)
+    backend = _choose("furthest_point_sample_features", backend, **_obstacles(values, "features"))
     if backend == "triton":
         return triton_sample_features(values, num_samples)
     if backend == "numba":
@@ -144,7 +143,7 @@ def ball_query(
     """
     _check_sampling(points, min(num_samples))
     points, centers = _at_least_float32(points).contiguous(), _at_least_float32(centers).contiguous()
-    backend = _choose("ball_query", backend, points)
+    backend = _choose("ball_query", backend, **_obstacles(points, "points"))
     if backend == "numba":
         rings = numba_ball_query(points, centers, _squared_radii(radii, points.dtype), num_samples)
         return [Neighbors(*ring) for ring in rings]
@@ -194,7 +193,7 @@ def group_max(rows: Tensor, neighbors: Neighbors, backend: str = "auto") -> Tens
     Returns:
         (G, C). The gradient goes to the first entry that attains the maximum.
     """
-    backend = _choose("group_max", backend, rows, ("numba", "torch"))
+    backend = _choose("group_max", backend, numba=_obstacles(rows, "rows")["numba"], torch=None)
     if backend == "numba":
         values = _at_least_float32(rows).contiguous()
         return GroupMax.apply(values, neighbors.index, neighbors.offsets).to(rows.dtype)
@@ -244,10 +243,17 @@ def _check_sampling(points: Tensor, num_samples: int) -> None:
         )
 
 
-def _takes(backend: str, values: Tensor) -> bool:
-    if backend == "triton":
-        return values.is_cuda and values.dtype == torch.float32
-    return backend == "torch" or (values.device.type == "cpu" and not torch.compiler.is_compiling())
+def _obstacles(values: Tensor, takes: str, applies: bool = True) -> dict[str, Exception | None]:
+    """Why each backend cannot be used for `values`, if so, the fastest first."""
+    obstacles: dict[str, Exception | None] = {}
+    for name, package, fits, where in (
+        ("triton", triton, values.is_cuda and values.dtype == torch.float32, "in float32 on CUDA"),
+        ("numba", numba, values.device.type == "cpu" and not torch.compiler.is_compiling(), "on the CPU, uncompiled"),
+    ):
+        obstacles[name] = None if fits and applies else ValueError(f"this backend takes {takes} {where}")
+        if package is None:
+            obstacles[name] = ImportError(f"this backend needs {name}, which cannot be imported: pip install {name}")
+    return {**obstacles, "torch": None}
 
 
 @functools.cache
@@ -276,18 +282,14 @@ def triton_works(operation: str, device: str = "cuda") -> bool:
     return not problem
 
 
-def _choose(operation: str, backend: str, values: Tensor, backends: Sequence[str] = BACKENDS) -> str:
-    """The backend to run of those that an operation has, the fastest first."""
-    fitting = [name for name in backends if _takes(name, values)]
-    missing = [name for name, package in (("triton", triton), ("numba", numba)) if package is None]
+def _choose(operation: str, backend: str, **obstacles: Exception | None) -> str:
+    """The backend to run. `obstacles` name the known ones, the fastest first."""
     if backend == "auto":
-        possible = [name for name in fitting if name not in missing]
+        possible = [name for name, obstacle in obstacles.items() if obstacle is None]
         return next(name for name in possible if name != "triton" or triton_works(operation))
-    if backend not in fitting:
-        raise ValueError(
-            f"{operation}: backend {backend!r} does not take {tuple(values.shape)} {values.dtype} on "
-            f"{values.device}: choose from auto, {', '.join(fitting)}"
-        )
-    if backend in missing:
-        raise ImportError(f"this backend needs {backend}, which cannot be imported: pip install {backend}")
+    if backend not in obstacles:
+        raise ValueError(f"unknown backend {backend!r}: choose from auto, {', '.join(obstacles)}")
+    obstacle = obstacles[backend]
+    if obstacle is not None:
+        raise type(obstacle)(f"backend {backend!r}: {obstacle}")
     return backend
