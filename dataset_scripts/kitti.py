@@ -667,15 +667,14 @@ class Kitti(datasets.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
-        if self.config.on_bad_row not in ("error", "skip"):
-            raise ValueError(f"on_bad_row: expected 'error' or 'skip', found {self.config.on_bad_row!r}")
         listing = self.config.list_frames()
-        if listing.problems and self.config.on_bad_row == "error":
+        if listing.problems and self.config.on_bad_row != "skip":
             raise ValueError("\n".join(listing.problems[:10]))
         for message in listing.notes + listing.problems:
             logger.warning(message)
         if not listing.splits:
-            raise ValueError(f"{self.config.data_dir}: expected images with their scans, found none")
+            expected = f"images with scans of {self.config.description}"
+            raise ValueError(f"{self.config.data_dir}: expected {expected}, found none")
         # a list is what datasets divides among processes and stream shards
         return [datasets.SplitGenerator(split, {"frames": frames}) for split, frames in listing.splits.items()]
 
@@ -687,7 +686,7 @@ class Kitti(datasets.GeneratorBasedBuilder):
                     raise ValueError(f"frame {frame.frame_id}: expected points of the scan in the image, found none")
                 yield frame.frame_id, row
             except ValueError as error:
-                if self.config.on_bad_row == "error":
+                if self.config.on_bad_row != "skip":
                     raise
                 logger.warning(f"frame {frame.frame_id} skipped: {error}")
 

@@ -90,6 +90,7 @@ def arguments(tmp_path):
 def test_every_combination_runs_once_and_a_killed_comparison_goes_on(arguments, tmp_path):
     task = FakeTask()
     task.draw(tmp_path / "comparison" / "pictures" / "earlier_full")  # of an encoder that is not compared any more
+    (tmp_path / "comparison" / "runs.jsonl").touch()
     result = compare(arguments, task)
     assert len(task.ran) == 2 * 2 * 2 * 2
     assert [entry["num_frames"] for entry in result["table"] if entry["mode"] == "full"] == [100, 100, 50, 50]

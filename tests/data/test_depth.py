@@ -202,7 +202,7 @@ def test_depth_that_cannot_be_read_is_named_by_its_frame(tmp_path, capsys, decod
     rows = dataset_from_rows(make_rows(range(2)), str(tmp_path / "rows")).add_column("depth", depth)
     rows.cast_column("depth", datasets.Image(decode=decode)).save_to_disk(tmp_path / "saved")
     rows = select_frames([str(tmp_path / "saved")])
-    with pytest.raises(SimIPUError, match="frame 000001: cannot be read as a depth PNG"):
+    with pytest.raises(SimIPUError, match="frame 000001: depth: cannot be read as a depth PNG"):
         list(DepthDataset(rows, PROCESSOR).usable_frames())
     dataset = DepthDataset(rows, PROCESSOR, on_bad_row="skip")
     [frame] = dataset.usable_frames()

@@ -401,11 +401,15 @@ def test_what_is_no_data_set_is_named(tmp_path, object_root, raw_root):
     (tmp_path / "holiday/photo.jpg").touch()
     (tmp_path / "download").mkdir()
     (tmp_path / "download/data_object_image_2.zip").touch()
+    (tmp_path / "tracking/training/image_02").mkdir(parents=True)
     (tmp_path / "odometry/sequences/00/image_2").mkdir(parents=True)
     shutil.copytree(object_root / "training/velodyne", tmp_path / "gray/sequences/00/velodyne")
     (tmp_path / "loop").mkdir()
     (tmp_path / "loop/again").symlink_to(tmp_path / "loop")
     (tmp_path / "loop/up").symlink_to(tmp_path)
+    (tmp_path / "several/rows").mkdir(parents=True)
+    for name in ("train.parquet", "test.txt"):
+        (tmp_path / "several/rows" / name).write_text("none", encoding="utf-8")
     reduced = shutil.copytree(object_root, tmp_path / "reduced/kitti")
     (reduced / "training/velodyne").rename(reduced / "training/velodyne_reduced")
     cases = [
@@ -420,7 +424,7 @@ def test_what_is_no_data_set_is_named(tmp_path, object_root, raw_root):
         ({"data_dir": raw_root / "2011_09_26"}, f"did you mean {re.escape(str(raw_root))}"),
         ({"data_dir": reduced.parent}, f"did you mean {re.escape(str(reduced))}"),
         ({"data_dir": tmp_path / "loop"}, "as published.*found again, up"),
-        ({"data_dir": tmp_path / "two"}, "expected a folder of one data set, found rows"),
+        ({"data_dir": tmp_path / "several"}, "expected a folder of one data set, found rows"),
         ({"data_dir": reduced}, "rename it to velodyne"),
         ({"data_dir": tmp_path / "odometry"}, r"found none; they are in KITTI's data_odometry_velodyne\.zip"),
         ({"data_dir": tmp_path / "gray"}, r"no pair; the colour images are in KITTI's data_odometry_color\.zip"),

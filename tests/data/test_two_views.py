@@ -346,7 +346,10 @@ def stored(image, orientation=1, length=None):
         ("lidar_to_camera", lambda _: (np.diag([1, 1, -1, 1]) @ LIDAR_TO_CAMERA).tolist(), 2),  # it looks away
     ],
 )
-def test_bad_rows_are_named_or_replaced_by_the_next(change, num_workers):
+def test_bad_rows_are_named_or_replaced_by_the_next(column, damage, num_workers):
+    def change(rows):
+        rows[2][column] = damage(rows[2][column])
+
     with pytest.raises(SimIPUError, match="frame 000002: "):
         make_dataset(change=change)[2]
     dataset = make_dataset(change=change, on_bad_row="skip")

@@ -313,7 +313,6 @@ def test_damage_is_named_and_that_of_a_frame_can_be_skipped(object_root, raw_roo
         ("object", {"cameras": (1,)}, r"cameras: .* found \[1\]"),
         ("object", {"cameras": ("image_2",)}, r"cameras: .* found \['image_2'\]"),
         ("object", {"scenes": ("2011_09_26_drive_0001_sync",)}, "'raw' only"),
-        ("object", {"on_bad_row": "ignore"}, "on_bad_row"),
         ("raw", {"scenes": ("2011_09_26_drive_0077_sync",)}, "2011_09_26_drive_0001_sync.*found.*drive_0077"),
     ],
 )

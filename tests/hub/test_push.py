@@ -304,7 +304,8 @@ def test_the_end_publishes_model_and_encoder(endpoint, run_folder, capsys):
     assert "model.safetensors" in endpoint.files("owner/run")
     assert "model.safetensors" in endpoint.files("owner/encoder")
     uploader_of(run_folder, encoder_repo_id="somebody/encoder").finish()
-    assert "not everything was published: Hub repository somebody/encoder: " in capsys.readouterr().out
+    published = f"{endpoint.url}/owner/run was published; Hub repository somebody/encoder: "
+    assert f"not everything was published: {published}" in capsys.readouterr().out
 
 
 def test_failures_are_reported_and_never_raised(endpoint, checkpoint, run_folder, capsys):
