@@ -44,7 +44,7 @@ from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 from simipu_hf.training.arguments import PreTrainingArguments, parse_arguments, parse_overrides
 from simipu_hf.training.batch_norm import kept_running_statistics, synchronize_batch_norm
-from simipu_hf.training.checkpoint import TrainingState, resumed_step
+from simipu_hf.training.checkpoint import TrainingState, read_state, resumed_step
 from simipu_hf.training.distributed import (
     SharedFlags,
     StopRequest,
@@ -548,6 +548,7 @@ def open_checkpoint(
     path = on_main_process(accelerator, find_checkpoint, arguments)
     if path is not None:
         steps.first = resumed_step(path, identity)
+        read_state(path)  # what torch refuses is found here, before anything is written
     if steps.first > steps.last:
         raise SimIPUError(f"{path} is beyond the last step, {steps.last}: raise --max_steps or --num_train_epochs")
     return path

@@ -41,7 +41,7 @@ def select_frames(specifications: Sequence[str], labels: bool = False) -> datase
     """
     parts = [_select(specification, labels) for specification in specifications]
     if not parts:
-        raise SimIPUError("no frames were named: expected SOURCE[#SPLIT[:IDS]]")
+        raise SimIPUError("no frames were named: expected SOURCE[#SPLIT[:IDS]], as --train_frames takes")
     taken: dict[str, set[Any]] = {}
     for specification, part in zip(specifications, parts, strict=True):
         take_rows(taken, specification, split_source(specification)[0], row_names(part))

@@ -170,7 +170,7 @@ def _load_parts(
         if source.kind == "saved" and isinstance(part, datasets.IterableDataset):
             rows = _with_scene(_take(planned, source.saved))
         names = row_names(rows) if isinstance(rows, datasets.Dataset) else _names(planned)
-        take_rows(taken, text, source.location, names)
+        take_rows(taken, text, source.location, dict.fromkeys(names))  # repeats in one source: `_without_duplicates`
         parts.append(part)
     return parts
 

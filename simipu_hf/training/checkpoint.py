@@ -160,6 +160,21 @@ def newest_checkpoint(output_dir: Path, on_damaged: Callable[[str], None] = lamb
     return None
 
 
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What [`TrainingState.save`] wrote beside the model; a `SimIPUError` where it is more than tensors and plain
+    values, or cannot be read."""
+    path = checkpoint / STATE_TENSORS
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise SimIPUError(
+            f"{path} holds more than tensors and plain values; it was not loaded, because unpickling runs code from "
+            "the file"
+        ) from error
+    except (OSError, EOFError, RuntimeError, KeyError, ValueError) as error:
+        raise SimIPUError(f"{path} cannot be read ({error})") from error
+
+
 @dataclass
 class TrainingState:
     """What a run saves and takes up again: model, optimizer, schedule, loss scale, the logger's unfinished window, and
@@ -201,10 +216,9 @@ class TrainingState:
         )
 
     def restore(self, checkpoint: Path) -> None:
-        """Raises a `SimIPUError` where the checkpoint does not fit the model or the optimizers, or holds anything but
-        tensors and plain values."""
+        """Raises a `SimIPUError` where the checkpoint does not fit the model or the optimizers."""
+        saved = read_state(checkpoint)
         try:
-            saved = torch.load(checkpoint / STATE_TENSORS, map_location="cpu", weights_only=True)
             self.accelerator.unwrap_model(self.model).load_state_dict(load_file(checkpoint / "model.safetensors"))
             self.optimizer.load_state_dict(saved["optimizer"])
             self.schedule.load_state_dict(saved["schedule"])
@@ -215,11 +229,6 @@ class TrainingState:
                 own = processes[self.accelerator.process_index]
                 self.logger.load_state_dict(own["logger"])
                 self.batches.load_state_dict(own["batches"])
-        except pickle.UnpicklingError as error:
-            raise SimIPUError(
-                f"{checkpoint / STATE_TENSORS} holds more than tensors and plain values; it was not loaded, because "
-                "unpickling runs code from the file"
-            ) from error
         except (OSError, EOFError, RuntimeError, KeyError, ValueError, TypeError) as error:
             raise SimIPUError(f"{checkpoint} does not fit the model or its optimizers ({error})") from error
 
