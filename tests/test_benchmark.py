@@ -38,10 +38,7 @@ def data_dir(tmp_path_factory):
 
 
 def test_ops_measures_every_backend_and_the_whole_encoder(data_dir):
-    arguments = BenchmarkOpsArguments(
-        data_dir=data_dir, num_points=96, config_overrides=OVERRIDES, device="cpu", repeats=1
-    )
-    rows = benchmark_ops(arguments).rows
+    rows = benchmark_ops(BenchmarkOpsArguments(data_dir=data_dir, **SMALL)).rows
     assert {row["backend"] for row in rows} >= {"torch", "numba", "scipy", "auto"}
     for operation in ("furthest_point_sample ", "furthest_point_sample_features", "ball_query", "group_max"):
         assert any(operation in row["part"] for row in rows), operation

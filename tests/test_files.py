@@ -98,11 +98,13 @@ def test_only_one_process_writes_a_folder(tmp_path):
 
 def test_a_lock_of_another_user_is_one_and_a_file_system_without_locks_has_none(tmp_path, monkeypatch):
     monkeypatch.setattr("filelock.FileLock.acquire", Mock(side_effect=PermissionError(13, "denied")))
+    (tmp_path / ".target.lock").touch()
     with (
         pytest.raises(SimIPUError, match=r"target cannot be written, or is being written by another user: .*denied"),
         write_lock(tmp_path / "target"),
     ):
         pass
+    assert (tmp_path / ".target.lock").exists()
     monkeypatch.setattr("filelock.FileLock.acquire", Mock(side_effect=OSError(38, "no locks")))
     with write_lock(tmp_path / "target"), write_lock(tmp_path / "target"):
         (tmp_path / "target").touch()

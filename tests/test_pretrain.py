@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import pickle
 import random
 import runpy
 import shutil
@@ -45,7 +46,7 @@ from simipu_hf.modeling.modeling_simipu import SimIPUForPreTraining
 from simipu_hf.modeling.processing_simipu import SimIPUProcessor
 from simipu_hf.pretrain import create_augmentation, pretrain
 from simipu_hf.training.arguments import PreTrainingArguments, parse_arguments
-from simipu_hf.training.checkpoint import list_checkpoints
+from simipu_hf.training.checkpoint import list_checkpoints, write_manifest
 from simipu_hf.training.logging import read_metrics
 from simipu_hf.training.run_folder import find_checkpoint
 
@@ -159,6 +160,18 @@ def test_passes_over_a_damaged_checkpoint(run, whole, tmp_path, capsys):
     resumed = run("broken", "--save_total_limit", "0", "--resume_from_checkpoint", "latest")
     assert "the contents of model.safetensors differ from what was written" in capsys.readouterr().out
     assert_same_result(whole, resumed)
+
+
+def test_a_state_that_is_refused_changes_nothing(run, whole, tmp_path):
+    checkpoint = shutil.copytree(whole, tmp_path / "copied") / "checkpoint-6"
+    manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+    (checkpoint / "manifest.json").unlink()
+    (checkpoint / "training_state.pt").write_bytes(pickle.dumps(tmp_path))
+    write_manifest(checkpoint, manifest["step"], manifest["identity"])
+    before = sorted(checkpoint.parent.rglob("*"))
+    with pytest.raises(SimIPUError, match="holds more than tensors"):
+        run("copied", "--resume_from_checkpoint", str(checkpoint))
+    assert sorted(checkpoint.parent.rglob("*")) == before
 
 
 def test_two_runs_do_not_write_into_one_folder(run, tmp_path):
@@ -313,6 +326,10 @@ def test_output_folder_is_not_overwritten(run, tmp_path):
     with pytest.raises(SimIPUError, match=r"papers holds a model and no whole checkpoint"):
         run("papers", "--resume_from_checkpoint", "latest")
     assert thesis.exists()
+    (tmp_path / "depth").mkdir()
+    (tmp_path / "depth" / "run.yaml").write_text("kind: DepthArguments\n", encoding="utf-8")
+    with pytest.raises(SimIPUError, match="depth holds a run of another command"):
+        run("depth", "--resume_from_checkpoint", "latest")
     (tmp_path / "job").mkdir()
     (tmp_path / "job" / "slurm-17.out").touch()  # a job's log file: its first start is no danger to anything
     assert find_checkpoint(arguments("KITTI", tmp_path / "job", "--resume_from_checkpoint", "latest")) is None
@@ -324,6 +341,7 @@ def test_what_needs_no_data_is_checked_before_it_is_read(run, monkeypatch, tmp_p
     (tmp_path / "papers").mkdir()
     (tmp_path / "papers" / "thesis.tex").write_text("years of work", encoding="utf-8")
     for name, flags, message in (
+        ("out", ["--report_to", "swanlab"], "not installed"),
         ("out", ["--mixed_precision", "fp16"], "needs a GPU"),
         ("papers", [], "not empty"),
     ):

@@ -158,8 +158,8 @@ def test_scans_of_other_columns_and_labels_that_cannot_be_used_are_named(object_
 
 def test_only_what_is_asked_for_is_looked_at(object_root, raw_root, tmp_path):
     shutil.copytree(object_root / "training/image_2", object_root / "training/image_3")
-    load_pretraining_dataset(data_dir=raw_root, cache_dir=tmp_path / "cache").save_to_disk(tmp_path / "saved")
-    assert "P3" in inspect_dataset(data_dir=object_root, split="train", cameras=[3]).problems[0].message
+    load_pretraining_dataset(data_dir=raw_root).save_to_disk(tmp_path / "saved")
+    assert "P3" in inspect_dataset(data_dir=object_root, split="train", cameras=3).problems[0].message
     assert inspect_dataset(data_dir=object_root, split="validation").splits == {"val": 2}
     with pytest.raises(SimIPUError, match="scenes: expected"):
         inspect_dataset(data_dir=raw_root, scenes=["none"])

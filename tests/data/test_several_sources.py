@@ -65,10 +65,10 @@ def test_joining_writes_nothing_into_the_sources(tmp_path):
     features = datasets.Features({**ROW_FEATURES, "points": datasets.Value("large_binary")})
     datasets.load_from_disk(saved[1]).cast(features).save_to_disk(tmp_path / "large")
     before = sorted((tmp_path / "large").iterdir())
-    rows = load_pretraining_dataset([saved[0], tmp_path / "large"])
+    rows = load_pretraining_dataset([saved[0], tmp_path / "large"], cache_dir=tmp_path / "own")
     assert rows[2]["points"] == make_row("b/0", 1)["points"]
     assert sorted((tmp_path / "large").iterdir()) == before
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert len(list((tmp_path / "own").iterdir())) == 1
 
 
 @pytest.mark.parametrize("streaming", [False, True])

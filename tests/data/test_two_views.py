@@ -257,6 +257,9 @@ def test_images_of_floats_are_those_of_bytes_or_are_refused():
     torch.testing.assert_close(floats, expected.float(), rtol=0, atol=3)
     with pytest.raises(ValueError, match="expected an image from 0 to 255, found floats from"):
         make_sample(row | {"image": pixels / 255}, processor, colors)
+    turned = Image.open(io.BytesIO(stored(row["image"], orientation=3)["bytes"]))
+    with pytest.raises(ValueError, match="EXIF orientation 3"):
+        make_sample(row | {"image": turned}, processor, colors)
 
 
 @pytest.mark.parametrize("preset", ["recommended", "official"])
@@ -329,11 +332,11 @@ def test_samples_are_a_pure_function_of_seed_epoch_and_index():
         dataset[6]
 
 
-def stored(image, orientation=1, length=None):
+def stored(image, orientation=1, length=None, format="PNG"):
     """The first bytes of a file."""
     exif = Image.Exif()
     exif[0x112] = orientation
-    image.save(file := io.BytesIO(), "PNG", exif=exif)
+    image.save(file := io.BytesIO(), format, exif=exif)
     return {"bytes": file.getvalue()[:length], "path": None}
 
 
@@ -342,7 +345,7 @@ def stored(image, orientation=1, length=None):
     [
         ("points", lambda points: points[:-3], 0),
         ("image", lambda image: stored(image, length=2000), 2),
-        ("image", lambda image: stored(image, orientation=6), 0),
+        ("image", lambda image: stored(image, orientation=6, format="JPEG"), 0),
         ("lidar_to_camera", lambda _: (np.diag([1, 1, -1, 1]) @ LIDAR_TO_CAMERA).tolist(), 2),  # it looks away
     ],
 )

@@ -329,3 +329,4 @@ def test_a_folder_that_is_not_kitti_is_an_error(tmp_path, name):
         build(tmp_path / "holiday", name, tmp_path / "cache")
     with pytest.raises(ValueError, match="no folder at"):
         build(tmp_path / "absent", name, tmp_path / "cache")
+    assert "points" in kitti.Kitti(config_name=name).info.features  # without a folder

@@ -231,7 +231,7 @@ def test_damaged_tables_are_named(tiny: TinyTables) -> None:
             root = tiny.write()
         with pytest.raises(ValueError, match=rf"sample_data\.json: record .*: expected a .* as {field}, found None"):
             nuscenes.list_frames("v1.0-mini", root)
-    for text in ("[", "[]", '{"mine": [["scene-0061"]]}'):
+    for text in ("[", "[]", '{"mine": [["scene-0061"]]}', '{"day-light": ["scene-0061"]}'):
         (tiny.root / "v1.0-mini/splits.json").write_text(text)
         with pytest.raises(ValueError, match=r"splits\.json: expected split -> list of scenes, found: "):
             nuscenes.split_names("v1.0-mini", root)

@@ -118,7 +118,7 @@ class Handler(BaseHTTPRequestHandler):
         except (BrokenPipeError, ConnectionResetError):
             pass
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = respond  # noqa: N815
+    do_GET = do_HEAD = do_POST = do_DELETE = respond  # noqa: N815
 
     def send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)

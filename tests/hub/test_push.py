@@ -52,7 +52,8 @@ def uploader_of(output_dir, repo_id="owner/run", **flags):
     return HubUploader(PreTrainingArguments(data_dir="kitti", output_dir=str(output_dir), **hub, **flags))
 
 
-def test_repository_holds_the_model_its_code_its_encoder_and_a_card(endpoint, run_folder):
+def test_repository_holds_the_model_its_code_its_encoder_and_a_card(endpoint, run_folder, tmp_path):
+    run_folder = shutil.copytree(run_folder, tmp_path / "last-checkpoint")  # texts of a folder of that name, too
     before = sorted(path.name for path in run_folder.rglob("*"))
     report = push_folder(run_folder, "owner/simipu", private=True, encoder_repo_id="owner/encoder")
     files = endpoint.files("owner/simipu")
@@ -367,6 +368,10 @@ def test_data_set_from_kitti_is_private_and_says_why(endpoint, tmp_path, capsys)
     push_dataset(tmp_path / "rows", "owner/own", license="cc-by-4.0")
     shards = [name for name in endpoint.files("owner/own", "datasets") if name.endswith("parquet")]
     assert shards == ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]
+    (tmp_path / "rows" / "README.md").write_text(ONE_SPLIT.format("own", "train-*"), encoding="utf-8")
+    push_dataset(tmp_path / "rows", "owner/listed", license="cc-by-4.0")
+    [config] = published_card(endpoint, "owner/listed").data["configs"]
+    assert config["data_files"] == [{"split": "own", "path": "train-*"}]
     header = "---\ntags: [mine]\n---\n"
     (tmp_path / "rows" / "README.md").write_text(header, encoding="utf-8")
     push_dataset(tmp_path / "rows", "owner/header", license="cc-by-4.0")
@@ -393,11 +398,9 @@ def test_data_set_from_kitti_is_private_and_says_why(endpoint, tmp_path, capsys)
 @pytest.fixture
 def parts(tmp_path):
     """Folders of rows: of train, of val, and of both."""
-    rows = datasets.Dataset.from_dict({"frame_id": ["a", "b", "c"]})
     for folder in ("train", "val", "both"):
-        (tmp_path / folder / "data").mkdir(parents=True)
         for split in ("train", "val") if folder == "both" else (folder,):
-            rows.to_parquet(tmp_path / folder / "data" / f"{split}-00000-of-00001.parquet")
+            ROWS.to_parquet(tmp_path / folder / "data" / f"{split}-00000-of-00001.parquet")
     return tmp_path
 
 

@@ -366,6 +366,7 @@ class TestArguments:
             (CompareDepthArguments, COMPARE, {"encoder_learning_rate": 0.1}, "does nothing with"),
             (CompareDepthArguments, COMPARE, {"label_fractions": (0.5, 2)}, "must be above 0 and at most 1, found 2"),
             (CompareDepthArguments, COMPARE, {"seeds": 0}, "must be one or more, each once, found 0"),
+            (PreTrainingArguments, PRETRAIN, {"report_to": ["wandbb"]}, "'wandbb': choose from tensorboard, "),
             (PreTrainingArguments, PRETRAIN, {"preset": "offical"}, "'offical': choose from recommended, official"),
         ],
     )
