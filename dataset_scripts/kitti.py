@@ -638,11 +638,11 @@ class KittiConfig(datasets.BuilderConfig):
         return list_frames(self.name, self.data_dir, self.splits, self.cameras, self.scenes)
 
     def create_config_id(self, config_kwargs: dict[str, Any], custom_features: datasets.Features | None = None) -> str:
-        if self.data_dir is None:  # its columns are looked at, nothing is read
-            return super().create_config_id(config_kwargs, custom_features)
         # the cache folder's name: rows of files, or by code, that have changed since must not be found again
-        frames = [frame for split in self.list_frames().splits.values() for frame in split]
-        return super().create_config_id({**config_kwargs, "files": fingerprint(frames)}, custom_features)
+        if self.data_dir is not None:
+            frames = [frame for split in self.list_frames().splits.values() for frame in split]
+            config_kwargs = {**config_kwargs, "files": fingerprint(frames)}
+        return super().create_config_id(config_kwargs, custom_features)
 
 
 class Kitti(datasets.GeneratorBasedBuilder):

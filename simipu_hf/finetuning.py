@@ -35,7 +35,7 @@ from .modeling.image_encoder import load_image_encoder_weights
 from .modeling.image_processing_simipu import SimIPUImageProcessor
 from .training.arguments import FineTuningRunArguments
 from .training.batch_norm import kept_running_statistics, synchronize_batch_norm
-from .training.checkpoint import named_errors, resumed_step, save_checkpoint
+from .training.checkpoint import checkpoint_errors, resumed_step, save_checkpoint
 from .training.distributed import (
     SharedFlags,
     StopRequest,
@@ -298,7 +298,7 @@ class FineTuningTrainer(Trainer):
         save_parts = super()._save_checkpoint
 
         def write() -> None:
-            with named_errors(aside.parent / name):
+            with checkpoint_errors(aside.parent / name):
                 save_parts(model, trial)
 
         try:

@@ -64,7 +64,7 @@ def save_checkpoint(
     """
     target = output_dir / f"checkpoint-{step}"
     # a target that exists is a damaged one, or this step taken again
-    with named_errors(target), atomic_folder(target, overwrite=True) as beside:
+    with checkpoint_errors(target), atomic_folder(target, overwrite=True) as beside:
         save(beside)
         write_manifest(beside, step, identity)
     for old in list_checkpoints(output_dir)[: -total_limit if total_limit else 0]:
@@ -85,7 +85,7 @@ def write_manifest(checkpoint: Path, step: int, identity: dict[str, Any]) -> Non
 
 
 @contextmanager
-def named_errors(checkpoint: Path) -> Iterator[None]:
+def checkpoint_errors(checkpoint: Path) -> Iterator[None]:
     """Errors of the block, such as a full disk or a missing permission, name the checkpoint that it writes."""
     try:
         yield
@@ -126,7 +126,7 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
         expected = {name: entry["sha256"] for name, entry in manifest["files"].items()}
-        manifest["step"], manifest["identity"]
+        manifest["step"], manifest["identity"]  # a KeyError where one is missing
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SimIPUError(f"{manifest_path} is damaged: {error}") from error
     for name, digest in expected.items():
